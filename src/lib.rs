@@ -1,0 +1,3 @@
+//! Hypnos turns 3-5 photos of a product into a model that draws that product anywhere.
+
+pub mod ml;

@@ -1,0 +1,2 @@
+//! The `hypnos` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Our operations with backward.
