@@ -8,6 +8,9 @@
 
 pub mod ops;
 pub mod param;
+pub mod random;
+pub mod tensorfile;
+pub mod weights;
 
 /// Why something in `ml` did not work.
 #[derive(Debug)]
