@@ -48,6 +48,8 @@ def check_pins():
 
 check_pins()
 
+import diffusers
+import diffusers.schedulers.scheduling_euler_ancestral_discrete as euler_ancestral
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
@@ -70,7 +72,7 @@ def write(name, tensors, **metadata):
     metadata = {"versions": PINS} | metadata
     tensors = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
     assert all(t.isfinite().all() for t in tensors.values()), name
-    data = save(tensors, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
+    data = save(tensors, {key: json.dumps(value, sort_keys=True, allow_nan=False) for key, value in metadata.items()})
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -225,6 +227,123 @@ def tokenizer_wide():
         (folder / name).write_bytes((BUNDLE / name).read_bytes())
     reference = CLIPTokenizer.from_pretrained(folder)
     lines(folder / "ids.jsonl", [encode(reference, text) for text in strings()])
+
+
+# ----------------------------------------------------------------------------------------------------- samplers
+
+SD15 = {  # as Stable Diffusion 1.5 comes: no `timestep_spacing`, so each scheduler class falls back to its own
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SCHEDULES = {
+    "sd15": SD15,
+    "sd15_v": SD15 | {"prediction_type": "v_prediction"},
+    "ddim": {key: value for key, value in SD15.items() if key != "skip_prk_steps"}
+    | {"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"}
+    | {"clip_sample_range": 1.0, "thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+    | {"rescale_betas_zero_snr": False},
+}
+SAMPLERS = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+}
+STEPS = [1, 2, 4, 7, 20, 25, 30, 50]
+AFTER = [1, 2, 3, 10]
+MODEL = {"uncond": (0.8, 0.3, 0.9), "cond": (0.7, -0.4, 1.0)}  # a, b, d of `analytic`
+
+
+def analytic(x, t, which):
+    """A stand-in for the UNet that takes one line in any language: d * tanh(a * x + sin(t / 100 + b))."""
+    a, b, d = MODEL[which]
+    return torch.tanh(a * x + math.sin(float(t) / 100 + b)) * d
+
+
+def scheduler_of(schedule, sampler):
+    """What `Sampler.from_config(pipe.scheduler.config)` makes of a pipeline with this scheduler_config.json."""
+    own = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
+    cls, extra = SAMPLERS[sampler]
+    return cls.from_config(own.config, **extra)
+
+
+def walk(scheduler, steps, noise, draws):
+    """The latents after every call of the model, with classifier-free guidance of 7.5."""
+    scheduler.set_timesteps(steps)
+    drawn = iter(draws)
+    euler_ancestral.randn_tensor = lambda *_, **__: next(drawn)
+    x, seen = noise * scheduler.init_noise_sigma, []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        uncond, cond = analytic(scaled, t, "uncond"), analytic(scaled, t, "cond")
+        x = scheduler.step(uncond + 7.5 * (cond - uncond), t, x).prev_sample
+        seen.append(x)
+    return seen
+
+
+@golden
+def samplers():
+    """Timesteps, sigmas and latents of every sampler, and the noising of training.
+
+    Cases are `<schedule>.<sampler>`; metadata `config.<case>` is the sampler's whole config, `schedule.<schedule>` the
+    scheduler_config.json it came from, `after` the counts of calls of the model at which `latents.20` was kept (the
+    last is all of them: 20, but 21 for pndm), `model` says the formula. `euler_a` takes `input.draws[i]` at step i.
+    """
+    generator = torch.Generator().manual_seed(20)
+    noise, draws = torch.randn(2, 4, 5, 6, generator=generator), torch.randn(20, 2, 4, 5, 6, generator=generator)
+    tensors, metadata = {"input.noise": noise, "input.draws": draws}, {"after": {}, "guidance": 7.5}
+    metadata["model"] = {"formula": "d * tanh(a * x + sin(t / 100 + b)), sin in f64, the rest in f32", "abd": MODEL}
+    for schedule, config in SCHEDULES.items():
+        metadata[f"schedule.{schedule}"] = config
+        for sampler in SAMPLERS:
+            case = f"{schedule}.{sampler}"
+            for steps in STEPS:
+                scheduler = scheduler_of(config, sampler)
+                scheduler.set_timesteps(steps)
+                tensors[f"output.{case}.timesteps.{steps}"] = scheduler.timesteps.float()
+                if hasattr(scheduler, "sigmas"):
+                    tensors[f"output.{case}.sigmas.{steps}"] = scheduler.sigmas.float()
+                if steps <= 20:
+                    seen = walk(scheduler, steps, noise, draws)
+                    after = [*AFTER, len(seen)] if steps == 20 else [len(seen)]
+                    tensors[f"output.{case}.latents.{steps}"] = torch.stack([seen[n - 1] for n in after])
+            metadata["after"][case] = after
+            plain = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+            plain.pop("lambda_min_clipped", None)  # minus infinity, which JSON cannot say
+            metadata[f"config.{case}"] = plain
+    write("samplers", tensors, **metadata)
+
+
+@golden
+def noising():
+    """Training's half of the schedule: alphas_cumprod of each `beta_schedule`, add_noise and get_velocity of DDPM.
+
+    Metadata `betas.<case>` has beta_schedule, beta_start and beta_end; t of row i of the batch is `input.t[i]` (i64).
+    """
+    generator = torch.Generator().manual_seed(21)
+    x0, noise = (torch.randn(7, 4, 5, 6, generator=generator) for _ in range(2))
+    t = torch.tensor([0, 1, 37, 321, 500, 998, 999])
+    tensors, metadata = {"input.x0": x0, "input.noise": noise, "input.t": t}, {}
+    cases = {"linear": ("linear", 0.0001, 0.02), "linear_sd": ("linear", 0.00085, 0.012)}
+    cases |= {"scaled_linear": ("scaled_linear", 0.00085, 0.012), "squaredcos_cap_v2": ("squaredcos_cap_v2", 0.0001, 0.02)}
+    for case, (name, start, end) in cases.items():
+        betas = {"beta_schedule": name, "beta_start": start, "beta_end": end}
+        metadata[f"betas.{case}"] = betas
+        ddpm = diffusers.DDPMScheduler(num_train_timesteps=1000, **betas)
+        tensors[f"output.{case}.alphas_cumprod"] = ddpm.alphas_cumprod
+        tensors[f"output.{case}.noisy"] = ddpm.add_noise(x0, noise, t)
+        tensors[f"output.{case}.velocity"] = ddpm.get_velocity(x0, noise, t)
+    write("noising", tensors, **metadata)
 
 
 def main(names):
