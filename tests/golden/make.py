@@ -15,6 +15,7 @@ one), and `rounding`, per case the largest |f32 - f64| / max |f64| over all othe
 reference itself owes to f32, so a test may ask for little more.
 """
 
+import copy
 import importlib.metadata
 import json
 import math
@@ -54,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
 BUNDLE = HERE.parents[1] / "bundles" / "miniature" / "tokenizer"
@@ -346,12 +347,435 @@ def noising():
     write("noising", tensors, **metadata)
 
 
+# ------------------------------------------------------------------------------------------------------- models
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill(module, seed):
+    """Draws every weight: norms about 1 +- 0.2, biases 0.2 wide, the rest by fan-in; nothing is zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            drawn *= (parameter.shape[0] / parameter.numel()) ** 0.5
+        elif "norm" in name and name.endswith("weight"):
+            drawn = 1 + 0.2 * drawn.clamp(-2, 2)
+        else:
+            drawn *= 0.2
+        parameter.data.copy_(drawn)
+    return module.eval()
+
+
+def gradients(loss, tensors):
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()))))
+
+
+def in_both(run):
+    """`run(dtype)` -> (outputs, gradients) in f32 and in f64: the f32 ones, the names of zeros, the rounding."""
+    (outputs, grads), (outputs64, grads64) = run(torch.float32), run(torch.float64)
+    outputs, outputs64 = ({name: out.detach() for name, out in of.items()} for of in (outputs, outputs64))
+    largest = max(g.norm() for g in grads64.values())
+    zero = sorted(name for name, g in grads64.items() if g.norm() < 1e-6 * largest)
+    pairs = [(outputs[n], outputs64[n]) for n in outputs] + [(grads[n], grads64[n]) for n in grads if n not in zero]
+    return outputs, grads, zero, max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+class Cases:
+    """What the cases of one model collect on their way into one file."""
+
+    def __init__(self, prefix, module):
+        self.tensors = {f"weight.{prefix}{name}": p for name, p in module.named_parameters()}
+        self.metadata = {"zero": {}, "rounding": {}}
+
+    def add(self, case, inputs, run):
+        outputs, grads, zero, rounding = in_both(run)
+        self.tensors |= {f"input.{case}.{name}": value for name, value in inputs.items()}
+        self.tensors |= {f"output.{case}.{name}": value for name, value in outputs.items()}
+        self.tensors |= {f"grad.{case}.{name}": value for name, value in grads.items()}
+        self.metadata["zero"][case], self.metadata["rounding"][case] = zero, rounding
+
+
+def tiny_clip(seed, **config):
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | config
+    ids = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63, "max_position_embeddings": 77}
+    return fill(CLIPTextModel(CLIPTextConfig(**ids, **config)), seed)
+
+
+def clip_golden(name, activation):
+    model = tiny_clip(30, hidden_act=activation)
+    cases = Cases("text_model.", model)
+    for case, batch, length in (("b1", 1, 77), ("b3", 3, 77), ("short", 2, 9)):
+        ids = torch.randint(0, 62, (batch, length), generator=torch.Generator().manual_seed(31 + batch))
+        ids[:, 0], ids[:, length * 2 // 3 :] = 62, 63
+        inputs = {"ids": ids, "target": normal(35 + batch, batch, length, 16)}
+
+        def run(dtype):
+            m = copy.deepcopy(model).to(dtype)
+            out = m(input_ids=ids).last_hidden_state
+            loss = F.mse_loss(out, inputs["target"].to(dtype))
+            named = {f"text_model.{n}": p for n, p in m.named_parameters()}
+            return {"last_hidden_state": out, "loss": loss}, gradients(loss, named)
+
+        cases.add(case, inputs, run)
+    write(name, cases.tensors, config=model.config.to_diff_dict(), **cases.metadata)
+
+
+@golden
+def clip():
+    """CLIP's text encoder with quick_gelu: last_hidden_state and every gradient of mean((out - target)^2).
+
+    Weights are named as in files (`text_model.` before what the module calls them). Ids (i64) repeat, so that the
+    gradient of the embedding has to add up.
+    """
+    clip_golden("clip", "quick_gelu")
+
+
+@golden
+def clip_gelu():
+    """The same with the erf gelu of Stable Diffusion 2's text encoder."""
+    clip_golden("clip_gelu", "gelu")
+
+
+UNET_CONFIGS = {
+    "unet_sd15": {  # the shape of 1.x: four levels, two layers, one number of heads for all levels
+        "block_out_channels": (8, 8, 8, 12),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 12,
+    },
+    "unet_list": {  # three levels, heads per level, linear projections
+        "block_out_channels": (8, 12, 8),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+        "layers_per_block": 1,
+        "attention_head_dim": [2, 3, 4],
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    },
+    "unet_odd": {  # sizes that do not halve (the up path is told them), and the switches that 1.x leaves alone
+        "block_out_channels": (8, 8, 12),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 12,
+        "act_fn": "gelu",
+        "norm_eps": 1e-3,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    },
+}
+
+
+def tiny_unet(name, seed):
+    config = {"norm_num_groups": 4, "in_channels": 4, "out_channels": 4, "sample_size": 8} | UNET_CONFIGS[name]
+    return fill(diffusers.UNet2DConditionModel(**config), seed)
+
+
+def unet_golden(name, shapes):
+    """`shapes`: per case the height and width of the latents, the tokens of the text, the timesteps of the batch."""
+    model = tiny_unet(name, 40)
+    cases = Cases("", model)
+    for seed, (case, (height, width, tokens, timesteps)) in enumerate(shapes.items(), 41):
+        batch, t = len(timesteps), torch.tensor(timesteps)
+        inputs = {
+            "latents": normal(seed, batch, 4, height, width),
+            "text": normal(seed + 10, batch, tokens, model.config.cross_attention_dim),
+            "noise": normal(seed + 20, batch, 4, height, width),
+        }
+
+        def run(dtype):
+            m = copy.deepcopy(model).to(dtype)
+            x = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
+            out = m(x["latents"], t, encoder_hidden_states=x["text"]).sample
+            loss = F.mse_loss(out, x["noise"])
+            wanted = dict(m.named_parameters()) | {f"input.{name}": x[name] for name in ("latents", "text")}
+            return {"noise": out, "loss": loss}, gradients(loss, wanted)
+
+        cases.add(case, inputs | {"t": t}, run)
+    write(name, cases.tensors, config=json.loads(model.to_json_string()), **cases.metadata)
+
+
+@golden
+def unet_sd15():
+    """UNet of 1.x's build: output, every weight's gradient of mean((out - noise)^2), and those of latents and text."""
+    unet_golden("unet_sd15", {"b1": (8, 16, 77, [417]), "b3": (16, 8, 9, [999, 37, 500])})
+
+
+@golden
+def unet_list():
+    """UNet with three levels, one layer each, a list of head counts and linear projections."""
+    unet_golden("unet_list", {"b1": (8, 8, 77, [0]), "b3": (8, 12, 5, [999, 37, 500])})
+
+
+@golden
+def unet_odd():
+    """UNet at sizes that do not halve, with gelu, another eps, cos after sin, a frequency shift, attention below."""
+    unet_golden("unet_odd", {"b1": (9, 7, 6, [1]), "b3": (13, 10, 9, [999, 37, 500])})
+
+
+VAE_CONFIGS = {
+    "vae": {"block_out_channels": (8, 8, 12), "layers_per_block": 1},
+    "vae8": {"block_out_channels": (8, 8, 12, 12), "layers_per_block": 2},  # the factor of 8 that 1.x has
+}
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def tiny_vae(name, seed):
+    levels = len(VAE_CONFIGS[name]["block_out_channels"])
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    config = {"norm_num_groups": 4, "latent_channels": 4, "sample_size": 16, "scaling_factor": 0.4} | blocks
+    return fill(diffusers.AutoencoderKL(**config | VAE_CONFIGS[name]), seed)
+
+
+def vae_golden(name, sizes):
+    """`sizes`: per case the batch, and height and width of the images; decode takes latents of its own."""
+    model = tiny_vae(name, 70)
+    cases, factor = Cases("", model), 2 ** (len(model.config.block_out_channels) - 1)
+    for seed, (case, (batch, height, width)) in enumerate(sizes.items(), 71):
+        inputs = {
+            "image": normal(seed, batch, 3, height, width) / 2,
+            "z": normal(seed + 10, batch, 4, -(-height // factor), -(-width // factor)),
+        }
+        inputs["w"] = normal(seed + 20, batch, 3, *(side * factor for side in inputs["z"].shape[2:]))
+
+        def run(dtype):
+            m = copy.deepcopy(model).to(dtype)
+            posterior = m.encode(inputs["image"].to(dtype)).latent_dist
+            z = inputs["z"].to(dtype).requires_grad_()
+            image = m.decode(z).sample
+            grads = gradients((image * inputs["w"].to(dtype)).sum(), {"input.z": z})
+            return {"mean": posterior.mean, "logvar": posterior.logvar, "image": image}, grads
+
+        cases.add(case, inputs, run)
+    write(name, cases.tensors, config=json.loads(model.to_json_string()), **cases.metadata)
+
+
+@golden
+def vae():
+    """AutoencoderKL, factor 4: encode (mean and logvar), decode, and the gradient of sum(decode(z) * w) at z.
+
+    Neither way is scaled by `scaling_factor`. `uneven` has sides no level halves; b2 has several images.
+    """
+    vae_golden("vae", {"b1": (1, 20, 28), "b2": (2, 16, 24), "uneven": (1, 19, 22)})
+
+
+@golden
+def vae8():
+    """The same with four levels of two layers, factor 8."""
+    vae_golden("vae8", {"b1": (1, 24, 40), "b2": (2, 16, 24)})
+
+
+@golden
+def vae_old_names():
+    """The weights of `vae` as files from before diffusers 0.17 name them: query, key, value, proj_attn. No cases."""
+    model = tiny_vae("vae", 70)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
+        tensors[f"weight.{name}"] = parameter
+    write("vae_old_names", tensors, config=json.loads(model.to_json_string()))
+
+
+# --------------------------------------------------------------------------------------------------- whole step
+
+AFTER_STEP = [
+    "text.text_model.embeddings.token_embedding.weight",
+    "text.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "text.text_model.final_layer_norm.bias",
+    "unet.conv_in.weight",
+    "unet.time_embedding.linear_1.weight",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "unet.mid_block.resnets.0.conv1.weight",
+    "unet.up_blocks.1.upsamplers.0.conv.weight",
+    "unet.conv_norm_out.weight",
+    "unet.conv_out.bias",
+]
+
+
+def losses(text, unet, vae, inputs, dtype):
+    """Loss a: noise of the instance + noise of the class. Loss b: a + 0.1 * the decoded guess against a picture."""
+    ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    kept = ddpm.alphas_cumprod.to(dtype)[inputs["t"]].view(-1, 1, 1, 1)
+    x = {name: value if name in ("ids", "t") else value.to(dtype) for name, value in inputs.items()}
+    noisy = kept.sqrt() * x["latents"] + (1 - kept).sqrt() * x["noise"]
+    if dtype == torch.float32:
+        assert torch.allclose(noisy, ddpm.add_noise(x["latents"], x["noise"], x["t"]), atol=1e-6)
+    predicted = unet(noisy, x["t"], encoder_hidden_states=text(input_ids=x["ids"]).last_hidden_state).sample
+    instance, prior = ((predicted - x["noise"]) ** 2).mean(dim=(1, 2, 3))
+    guess = (noisy[:1] - (1 - kept[:1]).sqrt() * predicted[:1]) / kept[:1].sqrt()
+    image = vae.decode(guess / vae.config.scaling_factor).sample
+    a = instance + 1.0 * prior
+    return {"a": a, "b": a + 0.1 * F.mse_loss(image, x["target"]), "noisy": noisy, "predicted": predicted, "image": image}
+
+
+@golden
+def step():
+    """Training's whole chain, text encoder -> UNet -> losses, with the gradients of both models under both losses.
+
+    Row 0 of the batch is the instance, row 1 the class; x_t comes of the scaled_linear schedule; z0_hat of loss b is
+    (x_t - sqrt(1 - abar) * eps) / sqrt(abar), decoded after division by scaling_factor with the frozen VAE, and
+    compared by mean square with `input.all.target`. Weights, gradients: `unet.`, `text.`, `vae.` + name. Then AdamW
+    twice on loss a, gradients clipped to a total norm of 1: `output.all.norm.<1|2>` is that norm before clipping,
+    `output.all.after.<1|2>.<name>` a few weights after (a gradient near zero may still move a weight by lr).
+    """
+    text, unet, vae = tiny_clip(80, hidden_act="quick_gelu"), tiny_unet("unet_list", 81), tiny_vae("vae", 70)
+    cases = Cases("unet.", unet)
+    cases.tensors |= Cases("text.text_model.", text).tensors | Cases("vae.", vae).tensors
+    ids = torch.randint(0, 62, (2, 77), generator=torch.Generator().manual_seed(82))
+    ids[:, 0], ids[0, 9:], ids[1, 6:] = 62, 63, 63
+    inputs = {"ids": ids, "t": torch.tensor([321, 810]), "latents": normal(83, 2, 4, 8, 8)}
+    inputs |= {"noise": normal(84, 2, 4, 8, 8), "target": normal(85, 1, 3, 32, 32) / 2}
+
+    def run(dtype):
+        t, u, v = (copy.deepcopy(model).to(dtype) for model in (text, unet, vae))
+        wanted = {f"unet.{n}": p for n, p in u.named_parameters()}
+        wanted |= {f"text.text_model.{n}": p for n, p in t.named_parameters()}
+        outputs, grads = losses(t, u, v, inputs, dtype), {}
+        for name in "ab":
+            found = torch.autograd.grad(outputs[name], list(wanted.values()), retain_graph=True)
+            grads |= {f"{name}.{key}": grad for key, grad in zip(wanted, found)}
+        adam = torch.optim.AdamW(wanted.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, foreach=False)
+        for count in (1, 2):
+            adam.zero_grad()
+            losses(t, u, v, inputs, dtype)["a"].backward()
+            outputs[f"norm.{count}"] = torch.nn.utils.clip_grad_norm_(wanted.values(), 1.0, foreach=False)
+            adam.step()
+            outputs |= {f"after.{count}.{name}": wanted[name].detach().clone() for name in AFTER_STEP}
+        return outputs, grads
+
+    cases.add("all", inputs, run)
+    configs = {"text": text.config.to_diff_dict()} | {n: json.loads(m.to_json_string()) for n, m in (("unet", unet), ("vae", vae))}
+    adamw = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "max_norm": 1.0}
+    write("step", cases.tensors, config=configs, adamw=adamw, **cases.metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- ops
+
+
+def conv_cases():
+    """case -> (shapes of x, weight, bias; settings), over the kernels, strides and sides in use."""
+    odd, even = (2, 5, 9, 7), (2, 5, 8, 6)
+    dense = lambda k: {"weight": (6, 5, k, k), "bias": (6,)}
+    depthwise = lambda k: {"weight": (5, 1, k, k), "bias": (5,)}
+    plan = {"conv3": (odd, dense(3), 1, 1, 1), "conv1": (odd, dense(1), 1, 0, 1), "conv5": (odd, dense(5), 1, 2, 1)}
+    plan |= {"conv3_s2": (odd, dense(3), 2, 1, 1), "conv3_s2_even": (even, dense(3), 2, 1, 1), "conv5_s2": (odd, dense(5), 2, 2, 1)}
+    plan |= {"conv3_s2_asym": (odd, dense(3), 2, [0, 1, 0, 1], 1), "conv3_s2_asym_even": (even, dense(3), 2, [0, 1, 0, 1], 1)}
+    plan["conv3_nobias"] = (even, {"weight": (6, 5, 3, 3)}, 1, 1, 1)
+    plan["conv3_wide"] = ((3, 4, 3, 21), {"weight": (9, 4, 3, 3), "bias": (9,)}, 1, 1, 1)
+    for k in (3, 5):
+        for stride in (1, 2):
+            plan[f"depthwise{k}_s{stride}"] = (odd, depthwise(k), stride, k // 2, 5)
+    for case, (x, weights, stride, padding, groups) in plan.items():
+        yield case, {"x": x} | weights, {"stride": stride, "padding": padding, "groups": groups}
+
+
+def conv(x, weight, bias=None, *, stride, padding, groups):
+    if isinstance(padding, list):  # left, right, top, bottom
+        x, padding = F.pad(x, padding), 0
+    return F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+
+
+def geglu(x):
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def group_norm(x, weight, bias, *, groups, eps, silu):
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x) if silu else x
+
+
+def op_cases():
+    """case -> (shapes of the inputs, settings, function)"""
+    for case, shapes, settings in conv_cases():
+        yield case, shapes, settings, conv
+    qkv = lambda queries, keys: {"q": (3, 2, queries, 4), "k": (3, 2, keys, 4), "v": (3, 2, keys, 4)}
+    attention = lambda q, k, v, *, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    upsample = lambda x, *, size: F.interpolate(x, size=tuple(size), mode="nearest")
+    channels = {"x": (2, 8, 5, 3), "weight": (8,), "bias": (8,)}
+    yield "linear", {"x": (2, 5, 6), "weight": (7, 6), "bias": (7,)}, {}, F.linear
+    yield "linear_flat", {"x": (3, 6), "weight": (4, 6)}, {}, F.linear
+    yield "layer_norm", {"x": (2, 5, 12), "weight": (12,), "bias": (12,)}, {"eps": 1e-5}, (
+        lambda x, weight, bias, *, eps: F.layer_norm(x, (12,), weight, bias, eps)
+    )
+    yield "group_norm", channels, {"groups": 4, "eps": 1e-6, "silu": False}, group_norm
+    yield "group_norm_silu", channels, {"groups": 2, "eps": 1e-5, "silu": True}, group_norm
+    yield "softmax", {"x": (2, 3, 7)}, {"scale": 8.0}, lambda x, *, scale: F.softmax(x * scale, dim=-1)
+    yield "attention_self", qkv(7, 7), {"causal": False}, attention
+    yield "attention_cross", qkv(10, 5), {"causal": False}, attention
+    yield "attention_causal", qkv(7, 7), {"causal": True}, attention
+    yield "geglu", {"x": (2, 5, 12)}, {}, geglu
+    yield "gelu", {"x": (4, 40)}, {}, lambda x: F.gelu(3 * x)
+    yield "quick_gelu", {"x": (4, 40)}, {}, lambda x: 3 * x * torch.sigmoid(1.702 * 3 * x)
+    yield "silu", {"x": (4, 40)}, {}, lambda x: F.silu(3 * x)
+    for case, size in {"upsample_double": [10, 8], "upsample_odd": [9, 7], "upsample_uneven": [10, 7]}.items():
+        yield case, {"x": (2, 3, 5, 4)}, {"size": size}, upsample
+
+
+def adamw_case(tensors, metadata):
+    """Five steps over three tensors with given gradients, the total norm clipped to 1 (steps 2 and 4 lie below it)."""
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    parameters = {f"p{i}": normal(95 + i, *shape).requires_grad_() for i, shape in enumerate([(4, 5), (7,), (2, 3, 3, 3)])}
+    scale = torch.tensor([1.0, 0.02, 3.0, 0.05, 0.5])
+    grads = {n: normal(98 + i, 5, *p.shape) * scale.view(5, *[1] * p.dim()) for i, (n, p) in enumerate(parameters.items())}
+    tensors |= {f"input.adamw.{n}": p.detach().clone() for n, p in parameters.items()}
+    tensors |= {f"input.adamw.grad_{n}": g for n, g in grads.items()}
+    adam, seen = torch.optim.AdamW(parameters.values(), foreach=False, **settings), {"norm": []} | {n: [] for n in parameters}
+    for index in range(5):
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name][index].clone()
+        seen["norm"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0, foreach=False))
+        adam.step()
+        for name, parameter in parameters.items():
+            seen[name].append(parameter.detach().clone())
+    tensors |= {f"output.adamw.{name}": torch.stack(values) for name, values in seen.items()}
+    metadata["settings"]["adamw"] = settings | {"max_norm": 1.0}
+
+
+@golden
+def ops():
+    """Each op by itself: `output.<case>.out`, and for every input x the gradient of sum(out * w) as `grad.<case>.<x>`.
+
+    Metadata `settings.<case>` has strides and the like; a list for `padding` is left, right, top, bottom. gelu,
+    quick_gelu and silu are of 3 * x, softmax of scale * x (so are their gradients at x). `adamw` has no gradients:
+    `input.adamw.grad_p<i>[n]` goes in at step n, `output.adamw.p<i>[n]` and `norm[n]` (before clipping) come out.
+    """
+    cases = Cases("", torch.nn.Module())
+    cases.metadata["settings"] = {}
+    for number, (case, shapes, settings, function) in enumerate(op_cases()):
+        inputs = {name: normal(1000 + 10 * number + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+        w = normal(1009 + 10 * number, *function(*inputs.values(), **settings).shape)
+
+        def run(dtype):
+            leaves = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
+            out = function(*leaves.values(), **settings)
+            return {"out": out}, gradients((out * w.to(dtype)).sum(), leaves)
+
+        cases.add(case, inputs | {"w": w}, run)
+        cases.metadata["settings"][case] = settings
+    ids, table, w = torch.tensor([[3, 1, 3, 0, 9, 3, 1], [0, 9, 9, 9, 2, 4, 3]]), normal(90, 10, 4), normal(91, 2, 7, 4)
+    table.requires_grad_()
+    cases.tensors |= {"input.embedding.ids": ids, "input.embedding.table": table, "input.embedding.w": w}
+    cases.tensors["output.embedding.out"] = F.embedding(ids, table)
+    cases.tensors |= {"grad.embedding.table": torch.autograd.grad((F.embedding(ids, table) * w).sum(), table)[0]}
+    adamw_case(cases.tensors, cases.metadata)
+    write("ops", cases.tensors, **cases.metadata)
+
+
 def main(names):
     unknown = [name for name in names if name not in GOLDENS]
     if unknown:
         sys.exit(f"make.py: no golden {unknown[0]!r}; there are {', '.join(GOLDENS)}")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
+    diffusers.logging.set_verbosity_error()
     for name in names or GOLDENS:
         GOLDENS[name]()
         print(name)
