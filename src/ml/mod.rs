@@ -6,8 +6,10 @@
 //!
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
+pub mod diffusion;
 pub mod ops;
 pub mod random;
+pub mod samplers;
 
 /// Why something in `ml` did not work.
 #[derive(Debug)]
