@@ -1,1 +1,4 @@
 //! Our operations with backward.
+
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;

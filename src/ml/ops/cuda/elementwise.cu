@@ -1,35 +1,15 @@
 // Operations on each element: activations, GEGLU, bias.
 #include "common.cuh"
 
-// `kind`: the same numbers as `Activation` on the Rust side.
-enum { SILU = 0, QUICK_GELU = 1, GELU = 2, RELU = 3, SIGMOID = 4, TANH = 5 };
+// `kind`: the numbers of `Activation` on the Rust side.
+enum { SILU = 0, GELU = 1, QUICK_GELU = 2 };
 
 __device__ inline float activation(float x, int kind) {
-    switch (kind) {
-    case SILU: return silu(x);
-    case QUICK_GELU: return quick_gelu(x);
-    case GELU: return gelu(x);
-    case RELU: return fmaxf(x, 0.0f);
-    case SIGMOID: return sigmoid(x);
-    default: return tanhf(x);
-    }
+    return kind == SILU ? silu(x) : kind == GELU ? gelu(x) : quick_gelu(x);
 }
 
 __device__ inline float activation_slope(float x, int kind) {
-    switch (kind) {
-    case SILU: return silu_slope(x);
-    case QUICK_GELU: return quick_gelu_slope(x);
-    case GELU: return gelu_slope(x);
-    case RELU: return x > 0.0f ? 1.0f : 0.0f;
-    case SIGMOID: {
-        float s = sigmoid(x);
-        return s * (1.0f - s);
-    }
-    default: {
-        float t = tanhf(x);
-        return 1.0f - t * t;
-    }
-    }
+    return kind == SILU ? silu_slope(x) : kind == GELU ? gelu_slope(x) : quick_gelu_slope(x);
 }
 
 // y = act(x), n elements. Any grid.
@@ -77,9 +57,4 @@ extern "C" __global__ void add_bias(const real* x, const float* bias, real* y, l
     for (long long i = thread_index(); i < n; i += thread_count()) {
         store(y + i, load(x + i) + bias[i / inner % channels]);
     }
-}
-
-// total[i] += part[i], f32 gradients. n elements. Any grid.
-extern "C" __global__ void accumulate(const real* part, float* total, long long n) {
-    for (long long i = thread_index(); i < n; i += thread_count()) total[i] += load(part + i);
 }

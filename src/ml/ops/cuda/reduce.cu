@@ -31,10 +31,10 @@ extern "C" __global__ void column_sum(const real* x, float* parts, int rows, int
     }
 }
 
-// out[c] = sum over parts of parts[part, c], added to what is there if `add`. Any grid.
-extern "C" __global__ void sum_parts(const float* parts, float* out, int n_parts, int cols, int add) {
+// out[c] = sum over parts of parts[part, c]. Any grid.
+extern "C" __global__ void sum_parts(const float* parts, float* out, int n_parts, int cols) {
     for (long long col = thread_index(); col < cols; col += thread_count()) {
-        float sum = add ? out[col] : 0.0f;
+        float sum = 0.0f;
         for (int part = 0; part < n_parts; ++part) sum += parts[(long long)part * cols + col];
         out[col] = sum;
     }

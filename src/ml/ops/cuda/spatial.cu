@@ -81,9 +81,9 @@ extern "C" __global__ void depthwise_bwd(const real* dy, const float* weight, re
     }
 }
 
-// d_weight of `depthwise`, f32, added to what is there if `add`. One block per weight: C * k_h * k_w blocks.
+// d_weight of `depthwise`, f32. One block per weight: C * k_h * k_w blocks.
 extern "C" __global__ void depthwise_bwd_weight(const real* x, const real* dy, float* d_weight, int batch, int channels,
-                                                Window s, int add) {
+                                                Window s) {
     const int kx = blockIdx.x % s.k_w, ky = blockIdx.x / s.k_w % s.k_h, c = blockIdx.x / (s.k_w * s.k_h);
     const int area = s.out_h * s.out_w;
     float sum = 0.0f;
@@ -97,7 +97,7 @@ extern "C" __global__ void depthwise_bwd_weight(const real* x, const real* dy, f
         }
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) d_weight[blockIdx.x] = add ? d_weight[blockIdx.x] + sum : sum;
+    if (threadIdx.x == 0) d_weight[blockIdx.x] = sum;
 }
 
 // columns[plane * k_h * k_w + tap, place] = the input that `tap` reads at `place`, 0 outside: planes = B * C, so that
