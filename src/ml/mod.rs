@@ -6,6 +6,7 @@
 //!
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
+pub mod device;
 pub mod diffusion;
 pub mod models;
 pub mod nn;
