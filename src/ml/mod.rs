@@ -10,6 +10,7 @@ pub mod ops;
 pub mod param;
 pub mod random;
 pub mod tensorfile;
+pub mod tokenizer;
 pub mod weights;
 
 /// Why something in `ml` did not work.
