@@ -55,7 +55,10 @@ impl Tokenizer {
         let bad = |what: String| Error::Bad(format!("{}: {what}", dir.display()));
         let id = |key: &str| {
             let content = settings.special[key].content.as_str();
-            vocab.get(content).copied().ok_or_else(|| bad(format!("vocab.json has no `{content}`, the {key}")))
+            vocab
+                .get(content)
+                .copied()
+                .ok_or_else(|| bad(format!("vocab.json has no `{content}`, the {key}")))
         };
         let (start, end, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
         let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
@@ -152,7 +155,8 @@ impl Settings {
                 None | Some(Value::Null) => AddedToken::from(default, true),
                 Some(value) => added_token(value).map_err(|what| bad(format!("{key} {what}")))?,
             };
-            special.insert(key, decoder.values().find(|t| t.content == token.content).cloned().unwrap_or(token));
+            special
+                .insert(key, decoder.values().find(|t| t.content == token.content).cloned().unwrap_or(token));
         }
         let length = match config.get("model_max_length").and_then(Value::as_f64) {
             Some(n) if (3.0..=4096.).contains(&n) => n as usize,
@@ -205,11 +209,16 @@ fn read_vocab(path: &Path) -> Result<Vocab> {
 /// The pairs to merge, the most frequent first; after an optional `#version` line two symbols a line.
 fn read_merges(path: &Path) -> Result<Vec<(String, String)>> {
     let text = read_text(path)?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
+    let lines =
+        text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
     lines
         .map(|(i, line)| match line.split(' ').collect::<Vec<_>>()[..] {
             [a, b] => Ok((a.to_owned(), b.to_owned())),
-            _ => Err(Error::Bad(format!("{}: line {}: two symbols are wanted, got `{line}`", path.display(), i + 1))),
+            _ => Err(Error::Bad(format!(
+                "{}: line {}: two symbols are wanted, got `{line}`",
+                path.display(),
+                i + 1
+            ))),
         })
         .collect()
 }

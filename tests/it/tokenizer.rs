@@ -30,7 +30,12 @@ fn hold(tokenizer: &Tokenizer, wanted: impl Iterator<Item = (String, Vec<u32>)>,
         }
         n += 1;
     }
-    assert!(wrong.is_empty(), "{} of {n} texts differ:\n{}", wrong.len(), wrong[..wrong.len().min(10)].join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {n} texts differ:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(10)].join("\n")
+    );
     n
 }
 
@@ -48,7 +53,8 @@ fn a_wider_vocabulary_gives_the_ids_of_the_reference() {
     let rows = lines("tests/golden/tokenizer.jsonl");
     let wide = lines("tests/golden/tokenizer_wide/ids.jsonl");
     assert_eq!(rows.len(), wide.len());
-    let wanted = rows.iter().zip(&wide).map(|(row, want)| (row["text"].as_str().unwrap().to_owned(), ids(want)));
+    let wanted =
+        rows.iter().zip(&wide).map(|(row, want)| (row["text"].as_str().unwrap().to_owned(), ids(want)));
     let end = tokenizer.encode("")[1];
     hold(&tokenizer, wanted, end);
 }
@@ -93,10 +99,19 @@ fn padding_is_the_token_that_the_files_name() {
 #[test]
 fn a_broken_file_is_named_with_its_line() {
     let message = |file, text| Tokenizer::open(with(file, text).path()).unwrap_err().to_string();
-    assert!(message("merges.txt", "#version: 0.2\no f</w>\nthree of them\n").ends_with("two symbols are wanted, got `three of them`"));
+    assert!(
+        message("merges.txt", "#version: 0.2\no f</w>\nthree of them\n")
+            .ends_with("two symbols are wanted, got `three of them`")
+    );
     assert!(message("merges.txt", "#version: 0.2\nzz qq\n").contains("zz"), "a merge of unknown symbols");
-    assert!(message("vocab.json", "{\"a\": -1}").contains("vocab.json: is not a JSON object of token numbers"));
-    assert!(message("vocab.json", "{\"a\": 1}").contains("vocab.json has no `<|startoftext|>`, the bos_token"));
-    assert!(message("special_tokens_map.json", "[1]").contains("special_tokens_map.json: is not a JSON object"));
+    assert!(
+        message("vocab.json", "{\"a\": -1}").contains("vocab.json: is not a JSON object of token numbers")
+    );
+    assert!(
+        message("vocab.json", "{\"a\": 1}").contains("vocab.json has no `<|startoftext|>`, the bos_token")
+    );
+    assert!(
+        message("special_tokens_map.json", "[1]").contains("special_tokens_map.json: is not a JSON object")
+    );
     assert!(message("tokenizer_config.json", r#"{"model_max_length": 1}"#).contains("at least 3 is wanted"));
 }
