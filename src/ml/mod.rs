@@ -6,6 +6,8 @@
 //!
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
+pub mod bundle;
+pub mod diffusion;
 pub mod models;
 pub mod nn;
 pub mod ops;

@@ -40,7 +40,13 @@ pub struct Conv2d {
 
 impl Conv2d {
     /// A square kernel.
-    pub fn load(w: &Weights, n_in: usize, n_out: usize, kernel: usize, spec: Conv2dSpec) -> super::Result<Self> {
+    pub fn load(
+        w: &Weights,
+        n_in: usize,
+        n_out: usize,
+        kernel: usize,
+        spec: Conv2dSpec,
+    ) -> super::Result<Self> {
         let weight = w.get("weight", &[n_out, n_in, kernel, kernel])?;
         Ok(Self { weight, bias: w.get("bias", &[n_out])?, spec })
     }
@@ -140,7 +146,9 @@ impl Resnet {
         Ok(Self {
             norm1: norm("norm1", n_in)?,
             conv1: conv("conv1", n_in)?,
-            time_emb_proj: time_width.map(|width| Linear::load(&w.pp("time_emb_proj"), width, n_out)).transpose()?,
+            time_emb_proj: time_width
+                .map(|width| Linear::load(&w.pp("time_emb_proj"), width, n_out))
+                .transpose()?,
             norm2: norm("norm2", n_out)?,
             conv2: conv("conv2", n_out)?,
             conv_shortcut: (n_in != n_out).then(shortcut).transpose()?,

@@ -27,13 +27,15 @@ struct Inner {
 }
 
 impl Param {
-    /// A weight with the given value. A frozen one (`trainable` false) never costs a gradient.
+    /// A weight with the given value, copied if it is trained. A frozen one never costs a gradient.
     pub fn new(name: impl Into<String>, value: Tensor, trainable: bool) -> Result<Self> {
         let tag = if trainable {
             Var::zeros(1, DType::F32, value.device())?.into_inner()
         } else {
             Tensor::zeros(1, DType::F32, value.device())?
         };
+        // An optimiser changes a trained weight in place; the tensor it was made from must not change with it.
+        let value = if trainable { value.force_contiguous()? } else { value.contiguous()? };
         Ok(Self(Arc::new(Inner {
             name: name.into(),
             value: RwLock::new(value.detach()),
@@ -97,7 +99,7 @@ impl Param {
     }
 
     /// Adds to the gradient. Does nothing for a frozen weight.
-    pub(crate) fn add_grad(&self, grad: Tensor) -> Result<()> {
+    pub fn add_grad(&self, grad: Tensor) -> Result<()> {
         if !self.is_trainable() {
             return Ok(());
         }

@@ -1,3 +1,9 @@
-//! The one integration test binary.
+//! The one integration test binary, in reading order.
+
+mod golden;
+mod ops;
+
+mod models;
+
 mod bundles;
 mod tokenizer;

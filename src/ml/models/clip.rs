@@ -50,10 +50,16 @@ fn eps() -> f64 {
 impl Config {
     /// Refuses sizes that cannot be a model.
     pub fn check(&self) -> crate::ml::Result<()> {
-        let positive = [self.vocab_size, self.hidden_size, self.intermediate_size, self.max_position_embeddings];
+        let positive =
+            [self.vocab_size, self.hidden_size, self.intermediate_size, self.max_position_embeddings];
         refuse(!positive.contains(&0), "a size", 0, "every size above zero")?;
         let heads = self.num_attention_heads;
-        refuse(heads > 0 && self.hidden_size % heads == 0, "num_attention_heads", heads, "a divisor of hidden_size")
+        refuse(
+            heads > 0 && self.hidden_size % heads == 0,
+            "num_attention_heads",
+            heads,
+            "a divisor of hidden_size",
+        )
     }
 }
 
@@ -137,7 +143,8 @@ impl Layer {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.layer_norm1.forward(x)?;
-        let (q, k, v) = (self.q_proj.forward(&hidden)?, self.k_proj.forward(&hidden)?, self.v_proj.forward(&hidden)?);
+        let (q, k, v) =
+            (self.q_proj.forward(&hidden)?, self.k_proj.forward(&hidden)?, self.v_proj.forward(&hidden)?);
         let x = (x + self.out_proj.forward(&ops::attention(&q, &k, &v, self.n_heads, true)?)?)?;
         let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
         x + self.fc2.forward(&ops::activate(&hidden, self.activation)?)?

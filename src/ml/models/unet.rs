@@ -182,9 +182,19 @@ impl Config {
             let known = kinds.iter().all(|kind| kind == plain || kind == attending);
             refuse(known, key, kinds, &format!("{plain} or {attending}"))?;
         }
-        refuse(self.layers_per_block.fits(n), "layers_per_block", &self.layers_per_block, "one number or one per level")?;
+        refuse(
+            self.layers_per_block.fits(n),
+            "layers_per_block",
+            &self.layers_per_block,
+            "one number or one per level",
+        )?;
         let transformers = &self.transformer_layers_per_block;
-        refuse(transformers.fits(n), "transformer_layers_per_block", transformers, "one number or one per level")?;
+        refuse(
+            transformers.fits(n),
+            "transformer_layers_per_block",
+            transformers,
+            "one number or one per level",
+        )?;
         let heads = self.heads();
         let divides = heads.fits(n) && channels.iter().enumerate().all(|(i, c)| c % heads.at(i) == 0);
         refuse(divides, "attention_head_dim", heads, "numbers of heads that divide block_out_channels")?;
@@ -379,7 +389,12 @@ impl Level {
         for (j, &(n_in, n_out)) in widths.iter().enumerate() {
             resnets.push(Arc::new(Resnet::load(&w.pp("resnets").pp(j), n_in, n_out, &config.resnet())?));
             if attends {
-                attentions.push(Arc::new(Transformer::load(&w.pp("attentions").pp(j), n_out, level, config)?));
+                attentions.push(Arc::new(Transformer::load(
+                    &w.pp("attentions").pp(j),
+                    n_out,
+                    level,
+                    config,
+                )?));
             }
         }
         Ok(Self { resnets, attentions })
@@ -452,7 +467,8 @@ impl UpBlock {
             })
             .collect();
         let attends = config.up_block_types[i].starts_with("CrossAttn");
-        let up = || Conv2d::load(&w.pp("upsamplers").pp(0).pp("conv"), n_out, n_out, 3, Conv2dSpec::padded(1, 1));
+        let up =
+            || Conv2d::load(&w.pp("upsamplers").pp(0).pp("conv"), n_out, n_out, 3, Conv2dSpec::padded(1, 1));
         Ok(Self {
             level: Level::load(w, &widths, level, attends, config)?,
             upsampler: (i + 1 < n_levels).then(up).transpose()?,
@@ -462,7 +478,9 @@ impl UpBlock {
     fn forward(&self, x: &Tensor, run: &Run, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for j in 0..self.level.resnets.len() {
-            let Some(skip) = skips.pop() else { candle_core::bail!("unet: the way up is longer than the way down") };
+            let Some(skip) = skips.pop() else {
+                candle_core::bail!("unet: the way up is longer than the way down")
+            };
             x = self.level.forward_one(j, &Tensor::cat(&[&x, &skip], 1)?, run)?;
         }
         match (&self.upsampler, skips.last()) {
@@ -485,7 +503,9 @@ impl MidBlock {
     fn load(w: &Weights, config: &Config) -> crate::ml::Result<Self> {
         let level = config.block_out_channels.len() - 1;
         let n = config.block_out_channels[level];
-        let resnet = |i: usize| Ok::<_, Error>(Arc::new(Resnet::load(&w.pp("resnets").pp(i), n, n, &config.resnet())?));
+        let resnet = |i: usize| {
+            Ok::<_, Error>(Arc::new(Resnet::load(&w.pp("resnets").pp(i), n, n, &config.resnet())?))
+        };
         Ok(Self {
             resnets: [resnet(0)?, resnet(1)?],
             attention: Arc::new(Transformer::load(&w.pp("attentions").pp(0), n, level, config)?),

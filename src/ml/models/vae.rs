@@ -102,7 +102,12 @@ impl Config {
             refuse(kinds.iter().all(|kind| kind == wanted), key, kinds, wanted)?;
             refuse(kinds.is_empty() || kinds.len() == channels.len(), key, kinds, "one per level")?;
         }
-        refuse(self.shift_factor.is_none_or(|shift| shift == 0.0), "shift_factor", self.shift_factor, "none")?;
+        refuse(
+            self.shift_factor.is_none_or(|shift| shift == 0.0),
+            "shift_factor",
+            self.shift_factor,
+            "none",
+        )?;
         refuse(self.latents_mean.is_none(), "latents_mean", &self.latents_mean, "none")?;
         refuse(self.scaling_factor > 0.0, "scaling_factor", self.scaling_factor, "a number above zero")
     }
@@ -145,7 +150,10 @@ impl Vae {
         Ok(Self {
             encoder: Encoder::load(&w.pp("encoder"), config)?,
             quant_conv: config.use_quant_conv.then(|| pointwise("quant_conv", 2 * n)).transpose()?,
-            post_quant_conv: config.use_post_quant_conv.then(|| pointwise("post_quant_conv", n)).transpose()?,
+            post_quant_conv: config
+                .use_post_quant_conv
+                .then(|| pointwise("post_quant_conv", n))
+                .transpose()?,
             decoder: Decoder::load(&w.pp("decoder"), config)?,
             config: config.clone(),
         })
@@ -212,7 +220,12 @@ impl Encoder {
             let w = w.pp("down_blocks").pp(i);
             let n_in = channels[i.saturating_sub(1)];
             let resnets = (0..config.layers_per_block).map(|j| {
-                Resnet::load(&w.pp("resnets").pp(j), if j == 0 { n_in } else { n_out }, n_out, &config.resnet())
+                Resnet::load(
+                    &w.pp("resnets").pp(j),
+                    if j == 0 { n_in } else { n_out },
+                    n_out,
+                    &config.resnet(),
+                )
             });
             let resnets = resnets.collect::<crate::ml::Result<_>>()?;
             // The reference pads at the right and bottom only.
@@ -269,7 +282,12 @@ impl Decoder {
             let w = w.pp("up_blocks").pp(i);
             let n_in = channels[i.saturating_sub(1)];
             let resnets = (0..=config.layers_per_block).map(|j| {
-                Resnet::load(&w.pp("resnets").pp(j), if j == 0 { n_in } else { n_out }, n_out, &config.resnet())
+                Resnet::load(
+                    &w.pp("resnets").pp(j),
+                    if j == 0 { n_in } else { n_out },
+                    n_out,
+                    &config.resnet(),
+                )
             });
             let resnets = resnets.collect::<crate::ml::Result<_>>()?;
             let up = || Conv2d::load(&w.pp("upsamplers").pp(0).pp("conv"), n_out, n_out, 3, same);
@@ -354,7 +372,8 @@ impl Attention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         let tokens = to_tokens(&self.group_norm.forward(x)?)?; // [B, h w, C]
-        let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
+        let (q, k, v) =
+            (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
         let y = self.to_out.forward(&ops::attention(&q, &k, &v, 1, false)?)?;
         x + to_picture(&y, h, w)?
     }

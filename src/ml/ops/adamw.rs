@@ -42,7 +42,10 @@ pub struct AdamW {
 
 /// First and second moment of one weight, f32, where the weight lies.
 enum Moments {
-    Cpu { m: Vec<f32>, v: Vec<f32> },
+    Cpu {
+        m: Vec<f32>,
+        v: Vec<f32>,
+    },
     #[cfg(feature = "cuda")]
     Cuda(super::cuda::Moments),
 }
@@ -112,9 +115,10 @@ impl AdamW {
                 None => bail!("{name}: missing among the saved moments"),
             }
         };
-        let restored = self.params.iter().map(|(param, _)| {
-            Moments::from_tensors(param, &saved("m", param)?, &saved("v", param)?)
-        });
+        let restored = self
+            .params
+            .iter()
+            .map(|(param, _)| Moments::from_tensors(param, &saved("m", param)?, &saved("v", param)?));
         let restored = restored.collect::<Result<Vec<_>>>()?;
         self.params.iter_mut().zip(restored).for_each(|((_, moments), new)| *moments = new);
         self.n_steps = n_steps;
@@ -134,11 +138,14 @@ impl Moments {
     }
 
     fn from_tensors(param: &Param, m: &Tensor, v: &Tensor) -> Result<Self> {
-        let flat = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>();
+        let flat =
+            |tensor: &Tensor| tensor.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>();
         match param.device() {
             Device::Cpu => Ok(Self::Cpu { m: flat(m)?, v: flat(v)? }),
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Ok(Self::Cuda(super::cuda::Moments::upload(&device, &flat(m)?, &flat(v)?)?)),
+            Device::Cuda(device) => {
+                Ok(Self::Cuda(super::cuda::Moments::upload(&device, &flat(m)?, &flat(v)?)?))
+            }
             other => bail!("AdamW: no kernel for {other:?}"),
         }
     }
@@ -146,10 +153,9 @@ impl Moments {
     fn tensors(&self, param: &Param) -> Result<(Tensor, Tensor)> {
         let (dims, cpu) = (param.dims(), Device::Cpu);
         match self {
-            Self::Cpu { m, v } => Ok((
-                Tensor::from_slice(m, dims.clone(), &cpu)?,
-                Tensor::from_slice(v, dims, &cpu)?,
-            )),
+            Self::Cpu { m, v } => {
+                Ok((Tensor::from_slice(m, dims.clone(), &cpu)?, Tensor::from_slice(v, dims, &cpu)?))
+            }
             #[cfg(feature = "cuda")]
             Self::Cuda(moments) => {
                 let (m, v) = moments.download()?;
@@ -221,7 +227,9 @@ impl InplaceOp2 for CpuStep<'_> {
 
     fn cpu_fwd(&self, p: &mut CpuStorage, p_l: &Layout, g: &CpuStorage, g_l: &Layout) -> Result<()> {
         let (CpuStorage::F32(p), CpuStorage::F32(g)) = (p, g) else { bail!("AdamW: wanted f32 on the CPU") };
-        let (Some((p_from, p_to)), Some((g_from, g_to))) = (p_l.contiguous_offsets(), g_l.contiguous_offsets()) else {
+        let (Some((p_from, p_to)), Some((g_from, g_to))) =
+            (p_l.contiguous_offsets(), g_l.contiguous_offsets())
+        else {
             bail!("AdamW: wanted contiguous tensors");
         };
         let mut moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);

@@ -136,7 +136,9 @@ impl Conv {
         let per_tile = if p >= most { p.div_ceil(p.div_ceil(most)) } else { p * (most / p) };
         let within = if p >= most { p } else { self.b * p };
         let starts = (0..self.b * p).step_by(within).flat_map(|image| {
-            (0..within).step_by(per_tile).map(move |at| Tile { start: image + at, end: image + (at + per_tile).min(within) })
+            (0..within)
+                .step_by(per_tile)
+                .map(move |at| Tile { start: image + at, end: image + (at + per_tile).min(within) })
         });
         starts.collect()
     }
@@ -153,7 +155,14 @@ impl Conv {
     /// For row `r` of the unfolding and the outputs of row `y` from `x0`: the input row and the range of outputs whose
     /// input column lies inside the picture, with the column of the first.
     #[inline]
-    fn source(&self, ky: usize, kx: usize, y: usize, x0: usize, n: usize) -> Option<(usize, usize, usize, usize)> {
+    fn source(
+        &self,
+        ky: usize,
+        kx: usize,
+        y: usize,
+        x0: usize,
+        n: usize,
+    ) -> Option<(usize, usize, usize, usize)> {
         let (stride, before) = (self.spec.stride, self.spec.before);
         let row = (y * stride + ky).checked_sub(before).filter(|&row| row < self.h)?;
         // Outputs x with 0 <= x * stride + kx - before < w.
@@ -183,7 +192,10 @@ impl Conv {
                     if stride == 1 {
                         out[first..end].copy_from_slice(&input[column..][..end - first]);
                     } else {
-                        out[first..end].iter_mut().zip(input[column..].iter().step_by(stride)).for_each(|(o, i)| *o = *i);
+                        out[first..end]
+                            .iter_mut()
+                            .zip(input[column..].iter().step_by(stride))
+                            .for_each(|(o, i)| *o = *i);
                     }
                 });
             }
@@ -201,13 +213,20 @@ impl Conv {
             for r in 0..k2 {
                 let col = &col[(c * k2 + r) * n..][..n];
                 self.rows(from, len, |y, x0, offset, n_x| {
-                    let Some((row, first, end, column)) = self.source(r / self.kw, r % self.kw, y, x0, n_x) else { return };
+                    let Some((row, first, end, column)) = self.source(r / self.kw, r % self.kw, y, x0, n_x)
+                    else {
+                        return;
+                    };
                     let (input, out) = (&mut picture[row * self.w..][..self.w], &col[at + offset..][..n_x]);
                     if stride == 1 {
                         let input = &mut input[column..][..end - first];
                         input.iter_mut().zip(&out[first..end]).for_each(|(i, o)| *i += o);
                     } else {
-                        input[column..].iter_mut().step_by(stride).zip(&out[first..end]).for_each(|(i, o)| *i += o);
+                        input[column..]
+                            .iter_mut()
+                            .step_by(stride)
+                            .zip(&out[first..end])
+                            .for_each(|(i, o)| *i += o);
                     }
                 });
             }
@@ -257,7 +276,9 @@ impl Conv {
             if whole {
                 let to = Tiles::new(&mut y);
                 // SAFETY: `y` is not touched elsewhere during the call.
-                unsafe { to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All) }
+                unsafe {
+                    to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All)
+                }
             } else {
                 out.resize(o * n, 0.0);
                 gemm(&mut out, n, Into::Replace, (o, n, k), (weight, patches), 1.0, Threads::All);
@@ -289,7 +310,13 @@ impl Conv {
         }
     }
 
-    fn backward(&self, x: &Tensor, dy: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Option<Tensor>> {
+    fn backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        weight: &Param,
+        bias: Option<&Param>,
+    ) -> Result<Option<Tensor>> {
         let (wants_dx, wants_dw) = (x.track_op(), weight.is_trainable());
         let w = weight.value();
         let (input, dy, w) = (View::of(x, "conv2d")?, View::of(dy, "conv2d")?, View::of(&w, "conv2d")?);

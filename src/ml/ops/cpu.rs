@@ -291,7 +291,15 @@ mod tests {
         gemm(&mut dst, 3, Into::Add, (2, 2, 3), (Mat::rows(&a, 3), Mat::rows(&b, 2)), 2.0, Threads::One);
         assert_eq!(dst, [20.0, 32.0, 10.0, 38.0, 56.0, 10.0]);
         let mut dst = vec![0.0; 9];
-        gemm(&mut dst, 3, Into::Replace, (3, 3, 2), (Mat::rows(&a, 3).t(), Mat::rows(&b, 3)), 1.0, Threads::All);
+        gemm(
+            &mut dst,
+            3,
+            Into::Replace,
+            (3, 3, 2),
+            (Mat::rows(&a, 3).t(), Mat::rows(&b, 3)),
+            1.0,
+            Threads::All,
+        );
         assert_eq!(dst, [5.0, 0.0, 14.0, 7.0, 0.0, 19.0, 9.0, 0.0, 24.0]);
     }
 }

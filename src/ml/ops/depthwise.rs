@@ -15,7 +15,12 @@ use crate::ml::param::Param;
 /// * `weight` `[C, 1, kh, kw]`; `bias` `[C]`
 ///
 /// Gives `[B, C, H', W']`. Differentiable in `x`, `weight` and `bias`.
-pub fn depthwise_conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec) -> Result<Tensor> {
+pub fn depthwise_conv2d(
+    x: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+) -> Result<Tensor> {
     let x = x.contiguous()?;
     let conv = Depthwise::new(&x, weight, spec)?;
     let value = match x.device() {
@@ -58,7 +63,9 @@ impl Depthwise {
             bail!("{}: wanted a weight [C, 1, kh, kw], got {dims:?}", weight.name());
         };
         match (spec.out(h, kh), spec.out(w, kw)) {
-            (Some(oh), Some(ow)) if c == c_w && spec.stride > 0 => Ok(Self { b, c, h, w, kh, kw, oh, ow, spec }),
+            (Some(oh), Some(ow)) if c == c_w && spec.stride > 0 => {
+                Ok(Self { b, c, h, w, kh, kw, oh, ow, spec })
+            }
             _ => bail!("{}: {dims:?} does not fit inputs {:?}", weight.name(), x.dims()),
         }
     }
@@ -104,7 +111,13 @@ impl Depthwise {
         Ok(y)
     }
 
-    fn backward(&self, x: &Tensor, dy: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Option<Tensor>> {
+    fn backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        weight: &Param,
+        bias: Option<&Param>,
+    ) -> Result<Option<Tensor>> {
         let w = weight.value();
         let (input, dy) = (View::of(x, "depthwise_conv2d")?, View::of(dy, "depthwise_conv2d")?);
         let w = View::of(&w, "depthwise_conv2d")?;
@@ -129,15 +142,17 @@ impl Depthwise {
             return Ok(None);
         }
         let mut dx = zeros(input.len());
-        dx.par_chunks_mut(picture.max(1)).zip(dy.par_chunks(p.max(1))).enumerate().for_each(|(i, (dx, dy))| {
-            for r in 0..k2 {
-                let tap = w[i % self.c * k2 + r];
-                self.rows(r / self.kw, r % self.kw, |to, from, n, stride| {
-                    let inputs = dx[from..].iter_mut().step_by(stride);
-                    inputs.zip(&dy[to..to + n]).for_each(|(dx, dy)| *dx += tap * dy);
-                });
-            }
-        });
+        dx.par_chunks_mut(picture.max(1)).zip(dy.par_chunks(p.max(1))).enumerate().for_each(
+            |(i, (dx, dy))| {
+                for r in 0..k2 {
+                    let tap = w[i % self.c * k2 + r];
+                    self.rows(r / self.kw, r % self.kw, |to, from, n, stride| {
+                        let inputs = dx[from..].iter_mut().step_by(stride);
+                        inputs.zip(&dy[to..to + n]).for_each(|(dx, dy)| *dx += tap * dy);
+                    });
+                }
+            },
+        );
         Ok(Some(Computed::cpu(dx, x.dims()).detached()))
     }
 

@@ -70,7 +70,8 @@ impl Norm {
 
     fn forward(&self, x: &Tensor, weight: &Param, bias: &Param) -> Result<Vec<f32>> {
         let (weight, bias) = (weight.value(), bias.value());
-        let (x, weight, bias) = (View::of(x, "group_norm")?, View::of(&weight, "group_norm")?, View::of(&bias, "group_norm")?);
+        let (x, weight, bias) =
+            (View::of(x, "group_norm")?, View::of(&weight, "group_norm")?, View::of(&bias, "group_norm")?);
         let (weight, bias) = (&weight[..], &bias[..]);
         let group = self.per_group() * self.spatial;
         let mut y = zeros(x.len());

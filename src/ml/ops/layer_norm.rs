@@ -38,7 +38,8 @@ pub fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<
 
 fn forward(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Vec<f32>> {
     let (weight, bias) = (weight.value(), bias.value());
-    let (x, weight, bias) = (View::of(x, "layer_norm")?, View::of(&weight, "layer_norm")?, View::of(&bias, "layer_norm")?);
+    let (x, weight, bias) =
+        (View::of(x, "layer_norm")?, View::of(&weight, "layer_norm")?, View::of(&bias, "layer_norm")?);
     let d = weight.len();
     let mut y = zeros(x.len());
     let (weight, bias) = (&weight[..], &bias[..]);
@@ -53,7 +54,8 @@ fn forward(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Vec<f32
 
 fn backward(x: &Tensor, dy: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Option<Tensor>> {
     let value = weight.value();
-    let (input, dy, w) = (View::of(x, "layer_norm")?, View::of(dy, "layer_norm")?, View::of(&value, "layer_norm")?);
+    let (input, dy, w) =
+        (View::of(x, "layer_norm")?, View::of(dy, "layer_norm")?, View::of(&value, "layer_norm")?);
     let d = w.len();
     if bias.is_trainable() {
         bias.add_grad(Computed::cpu(column_sums(&dy, d), d).detached())?;
@@ -62,7 +64,8 @@ fn backward(x: &Tensor, dy: &Tensor, weight: &Param, bias: &Param, eps: f64) -> 
     let mut x_hat = zeros(input.len());
     let mut dx = zeros(input.len());
     let w = &w[..];
-    let rows = dx.par_chunks_mut(d).zip(x_hat.par_chunks_mut(d)).zip(input.par_chunks(d)).zip(dy.par_chunks(d));
+    let rows =
+        dx.par_chunks_mut(d).zip(x_hat.par_chunks_mut(d)).zip(input.par_chunks(d)).zip(dy.par_chunks(d));
     rows.with_min_len(16).for_each(|(((dx, x_hat), x), dy)| {
         let (mean, rstd) = moments(x, eps);
         for i in 0..d {
