@@ -7,3 +7,6 @@ mod device;
 mod ops;
 
 mod models;
+
+mod bundles;
+mod tokenizer;
