@@ -175,7 +175,9 @@ fn read_latents(file: &Path, n: usize, [c, h, w]: [usize; 3]) -> Result<Tensor> 
     let tensors = TensorFile::open(file)?;
     let wanted = [n, c, h, w];
     match tensors.shape(LATENTS) {
-        Some(shape) if shape == wanted => Ok(Tensor::from_vec(tensors.read(LATENTS)?, &wanted, &Device::Cpu)?),
+        Some(shape) if shape == wanted => {
+            Ok(Tensor::from_vec(tensors.read(LATENTS)?, &wanted, &Device::Cpu)?)
+        }
         Some(shape) => {
             Err(Error::bad(format!("{}: `{LATENTS}` is {shape:?}, wanted {wanted:?}", file.display())))
         }

@@ -10,14 +10,20 @@ use super::{Error, Result};
 ///
 /// * `pixels`: `height x width x 3` bytes, row by row
 /// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in iTXt chunks
-pub fn save_png(path: &Path, pixels: &[u8], (width, height): (usize, usize), texts: &[(&str, String)]) -> Result<()> {
-    let failed = |error: &dyn std::fmt::Display| Error::bad(format!("{}: cannot be written: {error}", path.display()));
+pub fn save_png(
+    path: &Path,
+    pixels: &[u8],
+    (width, height): (usize, usize),
+    texts: &[(&str, String)],
+) -> Result<()> {
+    let failed =
+        |error: &dyn std::fmt::Display| Error::bad(format!("{}: cannot be written: {error}", path.display()));
     let part = path.with_extension("png.part");
     let file = File::create(&part).map_err(|error| failed(&error))?;
     let written = encode(BufWriter::new(file), pixels, (width, height), texts);
-    let written = written.map_err(|error| failed(&error)).and_then(|()| {
-        std::fs::rename(&part, path).map_err(|error| failed(&error))
-    });
+    let written = written
+        .map_err(|error| failed(&error))
+        .and_then(|()| std::fs::rename(&part, path).map_err(|error| failed(&error)));
     if written.is_err() {
         let _ = std::fs::remove_file(&part); // it is of no use to anyone
     }

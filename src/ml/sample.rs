@@ -79,7 +79,9 @@ impl Settings {
         let factor = models.vae.factor();
         for (name, size) in [("width", self.width), ("height", self.height)] {
             if size == 0 || size % factor != 0 {
-                return Err(Error::bad(format!("{name}: wanted a multiple of {factor} above zero, got {size}")));
+                return Err(Error::bad(format!(
+                    "{name}: wanted a multiple of {factor} above zero, got {size}"
+                )));
             }
         }
         let most = models.schedule.n_timesteps();
@@ -173,7 +175,8 @@ pub fn decode(models: &Models, latents: &Tensor) -> Result<Vec<Vec<u8>>> {
 /// A signed picture `[1, 3, H, W]` to pixels, as the reference rounds them: `round((x / 2 + 1/2) * 255)`.
 fn pixels(picture: &Tensor) -> Result<Vec<u8>> {
     let unit = ((picture.detach().to_dtype(DType::F32)? * 0.5)? + 0.5)?.clamp(0.0, 1.0)?;
-    let interleaved = (unit.squeeze(0)?.permute((1, 2, 0))?.contiguous()? * 255.0)?.to_device(&Device::Cpu)?;
+    let interleaved =
+        (unit.squeeze(0)?.permute((1, 2, 0))?.contiguous()? * 255.0)?.to_device(&Device::Cpu)?;
     let values = interleaved.flatten_all()?.to_vec1::<f32>()?;
     if values.iter().any(|value| !value.is_finite()) {
         return Err(Error::bad("sample: the picture is not a number; the weights or the latents are broken"));

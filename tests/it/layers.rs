@@ -43,8 +43,19 @@ fn nobody_says(dir: &str, words: &[&str], may: impl Fn(&str) -> bool) {
 #[test]
 fn the_core_knows_no_network_no_clock_no_environment_and_no_terminal() {
     let words = [
-        "std::net", "std::env", "std::time", "SystemTime", "Instant::now", "tokio", "axum", "sqlx", "object_store",
-        "indicatif", "clap::", "println!", "crate::cli",
+        "std::net",
+        "std::env",
+        "std::time",
+        "SystemTime",
+        "Instant::now",
+        "tokio",
+        "axum",
+        "sqlx",
+        "object_store",
+        "indicatif",
+        "clap::",
+        "println!",
+        "crate::cli",
     ];
     nobody_says("src/ml", &words, |_| false);
 }
@@ -59,7 +70,10 @@ fn models_do_not_import_one_another() {
     for (file, code) in sources("src/ml/models") {
         for other in ["clip", "unet", "vae"] {
             let own = file.ends_with(&format!("/{other}.rs")) || file.ends_with("/mod.rs");
-            assert!(own || !code.contains(&format!("models::{other}")) && !code.contains(&format!("super::{other}")));
+            assert!(
+                own || !code.contains(&format!("models::{other}"))
+                    && !code.contains(&format!("super::{other}"))
+            );
         }
     }
 }
