@@ -7,6 +7,7 @@ mod device;
 mod ops;
 
 mod models;
+mod samplers;
 mod sample;
 
 mod bundles;
