@@ -1,6 +1,9 @@
 //! The one integration test binary, in reading order.
 
 mod golden;
+mod layers;
+
+mod device;
 mod ops;
 
 mod models;
