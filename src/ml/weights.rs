@@ -80,7 +80,7 @@ impl Weights {
     /// * embeddings (`*embedding.weight`) are normal with standard deviation 0.02
     /// * matrices and kernels are normal with standard deviation 1/sqrt(fan-in). In the UNet and the VAE each branch
     ///   begins with a norm and adds a variance of about 1 to its trunk, so activations grow with the root of the
-    ///   depth (about 10 at the deepest) and the output, behind the last norm, is of order 1.
+    ///   depth (to about 5 in SD 1.5) and the output, behind the last norm, is of order 1.
     pub fn random(seed: u64, device: &Device) -> Weights {
         Weights::new(Source::Random(seed), device)
     }
