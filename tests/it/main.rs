@@ -1,3 +1,13 @@
-//! The one integration test binary.
+//! The one integration test binary, in reading order.
+
+mod golden;
+mod layers;
 
 mod device;
+mod ops;
+
+mod models;
+mod sample;
+
+mod bundles;
+mod tokenizer;
