@@ -89,7 +89,7 @@ fn find_nvcc() -> Result<PathBuf, String> {
 
 /// `8.0`, `80` and nothing all mean 80.
 fn compute_cap() -> Result<u32, String> {
-    let text = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".into());
+    let text = env::var_os("CUDA_COMPUTE_CAP").unwrap_or_else(|| "80".into()).to_string_lossy().into_owned();
     let cap = text.replace('.', "").parse().ok().filter(|cap| (70..1000).contains(cap));
     cap.ok_or_else(|| format!("CUDA_COMPUTE_CAP: wanted a number such as 80 or 9.0, got {text:?}"))
 }
