@@ -7,9 +7,14 @@
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
 pub mod diffusion;
+pub mod models;
+pub mod nn;
 pub mod ops;
+pub mod param;
 pub mod random;
 pub mod samplers;
+pub mod tensorfile;
+pub mod weights;
 
 /// Why something in `ml` did not work.
 #[derive(Debug)]

@@ -1,1 +1,7 @@
-//! The one integration test binary.
+//! The one integration test binary, in reading order.
+
+mod golden;
+mod ops;
+
+mod models;
+mod samplers;

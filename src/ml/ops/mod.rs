@@ -1,1 +1,39 @@
-//! Our operations with backward.
+//! Our operations with backward, one file each, forward and gradient, CPU and CUDA.
+//!
+//! candle cuts gradients silently in its fused operations, has wrong ones for pooling and upsampling, and naive ones
+//! for convolution. So what a trained model is made of stands here: plain functions from tensors to tensors. A
+//! function computes its value with a kernel and [`graft`]s it into candle's graph together with its backward. A
+//! weight comes as a [`Param`](super::param::Param); its gradient goes into the weight, not into candle's store.
+//!
+//! Every function takes inputs with any strides and gives a contiguous result of the input's dtype. CPU: f32. CUDA:
+//! f32 and bf16, with sums in f32.
+
+mod activation;
+mod adamw;
+mod attention;
+mod checkpoint;
+mod conv2d;
+mod cpu;
+mod depthwise;
+mod embedding;
+mod geglu;
+mod graft;
+mod group_norm;
+mod layer_norm;
+mod linear;
+mod softmax;
+mod upsample;
+
+pub use activation::{Activation, activate};
+pub use adamw::{AdamW, AdamWConfig};
+pub use attention::attention;
+pub use checkpoint::checkpoint;
+pub use conv2d::{Conv2dSpec, conv2d};
+pub use depthwise::depthwise_conv2d;
+pub use embedding::embedding;
+pub use geglu::geglu;
+pub use group_norm::group_norm;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use softmax::softmax;
+pub use upsample::upsample_nearest;

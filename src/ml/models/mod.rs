@@ -1,0 +1,12 @@
+//! The models: one architecture, one file. They never import one another.
+
+pub mod clip;
+pub mod unet;
+pub mod vae;
+
+use super::{Error, Result};
+
+/// Refuses a value in a configuration that the model cannot honour.
+fn refuse(holds: bool, key: &str, value: impl std::fmt::Debug, wanted: &str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::bad(format!("config.json: {key} is {value:?}, wanted {wanted}"))) }
+}

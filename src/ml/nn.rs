@@ -1,0 +1,186 @@
+//! Layers: named weights put to the operations of [`ops`]. Fields carry the names of the checkpoint.
+
+use candle_core::{Result, Tensor};
+
+use super::ops::{self, Activation, Conv2dSpec};
+use super::param::Param;
+use super::weights::Weights;
+
+/// `y = x W^T + b` over the last dimension.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Linear {
+    /// A layer `[.., n_in]` to `[.., n_out]` with a bias.
+    pub fn load(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
+        Ok(Self { weight: w.get("weight", &[n_out, n_in])?, bias: Some(w.get("bias", &[n_out])?) })
+    }
+
+    /// A layer without a bias.
+    pub fn load_no_bias(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
+        Ok(Self { weight: w.get("weight", &[n_out, n_in])?, bias: None })
+    }
+
+    /// `[.., n_in]` to `[.., n_out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+/// Convolution with a bias.
+#[derive(Debug)]
+pub struct Conv2d {
+    weight: Param,
+    bias: Param,
+    spec: Conv2dSpec,
+}
+
+impl Conv2d {
+    /// A square kernel.
+    pub fn load(
+        w: &Weights,
+        n_in: usize,
+        n_out: usize,
+        kernel: usize,
+        spec: Conv2dSpec,
+    ) -> super::Result<Self> {
+        let weight = w.get("weight", &[n_out, n_in, kernel, kernel])?;
+        Ok(Self { weight, bias: w.get("bias", &[n_out])?, spec })
+    }
+
+    /// `[B, n_in, H, W]` to `[B, n_out, H', W']`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(x, &self.weight, Some(&self.bias), self.spec)
+    }
+}
+
+/// Layer norm over the last dimension.
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Param,
+    bias: Param,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Over `width` elements.
+    pub fn load(w: &Weights, width: usize, eps: f64) -> super::Result<Self> {
+        Ok(Self { weight: w.get("weight", &[width])?, bias: w.get("bias", &[width])?, eps })
+    }
+
+    /// `[.., width]` to the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// Group norm with the activation that follows it.
+#[derive(Debug)]
+pub struct GroupNorm {
+    weight: Param,
+    bias: Param,
+    n_groups: usize,
+    eps: f64,
+    activation: Option<Activation>,
+}
+
+impl GroupNorm {
+    /// Over `n_channels` in `n_groups`.
+    pub fn load(
+        w: &Weights,
+        n_channels: usize,
+        n_groups: usize,
+        eps: f64,
+        activation: Option<Activation>,
+    ) -> super::Result<Self> {
+        let (weight, bias) = (w.get("weight", &[n_channels])?, w.get("bias", &[n_channels])?);
+        Ok(Self { weight, bias, n_groups, eps, activation })
+    }
+
+    /// `[B, C, ..]` to the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let fused = self.activation == Some(Activation::Silu);
+        let y = ops::group_norm(x, &self.weight, &self.bias, self.n_groups, self.eps, fused)?;
+        match self.activation {
+            Some(activation) if !fused => ops::activate(&y, activation),
+            _ => Ok(y),
+        }
+    }
+}
+
+/// What the residual blocks of one model have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct ResnetConfig {
+    /// Groups of each norm.
+    pub n_groups: usize,
+    /// Eps of each norm.
+    pub eps: f64,
+    /// Activation after each norm.
+    pub activation: Activation,
+    /// Width of the time embedding, where there is one.
+    pub time_width: Option<usize>,
+}
+
+/// Residual block: two convolutions, the time embedding added between them. Ports diffusers' `ResnetBlock2D`.
+#[derive(Debug)]
+pub struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+    activation: Activation,
+}
+
+impl Resnet {
+    /// From `n_in` to `n_out` channels; a 1x1 shortcut where they differ.
+    pub fn load(w: &Weights, n_in: usize, n_out: usize, config: &ResnetConfig) -> super::Result<Self> {
+        let ResnetConfig { n_groups, eps, activation, time_width } = *config;
+        let norm = |name: &str, n| GroupNorm::load(&w.pp(name), n, n_groups, eps, Some(activation));
+        let conv = |name: &str, n| Conv2d::load(&w.pp(name), n, n_out, 3, Conv2dSpec::padded(1, 1));
+        let shortcut = || Conv2d::load(&w.pp("conv_shortcut"), n_in, n_out, 1, Conv2dSpec::padded(1, 0));
+        Ok(Self {
+            norm1: norm("norm1", n_in)?,
+            conv1: conv("conv1", n_in)?,
+            time_emb_proj: time_width
+                .map(|width| Linear::load(&w.pp("time_emb_proj"), width, n_out))
+                .transpose()?,
+            norm2: norm("norm2", n_out)?,
+            conv2: conv("conv2", n_out)?,
+            conv_shortcut: (n_in != n_out).then(shortcut).transpose()?,
+            activation,
+        })
+    }
+
+    /// * `x` `[B, n_in, h, w]`
+    /// * `time` `[B, time width]`, wanted exactly if the block was configured with one
+    ///
+    /// Gives `[B, n_out, h, w]`.
+    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
+        if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
+            let time = project.forward(&ops::activate(time, self.activation)?)?;
+            hidden = hidden.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?; // [B, n_out, 1, 1]
+        }
+        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x)? + hidden,
+            None => x + hidden,
+        }
+    }
+}
+
+/// `[B, C, h, w]` to `[B, h w, C]`.
+pub fn to_tokens(x: &Tensor) -> Result<Tensor> {
+    x.flatten_from(2)?.transpose(1, 2)?.contiguous()
+}
+
+/// `[B, h w, C]` to `[B, C, h, w]`.
+pub fn to_picture(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    let (b, _, c) = x.dims3()?;
+    x.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))
+}

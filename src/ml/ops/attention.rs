@@ -1,0 +1,171 @@
+//! Scaled dot-product attention over several heads.
+
+use candle_core::{Device, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum2, zeros};
+use super::graft::{Computed, graft};
+use super::softmax::softmax_row;
+
+/// `softmax(q k^T / sqrt(K)) v`, head by head (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+///
+/// * `q` `[B, L, N K]`, `k` and `v` `[B, S, N K]`: heads side by side in the last dimension, as the projections leave
+///   them, so nothing is transposed
+/// * `n_heads` is `N`
+/// * `causal`: a query sees keys up to its own place only
+///
+/// Gives `[B, L, N K]`. Differentiable in all three. The score matrix is never kept: forward works on tiles of queries,
+/// backward computes them again.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, causal: bool) -> Result<Tensor> {
+    let ((b, l, d), (b_k, s, d_k)) = (q.dims3()?, k.dims3()?);
+    if b != b_k || d != d_k || k.dims() != v.dims() || n_heads == 0 || d % n_heads != 0 {
+        bail!("attention: {n_heads} heads over q {:?}, k {:?}, v {:?}", q.dims(), k.dims(), v.dims());
+    }
+    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+    let heads = Heads { b, l, s, d, n: n_heads, causal };
+    let value = match q.device() {
+        Device::Cpu => heads.forward(&q, &k, &v)?,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => super::cuda::attention(&q, &k, &v, &heads)?,
+        other => bail!("attention: no kernel for {other:?}"),
+    };
+    let inputs = [q.clone(), k.clone(), v.clone()];
+    graft("attention", &[&q, &k, &v], value, move |dy| {
+        let [q, k, v] = &inputs;
+        let grads = match dy.device() {
+            Device::Cpu => heads.backward(q, k, v, dy)?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => super::cuda::attention_backward(q, k, v, dy, &heads)?,
+            other => bail!("attention: no kernel for {other:?}"),
+        };
+        let [dq, dk, dv] = grads.map(Computed::detached);
+        Ok([q.track_op().then_some(dq), k.track_op().then_some(dk), v.track_op().then_some(dv)])
+    })
+}
+
+/// Sizes of one attention.
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    pub b: usize,
+    /// Queries.
+    pub l: usize,
+    /// Keys.
+    pub s: usize,
+    /// Width of all heads together.
+    pub d: usize,
+    pub n: usize,
+    pub causal: bool,
+}
+
+/// Scores that one tile of queries may have: half a megabyte of f32 stays in a core's cache.
+const TILE_SCORES: usize = 1 << 17;
+
+impl Heads {
+    fn width(&self) -> usize {
+        self.d / self.n
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.width() as f32).sqrt()
+    }
+
+    /// Queries in one tile.
+    fn tile(&self) -> usize {
+        (TILE_SCORES / self.s.max(1)).clamp(16, 256).min(self.l.max(1))
+    }
+
+    /// Where the rows of image `b`, head `h` begin in a tensor with `n_rows` rows per image.
+    fn at(&self, b: usize, h: usize, n_rows: usize) -> usize {
+        b * n_rows * self.d + h * self.width()
+    }
+
+    /// Probabilities of the queries `from..from + n`, into `p` `[n, S]`.
+    fn probabilities(&self, p: &mut [f32], q: &[f32], k: &[f32], from: usize, n: usize, threads: Threads) {
+        let (d, s) = (self.d, self.s);
+        let factors = (Mat::rows(&q[from * d..], d), Mat::rows(k, d).t());
+        gemm(p, s, Into::Replace, (n, s, self.width()), factors, self.scale(), threads);
+        let finish = |i: usize, row: &mut [f32]| {
+            if self.causal {
+                row.iter_mut().skip(from + i + 1).for_each(|score| *score = f32::NEG_INFINITY);
+            }
+            softmax_row(row);
+        };
+        if threads == Threads::All {
+            p.par_chunks_mut(s).take(n).enumerate().for_each(|(i, row)| finish(i, row));
+        } else {
+            p.chunks_mut(s).take(n).enumerate().for_each(|(i, row)| finish(i, row));
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Computed> {
+        let (q, k, v) = (View::of(q, "attention")?, View::of(k, "attention")?, View::of(v, "attention")?);
+        let (q, k, v) = (&q[..], &k[..], &v[..]);
+        let (d, tile) = (self.d, self.tile());
+        let mut y = zeros(q.len());
+        let out = Tiles::new(&mut y);
+        let n_tiles = self.l.div_ceil(tile);
+        (0..self.b * self.n * n_tiles).into_par_iter().for_each_init(
+            || zeros(tile * self.s),
+            |p, task| {
+                let (b, h, from) = (task / n_tiles / self.n, task / n_tiles % self.n, task % n_tiles * tile);
+                let n = tile.min(self.l - from);
+                let (q_at, k_at) = (self.at(b, h, self.l), self.at(b, h, self.s));
+                self.probabilities(p, &q[q_at..], &k[k_at..], from, n, Threads::One);
+                let factors = (Mat::rows(p, self.s), Mat::rows(&v[k_at..], d));
+                let size = (n, self.width(), self.s);
+                // SAFETY: each task writes its own rows of its own head.
+                unsafe { out.gemm(q_at + from * d, d, Into::Replace, size, factors, 1.0, Threads::One) }
+            },
+        );
+        Ok(Computed::cpu(y, (self.b, self.l, self.d)))
+    }
+
+    #[allow(unsafe_code)]
+    fn backward(&self, q: &Tensor, k: &Tensor, v: &Tensor, dy: &Tensor) -> Result<[Computed; 3]> {
+        let (q, k, v) = (View::of(q, "attention")?, View::of(k, "attention")?, View::of(v, "attention")?);
+        let dy = View::of(dy, "attention")?;
+        let (q, k, v, dy) = (&q[..], &k[..], &v[..], &dy[..]);
+        let (d, s, width, tile) = (self.d, self.s, self.width(), self.tile());
+        let (mut dq, mut dk, mut dv) = (zeros(q.len()), zeros(k.len()), zeros(v.len()));
+        let [dq_out, dk_out, dv_out] = [Tiles::new(&mut dq), Tiles::new(&mut dk), Tiles::new(&mut dv)];
+        let n_tasks = self.b * self.n;
+        // With fewer heads than threads, the threads share each product instead.
+        let threads = if n_tasks < rayon::current_num_threads() { Threads::All } else { Threads::One };
+        let head = |(p, dp): &mut (Vec<f32>, Vec<f32>), task: usize| {
+            let (b, h) = (task / self.n, task % self.n);
+            let (q_at, k_at) = (self.at(b, h, self.l), self.at(b, h, s));
+            let (k, v) = (&k[k_at..], &v[k_at..]);
+            for from in (0..self.l).step_by(tile) {
+                let n = tile.min(self.l - from);
+                self.probabilities(p, &q[q_at..], k, from, n, threads);
+                let at = q_at + from * d;
+                let (q, dy) = (Mat::rows(&q[at..], d), Mat::rows(&dy[at..], d));
+                gemm(dp, s, Into::Replace, (n, s, width), (dy, Mat::rows(v, d).t()), 1.0, threads);
+                // SAFETY: each task writes its own head of its own image.
+                unsafe {
+                    dv_out.gemm(k_at, d, Into::Add, (s, width, n), (Mat::rows(p, s).t(), dy), 1.0, threads);
+                }
+                for (p, dp) in p.chunks(s).zip(dp.chunks_mut(s)).take(n) {
+                    let dot = sum2(p, dp, |p, dp| p * dp) as f32;
+                    dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - dot));
+                }
+                let (ds, scale) = (Mat::rows(dp, s), self.scale());
+                // SAFETY: as above.
+                unsafe {
+                    dq_out.gemm(at, d, Into::Replace, (n, width, s), (ds, Mat::rows(k, d)), scale, threads);
+                    dk_out.gemm(k_at, d, Into::Add, (s, width, n), (ds.t(), q), scale, threads);
+                }
+            }
+        };
+        let scratch = || (zeros(tile * s), zeros(tile * s));
+        if threads == Threads::All {
+            let mut scratch = scratch();
+            (0..n_tasks).for_each(|task| head(&mut scratch, task));
+        } else {
+            (0..n_tasks).into_par_iter().for_each_init(scratch, head);
+        }
+        let (l, b) = (self.l, self.b);
+        Ok([Computed::cpu(dq, (b, l, d)), Computed::cpu(dk, (b, s, d)), Computed::cpu(dv, (b, s, d))])
+    }
+}

@@ -1,0 +1,283 @@
+//! Where a model's weights come from: a file, tensors at hand, a seed, or nowhere yet.
+//!
+//! A model asks for its weights by the names of the diffusers and transformers files; whatever a file calls them
+//! otherwise is in one table here. Nothing is remembered of a file but its header: each tensor is read when asked for.
+//! Writing is in [`super::tensorfile`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Display;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use super::param::Param;
+use super::random;
+use super::tensorfile::TensorFile;
+use super::{Error, Result};
+
+pub use super::tensorfile::{save, save_streaming};
+
+/// Parts of names that files spell differently: ours (diffusers >= 0.15) and the other.
+///
+/// The VAE's attention was once a class of its own; the SD 1.5 files still carry its names.
+const SPELLINGS: [(&str, &str); 4] =
+    [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
+
+/// Files by transformers < 5 put all of the text encoder under this prefix, newer ones leave it out.
+const TEXT_PREFIX: &str = "text_model.";
+
+/// Tensors in files that are no weights: old transformers saved the numbers 0 to 76.
+const NO_WEIGHTS: [&str; 1] = ["embeddings.position_ids"];
+
+/// Standard deviation of random embeddings, the reference's `initializer_range`.
+const EMBEDDING_STD: f32 = 0.02;
+
+/// Random values drawn by one thread, and one stream of the generator each; part of what a seed means.
+const CHUNK: usize = 1 << 16;
+
+/// A place in the tree of tensor names of one source of weights. Cheap to clone; clones share the source and the
+/// list of what was handed out.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    root: Arc<Root>,
+    prefix: String,
+    trainable: bool,
+}
+
+#[derive(Debug)]
+struct Root {
+    source: Source,
+    device: Device,
+    given: Mutex<BTreeMap<String, Param>>,
+}
+
+#[derive(Debug)]
+enum Source {
+    File(TensorFile),
+    Tensors(HashMap<String, Tensor>),
+    Random(u64),
+    Blueprint,
+}
+
+impl Weights {
+    /// The tensors of a safetensors file; f16, bf16 and f64 become f32 when read. [`Error::Bad`] as
+    /// [`TensorFile::open`] says.
+    pub fn open(file: &Path, device: &Device) -> Result<Weights> {
+        Ok(Weights::new(Source::File(TensorFile::open(file)?), device))
+    }
+
+    /// Tensors at hand, for tests; they become f32 on `device` when asked for.
+    pub fn from_tensors(tensors: HashMap<String, Tensor>, device: &Device) -> Weights {
+        Weights::new(Source::Tensors(tensors), device)
+    }
+
+    /// Seeded initial weights of any name and shape. Each depends on the seed and its own full name only, never on
+    /// the order of asking.
+    ///
+    /// * biases are 0, other weights of one axis (the norms') 1
+    /// * embeddings (`*embedding.weight`) are normal with standard deviation 0.02
+    /// * matrices and kernels are normal with standard deviation 1/sqrt(fan-in). In the UNet and the VAE each branch
+    ///   begins with a norm and adds a variance of about 1 to its trunk, so activations grow with the root of the
+    ///   depth (about 10 at the deepest) and the output, behind the last norm, is of order 1.
+    pub fn random(seed: u64, device: &Device) -> Weights {
+        Weights::new(Source::Random(seed), device)
+    }
+
+    /// No weights at all: [`Weights::get`] notes the name and shape and gives zeros that take no memory. A model
+    /// built from it cannot be trained, but lists what it would read in [`Weights::params`].
+    pub fn blueprint() -> Weights {
+        Weights::new(Source::Blueprint, &Device::Cpu)
+    }
+
+    fn new(source: Source, device: &Device) -> Weights {
+        let root = Root { source, device: device.clone(), given: Mutex::default() };
+        Weights { root: Arc::new(root), prefix: String::new(), trainable: false }
+    }
+
+    /// The same place, its weights handed out as trainable or (as they are at first) frozen.
+    #[must_use]
+    pub fn trainable(self, yes: bool) -> Weights {
+        Weights { trainable: yes, ..self }
+    }
+
+    /// One level down: `weights.pp("mid_block").pp(0)` is `mid_block.0`.
+    #[must_use]
+    pub fn pp(&self, name: impl Display) -> Weights {
+        Weights { prefix: self.full(&name.to_string()), ..self.clone() }
+    }
+
+    /// The weight of this name below this place, in f32 on the source's device.
+    ///
+    /// Asked twice, it is the same weight. `[C, C, 1, 1]` in a file serves where `[C, C]` is wanted and the reverse:
+    /// old VAE attention and `proj_in`/`proj_out` come both ways. [`Error::Bad`] names file, tensor, wanted and found
+    /// shape, and for a missing tensor the nearest name there is.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Param> {
+        let name = self.full(name);
+        if let Some(param) = self.given().get(&name) {
+            return self.again(param, shape);
+        }
+        let trainable = self.trainable && !matches!(self.root.source, Source::Blueprint);
+        let param = Param::new(name.clone(), self.value(&name, shape)?, trainable)?;
+        self.given().insert(name, param.clone());
+        Ok(param)
+    }
+
+    /// All weights handed out so far by this source, by full name.
+    pub fn params(&self) -> BTreeMap<String, Param> {
+        self.given().clone()
+    }
+
+    fn full(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn given(&self) -> MutexGuard<'_, BTreeMap<String, Param>> {
+        self.root.given.lock().unwrap_or_else(PoisonError::into_inner) // a map is whole after any panic
+    }
+
+    /// A weight that was handed out before: it must be wanted as it is.
+    fn again(&self, param: &Param, shape: &[usize]) -> Result<Param> {
+        let what = if param.value().dims() != shape {
+            format!("as {:?} and as {shape:?}", param.value().dims())
+        } else if param.is_trainable() != self.trainable && !matches!(self.root.source, Source::Blueprint) {
+            "as trainable and as frozen".to_owned()
+        } else {
+            return Ok(param.clone());
+        };
+        Err(Error::Bad(format!("{}: tensor `{}` is wanted {what}", self.root.source.words(), param.name())))
+    }
+
+    fn value(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let device = &self.root.device;
+        match &self.root.source {
+            Source::File(file) => {
+                let found = find(name, shape, |n| file.shape(n), file.names());
+                let found = found.map_err(|what| Error::Bad(format!("{}: {what}", file.path().display())))?;
+                Ok(Tensor::from_vec(file.read(&found)?, shape, device)?)
+            }
+            Source::Tensors(tensors) => {
+                let names = tensors.keys().map(String::as_str);
+                let found = find(name, shape, |n| tensors.get(n).map(Tensor::dims), names);
+                let found =
+                    found.map_err(|what| Error::Bad(format!("{}: {what}", self.root.source.words())))?;
+                Ok(tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?)
+            }
+            Source::Random(seed) => Ok(Tensor::from_vec(initial(*seed, name, shape), shape, device)?),
+            Source::Blueprint => Ok(Tensor::zeros((), DType::F32, device)?.broadcast_as(shape)?),
+        }
+    }
+}
+
+impl Source {
+    fn words(&self) -> String {
+        match self {
+            Source::File(file) => file.path().display().to_string(),
+            Source::Tensors(_) => "tensors at hand".into(),
+            Source::Random(seed) => format!("random weights of seed {seed}"),
+            Source::Blueprint => "blueprint".into(),
+        }
+    }
+}
+
+/// The name under which a source holds the wanted tensor, or why it does not serve.
+fn find<'a>(
+    name: &str,
+    shape: &[usize],
+    shape_of: impl Fn(&str) -> Option<&'a [usize]>,
+    names: impl Iterator<Item = &'a str>,
+) -> Result<String, String> {
+    let Some((found, found_shape)) = spellings(name).into_iter().find_map(|n| shape_of(&n).map(|s| (n, s)))
+    else {
+        return Err(match nearest(name, names) {
+            Some(near) => format!("tensor `{name}` of shape {shape:?} is missing (there is `{near}`)"),
+            None => format!("tensor `{name}` of shape {shape:?} is missing"),
+        });
+    };
+    if without_kernel(found_shape) == without_kernel(shape) {
+        return Ok(found);
+    }
+    Err(format!("tensor `{found}` has shape {found_shape:?}, but {shape:?} is wanted"))
+}
+
+/// The name itself, then what other files may call it.
+fn spellings(name: &str) -> Vec<String> {
+    let mut all = vec![name.to_owned()];
+    for (ours, theirs) in SPELLINGS {
+        all.push(name.replace(ours, theirs));
+        all.push(name.replace(theirs, ours));
+    }
+    all.push(name.strip_prefix(TEXT_PREFIX).map_or_else(|| format!("{TEXT_PREFIX}{name}"), str::to_owned));
+    all
+}
+
+/// `[C, D, 1, 1]`, a kernel of one pixel, is the matrix `[C, D]`.
+fn without_kernel(shape: &[usize]) -> &[usize] {
+    match shape {
+        [_, _, 1, 1] => &shape[..2],
+        _ => shape,
+    }
+}
+
+/// The name most like the wanted one, if it is likely that it is meant.
+fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let cost = |other: &str| {
+        let within = other.ends_with(&format!(".{name}")) || name.ends_with(&format!(".{other}"));
+        if within { 0 } else { edits(name, other) }
+    };
+    let (cost, near) = names.map(|other| (cost(other), other)).min()?;
+    (cost <= name.len() / 5).then_some(near)
+}
+
+/// Levenshtein's distance between two names, in bytes.
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let change = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// How a file differs from what a model built from a [`Weights::blueprint`] asked for: one line for each tensor that
+/// is missing, misshapen or not asked for, without the file's name.
+pub fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut used = BTreeSet::new();
+    for (name, param) in wanted {
+        used.extend(spellings(name));
+        if let Err(what) = find(name, param.value().dims(), |n| file.shape(n), file.names()) {
+            lines.push(what);
+        }
+    }
+    let extra = |n: &&str| !used.contains(*n) && !NO_WEIGHTS.iter().any(|no| n.ends_with(no));
+    lines.extend(
+        file.names()
+            .filter(extra)
+            .map(|n| format!("tensor `{n}` is not part of the model the config describes")),
+    );
+    lines
+}
+
+/// The random initial value of a weight; see [`Weights::random`].
+fn initial(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+    let n = shape.iter().product();
+    let std = match shape {
+        _ if name.ends_with("bias") => return vec![0.; n],
+        [] | [_] => return vec![1.; n],
+        _ if name.ends_with("embedding.weight") => EMBEDDING_STD,
+        [_, inner @ ..] => 1. / (inner.iter().product::<usize>().max(1) as f32).sqrt(),
+    };
+    let seed = random::derive(seed, name);
+    let mut values = vec![0.; n];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
+        let normal = random::normal(seed, stream as u64, chunk.len());
+        chunk.iter_mut().zip(normal).for_each(|(v, z)| *v = z * std);
+    });
+    values
+}

@@ -1,0 +1,194 @@
+//! The models against diffusers and transformers: outputs, and the gradient of every trained weight.
+
+use candle_core::{Result, Tensor};
+use hypnos::ml::models::clip::{self, ClipText};
+use hypnos::ml::models::unet::{self, Unet};
+use hypnos::ml::models::vae::{self, Vae};
+use hypnos::ml::ops::{AdamW, AdamWConfig};
+use hypnos::ml::weights::Weights;
+use serde_json::Value;
+
+use crate::golden::{GRADIENT, Golden, OUTPUT, assert_close, variable};
+
+fn config<T: serde::de::DeserializeOwned>(value: &Value) -> T {
+    serde_json::from_value(value.clone()).expect("a configuration")
+}
+
+fn mse(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    (a - b)?.sqr()?.mean_all()
+}
+
+#[test]
+fn the_text_encoder_agrees_with_transformers() {
+    for (name, cases) in [("clip", &["b1", "b3", "short"][..]), ("clip_gelu", &["b1", "b3"][..])] {
+        let golden = Golden::open(name);
+        for case in cases {
+            let weights = golden.weights("").trainable(true);
+            let model =
+                ClipText::load(&weights, &golden.metadata::<clip::Config>("config")).expect("a model");
+            let y = model.forward(&golden.rows(&format!("input.{case}.ids"))).expect("hidden states");
+            let wanted = golden.get(&format!("output.{case}.last_hidden_state"));
+            assert_close(&format!("{name} {case}"), &y, &wanted, OUTPUT);
+            let loss = mse(&y, &golden.get(&format!("input.{case}.target"))).expect("a loss");
+            loss.backward().expect("a backward");
+            golden.check_gradients(case, "", &weights);
+        }
+    }
+}
+
+#[test]
+fn the_unet_agrees_with_diffusers() {
+    for name in ["unet_sd15", "unet_list", "unet_odd"] {
+        for (case, checkpointing) in [("b1", false), ("b3", false), ("b3", true)] {
+            check_unet(name, case, checkpointing);
+        }
+    }
+}
+
+fn check_unet(name: &str, case: &str, checkpointing: bool) {
+    let golden = Golden::open(name);
+    let weights = golden.weights("").trainable(true);
+    let mut model = Unet::load(&weights, &golden.metadata::<unet::Config>("config")).expect("a model");
+    model.checkpointing = checkpointing;
+    let input = |name: &str| golden.get(&format!("input.{case}.{name}"));
+    let (x, text) = (variable(&input("latents")), variable(&input("text")));
+    let y = model.forward(&x, &golden.numbers(&format!("input.{case}.t")), &text).expect("a prediction");
+    assert_close(&format!("{name} {case}"), &y, &golden.get(&format!("output.{case}.noise")), OUTPUT);
+    let grads = mse(&y, &input("noise")).and_then(|loss| loss.backward()).expect("a backward");
+    golden.check_gradients(case, "", &weights);
+    for (key, variable) in [("latents", &x), ("text", &text)] {
+        let wanted = golden.find(&format!("grad.{case}.input.{key}")).expect("the input's gradient");
+        assert_close(
+            &format!("{name} {case} {key}"),
+            grads.get(variable).expect("a gradient"),
+            &wanted,
+            GRADIENT,
+        );
+    }
+}
+
+#[test]
+fn the_autoencoder_agrees_with_diffusers() {
+    let old = Golden::open("vae_old_names").weights("");
+    for (name, weights, cases) in [
+        ("vae", None, &["b1", "b2", "uneven"][..]),
+        ("vae8", None, &["b1", "b2"][..]),
+        ("vae", Some(old), &["b2"][..]),
+    ] {
+        let golden = Golden::open(name);
+        let weights = weights.unwrap_or_else(|| golden.weights(""));
+        let config = golden.metadata::<vae::Config>("config");
+        let model = Vae::load(&weights, &config).expect("a model");
+        for case in cases {
+            check_vae(&golden, &model, case);
+        }
+        let n_grads = weights.params().values().filter(|param| param.grad().is_some()).count();
+        assert_eq!(n_grads, 0, "frozen weights get no gradient");
+    }
+}
+
+fn check_vae(golden: &Golden, model: &Vae, case: &str) {
+    let input = |name: &str| golden.get(&format!("input.{case}.{name}"));
+    let output = |name: &str| golden.get(&format!("output.{case}.{name}"));
+    let moments = model.encode(&input("image")).expect("moments");
+    assert_close(&format!("{case} mean"), &moments.mean, &output("mean"), OUTPUT);
+    assert_close(&format!("{case} logvar"), &moments.logvar, &output("logvar"), OUTPUT);
+    // The reference decodes unscaled latents; ours are the UNet's.
+    let z = variable(&input("z"));
+    let picture = (z.as_tensor() * model.scaling_factor()).and_then(|z| model.decode(&z)).expect("a picture");
+    assert_close(&format!("{case} picture"), &picture, &output("image"), OUTPUT);
+    let loss = (picture * input("w")).and_then(|y| y.sum_all()).expect("a sum");
+    let grads = loss.backward().expect("a backward");
+    let wanted = golden.get(&format!("grad.{case}.input.z"));
+    assert_close(&format!("{case} z"), grads.get(&z).expect("a gradient"), &wanted, GRADIENT);
+}
+
+/// Text encoder, UNet and frozen autoencoder of one small Stable Diffusion.
+struct Chain {
+    golden: Golden,
+    text_weights: Weights,
+    unet_weights: Weights,
+    text: ClipText,
+    unet: Unet,
+    vae: Vae,
+}
+
+impl Chain {
+    fn load() -> Self {
+        let golden = Golden::open("step");
+        let configs: Value = golden.metadata("config");
+        let text_weights = golden.weights("text.").trainable(true);
+        let unet_weights = golden.weights("unet.").trainable(true);
+        let text = ClipText::load(&text_weights, &config(&configs["text"])).expect("a text encoder");
+        let unet = Unet::load(&unet_weights, &config(&configs["unet"])).expect("a UNet");
+        let vae = Vae::load(&golden.weights("vae."), &config(&configs["vae"])).expect("an autoencoder");
+        Self { golden, text_weights, unet_weights, text, unet, vae }
+    }
+
+    /// Loss a: noise loss of the instance and of the class image. Loss b: a + a tenth of the decoded picture's.
+    fn loss(&self, with_picture: bool) -> Result<Tensor> {
+        let input = |name: &str| self.golden.get(&format!("input.all.{name}"));
+        let t = self.golden.numbers("input.all.t");
+        let noisy = self.golden.get("output.all.noisy");
+        let text = self.text.forward(&self.golden.rows("input.all.ids"))?;
+        let eps = self.unet.forward(&noisy, &t, &text)?;
+        assert_close("predicted", &eps, &self.golden.get("output.all.predicted"), OUTPUT);
+        let part = |i: usize| mse(&eps.narrow(0, i, 1)?, &input("noise").narrow(0, i, 1)?);
+        let loss = (part(0)? + part(1)?)?;
+        if !with_picture {
+            return Ok(loss);
+        }
+        let alpha_bar = alpha_bar(t[0] as usize);
+        let noise = (eps.narrow(0, 0, 1)? * (1.0 - alpha_bar).sqrt())?;
+        let z0 = ((noisy.narrow(0, 0, 1)? - noise)? / alpha_bar.sqrt())?;
+        let picture = self.vae.decode(&z0)?;
+        assert_close("picture", &picture, &self.golden.get("output.all.image"), OUTPUT);
+        loss + (mse(&picture, &input("target"))? * 0.1)?
+    }
+}
+
+/// Of the scaled linear schedule, in f64.
+fn alpha_bar(t: usize) -> f64 {
+    let beta = |i: usize| {
+        let (from, to) = (0.00085_f64.sqrt(), 0.012_f64.sqrt());
+        (from + (to - from) * i as f64 / 999.0).powi(2)
+    };
+    (0..=t).map(|i| 1.0 - beta(i)).product()
+}
+
+#[test]
+fn the_whole_step_has_the_reference_s_gradients() {
+    for (case, with_picture) in [("a", false), ("b", true)] {
+        let chain = Chain::load();
+        let loss = chain.loss(with_picture).expect("a loss");
+        let value = f64::from(loss.to_scalar::<f32>().expect("a number"));
+        let wanted = chain.golden.scalar(&format!("output.all.{case}"));
+        assert!((value - wanted).abs() <= OUTPUT * wanted, "loss {case}: {value}, wanted {wanted}");
+        loss.backward().expect("a backward");
+        chain.golden.check_gradients(&format!("all.{case}"), "text.", &chain.text_weights);
+        chain.golden.check_gradients(&format!("all.{case}"), "unet.", &chain.unet_weights);
+    }
+}
+
+#[test]
+fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
+    let chain = Chain::load();
+    let params = chain.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
+    let unet = chain.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
+    let params: Vec<_> = params.chain(unet).collect();
+    let config = AdamWConfig { lr: 1e-3, ..AdamWConfig::default() };
+    let mut adamw = AdamW::new(params.iter().map(|(_, param)| param.clone()), config).expect("an optimiser");
+    let mut n_compared = 0;
+    // The reference's second step repeats the data, so only the first prediction is the golden's.
+    chain.loss(false).and_then(|loss| loss.backward()).expect("a backward");
+    let norm = adamw.step().expect("a step");
+    let wanted = chain.golden.scalar("output.all.norm.1");
+    assert!((norm - wanted).abs() <= 1e-4 * wanted, "norm {norm}, wanted {wanted}");
+    for (name, param) in &params {
+        if let Some(wanted) = chain.golden.find(&format!("output.all.after.1.{name}")) {
+            assert_close(name, &param.value(), &wanted, OUTPUT);
+            n_compared += 1;
+        }
+    }
+    assert_eq!(n_compared, 10);
+}

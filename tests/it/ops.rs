@@ -1,0 +1,269 @@
+//! Every operation against PyTorch's, outputs and gradients.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Result, Tensor};
+use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
+use hypnos::ml::param::Param;
+use serde_json::Value;
+
+use crate::golden::{GRADIENT, Golden, OUTPUT, assert_close, trained, variable};
+
+/// Runs `op` on the inputs of `case`, once as they are and once with strides that are not contiguous, and compares the
+/// output and the gradient of `sum(out * w)` for every input and parameter.
+fn check(case: &str, inputs: &[&str], params: &[&str], op: impl Fn(&[Tensor], &[Param]) -> Result<Tensor>) {
+    let golden = Golden::open("ops");
+    for strided in [false, true] {
+        let variables: Vec<_> =
+            inputs.iter().map(|name| variable(&golden.get(&format!("input.{case}.{name}")))).collect();
+        let arguments: Vec<Tensor> =
+            variables.iter().map(|v| if strided { odd_strides(v) } else { v.as_tensor().clone() }).collect();
+        let weights: Vec<Param> =
+            params.iter().map(|name| trained(name, &golden.get(&format!("input.{case}.{name}")))).collect();
+        let y = op(&arguments, &weights).expect("the operation works");
+        assert_close(&format!("{case} out"), &y, &golden.get(&format!("output.{case}.out")), OUTPUT);
+        let w = golden.get(&format!("input.{case}.w"));
+        let grads = (y * w).and_then(|y| y.sum_all()).and_then(|y| y.backward()).expect("a backward");
+        for (name, variable) in inputs.iter().zip(&variables) {
+            let grad = grads.get(variable).unwrap_or_else(|| panic!("{case}: {name} got no gradient"));
+            assert_close(
+                &format!("{case} {name}"),
+                grad,
+                &golden.get(&format!("grad.{case}.{name}")),
+                GRADIENT,
+            );
+        }
+        for weight in &weights {
+            let grad = weight.grad().unwrap_or_else(|| panic!("{case}: {} got no gradient", weight.name()));
+            let wanted = golden.get(&format!("grad.{case}.{}", weight.name()));
+            assert_close(&format!("{case} {}", weight.name()), &grad, &wanted, GRADIENT);
+        }
+    }
+}
+
+/// The same values behind transposed strides.
+fn odd_strides(x: &Tensor) -> Tensor {
+    let last = x.rank() - 1;
+    if last == 0 {
+        return x.clone();
+    }
+    let swapped = x.transpose(0, last).and_then(|x| x.contiguous()).expect("a transpose");
+    let back = swapped.transpose(0, last).expect("a transpose");
+    assert!(x.dims()[0] == 1 || x.dims()[last] == 1 || !back.is_contiguous());
+    back
+}
+
+fn settings(case: &str) -> Value {
+    Golden::open("ops").metadata::<HashMap<String, Value>>("settings").remove(case).expect("settings")
+}
+
+fn spec(case: &str) -> Conv2dSpec {
+    let settings = settings(case);
+    let stride = settings["stride"].as_u64().expect("a stride") as usize;
+    match settings["padding"].as_u64() {
+        Some(padding) => Conv2dSpec::padded(stride, padding as usize),
+        // left, right, top, bottom
+        None => {
+            assert_eq!(settings["padding"], serde_json::json!([0, 1, 0, 1]));
+            Conv2dSpec { stride, before: 0, after: 1 }
+        }
+    }
+}
+
+#[test]
+fn convolution_agrees_with_torch() {
+    for case in [
+        "conv1",
+        "conv3",
+        "conv3_s2",
+        "conv3_s2_asym",
+        "conv3_s2_asym_even",
+        "conv3_s2_even",
+        "conv3_wide",
+        "conv5",
+        "conv5_s2",
+    ] {
+        let spec = spec(case);
+        check(case, &["x"], &["weight", "bias"], |x, w| ops::conv2d(&x[0], &w[0], Some(&w[1]), spec));
+    }
+    let spec = spec("conv3_nobias");
+    check("conv3_nobias", &["x"], &["weight"], |x, w| ops::conv2d(&x[0], &w[0], None, spec));
+}
+
+#[test]
+fn depthwise_convolution_agrees_with_torch() {
+    for case in ["depthwise3_s1", "depthwise3_s2", "depthwise5_s1", "depthwise5_s2"] {
+        let spec = spec(case);
+        check(case, &["x"], &["weight", "bias"], |x, w| {
+            ops::depthwise_conv2d(&x[0], &w[0], Some(&w[1]), spec)
+        });
+    }
+}
+
+#[test]
+fn a_linear_layer_agrees_with_torch() {
+    check("linear", &["x"], &["weight", "bias"], |x, w| ops::linear(&x[0], &w[0], Some(&w[1])));
+    check("linear_flat", &["x"], &["weight"], |x, w| ops::linear(&x[0], &w[0], None));
+}
+
+#[test]
+fn norms_agree_with_torch() {
+    let eps = |case| settings(case)["eps"].as_f64().expect("eps");
+    check("layer_norm", &["x"], &["weight", "bias"], |x, w| {
+        ops::layer_norm(&x[0], &w[0], &w[1], eps("layer_norm"))
+    });
+    for (case, silu) in [("group_norm", false), ("group_norm_silu", true)] {
+        let groups = settings(case)["groups"].as_u64().expect("groups") as usize;
+        check(case, &["x"], &["weight", "bias"], |x, w| {
+            ops::group_norm(&x[0], &w[0], &w[1], groups, eps(case), silu)
+        });
+    }
+}
+
+#[test]
+fn attention_agrees_with_torch() {
+    for (case, causal) in [("attention_self", false), ("attention_causal", true), ("attention_cross", false)]
+    {
+        check(case, &["q", "k", "v"], &[], |x, _| {
+            // The reference has the heads in a dimension of their own: [B, N, L, K].
+            let (b, n, l, width) = x[0].dims4()?;
+            let merge = |x: &Tensor| x.transpose(1, 2)?.flatten_from(2);
+            let y = ops::attention(&merge(&x[0])?, &merge(&x[1])?, &merge(&x[2])?, n, causal)?;
+            y.reshape((b, l, n, width))?.transpose(1, 2)
+        });
+    }
+}
+
+#[test]
+fn activations_agree_with_torch() {
+    for (case, activation) in
+        [("gelu", Activation::Gelu), ("quick_gelu", Activation::QuickGelu), ("silu", Activation::Silu)]
+    {
+        // The reference takes three times the input, so that the tails are seen too.
+        check(case, &["x"], &[], |x, _| ops::activate(&(&x[0] * 3.0)?, activation));
+    }
+    check("geglu", &["x"], &[], |x, _| ops::geglu(&x[0]));
+    let scale = settings("softmax")["scale"].as_f64().expect("a scale");
+    check("softmax", &["x"], &[], |x, _| ops::softmax(&(&x[0] * scale)?));
+}
+
+#[test]
+fn upsampling_agrees_with_torch() {
+    for case in ["upsample_double", "upsample_odd", "upsample_uneven"] {
+        let (_, _, h, w) = Golden::open("ops").get(&format!("output.{case}.out")).dims4().expect("a picture");
+        check(case, &["x"], &[], |x, _| ops::upsample_nearest(&x[0], (h, w)));
+    }
+}
+
+#[test]
+fn an_embedding_sums_the_gradients_of_repeated_ids() {
+    let golden = Golden::open("ops");
+    let ids = golden.rows("input.embedding.ids").concat();
+    let dims = golden.get("input.embedding.ids").dims().to_vec();
+    check("embedding", &[], &["table"], |_, w| ops::embedding(&ids, &dims, &w[0]));
+}
+
+#[test]
+fn adamw_agrees_with_torch_over_five_clipped_steps() {
+    let golden = Golden::open("ops");
+    let names = ["p0", "p1", "p2"];
+    let params: Vec<Param> =
+        names.iter().map(|name| trained(name, &golden.get(&format!("input.adamw.{name}")))).collect();
+    let config = AdamWConfig { lr: 0.01, ..AdamWConfig::default() };
+    let mut adamw = AdamW::new(params.clone(), config).expect("an optimiser");
+    let norms = golden.numbers("output.adamw.norm");
+    for step in 0..5 {
+        for param in &params {
+            let grad = golden.get(&format!("input.adamw.grad_{}", param.name())).get(step).expect("a step");
+            push_gradient(param, &grad);
+        }
+        let norm = adamw.step().expect("a step");
+        assert!((norm - norms[step]).abs() <= 1e-5 * norms[step], "norm {norm}, wanted {}", norms[step]);
+        for param in &params {
+            let wanted = golden.get(&format!("output.adamw.{}", param.name())).get(step).expect("a step");
+            assert_close(&format!("{} after step {step}", param.name()), &param.value(), &wanted, 1e-5);
+        }
+    }
+}
+
+/// Gives a weight a gradient the only way there is: through a graph.
+fn push_gradient(param: &Param, grad: &Tensor) {
+    let rows = param.value().elem_count();
+    let flat = trained(param.name(), &param.value().reshape((rows, 1)).expect("a column"));
+    let ids: Vec<u32> = (0..rows as u32).collect();
+    let y = ops::embedding(&ids, &[rows], &flat).expect("an embedding");
+    let loss = (y * grad.reshape((rows, 1)).expect("a column")).and_then(|y| y.sum_all()).expect("a sum");
+    loss.backward().expect("a backward");
+    let grad = flat.take_grad().expect("a gradient").reshape(param.dims()).expect("its shape");
+    param.add_grad(grad).expect("a gradient of the weight's shape");
+}
+
+#[test]
+fn saved_moments_continue_as_if_never_stopped() {
+    let values = Tensor::new(&[0.5_f32, -1.0, 2.0], &Device::Cpu).expect("a tensor");
+    let grads = [[0.1_f32, 0.2, -0.3], [0.3, -0.1, 0.2], [-0.2, 0.4, 0.1]];
+    let run = |stop_after: Option<usize>| {
+        let param = trained("p", &values);
+        let mut adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
+        for (i, grad) in grads.iter().enumerate() {
+            if stop_after == Some(i) {
+                let (moments, n_steps) = (adamw.moments().expect("moments"), adamw.n_steps());
+                adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
+                adamw.restore(&moments, n_steps).expect("moments that fit");
+            }
+            push_gradient(&param, &Tensor::new(grad, &Device::Cpu).expect("a tensor"));
+            adamw.step().expect("a step");
+        }
+        param.value().to_vec1::<f32>().expect("values")
+    };
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    assert_eq!(bits(run(None)), bits(run(Some(2))));
+}
+
+#[test]
+fn the_optimiser_refuses_a_weight_without_a_gradient() {
+    let param =
+        trained("conv_in.weight", &Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).expect("ones"));
+    let mut adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
+    let error = adamw.step().expect_err("no gradient").to_string();
+    assert!(error.contains("conv_in.weight got no gradient"), "{error}");
+    assert_eq!(adamw.n_steps(), 0);
+}
+
+#[test]
+fn a_frozen_weight_costs_no_gradient() {
+    let x = Tensor::ones((2, 3), candle_core::DType::F32, &Device::Cpu).expect("ones");
+    let weight = Param::new("w", x.clone(), false).expect("a parameter");
+    let y = ops::linear(&x, &weight, None).expect("a layer");
+    assert!(!y.track_op(), "nothing here is trained, so nothing is recorded");
+    let input = variable(&x);
+    let y = ops::linear(&input, &weight, None).and_then(|y| y.sum_all()).expect("a layer");
+    let grads = y.backward().expect("a backward");
+    assert!(grads.get(&input).is_some() && weight.grad().is_none());
+    assert_eq!(grads.get_ids().count(), 1);
+}
+
+#[test]
+fn a_checkpointed_block_has_the_same_gradients() {
+    let golden = Golden::open("ops");
+    let get = |name: &str| golden.get(&format!("input.linear.{name}"));
+    let run = |checkpointed: bool, tracked: bool| {
+        let (weight, bias) = (trained("weight", &get("weight")), trained("bias", &get("bias")));
+        let x = variable(&get("x"));
+        let input = if tracked { x.as_tensor().clone() } else { get("x") };
+        let (w, b) = (weight.clone(), bias.clone());
+        let block = move |x: &[Tensor]| ops::activate(&ops::linear(&x[0], &w, Some(&b))?, Activation::Silu);
+        let y = if checkpointed { ops::checkpoint(&[&input], block) } else { block(&[input]) };
+        let grads =
+            y.and_then(|y| y.sqr()).and_then(|y| y.sum_all()).and_then(|y| y.backward()).expect("a backward");
+        let mut all = vec![weight.grad().expect("a gradient"), bias.grad().expect("a gradient")];
+        all.extend(grads.get(&x).cloned());
+        assert_eq!(all.len(), if tracked { 3 } else { 2 });
+        all.iter()
+            .map(|g| g.flatten_all().and_then(|g| g.to_vec1::<f32>()).expect("values"))
+            .collect::<Vec<_>>()
+    };
+    for tracked in [true, false] {
+        assert_eq!(run(false, tracked), run(true, tracked));
+    }
+}
