@@ -1,3 +1,4 @@
 //! Hypnos turns 3-5 photos of a product into a model that draws that product anywhere.
 
+pub mod cli;
 pub mod ml;

@@ -4,3 +4,5 @@ mod golden;
 mod ops;
 
 mod models;
+
+mod bench;
