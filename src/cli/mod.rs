@@ -3,6 +3,8 @@
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
 mod bench;
+mod models;
+mod sample;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -21,6 +23,11 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Look after the models on disk.
+    #[command(subcommand)]
+    Models(models::Command),
+    /// Draw pictures from a bundle and words.
+    Sample(Box<sample::Sample>),
     /// Measure operations and models, side by side with PyTorch where it is given.
     Bench(bench::Args),
 }
@@ -28,6 +35,8 @@ enum Command {
 /// Runs what the process's arguments ask for.
 pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Models(command) => models::run(command),
+        Command::Sample(args) => sample::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error| {
@@ -42,6 +51,11 @@ pub fn run() -> ExitCode {
 /// One line for whoever ran the command.
 fn say(line: &str) {
     let _ = writeln!(io::stdout(), "{line}"); // a closed pipe is no reason to fail
+}
+
+/// One line about something odd that stops nothing.
+fn warn(line: &str) {
+    let _ = writeln!(io::stderr(), "warning: {line}");
 }
 
 /// One line about what went wrong, however many lines its cause has.

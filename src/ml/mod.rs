@@ -6,12 +6,19 @@
 //!
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
+pub mod bundle;
+pub mod device;
+pub mod diffusion;
 pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod param;
+pub mod picture;
 pub mod random;
+pub mod sample;
+pub mod samplers;
 pub mod tensorfile;
+pub mod tokenizer;
 pub mod weights;
 
 /// Why something in `ml` did not work.

@@ -36,13 +36,19 @@ impl Param {
         };
         // An optimiser changes a trained weight in place; the tensor it was made from must not change with it.
         let value = if trainable { value.force_contiguous()? } else { value.contiguous()? };
-        Ok(Self(Arc::new(Inner {
-            name: name.into(),
-            value: RwLock::new(value.detach()),
-            narrow: Mutex::new(None),
-            tag,
-            grad: Mutex::new(None),
-        })))
+        Ok(Self::of(name.into(), value.detach(), tag))
+    }
+
+    /// A frozen weight of zeros that takes no memory whatever its shape: for listing what a model would read, not
+    /// for computing, since the operations want contiguous values.
+    pub(crate) fn placeholder(name: impl Into<String>, shape: &[usize]) -> Result<Self> {
+        let zero = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+        Ok(Self::of(name.into(), zero.reshape(())?.broadcast_as(shape)?, zero))
+    }
+
+    fn of(name: String, value: Tensor, tag: Tensor) -> Self {
+        let (value, narrow, grad) = (RwLock::new(value), Mutex::new(None), Mutex::new(None));
+        Self(Arc::new(Inner { name, value, narrow, tag, grad }))
     }
 
     /// Full name in the checkpoint, such as `down_blocks.0.resnets.0.conv1.weight`.

@@ -80,7 +80,7 @@ impl Weights {
     /// * embeddings (`*embedding.weight`) are normal with standard deviation 0.02
     /// * matrices and kernels are normal with standard deviation 1/sqrt(fan-in). In the UNet and the VAE each branch
     ///   begins with a norm and adds a variance of about 1 to its trunk, so activations grow with the root of the
-    ///   depth (about 10 at the deepest) and the output, behind the last norm, is of order 1.
+    ///   depth (to about 5 in SD 1.5) and the output, behind the last norm, is of order 1.
     pub fn random(seed: u64, device: &Device) -> Weights {
         Weights::new(Source::Random(seed), device)
     }
@@ -118,8 +118,7 @@ impl Weights {
         if let Some(param) = self.given().get(&name) {
             return self.again(param, shape);
         }
-        let trainable = self.trainable && !matches!(self.root.source, Source::Blueprint);
-        let param = Param::new(name.clone(), self.value(&name, shape)?, trainable)?;
+        let param = self.make(&name, shape)?;
         self.given().insert(name, param.clone());
         Ok(param)
     }
@@ -149,24 +148,25 @@ impl Weights {
         Err(Error::Bad(format!("{}: tensor `{}` is wanted {what}", self.root.source.words(), param.name())))
     }
 
-    fn value(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    fn make(&self, name: &str, shape: &[usize]) -> Result<Param> {
         let device = &self.root.device;
-        match &self.root.source {
+        let value = match &self.root.source {
             Source::File(file) => {
                 let found = find(name, shape, |n| file.shape(n), file.names());
                 let found = found.map_err(|what| Error::Bad(format!("{}: {what}", file.path().display())))?;
-                Ok(Tensor::from_vec(file.read(&found)?, shape, device)?)
+                Tensor::from_vec(file.read(&found)?, shape, device)?
             }
             Source::Tensors(tensors) => {
                 let names = tensors.keys().map(String::as_str);
                 let found = find(name, shape, |n| tensors.get(n).map(Tensor::dims), names);
                 let found =
                     found.map_err(|what| Error::Bad(format!("{}: {what}", self.root.source.words())))?;
-                Ok(tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?)
+                tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?
             }
-            Source::Random(seed) => Ok(Tensor::from_vec(initial(*seed, name, shape), shape, device)?),
-            Source::Blueprint => Ok(Tensor::zeros((), DType::F32, device)?.broadcast_as(shape)?),
-        }
+            Source::Random(seed) => Tensor::from_vec(initial(*seed, name, shape), shape, device)?,
+            Source::Blueprint => return Ok(Param::placeholder(name, shape)?),
+        };
+        Ok(Param::new(name, value, self.trainable)?)
     }
 }
 

@@ -5,7 +5,7 @@
     python tests/golden/make.py clip ops   # only these
 
 Nothing is downloaded: every model is tiny, its weights are drawn here from fixed seeds. A second run on the same
-machine writes the same bytes. The only input is `bundles/miniature/tokenizer`.
+machine writes the same bytes. The only input is `bundles/miniature`.
 
 A `.safetensors` golden names its tensors `weight.<name in the state dict>`, `input.<case>.<what>`,
 `output.<case>.<what>` and `grad.<case>.<name>`; all are f32 unless said otherwise (ids and timesteps of models: i64).
@@ -58,7 +58,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
-BUNDLE = HERE.parents[1] / "bundles" / "miniature" / "tokenizer"
+MINIATURE = HERE.parents[1] / "bundles" / "miniature"
+BUNDLE = MINIATURE / "tokenizer"
 GOLDENS = {}
 
 
@@ -278,7 +279,7 @@ def scheduler_of(schedule, sampler):
     return cls.from_config(own.config, **extra)
 
 
-def walk(scheduler, steps, noise, draws):
+def walk(scheduler, steps, noise, draws, model=analytic):
     """The latents after every call of the model, with classifier-free guidance of 7.5."""
     scheduler.set_timesteps(steps)
     drawn = iter(draws)
@@ -286,7 +287,7 @@ def walk(scheduler, steps, noise, draws):
     x, seen = noise * scheduler.init_noise_sigma, []
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
-        uncond, cond = analytic(scaled, t, "uncond"), analytic(scaled, t, "cond")
+        uncond, cond = model(scaled, t, "uncond"), model(scaled, t, "cond")
         x = scheduler.step(uncond + 7.5 * (cond - uncond), t, x).prev_sample
         seen.append(x)
     return seen
@@ -767,6 +768,42 @@ def ops():
     cases.tensors |= {"grad.embedding.table": torch.autograd.grad((F.embedding(ids, table) * w).sum(), table)[0]}
     adamw_case(cases.tensors, cases.metadata)
     write("ops", cases.tensors, **cases.metadata)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+@golden
+@torch.no_grad()
+def pictures():
+    """Two pictures of the miniature by every sampler, 20 steps: words to latents to pixels, nothing left out.
+
+    `input.noise` [2,4,16,16], `input.draws` for euler_a; per sampler `output.<sampler>.latents`, and for ddim
+    `output.ddim.image` [2,3,64,64], signed. Metadata: `prompts`, `negatives`.
+    """
+    text = CLIPTextModel.from_pretrained(MINIATURE / "text_encoder", dtype=torch.float32).eval()
+    unet = diffusers.UNet2DConditionModel.from_pretrained(MINIATURE / "unet", torch_dtype=torch.float32).eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(MINIATURE / "vae", torch_dtype=torch.float32).eval()
+    words = CLIPTokenizer.from_pretrained(BUNDLE)
+    prompts = ["a photo of a red mug, blue background", "a painting of a green chair on a wooden table"]
+    negatives = ["", "blurry, dark"]
+    schedule = json.loads((MINIATURE / "scheduler" / "scheduler_config.json").read_text())
+
+    def states(texts):
+        ids = words(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        return text(ids).last_hidden_state
+
+    told = {"uncond": states(negatives), "cond": states(prompts)}
+    generator = torch.Generator().manual_seed(30)
+    noise, draws = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(20, 2, 4, 16, 16, generator=generator)
+    tensors = {"input.noise": noise, "input.draws": draws}
+    for sampler in SAMPLERS:
+        predict = lambda x, t, which: unet(x, t, told[which]).sample
+        latents = walk(scheduler_of(schedule, sampler), 20, noise, draws, predict)[-1]
+        tensors[f"output.{sampler}.latents"] = latents
+        if sampler == "ddim":
+            tensors["output.ddim.image"] = vae.decode(latents / vae.config.scaling_factor).sample
+    write("pictures", tensors, prompts=prompts, negatives=negatives)
 
 
 def main(names):

@@ -1,8 +1,18 @@
 //! The one integration test binary, in reading order.
 
+#![allow(clippy::unwrap_used)] // a test fails where it unwraps nothing
+
 mod golden;
+mod layers;
+
+mod device;
 mod ops;
 
 mod models;
+mod samplers;
+mod sample;
+
+mod bundles;
+mod tokenizer;
 
 mod bench;

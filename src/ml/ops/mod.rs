@@ -14,6 +14,8 @@ mod attention;
 mod checkpoint;
 mod conv2d;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;
 mod depthwise;
 mod embedding;
 mod geglu;

@@ -1,0 +1,101 @@
+//! `hypnos models`: is a bundle sound, and bundles of random weights.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::DType;
+use clap::{Args, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{say, say_error};
+use crate::ml::Result;
+use crate::ml::bundle::{Bundle, Like, check, random};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Say in words what is missing or wrong in a bundle.
+    Check {
+        /// Its directory, in the diffusers layout.
+        dir: PathBuf,
+    },
+    /// Write a bundle of random weights, for tests and benchmarks.
+    Random(Random),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Random {
+    /// Whose sizes it has.
+    #[arg(long, value_enum)]
+    like: LikeName,
+    /// What the weights are drawn from; the same seed gives the same bytes.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to write it: a new or empty directory.
+    #[arg(long)]
+    out: PathBuf,
+    /// Type of the weights in the files.
+    #[arg(long, value_enum, default_value_t = DTypeName::F32)]
+    dtype: DTypeName,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LikeName {
+    Sd15,
+    Miniature,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DTypeName {
+    F32,
+    F16,
+    Bf16,
+}
+
+pub(super) fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Check { dir } => run_check(&dir),
+        Command::Random(random) => run_random(&random),
+    }
+}
+
+/// One line for each thing wrong, then how many; or what the bundle is.
+fn run_check(dir: &std::path::Path) -> Result<ExitCode> {
+    let findings = check(dir);
+    for finding in &findings {
+        say_error(&finding.to_string());
+    }
+    match findings.len() {
+        0 => {
+            let bundle = Bundle::open(dir)?;
+            let (side, hash) = (bundle.resolution(), bundle.hash()?);
+            say(&format!("{}: a sound bundle for {side}x{side} pixels, {hash}", dir.display()));
+            Ok(ExitCode::SUCCESS)
+        }
+        n => {
+            let things = if n == 1 { "thing is" } else { "things are" };
+            say(&format!("{}: {n} {things} wrong", dir.display()));
+            Ok(ExitCode::from(2))
+        }
+    }
+}
+
+fn run_random(args: &Random) -> Result<ExitCode> {
+    let like = match args.like {
+        LikeName::Sd15 => Like::Sd15,
+        LikeName::Miniature => Like::Miniature,
+    };
+    let dtype = match args.dtype {
+        DTypeName::F32 => DType::F32,
+        DTypeName::F16 => DType::F16,
+        DTypeName::Bf16 => DType::BF16,
+    };
+    let style = ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} weights, {eta} left");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    random(like, args.seed, dtype, &args.out, &mut |n_done, n_total| {
+        bar.set_length(n_total);
+        bar.set_position(n_done);
+    })?;
+    bar.finish_and_clear();
+    say(&format!("{}: written", args.out.display()));
+    Ok(ExitCode::SUCCESS)
+}

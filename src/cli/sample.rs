@@ -1,0 +1,186 @@
+//! `hypnos sample`: pictures from a bundle and words.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_core::{DType, Device, Tensor};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::say;
+use crate::ml::bundle::Bundle;
+use crate::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
+use crate::ml::samplers::Sampler;
+use crate::ml::tensorfile::{TensorFile, save};
+use crate::ml::{Error, Result, device, picture};
+
+/// Name of the tensor in files of latents.
+const LATENTS: &str = "latents";
+
+#[derive(Debug, Args)]
+pub(super) struct Sample {
+    /// Directory of the models, in the diffusers layout.
+    #[arg(long)]
+    bundle: PathBuf,
+    /// What the pictures show.
+    #[arg(long)]
+    prompt: String,
+    /// What they must not show.
+    #[arg(long, default_value = "")]
+    negative: String,
+    /// Steps from noise to picture.
+    #[arg(long, default_value_t = 25)]
+    steps: usize,
+    /// Weight of the prompt against the negative prompt; 1 switches guidance off.
+    #[arg(long, default_value_t = 7.5)]
+    guidance: f64,
+    /// ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler or euler-a.
+    #[arg(long, default_value = "dpmpp-2m")]
+    scheduler: Sampler,
+    /// Seed of the first picture; each further one takes the next.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How many pictures.
+    #[arg(short, long, default_value_t = 1)]
+    n: usize,
+    /// Pictures drawn at once: more is quicker for each and takes more memory.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Pixels; the bundle's own size if not given.
+    #[arg(long)]
+    width: Option<usize>,
+    /// Pixels; the bundle's own size if not given.
+    #[arg(long)]
+    height: Option<usize>,
+    /// Directory for the pictures; made if it is not there.
+    #[arg(long)]
+    out: PathBuf,
+    /// Noise to begin with instead of the seeds': a safetensors file with `latents` [n, c, h, w], unit normal.
+    #[arg(long)]
+    latents: Option<PathBuf>,
+    /// Write the final latents, before decoding, as `latents` [n, c, h, w] f32 in the UNet's scale.
+    #[arg(long)]
+    save_latents: Option<PathBuf>,
+    /// cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+pub(super) fn run(args: &Sample) -> Result<ExitCode> {
+    if args.n == 0 || args.batch == 0 {
+        return Err(Error::bad("-n and --batch: wanted at least 1"));
+    }
+    let device = device::open(&args.device)?;
+    let bundle = Bundle::open(&args.bundle)?;
+    let models = Models::load(&bundle, &device)?;
+    let side = bundle.resolution();
+    let settings = Settings {
+        sampler: args.scheduler,
+        steps: args.steps,
+        guidance: args.guidance,
+        width: args.width.unwrap_or(side),
+        height: args.height.unwrap_or(side),
+    };
+    settings.check(&models)?;
+    warn_of_long_prompts(args, &models);
+    let pictures: Vec<Picture> = (0..args.n as u64)
+        .map(|i| Picture {
+            prompt: args.prompt.clone(),
+            negative: args.negative.clone(),
+            seed: args.seed.wrapping_add(i),
+        })
+        .collect();
+    let noise = match &args.latents {
+        Some(file) => read_latents(file, args.n, settings.latent_dims(&models))?,
+        None => initial_noise(&pictures, settings.latent_dims(&models))?,
+    };
+    std::fs::create_dir_all(&args.out)
+        .map_err(|error| Error::bad(format!("{}: cannot be made: {error}", args.out.display())))?;
+    draw(args, &bundle, &models, &pictures, &settings, &noise)
+}
+
+fn draw(
+    args: &Sample,
+    bundle: &Bundle,
+    models: &Models,
+    pictures: &[Picture],
+    settings: &Settings,
+    noise: &Tensor,
+) -> Result<ExitCode> {
+    let style = ProgressStyle::with_template("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let n_batches = pictures.len().div_ceil(args.batch);
+    let mut done = Vec::new();
+    for (i, batch) in pictures.chunks(args.batch).enumerate() {
+        let noise = noise.narrow(0, i * args.batch, batch.len())?;
+        let drawn = latents(models, batch, settings, &noise, &mut |step, n_steps| {
+            bar.set_length((n_batches * n_steps) as u64);
+            bar.set_position((i * n_steps + step) as u64);
+            ControlFlow::Continue(())
+        })?;
+        let Some(drawn) = drawn else { break };
+        for (picture, pixels) in batch.iter().zip(decode(models, &drawn)?) {
+            let file = args.out.join(format!("{}.png", picture.seed));
+            let texts = parameters(args, bundle, picture, settings)?;
+            picture::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
+            bar.suspend(|| say(&file.display().to_string()));
+        }
+        done.push(drawn.to_device(&Device::Cpu)?);
+    }
+    bar.finish_and_clear();
+    if let Some(file) = &args.save_latents {
+        let tensors = BTreeMap::from([(LATENTS.to_string(), Tensor::cat(&done, 0)?)]);
+        save(file, &tensors, &BTreeMap::new(), DType::F32)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a picture says of itself: all of it as JSON, and the one line that other programs read.
+fn parameters(
+    args: &Sample,
+    bundle: &Bundle,
+    picture: &Picture,
+    settings: &Settings,
+) -> Result<[(&'static str, String); 2]> {
+    let Picture { prompt, negative, seed } = picture;
+    let Settings { sampler, steps, guidance, width, height } = settings;
+    let hash = bundle.hash()?;
+    let line = format!(
+        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {seed}, \
+         Size: {width}x{height}, Model hash: {}",
+        &hash[..10.min(hash.len())]
+    );
+    let all = json!({
+        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
+        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": bundle.manifest().name,
+        "bundle_sha256": hash, "own_latents": args.latents.is_some(), "hypnos": env!("CARGO_PKG_VERSION"),
+    });
+    Ok([("parameters", line), ("hypnos", all.to_string())])
+}
+
+fn warn_of_long_prompts(args: &Sample, models: &Models) {
+    let room = models.tokenizer.length() - 2;
+    for (name, text) in [("--prompt", &args.prompt), ("--negative", &args.negative)] {
+        let n_tokens = models.tokenizer.count(text);
+        if n_tokens > room {
+            super::warn(&format!("{name} has {n_tokens} tokens; all after the first {room} are not seen"));
+        }
+    }
+}
+
+fn read_latents(file: &Path, n: usize, [c, h, w]: [usize; 3]) -> Result<Tensor> {
+    let tensors = TensorFile::open(file)?;
+    let wanted = [n, c, h, w];
+    match tensors.shape(LATENTS) {
+        Some(shape) if shape == wanted => {
+            Ok(Tensor::from_vec(tensors.read(LATENTS)?, &wanted, &Device::Cpu)?)
+        }
+        Some(shape) => {
+            Err(Error::bad(format!("{}: `{LATENTS}` is {shape:?}, wanted {wanted:?}", file.display())))
+        }
+        None => Err(Error::bad(format!("{}: has no tensor `{LATENTS}`", file.display()))),
+    }
+}

@@ -1,0 +1,365 @@
+//! A bundle: one directory with everything that draws pictures, in the Hugging Face diffusers layout.
+//!
+//! ```text
+//! tokenizer/ text_encoder/ unet/ vae/ scheduler/   config.json and safetensors each
+//! model_index.json                                 what diffusers says of them; may be missing
+//! hypnos.json                                      what we say of them; may be missing
+//! ```
+//! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
+//! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
+
+mod check;
+mod random;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use candle_core::Device;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::diffusion::{self, Schedule};
+use super::models::clip::{self, ClipText};
+use super::models::unet::{self, Unet};
+use super::models::vae::{self, Vae};
+use super::param::Param;
+use super::tensorfile::io_words;
+use super::tokenizer::Tokenizer;
+use super::weights::Weights;
+use super::{Error, Result};
+
+pub use check::{Finding, check};
+pub use random::{Like, random};
+
+/// Names of a part's weight file, by preference.
+const WEIGHT_FILES: [&str; 6] = [
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.bf16.safetensors",
+    "model.bf16.safetensors",
+];
+
+/// Files with other suffixes that mean weights are there, but not in a form that is read.
+const PICKLES: [&str; 4] = ["bin", "ckpt", "pt", "pth"];
+
+/// The small files of a bundle that decide what it draws; the weight files beside them do as well.
+const SMALL_FILES: [&str; 9] = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "vae/config.json",
+];
+
+/// The parts with weights, and the class that `model_index.json` gives for each.
+const PARTS: [(&str, &str); 3] =
+    [("text_encoder", "CLIPTextModel"), ("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")];
+
+/// Largest whole number believed in a model's config: a vocabulary has 49,408 entries, a layer 1,280 channels.
+const SIZE_MAX: u64 = 1_000_000;
+
+/// Most layers believed; the real text encoder has 12.
+const LAYERS_MAX: u64 = 100;
+
+/// Most levels believed; the real UNet has 4.
+const LEVELS_MAX: usize = 12;
+
+/// `hypnos.json`: what we know of a bundle beyond what diffusers says.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Manifest {
+    /// What people call it.
+    #[serde(default)]
+    pub name: String,
+    /// Its family: `sd15`, `miniature`.
+    #[serde(default)]
+    pub kind: String,
+    /// Side of the pictures it draws, in pixels; without it the configs decide.
+    #[serde(default)]
+    pub resolution: Option<usize>,
+    /// Words of one token each that mean next to nothing, to be given a meaning.
+    #[serde(default)]
+    pub rare_tokens: Vec<String>,
+    /// Where each file came from, by its path in the bundle.
+    #[serde(default)]
+    pub files: BTreeMap<String, Origin>,
+}
+
+/// Where a file came from.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Origin {
+    /// A repository, or a sentence.
+    pub source: String,
+    /// Its commit or version.
+    pub revision: String,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+    /// SPDX expression.
+    pub licence: String,
+}
+
+/// An opened bundle.
+#[derive(Debug)]
+pub struct Bundle {
+    dir: PathBuf,
+    manifest: Manifest,
+    text: clip::Config,
+    unet: unet::Config,
+    vae: vae::Config,
+    schedule: Schedule,
+    hash: OnceLock<String>,
+}
+
+/// A model and its weights by name.
+#[derive(Debug)]
+pub struct Part<M> {
+    /// The model.
+    pub model: M,
+    /// Every weight it holds; the names are those of the file, in their current spelling.
+    pub params: BTreeMap<String, Param>,
+}
+
+impl Bundle {
+    /// Reads the configs of the bundle in `dir`. [`Error::Bad`] is the first thing wrong with them, naming the file;
+    /// [`check()`] finds all, in the weights too.
+    pub fn open(dir: &Path) -> Result<Bundle> {
+        if !dir.is_dir() {
+            return Err(Error::Bad(format!("{}: is not a directory; a bundle was wanted", dir.display())));
+        }
+        check_index(dir)?;
+        Ok(Bundle {
+            dir: dir.to_owned(),
+            manifest: read_manifest(dir)?.unwrap_or_default(),
+            text: read_config(dir, "text_encoder", clip::Config::check)?,
+            unet: read_config(dir, "unet", unet::Config::check)?,
+            vae: read_config(dir, "vae", vae::Config::check)?,
+            schedule: read_schedule(dir)?,
+            hash: OnceLock::new(),
+        })
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What `hypnos.json` says; empty if there is none.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Side of the pictures it draws, in pixels: what `hypnos.json` says, or the UNet's latents times the VAE's
+    /// factor.
+    pub fn resolution(&self) -> usize {
+        let side = self.unet.sample_size.unwrap_or(64); // diffusers' own fallback for SD 1.x
+        self.manifest.resolution.unwrap_or(side * self.factor())
+    }
+
+    /// Pixels per latent along each axis, 8 in SD 1.5.
+    pub fn factor(&self) -> usize {
+        self.vae.factor()
+    }
+
+    /// What latents are multiplied with for the UNet, 0.18215 in SD 1.5.
+    pub fn scaling_factor(&self) -> f64 {
+        self.vae.scaling_factor
+    }
+
+    /// Channels of the latents, 4 in SD 1.5.
+    pub fn latent_channels(&self) -> usize {
+        self.vae.latent_channels
+    }
+
+    /// The noise schedule it was trained with.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// Its tokenizer. [`Error::Bad`] as [`Tokenizer::open`] says.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::open(&self.dir.join("tokenizer"))
+    }
+
+    /// Its text encoder with weights in f32 on `device`, which learn if `trainable`. [`Error::Bad`] names file and
+    /// tensor; so for the other two.
+    pub fn text_encoder(&self, device: &Device, trainable: bool) -> Result<Part<ClipText>> {
+        self.part("text_encoder", device, trainable, |w| ClipText::load(w, &self.text))
+    }
+
+    /// Its UNet.
+    pub fn unet(&self, device: &Device, trainable: bool) -> Result<Part<Unet>> {
+        self.part("unet", device, trainable, |w| Unet::load(w, &self.unet))
+    }
+
+    /// Its VAE.
+    pub fn vae(&self, device: &Device, trainable: bool) -> Result<Part<Vae>> {
+        self.part("vae", device, trainable, |w| Vae::load(w, &self.vae))
+    }
+
+    /// Content hash: SHA-256 over the paths and SHA-256 of all files that decide what it draws, in lower-case
+    /// hexadecimal. Two bundles with the same one draw the same, whatever their `hypnos.json` says of them. Reads
+    /// every file the first time it is asked for.
+    pub fn hash(&self) -> Result<&str> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash);
+        }
+        let mut paths: Vec<PathBuf> = SMALL_FILES.iter().map(PathBuf::from).collect();
+        paths.retain(|path| self.dir.join(path).exists());
+        for (part, _) in PARTS {
+            let file = find_weights(&self.dir.join(part))?;
+            paths.extend(file.strip_prefix(&self.dir).map(Path::to_owned));
+        }
+        let mut all = Sha256::new();
+        for path in paths {
+            all.update(format!("{}\0{}\n", path.display(), hash_file(&self.dir.join(&path))?));
+        }
+        Ok(self.hash.get_or_init(|| hex(&all.finalize())))
+    }
+
+    fn part<M>(
+        &self,
+        name: &str,
+        device: &Device,
+        trainable: bool,
+        load: impl FnOnce(&Weights) -> Result<M>,
+    ) -> Result<Part<M>> {
+        let weights = Weights::open(&find_weights(&self.dir.join(name))?, device)?.trainable(trainable);
+        Ok(Part { model: load(&weights)?, params: weights.params() })
+    }
+}
+
+/// The weight file of a part; if there is none, what is there instead.
+fn find_weights(dir: &Path) -> Result<PathBuf> {
+    if let Some(file) = WEIGHT_FILES.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
+        return Ok(file);
+    }
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut names: Vec<PathBuf> = entries.collect();
+    names.sort();
+    let suffix = |path: &&PathBuf| path.extension().is_some_and(|e| PICKLES.iter().any(|p| e == *p));
+    let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let wanted = format!("{}: no weights ({} or {})", dir.display(), WEIGHT_FILES[0], WEIGHT_FILES[1]);
+    Err(Error::Bad(if let Some(pickle) = names.iter().find(suffix) {
+        format!("{wanted}; there is {}, a pickle: convert it to safetensors", name(pickle))
+    } else if let Some(index) = names.iter().find(|path| name(path).ends_with(".safetensors.index.json")) {
+        format!("{wanted}; there is {}: join its pieces into one file", name(index))
+    } else {
+        wanted
+    }))
+}
+
+/// The text of a file; [`Error::Bad`] if there is none or it is not UTF-8.
+fn read_text(path: &Path) -> Result<String> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(text),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(bad(path, "is missing")),
+        Err(e) => Err(bad(path, format!("cannot be read: {}", io_words(&e)))),
+    }
+}
+
+fn bad(path: &Path, what: impl std::fmt::Display) -> Error {
+    Error::Bad(format!("{}: {what}", path.display()))
+}
+
+/// What a config's own check said, with the path in place of the bare file name.
+fn at(path: &Path, error: Error) -> Error {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match error {
+        Error::Bad(what) => bad(path, what.strip_prefix(&format!("{name}: ")).unwrap_or(&what)),
+        other @ Error::Tensor(_) => other,
+    }
+}
+
+/// A part's `config.json`, checked.
+fn read_config<T: DeserializeOwned>(dir: &Path, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
+    let path = dir.join(part).join("config.json");
+    let text = read_text(&path)?;
+    let value: Value = serde_json::from_str(&text).map_err(|e| bad(&path, format!("is not JSON: {e}")))?;
+    believable(&value).map_err(|what| bad(&path, what))?;
+    let config: T = serde_json::from_str(&text).map_err(|e| bad(&path, e))?;
+    check(&config).map_err(|e| at(&path, e))?;
+    Ok(config)
+}
+
+/// Refuses numbers that no model has, before anything is computed from them.
+fn believable(config: &Value) -> Result<(), String> {
+    let Some(config) = config.as_object() else { return Err("is not a JSON object".into()) };
+    for (key, value) in config {
+        let one = std::slice::from_ref(value);
+        let numbers = value.as_array().map_or(one, Vec::as_slice);
+        let layers = key.contains("layers");
+        let max = if layers { LAYERS_MAX } else { SIZE_MAX };
+        if let Some(n) = numbers.iter().filter_map(Value::as_u64).find(|n| *n > max) {
+            return Err(format!("{key} is {n}; at most {max} is believed"));
+        }
+        if numbers.len() > LEVELS_MAX && key.starts_with("block_") {
+            return Err(format!("{key} has {} levels; at most {LEVELS_MAX} are believed", numbers.len()));
+        }
+    }
+    Ok(())
+}
+
+fn read_schedule(dir: &Path) -> Result<Schedule> {
+    let path = dir.join("scheduler/scheduler_config.json");
+    let config = diffusion::Config::parse(&read_text(&path)?).map_err(|e| at(&path, e))?;
+    Schedule::new(&config).map_err(|e| at(&path, e))
+}
+
+fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
+    let path = dir.join("hypnos.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let manifest: Manifest = serde_json::from_str(&read_text(&path)?).map_err(|e| bad(&path, e))?;
+    match manifest.resolution {
+        Some(side) if !(8..=4096).contains(&side) => {
+            Err(bad(&path, format!("resolution is {side}, wanted 8 to 4096")))
+        }
+        _ => Ok(Some(manifest)),
+    }
+}
+
+/// `model_index.json`, where there is one, has to name the classes that we are.
+fn check_index(dir: &Path) -> Result<()> {
+    let path = dir.join("model_index.json");
+    if !path.exists() {
+        return Ok(());
+    }
+    let index: Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| bad(&path, format!("is not JSON: {e}")))?;
+    for (part, class) in PARTS.into_iter().chain([("tokenizer", "CLIPTokenizer")]) {
+        let found = &index[part][1];
+        let fits = found.as_str().is_some_and(|name| name.trim_end_matches("Fast") == class);
+        if !found.is_null() && !fits {
+            return Err(bad(&path, format!("{part} is {found}, wanted \"{class}\"")));
+        }
+    }
+    Ok(())
+}
+
+fn hash_file(path: &Path) -> Result<String> {
+    let failed = |e: std::io::Error| bad(path, format!("cannot be read: {}", io_words(&e)));
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => return Ok(hex(&hash.finalize())),
+            n => hash.update(&buffer[..n]),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
+}

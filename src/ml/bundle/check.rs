@@ -1,0 +1,160 @@
+//! Everything that is wrong with a bundle, not just the first thing.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+
+use super::{
+    Bundle, ClipText, Error, Manifest, PARTS, Result, Tokenizer, Unet, Vae, Weights, bad, check_index, clip,
+    find_weights, hash_file, read_config, read_manifest, read_schedule, unet, vae,
+};
+use crate::ml::param::Param;
+use crate::ml::tensorfile::TensorFile;
+use crate::ml::weights::differences;
+
+/// One thing wrong: the file and what is the matter with it, in one line.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Finding(String);
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Bundle {
+    /// All that is wrong with this bundle; see [`check()`].
+    pub fn check(&self) -> Vec<Finding> {
+        check(&self.dir)
+    }
+}
+
+/// Looks through the bundle in `dir` and gives all that is wrong with it; nothing, if it is sound.
+///
+/// Missing files, bad JSON, settings we cannot honour, tensors that are missing, misshapen or too many, hashes that
+/// differ from `hypnos.json`, parts that do not fit one another, rare tokens that are several tokens. Weights are
+/// compared by name and shape; their values are not looked at.
+pub fn check(dir: &Path) -> Vec<Finding> {
+    let mut found = Findings(Vec::new());
+    if !dir.is_dir() {
+        found.note(Err::<(), _>(bad(dir, "is not a directory; a bundle was wanted")));
+        return found.0;
+    }
+    found.note(check_index(dir));
+    let manifest = found.note(read_manifest(dir)).flatten().unwrap_or_default();
+    let text = found.note(read_config(dir, "text_encoder", clip::Config::check));
+    let unet = found.note(read_config(dir, "unet", unet::Config::check));
+    let vae = found.note(read_config(dir, "vae", vae::Config::check));
+    found.note(read_schedule(dir));
+    let tokenizer = found.note(Tokenizer::open(&dir.join("tokenizer")));
+
+    let [text_params, unet_params, vae_params] = [
+        text.as_ref().and_then(|config| found.note(blueprint(|w| ClipText::load(w, config)))),
+        unet.as_ref().and_then(|config| found.note(blueprint(|w| Unet::load(w, config)))),
+        vae.as_ref().and_then(|config| found.note(blueprint(|w| Vae::load(w, config)))),
+    ];
+    for ((part, _), params) in PARTS.into_iter().zip([&text_params, &unet_params, &vae_params]) {
+        found.weights(&dir.join(part), params.as_ref());
+    }
+    found.fit(dir, text.as_ref(), unet.as_ref(), vae.as_ref(), tokenizer.as_ref());
+    found.manifest(dir, &manifest, vae.as_ref(), tokenizer.as_ref());
+    found.0
+}
+
+/// The weights a model would read, by name.
+pub(super) fn blueprint<M>(load: impl FnOnce(&Weights) -> Result<M>) -> Result<BTreeMap<String, Param>> {
+    let weights = Weights::blueprint();
+    load(&weights)?;
+    Ok(weights.params())
+}
+
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|e| self.0.push(Finding(e.to_string()))).ok()
+    }
+
+    fn add(&mut self, error: Error) {
+        self.note(Err::<(), _>(error));
+    }
+
+    /// A part's weight file against what its model would read, if that is known.
+    fn weights(&mut self, dir: &Path, wanted: Option<&BTreeMap<String, Param>>) {
+        let file = find_weights(dir).and_then(|path| TensorFile::open(&path));
+        let Some(file) = self.note(file) else { return };
+        for what in wanted.iter().flat_map(|params| differences(&file, params)) {
+            self.add(bad(file.path(), what));
+        }
+    }
+
+    /// The parts against one another.
+    fn fit(
+        &mut self,
+        dir: &Path,
+        text: Option<&clip::Config>,
+        unet: Option<&unet::Config>,
+        vae: Option<&vae::Config>,
+        tokenizer: Option<&Tokenizer>,
+    ) {
+        let mut equal = |file: &str, key: &str, value: usize, of: &str, wanted: usize| {
+            if value != wanted {
+                self.add(bad(&dir.join(file), format!("{key} is {value}, but {of} {wanted}")));
+            }
+        };
+        if let (Some(text), Some(tokenizer)) = (text, tokenizer) {
+            let vocab_size = tokenizer.vocab_size();
+            equal("text_encoder/config.json", "vocab_size", text.vocab_size, "the tokenizer has", vocab_size);
+            let positions = text.max_position_embeddings;
+            equal("tokenizer", "a text's length", tokenizer.length(), "the text encoder reads", positions);
+        }
+        if let (Some(text), Some(unet)) = (text, unet) {
+            let (width, of) = (unet.cross_attention_dim, "the text encoder's hidden_size is");
+            equal("unet/config.json", "cross_attention_dim", width, of, text.hidden_size);
+        }
+        if let (Some(unet), Some(vae)) = (unet, vae) {
+            let (of, n) = ("the VAE's latents have", vae.latent_channels);
+            equal("unet/config.json", "in_channels", unet.in_channels, of, n);
+            equal("unet/config.json", "out_channels", unet.out_channels, of, n);
+        }
+    }
+
+    /// What `hypnos.json` promises against what is there.
+    fn manifest(
+        &mut self,
+        dir: &Path,
+        manifest: &Manifest,
+        vae: Option<&vae::Config>,
+        tokenizer: Option<&Tokenizer>,
+    ) {
+        let file = dir.join("hypnos.json");
+        if let (Some(side), Some(factor)) = (manifest.resolution, vae.map(vae::Config::factor))
+            && side % factor != 0
+        {
+            self.add(bad(
+                &file,
+                format!("resolution is {side}, wanted a multiple of the VAE's factor {factor}"),
+            ));
+        }
+        for word in &manifest.rare_tokens {
+            if tokenizer.is_some_and(|tokenizer| !tokenizer.is_single_token(word)) {
+                self.add(bad(&file, format!("rare token `{word}` is not a single token of the tokenizer")));
+            }
+        }
+        for (path, origin) in &manifest.files {
+            let inside = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
+            if !inside {
+                self.add(bad(&file, format!("lists `{path}`, which is not a path within the bundle")));
+            } else if !dir.join(path).exists() {
+                let missing = Finding(bad(&dir.join(path), "is missing").to_string());
+                if !self.0.contains(&missing) {
+                    self.0.push(missing);
+                }
+            } else if let Some(hash) = self.note(hash_file(&dir.join(path)))
+                && hash != origin.sha256
+            {
+                let what = format!("has SHA-256 {hash}, but hypnos.json says {}", origin.sha256);
+                self.add(bad(&dir.join(path), what));
+            }
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Opens a device by its name. Which devices there are, and why one cannot be used, is said in one line.
+
+use candle_core::Device;
+
+use super::{Error, Result};
+
+/// The device called `name`: `cpu`, `cuda` (the first GPU) or `cuda:N`.
+///
+/// Errors with one line if the name is another, the program was built without the feature `cuda`, there is no such
+/// GPU, or its driver is too old for our kernels.
+pub fn open(name: &str) -> Result<Device> {
+    match name.split_once(':').unwrap_or((name, "")) {
+        ("cpu", "") if !name.contains(':') => Ok(Device::Cpu),
+        ("cuda", "") if !name.contains(':') => cuda(name, 0),
+        ("cuda", ordinal) => match ordinal.parse() {
+            Ok(ordinal) => cuda(name, ordinal),
+            Err(_) => Err(unknown(name)),
+        },
+        _ => Err(unknown(name)),
+    }
+}
+
+fn unknown(name: &str) -> Error {
+    Error::bad(format!("device: wanted cpu, cuda or cuda:N, got {name:?}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
+    Err(Error::bad(format!(
+        "device {name}: this program was built without CUDA; build it with --features cuda"
+    )))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(name: &str, ordinal: usize) -> Result<Device> {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+
+    let explain = |what: String| Error::bad(format!("device {name}: {what}"));
+    let count = match CudaContext::device_count() {
+        Ok(count) => count as usize,
+        Err(error) => return Err(explain(format!("no CUDA device ({:?})", error.0))),
+    };
+    match count {
+        0 => return Err(explain("no CUDA device".into())),
+        _ if ordinal >= count => {
+            return Err(explain(format!("wanted one of the {count} CUDA devices from 0")));
+        }
+        _ => {}
+    }
+    let device = Device::new_cuda(ordinal)?;
+    super::ops::cuda::prepare(device.as_cuda_device()?)
+        .map_err(|error| explain(format!("its driver cannot run our kernels: {}", Error::from(error))))?;
+    Ok(device)
+}

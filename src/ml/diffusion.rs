@@ -1,0 +1,579 @@
+//! The noise schedule: how much of a latent is left at each timestep, and what follows from that.
+//!
+//! Reads `scheduler_config.json`, computes ᾱ as the reference does, noises latents for training and converts
+//! between what a model may predict (ε, v) and x_0. It does not sample (`samplers`) and weighs no loss.
+//!
+//! | here          | papers                         | reference              |
+//! |---------------|--------------------------------|------------------------|
+//! | `alpha_bar`   | ᾱ_t (DDPM), α_t (DDIM)         | `alphas_cumprod[t]`    |
+//! | `alpha, sigma`| √ᾱ_t, √(1 − ᾱ_t)               | `alpha_t, sigma_t`     |
+//! | `eps`, `v`    | ε, v = √ᾱ ε − √(1 − ᾱ) x_0     | `noise`, `velocity`    |
+//!
+//! Ho et al. 2020 (arXiv 2006.11239); v: Salimans and Ho 2022 (arXiv 2202.00512), appendix D.
+//! Ported: diffusers 0.42.1 `schedulers/scheduling_ddpm.py`.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Error, Result};
+
+/// More timesteps than any model was trained with; a larger number is a damaged file.
+const TIMESTEPS_MAX: usize = 100_000;
+
+/// What `scheduler_config.json` says. Read it with [`Config::parse()`], which also checks it.
+///
+/// Keys that are absent (or null) keep the defaults of the reference class. Where the reference classes differ
+/// (`timestep_spacing`, `set_alpha_to_one`) the value stays `None` and each sampler takes the default of the class
+/// it ports, which is what `XScheduler.from_config(pipeline.scheduler.config)` does.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// The reference class that wrote the file; decides the defaults of the betas.
+    #[serde(rename = "_class_name")]
+    pub class_name: Option<String>,
+    /// T, the number of timesteps the model was trained with. 1000 where absent.
+    pub num_train_timesteps: Option<usize>,
+    /// The first β. 0.0001 where absent (0.00085 for Heun and KDPM2).
+    pub beta_start: Option<f64>,
+    /// The last β. 0.02 where absent (0.012 for Heun and KDPM2).
+    pub beta_end: Option<f64>,
+    /// `linear` (where absent), `scaled_linear` or `squaredcos_cap_v2`.
+    pub beta_schedule: Option<String>,
+    /// The T betas themselves, instead of the three keys above.
+    pub trained_betas: Option<Vec<f64>>,
+    /// `epsilon` (where absent) or `v_prediction`.
+    pub prediction_type: Option<String>,
+    /// `leading`, `linspace` or `trailing`; where absent each sampler has its own.
+    pub timestep_spacing: Option<String>,
+    /// Added to the timesteps of `leading`. 0 where absent.
+    pub steps_offset: Option<usize>,
+    /// Whether the last step of DDIM and PNDM ends at ᾱ = 1 (true) or at ᾱ_0 (false).
+    pub set_alpha_to_one: Option<bool>,
+    /// Every other key: those of single samplers, checked when such a sampler runs, and those nobody reads.
+    #[serde(flatten)]
+    pub rest: BTreeMap<String, Value>,
+}
+
+/// What the model predicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prediction {
+    /// The noise ε.
+    Epsilon,
+    /// The velocity v.
+    V,
+}
+
+/// How timesteps are laid over the T trained ones: table 2 of Lin et al. 2023 (arXiv 2305.08891).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spacing {
+    /// Multiples of T / steps, from 0 up, plus `steps_offset`.
+    Leading,
+    /// Evenly from 0 to T − 1, both included.
+    Linspace,
+    /// Evenly from T − 1 down, never reaching 0.
+    Trailing,
+}
+
+impl Config {
+    /// The configuration in a `scheduler_config.json`, checked.
+    ///
+    /// Takes `-Infinity`, `Infinity` and `NaN` as null: the reference writes them (`lambda_min_clipped`), although
+    /// JSON has no such words. [`Error::Bad`] names the key and the value.
+    pub fn parse(text: &str) -> Result<Self> {
+        let config: Self = serde_json::from_str(&without_infinities(text))
+            .map_err(|err| Error::Bad(format!("scheduler_config.json: {err}")))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Refuses, naming key and value, what would make this model's noise different from what we compute.
+    pub fn check(&self) -> Result<()> {
+        self.class_betas()?;
+        self.prediction()?;
+        self.spacing()?;
+        let n = self.n_timesteps();
+        if !(2..=TIMESTEPS_MAX).contains(&n) {
+            return Err(refuse("num_train_timesteps", n, &format!("2 to {TIMESTEPS_MAX}")));
+        }
+        if self.steps_offset() >= n {
+            return Err(refuse("steps_offset", self.steps_offset(), "less than num_train_timesteps"));
+        }
+        // Departure: DDIM's class clips where `clip_sample` is absent; the reference pipeline switches that off
+        // for latents, with a warning, so here it is off unless the file insists.
+        self.only("clip_sample", &[Value::Bool(false)])?;
+        self.only("thresholding", &[Value::Bool(false)])?;
+        self.only("rescale_betas_zero_snr", &[Value::Bool(false)])?;
+        self.only("use_flow_sigmas", &[Value::Bool(false)])?;
+        self.only(
+            "variance_type",
+            &["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"].map(Value::from),
+        )
+    }
+
+    /// T.
+    pub fn n_timesteps(&self) -> usize {
+        self.num_train_timesteps.unwrap_or(1000)
+    }
+
+    /// What is added to the timesteps of `leading`.
+    pub fn steps_offset(&self) -> usize {
+        self.steps_offset.unwrap_or(0)
+    }
+
+    /// What the model predicts; [`Error::Bad`] for anything but ε and v.
+    pub fn prediction(&self) -> Result<Prediction> {
+        match self.prediction_type.as_deref() {
+            None | Some("epsilon") => Ok(Prediction::Epsilon),
+            Some("v_prediction") => Ok(Prediction::V),
+            Some(other) => Err(refuse("prediction_type", format!("\"{other}\""), "epsilon or v_prediction")),
+        }
+    }
+
+    /// The spacing the file asks for, `None` where it leaves that to the sampler.
+    pub fn spacing(&self) -> Result<Option<Spacing>> {
+        match self.timestep_spacing.as_deref() {
+            None => Ok(None),
+            Some("leading") => Ok(Some(Spacing::Leading)),
+            Some("linspace") => Ok(Some(Spacing::Linspace)),
+            Some("trailing") => Ok(Some(Spacing::Trailing)),
+            Some(other) => {
+                Err(refuse("timestep_spacing", format!("\"{other}\""), "leading, linspace or trailing"))
+            }
+        }
+    }
+
+    /// Whether a key outside the typed ones is there and true.
+    pub fn is_set(&self, key: &str) -> bool {
+        self.rest.get(key) == Some(&Value::Bool(true))
+    }
+
+    /// Passes where `key` is absent, null or one of `wanted`; otherwise [`Error::Bad`].
+    pub fn only(&self, key: &str, wanted: &[Value]) -> Result<()> {
+        match self.rest.get(key) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if wanted.contains(value) => Ok(()),
+            Some(value) => {
+                let wanted: Vec<_> = wanted.iter().map(Value::to_string).collect();
+                Err(refuse(key, value, &if wanted.is_empty() { "null".into() } else { wanted.join(" or ") }))
+            }
+        }
+    }
+
+    /// First and last β of the reference class; [`Error::Bad`] for a class with another kind of noise.
+    fn class_betas(&self) -> Result<(f64, f64)> {
+        let Some(class) = &self.class_name else { return Ok((0.0001, 0.02)) };
+        let name = class.strip_suffix("Scheduler").unwrap_or(class);
+        match name {
+            "DDIM"
+            | "DDPM"
+            | "PNDM"
+            | "DPMSolverMultistep"
+            | "DPMSolverSinglestep"
+            | "DEISMultistep"
+            | "UniPCMultistep"
+            | "LMSDiscrete"
+            | "EulerDiscrete"
+            | "EulerAncestralDiscrete" => Ok((0.0001, 0.02)),
+            "HeunDiscrete" | "KDPM2Discrete" | "KDPM2AncestralDiscrete" => Ok((0.00085, 0.012)),
+            _ => Err(refuse(
+                "_class_name",
+                format!("\"{class}\""),
+                "DDIMScheduler, PNDMScheduler or a relative",
+            )),
+        }
+    }
+
+    /// β_0 … β_{T−1} in f32, as `torch.linspace` and its square give them.
+    fn betas(&self) -> Result<Vec<f32>> {
+        let n = self.n_timesteps();
+        let (start, end) = self.class_betas()?;
+        let (start, end) = (self.beta_start.unwrap_or(start), self.beta_end.unwrap_or(end));
+        if let Some(betas) = &self.trained_betas {
+            if betas.len() != n {
+                let came = format!("a list of {}", betas.len());
+                return Err(refuse("trained_betas", came, &format!("num_train_timesteps = {n} numbers")));
+            }
+            return Ok(betas.iter().map(|&beta| beta as f32).collect());
+        }
+        match self.beta_schedule.as_deref().unwrap_or("linear") {
+            "linear" => Ok(linspace_f32(start, end, n)),
+            "scaled_linear" => Ok(linspace_f32(start.sqrt(), end.sqrt(), n).iter().map(|x| x * x).collect()),
+            "squaredcos_cap_v2" => Ok((0..n).map(|t| squared_cosine(t, n)).collect()),
+            other => {
+                let wanted = "linear, scaled_linear or squaredcos_cap_v2";
+                Err(refuse("beta_schedule", format!("\"{other}\""), wanted))
+            }
+        }
+    }
+}
+
+/// ᾱ of every timestep, and what the model trained on them predicts.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    alphas_cumprod: Vec<f32>,
+    prediction: Prediction,
+    config: Config,
+}
+
+impl Schedule {
+    /// The schedule a configuration describes.
+    ///
+    /// Precision is the reference's: β in f32, 1 − β in f32, their running product in f64 rounded to f32 at each
+    /// step (what `torch.cumprod` does on a CPU). All that is derived from ᾱ here is computed in f64.
+    ///
+    /// [`Error::Bad`] if the configuration is refused or some ᾱ_t does not lie strictly between 0 and 1.
+    pub fn new(config: &Config) -> Result<Self> {
+        config.check()?;
+        let mut product = 1.0_f64;
+        let mut alphas_cumprod = Vec::with_capacity(config.n_timesteps());
+        for (t, beta) in config.betas()?.into_iter().enumerate() {
+            product *= f64::from(1.0 - beta);
+            let alpha_bar = product as f32;
+            if !(beta > 0.0 && beta < 1.0 && alpha_bar > 0.0 && alpha_bar < 1.0) {
+                return Err(Error::Bad(format!(
+                    "scheduler_config.json: beta is {beta} at timestep {t} and leaves {alpha_bar} of the signal; \
+                     both have to lie between 0 and 1"
+                )));
+            }
+            alphas_cumprod.push(alpha_bar);
+        }
+        Ok(Self { alphas_cumprod, prediction: config.prediction()?, config: config.clone() })
+    }
+
+    /// T.
+    pub fn n_timesteps(&self) -> usize {
+        self.alphas_cumprod.len()
+    }
+
+    /// ᾱ_0 … ᾱ_{T−1}, falling, as the reference has them to the last bit.
+    pub fn alphas_cumprod(&self) -> &[f32] {
+        &self.alphas_cumprod
+    }
+
+    /// What the model predicts.
+    pub fn prediction(&self) -> Prediction {
+        self.prediction
+    }
+
+    /// The configuration this schedule was made from.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// ᾱ_t. [`Error::Bad`] where t ≥ T.
+    pub fn alpha_bar(&self, t: usize) -> Result<f64> {
+        let n = self.n_timesteps();
+        let value = self.alphas_cumprod.get(t).copied().map(f64::from);
+        value.ok_or_else(|| {
+            Error::Bad(format!("timestep {t} is outside the schedule, which has 0 to {}", n - 1))
+        })
+    }
+
+    /// x_t: the latents with the noise of timestep t over them.
+    ///
+    ///   x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε                                                Ho et al. 2020, eq. 4
+    ///
+    /// * `x_0`, `eps`: `[B, …]`, equal shapes
+    /// * `t`: one timestep for each of the B images, 0 … T − 1
+    ///
+    /// Like everything below: computed and returned in f32, differentiable in both tensors, [`Error::Bad`] if the
+    /// shapes differ, `t` is not one per image or a timestep lies outside.
+    pub fn q_sample(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_0", x_0), ("eps", eps), t, |alpha, sigma| (alpha, sigma))
+    }
+
+    /// v = √ᾱ_t ε − √(1 − ᾱ_t) x_0. Shapes, dtype and errors as for [`Self::q_sample()`].
+    pub fn velocity(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_0", x_0), ("eps", eps), t, |alpha, sigma| (-sigma, alpha))
+    }
+
+    /// What the model should have answered at x_t: ε or v, as it predicts. As [`Self::q_sample()`]; ε in f32.
+    pub fn target(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+        match self.prediction {
+            Prediction::Epsilon => self.mix(("x_0", x_0), ("eps", eps), t, |_, _| (0.0, 1.0)),
+            Prediction::V => self.velocity(x_0, eps, t),
+        }
+    }
+
+    /// x_0 as the model's answer at x_t implies it. As [`Self::q_sample()`].
+    pub fn x_0(&self, x_t: &Tensor, answer: &Tensor, t: &[usize]) -> Result<Tensor> {
+        match self.prediction {
+            Prediction::Epsilon => self.x_0_from_eps(x_t, answer, t),
+            Prediction::V => self.x_0_from_v(x_t, answer, t),
+        }
+    }
+
+    /// ε as the model's answer at x_t implies it. As [`Self::q_sample()`].
+    pub fn eps(&self, x_t: &Tensor, answer: &Tensor, t: &[usize]) -> Result<Tensor> {
+        match self.prediction {
+            Prediction::Epsilon => self.mix(("x_t", x_t), ("eps", answer), t, |_, _| (0.0, 1.0)),
+            Prediction::V => self.eps_from_v(x_t, answer, t),
+        }
+    }
+
+    /// x_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t. As [`Self::q_sample()`]; errors in ε grow by √((1 − ᾱ_t) / ᾱ_t).
+    pub fn x_0_from_eps(&self, x_t: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_t", x_t), ("eps", eps), t, |alpha, sigma| (1.0 / alpha, -sigma / alpha))
+    }
+
+    /// x_0 = √ᾱ_t x_t − √(1 − ᾱ_t) v. As [`Self::q_sample()`].
+    pub fn x_0_from_v(&self, x_t: &Tensor, v: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_t", x_t), ("v", v), t, |alpha, sigma| (alpha, -sigma))
+    }
+
+    /// ε = √ᾱ_t v + √(1 − ᾱ_t) x_t. As [`Self::q_sample()`].
+    pub fn eps_from_v(&self, x_t: &Tensor, v: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_t", x_t), ("v", v), t, |alpha, sigma| (sigma, alpha))
+    }
+
+    /// ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t). As [`Self::q_sample()`].
+    pub fn eps_from_x_0(&self, x_t: &Tensor, x_0: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_t", x_t), ("x_0", x_0), t, |alpha, sigma| (1.0 / sigma, -alpha / sigma))
+    }
+
+    /// v = (ε − √(1 − ᾱ_t) x_t) / √ᾱ_t. As [`Self::q_sample()`].
+    pub fn v_from_eps(&self, x_t: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+        self.mix(("x_t", x_t), ("eps", eps), t, |alpha, sigma| (-sigma / alpha, 1.0 / alpha))
+    }
+
+    /// c_a(t) a + c_b(t) b with the two weights of each image's own timestep; the tensors come with their names.
+    fn mix(
+        &self,
+        (a_name, a): (&str, &Tensor),
+        (b_name, b): (&str, &Tensor),
+        t: &[usize],
+        weights: impl Fn(f64, f64) -> (f64, f64),
+    ) -> Result<Tensor> {
+        if a.dims() != b.dims() || a.dims().first() != Some(&t.len()) {
+            return Err(Error::Bad(format!(
+                "diffusion: {a_name} is {:?}, {b_name} {:?} and there are {} timesteps; equal shapes and one \
+                 timestep for each image are needed",
+                a.dims(),
+                b.dims(),
+                t.len()
+            )));
+        }
+        let mut column = vec![1; a.rank()]; // [B, 1, …]
+        column[0] = t.len();
+        let (mut a_weights, mut b_weights) = (Vec::with_capacity(t.len()), Vec::with_capacity(t.len()));
+        for &t in t {
+            let alpha_bar = self.alpha_bar(t)?;
+            let (a_weight, b_weight) = weights(alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
+            a_weights.push(a_weight as f32);
+            b_weights.push(b_weight as f32);
+        }
+        let scale = |x: &Tensor, weights| {
+            x.to_dtype(DType::F32)?.broadcast_mul(&Tensor::from_vec(weights, column.as_slice(), x.device())?)
+        };
+        Ok((scale(a, a_weights)? + scale(b, b_weights)?)?)
+    }
+}
+
+fn refuse(key: &str, came: impl std::fmt::Display, wanted: &str) -> Error {
+    Error::Bad(format!("scheduler_config.json: {key} is {came}; {wanted} is what this program can run"))
+}
+
+/// `torch.linspace` in f32, to the last bit: from both ends towards the middle, with fused multiply-add.
+fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
+    let (start, end) = (start as f32, end as f32);
+    let step = (end - start) / (n - 1) as f32;
+    let from_start = |i: usize| step.mul_add(i as f32, start);
+    let from_end = |i: usize| (-step).mul_add((n - 1 - i) as f32, end);
+    (0..n).map(|i| if i < n / 2 { from_start(i) } else { from_end(i) }).collect()
+}
+
+/// β_t of Nichol and Dhariwal 2021 (arXiv 2102.09672), eq. 17, capped at 0.999.
+fn squared_cosine(t: usize, n: usize) -> f32 {
+    let alpha_bar = |i: usize| {
+        let u = i as f64 / n as f64;
+        ((u + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2)
+    };
+    (1.0 - alpha_bar(t + 1) / alpha_bar(t)).min(0.999) as f32
+}
+
+/// The text with Python's three words for numbers JSON cannot say replaced by null; strings are left alone.
+fn without_infinities(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for (i, part) in text.split('"').enumerate() {
+        if i > 0 {
+            out.push('"');
+        }
+        // Every other part is inside a string. No value this file may hold has an escaped quote in it; one that
+        // has only shifts the parts, and then the words stay and the parser names the line.
+        if i % 2 == 0 {
+            out.push_str(
+                &part.replace("-Infinity", "null").replace("Infinity", "null").replace("NaN", "null"),
+            );
+        } else {
+            out.push_str(part);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::super::random;
+    use super::*;
+
+    const SD15: &str = r#"{"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "steps_offset": 1, "trained_betas": null}"#;
+
+    fn schedule(text: &str) -> Result<Schedule> {
+        Schedule::new(&Config::parse(text)?)
+    }
+
+    fn draw(stream: u64, shape: &[usize]) -> Tensor {
+        Tensor::from_vec(random::normal(1, stream, shape.iter().product()), shape, &Device::Cpu).unwrap()
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        let diff = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
+        diff.max(0).unwrap().to_scalar().unwrap()
+    }
+
+    fn refusal(text: &str) -> String {
+        match schedule(text) {
+            Err(Error::Bad(words)) => words,
+            other => panic!("{text} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_schedule_of_sd15_has_the_known_ends() {
+        let schedule = schedule(SD15).unwrap();
+        assert_eq!(schedule.n_timesteps(), 1000);
+        assert!((schedule.alpha_bar(0).unwrap() - 0.999_15).abs() < 1e-7);
+        assert!((schedule.alpha_bar(999).unwrap() - 0.004_660_095).abs() < 1e-8);
+        assert!(schedule.alphas_cumprod().windows(2).all(|pair| pair[0] > pair[1]));
+        assert!(schedule.alpha_bar(1000).is_err());
+    }
+
+    #[test]
+    fn noising_and_going_back_gives_the_latents_with_every_prediction() {
+        let schedule = schedule(SD15).unwrap();
+        let (x_0, eps) = (draw(0, &[3, 4, 5, 6]), draw(1, &[3, 4, 5, 6]));
+        let t = [0, 400, 999];
+        let x_t = schedule.q_sample(&x_0, &eps, &t).unwrap();
+        let v = schedule.velocity(&x_0, &eps, &t).unwrap();
+        assert!(worst(&schedule.x_0_from_v(&x_t, &v, &t).unwrap(), &x_0) < 2e-6);
+        assert!(worst(&schedule.eps_from_v(&x_t, &v, &t).unwrap(), &eps) < 2e-6);
+        assert!(worst(&schedule.x_0_from_eps(&x_t, &eps, &t).unwrap(), &x_0) < 2e-5);
+        assert!(worst(&schedule.eps_from_x_0(&x_t, &x_0, &t).unwrap(), &eps) < 2e-5);
+        assert!(worst(&schedule.v_from_eps(&x_t, &eps, &t).unwrap(), &v) < 2e-5);
+    }
+
+    #[test]
+    fn target_and_its_inverses_follow_the_prediction_type() {
+        let (x_0, eps) = (draw(0, &[2, 4, 3, 3]), draw(1, &[2, 4, 3, 3]));
+        let t = [700, 20];
+        for (key, want_eps) in [("epsilon", true), ("v_prediction", false)] {
+            let schedule = schedule(&format!(r#"{{"prediction_type": "{key}"}}"#)).unwrap();
+            let x_t = schedule.q_sample(&x_0, &eps, &t).unwrap();
+            let target = schedule.target(&x_0, &eps, &t).unwrap();
+            assert_eq!(worst(&target, &eps) == 0.0, want_eps, "{key}");
+            assert!(worst(&schedule.x_0(&x_t, &target, &t).unwrap(), &x_0) < 5e-6, "{key}");
+            assert!(worst(&schedule.eps(&x_t, &target, &t).unwrap(), &eps) < 5e-6, "{key}");
+        }
+    }
+
+    #[test]
+    fn an_image_alone_is_noised_as_in_a_batch() {
+        let schedule = schedule(SD15).unwrap();
+        let (x_0, eps) = (draw(0, &[3, 4, 2, 2]), draw(1, &[3, 4, 2, 2]));
+        let t = [7, 500, 999];
+        let batch = schedule.q_sample(&x_0, &eps, &t).unwrap();
+        for (i, &t) in t.iter().enumerate() {
+            let row = |x: &Tensor| x.narrow(0, i, 1).unwrap();
+            let alone = schedule.q_sample(&row(&x_0), &row(&eps), &[t]).unwrap();
+            assert!(worst(&alone, &row(&batch)) == 0.0);
+        }
+    }
+
+    #[test]
+    fn x_0_passes_the_gradient_on_to_the_models_answer() {
+        let schedule = schedule(SD15).unwrap();
+        let answer = Var::from_tensor(&draw(1, &[2, 4, 2, 2])).unwrap();
+        let x_0 = schedule.x_0(&draw(0, &[2, 4, 2, 2]), &answer, &[10, 900]).unwrap();
+        let grads = x_0.sum_all().unwrap().backward().unwrap();
+        let grad = grads.get(&answer).unwrap().flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
+        for (row, t) in grad.iter().zip([10, 900]) {
+            let alpha_bar = schedule.alpha_bar(t).unwrap();
+            let want = -((1.0 - alpha_bar) / alpha_bar).sqrt() as f32;
+            assert!(row.iter().all(|g| (g - want).abs() < 1e-5 * want.abs()), "{row:?} {want}");
+        }
+    }
+
+    #[test]
+    fn half_precision_latents_are_noised_in_f32() {
+        let schedule = schedule(SD15).unwrap();
+        let x_0 = draw(0, &[1, 4, 2, 2]).to_dtype(DType::BF16).unwrap();
+        assert_eq!(schedule.q_sample(&x_0, &x_0, &[3]).unwrap().dtype(), DType::F32);
+    }
+
+    #[test]
+    fn shapes_and_timesteps_that_do_not_fit_are_told_apart_in_words() {
+        let schedule = schedule(SD15).unwrap();
+        let (two, one) = (draw(0, &[2, 4, 2, 2]), draw(1, &[1, 4, 2, 2]));
+        let words = |result: Result<Tensor>| result.unwrap_err().to_string();
+        assert!(words(schedule.q_sample(&two, &one, &[1, 2])).contains("eps [1, 4, 2, 2]"));
+        assert!(words(schedule.q_sample(&two, &two, &[1])).contains("1 timesteps"));
+        assert!(words(schedule.q_sample(&two, &two, &[1, 1000])).contains("timestep 1000 is outside"));
+    }
+
+    #[test]
+    fn an_empty_file_has_the_defaults_of_the_reference() {
+        let schedule = schedule("{}").unwrap();
+        assert_eq!((schedule.n_timesteps(), schedule.prediction()), (1000, Prediction::Epsilon));
+        assert!((schedule.alpha_bar(0).unwrap() - 0.9999).abs() < 1e-7);
+        assert!((schedule.alpha_bar(999).unwrap() - 4.035_83e-5).abs() < 1e-9);
+        assert_eq!(schedule.config().spacing().unwrap(), None);
+    }
+
+    #[test]
+    fn trained_betas_replace_the_formula() {
+        let schedule = schedule(r#"{"num_train_timesteps": 3, "trained_betas": [0.5, 0.5, 0.5]}"#).unwrap();
+        assert_eq!(schedule.alphas_cumprod(), [0.5, 0.25, 0.125]);
+    }
+
+    #[test]
+    fn the_infinity_the_reference_writes_is_read() {
+        let text = r#"{"lambda_min_clipped": -Infinity, "note": "to -Infinity", "beta_end": 0.012}"#;
+        let config = Config::parse(text).unwrap();
+        assert_eq!(config.rest["lambda_min_clipped"], Value::Null);
+        assert_eq!(config.rest["note"], "to -Infinity");
+        assert_eq!(config.beta_end, Some(0.012));
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_key_and_value() {
+        for (text, wants) in [
+            (r#"{"_class_name": "FlowMatchEulerDiscreteScheduler"}"#, "_class_name is \"FlowMatchEuler"),
+            (r#"{"prediction_type": "sample"}"#, "prediction_type is \"sample\"; epsilon or v_prediction"),
+            (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\""),
+            (r#"{"timestep_spacing": "odd"}"#, "timestep_spacing is \"odd\""),
+            (r#"{"clip_sample": true}"#, "clip_sample is true"),
+            (r#"{"thresholding": true}"#, "thresholding is true"),
+            (r#"{"rescale_betas_zero_snr": true}"#, "rescale_betas_zero_snr is true"),
+            (r#"{"variance_type": "learned_range"}"#, "variance_type is \"learned_range\""),
+            (r#"{"num_train_timesteps": 1}"#, "num_train_timesteps is 1"),
+            (r#"{"num_train_timesteps": 99999999999}"#, "num_train_timesteps is 99999999999"),
+            (r#"{"steps_offset": 1000}"#, "steps_offset is 1000"),
+            (r#"{"trained_betas": [0.1]}"#, "trained_betas is a list of 1"),
+            (r#"{"num_train_timesteps": 2, "beta_end": 1.5}"#, "beta is 1.5 at timestep 1"),
+            (r#"{"beta_end": 0.99}"#, "leaves 0 of the signal"),
+            (r#"{"beta_start": 0}"#, "beta is 0 at timestep 0"),
+            (r#"{"beta_start": -0.1, "beta_schedule": "scaled_linear"}"#, "beta is NaN"),
+            (r#"{"beta_start": "small"}"#, "scheduler_config.json: "),
+            ("", "scheduler_config.json: "),
+        ] {
+            let words = refusal(text);
+            assert!(words.contains(wants) && !words.contains('\n'), "{text} gave: {words}");
+        }
+    }
+}

@@ -1,0 +1,610 @@
+//! Samplers: from unit noise to latents in a few calls of the model.
+//!
+//! Every sampler is one function, in the manner of k-diffusion: no scheduler object, no step state that outlives
+//! the call. They do not know the UNet, guidance or prompts: `model` answers for all of that. Each image of a batch
+//! goes its own way, so a picture alone is the picture in a batch. Coefficients are f64, tensors f32.
+//!
+//! Checked against diffusers 0.42.1, each with `XScheduler.from_config(pipeline.scheduler.config)`:
+//! `scheduling_ddim.py`, `scheduling_pndm.py`, `scheduling_dpmsolver_multistep.py`, `scheduling_euler_discrete.py`,
+//! `scheduling_euler_ancestral_discrete.py`. Symbols as in [`super::diffusion`]; σ is √((1 − ᾱ) / ᾱ) here.
+
+mod plan;
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::str::FromStr;
+
+use candle_core::{DType, Tensor};
+use serde_json::Value;
+
+pub use self::plan::Plan;
+use super::diffusion::{Config, Prediction, Schedule, Spacing};
+use super::{Error, Result};
+
+/// The model, guidance included: its answer (ε or v) for latents `[B, C, h, w]` at one timestep, same shape, f32.
+/// The timestep is a whole number except for [`Sampler::Euler`] and [`Sampler::EulerAncestral`].
+pub type Model<'a> = dyn FnMut(&Tensor, f64) -> candle_core::Result<Tensor> + 'a;
+
+/// Fresh unit noise for one step, counted from 0, in the shape of the latents. Only `euler-a` asks, never at the end.
+pub type StepNoise<'a> = dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a;
+
+/// Told (calls of the model done, calls in all) after each step; `Break` stops the sampling.
+pub type Observe<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
+
+/// A way from noise to latents. `Display` and `FromStr` use the names of the command line and the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sampler {
+    /// `ddim`, with η = 0.
+    Ddim,
+    /// `pndm`, the linear multistep part alone (PLMS).
+    Pndm,
+    /// `dpmpp-2m`: DPM-Solver++, second order, multistep.
+    Dpmpp2m,
+    /// `dpmpp-2m-karras`: the same over the noise levels of Karras et al.
+    Dpmpp2mKarras,
+    /// `euler`.
+    Euler,
+    /// `euler-a`: Euler, ancestral.
+    EulerAncestral,
+}
+
+impl Sampler {
+    /// All of them, in the order of the documentation.
+    pub const ALL: [Self; 6] =
+        [Self::Ddim, Self::Pndm, Self::Dpmpp2m, Self::Dpmpp2mKarras, Self::Euler, Self::EulerAncestral];
+
+    /// The name outside this program.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ddim => "ddim",
+            Self::Pndm => "pndm",
+            Self::Dpmpp2m => "dpmpp-2m",
+            Self::Dpmpp2mKarras => "dpmpp-2m-karras",
+            Self::Euler => "euler",
+            Self::EulerAncestral => "euler-a",
+        }
+    }
+
+    /// Refuses a `scheduler_config.json` that asks this sampler for something it does not do.
+    ///
+    /// Departure: whether DPM-Solver++ uses Karras' noise levels is the sampler's name here, not the file's
+    /// `use_karras_sigmas`; Euler follows the file.
+    /// Departure: PNDM's class starts with Runge-Kutta steps unless `skip_prk_steps` is true; every Stable Diffusion
+    /// says true, so a file of another class that says nothing means true here.
+    fn check(self, config: &Config) -> Result<()> {
+        let wanted: &[(&str, &[&str])] = match self {
+            Self::Ddim | Self::EulerAncestral => &[],
+            Self::Pndm => &[("skip_prk_steps", &["true"])],
+            Self::Dpmpp2m | Self::Dpmpp2mKarras => &[
+                ("algorithm_type", &[r#""dpmsolver++""#, r#""deis""#]), // the reference reads deis as dpmsolver++,
+                ("solver_type", &[r#""midpoint""#, r#""logrho""#, r#""bh1""#, r#""bh2""#]), // and these as midpoint
+                ("solver_order", &["2"]),
+                ("euler_at_final", &["false"]),
+                ("final_sigmas_type", &[r#""zero""#]),
+                ("lambda_min_clipped", &[]),
+                ("sigma_min", &[]),
+                ("sigma_max", &[]),
+                ("use_exponential_sigmas", &["false"]),
+                ("use_beta_sigmas", &["false"]),
+                ("use_lu_lambdas", &["false"]),
+            ],
+            Self::Euler => &[
+                ("interpolation_type", &[r#""linear""#]),
+                ("timestep_type", &[r#""discrete""#]),
+                ("final_sigmas_type", &[r#""zero""#]),
+                ("sigma_min", &[]),
+                ("sigma_max", &[]),
+                ("use_exponential_sigmas", &["false"]),
+                ("use_beta_sigmas", &["false"]),
+            ],
+        };
+        wanted.iter().try_for_each(|(key, values)| {
+            let values: Vec<Value> =
+                values.iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
+            config.only(key, &values).map_err(|err| Error::Bad(format!("{self}: {err}")))
+        })
+    }
+}
+
+impl fmt::Display for Sampler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Sampler {
+    type Err = Error;
+
+    /// [`Error::Bad`] lists the names there are.
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|sampler| sampler.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            Error::Bad(format!("there is no sampler {name:?}; there are {names}"))
+        })
+    }
+}
+
+/// Latents for `noise`, in `steps` steps of `sampler`.
+///
+/// * `noise`: `[B, C, h, w]`, f32, unit normal; the sampler scales it itself
+/// * `steps`: 1 to T; the model is called that often, by PNDM once more (from 2 steps on)
+/// * `model`, `step_noise`, `observe`: see their types
+///
+/// `[B, C, h, w]`, f32, in the scale the VAE's `scaling_factor` undoes; `None` if `observe` stopped it.
+/// [`Error::Bad`] if steps, shapes or dtypes are wrong or the bundle's scheduler asks for what `sampler` cannot do.
+pub fn sample(
+    sampler: Sampler,
+    schedule: &Schedule,
+    steps: usize,
+    noise: &Tensor,
+    model: &mut Model<'_>,
+    step_noise: &mut StepNoise<'_>,
+    observe: &mut Observe<'_>,
+) -> Result<Option<Tensor>> {
+    let plan = Plan::new(sampler, schedule, steps)?;
+    if noise.rank() != 4 || noise.dtype() != DType::F32 {
+        let (dims, dtype) = (noise.dims(), noise.dtype());
+        return Err(Error::Bad(format!(
+            "{sampler}: noise is {dims:?} {dtype:?}; [B, C, h, w] F32 is needed"
+        )));
+    }
+    let mut outside = Outside { sampler, model, step_noise, observe };
+    let stride = schedule.n_timesteps() / steps;
+    match sampler {
+        Sampler::Ddim => ddim(schedule, &plan, stride, noise, &mut outside),
+        Sampler::Pndm => plms(schedule, &plan, stride, noise, &mut outside),
+        Sampler::Dpmpp2m | Sampler::Dpmpp2mKarras => dpmpp_2m(schedule, &plan, noise, &mut outside),
+        Sampler::Euler => euler(schedule, &plan, noise, &mut outside),
+        Sampler::EulerAncestral => euler_ancestral(schedule, &plan, noise, &mut outside),
+    }
+}
+
+/// Denoising diffusion implicit models without fresh noise: Song et al. 2020 (arXiv 2010.02502), eq. 12 with σ = 0.
+///
+///   x_prev = √ᾱ_prev x̂_0 + √(1 − ᾱ_prev) ε̂
+///
+/// The previous timestep is t − T / steps whatever the spacing; below 0 it is the end of [`ending()`].
+fn ddim(
+    schedule: &Schedule,
+    plan: &Plan,
+    stride: usize,
+    noise: &Tensor,
+    outside: &mut Outside<'_, '_>,
+) -> Result<Option<Tensor>> {
+    let end = ending(schedule, true);
+    let mut x = noise.clone();
+    for (i, &t) in plan.timesteps.iter().enumerate() {
+        let answer = outside.ask(&x, t)?;
+        let t = t as usize;
+        let (alpha, sigma) = parts(schedule.alpha_bar(t)?);
+        let (alpha_prev, sigma_prev) = parts(before(schedule, t, stride, end)?);
+        // x̂_0 and ε̂ as weights of (x, answer), put into eq. 12 at once.
+        let (x_weight, answer_weight) = match schedule.prediction() {
+            Prediction::Epsilon => (alpha_prev / alpha, sigma_prev - alpha_prev * sigma / alpha),
+            Prediction::V => {
+                (alpha_prev * alpha + sigma_prev * sigma, sigma_prev * alpha - alpha_prev * sigma)
+            }
+        };
+        x = combine(&x, x_weight, &answer, answer_weight)?;
+        if outside.tell(i, plan).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(x))
+}
+
+/// Pseudo linear multistep: Liu et al. 2022 (arXiv 2202.09778), eq. 9 and 12, without its Runge-Kutta start.
+///
+/// The first step is taken twice, the second time with the mean of the answers at both its ends (improved Euler);
+/// then Adams-Bashforth of order 2, 3 and, from there on, 4, over the answers so far.
+fn plms(
+    schedule: &Schedule,
+    plan: &Plan,
+    stride: usize,
+    noise: &Tensor,
+    outside: &mut Outside<'_, '_>,
+) -> Result<Option<Tensor>> {
+    let end = ending(schedule, false);
+    let mut x = noise.clone();
+    let mut answers: Vec<Tensor> = Vec::new(); // oldest first, at most 4
+    for (i, &t) in plan.timesteps.iter().enumerate() {
+        let answer = outside.ask(&x, t)?;
+        let t = t as usize;
+        x = if i == 1 {
+            let mean = combine(&answer, 0.5, &answers[0], 0.5)?;
+            plms_transfer(schedule, noise, &mean, t + stride, schedule.alpha_bar(t)?)?
+        } else {
+            answers.drain(..answers.len().saturating_sub(3));
+            answers.push(answer);
+            plms_transfer(schedule, &x, &adams_bashforth(&answers)?, t, before(schedule, t, stride, end)?)?
+        };
+        if outside.tell(i, plan).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(x))
+}
+
+/// x from timestep t to ᾱ_prev along `answer`: Liu et al. 2022, eq. 9 (φ), in the reference's form.
+fn plms_transfer(schedule: &Schedule, x: &Tensor, answer: &Tensor, t: usize, prev: f64) -> Result<Tensor> {
+    let alpha_bar = schedule.alpha_bar(t)?;
+    let (alpha, sigma) = parts(alpha_bar);
+    let denominator = alpha_bar * (1.0 - prev).sqrt() + (alpha_bar * (1.0 - alpha_bar) * prev).sqrt();
+    let (x_weight, eps_weight) = ((prev / alpha_bar).sqrt(), (alpha_bar - prev) / denominator);
+    match schedule.prediction() {
+        Prediction::Epsilon => combine(x, x_weight, answer, eps_weight),
+        Prediction::V => combine(x, x_weight + eps_weight * sigma, answer, eps_weight * alpha),
+    }
+}
+
+/// The next answer, extrapolated from the 1 to 4 last ones (oldest first): Liu et al. 2022, eq. 12.
+fn adams_bashforth(answers: &[Tensor]) -> Result<Tensor> {
+    let weights: &[f64] = match answers.len() {
+        1 => &[1.0],
+        2 => &[-0.5, 1.5],
+        3 => &[5.0 / 12.0, -16.0 / 12.0, 23.0 / 12.0],
+        _ => &[-9.0 / 24.0, 37.0 / 24.0, -59.0 / 24.0, 55.0 / 24.0],
+    };
+    let mut sum = (&answers[0] * weights[0])?;
+    for (answer, weight) in answers.iter().zip(weights).skip(1) {
+        sum = (sum + (answer * *weight)?)?;
+    }
+    Ok(sum)
+}
+
+/// DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), algorithm 2, in data prediction.
+///
+///   x ← (σ'/σ) x − α' (e^{−h} − 1) D,   D = (1 + 1/2r) x̂_0 − 1/2r x̂_0 of the step before,   e^{−h} = s'/s
+///
+/// with s = σ/α (the plan's sigma) and h, r from its logarithm. First order at the first step and at the last,
+/// which goes to s' = 0 and so to x̂_0 itself.
+fn dpmpp_2m(
+    schedule: &Schedule,
+    plan: &Plan,
+    noise: &Tensor,
+    outside: &mut Outside<'_, '_>,
+) -> Result<Option<Tensor>> {
+    let mut x = noise.clone();
+    let mut before: Option<(Tensor, f64)> = None; // x̂_0 of the step before, and its h
+    for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
+        let (s, s_next) = (pair[0], pair[1]);
+        let (alpha, sigma) = of_ratio(s);
+        let (alpha_next, sigma_next) = of_ratio(s_next);
+        let answer = outside.ask(&x, t)?;
+        let x_0 = match schedule.prediction() {
+            Prediction::Epsilon => combine(&x, 1.0 / alpha, &answer, -sigma / alpha)?,
+            Prediction::V => combine(&x, alpha, &answer, -sigma)?,
+        };
+        let h = (s / s_next).ln();
+        let d = match before {
+            Some((x_0_before, h_before)) if s_next > 0.0 => {
+                let half_inverse_r = 0.5 * h / h_before;
+                combine(&x_0, 1.0 + half_inverse_r, &x_0_before, -half_inverse_r)?
+            }
+            _ => x_0.clone(),
+        };
+        x = combine(&x, sigma_next / sigma, &d, alpha_next * (1.0 - s_next / s))?;
+        before = Some((x_0, h));
+        if outside.tell(i, plan).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(x))
+}
+
+/// Euler's method for the probability flow: Karras et al. 2022 (arXiv 2206.00364), algorithm 2 without churn.
+///
+/// x here is the paper's, with variance 1 + σ²; the model sees it scaled to variance 1.
+fn euler(
+    schedule: &Schedule,
+    plan: &Plan,
+    noise: &Tensor,
+    outside: &mut Outside<'_, '_>,
+) -> Result<Option<Tensor>> {
+    let mut x = (noise * euler_start(schedule, plan)?)?;
+    for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
+        let slope = outside.slope(schedule.prediction(), &x, pair[0], t)?;
+        x = combine(&x, 1.0, &slope, pair[1] - pair[0])?;
+        if outside.tell(i, plan).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(x))
+}
+
+/// Ancestral sampling with Euler steps, as k-diffusion's `sample_euler_ancestral`: each step goes further down than
+/// asked and comes back up with fresh noise, so that the variance is that of DDPM (Ho et al. 2020) between both ends.
+fn euler_ancestral(
+    schedule: &Schedule,
+    plan: &Plan,
+    noise: &Tensor,
+    outside: &mut Outside<'_, '_>,
+) -> Result<Option<Tensor>> {
+    let mut x = (noise * euler_start(schedule, plan)?)?;
+    for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
+        let (sigma, sigma_next) = (pair[0], pair[1]);
+        let up_squared = sigma_next.powi(2) * (sigma.powi(2) - sigma_next.powi(2)) / sigma.powi(2);
+        let down = (sigma_next.powi(2) - up_squared).sqrt();
+        let slope = outside.slope(schedule.prediction(), &x, sigma, t)?;
+        x = combine(&x, 1.0, &slope, down - sigma)?;
+        if sigma_next > 0.0 {
+            x = combine(&x, 1.0, &outside.fresh(i, &x)?, up_squared.sqrt())?;
+        }
+        if outside.tell(i, plan).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(x))
+}
+
+/// `init_noise_sigma` of both Euler schedulers: how far unit noise is scaled up to begin with.
+fn euler_start(schedule: &Schedule, plan: &Plan) -> Result<f64> {
+    let sigma_max = plan.sigmas[0];
+    Ok(match schedule.config().spacing()? {
+        Some(Spacing::Leading) => (sigma_max.powi(2) + 1.0).sqrt(),
+        Some(Spacing::Linspace | Spacing::Trailing) | None => sigma_max,
+    })
+}
+
+/// ᾱ where the last step of DDIM and PNDM ends. `one_by_default` is what the class says if the file does not.
+fn ending(schedule: &Schedule, one_by_default: bool) -> f64 {
+    let one = schedule.config().set_alpha_to_one.unwrap_or(one_by_default);
+    if one { 1.0 } else { f64::from(schedule.alphas_cumprod()[0]) }
+}
+
+/// ᾱ one stride below t, or `end` where that is below 0.
+fn before(schedule: &Schedule, t: usize, stride: usize, end: f64) -> Result<f64> {
+    t.checked_sub(stride).map_or(Ok(end), |t| schedule.alpha_bar(t))
+}
+
+/// √ᾱ and √(1 − ᾱ).
+fn parts(alpha_bar: f64) -> (f64, f64) {
+    (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt())
+}
+
+/// √ᾱ and √(1 − ᾱ) of their ratio s = √((1 − ᾱ) / ᾱ).
+fn of_ratio(s: f64) -> (f64, f64) {
+    let alpha = 1.0 / (s * s + 1.0).sqrt();
+    (alpha, s * alpha)
+}
+
+/// `a_weight` a + `b_weight` b.
+fn combine(a: &Tensor, a_weight: f64, b: &Tensor, b_weight: f64) -> Result<Tensor> {
+    Ok(((a * a_weight)? + (b * b_weight)?)?)
+}
+
+/// The caller's three functions, with what comes back from them checked.
+struct Outside<'a, 'f> {
+    sampler: Sampler,
+    model: &'a mut Model<'f>,
+    step_noise: &'a mut StepNoise<'f>,
+    observe: &'a mut Observe<'f>,
+}
+
+impl Outside<'_, '_> {
+    /// The model's answer.
+    fn ask(&mut self, x: &Tensor, t: f64) -> Result<Tensor> {
+        let answer = (self.model)(x, t)?;
+        self.fits("the model's answer", &answer, x)?;
+        Ok(answer)
+    }
+
+    /// dx/dσ at σ, from the model's answer to x scaled to variance 1: Karras et al. 2022, algorithm 2, line 7.
+    fn slope(&mut self, prediction: Prediction, x: &Tensor, sigma: f64, t: f64) -> Result<Tensor> {
+        let scale = 1.0 / (sigma * sigma + 1.0).sqrt();
+        let answer = self.ask(&(x * scale)?, t)?;
+        match prediction {
+            Prediction::Epsilon => Ok(answer),
+            Prediction::V => combine(x, sigma * scale * scale, &answer, scale),
+        }
+    }
+
+    /// Fresh noise for step `i`.
+    fn fresh(&mut self, i: usize, x: &Tensor) -> Result<Tensor> {
+        let noise = (self.step_noise)(i)?;
+        self.fits("the noise of a step", &noise, x)?;
+        Ok(noise)
+    }
+
+    /// Says that step `i` of `plan` is done.
+    fn tell(&mut self, i: usize, plan: &Plan) -> ControlFlow<()> {
+        (self.observe)(i + 1, plan.timesteps.len())
+    }
+
+    fn fits(&self, what: &str, came: &Tensor, x: &Tensor) -> Result<()> {
+        if came.dims() == x.dims() && came.dtype() == DType::F32 {
+            return Ok(());
+        }
+        let (came_dims, came_dtype, dims) = (came.dims(), came.dtype(), x.dims());
+        let sampler = self.sampler;
+        Err(Error::Bad(format!(
+            "{sampler}: {what} is {came_dims:?} {came_dtype:?}; the latents are {dims:?} F32"
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ml::random;
+
+    pub(super) fn schedule(text: &str) -> Schedule {
+        Schedule::new(&Config::parse(text).unwrap()).unwrap()
+    }
+
+    fn normal(stream: u64, b: usize) -> Tensor {
+        Tensor::from_vec(random::normal(3, stream, b * 48), (b, 4, 3, 4), &Device::Cpu).unwrap()
+    }
+
+    /// Runs a sampler with a model that is sure the clean latents are `x_0` whatever it sees.
+    fn towards(
+        sampler: Sampler,
+        schedule: &Schedule,
+        steps: usize,
+        x_0: &Tensor,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
+        let b = x_0.dim(0)?;
+        let mut model = |x: &Tensor, t: f64| {
+            let t = vec![t.round() as usize; b];
+            let eps = schedule.eps_from_x_0(x, x_0, &t);
+            let answer = match schedule.prediction() {
+                Prediction::Epsilon => eps,
+                Prediction::V => eps.and_then(|eps| schedule.velocity(x_0, &eps, &t)),
+            };
+            answer.map_err(|err| candle_core::Error::Msg(err.to_string()))
+        };
+        let mut fresh = |step| Ok(normal(100 + step as u64, b));
+        let mut go_on = |_, _| ControlFlow::Continue(());
+        let latents = sample(sampler, schedule, steps, noise, &mut model, &mut fresh, &mut go_on)?;
+        Ok(latents.expect("never stopped"))
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        let diff = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
+        diff.max(0).unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn names_survive_the_way_out_and_in_and_an_unknown_one_lists_them() {
+        for sampler in Sampler::ALL {
+            assert_eq!(sampler.to_string().parse::<Sampler>().unwrap(), sampler);
+        }
+        let words = "heun".parse::<Sampler>().unwrap_err().to_string();
+        assert_eq!(
+            words,
+            "there is no sampler \"heun\"; there are ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler, euler-a"
+        );
+    }
+
+    /// Samplers that end at σ = 0 must return what the model is sure of; PNDM's extrapolation over-shoots, so it is
+    /// only near. Leading spacing, because its timesteps are whole for Euler too.
+    #[test]
+    fn every_sampler_arrives_where_the_model_points() {
+        for prediction in ["epsilon", "v_prediction"] {
+            let schedule = schedule(&format!(
+                r#"{{"prediction_type": "{prediction}", "timestep_spacing": "leading", "set_alpha_to_one": true}}"#
+            ));
+            let (x_0, noise) = (normal(0, 2), normal(1, 2));
+            for sampler in Sampler::ALL {
+                let got = towards(sampler, &schedule, 25, &x_0, &noise).unwrap();
+                let limit = if sampler == Sampler::Pndm { 0.05 } else { 1e-3 };
+                let off = worst(&got, &x_0);
+                assert!(off < limit, "{sampler} {prediction} is off by {off}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_picture_alone_is_the_picture_in_the_batch() {
+        let schedule = schedule("{}");
+        let noise = normal(1, 3);
+        let mut model = |x: &Tensor, t: f64| (x * 0.7)?.affine(1.0, (t / 100.0).sin())?.tanh();
+        for sampler in Sampler::ALL {
+            let mut run = |noise: &Tensor, row: Option<usize>| {
+                let mut fresh = |step| match row {
+                    Some(i) => normal(10 + step as u64, 3).narrow(0, i, 1),
+                    None => Ok(normal(10 + step as u64, 3)),
+                };
+                let mut go_on = |_, _| ControlFlow::Continue(());
+                sample(sampler, &schedule, 5, noise, &mut model, &mut fresh, &mut go_on).unwrap().unwrap()
+            };
+            let batch = run(&noise, None);
+            let alone = run(&noise.narrow(0, 1, 1).unwrap(), Some(1));
+            assert!(worst(&alone, &batch.narrow(0, 1, 1).unwrap()) == 0.0, "{sampler}");
+        }
+    }
+
+    #[test]
+    fn the_observer_counts_the_models_calls_and_may_stop() {
+        let schedule = schedule("{}");
+        for (sampler, total) in [(Sampler::Ddim, 4), (Sampler::Pndm, 5), (Sampler::EulerAncestral, 4)] {
+            for stop_after in [2, usize::MAX] {
+                let (mut calls, mut seen) = (0, Vec::new());
+                let mut model = |x: &Tensor, _| {
+                    calls += 1;
+                    Ok(x.clone())
+                };
+                let mut observe = |done, all| {
+                    seen.push((done, all));
+                    if done == stop_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
+                let mut fresh = |step| Ok(normal(step as u64, 1));
+                let got = sample(sampler, &schedule, 4, &normal(9, 1), &mut model, &mut fresh, &mut observe);
+                let done = total.min(stop_after);
+                assert_eq!(got.unwrap().is_none(), stop_after == 2, "{sampler}");
+                assert_eq!(seen, (1..=done).map(|i| (i, total)).collect::<Vec<_>>(), "{sampler}");
+                assert_eq!(calls, done, "{sampler}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_ancestral_sampler_asks_for_noise_and_not_at_the_end() {
+        let schedule = schedule("{}");
+        for sampler in Sampler::ALL {
+            let mut asked = Vec::new();
+            let mut fresh = |step| {
+                asked.push(step);
+                Ok(normal(step as u64, 1))
+            };
+            let mut go_on = |_, _| ControlFlow::Continue(());
+            let mut model = |x: &Tensor, _| Ok(x.clone());
+            sample(sampler, &schedule, 3, &normal(9, 1), &mut model, &mut fresh, &mut go_on).unwrap();
+            assert_eq!(asked, if sampler == Sampler::EulerAncestral { vec![0, 1] } else { vec![] });
+        }
+    }
+
+    fn refusal(sampler: Sampler, text: &str, steps: usize, noise: &Tensor, answer: &Tensor) -> String {
+        let mut model = |_: &Tensor, _| Ok(answer.clone());
+        let mut fresh = |_| Ok(answer.clone());
+        let mut go_on = |_, _| ControlFlow::Continue(());
+        match sample(sampler, &schedule(text), steps, noise, &mut model, &mut fresh, &mut go_on) {
+            Err(Error::Bad(words)) => words,
+            other => panic!("{sampler} {text} {steps} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn impossible_requests_are_refused_in_words() {
+        let (one, two) = (normal(0, 1), normal(0, 2));
+        for sampler in Sampler::ALL {
+            let say = |text, steps, noise, answer| refusal(sampler, text, steps, noise, answer);
+            assert_eq!(
+                say("{}", 0, &one, &one),
+                format!("{sampler}: 0 steps; 1 to 1000 are possible with this bundle")
+            );
+            assert!(say("{}", 1001, &one, &one).contains("1001 steps; 1 to 1000"));
+            assert!(
+                say("{}", 2, &one, &two).contains("answer is [2, 4, 3, 4] F32; the latents are [1, 4, 3, 4]")
+            );
+            assert!(say("{}", 2, &one.squeeze(0).unwrap(), &one).contains("noise is [4, 3, 4] F32"));
+        }
+    }
+
+    #[test]
+    fn steps_that_leave_the_schedule_or_stand_still_are_refused() {
+        let one = normal(0, 1);
+        let offset = r#"{"timestep_spacing": "leading", "steps_offset": 1}"#;
+        for sampler in [Sampler::Ddim, Sampler::Pndm] {
+            assert!(refusal(sampler, offset, 1000, &one, &one).contains("timestep 1000"));
+        }
+        assert!(refusal(Sampler::Dpmpp2m, offset, 1000, &one, &one).contains("fall on the same noise level"));
+        assert!(refusal(Sampler::Dpmpp2m, "{}", 1000, &one, &one).contains("fall on the same noise level"));
+    }
+
+    #[test]
+    fn what_the_file_asks_of_one_sampler_is_refused_by_that_sampler_alone() {
+        let one = normal(0, 1);
+        let text = r#"{"solver_order": 3, "skip_prk_steps": false, "interpolation_type": "log_linear"}"#;
+        let say = |sampler| refusal(sampler, text, 3, &one, &one);
+        assert!(
+            say(Sampler::Dpmpp2m).starts_with("dpmpp-2m: scheduler_config.json: solver_order is 3; 2 is")
+        );
+        assert!(say(Sampler::Pndm).contains("skip_prk_steps is false; true is"));
+        assert!(say(Sampler::Euler).contains("interpolation_type is \"log_linear\""));
+        assert!(towards(Sampler::Ddim, &schedule(text), 3, &one, &one).is_ok());
+    }
+}

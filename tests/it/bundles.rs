@@ -1,0 +1,539 @@
+//! Sound bundles pass; each way of being broken gets one clear line and exit code 2, through the real program.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use candle_core::{DType, Device, Tensor};
+use hypnos::ml::bundle::{Bundle, check};
+use hypnos::ml::tensorfile::TensorFile;
+use hypnos::ml::weights::{Weights, save};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+fn miniature() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+}
+
+/// A copy of the miniature to break. Without `hypnos.json`, so that hashes say nothing about it.
+struct Broken(TempDir);
+
+impl Broken {
+    fn new() -> Broken {
+        let dir = tempfile::tempdir().unwrap();
+        copy(&miniature(), dir.path());
+        fs::remove_file(dir.path().join("hypnos.json")).unwrap();
+        Broken(dir)
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.0.path().join(path)
+    }
+
+    fn write(self, path: &str, bytes: impl AsRef<[u8]>) -> Broken {
+        fs::write(self.at(path), bytes).unwrap();
+        self
+    }
+
+    fn remove(self, path: &str) -> Broken {
+        fs::remove_file(self.at(path)).unwrap();
+        self
+    }
+
+    /// Changes one key of a JSON file.
+    fn set(self, path: &str, key: &str, value: Value) -> Broken {
+        let mut config: Value = serde_json::from_slice(&fs::read(self.at(path)).unwrap()).unwrap();
+        config[key] = value;
+        self.write(path, config.to_string())
+    }
+
+    /// Writes the tensors of a file again, changed.
+    fn retensor(self, path: &str, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) -> Broken {
+        let mut tensors = tensors(&self.at(path));
+        change(&mut tensors);
+        save(&self.at(path), &tensors, &BTreeMap::new(), DType::F32).unwrap();
+        self
+    }
+
+    /// What `models check` says: all its lines of error, which have to begin with `error: ` and name a file here.
+    #[track_caller]
+    fn findings(&self) -> Vec<String> {
+        let (code, _, errors) = hypnos(&["models", "check", self.0.path().to_str().unwrap()]);
+        assert_eq!(code, 2, "exit code; it said {errors}");
+        assert!(!errors.contains("panicked"), "{errors}");
+        let prefix = format!("error: {}/", self.0.path().display());
+        errors
+            .lines()
+            .map(|line| {
+                line.strip_prefix(&prefix).unwrap_or_else(|| panic!("names no file: {line}")).to_owned()
+            })
+            .collect()
+    }
+
+    /// The same where one line is all there is to say.
+    #[track_caller]
+    fn finding(&self) -> String {
+        let lines = self.findings();
+        assert_eq!(lines.len(), 1, "one line, but it said {lines:#?}");
+        lines[0].clone()
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::write(target, fs::read(entry.path()).unwrap()).unwrap(); // not its read-only mode
+        }
+    }
+}
+
+fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
+    let file = TensorFile::open(path).unwrap();
+    let tensor =
+        |name: &str| Tensor::from_vec(file.read(name).unwrap(), file.shape(name).unwrap(), &Device::Cpu);
+    file.names().map(|name| (name.to_owned(), tensor(name).unwrap())).collect()
+}
+
+/// Exit code, standard output and standard error of the program.
+fn hypnos(args: &[&str]) -> (i32, String, String) {
+    let out = Command::new(env!("CARGO_BIN_EXE_hypnos")).args(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
+}
+
+/// A safetensors file of this header, and so many bytes of data.
+fn raw(header: &str, n_data: usize) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![0; n_data]].concat()
+}
+
+#[test]
+fn the_miniature_is_sound() {
+    let (code, said, errors) = hypnos(&["models", "check", miniature().to_str().unwrap()]);
+    assert_eq!((code, errors.as_str()), (0, ""), "{said}");
+    assert!(said.contains("a sound bundle for 64x64 pixels"), "{said}");
+}
+
+#[test]
+fn the_miniature_opens_with_all_its_parts() {
+    let bundle = Bundle::open(&miniature()).unwrap();
+    assert_eq!((bundle.resolution(), bundle.factor(), bundle.latent_channels()), (64, 4, 4));
+    assert!((bundle.scaling_factor() - 0.429_625_455).abs() < 1e-9);
+    assert_eq!(bundle.manifest().rare_tokens.len(), 6);
+    assert_eq!(bundle.unet(&Device::Cpu, true).unwrap().params.len(), 326);
+    assert_eq!(bundle.text_encoder(&Device::Cpu, true).unwrap().params.len(), 68);
+    let vae = bundle.vae(&Device::Cpu, false).unwrap();
+    assert_eq!(vae.params.len(), 156);
+    assert!(vae.params.values().all(|param| !param.is_trainable()));
+}
+
+#[test]
+fn without_hypnos_json_the_configs_tell_the_resolution() {
+    let plain = Broken::new();
+    assert_eq!(check(plain.0.path()), []);
+    let bundle = Bundle::open(plain.0.path()).unwrap();
+    assert_eq!(bundle.resolution(), 64);
+    let full = Bundle::open(&miniature()).unwrap();
+    assert_eq!(
+        bundle.hash().unwrap(),
+        full.hash().unwrap(),
+        "the hash is of what draws, not of what we say of it"
+    );
+    let other = Broken::new().set("vae/config.json", "scaling_factor", json!(0.5));
+    assert_ne!(Bundle::open(other.0.path()).unwrap().hash().unwrap(), full.hash().unwrap());
+}
+
+#[test]
+fn no_directory_is_one_line() {
+    let (code, _, errors) = hypnos(&["models", "check", "nowhere/at/all"]);
+    assert_eq!(
+        (code, errors.as_str()),
+        (2, "error: nowhere/at/all: is not a directory; a bundle was wanted\n")
+    );
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    for path in ["unet/config.json", "scheduler/scheduler_config.json"] {
+        assert_eq!(Broken::new().remove(path).finding(), format!("{path}: is missing"));
+    }
+    let finding = Broken::new().remove("tokenizer/vocab.json").finding();
+    assert!(finding.starts_with("tokenizer/vocab.json: cannot be read: "), "{finding}");
+    let finding = Broken::new().remove(UNET).finding();
+    assert!(finding.starts_with("unet: no weights (diffusion_pytorch_model.safetensors or "), "{finding}");
+}
+
+#[test]
+fn a_pickle_beside_missing_weights_is_named() {
+    let finding = Broken::new().remove(UNET).write("unet/diffusion_pytorch_model.bin", "PK").finding();
+    let wanted = "there is diffusion_pytorch_model.bin, a pickle: convert it to safetensors";
+    assert!(finding.ends_with(wanted), "{finding}");
+}
+
+#[test]
+fn a_half_precision_file_serves_as_well() {
+    let broken = Broken::new();
+    fs::rename(broken.at(UNET), broken.at("unet/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    assert_eq!(check(broken.0.path()), []);
+}
+
+#[test]
+fn every_problem_is_told_not_just_the_first() {
+    let broken = Broken::new()
+        .remove("vae/config.json")
+        .write("scheduler/scheduler_config.json", "{")
+        .set("text_encoder/config.json", "vocab_size", json!(903))
+        .retensor(UNET, |t| drop(t.remove("conv_in.bias")));
+    let findings = broken.findings();
+    for wanted in [
+        "vae/config.json: is missing",
+        "scheduler/scheduler_config.json: ",
+        "text_encoder/config.json: vocab_size is 903, but the tokenizer has 902",
+        "text_encoder/model.safetensors: tensor `text_model.embeddings.token_embedding.weight` has shape [902, 128], but [903, 128] is wanted",
+        "unet/diffusion_pytorch_model.safetensors: tensor `conv_in.bias` of shape [64] is missing",
+    ] {
+        assert!(findings.iter().any(|line| line.starts_with(wanted)), "{wanted} is not in {findings:#?}");
+    }
+    assert_eq!(findings.len(), 5, "{findings:#?}");
+}
+
+#[test]
+fn bad_json_is_named_with_line_and_column() {
+    let finding = Broken::new().write("unet/config.json", "{\n  \"in_channels\": 4,\n}").finding();
+    assert_eq!(finding, "unet/config.json: is not JSON: trailing comma at line 3 column 1");
+    let finding = Broken::new().write("model_index.json", "").finding();
+    assert!(finding.starts_with("model_index.json: is not JSON: "), "{finding}");
+    let finding = Broken::new().write("hypnos.json", "{\"resolution\": -1}").finding();
+    assert!(finding.starts_with("hypnos.json: ") && finding.contains("line 1"), "{finding}");
+}
+
+#[test]
+fn a_tensor_of_another_shape_is_named_with_both() {
+    let wrong = |t: &mut BTreeMap<String, Tensor>| {
+        t.insert("conv_in.weight".into(), Tensor::zeros((64, 5, 3, 3), DType::F32, &Device::Cpu).unwrap());
+    };
+    let wanted = "tensor `conv_in.weight` has shape [64, 5, 3, 3], but [64, 4, 3, 3] is wanted";
+    let broken = Broken::new().retensor(UNET, wrong);
+    assert_eq!(broken.finding(), format!("{UNET}: {wanted}"));
+    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, false);
+    assert_eq!(loaded.unwrap_err().to_string(), format!("{}: {wanted}", broken.at(UNET).display()));
+}
+
+#[test]
+fn a_missing_tensor_is_named_with_the_one_it_may_be() {
+    let rename = |t: &mut BTreeMap<String, Tensor>| {
+        let value = t.remove("conv_norm_out.weight").unwrap();
+        t.insert("model.conv_norm_out.weight".into(), value);
+    };
+    let findings = Broken::new().retensor(UNET, rename).findings();
+    let missing =
+        "tensor `conv_norm_out.weight` of shape [64] is missing (there is `model.conv_norm_out.weight`)";
+    let extra = "tensor `model.conv_norm_out.weight` is not part of the model the config describes";
+    assert_eq!(findings, [format!("{UNET}: {missing}"), format!("{UNET}: {extra}")]);
+}
+
+#[test]
+fn a_config_that_does_not_fit_the_weights_is_told_by_tensor() {
+    let broken = Broken::new().set("vae/config.json", "layers_per_block", json!(2));
+    let findings = broken.findings();
+    let wanted = "vae/diffusion_pytorch_model.safetensors: tensor `decoder.up_blocks.0.resnets.2.conv1.weight` of shape [64, 64, 3, 3] is missing";
+    assert!(findings.iter().any(|line| line.starts_with(wanted)), "{findings:#?}");
+    let findings = Broken::new().set("unet/config.json", "cross_attention_dim", json!(96)).findings();
+    let wanted = "unet/config.json: cross_attention_dim is 96, but the text encoder's hidden_size is 128";
+    assert!(findings.contains(&wanted.to_owned()), "{findings:#?}");
+}
+
+#[test]
+fn settings_that_cannot_be_honoured_are_named() {
+    let finding = Broken::new().set("unet/config.json", "class_embed_type", json!("timestep")).finding();
+    assert!(finding.starts_with("unet/config.json: class_embed_type is "), "{finding}");
+    let finding = Broken::new().set("text_encoder/config.json", "hidden_act", json!("tanh")).finding();
+    assert!(finding.starts_with("text_encoder/config.json: ") && finding.contains("tanh"), "{finding}");
+    let finding = Broken::new().set("model_index.json", "unet", json!(["diffusers", "FluxModel"])).finding();
+    assert_eq!(finding, "model_index.json: unet is \"FluxModel\", wanted \"UNet2DConditionModel\"");
+}
+
+#[test]
+fn sizes_beyond_belief_are_refused_before_anything_is_computed_from_them() {
+    let huge = json!([u64::MAX / 2, 96, 128]);
+    let finding = Broken::new().set("unet/config.json", "block_out_channels", huge).finding();
+    assert_eq!(
+        finding,
+        "unet/config.json: block_out_channels is 9223372036854775807; at most 1000000 is believed"
+    );
+    let finding =
+        Broken::new().set("text_encoder/config.json", "num_hidden_layers", json!(1_000_000)).finding();
+    assert_eq!(finding, "text_encoder/config.json: num_hidden_layers is 1000000; at most 100 is believed");
+}
+
+#[test]
+fn an_unknown_scheduler_is_named() {
+    let path = "scheduler/scheduler_config.json";
+    let finding = Broken::new().set(path, "_class_name", json!("FlowMatchEulerDiscreteScheduler")).finding();
+    assert!(
+        finding.starts_with(&format!("{path}: _class_name is \"FlowMatchEulerDiscreteScheduler\"")),
+        "{finding}"
+    );
+}
+
+#[test]
+fn a_truncated_file_is_told_by_tensor() {
+    let whole = fs::read(miniature().join(UNET)).unwrap();
+    let finding = Broken::new().write(UNET, &whole[..whole.len() - 1000]).finding();
+    assert!(finding.starts_with(&format!("{UNET}: tensor `")), "{finding}");
+    assert!(finding.ends_with("it is truncated"), "{finding}");
+    let finding = Broken::new().write(UNET, &whole[..1000]).finding();
+    assert!(finding.starts_with(&format!("{UNET}: is truncated: the header alone wants ")), "{finding}");
+    let finding = Broken::new().write(UNET, "short").finding();
+    assert_eq!(finding, format!("{UNET}: has 5 bytes; a safetensors file has at least 8"));
+    let finding = Broken::new().write(UNET, "").finding();
+    assert_eq!(finding, format!("{UNET}: has 0 bytes; a safetensors file has at least 8"));
+}
+
+#[test]
+fn a_header_bomb_is_refused_unread() {
+    let bomb = [&u64::MAX.to_le_bytes()[..], b"{}"].concat();
+    let finding = Broken::new().write(UNET, bomb).finding();
+    assert_eq!(
+        finding,
+        format!("{UNET}: announces a header of {} bytes; at most 16777216 are read", u64::MAX)
+    );
+    let deep = raw(&"[".repeat(100_000).replacen('[', "{\"a\":", 1), 0);
+    let finding = Broken::new().write(UNET, deep).finding();
+    assert!(finding.contains("has a header that is not JSON: recursion limit exceeded"), "{finding}");
+}
+
+#[test]
+fn a_header_that_lies_is_told_by_tensor() {
+    let lie = |entry: &str, n| Broken::new().write(UNET, raw(&format!("{{\"a.b\":{entry}}}"), n)).finding();
+    let finding = lie(r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}"#, 4);
+    assert_eq!(finding, format!("{UNET}: tensor `a.b` has the impossible shape [4294967296, 4294967296]"));
+    let finding = lie(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,4]}"#, 4);
+    assert_eq!(finding, format!("{UNET}: tensor `a.b` lies at 0..4, but [2] of F32 takes 8 bytes"));
+    let finding = lie(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,0]}"#, 4);
+    assert!(finding.starts_with(&format!("{UNET}: tensor `a.b` lies at 4..0")), "{finding}");
+    let finding = lie(r#"{"dtype":"Q7","shape":[1],"data_offsets":[0,4]}"#, 4);
+    assert!(finding.starts_with(&format!("{UNET}: tensor `a.b` has a bad header entry: ")), "{finding}");
+    let finding = lie(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#, 8);
+    assert!(finding.starts_with(&format!("{UNET}: has an inconsistent header: ")), "{finding}");
+}
+
+#[test]
+fn what_is_no_safetensors_file_is_called_by_its_name() {
+    for (bytes, wanted) in [
+        (&b"PK\x03\x04 and so on"[..], "is a zip archive, most likely a PyTorch pickle"),
+        (b"\x80\x02}q\x00(X\x0b\x00", "is a Python pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
+        (b"\x02\0\0\0\0\0\0\0[]", "is not a safetensors file: its header does not begin with `{`"),
+    ] {
+        let finding = Broken::new().write(UNET, bytes).finding();
+        assert!(finding.starts_with(&format!("{UNET}: {wanted}")), "{finding}");
+    }
+}
+
+#[test]
+fn a_file_that_differs_from_its_hash_is_named() {
+    let broken = Broken::new();
+    fs::copy(miniature().join("hypnos.json"), broken.at("hypnos.json")).unwrap();
+    let mut bytes = fs::read(broken.at(UNET)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    let finding = broken.write(UNET, bytes).finding();
+    assert!(finding.starts_with(&format!("{UNET}: has SHA-256 ")), "{finding}");
+    assert!(finding.contains(", but hypnos.json says "), "{finding}");
+}
+
+#[test]
+fn a_manifest_cannot_reach_outside_and_its_rare_tokens_are_tried() {
+    let origin = json!({"source": "", "revision": "", "sha256": "", "licence": ""});
+    let manifest =
+        json!({"rare_tokens": ["sks", "two words"], "files": {"../secret": origin}, "resolution": 66});
+    let findings = Broken::new().write("hypnos.json", manifest.to_string()).findings();
+    assert_eq!(
+        findings,
+        [
+            "hypnos.json: resolution is 66, wanted a multiple of the VAE's factor 4",
+            "hypnos.json: rare token `two words` is not a single token of the tokenizer",
+            "hypnos.json: lists `../secret`, which is not a path within the bundle",
+        ]
+    );
+}
+
+#[test]
+fn old_attention_names_and_kernels_of_one_pixel_load_as_the_same_weights() {
+    let vae = "vae/diffusion_pytorch_model.safetensors";
+    let old = |t: &mut BTreeMap<String, Tensor>| {
+        for coder in ["encoder", "decoder"] {
+            for (new, old) in
+                [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]
+            {
+                let place = format!("{coder}.mid_block.attentions.0");
+                let weight = t.remove(&format!("{place}.{new}.weight")).unwrap();
+                let bias = t.remove(&format!("{place}.{new}.bias")).unwrap();
+                let (rows, columns) = weight.dims2().unwrap();
+                t.insert(format!("{place}.{old}.weight"), weight.reshape((rows, columns, 1, 1)).unwrap());
+                t.insert(format!("{place}.{old}.bias"), bias);
+            }
+        }
+    };
+    let older = Broken::new().retensor(vae, old);
+    assert_eq!(check(older.0.path()), []);
+    let load = |dir: &Path| Bundle::open(dir).unwrap().vae(&Device::Cpu, false).unwrap().params;
+    let (ours, theirs) = (load(&miniature()), load(older.0.path()));
+    assert_eq!(ours.len(), theirs.len());
+    for (name, param) in ours {
+        assert_same(&param.value(), &theirs[&name].value(), &name);
+    }
+}
+
+#[test]
+fn the_text_encoder_loads_with_and_without_its_prefix_and_its_old_buffer() {
+    let path = "text_encoder/model.safetensors";
+    let strip = |t: &mut BTreeMap<String, Tensor>| {
+        let stripped =
+            t.iter().map(|(name, v)| (name.strip_prefix("text_model.").unwrap().to_owned(), v.clone()));
+        *t = stripped.collect();
+        let places = Tensor::zeros((1, 77), DType::F32, &Device::Cpu).unwrap();
+        t.insert("embeddings.position_ids".into(), places);
+    };
+    let newer = Broken::new().retensor(path, strip);
+    assert_eq!(check(newer.0.path()), []);
+    let load = |dir: &Path| Bundle::open(dir).unwrap().text_encoder(&Device::Cpu, false).unwrap().params;
+    let (ours, theirs) = (load(&miniature()), load(newer.0.path()));
+    for (name, param) in ours {
+        assert_same(&param.value(), &theirs[&name].value(), &name);
+    }
+}
+
+fn assert_same(a: &Tensor, b: &Tensor, name: &str) {
+    assert_eq!(a.dims(), b.dims(), "{name}");
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(flat(a), flat(b), "{name}");
+}
+
+/// Writes a random bundle like the miniature.
+fn random(seed: &str, dtype: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().to_str().unwrap();
+    let args = ["models", "random", "--like", "miniature", "--seed", seed, "--out", out, "--dtype", dtype];
+    let (code, _, errors) = hypnos(&args);
+    assert_eq!(code, 0, "{errors}");
+    dir
+}
+
+#[test]
+fn a_random_bundle_is_the_same_for_the_same_seed_and_is_sound() {
+    let (a, b, c) = (random("7", "f32"), random("7", "f32"), random("8", "f32"));
+    let files = Bundle::open(a.path()).unwrap().manifest().files.clone();
+    assert_eq!(files.len(), 12);
+    for path in files.keys().map(String::as_str).chain(["hypnos.json"]) {
+        let read = |dir: &TempDir| fs::read(dir.path().join(path)).unwrap();
+        assert!(read(&a) == read(&b), "{path} differs");
+        if path.ends_with("safetensors") {
+            assert!(read(&a) != read(&c), "{path} is the same for another seed");
+        }
+    }
+    assert_eq!(check(a.path()), []);
+}
+
+#[test]
+fn a_random_bundle_has_the_shapes_of_the_miniature() {
+    let shapes = |path: PathBuf| {
+        let file = TensorFile::open(&path).unwrap();
+        file.names().map(|n| (n.to_owned(), file.shape(n).unwrap().to_vec())).collect::<BTreeMap<_, _>>()
+    };
+    let random = random("0", "bf16");
+    for path in [UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"] {
+        assert_eq!(shapes(random.path().join(path)), shapes(miniature().join(path)), "{path}");
+    }
+}
+
+#[test]
+fn a_random_bundle_is_not_written_over_anything() {
+    let full = Broken::new();
+    let out = full.0.path().to_str().unwrap();
+    let (code, _, errors) = hypnos(&["models", "random", "--like", "miniature", "--out", out]);
+    assert_eq!((code, errors), (2, format!("error: {out}: is not empty; a new directory is wanted\n")));
+}
+
+#[test]
+fn saved_weights_come_back_as_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Device::Cpu;
+    // Values that all three types hold exactly; a transposed tensor, one without elements, one without axes.
+    let ramp = Tensor::arange(-8f32, 8., &device).unwrap().reshape((2, 8)).unwrap();
+    let wanted = BTreeMap::from([
+        ("ramp".to_owned(), ramp.t().unwrap()),
+        ("none".to_owned(), Tensor::zeros((0, 3), DType::F32, &device).unwrap()),
+        ("one".to_owned(), Tensor::new(0.5f32, &device).unwrap()),
+    ]);
+    let text = BTreeMap::from([("made by".to_owned(), "a test".to_owned())]);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let path = dir.path().join("w.safetensors");
+        save(&path, &wanted, &text, dtype).unwrap();
+        assert_eq!(TensorFile::open(&path).unwrap().metadata(), &text);
+        let weights = Weights::open(&path, &device).unwrap();
+        for (name, tensor) in &wanted {
+            assert_same(&weights.get(name, tensor.dims()).unwrap().value(), tensor, name);
+        }
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_old_file_and_no_temporary_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.safetensors");
+    let tensors =
+        |value: f32| BTreeMap::from([("a".to_owned(), Tensor::new(&[1., value], &Device::Cpu).unwrap())]);
+    save(&path, &tensors(2.), &BTreeMap::new(), DType::F16).unwrap();
+    let before = fs::read(&path).unwrap();
+    let error = save(&path, &tensors(1e6), &BTreeMap::new(), DType::F16).unwrap_err().to_string();
+    assert!(
+        error.ends_with("tensor `a` holds 1000000, beyond the range of f16; save it as bf16 or f32"),
+        "{error}"
+    );
+    assert_eq!(fs::read(&path).unwrap(), before);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn random_weights_depend_on_seed_and_name_and_not_on_the_order_of_asking() {
+    let (a, b) = (Weights::random(3, &Device::Cpu), Weights::random(3, &Device::Cpu));
+    let flat = |w: &Weights, name: &str, shape: &[usize]| {
+        w.get(name, shape).unwrap().value().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let kernel = flat(&a, "x.conv.weight", &[128, 64, 3, 3]);
+    let other = flat(&b, "y.conv.weight", &[128, 64, 3, 3]);
+    assert_eq!(kernel, flat(&b.pp("x").pp("conv"), "weight", &[128, 64, 3, 3]));
+    assert_ne!(kernel, other);
+    let variance = kernel.iter().map(|v| v * v).sum::<f32>() / kernel.len() as f32;
+    assert!((variance * 576. - 1.).abs() < 0.02, "1/fan-in, but {variance}");
+    assert_eq!(flat(&a, "norm.weight", &[3]), [1., 1., 1.]);
+    assert_eq!(flat(&a, "norm.bias", &[2]), [0., 0.]);
+}
+
+#[test]
+fn a_blueprint_lists_what_a_model_would_read() {
+    let weights = Weights::blueprint().trainable(true).pp("a");
+    weights.get("b.weight", &[1 << 20, 1 << 20]).unwrap(); // four terabytes, were it real
+    let params = weights.params();
+    assert_eq!(params["a.b.weight"].dims(), [1 << 20, 1 << 20]);
+}
+
+#[test]
+fn a_weight_asked_for_twice_is_one_weight() {
+    let weights = Weights::random(0, &Device::Cpu);
+    let first = weights.clone().trainable(true).get("w", &[2, 2]).unwrap();
+    let again = weights.clone().trainable(true).get("w", &[2, 2]).unwrap();
+    first.set(&Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    assert_same(&first.value(), &again.value(), "w");
+    let error = weights.get("w", &[2, 2]).unwrap_err().to_string();
+    assert_eq!(error, "random weights of seed 0: tensor `w` is wanted as trainable and as frozen");
+}

@@ -1,0 +1,90 @@
+//! The walls of the house: who may name whom, and where dangerous things may stand.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Every source file below `dir`, by its path from the root of the repository, and its code without comments.
+fn sources(dir: &str) -> Vec<(String, String)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    let mut waiting = vec![root.join(dir)];
+    while let Some(place) = waiting.pop() {
+        for entry in fs::read_dir(&place).expect("a directory").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                waiting.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push((name(&path, &root), code(&path)));
+            }
+        }
+    }
+    assert!(!found.is_empty(), "{dir} holds no source");
+    found
+}
+
+fn name(path: &Path, root: &Path) -> String {
+    path.strip_prefix(root).expect("below the root").to_string_lossy().into_owned()
+}
+
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).expect("a source file");
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Fails if any file below `dir`, but for those that `may` accepts, holds one of `words`.
+fn nobody_says(dir: &str, words: &[&str], may: impl Fn(&str) -> bool) {
+    for (file, code) in sources(dir).into_iter().filter(|(file, _)| !may(file)) {
+        for word in words {
+            assert!(!code.contains(word), "{file} says `{word}`");
+        }
+    }
+}
+
+#[test]
+fn the_core_knows_no_network_no_clock_no_environment_and_no_terminal() {
+    let words = [
+        "std::net",
+        "std::env",
+        "std::time",
+        "SystemTime",
+        "Instant::now",
+        "tokio",
+        "axum",
+        "sqlx",
+        "object_store",
+        "indicatif",
+        "clap::",
+        "println!",
+        "crate::cli",
+    ];
+    nobody_says("src/ml", &words, |_| false);
+}
+
+#[test]
+fn the_core_draws_no_hidden_random_numbers() {
+    nobody_says("src", &["rand::", "thread_rng", "randn(", "Tensor::rand"], |_| false);
+}
+
+#[test]
+fn models_do_not_import_one_another() {
+    for (file, code) in sources("src/ml/models") {
+        for other in ["clip", "unet", "vae"] {
+            let own = file.ends_with(&format!("/{other}.rs")) || file.ends_with("/mod.rs");
+            assert!(
+                own || !code.contains(&format!("models::{other}"))
+                    && !code.contains(&format!("super::{other}"))
+            );
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
+    let may = |file: &str| file.starts_with("src/ml/ops/") || file == "src/ml/tensorfile.rs";
+    nobody_says("src", &["unsafe "], may);
+}
+
+#[test]
+fn only_the_operations_put_a_gradient_into_a_weight() {
+    nobody_says("src", &[".add_grad("], |file| file.starts_with("src/ml/ops/"));
+}
