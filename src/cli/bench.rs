@@ -70,14 +70,18 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let chosen = chosen(&args.only)?;
     if args.list {
-        chosen.iter().for_each(|case| say(&case.name));
+        for case in &chosen {
+            say(&case.name);
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let n_threads = rayon::current_num_threads();
     let mut torch = args.python.as_ref().map(|python| Torch::start(python, n_threads)).transpose()?;
     let about = about(n_threads, args.repeats, torch.as_ref());
     say(&format!("{}\n", about_words(&about)));
-    table::head(torch.is_some()).iter().for_each(|line| say(line));
+    for line in table::head(torch.is_some()) {
+        say(line);
+    }
     let bar = progress(chosen.len());
     let mut entries = Vec::new();
     for case in &chosen {
@@ -100,7 +104,9 @@ fn chosen(only: &[String]) -> Result<Vec<Case>> {
     let chosen: Vec<Case> = cases::all().into_iter().filter(wanted).collect();
     if chosen.is_empty() {
         let only = only.join(" ");
-        return Err(Error::bad(format!("--only {only}: no case is named so; `hypnos bench --list` has the names")));
+        return Err(Error::bad(format!(
+            "--only {only}: no case is named so; `hypnos bench --list` has the names"
+        )));
     }
     Ok(chosen)
 }
@@ -119,20 +125,18 @@ fn about(n_threads: usize, repeats: u32, torch: Option<&Torch>) -> Value {
 
 fn about_words(about: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("unknown").to_string();
-    let mut words = format!(
-        "hypnos {} ({} build), {} threads each, {} repeats, CPU {}. Times: min / median / max.",
+    let versions = ["torch", "diffusers", "transformers"]
+        .iter()
+        .filter_map(|&library| Some(format!(" {library} {}.", about["torch"][library].as_str()?)));
+    let versions: String = versions.collect();
+    format!(
+        "hypnos {} ({} build), {} threads each, {} repeats, CPU {}. Times: min / median / max.{versions}",
         text(&about["hypnos"]),
         text(&about["build"]),
         about["threads"],
         about["repeats"],
         text(&about["cpu"]),
-    );
-    for library in ["torch", "diffusers", "transformers"] {
-        if let Some(version) = about["torch"][library].as_str() {
-            words += &format!(" {library} {version}.");
-        }
-    }
-    words
+    )
 }
 
 /// The value of the first `key: value` line, on systems that have such files.

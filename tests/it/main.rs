@@ -9,8 +9,8 @@ mod device;
 mod ops;
 
 mod models;
-mod samplers;
 mod sample;
+mod samplers;
 
 mod bundles;
 mod tokenizer;

@@ -67,11 +67,13 @@ fn normal(label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
     Tensor::from_vec(values.into_iter().map(|v| v * std).collect::<Vec<_>>(), dims, &Device::Cpu)
 }
 
-/// Inputs and weights of one operation, and the operation on them.
+type Apply = dyn Fn(&[Tensor], &[Param]) -> Result<Tensor>;
+
+/// The shapes of the inputs and weights of one operation, and the operation on them.
 struct Operation {
     inputs: Vec<Vec<usize>>,
     params: Vec<Vec<usize>>,
-    apply: Box<dyn Fn(&[Tensor], &[Param]) -> Result<Tensor>>,
+    apply: Box<Apply>,
 }
 
 impl Operation {
@@ -110,9 +112,9 @@ impl Operation {
             Work::GroupNormSilu { x, groups } => Self::new(&[&x], &[&x[1..2], &x[1..2]], move |x, w| {
                 ops::group_norm(&x[0], &w[0], &w[1], groups, 1e-5, true)
             }),
-            Work::Attention { q, kv, heads } => Self::new(&[&q, &kv, &kv], &[], move |x, _| {
-                ops::attention(&x[0], &x[1], &x[2], heads, false)
-            }),
+            Work::Attention { q, kv, heads } => {
+                Self::new(&[&q, &kv, &kv], &[], move |x, _| ops::attention(&x[0], &x[1], &x[2], heads, false))
+            }
             Work::Softmax { ref x } => Self::new(&[x], &[], |x, _| ops::softmax(&x[0])),
             Work::Geglu { ref x } => Self::new(&[x], &[], |x, _| ops::geglu(&x[0])),
             Work::Activation { ref x, kind } => {
@@ -205,7 +207,7 @@ impl CustomOp1 for Upstream {
     }
 }
 
-fn adamw(shapes: &[Vec<usize>]) -> Result<Ready> {
+fn adamw(shapes: &[[usize; 2]]) -> Result<Ready> {
     let tensor = |what: &str, i: usize| normal(&format!("{what} {i}"), &shapes[i], 0.02);
     let params = (0..shapes.len()).map(|i| Param::new(format!("weight {i}"), tensor("weight", i)?, true));
     let params = params.collect::<Result<Vec<_>>>()?;
@@ -214,9 +216,17 @@ fn adamw(shapes: &[Vec<usize>]) -> Result<Ready> {
     let weights = params.clone();
     Ok(Ready {
         params,
-        before: Box::new(move || weights.iter().zip(&grads).try_for_each(|(w, grad)| w.add_grad(grad.clone()))),
+        before: Box::new(move || weights.iter().zip(&grads).try_for_each(|(w, grad)| give_grad(w, grad))),
         run: Box::new(move || Ok(Box::new(optimiser.step()?))),
     })
+}
+
+/// Gives a weight this gradient the only way there is: through a graph.
+fn give_grad(param: &Param, grad: &Tensor) -> Result<()> {
+    let n_rows = param.dims()[0];
+    let ids: Vec<u32> = (0..n_rows as u32).collect();
+    meet(&ops::embedding(&ids, &[n_rows], param)?, grad)?.backward()?;
+    Ok(())
 }
 
 fn config<T: DeserializeOwned>(value: &Value) -> ml::Result<T> {

@@ -26,7 +26,7 @@ impl Spread {
         sorted.sort_by(f64::total_cmp);
         let at = |i: usize| sorted.get(i).copied().unwrap_or(f64::NAN);
         let n = sorted.len();
-        let median = (at(n.saturating_sub(1) / 2) + at(n / 2)) / 2.0;
+        let median = f64::midpoint(at(n.saturating_sub(1) / 2), at(n / 2));
         Self { min: at(0), median, max: at(n.saturating_sub(1)) }
     }
 
