@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
+mod bench;
 mod models;
 mod sample;
 
@@ -27,6 +28,8 @@ enum Command {
     Models(models::Command),
     /// Draw pictures from a bundle and words.
     Sample(Box<sample::Sample>),
+    /// Measure operations and models, side by side with PyTorch where it is given.
+    Bench(bench::Args),
 }
 
 /// Runs what the process's arguments ask for.
@@ -34,6 +37,7 @@ pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Models(command) => models::run(command),
         Command::Sample(args) => sample::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error| {
         say_error(&error.to_string());

@@ -14,3 +14,5 @@ mod samplers;
 
 mod bundles;
 mod tokenizer;
+
+mod bench;

@@ -1,0 +1,300 @@
+//! Our side of a case: builds its inputs, then runs and times it.
+
+use std::any::Any;
+use std::time::Instant;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, Var};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::cases::{Pass, Work};
+use crate::ml::models::clip::ClipText;
+use crate::ml::models::unet::Unet;
+use crate::ml::models::vae::Vae;
+use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
+use crate::ml::param::Param;
+use crate::ml::random;
+use crate::ml::weights::Weights;
+use crate::ml::{self, Error};
+
+/// All data are drawn from it.
+const SEED: u64 = 15;
+
+/// A case whose inputs lie ready.
+pub(super) struct Ready {
+    params: Vec<Param>,
+    /// Done before each run, outside of the time.
+    before: Box<dyn FnMut() -> Result<()>>,
+    /// What is timed. It returns what a caller would keep, so that the time has no freeing of results in it.
+    run: Box<dyn FnMut() -> Result<Box<dyn Any>>>,
+}
+
+impl Ready {
+    pub(super) fn new(work: &Work, pass: Pass) -> ml::Result<Self> {
+        match work {
+            Work::Adamw { shapes, .. } => Ok(adamw(shapes)?),
+            Work::Text { config, tokens } => text(config, *tokens, pass),
+            Work::Unet { config, latents, .. } => unet(config, latents, pass),
+            Work::VaeDecode { config, latents } => vae_decode(config, latents, pass),
+            op => Ok(operation(op, pass)?),
+        }
+    }
+
+    /// Seconds of one run, the mean of `n`.
+    pub(super) fn measure(&mut self, n: usize) -> ml::Result<f64> {
+        let mut seconds = 0.0;
+        for _ in 0..n {
+            (self.before)()?;
+            let start = Instant::now();
+            let kept = (self.run)()?;
+            seconds += start.elapsed().as_secs_f64();
+            drop(kept);
+            for param in &self.params {
+                param.take_grad();
+            }
+        }
+        Ok(seconds / n as f64)
+    }
+
+    fn of(params: Vec<Param>, run: impl FnMut() -> Result<Box<dyn Any>> + 'static) -> Self {
+        Self { params, before: Box::new(|| Ok(())), run: Box::new(run) }
+    }
+}
+
+/// Seeded normal numbers of the given standard deviation.
+fn normal(label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
+    let values = random::normal(random::derive(SEED, label), 0, dims.iter().product());
+    Tensor::from_vec(values.into_iter().map(|v| v * std).collect::<Vec<_>>(), dims, &Device::Cpu)
+}
+
+type Apply = dyn Fn(&[Tensor], &[Param]) -> Result<Tensor>;
+
+/// The shapes of the inputs and weights of one operation, and the operation on them.
+struct Operation {
+    inputs: Vec<Vec<usize>>,
+    params: Vec<Vec<usize>>,
+    apply: Box<Apply>,
+}
+
+impl Operation {
+    fn new(
+        inputs: &[&[usize]],
+        params: &[&[usize]],
+        apply: impl Fn(&[Tensor], &[Param]) -> Result<Tensor> + 'static,
+    ) -> Self {
+        let owned = |shapes: &[&[usize]]| shapes.iter().map(|shape| shape.to_vec()).collect();
+        Self { inputs: owned(inputs), params: owned(params), apply: Box::new(apply) }
+    }
+
+    fn of(work: &Work) -> Result<Self> {
+        Ok(match *work {
+            Work::Conv2d { x, weight, stride, padding } => {
+                let spec = Conv2dSpec::padded(stride, padding);
+                Self::new(&[&x], &[&weight, &weight[..1]], move |x, w| {
+                    ops::conv2d(&x[0], &w[0], w.get(1), spec)
+                })
+            }
+            Work::Depthwise { x, weight, stride, padding } => {
+                let spec = Conv2dSpec::padded(stride, padding);
+                Self::new(&[&x], &[&weight, &weight[..1]], move |x, w| {
+                    ops::depthwise_conv2d(&x[0], &w[0], w.get(1), spec)
+                })
+            }
+            Work::Linear { ref x, weight, bias } => {
+                let params: &[&[usize]] = &[&weight, &weight[..1]];
+                let params = if bias { params } else { &params[..1] };
+                Self::new(&[x], params, |x, w| ops::linear(&x[0], &w[0], w.get(1)))
+            }
+            Work::LayerNorm { ref x } => {
+                let width = &x[x.len() - 1..];
+                Self::new(&[x], &[width, width], |x, w| ops::layer_norm(&x[0], &w[0], &w[1], 1e-5))
+            }
+            Work::GroupNormSilu { x, groups } => Self::new(&[&x], &[&x[1..2], &x[1..2]], move |x, w| {
+                ops::group_norm(&x[0], &w[0], &w[1], groups, 1e-5, true)
+            }),
+            Work::Attention { q, kv, heads } => {
+                Self::new(&[&q, &kv, &kv], &[], move |x, _| ops::attention(&x[0], &x[1], &x[2], heads, false))
+            }
+            Work::Softmax { ref x } => Self::new(&[x], &[], |x, _| ops::softmax(&x[0])),
+            Work::Geglu { ref x } => Self::new(&[x], &[], |x, _| ops::geglu(&x[0])),
+            Work::Activation { ref x, kind } => {
+                let kind = match kind {
+                    "silu" => Activation::Silu,
+                    "gelu" => Activation::Gelu,
+                    "quick_gelu" => Activation::QuickGelu,
+                    other => candle_core::bail!("no activation {other}"),
+                };
+                Self::new(&[x], &[], move |x, _| ops::activate(&x[0], kind))
+            }
+            Work::Upsample { x, size: [h, w] } => {
+                Self::new(&[&x], &[], move |x, _| ops::upsample_nearest(&x[0], (h, w)))
+            }
+            Work::Embedding { ids, table } => {
+                let ids = token_ids(ids, table[0]);
+                Self::new(&[], &[&table], move |_, w| ops::embedding(&ids, &[1, ids.len()], &w[0]))
+            }
+            _ => candle_core::bail!("not a single operation: {work:?}"),
+        })
+    }
+}
+
+/// Uniform numbers of rows.
+fn token_ids(n: usize, n_rows: usize) -> Vec<u32> {
+    let seed = random::derive(SEED, "ids");
+    (0..n as u64).map(|i| random::below(seed, 0, i, n_rows) as u32).collect()
+}
+
+fn operation(work: &Work, pass: Pass) -> Result<Ready> {
+    let Operation { inputs, params, apply } = Operation::of(work)?;
+    let inputs = inputs.iter().enumerate().map(|(i, dims)| normal(&format!("input {i}"), dims, 1.0));
+    let inputs = inputs.collect::<Result<Vec<_>>>()?;
+    let trained = pass == Pass::Backward;
+    let params = params.iter().enumerate().map(|(i, dims)| {
+        let fan_in: usize = dims[1..].iter().product();
+        let value = normal(&format!("weight {i}"), dims, 1.0 / (fan_in as f32).sqrt())?;
+        Param::new(format!("weight {i}"), value, trained)
+    });
+    let params = params.collect::<Result<Vec<_>>>()?;
+    let weights = params.clone();
+    if !trained {
+        return Ok(Ready::of(params, move || Ok(Box::new(apply(&inputs, &weights)?))));
+    }
+    let upstream = upstream(apply(&inputs, &weights)?.dims())?;
+    let variables = inputs.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+    Ok(Ready::of(params, move || {
+        let inputs: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
+        let grads = meet(&apply(&inputs, &weights)?, &upstream)?.backward()?;
+        if let Some(missing) = variables.iter().position(|v| grads.get(v).is_none()) {
+            candle_core::bail!("input {missing} got no gradient");
+        }
+        expect_grads(&weights)?;
+        Ok(Box::new(grads))
+    }))
+}
+
+/// A model that trains nothing would look fast.
+fn expect_grads(params: &[Param]) -> Result<()> {
+    match params.iter().find(|param| param.grad().is_none()) {
+        Some(param) => candle_core::bail!("{} got no gradient", param.name()),
+        None => Ok(()),
+    }
+}
+
+/// The gradient that comes from above: fixed, and different everywhere.
+fn upstream(dims: &[usize]) -> Result<Tensor> {
+    normal("upstream", dims, 1.0)
+}
+
+/// A scalar whose gradient in `y` is `upstream`, as PyTorch's `y.backward(upstream)` has it.
+fn meet(y: &Tensor, upstream: &Tensor) -> Result<Tensor> {
+    y.apply_op1(Upstream(upstream.clone()))
+}
+
+/// Computes nothing, so that a case is not charged for a loss that a model has only once.
+struct Upstream(Tensor);
+
+impl CustomOp1 for Upstream {
+    fn name(&self) -> &'static str {
+        "upstream"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+fn adamw(shapes: &[[usize; 2]]) -> Result<Ready> {
+    let tensor = |what: &str, i: usize| normal(&format!("{what} {i}"), &shapes[i], 0.02);
+    let params = (0..shapes.len()).map(|i| Param::new(format!("weight {i}"), tensor("weight", i)?, true));
+    let params = params.collect::<Result<Vec<_>>>()?;
+    let grads = (0..shapes.len()).map(|i| tensor("gradient", i)).collect::<Result<Vec<_>>>()?;
+    let mut optimiser = AdamW::new(params.clone(), AdamWConfig::default())?;
+    let weights = params.clone();
+    Ok(Ready {
+        params,
+        before: Box::new(move || weights.iter().zip(&grads).try_for_each(|(w, grad)| give_grad(w, grad))),
+        run: Box::new(move || Ok(Box::new(optimiser.step()?))),
+    })
+}
+
+/// Gives a weight this gradient the only way there is: through a graph.
+fn give_grad(param: &Param, grad: &Tensor) -> Result<()> {
+    let n_rows = param.dims()[0];
+    let ids: Vec<u32> = (0..n_rows as u32).collect();
+    meet(&ops::embedding(&ids, &[n_rows], param)?, grad)?.backward()?;
+    Ok(())
+}
+
+fn config<T: DeserializeOwned>(value: &Value) -> ml::Result<T> {
+    serde_json::from_value(value.clone()).map_err(|error| Error::bad(format!("config: {error}")))
+}
+
+/// All weights of a model that was just loaded.
+fn params_of(weights: &Weights) -> Vec<Param> {
+    weights.params().into_values().collect()
+}
+
+fn text(json: &Value, n_tokens: usize, pass: Pass) -> ml::Result<Ready> {
+    let trained = pass == Pass::Backward;
+    let weights = Weights::random(SEED, &Device::Cpu).trainable(trained);
+    let config = config::<crate::ml::models::clip::Config>(json)?;
+    let model = ClipText::load(&weights, &config)?;
+    let ids = [token_ids(n_tokens, config.vocab_size)];
+    let params = params_of(&weights);
+    if !trained {
+        return Ok(Ready::of(params, move || Ok(Box::new(model.forward(&ids)?))));
+    }
+    let (upstream, weights) = (upstream(&[1, n_tokens, config.hidden_size])?, params.clone());
+    Ok(Ready::of(params, move || {
+        let grads = meet(&model.forward(&ids)?, &upstream)?.backward()?;
+        expect_grads(&weights)?;
+        Ok(Box::new(grads))
+    }))
+}
+
+fn unet(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
+    let weights = Weights::random(SEED, &Device::Cpu).trainable(pass != Pass::Forward);
+    let config = config::<crate::ml::models::unet::Config>(json)?;
+    let model = Unet::load(&weights, &config)?;
+    let (x, noise) = (normal("latents", latents, 1.0)?, normal("noise", latents, 1.0)?);
+    let text = normal("text", &[latents[0], 77, config.cross_attention_dim], 1.0)?;
+    let t = vec![500.0; latents[0]];
+    let params = params_of(&weights);
+    if pass == Pass::Forward {
+        return Ok(Ready::of(params, move || Ok(Box::new(model.forward(&x, &t, &text)?))));
+    }
+    let stepping = (pass == Pass::Step).then(|| AdamW::new(params.clone(), AdamWConfig::default()));
+    let (mut optimiser, weights) = (stepping.transpose()?, params.clone());
+    Ok(Ready::of(params, move || {
+        let loss = (model.forward(&x, &t, &text)? - &noise)?.sqr()?.mean_all()?;
+        let grads = loss.backward()?;
+        expect_grads(&weights)?;
+        if let Some(optimiser) = &mut optimiser {
+            optimiser.step()?;
+        }
+        Ok(Box::new(grads))
+    }))
+}
+
+/// Weights frozen, gradient to the latents, as a loss on pictures needs it.
+fn vae_decode(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
+    let weights = Weights::random(SEED, &Device::Cpu);
+    let model = Vae::load(&weights, &config(json)?)?;
+    let (latents, params) = (normal("latents", latents, 1.0)?, params_of(&weights));
+    if pass == Pass::Forward {
+        return Ok(Ready::of(params, move || Ok(Box::new(model.decode(&latents)?))));
+    }
+    let upstream = upstream(model.decode(&latents)?.dims())?;
+    let latents = Var::from_tensor(&latents)?;
+    Ok(Ready::of(params, move || {
+        let grads = meet(&model.decode(&latents)?, &upstream)?.backward()?;
+        if grads.get(&latents).is_none() {
+            candle_core::bail!("the latents got no gradient");
+        }
+        Ok(Box::new(grads))
+    }))
+}
