@@ -6,7 +6,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum, zeros};
+use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
 use super::graft::{Computed, graft};
 use super::linear::trained_tag;
 use crate::ml::param::Param;
@@ -250,13 +250,16 @@ impl Conv {
         let weight = weight.value();
         let (x, weight) = (View::of(x, "conv2d")?, View::of(&weight, "conv2d")?);
         let (o, k, p) = (self.o, self.patch(), self.spatial());
-        let mut y = zeros(self.b * o * p);
-        if let Some(bias) = bias {
-            let bias = bias.value();
-            let bias = View::of(&bias, "conv2d")?;
-            let bias = &bias[..];
-            y.par_chunks_mut(p.max(1)).enumerate().for_each(|(i, y)| y.fill(bias[i % o]));
-        }
+        let mut y = match bias {
+            Some(bias) => {
+                let bias = bias.value();
+                let bias = View::of(&bias, "conv2d")?;
+                let mut y = Vec::with_capacity(self.b * o * p);
+                (0..self.b).for_each(|_| bias.iter().for_each(|&b| y.extend(std::iter::repeat_n(b, p))));
+                y
+            }
+            None => zeros(self.b * o * p),
+        };
         let weight = Mat::rows(&weight, k);
         let tiles = self.tiles();
         let longest = tiles.iter().map(|tile| tile.len()).max().unwrap_or(0);
@@ -324,7 +327,7 @@ impl Conv {
         if let Some(bias) = bias.filter(|bias| bias.is_trainable()) {
             bias.add_grad(Computed::cpu(channel_sums(&dy, o, p), o).detached())?;
         }
-        let mut dw = zeros(if wants_dw { o * k } else { 0 });
+        let mut dw = Vec::new();
         let mut dx = zeros(if wants_dx { input.len() } else { 0 });
         let tiles = if wants_dw || wants_dx { self.tiles() } else { Vec::new() };
         let longest = tiles.iter().map(|tile| tile.len()).max().unwrap_or(0);
@@ -347,8 +350,11 @@ impl Conv {
                     self.unfold(&input, tile, &mut col);
                     Mat::rows(&col, n)
                 };
-                let into = if i == 0 { Into::Replace } else { Into::Add };
-                gemm(&mut dw, k, into, (o, k, n), (dy, patches.t()), 1.0, Threads::All);
+                if i == 0 {
+                    dw = product((o, k, n), (dy, patches.t()), 1.0);
+                } else {
+                    gemm(&mut dw, k, Into::Add, (o, k, n), (dy, patches.t()), 1.0, Threads::All);
+                }
             }
             if wants_dx && is_input {
                 let dx = &mut dx[b * self.c * p..][..self.c * p];
