@@ -280,7 +280,7 @@ impl Conv {
                 let to = Tiles::new(&mut y);
                 // SAFETY: `y` is not touched elsewhere during the call.
                 unsafe {
-                    to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All)
+                    to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All);
                 }
             } else {
                 out.resize(o * n, 0.0);

@@ -242,7 +242,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = r.mul_add(p, 8.333_452e-3);
     let p = r.mul_add(p, 4.166_579_6e-2);
     let p = r.mul_add(p, 1.666_666_5e-1);
-    let p = r.mul_add(p, 5.000_000_1e-1);
+    let p = r.mul_add(p, 0.5);
     let e = (r * r).mul_add(p, r + 1.0);
     e * f32::from_bits((((n as i32) + 127) as u32) << 23)
 }
