@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cudnn::result::CudnnError;
@@ -46,22 +47,22 @@ struct Session {
     to_weight: Plans<ToWeight>,
 }
 
+impl Session {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let handle = Cudnn::new(device.cuda_stream())?;
+        Ok(Self { handle, forward: HashMap::new(), to_input: HashMap::new(), to_weight: HashMap::new() })
+    }
+}
+
 thread_local! {
     static SESSIONS: RefCell<HashMap<DeviceId, Session>> = RefCell::default();
 }
 
 /// Calls `f` with this thread's session on the device.
 fn with_session<T>(device: &CudaDevice, f: impl FnOnce(&mut Session) -> Result<T>) -> Result<T> {
-    SESSIONS.with_borrow_mut(|sessions| {
-        if !sessions.contains_key(&device.id()) {
-            let handle = Cudnn::new(device.cuda_stream())?;
-            let (forward, to_input, to_weight) = (HashMap::new(), HashMap::new(), HashMap::new());
-            sessions.insert(device.id(), Session { handle, forward, to_input, to_weight });
-        }
-        match sessions.get_mut(&device.id()) {
-            Some(session) => f(session),
-            None => bail!("cuDNN has no session for the device"),
-        }
+    SESSIONS.with_borrow_mut(|sessions| match sessions.entry(device.id()) {
+        Entry::Occupied(mut known) => f(known.get_mut()),
+        Entry::Vacant(place) => f(place.insert(Session::new(device)?)),
     })
 }
 
