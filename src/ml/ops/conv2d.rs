@@ -12,7 +12,7 @@ use super::linear::trained_tag;
 use crate::ml::param::Param;
 
 /// Stride and zero padding of a convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dSpec {
     /// Step between outputs, the same in both directions.
     pub stride: usize,
@@ -64,7 +64,7 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
 }
 
 /// Sizes of one convolution.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Conv {
     pub b: usize,
     pub c: usize,
@@ -113,17 +113,17 @@ impl Conv {
     }
 
     /// Length of one unfolded patch.
-    fn patch(&self) -> usize {
+    pub(super) fn patch(&self) -> usize {
         self.c * self.kh * self.kw
     }
 
     /// Outputs of one channel of one image.
-    fn spatial(&self) -> usize {
+    pub(super) fn spatial(&self) -> usize {
         self.oh * self.ow
     }
 
     /// Whether the input is its own unfolding.
-    fn is_pointwise(&self) -> bool {
+    pub(super) fn is_pointwise(&self) -> bool {
         self.kh == 1 && self.kw == 1 && self.spec == Conv2dSpec::padded(1, 0)
     }
 
