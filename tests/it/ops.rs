@@ -71,14 +71,12 @@ fn settings(case: &str) -> Value {
 fn spec(case: &str) -> Conv2dSpec {
     let settings = settings(case);
     let stride = settings["stride"].as_u64().expect("a stride") as usize;
-    match settings["padding"].as_u64() {
-        Some(padding) => Conv2dSpec::padded(stride, padding as usize),
-        // left, right, top, bottom
-        None => {
-            assert_eq!(settings["padding"], serde_json::json!([0, 1, 0, 1]));
-            Conv2dSpec { stride, before: 0, after: 1 }
-        }
+    if let Some(padding) = settings["padding"].as_u64() {
+        return Conv2dSpec::padded(stride, padding as usize);
     }
+    // left, right, top, bottom
+    assert_eq!(settings["padding"], serde_json::json!([0, 1, 0, 1]));
+    Conv2dSpec { stride, before: 0, after: 1 }
 }
 
 #[test]
@@ -221,13 +219,13 @@ pub(crate) fn adamw(place: &Place) {
     let config = AdamWConfig { lr: 0.01, ..AdamWConfig::default() };
     let mut adamw = AdamW::new(params.clone(), config).expect("an optimiser");
     let norms = golden.numbers("output.adamw.norm");
-    for step in 0..5 {
+    for (step, &wanted) in norms.iter().enumerate() {
         for param in &params {
             let grad = golden.get(&format!("input.adamw.grad_{}", param.name())).get(step).expect("a step");
             push_gradient(param, &place.weight(&grad));
         }
         let norm = adamw.step().expect("a step");
-        assert!((norm - norms[step]).abs() <= 1e-5 * norms[step], "norm {norm}, wanted {}", norms[step]);
+        assert!((norm - wanted).abs() <= 1e-5 * wanted, "norm {norm}, wanted {wanted}");
         for param in &params {
             let wanted = golden.get(&format!("output.adamw.{}", param.name())).get(step).expect("a step");
             assert_close(&format!("{} after step {step}", param.name()), &param.value(), &wanted, 1e-5);
