@@ -33,18 +33,17 @@ fn compile_all() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo gave no OUT_DIR")?);
     let nvcc = find_nvcc()?;
     let arch = format!("-arch=compute_{}", compute_cap()?);
-    let mut table =
-        String::from("/// The kernels as PTX, by module name.\npub(super) const PTX: &[(&str, &str)] = &[\n");
+    let mut entries = Vec::new();
     for source in sources()? {
         let stem = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         for (suffix, real) in STORAGES {
             let name = format!("{stem}_{suffix}");
-            let ptx = out.join(&name).with_extension("ptx");
-            compile(&nvcc, &arch, real, &source, &ptx)?;
-            table += &format!("    ({name:?}, include_str!({ptx:?})),\n");
+            compile(&nvcc, &arch, real, &source, &out.join(format!("{name}.ptx")))?;
+            entries.push(format!("    (\"{name}\", include_str!(\"{name}.ptx\")),\n"));
         }
     }
-    table += "];\n";
+    let head = "/// The kernels as PTX, by module name.\nconst PTX: &[(&str, &str)] = &[\n";
+    let table = format!("{head}{}];\n", entries.concat());
     fs::write(out.join("kernels.rs"), table).map_err(|e| format!("kernels.rs: {e}"))
 }
 
@@ -90,7 +89,7 @@ fn find_nvcc() -> Result<PathBuf, String> {
 
 /// `8.0`, `80` and nothing all mean 80.
 fn compute_cap() -> Result<u32, String> {
-    let text = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".into());
+    let text = env::var_os("CUDA_COMPUTE_CAP").unwrap_or_else(|| "80".into()).to_string_lossy().into_owned();
     let cap = text.replace('.', "").parse().ok().filter(|cap| (70..1000).contains(cap));
     cap.ok_or_else(|| format!("CUDA_COMPUTE_CAP: wanted a number such as 80 or 9.0, got {text:?}"))
 }

@@ -19,6 +19,7 @@ pub mod sample;
 pub mod samplers;
 pub mod tensorfile;
 pub mod tokenizer;
+pub mod train;
 pub mod weights;
 
 /// Why something in `ml` did not work.

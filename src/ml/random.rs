@@ -74,7 +74,7 @@ fn words(seed: u64, block: u64, stream: u64) -> [u32; 4] {
     philox4x32_10([block_lo, block_hi, stream_lo, stream_hi], [key_lo, key_hi])
 }
 
-/// Philox4x32 with 10 rounds, Salmon et al. 2011 section 3.3 and figure 2; multipliers and key steps are theirs.
+/// Philox4x32 with 10 rounds, Salmon et al. 2011; multipliers and key steps are theirs.
 fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {
@@ -108,7 +108,7 @@ fn pair(lo: u32, hi: u32) -> u64 {
 mod tests {
     use super::*;
 
-    /// Known answers of Random123 1.14 (`tests/kat_vectors`, philox4x32 10).
+    /// The three lines `philox4x32 10` of Random123's `kat_vectors`.
     #[test]
     fn philox_gives_the_known_answers_of_random123() {
         let check = |counter, key, want| assert_eq!(philox4x32_10(counter, key), want);

@@ -304,6 +304,13 @@ fn a_header_bomb_is_refused_unread() {
         finding,
         format!("{UNET}: announces a header of {} bytes; at most 16777216 are read", u64::MAX)
     );
+    let n = (16 << 20) + 1_u64; // all there, and still too long
+    let broken = Broken::new().write(UNET, n.to_le_bytes());
+    fs::OpenOptions::new().write(true).open(broken.at(UNET)).unwrap().set_len(n + 8).unwrap();
+    assert_eq!(
+        broken.finding(),
+        format!("{UNET}: announces a header of {n} bytes; at most 16777216 are read")
+    );
     let deep = raw(&"[".repeat(100_000).replacen('[', "{\"a\":", 1), 0);
     let finding = Broken::new().write(UNET, deep).finding();
     assert!(finding.contains("has a header that is not JSON: recursion limit exceeded"), "{finding}");
@@ -468,9 +475,11 @@ fn saved_weights_come_back_as_they_were() {
     let device = Device::Cpu;
     // Values that all three types hold exactly; a transposed tensor, one without elements, one without axes.
     let ramp = Tensor::arange(-8f32, 8., &device).unwrap().reshape((2, 8)).unwrap();
+    let many: Vec<f32> = (0..600_000).map(|i| (i % 251) as f32).collect(); // more than is converted at a time
     let wanted = BTreeMap::from([
         ("ramp".to_owned(), ramp.t().unwrap()),
         ("none".to_owned(), Tensor::zeros((0, 3), DType::F32, &device).unwrap()),
+        ("many".to_owned(), Tensor::from_vec(many, (600, 1000), &device).unwrap()),
         ("one".to_owned(), Tensor::new(0.5f32, &device).unwrap()),
     ]);
     let text = BTreeMap::from([("made by".to_owned(), "a test".to_owned())]);

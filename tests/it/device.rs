@@ -28,7 +28,7 @@ fn without_the_feature_cuda_is_refused_with_the_reason() {
 #[test]
 fn a_machine_without_a_gpu_says_no_cuda_device() {
     const NONE: (&str, &str) = ("CUDA_VISIBLE_DEVICES", "");
-    if std::env::var(NONE.0).is_ok_and(|shown| shown == NONE.1) {
+    if std::env::var_os(NONE.0).is_some_and(|shown| shown == NONE.1) {
         for name in ["cuda", "cuda:3"] {
             let message = open(name).unwrap_err().to_string();
             assert!(message.starts_with(&format!("device {name}: no CUDA device")), "{message}");

@@ -1,10 +1,12 @@
 //! The models against diffusers and transformers: outputs, and the gradient of every trained weight.
 
 use candle_core::{Result, Tensor};
+use hypnos::ml::diffusion::{self, Schedule};
 use hypnos::ml::models::clip::{self, ClipText};
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
 use hypnos::ml::ops::{AdamW, AdamWConfig};
+use hypnos::ml::train::{Batch, noise_loss};
 use hypnos::ml::weights::Weights;
 use serde_json::Value;
 
@@ -39,20 +41,30 @@ fn the_text_encoder_agrees_with_transformers() {
 #[test]
 fn the_unet_agrees_with_diffusers() {
     for name in ["unet_sd15", "unet_list", "unet_odd"] {
-        for (case, checkpointing) in [("b1", false), ("b3", false), ("b3", true)] {
-            check_unet(name, case, checkpointing);
+        for (case, checkpointing, strided) in
+            [("b1", false, false), ("b3", false, false), ("b3", true, false), ("b3", false, true)]
+        {
+            check_unet(name, case, checkpointing, strided);
         }
     }
 }
 
-fn check_unet(name: &str, case: &str, checkpointing: bool) {
+fn check_unet(name: &str, case: &str, checkpointing: bool, strided: bool) {
     let golden = Golden::open(name);
     let weights = golden.weights("").trainable(true);
     let mut model = Unet::load(&weights, &golden.metadata::<unet::Config>("config")).expect("a model");
     model.checkpointing = checkpointing;
     let input = |name: &str| golden.get(&format!("input.{case}.{name}"));
     let (x, text) = (variable(&input("latents")), variable(&input("text")));
-    let y = model.forward(&x, &golden.numbers(&format!("input.{case}.t")), &text).expect("a prediction");
+    let turned = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+    let (latents, states) = if strided {
+        (turned(&x).expect("other strides"), turned(&text).expect("other strides"))
+    } else {
+        (x.as_tensor().clone(), text.as_tensor().clone())
+    };
+    assert_eq!(latents.is_contiguous(), !strided);
+    let y =
+        model.forward(&latents, &golden.numbers(&format!("input.{case}.t")), &states).expect("a prediction");
     assert_close(&format!("{name} {case}"), &y, &golden.get(&format!("output.{case}.noise")), OUTPUT);
     let grads = mse(&y, &input("noise")).and_then(|loss| loss.backward()).expect("a backward");
     golden.check_gradients(case, "", &weights);
@@ -111,6 +123,7 @@ struct Chain {
     text: ClipText,
     unet: Unet,
     vae: Vae,
+    schedule: Schedule,
 }
 
 impl Chain {
@@ -122,38 +135,34 @@ impl Chain {
         let text = ClipText::load(&text_weights, &config(&configs["text"])).expect("a text encoder");
         let unet = Unet::load(&unet_weights, &config(&configs["unet"])).expect("a UNet");
         let vae = Vae::load(&golden.weights("vae."), &config(&configs["vae"])).expect("an autoencoder");
-        Self { golden, text_weights, unet_weights, text, unet, vae }
+        let schedule = diffusion::Config::parse(
+            r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+                "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#,
+        );
+        let schedule = schedule.and_then(|config| Schedule::new(&config)).expect("a schedule");
+        Self { golden, text_weights, unet_weights, text, unet, vae, schedule }
     }
 
     /// Loss a: noise loss of the instance and of the class image. Loss b: a + a tenth of the decoded picture's.
-    fn loss(&self, with_picture: bool) -> Result<Tensor> {
+    fn loss(&self, with_picture: bool) -> hypnos::ml::Result<Tensor> {
         let input = |name: &str| self.golden.get(&format!("input.all.{name}"));
-        let t = self.golden.numbers("input.all.t");
-        let noisy = self.golden.get("output.all.noisy");
-        let text = self.text.forward(&self.golden.rows("input.all.ids"))?;
-        let eps = self.unet.forward(&noisy, &t, &text)?;
-        assert_close("predicted", &eps, &self.golden.get("output.all.predicted"), OUTPUT);
-        let part = |i: usize| mse(&eps.narrow(0, i, 1)?, &input("noise").narrow(0, i, 1)?);
-        let loss = (part(0)? + part(1)?)?;
+        let t: Vec<usize> = self.golden.numbers("input.all.t").iter().map(|&t| t as usize).collect();
+        let ids = self.golden.rows("input.all.ids");
+        let (latents, noise) = (input("latents"), input("noise"));
         if !with_picture {
-            return Ok(loss);
+            let batch = Batch { latents, noise, t, ids, weights: vec![1.0, 1.0] };
+            return noise_loss(&self.text, &self.unet, &self.schedule, &batch);
         }
-        let alpha_bar = alpha_bar(t[0] as usize);
-        let noise = (eps.narrow(0, 0, 1)? * (1.0 - alpha_bar).sqrt())?;
-        let z0 = ((noisy.narrow(0, 0, 1)? - noise)? / alpha_bar.sqrt())?;
+        let noisy = self.schedule.q_sample(&latents, &noise, &t)?;
+        assert_close("noisy", &noisy, &self.golden.get("output.all.noisy"), OUTPUT);
+        let eps = self.unet.forward(&noisy, &[t[0] as f64, t[1] as f64], &self.text.forward(&ids)?)?;
+        assert_close("predicted", &eps, &self.golden.get("output.all.predicted"), OUTPUT);
+        let part = |i: usize| mse(&eps.narrow(0, i, 1)?, &noise.narrow(0, i, 1)?);
+        let z0 = self.schedule.x_0(&noisy.narrow(0, 0, 1)?, &eps.narrow(0, 0, 1)?, &t[..1])?;
         let picture = self.vae.decode(&z0)?;
         assert_close("picture", &picture, &self.golden.get("output.all.image"), OUTPUT);
-        loss + (mse(&picture, &input("target"))? * 0.1)?
+        Ok(((part(0)? + part(1)?)? + (mse(&picture, &input("target"))? * 0.1)?)?)
     }
-}
-
-/// Of the scaled linear schedule, in f64.
-fn alpha_bar(t: usize) -> f64 {
-    let beta = |i: usize| {
-        let (from, to) = (0.00085_f64.sqrt(), 0.012_f64.sqrt());
-        (from + (to - from) * i as f64 / 999.0).powi(2)
-    };
-    (0..=t).map(|i| 1.0 - beta(i)).product()
 }
 
 #[test]
@@ -180,7 +189,7 @@ fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
     let mut adamw = AdamW::new(params.iter().map(|(_, param)| param.clone()), config).expect("an optimiser");
     let mut n_compared = 0;
     // The reference's second step repeats the data, so only the first prediction is the golden's.
-    chain.loss(false).and_then(|loss| loss.backward()).expect("a backward");
+    chain.loss(false).expect("a loss").backward().expect("a backward");
     let norm = adamw.step().expect("a step");
     let wanted = chain.golden.scalar("output.all.norm.1");
     assert!((norm - wanted).abs() <= 1e-4 * wanted, "norm {norm}, wanted {wanted}");

@@ -4,17 +4,17 @@
 //! works on, and its name. No tensor mathematics happens here, only in the kernels.
 #![allow(unsafe_code)] // kernels and driver calls know nothing of Rust's rules; each use says why it is sound
 
-use candle_core::cuda_backend::cudarc::driver::{result, sys};
-use candle_core::cuda_backend::{CudaDevice, CudaFunc, WrapErr};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, result, sys};
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{DType, Result, bail};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// The kernel `name` of `file`.cu for tensors of `dtype`, loaded on first use and kept by the device.
-fn kernel(device: &CudaDevice, file: &str, dtype: DType, name: &str) -> Result<CudaFunc> {
+fn kernel(device: &CudaDevice, file: &str, dtype: DType, name: &str) -> Result<CudaFunction> {
     let module = format!("{file}_{}", dtype.as_str());
     match PTX.iter().find(|(known, _)| *known == module) {
-        Some((_, ptx)) => device.get_or_load_custom_func(name, &module, ptx),
+        Some((_, ptx)) => Ok(device.get_or_load_custom_func(name, &module, ptx)?.into_cuda_function()),
         None => bail!("{name}: no CUDA kernel for {dtype:?}; wanted f32 or bf16"),
     }
 }
