@@ -6,10 +6,18 @@ use super::cases::Case;
 
 /// What came of a case.
 pub(super) enum Outcome {
-    /// Seconds of each repeat; `theirs` is empty without PyTorch. The i-th of both were taken one after the other.
-    Measured { ours: Vec<f64>, theirs: Vec<f64>, how: &'static str },
+    Measured(Measured),
     /// It was left out, and why.
     Skipped(String),
+}
+
+/// Seconds of each repeat; `theirs` is empty without PyTorch. The i-th of both were taken one after the other.
+pub(super) struct Measured {
+    pub ours: Vec<f64>,
+    pub theirs: Vec<f64>,
+    pub how: &'static str,
+    /// Share of the machine that other programs took meanwhile, where it is known.
+    pub others: Option<f64>,
 }
 
 /// Smallest, middle and largest.
@@ -67,37 +75,40 @@ impl Ratios {
 pub(super) fn head(with_torch: bool) -> [&'static str; 2] {
     if with_torch {
         [
-            "| case | sizes | ours, ms | torch, ms | ratio | paired | fastest |",
-            "|---|---|--:|--:|--:|--:|--:|",
+            "| case | sizes | ours, ms | torch, ms | ratio | paired | fastest | others |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
         ]
     } else {
-        ["| case | sizes | ours, ms |", "|---|---|--:|"]
+        ["| case | sizes | ours, ms | others |", "|---|---|--:|--:|"]
     }
 }
 
 /// One row of the table.
 pub(super) fn row(case: &Case, outcome: &Outcome, with_torch: bool) -> String {
     let (name, sizes) = (&case.name, case.work.sizes());
-    match outcome {
-        Outcome::Measured { ours, theirs, .. } if with_torch => {
-            let Ratios { of_medians, median_of_pairs, of_fastest } = Ratios::of(ours, theirs);
-            let (ours, theirs) = (Spread::of(ours).words(), Spread::of(theirs).words());
-            let ratios = format!("{of_medians:.2} | {median_of_pairs:.2} | {of_fastest:.2}");
-            format!("| {name} | {sizes} | {ours} | {theirs} | {ratios} |")
-        }
-        Outcome::Measured { ours, .. } => format!("| {name} | {sizes} | {} |", Spread::of(ours).words()),
+    let Measured { ours, theirs, others, .. } = match outcome {
+        Outcome::Measured(measured) => measured,
         Outcome::Skipped(why) => {
-            format!("| {name} | {sizes} | {why} |{}", if with_torch { " | | | |" } else { "" })
+            return format!("| {name} | {sizes} | {why} | |{}", if with_torch { " | | | |" } else { "" });
         }
+    };
+    let others = others.map_or("unknown".into(), |share| format!("{:.0} %", 100.0 * share));
+    let our_words = Spread::of(ours).words();
+    if !with_torch {
+        return format!("| {name} | {sizes} | {our_words} | {others} |");
     }
+    let Ratios { of_medians, median_of_pairs, of_fastest } = Ratios::of(ours, theirs);
+    let ratios = format!("{of_medians:.2} | {median_of_pairs:.2} | {of_fastest:.2}");
+    format!("| {name} | {sizes} | {our_words} | {} | {ratios} | {others} |", Spread::of(theirs).words())
 }
 
 /// The same for a program, with every repeat.
 pub(super) fn entry(case: &Case, outcome: &Outcome) -> Value {
     let mut entry = json!({"name": case.name, "sizes": case.work.sizes()});
     match outcome {
-        Outcome::Measured { ours, theirs, how } => {
+        Outcome::Measured(Measured { ours, theirs, how, others }) => {
             entry["how"] = json!(how);
+            entry["others"] = json!(others);
             entry["ours_s"] = json!(ours);
             if !theirs.is_empty() {
                 let ratios = Ratios::of(ours, theirs);
