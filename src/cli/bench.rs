@@ -10,13 +10,17 @@
 //! ours, theirs), the other side's memory given back; one too large even for that is left out and says so.
 //!
 //! `ratio` is our median over theirs, `paired` the median of the ratios of neighbouring measurements, which suffers
-//! less where a machine grows slower and faster with time. Nothing here is a test: a time that fails a build would
-//! measure the build machine.
+//! less where a machine grows slower and faster with time, `fastest` the ratio of the shortest times. `others` is the
+//! share of the machine that other programs took meanwhile. Above a few per cent the ratios flatter us: foreign load
+//! makes OpenMP wait at its barriers, up to tenfold as we saw, and hinders rayon's stealing less. Nothing here is a test:
+//! a time that fails a build would measure the build machine.
 //!
 //! Departure: our backward begins with candle's store adding the upstream gradient to zeros, one pass over the output
-//! that PyTorch has no need of. It is counted as ours.
+//! that PyTorch has no need of. It is counted as ours. Fresh memory that is zero already is paid for by who writes it
+//! first: the rows of an embedding's gradient that no token picked cost us nothing until the optimiser reads them.
 
 mod cases;
+mod load;
 mod ours;
 mod table;
 mod torch;
@@ -30,8 +34,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use self::cases::Case;
+use self::load::Load;
 use self::ours::Ready;
-use self::table::Outcome;
+use self::table::{Measured, Outcome};
 use self::torch::Torch;
 use super::say;
 use crate::ml::{Error, Result};
@@ -167,21 +172,26 @@ fn measure(case: &Case, torch: Option<&mut Torch>, repeats: usize) -> Result<Out
         let why = format!("left out: needs {:.1} GiB, {:.1} GiB are free", case.gib, free.max(0.0));
         return Ok(Outcome::Skipped(why));
     }
-    match torch {
-        None => alone(case, repeats),
-        Some(torch) if 2.0 * case.gib <= free => in_turns(case, torch, repeats),
-        Some(torch) => in_blocks(case, torch, repeats),
-    }
+    let mut processes = vec![std::process::id()];
+    processes.extend(torch.as_ref().map(|torch| torch.id()));
+    let before = Load::now(&processes);
+    let measured = match torch {
+        None => alone(case, repeats)?,
+        Some(torch) if 2.0 * case.gib <= free => in_turns(case, torch, repeats)?,
+        Some(torch) => in_blocks(case, torch, repeats)?,
+    };
+    let others = Load::now(&processes).zip(before).map(|(now, before)| now.others_since(before));
+    Ok(Outcome::Measured(Measured { others, ..measured }))
 }
 
-fn alone(case: &Case, repeats: usize) -> Result<Outcome> {
+fn alone(case: &Case, repeats: usize) -> Result<Measured> {
     let mut ready = Ready::new(&case.work, case.pass)?;
     let n_runs = n_runs(warm_up(|| ready.measure(1))?);
     let ours = (0..repeats).map(|_| quietly(|| ready.measure(n_runs))).collect::<Result<_>>()?;
-    Ok(Outcome::Measured { ours, theirs: Vec::new(), how: "alone" })
+    Ok(Measured { ours, theirs: Vec::new(), how: "alone", others: None })
 }
 
-fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Outcome> {
+fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> {
     let mut ready = Ready::new(&case.work, case.pass)?;
     torch.set_up(case)?;
     let slower_start = warm_up(|| ready.measure(1))?.min(warm_up(|| torch.measure(1))?);
@@ -192,10 +202,10 @@ fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Outcome> {
         theirs.push(quietly(|| torch.measure(n_runs))?);
     }
     torch.drop_case()?;
-    Ok(Outcome::Measured { ours, theirs, how: "in turns" })
+    Ok(Measured { ours, theirs, how: "in turns", others: None })
 }
 
-fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Outcome> {
+fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..2 {
         let mut ready = Ready::new(&case.work, case.pass)?;
@@ -211,7 +221,7 @@ fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Outcome> 
         }
         torch.drop_case()?;
     }
-    Ok(Outcome::Measured { ours, theirs, how: "in blocks" })
+    Ok(Measured { ours, theirs, how: "in blocks", others: None })
 }
 
 fn quietly(measure: impl FnOnce() -> Result<f64>) -> Result<f64> {

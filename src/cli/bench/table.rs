@@ -6,10 +6,18 @@ use super::cases::Case;
 
 /// What came of a case.
 pub(super) enum Outcome {
-    /// Seconds of each repeat; `theirs` is empty without PyTorch. The i-th of both were taken one after the other.
-    Measured { ours: Vec<f64>, theirs: Vec<f64>, how: &'static str },
+    Measured(Measured),
     /// It was left out, and why.
     Skipped(String),
+}
+
+/// Seconds of each repeat; `theirs` is empty without PyTorch. The i-th of both were taken one after the other.
+pub(super) struct Measured {
+    pub ours: Vec<f64>,
+    pub theirs: Vec<f64>,
+    pub how: &'static str,
+    /// Share of the machine that other programs took meanwhile, where it is known.
+    pub others: Option<f64>,
 }
 
 /// Smallest, middle and largest.
@@ -46,49 +54,68 @@ fn figures(x: f64) -> String {
     format!("{x:.n_decimals$}")
 }
 
-/// Ours over theirs: of the medians, and the median of the pairs.
-fn ratios(ours: &[f64], theirs: &[f64]) -> (f64, f64) {
-    let pairs: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
-    (Spread::of(ours).median / Spread::of(theirs).median, Spread::of(&pairs).median)
+/// Ours over theirs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ratios {
+    of_medians: f64,
+    median_of_pairs: f64,
+    of_fastest: f64,
+}
+
+impl Ratios {
+    fn of(ours: &[f64], theirs: &[f64]) -> Self {
+        let pairs: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
+        let median_of_pairs = Spread::of(&pairs).median;
+        let (ours, theirs) = (Spread::of(ours), Spread::of(theirs));
+        Self { of_medians: ours.median / theirs.median, median_of_pairs, of_fastest: ours.min / theirs.min }
+    }
 }
 
 /// The first two lines of the table.
 pub(super) fn head(with_torch: bool) -> [&'static str; 2] {
     if with_torch {
-        ["| case | sizes | ours, ms | torch, ms | ratio | paired |", "|---|---|--:|--:|--:|--:|"]
+        [
+            "| case | sizes | ours, ms | torch, ms | ratio | paired | fastest | others |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
+        ]
     } else {
-        ["| case | sizes | ours, ms |", "|---|---|--:|"]
+        ["| case | sizes | ours, ms | others |", "|---|---|--:|--:|"]
     }
 }
 
 /// One row of the table.
 pub(super) fn row(case: &Case, outcome: &Outcome, with_torch: bool) -> String {
     let (name, sizes) = (&case.name, case.work.sizes());
-    match outcome {
-        Outcome::Measured { ours, theirs, .. } if with_torch => {
-            let (ratio, paired) = ratios(ours, theirs);
-            let (ours, theirs) = (Spread::of(ours).words(), Spread::of(theirs).words());
-            format!("| {name} | {sizes} | {ours} | {theirs} | {ratio:.2} | {paired:.2} |")
-        }
-        Outcome::Measured { ours, .. } => format!("| {name} | {sizes} | {} |", Spread::of(ours).words()),
+    let Measured { ours, theirs, others, .. } = match outcome {
+        Outcome::Measured(measured) => measured,
         Outcome::Skipped(why) => {
-            format!("| {name} | {sizes} | {why} |{}", if with_torch { " | | |" } else { "" })
+            return format!("| {name} | {sizes} | {why} | |{}", if with_torch { " | | | |" } else { "" });
         }
+    };
+    let others = others.map_or("unknown".into(), |share| format!("{:.0} %", 100.0 * share));
+    let our_words = Spread::of(ours).words();
+    if !with_torch {
+        return format!("| {name} | {sizes} | {our_words} | {others} |");
     }
+    let Ratios { of_medians, median_of_pairs, of_fastest } = Ratios::of(ours, theirs);
+    let ratios = format!("{of_medians:.2} | {median_of_pairs:.2} | {of_fastest:.2}");
+    format!("| {name} | {sizes} | {our_words} | {} | {ratios} | {others} |", Spread::of(theirs).words())
 }
 
 /// The same for a program, with every repeat.
 pub(super) fn entry(case: &Case, outcome: &Outcome) -> Value {
     let mut entry = json!({"name": case.name, "sizes": case.work.sizes()});
     match outcome {
-        Outcome::Measured { ours, theirs, how } => {
+        Outcome::Measured(Measured { ours, theirs, how, others }) => {
             entry["how"] = json!(how);
+            entry["others"] = json!(others);
             entry["ours_s"] = json!(ours);
             if !theirs.is_empty() {
-                let (ratio, paired) = ratios(ours, theirs);
+                let ratios = Ratios::of(ours, theirs);
                 entry["torch_s"] = json!(theirs);
-                entry["ratio"] = json!(ratio);
-                entry["paired"] = json!(paired);
+                entry["ratio"] = json!(ratios.of_medians);
+                entry["paired"] = json!(ratios.median_of_pairs);
+                entry["fastest"] = json!(ratios.of_fastest);
             }
         }
         Outcome::Skipped(why) => entry["skipped"] = json!(why),
@@ -108,9 +135,10 @@ mod tests {
     }
 
     #[test]
-    fn both_ratios_are_ours_over_theirs() {
-        // Medians 3 and 2; pairs 1/2, 3/4 and 10/2.
-        assert_eq!(ratios(&[1.0, 3.0, 10.0], &[2.0, 4.0, 2.0]), (1.5, 0.75));
+    fn every_ratio_is_ours_over_theirs() {
+        // Medians 3 and 2; pairs 1/2, 3/4 and 10/2; fastest 1 and 2.
+        let wanted = Ratios { of_medians: 1.5, median_of_pairs: 0.75, of_fastest: 0.5 };
+        assert_eq!(Ratios::of(&[1.0, 3.0, 10.0], &[2.0, 4.0, 2.0]), wanted);
     }
 
     #[test]

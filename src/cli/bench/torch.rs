@@ -41,6 +41,11 @@ impl Torch {
         }
     }
 
+    /// The child's process id.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Builds a case, dropping the one before.
     pub(super) fn set_up(&mut self, case: &Case) -> Result<()> {
         let spec = serde_json::to_string(case).map_err(|error| Error::bad(error.to_string()))?;
