@@ -234,7 +234,25 @@ def vae_decode(work, passing):
     return Model(model, lambda: model.decode(x / scale).sample, lambda y: y.backward(upstream), trained)
 
 
-WHOLE = {"adamw": adamw, "text": text, "unet": unet, "vae_decode": vae_decode}
+def train(work, passing):
+    """An instance and a class image through text encoder and UNet, both trained, and AdamW."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    latents = work["latents"]
+    words, model = CLIPTextModel(CLIPTextConfig(**work["text"])), UNet2DConditionModel(**work["config"])
+    if work["checkpointing"]:
+        model.enable_gradient_checkpointing()  # only while training
+        model.train()
+    ids = torch.randint(work["text"]["vocab_size"], (latents[0], 77))
+    x, noise, t = normal(*latents), normal(*latents), torch.tensor([321, 810])
+    both = torch.nn.ModuleList([words, model])
+    predict = lambda: model(x, t, words(input_ids=ids).last_hidden_state).sample
+    lower = lambda y: (F.mse_loss(y[:1], noise[:1]) + F.mse_loss(y[1:], noise[1:])).backward()
+    return Model(both, predict, lower, list(both.parameters()), fused=False)
+
+
+WHOLE = {"adamw": adamw, "text": text, "unet": unet, "vae_decode": vae_decode, "train": train}
 
 
 # Commands

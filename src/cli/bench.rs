@@ -101,6 +101,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     bar.finish_and_clear();
+    if let Some(peak) = first_line_value("/proc/self/status", "VmHWM") {
+        say(&format!("\nPeak memory of our side over all cases: {peak}"));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

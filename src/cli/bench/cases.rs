@@ -31,21 +31,77 @@ pub(super) enum Pass {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub(super) enum Work {
-    Conv2d { x: [usize; 4], weight: [usize; 4], stride: usize, padding: usize },
-    Depthwise { x: [usize; 4], weight: [usize; 4], stride: usize, padding: usize },
-    Linear { x: Vec<usize>, weight: [usize; 2], bias: bool },
-    LayerNorm { x: Vec<usize> },
-    GroupNormSilu { x: [usize; 4], groups: usize },
-    Attention { q: [usize; 3], kv: [usize; 3], heads: usize },
-    Softmax { x: Vec<usize> },
-    Geglu { x: Vec<usize> },
-    Activation { x: Vec<usize>, kind: &'static str },
-    Upsample { x: [usize; 4], size: [usize; 2] },
-    Embedding { ids: usize, table: [usize; 2] },
-    Adamw { shapes: Vec<[usize; 2]>, fused: bool },
-    Text { config: Value, tokens: usize },
-    Unet { config: Value, latents: [usize; 4], fused: bool },
-    VaeDecode { config: Value, latents: [usize; 4] },
+    Conv2d {
+        x: [usize; 4],
+        weight: [usize; 4],
+        stride: usize,
+        padding: usize,
+    },
+    Depthwise {
+        x: [usize; 4],
+        weight: [usize; 4],
+        stride: usize,
+        padding: usize,
+    },
+    Linear {
+        x: Vec<usize>,
+        weight: [usize; 2],
+        bias: bool,
+    },
+    LayerNorm {
+        x: Vec<usize>,
+    },
+    GroupNormSilu {
+        x: [usize; 4],
+        groups: usize,
+    },
+    Attention {
+        q: [usize; 3],
+        kv: [usize; 3],
+        heads: usize,
+    },
+    Softmax {
+        x: Vec<usize>,
+    },
+    Geglu {
+        x: Vec<usize>,
+    },
+    Activation {
+        x: Vec<usize>,
+        kind: &'static str,
+    },
+    Upsample {
+        x: [usize; 4],
+        size: [usize; 2],
+    },
+    Embedding {
+        ids: usize,
+        table: [usize; 2],
+    },
+    Adamw {
+        shapes: Vec<[usize; 2]>,
+        fused: bool,
+    },
+    Text {
+        config: Value,
+        tokens: usize,
+    },
+    Unet {
+        config: Value,
+        latents: [usize; 4],
+        fused: bool,
+    },
+    VaeDecode {
+        config: Value,
+        latents: [usize; 4],
+    },
+    /// A whole step: text encoder and UNet, an instance and a class image, clipping and AdamW.
+    Train {
+        text: Value,
+        config: Value,
+        latents: [usize; 4],
+        checkpointing: bool,
+    },
 }
 
 impl Work {
@@ -72,6 +128,9 @@ impl Work {
             Self::Text { tokens, .. } => format!("1x{tokens} tokens"),
             Self::Unet { latents, .. } => format!("{}, text 1x77", by(latents)),
             Self::VaeDecode { latents, .. } => by(latents),
+            Self::Train { latents, checkpointing, .. } => {
+                format!("{}, text 2x77{}", by(latents), if *checkpointing { ", checkpointing" } else { "" })
+            }
         }
     }
 }
@@ -151,6 +210,12 @@ fn models() -> Vec<Case> {
     let json = |text| serde_json::from_str::<Value>(text).unwrap_or_default();
     let text = Work::Text { config: json(TEXT), tokens: 77 };
     let unet = |fused| Work::Unet { config: json(UNET), latents: [1, 4, 32, 32], fused };
+    let train = |side, checkpointing| Work::Train {
+        text: json(TEXT),
+        config: json(UNET),
+        latents: [2, 4, side, side],
+        checkpointing,
+    };
     let vae = Work::VaeDecode { config: json(VAE), latents: [1, 4, 32, 32] };
     vec![
         case("text-encoder/fwd", Pass::Forward, text.clone(), 0.7),
@@ -161,6 +226,8 @@ fn models() -> Vec<Case> {
         case("unet-32/fwd+bwd", Pass::Backward, unet(false), 9.0),
         case("unet-32/fwd+bwd+adamw", Pass::Step, unet(false), 15.5),
         case("unet-32/fwd+bwd+adamw-fused", Pass::Step, unet(true), 15.5),
+        case("train-256", Pass::Step, train(32, false), 19.0),
+        case("train-512-checkpointing", Pass::Step, train(64, true), 20.0),
     ]
 }
 

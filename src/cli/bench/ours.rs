@@ -8,12 +8,14 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::cases::{Pass, Work};
+use crate::ml::diffusion::{self, Schedule};
 use crate::ml::models::clip::ClipText;
 use crate::ml::models::unet::Unet;
 use crate::ml::models::vae::Vae;
 use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use crate::ml::param::Param;
 use crate::ml::random;
+use crate::ml::train::{Batch, noise_loss};
 use crate::ml::weights::Weights;
 use crate::ml::{self, Error};
 
@@ -36,6 +38,9 @@ impl Ready {
             Work::Text { config, tokens } => text(config, *tokens, pass),
             Work::Unet { config, latents, .. } => unet(config, latents, pass),
             Work::VaeDecode { config, latents } => vae_decode(config, latents, pass),
+            Work::Train { text, config, latents, checkpointing } => {
+                train(text, config, latents, *checkpointing)
+            }
             op => Ok(operation(op, pass)?),
         }
     }
@@ -279,6 +284,37 @@ fn unet(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
         Ok(Box::new(grads))
     }))
 }
+
+/// An instance and a class image through text encoder and UNet, both trained, and AdamW.
+fn train(text: &Value, json: &Value, latents: &[usize; 4], checkpointing: bool) -> ml::Result<Ready> {
+    let weights = || Weights::random(SEED, &Device::Cpu).trainable(true);
+    let (text_weights, unet_weights) = (weights(), weights());
+    let text_config = config::<crate::ml::models::clip::Config>(text)?;
+    let text = ClipText::load(&text_weights, &text_config)?;
+    let mut unet = Unet::load(&unet_weights, &config(json)?)?;
+    unet.checkpointing = checkpointing;
+    let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;
+    let batch = Batch {
+        latents: normal("latents", latents, 1.0)?,
+        noise: normal("noise", latents, 1.0)?,
+        t: vec![321, 810],
+        ids: (0..2).map(|_| token_ids(77, text_config.vocab_size)).collect(),
+        weights: vec![1.0, 1.0],
+    };
+    let params = [params_of(&text_weights), params_of(&unet_weights)].concat();
+    let mut optimiser = AdamW::new(params.clone(), AdamWConfig::default())?;
+    Ok(Ready::of(params, move || {
+        let loss = noise_loss(&text, &unet, &schedule, &batch).map_err(candle_core::Error::wrap)?;
+        loss.backward()?;
+        Ok(Box::new(optimiser.step()?))
+    }))
+}
+
+/// The noise schedule of Stable Diffusion 1.5.
+const SCHEDULE: &str = r#"{
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1
+}"#;
 
 /// Weights frozen, gradient to the latents, as a loss on pictures needs it.
 fn vae_decode(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
