@@ -47,7 +47,8 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
         }
         _ => {}
     }
-    let device = Device::new_cuda(ordinal)?;
+    // A stream of the device's own: on candle's default, each thread has another, and their work is not ordered.
+    let device = Device::new_cuda_with_stream(ordinal)?;
     super::ops::cuda::prepare(device.as_cuda_device()?)
         .map_err(|error| explain(format!("its driver cannot run our kernels: {}", Error::from(error))))?;
     Ok(device)

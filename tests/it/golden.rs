@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use hypnos::ml::param::Param;
 use hypnos::ml::weights::Weights;
 use safetensors::SafeTensors;
@@ -12,6 +12,49 @@ use safetensors::SafeTensors;
 pub(crate) const OUTPUT: f64 = 1e-4;
 /// Gradients: relative to the norm of the reference's gradient.
 pub(crate) const GRADIENT: f64 = 1e-3;
+
+/// Where a test computes, in what dtype, and how near it must come to the reference there.
+pub(crate) struct Place {
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    /// Outputs and gradients of one operation.
+    pub(crate) operation: (f64, f64),
+    /// Outputs of a whole model.
+    pub(crate) model_output: f64,
+    /// Gradients of a whole model. `None`: rounding moves them so far that there is nothing to compare.
+    pub(crate) model_gradient: Option<f64>,
+}
+
+impl Place {
+    pub(crate) fn cpu() -> Self {
+        Self::f32(Device::Cpu)
+    }
+
+    pub(crate) fn f32(device: Device) -> Self {
+        let (operation, model_output, model_gradient) = ((OUTPUT, GRADIENT), OUTPUT, Some(GRADIENT));
+        Self { device, dtype: DType::F32, operation, model_output, model_gradient }
+    }
+
+    /// The values where the test computes; weights stay f32 in every dtype.
+    pub(crate) fn weight(&self, value: &Tensor) -> Tensor {
+        value.to_device(&self.device).expect("values on the device")
+    }
+
+    /// The values where and in what dtype the test computes.
+    pub(crate) fn input(&self, value: &Tensor) -> Tensor {
+        self.weight(value).to_dtype(self.dtype).expect("values of the dtype")
+    }
+
+    /// Compares a gradient that went through a whole model.
+    pub(crate) fn check_gradient(&self, what: &str, grad: &Tensor, wanted: &Tensor) {
+        if let Some(tolerance) = self.model_gradient {
+            return assert_close(what, grad, wanted, tolerance);
+        }
+        assert_eq!(grad.dims(), wanted.dims(), "{what}: shape");
+        let sum = grad.to_dtype(DType::F32).and_then(|grad| grad.sqr()?.sum_all()?.to_scalar::<f32>());
+        assert!(sum.expect("a number").is_finite(), "{what} is not finite");
+    }
+}
 
 pub(crate) fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -43,18 +86,18 @@ impl Golden {
     }
 
     pub(crate) fn scalar(&self, name: &str) -> f64 {
-        let value = self.get(name).to_dtype(candle_core::DType::F64).expect("a number");
+        let value = self.get(name).to_dtype(DType::F64).expect("a number");
         value.to_scalar().expect("one number")
     }
 
     /// Whole numbers, such as token ids, one row per sequence.
     pub(crate) fn rows(&self, name: &str) -> Vec<Vec<u32>> {
-        let rows = self.get(name).to_dtype(candle_core::DType::U32).expect("whole numbers");
+        let rows = self.get(name).to_dtype(DType::U32).expect("whole numbers");
         rows.to_vec2().expect("a matrix")
     }
 
     pub(crate) fn numbers(&self, name: &str) -> Vec<f64> {
-        let values = self.get(name).to_dtype(candle_core::DType::F64).expect("numbers");
+        let values = self.get(name).to_dtype(DType::F64).expect("numbers");
         values.flatten_all().and_then(|v| v.to_vec1()).expect("a vector")
     }
 
@@ -64,19 +107,20 @@ impl Golden {
     }
 
     /// The model's weights, those whose names begin with `prefix`, without it.
-    pub(crate) fn weights(&self, prefix: &str) -> Weights {
+    pub(crate) fn weights(&self, prefix: &str, place: &Place) -> Weights {
         let prefix = format!("weight.{prefix}");
         let chosen = self
             .tensors
             .iter()
             .filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?.to_string(), tensor.clone())));
-        Weights::from_tensors(chosen.collect(), &Device::Cpu)
+        Weights::from_tensors(chosen.collect(), &place.device)
     }
 
     /// Checks the gradient of every weight that was handed out against `grad.<case>.<prefix><name>`.
     ///
     /// Every one must have a gradient; those that the reference found to be rounding noise about zero are not compared.
-    pub(crate) fn check_gradients(&self, case: &str, prefix: &str, weights: &Weights) {
+    /// Where the place compares none, they must be finite.
+    pub(crate) fn check_gradients(&self, case: &str, prefix: &str, weights: &Weights, place: &Place) {
         let zero: HashMap<String, HashSet<String>> = self.metadata("zero");
         let part = case.split('.').next().expect("a case");
         let key = |name: &str| match case.split_once('.') {
@@ -88,7 +132,7 @@ impl Golden {
             let grad = param.grad().unwrap_or_else(|| panic!("{name} got no gradient"));
             let wanted = self.get(&format!("grad.{case}.{prefix}{name}"));
             if !zero[part].contains(&key(&name)) {
-                assert_close(&format!("{} grad.{case}.{name}", self.name), &grad, &wanted, GRADIENT);
+                place.check_gradient(&format!("{} grad.{case}.{name}", self.name), &grad, &wanted);
                 n_compared += 1;
             }
         }
@@ -110,7 +154,7 @@ pub(crate) fn variable(value: &Tensor) -> Var {
 pub(crate) fn assert_close(what: &str, actual: &Tensor, wanted: &Tensor, tolerance: f64) {
     assert_eq!(actual.dims(), wanted.dims(), "{what}: shape");
     let flat = |t: &Tensor| -> Vec<f64> {
-        let t = t.to_dtype(candle_core::DType::F64).and_then(|t| t.flatten_all());
+        let t = t.to_device(&Device::Cpu).and_then(|t| t.to_dtype(DType::F64)?.flatten_all());
         t.and_then(|t| t.to_vec1()).expect("numbers")
     };
     let (actual, wanted) = (flat(actual), flat(wanted));

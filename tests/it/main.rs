@@ -5,6 +5,8 @@
 mod golden;
 mod layers;
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod ops;
 

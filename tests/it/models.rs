@@ -10,7 +10,7 @@ use hypnos::ml::train::{Batch, noise_loss};
 use hypnos::ml::weights::Weights;
 use serde_json::Value;
 
-use crate::golden::{GRADIENT, Golden, OUTPUT, assert_close, variable};
+use crate::golden::{Golden, OUTPUT, Place, assert_close, variable};
 
 fn config<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).expect("a configuration")
@@ -22,39 +22,47 @@ fn mse(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 #[test]
 fn the_text_encoder_agrees_with_transformers() {
+    text_encoder(&Place::cpu());
+}
+
+pub(crate) fn text_encoder(place: &Place) {
     for (name, cases) in [("clip", &["b1", "b3", "short"][..]), ("clip_gelu", &["b1", "b3"][..])] {
         let golden = Golden::open(name);
         for case in cases {
-            let weights = golden.weights("").trainable(true);
+            let weights = golden.weights("", place).trainable(true);
             let model =
                 ClipText::load(&weights, &golden.metadata::<clip::Config>("config")).expect("a model");
             let y = model.forward(&golden.rows(&format!("input.{case}.ids"))).expect("hidden states");
             let wanted = golden.get(&format!("output.{case}.last_hidden_state"));
-            assert_close(&format!("{name} {case}"), &y, &wanted, OUTPUT);
-            let loss = mse(&y, &golden.get(&format!("input.{case}.target"))).expect("a loss");
-            loss.backward().expect("a backward");
-            golden.check_gradients(case, "", &weights);
+            assert_close(&format!("{name} {case}"), &y, &wanted, place.model_output);
+            let target = place.input(&golden.get(&format!("input.{case}.target")));
+            mse(&y, &target).expect("a loss").backward().expect("a backward");
+            golden.check_gradients(case, "", &weights, place);
         }
     }
 }
 
 #[test]
 fn the_unet_agrees_with_diffusers() {
+    unet(&Place::cpu());
+}
+
+pub(crate) fn unet(place: &Place) {
     for name in ["unet_sd15", "unet_list", "unet_odd"] {
         for (case, checkpointing, strided) in
             [("b1", false, false), ("b3", false, false), ("b3", true, false), ("b3", false, true)]
         {
-            check_unet(name, case, checkpointing, strided);
+            check_unet(place, name, case, checkpointing, strided);
         }
     }
 }
 
-fn check_unet(name: &str, case: &str, checkpointing: bool, strided: bool) {
+fn check_unet(place: &Place, name: &str, case: &str, checkpointing: bool, strided: bool) {
     let golden = Golden::open(name);
-    let weights = golden.weights("").trainable(true);
+    let weights = golden.weights("", place).trainable(true);
     let mut model = Unet::load(&weights, &golden.metadata::<unet::Config>("config")).expect("a model");
     model.checkpointing = checkpointing;
-    let input = |name: &str| golden.get(&format!("input.{case}.{name}"));
+    let input = |name: &str| place.input(&golden.get(&format!("input.{case}.{name}")));
     let (x, text) = (variable(&input("latents")), variable(&input("text")));
     let turned = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
     let (latents, states) = if strided {
@@ -65,58 +73,60 @@ fn check_unet(name: &str, case: &str, checkpointing: bool, strided: bool) {
     assert_eq!(latents.is_contiguous(), !strided);
     let y =
         model.forward(&latents, &golden.numbers(&format!("input.{case}.t")), &states).expect("a prediction");
-    assert_close(&format!("{name} {case}"), &y, &golden.get(&format!("output.{case}.noise")), OUTPUT);
+    let wanted = golden.get(&format!("output.{case}.noise"));
+    assert_close(&format!("{name} {case}"), &y, &wanted, place.model_output);
     let grads = mse(&y, &input("noise")).and_then(|loss| loss.backward()).expect("a backward");
-    golden.check_gradients(case, "", &weights);
+    golden.check_gradients(case, "", &weights, place);
     for (key, variable) in [("latents", &x), ("text", &text)] {
         let wanted = golden.find(&format!("grad.{case}.input.{key}")).expect("the input's gradient");
-        assert_close(
-            &format!("{name} {case} {key}"),
-            grads.get(variable).expect("a gradient"),
-            &wanted,
-            GRADIENT,
-        );
+        let grad = grads.get(variable).expect("a gradient");
+        place.check_gradient(&format!("{name} {case} {key}"), grad, &wanted);
     }
 }
 
 #[test]
 fn the_autoencoder_agrees_with_diffusers() {
-    let old = Golden::open("vae_old_names").weights("");
+    autoencoder(&Place::cpu());
+}
+
+pub(crate) fn autoencoder(place: &Place) {
+    let old = Golden::open("vae_old_names").weights("", place);
     for (name, weights, cases) in [
         ("vae", None, &["b1", "b2", "uneven"][..]),
         ("vae8", None, &["b1", "b2"][..]),
         ("vae", Some(old), &["b2"][..]),
     ] {
         let golden = Golden::open(name);
-        let weights = weights.unwrap_or_else(|| golden.weights(""));
+        let weights = weights.unwrap_or_else(|| golden.weights("", place));
         let config = golden.metadata::<vae::Config>("config");
         let model = Vae::load(&weights, &config).expect("a model");
         for case in cases {
-            check_vae(&golden, &model, case);
+            check_vae(place, &golden, &model, case);
         }
         let n_grads = weights.params().values().filter(|param| param.grad().is_some()).count();
         assert_eq!(n_grads, 0, "frozen weights get no gradient");
     }
 }
 
-fn check_vae(golden: &Golden, model: &Vae, case: &str) {
-    let input = |name: &str| golden.get(&format!("input.{case}.{name}"));
+fn check_vae(place: &Place, golden: &Golden, model: &Vae, case: &str) {
+    let input = |name: &str| place.input(&golden.get(&format!("input.{case}.{name}")));
     let output = |name: &str| golden.get(&format!("output.{case}.{name}"));
     let moments = model.encode(&input("image")).expect("moments");
-    assert_close(&format!("{case} mean"), &moments.mean, &output("mean"), OUTPUT);
-    assert_close(&format!("{case} logvar"), &moments.logvar, &output("logvar"), OUTPUT);
+    assert_close(&format!("{case} mean"), &moments.mean, &output("mean"), place.model_output);
+    assert_close(&format!("{case} logvar"), &moments.logvar, &output("logvar"), place.model_output);
     // The reference decodes unscaled latents; ours are the UNet's.
     let z = variable(&input("z"));
     let picture = (z.as_tensor() * model.scaling_factor()).and_then(|z| model.decode(&z)).expect("a picture");
-    assert_close(&format!("{case} picture"), &picture, &output("image"), OUTPUT);
+    assert_close(&format!("{case} picture"), &picture, &output("image"), place.model_output);
     let loss = (picture * input("w")).and_then(|y| y.sum_all()).expect("a sum");
     let grads = loss.backward().expect("a backward");
     let wanted = golden.get(&format!("grad.{case}.input.z"));
-    assert_close(&format!("{case} z"), grads.get(&z).expect("a gradient"), &wanted, GRADIENT);
+    place.check_gradient(&format!("{case} z"), grads.get(&z).expect("a gradient"), &wanted);
 }
 
 /// Text encoder, UNet and frozen autoencoder of one small Stable Diffusion.
-struct Chain {
+struct Chain<'a> {
+    place: &'a Place,
     golden: Golden,
     text_weights: Weights,
     unet_weights: Weights,
@@ -126,26 +136,27 @@ struct Chain {
     schedule: Schedule,
 }
 
-impl Chain {
-    fn load() -> Self {
+impl<'a> Chain<'a> {
+    fn load(place: &'a Place) -> Self {
         let golden = Golden::open("step");
         let configs: Value = golden.metadata("config");
-        let text_weights = golden.weights("text.").trainable(true);
-        let unet_weights = golden.weights("unet.").trainable(true);
+        let text_weights = golden.weights("text.", place).trainable(true);
+        let unet_weights = golden.weights("unet.", place).trainable(true);
         let text = ClipText::load(&text_weights, &config(&configs["text"])).expect("a text encoder");
         let unet = Unet::load(&unet_weights, &config(&configs["unet"])).expect("a UNet");
-        let vae = Vae::load(&golden.weights("vae."), &config(&configs["vae"])).expect("an autoencoder");
+        let vae =
+            Vae::load(&golden.weights("vae.", place), &config(&configs["vae"])).expect("an autoencoder");
         let schedule = diffusion::Config::parse(
             r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
                 "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#,
         );
         let schedule = schedule.and_then(|config| Schedule::new(&config)).expect("a schedule");
-        Self { golden, text_weights, unet_weights, text, unet, vae, schedule }
+        Self { place, golden, text_weights, unet_weights, text, unet, vae, schedule }
     }
 
     /// Loss a: noise loss of the instance and of the class image. Loss b: a + a tenth of the decoded picture's.
     fn loss(&self, with_picture: bool) -> hypnos::ml::Result<Tensor> {
-        let input = |name: &str| self.golden.get(&format!("input.all.{name}"));
+        let input = |name: &str| self.place.input(&self.golden.get(&format!("input.all.{name}")));
         let t: Vec<usize> = self.golden.numbers("input.all.t").iter().map(|&t| t as usize).collect();
         let ids = self.golden.rows("input.all.ids");
         let (latents, noise) = (input("latents"), input("noise"));
@@ -167,21 +178,29 @@ impl Chain {
 
 #[test]
 fn the_whole_step_has_the_reference_s_gradients() {
+    whole_step(&Place::cpu());
+}
+
+pub(crate) fn whole_step(place: &Place) {
     for (case, with_picture) in [("a", false), ("b", true)] {
-        let chain = Chain::load();
+        let chain = Chain::load(place);
         let loss = chain.loss(with_picture).expect("a loss");
         let value = f64::from(loss.to_scalar::<f32>().expect("a number"));
         let wanted = chain.golden.scalar(&format!("output.all.{case}"));
         assert!((value - wanted).abs() <= OUTPUT * wanted, "loss {case}: {value}, wanted {wanted}");
         loss.backward().expect("a backward");
-        chain.golden.check_gradients(&format!("all.{case}"), "text.", &chain.text_weights);
-        chain.golden.check_gradients(&format!("all.{case}"), "unet.", &chain.unet_weights);
+        chain.golden.check_gradients(&format!("all.{case}"), "text.", &chain.text_weights, place);
+        chain.golden.check_gradients(&format!("all.{case}"), "unet.", &chain.unet_weights, place);
     }
 }
 
 #[test]
 fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
-    let chain = Chain::load();
+    optimiser_steps(&Place::cpu());
+}
+
+pub(crate) fn optimiser_steps(place: &Place) {
+    let chain = Chain::load(place);
     let params = chain.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
     let unet = chain.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
     let params: Vec<_> = params.chain(unet).collect();

@@ -7,22 +7,33 @@ use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use hypnos::ml::param::Param;
 use serde_json::Value;
 
-use crate::golden::{GRADIENT, Golden, OUTPUT, assert_close, trained, variable};
+use crate::golden::{Golden, Place, assert_close, trained, variable};
 
 /// Runs `op` on the inputs of `case`, once as they are and once with strides that are not contiguous, and compares the
 /// output and the gradient of `sum(out * w)` for every input and parameter.
-fn check(case: &str, inputs: &[&str], params: &[&str], op: impl Fn(&[Tensor], &[Param]) -> Result<Tensor>) {
+fn check(
+    place: &Place,
+    case: &str,
+    inputs: &[&str],
+    params: &[&str],
+    op: impl Fn(&[Tensor], &[Param]) -> Result<Tensor>,
+) {
     let golden = Golden::open("ops");
+    let get = |name: &str| golden.get(&format!("input.{case}.{name}"));
     for strided in [false, true] {
-        let variables: Vec<_> =
-            inputs.iter().map(|name| variable(&golden.get(&format!("input.{case}.{name}")))).collect();
+        let variables: Vec<_> = inputs.iter().map(|name| variable(&place.input(&get(name)))).collect();
         let arguments: Vec<Tensor> =
             variables.iter().map(|v| if strided { odd_strides(v) } else { v.as_tensor().clone() }).collect();
         let weights: Vec<Param> =
-            params.iter().map(|name| trained(name, &golden.get(&format!("input.{case}.{name}")))).collect();
+            params.iter().map(|name| trained(name, &place.weight(&get(name)))).collect();
         let y = op(&arguments, &weights).expect("the operation works");
-        assert_close(&format!("{case} out"), &y, &golden.get(&format!("output.{case}.out")), OUTPUT);
-        let w = golden.get(&format!("input.{case}.w"));
+        assert_close(
+            &format!("{case} out"),
+            &y,
+            &golden.get(&format!("output.{case}.out")),
+            place.operation.0,
+        );
+        let w = place.input(&get("w")).to_dtype(y.dtype()).expect("the result's dtype");
         let grads = (y * w).and_then(|y| y.sum_all()).and_then(|y| y.backward()).expect("a backward");
         for (name, variable) in inputs.iter().zip(&variables) {
             let grad = grads.get(variable).unwrap_or_else(|| panic!("{case}: {name} got no gradient"));
@@ -30,13 +41,13 @@ fn check(case: &str, inputs: &[&str], params: &[&str], op: impl Fn(&[Tensor], &[
                 &format!("{case} {name}"),
                 grad,
                 &golden.get(&format!("grad.{case}.{name}")),
-                GRADIENT,
+                place.operation.1,
             );
         }
         for weight in &weights {
             let grad = weight.grad().unwrap_or_else(|| panic!("{case}: {} got no gradient", weight.name()));
             let wanted = golden.get(&format!("grad.{case}.{}", weight.name()));
-            assert_close(&format!("{case} {}", weight.name()), &grad, &wanted, GRADIENT);
+            assert_close(&format!("{case} {}", weight.name()), &grad, &wanted, place.operation.1);
         }
     }
 }
@@ -60,18 +71,20 @@ fn settings(case: &str) -> Value {
 fn spec(case: &str) -> Conv2dSpec {
     let settings = settings(case);
     let stride = settings["stride"].as_u64().expect("a stride") as usize;
-    match settings["padding"].as_u64() {
-        Some(padding) => Conv2dSpec::padded(stride, padding as usize),
-        // left, right, top, bottom
-        None => {
-            assert_eq!(settings["padding"], serde_json::json!([0, 1, 0, 1]));
-            Conv2dSpec { stride, before: 0, after: 1 }
-        }
+    if let Some(padding) = settings["padding"].as_u64() {
+        return Conv2dSpec::padded(stride, padding as usize);
     }
+    // left, right, top, bottom
+    assert_eq!(settings["padding"], serde_json::json!([0, 1, 0, 1]));
+    Conv2dSpec { stride, before: 0, after: 1 }
 }
 
 #[test]
 fn convolution_agrees_with_torch() {
+    convolution(&Place::cpu());
+}
+
+pub(crate) fn convolution(place: &Place) {
     for case in [
         "conv1",
         "conv3",
@@ -84,17 +97,21 @@ fn convolution_agrees_with_torch() {
         "conv5_s2",
     ] {
         let spec = spec(case);
-        check(case, &["x"], &["weight", "bias"], |x, w| ops::conv2d(&x[0], &w[0], Some(&w[1]), spec));
+        check(place, case, &["x"], &["weight", "bias"], |x, w| ops::conv2d(&x[0], &w[0], Some(&w[1]), spec));
     }
     let spec = spec("conv3_nobias");
-    check("conv3_nobias", &["x"], &["weight"], |x, w| ops::conv2d(&x[0], &w[0], None, spec));
+    check(place, "conv3_nobias", &["x"], &["weight"], |x, w| ops::conv2d(&x[0], &w[0], None, spec));
 }
 
 #[test]
 fn depthwise_convolution_agrees_with_torch() {
+    depthwise_convolution(&Place::cpu());
+}
+
+pub(crate) fn depthwise_convolution(place: &Place) {
     for case in ["depthwise3_s1", "depthwise3_s2", "depthwise5_s1", "depthwise5_s2"] {
         let spec = spec(case);
-        check(case, &["x"], &["weight", "bias"], |x, w| {
+        check(place, case, &["x"], &["weight", "bias"], |x, w| {
             ops::depthwise_conv2d(&x[0], &w[0], Some(&w[1]), spec)
         });
     }
@@ -102,19 +119,27 @@ fn depthwise_convolution_agrees_with_torch() {
 
 #[test]
 fn a_linear_layer_agrees_with_torch() {
-    check("linear", &["x"], &["weight", "bias"], |x, w| ops::linear(&x[0], &w[0], Some(&w[1])));
-    check("linear_flat", &["x"], &["weight"], |x, w| ops::linear(&x[0], &w[0], None));
+    linear(&Place::cpu());
+}
+
+pub(crate) fn linear(place: &Place) {
+    check(place, "linear", &["x"], &["weight", "bias"], |x, w| ops::linear(&x[0], &w[0], Some(&w[1])));
+    check(place, "linear_flat", &["x"], &["weight"], |x, w| ops::linear(&x[0], &w[0], None));
 }
 
 #[test]
 fn norms_agree_with_torch() {
+    norms(&Place::cpu());
+}
+
+pub(crate) fn norms(place: &Place) {
     let eps = |case| settings(case)["eps"].as_f64().expect("eps");
-    check("layer_norm", &["x"], &["weight", "bias"], |x, w| {
+    check(place, "layer_norm", &["x"], &["weight", "bias"], |x, w| {
         ops::layer_norm(&x[0], &w[0], &w[1], eps("layer_norm"))
     });
     for (case, silu) in [("group_norm", false), ("group_norm_silu", true)] {
         let groups = settings(case)["groups"].as_u64().expect("groups") as usize;
-        check(case, &["x"], &["weight", "bias"], |x, w| {
+        check(place, case, &["x"], &["weight", "bias"], |x, w| {
             ops::group_norm(&x[0], &w[0], &w[1], groups, eps(case), silu)
         });
     }
@@ -122,9 +147,13 @@ fn norms_agree_with_torch() {
 
 #[test]
 fn attention_agrees_with_torch() {
+    attention(&Place::cpu());
+}
+
+pub(crate) fn attention(place: &Place) {
     for (case, causal) in [("attention_self", false), ("attention_causal", true), ("attention_cross", false)]
     {
-        check(case, &["q", "k", "v"], &[], |x, _| {
+        check(place, case, &["q", "k", "v"], &[], |x, _| {
             // The reference has the heads in a dimension of their own: [B, N, L, K].
             let (b, n, l, width) = x[0].dims4()?;
             let merge = |x: &Tensor| x.transpose(1, 2)?.flatten_from(2);
@@ -136,49 +165,67 @@ fn attention_agrees_with_torch() {
 
 #[test]
 fn activations_agree_with_torch() {
+    activations(&Place::cpu());
+}
+
+pub(crate) fn activations(place: &Place) {
     for (case, activation) in
         [("gelu", Activation::Gelu), ("quick_gelu", Activation::QuickGelu), ("silu", Activation::Silu)]
     {
         // The reference takes three times the input, so that the tails are seen too.
-        check(case, &["x"], &[], |x, _| ops::activate(&(&x[0] * 3.0)?, activation));
+        check(place, case, &["x"], &[], |x, _| ops::activate(&(&x[0] * 3.0)?, activation));
     }
-    check("geglu", &["x"], &[], |x, _| ops::geglu(&x[0]));
+    check(place, "geglu", &["x"], &[], |x, _| ops::geglu(&x[0]));
     let scale = settings("softmax")["scale"].as_f64().expect("a scale");
-    check("softmax", &["x"], &[], |x, _| ops::softmax(&(&x[0] * scale)?));
+    check(place, "softmax", &["x"], &[], |x, _| ops::softmax(&(&x[0] * scale)?));
 }
 
 #[test]
 fn upsampling_agrees_with_torch() {
+    upsampling(&Place::cpu());
+}
+
+pub(crate) fn upsampling(place: &Place) {
     for case in ["upsample_double", "upsample_odd", "upsample_uneven"] {
         let (_, _, h, w) = Golden::open("ops").get(&format!("output.{case}.out")).dims4().expect("a picture");
-        check(case, &["x"], &[], |x, _| ops::upsample_nearest(&x[0], (h, w)));
+        check(place, case, &["x"], &[], |x, _| ops::upsample_nearest(&x[0], (h, w)));
     }
 }
 
 #[test]
 fn an_embedding_sums_the_gradients_of_repeated_ids() {
+    embedding(&Place::cpu());
+}
+
+pub(crate) fn embedding(place: &Place) {
     let golden = Golden::open("ops");
     let ids = golden.rows("input.embedding.ids").concat();
     let dims = golden.get("input.embedding.ids").dims().to_vec();
-    check("embedding", &[], &["table"], |_, w| ops::embedding(&ids, &dims, &w[0]));
+    check(place, "embedding", &[], &["table"], |_, w| ops::embedding(&ids, &dims, &w[0]));
 }
 
 #[test]
 fn adamw_agrees_with_torch_over_five_clipped_steps() {
+    adamw(&Place::cpu());
+}
+
+pub(crate) fn adamw(place: &Place) {
     let golden = Golden::open("ops");
     let names = ["p0", "p1", "p2"];
-    let params: Vec<Param> =
-        names.iter().map(|name| trained(name, &golden.get(&format!("input.adamw.{name}")))).collect();
+    let params: Vec<Param> = names
+        .iter()
+        .map(|name| trained(name, &place.weight(&golden.get(&format!("input.adamw.{name}")))))
+        .collect();
     let config = AdamWConfig { lr: 0.01, ..AdamWConfig::default() };
     let mut adamw = AdamW::new(params.clone(), config).expect("an optimiser");
     let norms = golden.numbers("output.adamw.norm");
-    for step in 0..5 {
+    for (step, &wanted) in norms.iter().enumerate() {
         for param in &params {
             let grad = golden.get(&format!("input.adamw.grad_{}", param.name())).get(step).expect("a step");
-            push_gradient(param, &grad);
+            push_gradient(param, &place.weight(&grad));
         }
         let norm = adamw.step().expect("a step");
-        assert!((norm - norms[step]).abs() <= 1e-5 * norms[step], "norm {norm}, wanted {}", norms[step]);
+        assert!((norm - wanted).abs() <= 1e-5 * wanted, "norm {norm}, wanted {wanted}");
         for param in &params {
             let wanted = golden.get(&format!("output.adamw.{}", param.name())).get(step).expect("a step");
             assert_close(&format!("{} after step {step}", param.name()), &param.value(), &wanted, 1e-5);
@@ -200,7 +247,11 @@ fn push_gradient(param: &Param, grad: &Tensor) {
 
 #[test]
 fn saved_moments_continue_as_if_never_stopped() {
-    let values = Tensor::new(&[0.5_f32, -1.0, 2.0], &Device::Cpu).expect("a tensor");
+    saved_moments(&Place::cpu());
+}
+
+pub(crate) fn saved_moments(place: &Place) {
+    let values = Tensor::new(&[0.5_f32, -1.0, 2.0], &place.device).expect("a tensor");
     let grads = [[0.1_f32, 0.2, -0.3], [0.3, -0.1, 0.2], [-0.2, 0.4, 0.1]];
     let run = |stop_after: Option<usize>| {
         let param = trained("p", &values);
@@ -211,7 +262,7 @@ fn saved_moments_continue_as_if_never_stopped() {
                 adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
                 adamw.restore(&moments, n_steps).expect("moments that fit");
             }
-            push_gradient(&param, &Tensor::new(grad, &Device::Cpu).expect("a tensor"));
+            push_gradient(&param, &Tensor::new(grad, &place.device).expect("a tensor"));
             adamw.step().expect("a step");
         }
         param.value().to_vec1::<f32>().expect("values")
@@ -232,7 +283,11 @@ fn the_optimiser_refuses_a_weight_without_a_gradient() {
 
 #[test]
 fn a_frozen_weight_costs_no_gradient() {
-    let x = Tensor::ones((2, 3), candle_core::DType::F32, &Device::Cpu).expect("ones");
+    frozen_weight(&Place::cpu());
+}
+
+pub(crate) fn frozen_weight(place: &Place) {
+    let x = Tensor::ones((2, 3), candle_core::DType::F32, &place.device).expect("ones");
     let weight = Param::new("w", x.clone(), false).expect("a parameter");
     let y = ops::linear(&x, &weight, None).expect("a layer");
     assert!(!y.track_op(), "nothing here is trained, so nothing is recorded");
@@ -245,8 +300,12 @@ fn a_frozen_weight_costs_no_gradient() {
 
 #[test]
 fn a_checkpointed_block_has_the_same_gradients() {
+    checkpoint(&Place::cpu());
+}
+
+pub(crate) fn checkpoint(place: &Place) {
     let golden = Golden::open("ops");
-    let get = |name: &str| golden.get(&format!("input.linear.{name}"));
+    let get = |name: &str| place.weight(&golden.get(&format!("input.linear.{name}")));
     let run = |checkpointed: bool, tracked: bool| {
         let (weight, bias) = (trained("weight", &get("weight")), trained("bias", &get("bias")));
         let x = variable(&get("x"));

@@ -55,7 +55,7 @@ impl Config {
         refuse(!positive.contains(&0), "a size", 0, "every size above zero")?;
         let heads = self.num_attention_heads;
         refuse(
-            heads > 0 && self.hidden_size % heads == 0,
+            heads > 0 && self.hidden_size.is_multiple_of(heads),
             "num_attention_heads",
             heads,
             "a divisor of hidden_size",

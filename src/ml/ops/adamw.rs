@@ -75,20 +75,42 @@ impl AdamW {
         self.n_steps += 1;
         let clip = self.config.max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
         let update = Update::new(&self.config, self.n_steps, clip);
+        #[cfg(feature = "cuda")]
+        let mut on_gpu = Vec::new();
         for (param, moments) in &mut self.params {
             let Some(grad) = param.take_grad() else { bail!("AdamW: {} lost its gradient", param.name()) };
-            moments.apply(&param.value(), &grad, &update)?;
+            let value = param.value();
+            match moments {
+                Moments::Cpu { m, v } => {
+                    value.inplace_op2(&grad, &CpuStep { moments: Mutex::new((m, v)), update: &update })?;
+                }
+                #[cfg(feature = "cuda")]
+                Moments::Cuda(moments) => on_gpu.push(super::cuda::Slot { value, grad, moments }),
+            }
             param.value_changed();
         }
+        #[cfg(feature = "cuda")]
+        super::cuda::adamw(&mut on_gpu, &update)?;
         Ok(norm)
     }
 
     /// Euclidean norm of all gradients together.
     pub fn grad_norm(&self) -> Result<f64> {
         let mut total = 0.0;
+        #[cfg(feature = "cuda")]
+        let mut on_gpu = Vec::new();
         for (param, _) in &self.params {
             let Some(grad) = param.grad() else { bail!("AdamW: {} got no gradient", param.name()) };
-            total += square_sum(&grad)?;
+            match grad.device() {
+                Device::Cpu => total += square_sum(&grad)?,
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => on_gpu.push(grad),
+                other => bail!("AdamW: no kernel for {other:?}"),
+            }
+        }
+        #[cfg(feature = "cuda")]
+        {
+            total += super::cuda::square_sum(&on_gpu)?;
         }
         Ok(total.sqrt())
     }
@@ -161,14 +183,6 @@ impl Moments {
                 let (m, v) = moments.download()?;
                 Ok((Tensor::from_vec(m, dims.clone(), &cpu)?, Tensor::from_vec(v, dims, &cpu)?))
             }
-        }
-    }
-
-    fn apply(&mut self, value: &Tensor, grad: &Tensor, update: &Update) -> Result<()> {
-        match self {
-            Self::Cpu { m, v } => value.inplace_op2(grad, &CpuStep { moments: Mutex::new((m, v)), update }),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(moments) => moments.apply(value, grad, update),
         }
     }
 }
@@ -250,15 +264,8 @@ impl InplaceOp2 for CpuStep<'_> {
 
 /// Sum of squares, in f64 across blocks.
 fn square_sum(x: &Tensor) -> Result<f64> {
-    match x.device() {
-        Device::Cpu => {
-            let x = View::of(x, "AdamW")?;
-            // Chunk by chunk in order, so that the sum does not depend on how threads are scheduled.
-            let parts: Vec<f64> = x.par_chunks(CHUNK).map(|part| sum(part, |v| v * v)).collect();
-            Ok(parts.iter().sum())
-        }
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => super::cuda::square_sum(x),
-        other => bail!("AdamW: no kernel for {other:?}"),
-    }
+    let x = View::of(x, "AdamW")?;
+    // Chunk by chunk in order, so that the sum does not depend on how threads are scheduled.
+    let parts: Vec<f64> = x.par_chunks(CHUNK).map(|part| sum(part, |v| v * v)).collect();
+    Ok(parts.iter().sum())
 }

@@ -61,11 +61,11 @@ pub(super) struct Heads {
 const TILE_SCORES: usize = 1 << 17;
 
 impl Heads {
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.d / self.n
     }
 
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         1.0 / (self.width() as f32).sqrt()
     }
 

@@ -6,13 +6,13 @@
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum, zeros};
+use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
 use super::graft::{Computed, graft};
 use super::linear::trained_tag;
 use crate::ml::param::Param;
 
 /// Stride and zero padding of a convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dSpec {
     /// Step between outputs, the same in both directions.
     pub stride: usize,
@@ -64,7 +64,7 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
 }
 
 /// Sizes of one convolution.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Conv {
     pub b: usize,
     pub c: usize,
@@ -113,17 +113,17 @@ impl Conv {
     }
 
     /// Length of one unfolded patch.
-    fn patch(&self) -> usize {
+    pub(super) fn patch(&self) -> usize {
         self.c * self.kh * self.kw
     }
 
     /// Outputs of one channel of one image.
-    fn spatial(&self) -> usize {
+    pub(super) fn spatial(&self) -> usize {
         self.oh * self.ow
     }
 
     /// Whether the input is its own unfolding.
-    fn is_pointwise(&self) -> bool {
+    pub(super) fn is_pointwise(&self) -> bool {
         self.kh == 1 && self.kw == 1 && self.spec == Conv2dSpec::padded(1, 0)
     }
 
@@ -250,13 +250,16 @@ impl Conv {
         let weight = weight.value();
         let (x, weight) = (View::of(x, "conv2d")?, View::of(&weight, "conv2d")?);
         let (o, k, p) = (self.o, self.patch(), self.spatial());
-        let mut y = zeros(self.b * o * p);
-        if let Some(bias) = bias {
-            let bias = bias.value();
-            let bias = View::of(&bias, "conv2d")?;
-            let bias = &bias[..];
-            y.par_chunks_mut(p.max(1)).enumerate().for_each(|(i, y)| y.fill(bias[i % o]));
-        }
+        let mut y = match bias {
+            Some(bias) => {
+                let bias = bias.value();
+                let bias = View::of(&bias, "conv2d")?;
+                let mut y = Vec::with_capacity(self.b * o * p);
+                (0..self.b).for_each(|_| bias.iter().for_each(|&b| y.extend(std::iter::repeat_n(b, p))));
+                y
+            }
+            None => zeros(self.b * o * p),
+        };
         let weight = Mat::rows(&weight, k);
         let tiles = self.tiles();
         let longest = tiles.iter().map(|tile| tile.len()).max().unwrap_or(0);
@@ -277,7 +280,7 @@ impl Conv {
                 let to = Tiles::new(&mut y);
                 // SAFETY: `y` is not touched elsewhere during the call.
                 unsafe {
-                    to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All)
+                    to.gemm(b * o * p + from, p, Into::Add, (o, n, k), (weight, patches), 1.0, Threads::All);
                 }
             } else {
                 out.resize(o * n, 0.0);
@@ -324,7 +327,7 @@ impl Conv {
         if let Some(bias) = bias.filter(|bias| bias.is_trainable()) {
             bias.add_grad(Computed::cpu(channel_sums(&dy, o, p), o).detached())?;
         }
-        let mut dw = zeros(if wants_dw { o * k } else { 0 });
+        let mut dw = Vec::new();
         let mut dx = zeros(if wants_dx { input.len() } else { 0 });
         let tiles = if wants_dw || wants_dx { self.tiles() } else { Vec::new() };
         let longest = tiles.iter().map(|tile| tile.len()).max().unwrap_or(0);
@@ -347,8 +350,11 @@ impl Conv {
                     self.unfold(&input, tile, &mut col);
                     Mat::rows(&col, n)
                 };
-                let into = if i == 0 { Into::Replace } else { Into::Add };
-                gemm(&mut dw, k, into, (o, k, n), (dy, patches.t()), 1.0, Threads::All);
+                if i == 0 {
+                    dw = product((o, k, n), (dy, patches.t()), 1.0);
+                } else {
+                    gemm(&mut dw, k, Into::Add, (o, k, n), (dy, patches.t()), 1.0, Threads::All);
+                }
             }
             if wants_dx && is_input {
                 let dx = &mut dx[b * self.c * p..][..self.c * p];

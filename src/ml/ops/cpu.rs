@@ -96,6 +96,22 @@ pub(super) fn gemm(
     unsafe { dst.gemm(0, dst_row, into, (m, n, k), (a, b), scale, threads) }
 }
 
+/// `scale * a b` as rows of `n`, on all threads; see [`gemm`]. Memory that is written whole need not be cleared first.
+pub(super) fn product((m, n, k): (usize, usize, usize), factors: (Mat, Mat), scale: f32) -> Vec<f32> {
+    if k == 0 {
+        return zeros(m * n);
+    }
+    let mut values = Vec::with_capacity(m * n);
+    let dst = Tiles { data: values.as_mut_ptr(), len: m * n };
+    // SAFETY: the capacity is `m * n`, nobody else knows of it, and a product that replaces writes every element
+    // without reading any.
+    unsafe {
+        dst.gemm(0, n, Into::Replace, (m, n, k), factors, scale, Threads::All);
+        values.set_len(m * n);
+    }
+    values
+}
+
 /// A matrix whose disjoint parts are written from several threads.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles {
@@ -226,7 +242,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = r.mul_add(p, 8.333_452e-3);
     let p = r.mul_add(p, 4.166_579_6e-2);
     let p = r.mul_add(p, 1.666_666_5e-1);
-    let p = r.mul_add(p, 5.000_000_1e-1);
+    let p = r.mul_add(p, 0.5);
     let e = (r * r).mul_add(p, r + 1.0);
     e * f32::from_bits((((n as i32) + 127) as u32) << 23)
 }

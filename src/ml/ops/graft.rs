@@ -51,7 +51,7 @@ struct Graft {
     /// The value, waiting for candle to ask for it.
     value: Mutex<Option<Storage>>,
     shape: Shape,
-    backward: Box<dyn Fn(&Tensor) -> Result<Grads> + Send + Sync>,
+    backward: Backward,
 }
 
 impl Graft {
@@ -111,5 +111,7 @@ impl CustomOp3 for Graft {
         Ok((da, db, dc))
     }
 }
+
+type Backward = Box<dyn Fn(&Tensor) -> Result<Grads> + Send + Sync>;
 
 type TripleGrad = (Option<Tensor>, Option<Tensor>, Option<Tensor>);

@@ -22,7 +22,7 @@ pub fn group_norm(
     silu: bool,
 ) -> Result<Tensor> {
     let c = weight.dims()[0];
-    if x.rank() < 2 || x.dim(1)? != c || n_groups == 0 || c % n_groups != 0 {
+    if x.rank() < 2 || x.dim(1)? != c || n_groups == 0 || !c.is_multiple_of(n_groups) {
         bail!("{}: wanted [B, {c}, ..] in {n_groups} groups, got {:?}", weight.name(), x.dims());
     }
     let x = x.contiguous()?;

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use super::cpu::{Into, Mat, Threads, View, gemm, zeros};
+use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
 use super::graft::{Computed, graft};
 use crate::ml::param::Param;
 
@@ -52,18 +52,11 @@ fn forward(x: &Tensor, weight: &Param, bias: Option<&Param>, n_out: usize, n_in:
     let (x, weight) = (View::of(x, "linear")?, weight.value());
     let weight = View::of(&weight, "linear")?;
     let n = x.len() / n_in;
-    let mut y = zeros(n * n_out);
-    let into = match bias {
-        Some(bias) => {
-            let bias = bias.value();
-            let bias = View::of(&bias, "linear")?;
-            y.chunks_exact_mut(n_out).for_each(|row| row.copy_from_slice(&bias));
-            Into::Add
-        }
-        None => Into::Replace,
-    };
     let factors = (Mat::rows(&x, n_in), Mat::rows(&weight, n_in).t());
-    gemm(&mut y, n_out, into, (n, n_out, n_in), factors, 1.0, Threads::All);
+    let Some(bias) = bias else { return Ok(product((n, n_out, n_in), factors, 1.0)) };
+    let bias = bias.value();
+    let mut y = View::of(&bias, "linear")?.repeat(n);
+    gemm(&mut y, n_out, Into::Add, (n, n_out, n_in), factors, 1.0, Threads::All);
     Ok(y)
 }
 
@@ -79,9 +72,7 @@ fn backward(
     let n = input.len() / n_in;
     let dy = Mat::rows(&dy_view, n_out);
     if weight.is_trainable() {
-        let mut dw = zeros(n_out * n_in);
-        let factors = (dy.t(), Mat::rows(&input, n_in));
-        gemm(&mut dw, n_in, Into::Replace, (n_out, n_in, n), factors, 1.0, Threads::All);
+        let dw = product((n_out, n_in, n), (dy.t(), Mat::rows(&input, n_in)), 1.0);
         weight.add_grad(Computed::cpu(dw, weight.dims()).detached())?;
     }
     if let Some(bias) = bias.filter(|bias| bias.is_trainable()) {
@@ -92,9 +83,7 @@ fn backward(
     }
     let value = weight.value();
     let weight = View::of(&value, "linear")?;
-    let mut dx = zeros(n * n_in);
-    let factors = (dy, Mat::rows(&weight, n_in));
-    gemm(&mut dx, n_in, Into::Replace, (n, n_in, n_out), factors, 1.0, Threads::All);
+    let dx = product((n, n_in, n_out), (dy, Mat::rows(&weight, n_in)), 1.0);
     Ok(Some(Computed::cpu(dx, x.dims()).detached()))
 }
 

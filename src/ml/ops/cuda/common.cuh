@@ -84,7 +84,7 @@ template <class F> __device__ inline void map2(const real* x, const real* y, rea
 }
 
 // f(value, value) for each pair x[i], y[i] of a row, by the threads of one block.
-template <class F> __device__ inline void row2(const real* x, const real* y, int n, F f) {
+template <class S, class T, class F> __device__ inline void row2(const S* x, const T* y, int n, F f) {
     int done = 0;
     if (is_aligned(x) && is_aligned(y)) {
         done = n / 4 * 4;
@@ -97,7 +97,7 @@ template <class F> __device__ inline void row2(const real* x, const real* y, int
 }
 
 // f(value) for each x[i] of a row, by the threads of one block.
-template <class F> __device__ inline void row1(const real* x, int n, F f) {
+template <class T, class F> __device__ inline void row1(const T* x, int n, F f) {
     int done = 0;
     if (is_aligned(x)) {
         done = n / 4 * 4;
