@@ -12,8 +12,8 @@
 //! `ratio` is our median over theirs, `paired` the median of the ratios of neighbouring measurements, which suffers
 //! less where a machine grows slower and faster with time, `fastest` the ratio of the shortest times. `others` is the
 //! share of the machine that other programs took meanwhile. Above a few per cent the ratios flatter us: foreign load
-//! makes OpenMP wait at its barriers, up to tenfold as we saw, and hinders rayon's stealing less. Nothing here is a test:
-//! a time that fails a build would measure the build machine.
+//! makes OpenMP wait at its barriers, up to tenfold as we saw, and hinders rayon's stealing less. Nothing here is a
+//! test: a time that fails a build would measure the build machine.
 //!
 //! Departure: our backward begins with candle's store adding the upstream gradient to zeros, one pass over the output
 //! that PyTorch has no need of. It is counted as ours. Fresh memory that is zero already is paid for by who writes it
