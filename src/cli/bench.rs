@@ -39,6 +39,7 @@ use self::ours::Ready;
 use self::table::{Measured, Outcome};
 use self::torch::Torch;
 use super::say;
+use crate::memory::give_back_freed;
 use crate::ml::{Error, Result};
 
 /// Idle time before each measurement.
@@ -170,6 +171,7 @@ fn write(file: &Path, value: &Value) -> Result<()> {
 }
 
 fn measure(case: &Case, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {
+    give_back_freed(); // the case before may have left much
     let free = available_gib().map_or(f64::INFINITY, |gib| gib - SPARE_GIB);
     if case.gib > free {
         let why = format!("left out: needs {:.1} GiB, {:.1} GiB are free", case.gib, free.max(0.0));
@@ -217,6 +219,7 @@ fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured>
             ours.push(quietly(|| ready.measure(1))?);
         }
         drop(ready);
+        give_back_freed();
         torch.set_up(case)?;
         torch.measure(1)?;
         for _ in 0..repeats.div_ceil(2) {

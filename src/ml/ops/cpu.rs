@@ -96,7 +96,7 @@ pub(super) fn gemm(
     unsafe { dst.gemm(0, dst_row, into, (m, n, k), (a, b), scale, threads) }
 }
 
-/// `scale * a b` as rows of `n`, on all threads; see [`gemm`]. Memory that is written whole need not be cleared first.
+/// `scale * a b` as rows of `n`, on all threads; see [`gemm()`]. Memory that is written whole need not be cleared first.
 pub(super) fn product((m, n, k): (usize, usize, usize), factors: (Mat, Mat), scale: f32) -> Vec<f32> {
     if k == 0 {
         return zeros(m * n);
@@ -129,7 +129,7 @@ impl Tiles {
         Self { data: data.as_mut_ptr(), len: data.len() }
     }
 
-    /// [`gemm`] into the part that begins at `start`.
+    /// [`gemm()`] into the part that begins at `start`.
     ///
     /// # Safety
     /// The slice given to [`Tiles::new`] is alive, and no other thread touches the elements written here.

@@ -2,7 +2,7 @@
 //!
 //! candle cuts gradients silently in its fused operations, has wrong ones for pooling and upsampling, and naive ones
 //! for convolution. So what a trained model is made of stands here: plain functions from tensors to tensors. A
-//! function computes its value with a kernel and [`graft`]s it into candle's graph together with its backward. A
+//! function computes its value with a kernel and grafts it (`graft.rs`) into candle's graph together with its backward. A
 //! weight comes as a [`Param`](super::param::Param); its gradient goes into the weight, not into candle's store.
 //!
 //! Every function takes inputs with any strides and gives a contiguous result of the input's dtype. CPU: f32. CUDA:
