@@ -1,7 +1,7 @@
 //! What the allocator does with freed memory. Has an effect where mimalloc is the global allocator, as in `main.rs`.
 #![allow(unsafe_code)] // the allocator's settings have no safe face
 
-use libmimalloc_sys::{mi_collect, mi_option_set, mi_option_t};
+use libmimalloc_sys::{mi_option_set, mi_option_t};
 
 /// `mi_option_purge_delay` of mimalloc.h, which the binding leaves out: milliseconds, 0 at once, -1 never.
 const PURGE_DELAY: mi_option_t = 15;
@@ -15,12 +15,11 @@ pub fn keep_freed() {
     unsafe { mi_option_set(PURGE_DELAY, -1) }
 }
 
-/// Gives back what is free now, for whoever else needs it.
-pub fn give_back_freed() {
-    // SAFETY: numbers that the allocator reads, and a collection, which is safe at any time.
-    unsafe {
-        mi_option_set(PURGE_DELAY, 0);
-        mi_collect(true);
-    }
+/// Runs `free`; what it frees goes back to the kernel at once, for whoever else needs it. What was freed before stays.
+pub fn giving_back<T>(free: impl FnOnce() -> T) -> T {
+    // SAFETY: sets one number that the allocator reads.
+    unsafe { mi_option_set(PURGE_DELAY, 0) }
+    let freed = free();
     keep_freed();
+    freed
 }

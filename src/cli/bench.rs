@@ -39,7 +39,7 @@ use self::ours::Ready;
 use self::table::{Measured, Outcome};
 use self::torch::Torch;
 use super::say;
-use crate::memory::give_back_freed;
+use crate::memory::giving_back;
 use crate::ml::{Error, Result};
 
 /// Idle time before each measurement.
@@ -171,7 +171,6 @@ fn write(file: &Path, value: &Value) -> Result<()> {
 }
 
 fn measure(case: &Case, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {
-    give_back_freed(); // the case before may have left much
     let free = available_gib().map_or(f64::INFINITY, |gib| gib - SPARE_GIB);
     if case.gib > free {
         let why = format!("left out: needs {:.1} GiB, {:.1} GiB are free", case.gib, free.max(0.0));
@@ -193,6 +192,7 @@ fn alone(case: &Case, repeats: usize) -> Result<Measured> {
     let mut ready = Ready::new(&case.work, case.pass)?;
     let n_runs = n_runs(warm_up(|| ready.measure(1))?);
     let ours = (0..repeats).map(|_| quietly(|| ready.measure(n_runs))).collect::<Result<_>>()?;
+    giving_back(|| drop(ready));
     Ok(Measured { ours, theirs: Vec::new(), how: "alone", others: None })
 }
 
@@ -206,6 +206,7 @@ fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> 
         ours.push(quietly(|| ready.measure(n_runs))?);
         theirs.push(quietly(|| torch.measure(n_runs))?);
     }
+    giving_back(|| drop(ready));
     torch.drop_case()?;
     Ok(Measured { ours, theirs, how: "in turns", others: None })
 }
@@ -218,8 +219,7 @@ fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured>
         for _ in 0..repeats.div_ceil(2) {
             ours.push(quietly(|| ready.measure(1))?);
         }
-        drop(ready);
-        give_back_freed();
+        giving_back(|| drop(ready));
         torch.set_up(case)?;
         torch.measure(1)?;
         for _ in 0..repeats.div_ceil(2) {
