@@ -10,7 +10,7 @@ use hypnos::ml::train::{Batch, noise_loss};
 use hypnos::ml::weights::Weights;
 use serde_json::Value;
 
-use crate::golden::{GRADIENT, Golden, OUTPUT, Place, assert_close, variable};
+use crate::golden::{Golden, OUTPUT, Place, assert_close, variable};
 
 fn config<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).expect("a configuration")
@@ -214,7 +214,7 @@ pub(crate) fn optimiser_steps(place: &Place) {
         assert!((norm - wanted).abs() <= OUTPUT * wanted, "step {step}: norm {norm}, wanted {wanted}");
         for (name, param) in &params {
             if let Some(wanted) = chain.golden.find(&format!("output.all.after.{step}.{name}")) {
-                assert_close(name, &param.value(), &wanted, GRADIENT);
+                assert_close(name, &param.value(), &wanted, OUTPUT);
                 n_compared += 1;
             }
         }

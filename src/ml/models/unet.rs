@@ -126,32 +126,31 @@ fn yes() -> bool {
     true
 }
 
-/// Settings of the reference that this file does not build, with the only value it honours.
-const FIXED: [(&str, Value); 20] = [
-    ("center_input_sample", Value::Bool(false)),
-    ("only_cross_attention", Value::Bool(false)),
-    ("dual_cross_attention", Value::Bool(false)),
-    ("class_embeddings_concat", Value::Bool(false)),
-    ("resnet_skip_time_act", Value::Bool(false)),
-    ("class_embed_type", Value::Null),
-    ("addition_embed_type", Value::Null),
-    ("encoder_hid_dim", Value::Null),
-    ("encoder_hid_dim_type", Value::Null),
-    ("num_class_embeds", Value::Null),
-    ("time_cond_proj_dim", Value::Null),
-    ("time_embedding_act_fn", Value::Null),
-    ("time_embedding_dim", Value::Null),
-    ("timestep_post_act", Value::Null),
-    ("cross_attention_norm", Value::Null),
-    ("mid_block_only_cross_attention", Value::Null),
-    ("reverse_transformer_layers_per_block", Value::Null),
-    ("addition_embed_type_num_heads", Value::Null),
-    ("addition_time_embed_dim", Value::Null),
-    ("projection_class_embeddings_input_dim", Value::Null),
+/// Settings of the reference that this file does not build: they must be off, null or false.
+const OFF: [&str; 19] = [
+    "center_input_sample",
+    "only_cross_attention",
+    "dual_cross_attention",
+    "class_embeddings_concat",
+    "resnet_skip_time_act",
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+    "time_embedding_act_fn",
+    "time_embedding_dim",
+    "timestep_post_act",
+    "cross_attention_norm",
+    "mid_block_only_cross_attention",
+    "reverse_transformer_layers_per_block",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 ];
 
-/// The same for settings that are numbers or words.
-const FIXED_TEXT: [(&str, &str); 9] = [
+/// Settings of which one value alone is honoured, a number or a word.
+const FIXED: [(&str, &str); 9] = [
     ("conv_in_kernel", "3"),
     ("conv_out_kernel", "3"),
     ("downsample_padding", "1"),
@@ -162,9 +161,6 @@ const FIXED_TEXT: [(&str, &str); 9] = [
     ("time_embedding_type", "positional"),
     ("attention_type", "default"),
 ];
-
-/// Settings without effect where the settings they belong to are off.
-const IDLE: [&str; 1] = ["addition_embed_type_num_heads"];
 
 impl Config {
     /// Refuses what this file does not build.
@@ -202,12 +198,11 @@ impl Config {
     }
 
     fn check_rest(&self) -> crate::ml::Result<()> {
-        for (key, wanted) in &FIXED {
-            let value = self.rest.get(*key).unwrap_or(wanted);
-            let off = *value == Value::Null || *value == Value::Bool(false);
-            refuse(value == wanted || off || IDLE.contains(key), key, value, &wanted.to_string())?;
+        for key in OFF {
+            let value = self.rest.get(key).unwrap_or(&Value::Null);
+            refuse(matches!(value, Value::Null | Value::Bool(false)), key, value, "null or false")?;
         }
-        for (key, wanted) in FIXED_TEXT {
+        for (key, wanted) in FIXED {
             let Some(value) = self.rest.get(key) else { continue };
             let same = match value {
                 Value::Number(number) => number.as_f64() == wanted.parse().ok(),
@@ -376,7 +371,7 @@ struct Level {
 }
 
 impl Level {
-    /// `widths`: channels in and out of each residual block; `heads` is `None` for a level without attention.
+    /// `widths`: channels in and out of each residual block. `level` counts from the shallowest down.
     fn load(
         w: &Weights,
         widths: &[(usize, usize)],

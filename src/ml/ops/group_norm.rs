@@ -62,7 +62,7 @@ impl Norm {
         self.c / self.n_groups
     }
 
-    /// Calls `f(channel, elements)` for each channel of the group with number `i` counted over the batch.
+    /// The channels of the group with number `i`, counted over the batch.
     fn channels(&self, i: usize) -> std::ops::Range<usize> {
         let first = i % self.n_groups * self.per_group();
         first..first + self.per_group()
