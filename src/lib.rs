@@ -1,5 +1,19 @@
 //! Hypnos turns 3-5 photos of a product into a model that draws that product anywhere.
+//!
+//! Two programs that never call each other, an HTTP front and a worker, meet only in a table and a bucket, round one pure
+//! core that knows neither:
+//!
+//! ```text
+//! cli       words in, exit codes out; wires the rest together
+//! http      requests to rows        worker    rows to results         (neither knows the other)
+//! store     the only SQL            blobs     the only object keys    photo    bytes of strangers to pixels
+//! engine    what a device can do: the seam between worker and core
+//! ml        the core: models, mathematics, operations
+//! job       the nouns               config    every setting
+//! ```
 
 pub mod cli;
+pub mod engine;
+pub mod job;
 pub mod memory;
 pub mod ml;

@@ -1,0 +1,328 @@
+//! The nouns: what a client asks for, what a row holds, what a worker reports. No I/O here.
+//!
+//! A *job* is a row of the queue and has one of two kinds: a *training*, made from photos, or a *sample*, pictures
+//! drawn with a training's result. Both go the same way: queued, claimed under a lease, run, finished once.
+
+mod spec;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+pub use spec::{
+    CLASS_NAME_CHARS_MAX, Evaluation, Format, Invalid, LossWeights, Method, N_PHOTOS_MAX, N_PHOTOS_MIN,
+    PRODUCT, SEED_MAX, SampleSpec, Scheduler, TrainOptions, TrainSpec, class_name,
+};
+
+/// An identifier that cannot be taken for another's: UUID version 7, so that ids sort by time.
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+        #[serde(transparent)]
+        #[schema(value_type = Uuid)]
+        pub struct $name(pub Uuid);
+
+        impl $name {
+            /// A new one.
+            #[allow(clippy::new_without_default)]
+            pub fn new() -> Self {
+                Self(Uuid::now_v7())
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.hyphenated().fmt(f)
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+
+            /// The hyphenated form in lower case, as we write it, and no other.
+            fn from_str(text: &str) -> Result<Self, String> {
+                let parsed = Uuid::try_parse(text).ok().map(Self);
+                parsed.filter(|id| id.to_string() == text).ok_or_else(|| "not an id".into())
+            }
+        }
+    };
+}
+
+id!(
+    /// Whose things these are. Every query takes one.
+    TenantId
+);
+id!(
+    /// One row of the queue, of either kind.
+    JobId
+);
+
+impl TenantId {
+    /// The tenant of a server without keys.
+    pub const LOCAL: Self = Self(Uuid::nil());
+}
+
+/// An enum that is one lower-case word in rows, JSON and logs.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+        pub enum $name {
+            $($(#[$vdoc])* #[serde(rename = $word)] $variant,)+
+        }
+
+        impl $name {
+            /// Every one, in order.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// Its word.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)+
+                }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+
+            fn from_str(word: &str) -> Result<Self, String> {
+                let found = Self::ALL.iter().copied().find(|one| one.as_str() == word);
+                found.ok_or_else(|| {
+                    let all: Vec<_> = Self::ALL.iter().map(|one| one.as_str()).collect();
+                    format!("wanted one of {}, got {word:?}", all.join(", "))
+                })
+            }
+        }
+    };
+}
+pub(crate) use words;
+
+words!(
+    /// What a job does.
+    Kind {
+        /// Fine-tunes the bundle on photos.
+        Train = "train",
+        /// Draws pictures with a training's result.
+        Sample = "sample",
+    }
+);
+
+words!(
+    /// Where a job stands. The last three never change again.
+    State {
+        /// Waits for a worker.
+        Queued = "queued",
+        /// A worker holds its lease.
+        Running = "running",
+        /// Done; its artifacts are there.
+        Succeeded = "succeeded",
+        /// Ended by a fault; `error` says which.
+        Failed = "failed",
+        /// Ended by its owner.
+        Canceled = "canceled",
+    }
+);
+
+impl State {
+    /// Whether it never changes again.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Canceled)
+    }
+}
+
+words!(
+    /// What a running job is at.
+    Phase {
+        /// Fetches photos and weights, encodes what never changes.
+        Preparing = "preparing",
+        /// Draws the class images that keep the class what it was.
+        ClassImages = "class_images",
+        /// Takes steps.
+        Training = "training",
+        /// Draws pictures.
+        Drawing = "drawing",
+        /// Writes the result to the store.
+        Storing = "storing",
+    }
+);
+
+/// How far a running job is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// What it is at.
+    pub phase: Phase,
+    /// Steps of this phase done.
+    pub step: u64,
+    /// Steps of this phase; 0 where it is not known.
+    pub total: u64,
+    /// Seconds until the whole job is done, as far as can be told.
+    pub eta_seconds: Option<f64>,
+    /// Pictures drawn so far that can be looked at.
+    pub images: u64,
+    /// The last step's loss, while training.
+    pub loss: Option<f64>,
+}
+
+impl Progress {
+    /// The beginning of a phase.
+    pub fn begin(phase: Phase, total: u64) -> Self {
+        Self { phase, step: 0, total, eta_seconds: None, images: 0, loss: None }
+    }
+}
+
+words!(
+    /// Why a job failed. Stable: clients may act on it.
+    FaultCode {
+        /// The photos or the words cannot work, in a way that could not be seen at the door.
+        Input = "input",
+        /// The loss was no longer a finite number.
+        Diverged = "diverged",
+        /// The machine failed: memory, disk, device.
+        Machine = "machine",
+        /// An object that the job needs is not in the store, or not whole.
+        ArtifactMissing = "artifact_missing",
+        /// Its workers died under it as often as is allowed.
+        WorkerLost = "worker_lost",
+        /// It took longer than an attempt may.
+        Deadline = "deadline",
+        /// A fault of ours.
+        Internal = "internal",
+    }
+);
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Fault {
+    /// Which kind of fault.
+    pub code: FaultCode,
+    /// One line for a person. Holds no path, no key and no prompt.
+    pub message: String,
+    /// Whether the same job, sent again, may succeed.
+    pub retryable: bool,
+}
+
+impl Fault {
+    /// A fault; whether it is worth another attempt follows from its code.
+    pub fn new(code: FaultCode, message: impl Into<String>) -> Self {
+        let retryable = matches!(code, FaultCode::Machine | FaultCode::WorkerLost | FaultCode::Deadline);
+        Self { code, message: message.into(), retryable }
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+/// An object in the store that a row names. What it is like stands here, not in the store's own attributes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Object {
+    /// Its name within the job, such as `photo-0.png` or `weights.safetensors`.
+    pub name: String,
+    /// Its key in the store.
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// Lower-case hexadecimal.
+    pub sha256: String,
+    /// Media type.
+    pub content_type: String,
+    /// What else there is to know, such as an image's seed and prompt. A JSON object or null.
+    #[serde(default)]
+    pub meta: serde_json::Value,
+}
+
+/// A training's state in the store, good to go on from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Steps done.
+    pub step: u64,
+    /// Where it lies.
+    pub object: Object,
+}
+
+/// What a job is to do, as its row keeps it: complete, with nothing left to defaults that may change.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Spec {
+    /// A training.
+    Train(TrainSpec),
+    /// A sample.
+    Sample(SampleSpec),
+}
+
+impl Spec {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Train(_) => Kind::Train,
+            Self::Sample(_) => Kind::Sample,
+        }
+    }
+}
+
+/// The right to write to a running job: bumped at every claim, named in every write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// Which job.
+    pub job: JobId,
+    /// Which claim of it.
+    pub run_lease: i64,
+}
+
+/// One row of the queue. Times are milliseconds since 1970, by the database's clock.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// Its id.
+    pub id: JobId,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The training that a sample draws with.
+    pub parent: Option<JobId>,
+    /// What it is to do.
+    pub spec: Spec,
+    /// The photos of a training, in order; empty for a sample.
+    pub photos: Vec<Object>,
+    /// Where it stands.
+    pub state: State,
+    /// Claims so far.
+    pub run_lease: i64,
+    /// Attempts so far that count.
+    pub attempt: i64,
+    /// Attempts that it may have.
+    pub max_attempts: i64,
+    /// Whether its owner wants it to end.
+    pub cancel_requested: bool,
+    /// Where a further attempt goes on from.
+    pub checkpoint: Option<Checkpoint>,
+    /// How far it is; none before it first ran.
+    pub progress: Option<Progress>,
+    /// Facts about the result, such as the bundle's hash; set when it succeeded.
+    pub result: Option<serde_json::Value>,
+    /// Why it failed.
+    pub error: Option<Fault>,
+    /// Changes with every change of the row that a client can see.
+    pub version: i64,
+    /// When it was accepted.
+    pub created_ms: i64,
+    /// When it was first claimed.
+    pub started_ms: Option<i64>,
+    /// When it reached its last state.
+    pub finished_ms: Option<i64>,
+}
+
+impl Job {
+    /// The claim that a worker writes under.
+    pub fn lease(&self) -> Lease {
+        Lease { job: self.id, run_lease: self.run_lease }
+    }
+}
