@@ -12,6 +12,7 @@
 //! job       the nouns               config    every setting
 //! ```
 
+pub mod blobs;
 pub mod cli;
 pub mod engine;
 pub mod job;
