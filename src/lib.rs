@@ -14,6 +14,7 @@
 
 pub mod blobs;
 pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod job;
 pub mod memory;

@@ -14,6 +14,11 @@ pub use spec::{
     PRODUCT, SEED_MAX, SampleSpec, Scheduler, TrainOptions, TrainSpec, class_name,
 };
 
+/// Name of the artifact with a training's weights.
+pub const WEIGHTS: &str = "weights.safetensors";
+/// Name of the artifact that tells what led to them.
+pub const REPORT: &str = "report.json";
+
 /// An identifier that cannot be taken for another's: UUID version 7, so that ids sort by time.
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {

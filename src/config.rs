@@ -1,0 +1,451 @@
+//! Every setting of the service: its name in the environment, its flag, its default, its meaning.
+//!
+//! What changes a training's result is no setting but part of the job, so that a job can be done again. Flags win over the
+//! environment. A variable that begins with `HYPNOS_` and is none of these is refused: it is a slip of the pen that
+//! would go unnoticed.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use secrecy::{ExposeSecret, SecretString};
+
+/// What a setting is wrong about, in one line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Wrong(String);
+
+/// A result whose error is one line.
+pub type Result<T, E = Wrong> = std::result::Result<T, E>;
+
+/// Kinds of file systems, as the kernel names them, whose files other machines may have open too.
+const NETWORKED: [&str; 9] = ["nfs", "cifs", "smb", "afs", "9p", "ceph", "glusterfs", "fuse.sshfs", "lustre"];
+
+/// The kind of file system that holds `dir`, from the text of Linux's mountinfo.
+fn file_system<'a>(mounts: &'a str, dir: &Path) -> Option<&'a str> {
+    let parsed = mounts.lines().filter_map(|line| {
+        let (place, kind) = line.split_once(" - ")?;
+        Some((place.split(' ').nth(4)?, kind.split(' ').next()?))
+    });
+    let holding = parsed.filter(|(place, _)| dir.starts_with(place));
+    holding.max_by_key(|(place, _)| place.len()).map(|(_, kind)| kind)
+}
+
+fn wrong<T>(message: impl Into<String>) -> Result<T> {
+    Err(Wrong(message.into()))
+}
+
+/// Variables of the tests and the build, which are none of the service's business.
+const NOT_OURS: [&str; 2] = ["HYPNOS_TEST_", "HYPNOS_CUDA_"];
+
+/// Refuses variables of the environment that begin as ours and are none of `known`.
+pub fn check_environment(names: impl Iterator<Item = String>, known: &BTreeSet<String>) -> Result<()> {
+    let ours = |name: &String| name.starts_with("HYPNOS_") && !NOT_OURS.iter().any(|p| name.starts_with(p));
+    match names.filter(ours).find(|name| !known.contains(name)) {
+        Some(name) => wrong(format!("{name} is set, but there is no such setting")),
+        None => Ok(()),
+    }
+}
+
+/// Where rows and objects are.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Storage")]
+pub struct Storage {
+    /// Directory of the embedded default: the SQLite file, the objects, the scratch files
+    #[arg(long, env = "HYPNOS_DATA", value_name = "DIR", default_value = "hypnos-data")]
+    pub data: PathBuf,
+    /// sqlite:PATH or postgres://USER:PASSWORD@HOST/DATABASE; by default sqlite:DATA/hypnos.db
+    #[arg(long, env = "HYPNOS_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<SecretString>,
+    /// File that holds the URL of the database
+    #[arg(long, env = "HYPNOS_DATABASE_FILE", value_name = "FILE")]
+    pub database_file: Option<PathBuf>,
+    /// Connections to Postgres at most
+    #[arg(long, env = "HYPNOS_DATABASE_CONNECTIONS", value_name = "N", default_value_t = 16)]
+    pub database_connections: u32,
+    /// A directory, or s3://BUCKET[/PREFIX]; by default DATA/objects
+    #[arg(long, env = "HYPNOS_OBJECTS", value_name = "PLACE")]
+    pub objects: Option<String>,
+    /// URL of the S3 service, if it is not Amazon's
+    #[arg(long, env = "HYPNOS_S3_ENDPOINT", value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// URL of the S3 service as clients reach it, for the links that they are given; by default the endpoint
+    #[arg(long, env = "HYPNOS_S3_PUBLIC_ENDPOINT", value_name = "URL")]
+    pub s3_public_endpoint: Option<String>,
+    /// Region of the bucket
+    #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
+    pub s3_region: String,
+    /// Access key id
+    #[arg(long, env = "HYPNOS_S3_ACCESS_KEY", value_name = "ID")]
+    pub s3_access_key: Option<String>,
+    /// Secret access key
+    #[arg(long, env = "HYPNOS_S3_SECRET_KEY", value_name = "KEY", hide_env_values = true)]
+    pub s3_secret_key: Option<SecretString>,
+    /// File that holds the secret access key
+    #[arg(long, env = "HYPNOS_S3_SECRET_KEY_FILE", value_name = "FILE")]
+    pub s3_secret_key_file: Option<PathBuf>,
+}
+
+/// Where objects are, told apart.
+#[derive(Clone, Debug)]
+pub enum Objects {
+    /// A directory of this machine.
+    Local(PathBuf),
+    /// A bucket.
+    S3 {
+        /// Its name.
+        bucket: String,
+        /// What all keys begin with; may be empty.
+        prefix: String,
+        /// Access key id and secret access key.
+        keys: (String, SecretString),
+    },
+}
+
+impl Storage {
+    /// URL of the database. Its directory is made if it is ours to make.
+    pub fn database_url(&self) -> Result<SecretString> {
+        if let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())? {
+            let shown = url.expose_secret();
+            if shown.starts_with("sqlite:")
+                || shown.starts_with("postgres://")
+                || shown.starts_with("postgresql://")
+            {
+                return Ok(url);
+            }
+            let scheme = shown.split(':').next().unwrap_or_default().to_owned();
+            return wrong(format!("HYPNOS_DATABASE: wanted sqlite:… or postgres://…, got {scheme:?}"));
+        }
+        std::fs::create_dir_all(&self.data).map_err(|error| {
+            Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
+        })?;
+        Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
+    }
+
+    /// Whether the database is a file of this machine.
+    pub fn is_sqlite(&self) -> Result<bool> {
+        Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
+    }
+
+    /// Where objects are.
+    pub fn objects(&self) -> Result<Objects> {
+        let place = self.objects.as_deref();
+        let Some(bucket) = place.and_then(|place| place.strip_prefix("s3://")) else {
+            if let Some(other) = place.filter(|place| place.contains("://") && !place.starts_with("file://"))
+            {
+                return wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {other:?}"));
+            }
+            let given = [
+                ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+                ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+            ];
+            if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
+                return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
+            }
+            let dir = place.map(|place| PathBuf::from(place.strip_prefix("file://").unwrap_or(place)));
+            return Ok(Objects::Local(dir.unwrap_or_else(|| self.data.join("objects"))));
+        };
+        let (bucket, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
+        if bucket.is_empty() {
+            return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
+        }
+        let secret =
+            secret("HYPNOS_S3_SECRET_KEY", self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref())?;
+        match (self.s3_access_key.clone(), secret) {
+            (Some(id), Some(secret)) => Ok(Objects::S3 {
+                bucket: bucket.into(),
+                prefix: prefix.trim_matches('/').into(),
+                keys: (id, secret),
+            }),
+            (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
+            (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+        }
+    }
+
+    /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
+    pub fn check_local(&self) -> Result<()> {
+        let url = self.database_url()?;
+        let Some(path) = url.expose_secret().strip_prefix("sqlite:") else { return Ok(()) };
+        let path = Path::new(path.trim_start_matches("//").split('?').next().unwrap_or_default());
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let Ok(dir) = dir.canonicalize() else { return Ok(()) }; // whoever opens it says what is wrong
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        match file_system(&mounts, &dir) {
+            Some(kind) if NETWORKED.iter().any(|networked| kind.starts_with(networked)) => wrong(format!(
+                "HYPNOS_DATABASE is a SQLite file on a network file system ({kind}); wanted a local disk, or Postgres"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Directory for files in use, if none is set.
+    pub fn scratch(&self) -> PathBuf {
+        self.data.join("scratch")
+    }
+}
+
+/// Who may call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Auth {
+    /// Whoever has an API key.
+    Keys,
+    /// Whoever is on this machine.
+    None,
+}
+
+/// How requests are answered.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Serving")]
+pub struct Serving {
+    /// Address to listen on
+    #[arg(long, env = "HYPNOS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// URL under which clients reach the service, for the links that they are given; by default the listening address
+    #[arg(long, env = "HYPNOS_PUBLIC_URL", value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Who may call: keys, or none (without keys, on loopback only); by default none on loopback, else keys
+    #[arg(long, env = "HYPNOS_AUTH", value_name = "WHO")]
+    pub auth: Option<Auth>,
+    /// Address of a second listener for /metrics, /healthz and /readyz, without keys
+    #[arg(long, env = "HYPNOS_METRICS_LISTEN", value_name = "ADDRESS")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Secret that signs links to objects in a directory; by default drawn once and kept in DATA
+    #[arg(long, env = "HYPNOS_URL_SECRET", value_name = "SECRET", hide_env_values = true)]
+    pub url_secret: Option<SecretString>,
+    /// File that holds it
+    #[arg(long, env = "HYPNOS_URL_SECRET_FILE", value_name = "FILE")]
+    pub url_secret_file: Option<PathBuf>,
+    /// Life of a link to an object, in seconds
+    #[arg(long, env = "HYPNOS_URL_SECS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub url_secs: u64,
+    /// Largest photo, in MiB
+    #[arg(long, env = "HYPNOS_PHOTO_MB", value_name = "MIB", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=100))]
+    pub photo_mb: u64,
+    /// Smallest side of a photo, in pixels
+    #[arg(long, env = "HYPNOS_PHOTO_SIDE_MIN", value_name = "PIXELS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=4096))]
+    pub photo_side_min: u32,
+    /// Jobs of one tenant that may wait; more are answered with 429
+    #[arg(long, env = "HYPNOS_QUEUE_MAX", value_name = "N", default_value_t = 10_000)]
+    pub queue_max: u32,
+    /// Attempts that a job may have
+    #[arg(long, env = "HYPNOS_ATTEMPTS_MAX", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub attempts_max: u32,
+    /// Connections at most
+    #[arg(long, env = "HYPNOS_CONNECTIONS_MAX", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    pub connections_max: u32,
+    /// Event streams at most
+    #[arg(long, env = "HYPNOS_STREAMS_MAX", value_name = "N", default_value_t = 1000)]
+    pub streams_max: u32,
+    /// How long a request's head may take to arrive, in seconds
+    #[arg(long, env = "HYPNOS_HEADER_SECS", value_name = "SECONDS", default_value_t = 10.0)]
+    pub header_secs: f64,
+    /// How long a request's body may take to arrive, in seconds
+    #[arg(long, env = "HYPNOS_BODY_SECS", value_name = "SECONDS", default_value_t = 60.0)]
+    pub body_secs: f64,
+    /// How long requests under way may take when the service ends, in seconds
+    #[arg(long, env = "HYPNOS_DRAIN_SECS", value_name = "SECONDS", default_value_t = 25.0)]
+    pub drain_secs: f64,
+}
+
+impl Serving {
+    /// Whether keys are asked for. None are on loopback; elsewhere nobody is let in without.
+    pub fn keys_wanted(&self) -> Result<bool> {
+        let loopback = self.listen.ip().is_loopback();
+        match self.auth {
+            Some(Auth::None) if !loopback => wrong(format!(
+                "HYPNOS_AUTH is none, but HYPNOS_LISTEN is {}, which others reach; wanted a loopback address or keys",
+                self.listen
+            )),
+            Some(auth) => Ok(auth == Auth::Keys),
+            None => Ok(!loopback),
+        }
+    }
+
+    /// URL that links begin with, without a slash at the end. `bound` is the address that was really bound.
+    pub fn public_url(&self, bound: SocketAddr) -> Result<String> {
+        let Some(url) = &self.public_url else {
+            return match bound.ip() {
+                ip if ip.is_unspecified() => {
+                    Ok(format!("http://{}:{}", IpAddr::from([127, 0, 0, 1]), bound.port()))
+                }
+                _ => Ok(format!("http://{bound}")),
+            };
+        };
+        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+        match rest {
+            Some(rest) if !rest.is_empty() && !rest.contains(['?', '#', ' ']) => {
+                Ok(url.trim_end_matches('/').to_owned())
+            }
+            _ => wrong(format!("HYPNOS_PUBLIC_URL: wanted http(s)://HOST[/PATH], got {url:?}")),
+        }
+    }
+
+    /// The secret that signs links: the one given, or one drawn once and kept in `data`.
+    pub fn url_secret(&self, data: &Path) -> Result<SecretString> {
+        let given = secret("HYPNOS_URL_SECRET", self.url_secret.as_ref(), self.url_secret_file.as_deref())?;
+        match given {
+            Some(secret) if secret.expose_secret().len() < 16 => {
+                wrong("HYPNOS_URL_SECRET: wanted at least 16 characters")
+            }
+            Some(secret) => Ok(secret),
+            None => kept_secret(&data.join("url-secret")),
+        }
+    }
+}
+
+/// How work is done.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Working")]
+pub struct Working {
+    /// Directory of the models, in the diffusers layout
+    #[arg(long, env = "HYPNOS_BUNDLE", value_name = "DIR", default_value = "bundles/miniature")]
+    pub bundle: PathBuf,
+    /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
+    #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Memory for fine-tuned models that were drawn with, on each device, in GiB
+    #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
+    pub models_gb: f64,
+    /// Disk for weights that were drawn with, in GiB
+    #[arg(long, env = "HYPNOS_WEIGHTS_GB", value_name = "GIB", default_value_t = 40.0)]
+    pub weights_gb: f64,
+    /// Directory for files in use; by default DATA/scratch
+    #[arg(long, env = "HYPNOS_SCRATCH", value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// How often a training is written to the store, in seconds
+    #[arg(long, env = "HYPNOS_CHECKPOINT_SECS", value_name = "SECONDS", default_value_t = 300.0)]
+    pub checkpoint_secs: f64,
+    /// How long a job stays with a worker that is not heard of, in seconds
+    #[arg(long, env = "HYPNOS_LEASE_SECS", value_name = "SECONDS", default_value_t = 60.0)]
+    pub lease_secs: f64,
+    /// How often a worker is heard of, in seconds; at most a third of the lease
+    #[arg(long, env = "HYPNOS_BEAT_SECS", value_name = "SECONDS", default_value_t = 2.0)]
+    pub beat_secs: f64,
+    /// How long one attempt of a job may take, in hours
+    #[arg(long, env = "HYPNOS_ATTEMPT_HOURS", value_name = "HOURS", default_value_t = 12.0)]
+    pub attempt_hours: f64,
+    /// How often the queue is looked at when nothing is heard of it, in seconds
+    #[arg(long, env = "HYPNOS_POLL_SECS", value_name = "SECONDS", default_value_t = 1.0)]
+    pub poll_secs: f64,
+}
+
+impl Working {
+    /// Refuses times that cannot work together.
+    pub fn check(&self) -> Result<()> {
+        if self.beat_secs * 3.0 > self.lease_secs {
+            return wrong(format!(
+                "HYPNOS_BEAT_SECS is {}, more than a third of HYPNOS_LEASE_SECS, {}",
+                self.beat_secs, self.lease_secs
+            ));
+        }
+        Ok(())
+    }
+
+    /// The device of each of `n` workers.
+    pub fn devices(&self, n: usize) -> Vec<String> {
+        self.devices.iter().cycle().take(n).cloned().collect()
+    }
+}
+
+/// Seconds of a setting.
+pub fn seconds(name: &str, value: f64) -> Result<Duration> {
+    match Duration::try_from_secs_f64(value) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => wrong(format!("{name}: wanted seconds above 0, got {value}")),
+    }
+}
+
+/// Bytes of a setting in GiB.
+pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
+    if value.is_finite() && (0.0..=1e6).contains(&value) {
+        return Ok((value * f64::from(1 << 30)) as u64);
+    }
+    wrong(format!("{name}: wanted GiB from 0 on, got {value}"))
+}
+
+/// A secret that is given itself, or by the file that holds it, but not by both.
+fn secret(name: &str, itself: Option<&SecretString>, file: Option<&Path>) -> Result<Option<SecretString>> {
+    match (itself, file) {
+        (Some(_), Some(_)) => wrong(format!("{name} and {name}_FILE are both set; wanted one")),
+        (Some(secret), None) => Ok(Some(secret.clone())),
+        (None, Some(file)) => match std::fs::read_to_string(file) {
+            Ok(text) if !text.trim().is_empty() => Ok(Some(text.trim().into())),
+            Ok(_) => wrong(format!("{name}_FILE: {} is empty", file.display())),
+            Err(error) => wrong(format!("{name}_FILE: {} cannot be read: {}", file.display(), error.kind())),
+        },
+        (None, None) => Ok(None),
+    }
+}
+
+/// A secret drawn at the first start. Of two processes that start at once, both take the one that came first.
+fn kept_secret(file: &Path) -> Result<SecretString> {
+    let failed =
+        |error: std::io::Error| Wrong(format!("{} cannot be used: {}", file.display(), error.kind()));
+    if !file.exists() {
+        let (mut high, mut low) = ([0; 16], [0; 16]);
+        for half in [&mut high, &mut low] {
+            getrandom::fill(half).map_err(|error| Wrong(format!("no random numbers: {error}")))?;
+        }
+        let text = format!("{:032x}{:032x}", u128::from_ne_bytes(high), u128::from_ne_bytes(low));
+        if let Some(dir) = file.parent() {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
+        let part = file.with_extension(std::process::id().to_string());
+        write_private(&part, &text).map_err(failed)?;
+        let placed = std::fs::hard_link(&part, file);
+        std::fs::remove_file(&part).map_err(failed)?;
+        if let Err(error) = placed
+            && error.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(failed(error));
+        }
+    }
+    Ok(std::fs::read_to_string(file).map_err(failed)?.into())
+}
+
+fn write_private(file: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deepest_mount_decides_what_a_directory_lies_on() {
+        let mounts =
+            "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 21 0:40 / /srv/share rw shared:1 - nfs4 host:/x rw\n";
+        assert_eq!(file_system(mounts, Path::new("/srv/share/data")), Some("nfs4"));
+        assert_eq!(file_system(mounts, Path::new("/srv/shared")), Some("ext4"));
+    }
+
+    #[test]
+    fn variables_that_begin_as_ours_and_are_not_are_refused() {
+        let known = BTreeSet::from(["HYPNOS_DATA".to_owned()]);
+        let check = |name: &str| check_environment(std::iter::once(name.to_owned()), &known);
+        assert_eq!(check("HYPNOS_DATA"), Ok(()));
+        assert_eq!(check("HYPNOS_TEST_GARAGE"), Ok(()));
+        assert_eq!(check("PATH"), Ok(()));
+        let error = check("HYPNOS_DATABSE").unwrap_err();
+        assert_eq!(error.to_string(), "HYPNOS_DATABSE is set, but there is no such setting");
+    }
+
+    #[test]
+    fn a_secret_is_drawn_once_and_only_its_owner_may_read_it() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("data/url-secret");
+        let first = kept_secret(&file).unwrap();
+        assert_eq!(first.expose_secret().len(), 64);
+        assert_eq!(kept_secret(&file).unwrap().expose_secret(), first.expose_secret());
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(dir.path().join("data")).unwrap().count(), 1);
+    }
+}
