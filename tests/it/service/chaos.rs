@@ -42,6 +42,7 @@ pub(crate) struct Chaos {
 #[derive(Default)]
 struct Plan {
     n_operations: AtomicUsize,
+    n_answered: AtomicUsize,
     faults: Mutex<BTreeMap<usize, What>>,
     always: Mutex<Option<What>>,
 }
@@ -66,6 +67,11 @@ impl Chaos {
     pub(crate) fn n_operations(&self) -> usize {
         self.plan.n_operations.load(Ordering::SeqCst)
     }
+
+    /// How many were answered, well or not.
+    pub(crate) fn n_answered(&self) -> usize {
+        self.plan.n_answered.load(Ordering::SeqCst)
+    }
 }
 
 impl Plan {
@@ -75,6 +81,12 @@ impl Plan {
     }
 
     async fn run<T>(&self, operation: impl Future<Output = Result<T>>) -> Result<T> {
+        let outcome = self.try_run(operation).await;
+        self.n_answered.fetch_add(1, Ordering::SeqCst);
+        outcome
+    }
+
+    async fn try_run<T>(&self, operation: impl Future<Output = Result<T>>) -> Result<T> {
         match self.next() {
             Some(What::FailsBefore) => Err(failure(io::ErrorKind::ConnectionReset)),
             Some(What::Full) => Err(failure(io::ErrorKind::StorageFull)),
