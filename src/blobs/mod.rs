@@ -49,7 +49,7 @@ const REQUEST: Duration = Duration::from_secs(20);
 const CONNECT: Duration = Duration::from_secs(5);
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// No upload takes longer than that; what is older was left behind by a crash.
-const UNFINISHED: Duration = Duration::from_secs(24 * 60 * 60);
+const UNFINISHED: Duration = Duration::from_hours(24);
 
 /// Which store, and how clients reach what is in it.
 #[derive(Clone, Debug)]
@@ -507,13 +507,10 @@ impl Blobs {
     }
 
     /// A stream whose every item is one request at most.
-    fn patiently<'a, T: 'a>(
+    fn patiently<'a, T: Send + 'a>(
         &self,
         items: BoxStream<'a, object_store::Result<T>>,
-    ) -> BoxStream<'a, Result<T, Error>>
-    where
-        T: Send,
-    {
+    ) -> BoxStream<'a, Result<T, Error>> {
         let patience = self.patience;
         let next = move |mut items: BoxStream<'a, object_store::Result<T>>| async move {
             match tokio::time::timeout(patience, items.next()).await {

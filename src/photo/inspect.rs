@@ -57,7 +57,7 @@ impl Inspection {
         let fit = |side: u32| (u64::from(side) * u64::from(SIDE) / u64::from(longest)).max(1) as u32;
         let shrunk = (longest > SIDE).then(|| thumbnail(pixels, fit(width), fit(height)));
         let small = shrunk.as_ref().unwrap_or(pixels);
-        let luma = |picture: &RgbImage| picture.pixels().map(luminance).collect::<Vec<_>>();
+        let luma = |picture: &RgbImage| picture.pixels().copied().map(luminance).collect::<Vec<_>>();
         let seen = luma(small);
         let (mean, deviation) = moments(&seen);
         let (brightness, contrast) = (mean / 255.0, deviation / 255.0);
@@ -93,7 +93,7 @@ pub fn duplicates(inspections: &[Inspection]) -> Vec<(usize, usize)> {
     pairs
 }
 
-fn luminance(pixel: &image::Rgb<u8>) -> f64 {
+fn luminance(pixel: image::Rgb<u8>) -> f64 {
     let [r, g, b] = pixel.0.map(f64::from);
     0.2126 * r + 0.7152 * g + 0.0722 * b
 }

@@ -88,3 +88,10 @@ fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
 fn only_the_operations_put_a_gradient_into_a_weight() {
     nobody_says("src", &[".add_grad("], |file| file.starts_with("src/ml/ops/"));
 }
+
+#[test]
+fn only_blobs_speaks_to_an_object_store_and_only_photo_decodes_what_strangers_send() {
+    nobody_says("src", &["object_store::"], |file| file.starts_with("src/blobs/"));
+    let decoders = ["JpegDecoder", "PngDecoder", "WebPDecoder", "ImageReader", "infer::", "moxcms::"];
+    nobody_says("src", &decoders, |file| file.starts_with("src/photo/") || file == "src/ml/image.rs");
+}

@@ -12,6 +12,7 @@ use hypnos::ml::random;
 use jiff::Timestamp;
 use object_store::local::LocalFileSystem;
 use object_store::{ObjectStore, ObjectStoreExt};
+use reqwest::Method;
 use tempfile::TempDir;
 
 use super::chaos::{Chaos, What, keys};
@@ -297,7 +298,7 @@ async fn orphans_are_what_no_row_knows_and_what_is_old(stage: &Stage) {
         asked += 1;
         Ok::<_, Error>(of == job && run_lease.is_none_or(|run_lease| run_lease == 2))
     };
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     let found = stage.blobs.orphans(Timestamp::now() + hour, &mut known).await.unwrap();
     let mut found: Vec<_> = found.into_iter().map(|entry| entry.key).collect();
     found.sort();
@@ -376,7 +377,7 @@ async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &Stage) {
     let (client, now) = (http(), Timestamp::now());
     let object = stage.blobs.put(&image_key(), "picture").await.unwrap();
     let other = stage.blobs.put(&image_key(), "another").await.unwrap();
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     let url = stage.blobs.sign(&object, hour, now).await.unwrap();
     assert!(url.split_once('?').unwrap().0.ends_with("/image-0.png"), "{url}");
     let answer = client.get(&url).send().await.unwrap();
@@ -384,11 +385,10 @@ async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &Stage) {
     assert_eq!(answer.headers()["content-type"], "image/png");
     assert_eq!(answer.bytes().await.unwrap(), "picture");
 
-    let refused = async |method: reqwest::Method, url: &str| {
+    let refused = async |method: Method, url: &str| {
         let status = client.request(method.clone(), url).body("").send().await.unwrap().status();
         assert!(status.is_client_error(), "{method} {url}: {status}");
     };
-    use reqwest::Method;
     refused(Method::PUT, &url).await;
     refused(Method::DELETE, &url).await;
     refused(Method::GET, &url.replace(&object.key, &other.key)).await;
@@ -445,7 +445,7 @@ async fn our_own_link_reads_one_object_until_it_expires() {
     let blobs = open_directory(directory.path(), "a secret of sixteen").await;
     let object = blobs.put(&image_key(), "picture").await.unwrap();
     let now = Timestamp::from_second(1_800_000_000).unwrap();
-    let url = blobs.sign(&object, Duration::from_secs(60), now).await.unwrap();
+    let url = blobs.sign(&object, Duration::from_mins(1), now).await.unwrap();
     let (path, query) = url.split_once('?').unwrap();
     assert_eq!(path, format!("https://hypnos.example/v1/files/{}", object.key));
     assert!(path.ends_with("/image-0.png"));
@@ -482,7 +482,7 @@ async fn our_own_link_reads_one_object_until_it_expires() {
     // A process that was not told how makes none and takes none.
     let place = Place::Directory(directory.path().into());
     let mute = Blobs::open(&BlobsConfig { place, links: None }).await.unwrap();
-    assert!(mute.sign(&object, Duration::from_secs(60), now).await.is_err());
+    assert!(mute.sign(&object, Duration::from_mins(1), now).await.is_err());
     assert_eq!(mute.verify(key, query, at(0)), Err(BadLink::Forged));
 }
 
@@ -496,7 +496,7 @@ async fn what_a_killed_upload_left_in_a_directory_is_swept_when_it_is_old() {
     for end in ["#1", "#22", "#x"] {
         std::fs::write(beside(end), "half").unwrap();
     }
-    let old = SystemTime::now() - Duration::from_secs(25 * 60 * 60);
+    let old = SystemTime::now() - Duration::from_hours(25);
     for path in [&place, &beside("#1"), &beside("#x")] {
         std::fs::File::options().write(true).open(path).unwrap().set_modified(old).unwrap();
     }

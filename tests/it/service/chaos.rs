@@ -11,8 +11,9 @@ use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
+    Attributes, CopyOptions, Error, Extensions, GetOptions, GetResult, GetResultPayload, ListResult,
+    MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    UploadPart,
 };
 
 /// What happens to an operation.
@@ -159,8 +160,8 @@ impl ObjectStore for Chaos {
                 payload,
                 meta,
                 range,
-                attributes: Default::default(),
-                extensions: Default::default(),
+                attributes: Attributes::default(),
+                extensions: Extensions::default(),
             };
         }
         Ok(found)

@@ -227,7 +227,7 @@ fn tiff(big: bool, entries: &[(u16, u16, u32, u32)]) -> Vec<u8> {
 }
 
 fn oriented(orientation: u16) -> Extra {
-    let exif = tiff(orientation % 2 == 0, &[(0x112, 3, 1, orientation.into())]);
+    let exif = tiff(orientation.is_multiple_of(2), &[(0x112, 3, 1, orientation.into())]);
     Extra { exif: Some(exif), icc: None }
 }
 
@@ -584,11 +584,11 @@ fn pictures_too_small_too_long_or_too_large_are_refused_and_told_what_is_wanted(
 fn the_same_picture_twice_is_noticed_however_it_was_saved() {
     let base = picture(400, 300);
     let other = RgbImage::from_fn(400, 300, |x, y| {
-        let inside = (x as f64 - 200.0).hypot(y as f64 - 150.0) < 90.0;
+        let inside = (f64::from(x) - 200.0).hypot(f64::from(y) - 150.0) < 90.0;
         if inside { Rgb([200, 60, (x / 2) as u8]) } else { Rgb([230, 230, 235]) }
     });
     let moved = RgbImage::from_fn(400, 300, |x, y| {
-        let inside = (x as f64 - 110.0).hypot(y as f64 - 190.0) < 60.0;
+        let inside = (f64::from(x) - 110.0).hypot(f64::from(y) - 190.0) < 60.0;
         if inside { Rgb([200, 60, (x / 2) as u8]) } else { Rgb([230, 230, 235]) }
     });
     let resize =
@@ -629,7 +629,7 @@ fn pictures_that_show_nothing_are_taken_with_a_warning() {
 // case 19
 #[tokio::test]
 async fn a_jpeg_of_a_thousand_scans_is_refused_undecoded_and_others_are_served() {
-    let decoder = Decoder::new(Limits::default(), 1, Duration::from_secs(60));
+    let decoder = Decoder::new(Limits::default(), 1, Duration::from_mins(1));
     let bomb = flat_jpeg(4_000, 4_000, 0xC2, 3, 1_000);
     let refusals: Vec<_> =
         futures_util::future::join_all((0..20).map(|_| decoder.decode(bomb.clone().into()))).await;
@@ -653,7 +653,7 @@ async fn a_picture_that_takes_too_long_is_refused_and_holds_its_slot_until_it_is
     assert_eq!((refusal.code, refusal.status), ("image-too-complex", 422));
     let refusal = decoder.decode(slow.clone()).await.unwrap_err();
     assert_eq!((refusal.code, refusal.status), ("decoder-busy", 503));
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while decoder.decode(slow.clone()).await.unwrap_err().code == "decoder-busy" {
         assert!(Instant::now() < deadline, "the slot does not come back");
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -116,7 +116,7 @@ impl Garage {
             .spawn()
             .unwrap();
 
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         let health = format!("http://127.0.0.1:{admin}/health");
         loop {
             if process.try_wait().unwrap().is_some() {
@@ -146,7 +146,7 @@ impl Garage {
     pub(crate) async fn unfinished(&self) -> usize {
         let options = SignedUrlOptions::new().with_query([("uploads", "")]);
         let root = object_store::path::Path::default();
-        let ttl = Duration::from_secs(60);
+        let ttl = Duration::from_mins(1);
         let url = client(&self.endpoint).signed_url_opts(Method::GET, &root, ttl, &options).await.unwrap();
         let answer = http().get(url).send().await.unwrap().error_for_status().unwrap().text().await.unwrap();
         assert!(answer.contains("ListMultipartUploadsResult"), "{answer}");
@@ -230,7 +230,7 @@ impl Faults {
         let (seed, one_in, n) = self.random.as_mut()?;
         *n += 1;
         let drawn = random::derive(*seed, &n.to_string());
-        (drawn % *one_in == 0).then(|| Fault::ALL[(drawn / *one_in) as usize % Fault::ALL.len()])
+        drawn.is_multiple_of(*one_in).then(|| Fault::ALL[(drawn / *one_in) as usize % Fault::ALL.len()])
     }
 }
 
