@@ -12,9 +12,11 @@
 //! job       the nouns               config    every setting
 //! ```
 
+pub mod blobs;
 pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod job;
 pub mod memory;
 pub mod ml;
+pub mod photo;

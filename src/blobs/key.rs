@@ -1,0 +1,224 @@
+//! The only object keys: identifiers, numbers and fixed names. No text of a client is ever part of one.
+//!
+//! ```text
+//! t/{tenant}/j/{job}/photos/{n}.png            what was uploaded, decoded and written anew
+//! t/{tenant}/j/{job}/a/{run_lease}/{name}      what one claim of a job wrote; no other claim writes there
+//! t/{tenant}/class/{settings}/{seed}.png       class images, shared by the tenant's trainings
+//! ```
+
+use std::fmt;
+
+use crate::job::{Format, JobId, Lease, TenantId};
+
+/// Longest name within a job, and longest `settings`.
+const NAME_CHARS_MAX: usize = 64;
+
+/// Where an object lies.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+/// What a claim of a job may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// The fine-tuned weights: `weights.safetensors`.
+    Weights,
+    /// All that led to a result: `report.json`.
+    Report,
+    /// A training's state after so many steps: `checkpoint-{step}.safetensors`.
+    Checkpoint(u64),
+    /// A picture of the result, by its place: `image-{n}.png`.
+    Image(usize, Format),
+    /// A picture drawn while the training goes on, by its place: `preview-{n}.png`.
+    Preview(usize, Format),
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Weights => f.write_str("weights.safetensors"),
+            Self::Report => f.write_str("report.json"),
+            Self::Checkpoint(step) => write!(f, "checkpoint-{step}.safetensors"),
+            Self::Image(n, format) => write!(f, "image-{n}.{}", format.extension()),
+            Self::Preview(n, format) => write!(f, "preview-{n}.{}", format.extension()),
+        }
+    }
+}
+
+impl Key {
+    /// The `n`th photo of a training, from 0.
+    pub fn photo(tenant: TenantId, job: JobId, n: usize) -> Self {
+        Self(format!("t/{tenant}/j/{job}/photos/{n}.png"))
+    }
+
+    /// What the holder of `lease` writes.
+    pub fn artifact(tenant: TenantId, lease: Lease, name: Name) -> Self {
+        Self(format!("t/{tenant}/j/{}/a/{}/{name}", lease.job, lease.run_lease))
+    }
+
+    /// The class image of `seed` under `settings`, which [`crate::engine::ClassImages`] gives as a hash.
+    ///
+    /// Panics if `settings` is not 1 to 64 ASCII letters and digits: that would be a fault of the engine.
+    pub fn class_image(tenant: TenantId, settings: &str, seed: u64) -> Self {
+        assert!(is_settings(settings), "settings are a hash in hexadecimal");
+        Self(format!("t/{tenant}/class/{settings}/{seed}.png"))
+    }
+
+    /// A key that one of the above made; nothing else is one.
+    pub fn parse(text: &str) -> Option<Self> {
+        let parts: Vec<_> = text.split('/').collect();
+        let known = match parts[..] {
+            ["t", tenant, "j", job, "photos", photo] => {
+                is_id(tenant) && is_id(job) && photo.strip_suffix(".png").is_some_and(is_number)
+            }
+            ["t", tenant, "j", job, "a", lease, name] => {
+                is_id(tenant) && is_id(job) && is_number(lease) && is_name(name)
+            }
+            ["t", tenant, "class", settings, image] => {
+                is_id(tenant) && is_settings(settings) && image.strip_suffix(".png").is_some_and(is_number)
+            }
+            _ => false,
+        };
+        known.then(|| Self(text.to_owned()))
+    }
+
+    /// The key as it stands in a row.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The object's name within its job: its last part, but `photo-0.png` for a photo.
+    pub fn name(&self) -> String {
+        let (place, last) = self.0.rsplit_once('/').unwrap_or(("", &self.0));
+        if place.ends_with("/photos") { format!("photo-{last}") } else { last.to_owned() }
+    }
+
+    /// The media type, by the end of the name.
+    pub fn content_type(&self) -> &'static str {
+        match self.0.rsplit_once('.') {
+            Some((_, "png")) => Format::Png.content_type(),
+            Some((_, "jpg")) => Format::Jpeg.content_type(),
+            Some((_, "webp")) => Format::Webp.content_type(),
+            Some((_, "json")) => "application/json",
+            _ => "application/octet-stream",
+        }
+    }
+
+    /// Whose it is: the tenant, the job, and the claim that wrote it; no claim for a photo. `None` for a class image,
+    /// which belongs to no job.
+    pub fn owner(&self) -> Option<(TenantId, JobId, Option<i64>)> {
+        let parts: Vec<_> = self.0.split('/').collect();
+        let id = |at: usize| parts.get(at).copied();
+        if id(2) != Some("j") {
+            return None;
+        }
+        let lease = if id(4) == Some("a") { id(5)?.parse().ok() } else { None };
+        Some((id(1)?.parse().ok()?, id(3)?.parse().ok()?, lease))
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// All objects of one owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope(String);
+
+impl Scope {
+    /// Everything of a tenant.
+    pub fn tenant(tenant: TenantId) -> Self {
+        Self(format!("t/{tenant}"))
+    }
+
+    /// Everything of a job.
+    pub fn job(tenant: TenantId, job: JobId) -> Self {
+        Self(format!("t/{tenant}/j/{job}"))
+    }
+
+    /// What the holder of one lease wrote.
+    pub fn attempt(tenant: TenantId, lease: Lease) -> Self {
+        Self(format!("t/{tenant}/j/{}/a/{}", lease.job, lease.run_lease))
+    }
+
+    /// Everything there is.
+    pub(super) fn all() -> Self {
+        Self("t".into())
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+fn is_id(text: &str) -> bool {
+    text.parse::<JobId>().is_ok()
+}
+
+/// A number as we write it: no sign, no leading zero.
+fn is_number(text: &str) -> bool {
+    text.parse::<u64>().is_ok_and(|number| number.to_string() == text)
+}
+
+fn is_settings(text: &str) -> bool {
+    (1..=NAME_CHARS_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric())
+}
+
+fn is_name(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    text.len() <= NAME_CHARS_MAX
+        && text.bytes().all(plain)
+        && text.as_bytes().first().is_some_and(|&b| b != b'.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_says_whose_it_is_and_reads_back() {
+        let (tenant, job) = (TenantId::new(), JobId::new());
+        let lease = Lease { job, run_lease: 7 };
+        let weights = Key::artifact(tenant, lease, Name::Weights);
+        let photo = Key::photo(tenant, job, 2);
+        let class = Key::class_image(tenant, "00ff", 3);
+        for key in [&weights, &photo, &class] {
+            assert_eq!(Key::parse(key.as_str()).as_ref(), Some(key));
+        }
+        assert_eq!(weights.owner(), Some((tenant, job, Some(7))));
+        assert_eq!(photo.owner(), Some((tenant, job, None)));
+        assert_eq!(class.owner(), None);
+        assert_eq!(photo.name(), "photo-2.png");
+        assert_eq!(weights.content_type(), "application/octet-stream");
+        assert_eq!(Key::artifact(tenant, lease, Name::Image(0, Format::Jpeg)).content_type(), "image/jpeg");
+    }
+
+    #[test]
+    fn nothing_else_is_a_key() {
+        let (tenant, job) = (TenantId::new(), JobId::new());
+        let good = format!("t/{tenant}/j/{job}/photos/0.png");
+        let bad = [
+            String::new(),
+            format!("/{good}"),
+            format!("{good}/"),
+            good.replace("photos", "photos/.."),
+            good.replace("0.png", "00.png"),
+            good.replace("0.png", "+1.png"),
+            good.replace("0.png", "%30.png"),
+            good.replace('t', "T"),
+            good.to_uppercase(),
+            format!("t/{tenant}/j/{job}/a/1/../../../../x"),
+            format!("t/{tenant}/j/{job}/a/1/.."),
+            format!("t/{tenant}/j/{job}/a/-1/weights.safetensors"),
+            format!("t/{tenant}/j/{job}/a/1/Weights"),
+            format!("t/{tenant}/j/{job}/a/1/weights#1"),
+            format!("t/{tenant}/class//0.png"),
+            format!("t/{tenant}/class/../0.png"),
+            format!("t/{}/class/a/0.png", tenant.0.simple()),
+        ];
+        for text in bad {
+            assert_eq!(Key::parse(&text), None, "{text}");
+        }
+    }
+}

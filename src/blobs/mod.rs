@@ -1,0 +1,632 @@
+//! What is kept: the only place that talks to an object store, and the only one that names objects.
+//!
+//! Two stores, one behaviour: a local directory, every write fsynced, or a bucket of an S3-compatible server. Only put,
+//! get, range, list, delete and multipart are used, since everything else differs between servers; size, hash and type
+//! live in the row ([`Object`]) and are verified on every read. A key is written by one holder of a lease only, so that
+//! a write whose answer was lost can be sent again.
+
+mod error;
+mod key;
+mod link;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, BoxStream, FuturesUnordered};
+use futures_util::{StreamExt, TryStreamExt};
+use jiff::Timestamp;
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as ObjectPath;
+use object_store::signer::{Method, SignedUrlOptions, Signer};
+use object_store::{BackoffConfig, ClientOptions, MultipartUpload, ObjectStore, ObjectStoreExt, RetryConfig};
+use secrecy::{ExposeSecret, SecretString};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use uuid::Uuid;
+
+pub use error::Error;
+pub use key::{Key, Name, Scope};
+pub use link::BadLink;
+
+use crate::job::{JobId, Object};
+
+/// Files are sent and fetched in parts of this size, several at a time; S3 takes none below 5 MiB but the last.
+const PART_BYTES: u64 = 8 << 20;
+const N_PARTS_AT_ONCE: usize = 4;
+/// S3 takes 10,000 parts of one object.
+const N_PARTS_MAX: u64 = 9_000;
+/// One request and all its retries end well below a lease of 60 s.
+const PATIENCE: Duration = Duration::from_secs(45);
+const RETRY: Duration = Duration::from_secs(20);
+const REQUEST: Duration = Duration::from_secs(20);
+const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+/// No upload takes longer than that; what is older was left behind by a crash.
+const UNFINISHED: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Which store, and how to reach it.
+#[derive(Clone, Debug)]
+pub struct BlobsConfig {
+    /// A directory, as a path or `file:///dir`, or `s3://bucket[/prefix]`.
+    pub url: String,
+    /// Where clients reach this server, such as `https://hypnos.example`: the local store's links begin with it.
+    pub public_url: String,
+    /// What the local store's links are signed with; the same in every process that serves them.
+    pub link_secret: SecretString,
+    /// What only a bucket needs.
+    pub s3: S3Config,
+}
+
+/// How to reach a bucket.
+#[derive(Clone, Debug, Default)]
+pub struct S3Config {
+    /// The server, such as `https://s3.example`; AWS if not given.
+    pub endpoint: Option<String>,
+    /// The same server as clients reach it, if that differs: a link's signature covers its host.
+    pub public_endpoint: Option<String>,
+    /// The region.
+    pub region: String,
+    /// The public half of the key pair. Without one the machine's own role is asked for.
+    pub access_key: Option<String>,
+    /// The secret half.
+    pub secret_key: Option<SecretString>,
+    /// Whether an endpoint that is not on this machine may be spoken to in the clear.
+    pub allow_http: bool,
+    /// Whether the bucket is part of the host (`bucket.s3.example`) rather than of the path.
+    pub virtual_hosted: bool,
+}
+
+/// A store of objects. Cheap to clone.
+#[derive(Clone)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+    prefix: String,
+    links: Links,
+    /// The directory of a local store.
+    directory: Option<PathBuf>,
+    patience: Duration,
+    probe: ObjectPath,
+}
+
+#[derive(Clone)]
+enum Links {
+    Ours { public_url: String, secret: SecretString },
+    Theirs(Arc<AmazonS3>),
+}
+
+/// What a listing says of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Where it lies.
+    pub key: Key,
+    /// Bytes.
+    pub size: u64,
+    /// When it was written, by the store's clock.
+    pub modified_ms: i64,
+}
+
+impl fmt::Debug for Blobs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blobs({})", self.store)
+    }
+}
+
+impl Key {
+    /// The object that lies there.
+    fn object(&self, size: u64, sha256: String) -> Object {
+        Object {
+            name: self.name(),
+            key: self.as_str().into(),
+            size,
+            sha256,
+            content_type: self.content_type().into(),
+            meta: serde_json::Value::Null,
+        }
+    }
+}
+
+impl Blobs {
+    /// Opens a store. Makes the directory of a local one if it is not there, and removes what crashed uploads left.
+    /// Asks nothing of a bucket yet; see [`Blobs::probe`]. The message of an error names the setting that is wrong.
+    pub async fn open(config: &BlobsConfig) -> Result<Self, String> {
+        match config.url.split_once("://") {
+            Some(("s3", place)) => {
+                let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+                let store = bucket_store(bucket, config.s3.endpoint.as_deref(), &config.s3)?;
+                let public = config.s3.public_endpoint.as_deref();
+                let signer =
+                    public.map(|endpoint| bucket_store(bucket, Some(endpoint), &config.s3)).transpose()?;
+                let store = Arc::new(store);
+                let signer = signer.map_or_else(|| Arc::clone(&store), Arc::new);
+                Ok(Self::new(store, prefix.trim_matches('/'), Links::Theirs(signer)))
+            }
+            Some(("file", directory)) => Self::open_directory(Path::new(directory), config).await,
+            None => Self::open_directory(Path::new(&config.url), config).await,
+            Some((scheme, _)) => Err(format!("wanted a directory, file:// or s3://bucket, got {scheme}://")),
+        }
+    }
+
+    async fn open_directory(directory: &Path, config: &BlobsConfig) -> Result<Self, String> {
+        let refused = |error: &dyn fmt::Display| format!("the store's directory cannot be used: {error}");
+        tokio::fs::create_dir_all(directory).await.map_err(|error| refused(&error.kind()))?;
+        let store =
+            LocalFileSystem::new_with_prefix(directory).map_err(|error| refused(&Error::from(error)))?;
+        let store = store.with_fsync(true).with_automatic_cleanup(true);
+        let links = Links::Ours { public_url: config.public_url.clone(), secret: config.link_secret.clone() };
+        let blobs = Self { directory: Some(directory.into()), ..Self::new(Arc::new(store), "", links) };
+        blobs.sweep_unfinished(UNFINISHED).await.map_err(|error| refused(&error))?;
+        Ok(blobs)
+    }
+
+    /// Over any store, with links of its own: for tests that want one to fail.
+    pub fn over(store: Arc<dyn ObjectStore>) -> Self {
+        let secret = Uuid::new_v4().to_string().into();
+        Self::new(store, "", Links::Ours { public_url: "http://localhost".into(), secret })
+    }
+
+    fn new(store: Arc<dyn ObjectStore>, prefix: &str, links: Links) -> Self {
+        let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+        let probe = ObjectPath::from(format!("{prefix}probe/{}", Uuid::now_v7()));
+        Self { store, prefix, links, directory: None, patience: PATIENCE, probe }
+    }
+
+    /// Waits so long for one request and its retries, instead of 45 s.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Writes a small object. Once it returns, a power cut does not lose it.
+    pub async fn put(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<Object, Error> {
+        let bytes = bytes.into();
+        let object = key.object(bytes.len() as u64, link::hex(&Sha256::digest(&bytes)));
+        let sent = self.within(self.store.put(&self.path(key.as_str()), bytes.into())).await;
+        sent.map_err(Error::while_writing)?;
+        Ok(object)
+    }
+
+    /// Writes a file of any size, in parts. `sent` hears of the bytes that have arrived so far. On any end but success,
+    /// being dropped too, no part stays behind.
+    pub async fn put_file(
+        &self,
+        key: &Key,
+        file: &Path,
+        mut sent: impl FnMut(u64) + Send,
+    ) -> Result<Object, Error> {
+        let mut file = tokio::fs::File::open(file).await?;
+        let size = file.metadata().await?.len();
+        if size <= PART_BYTES {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).await?;
+            let object = self.put(key, bytes).await?;
+            sent(object.size);
+            return Ok(object);
+        }
+        let begun = self.within(self.store.put_multipart(&self.path(key.as_str()))).await;
+        let mut upload = Upload(Some(begun.map_err(Error::while_writing)?));
+        let outcome = self.send(&mut upload, file, part_size(size), &mut sent).await;
+        let (size, sha256) = match outcome {
+            Ok(done) => done,
+            Err(error) => {
+                upload.abort(self.patience).await;
+                return Err(error);
+            }
+        };
+        let head = self.within(self.store.head(&self.path(key.as_str()))).await?;
+        if head.size == size { Ok(key.object(size, sha256)) } else { Err(Error::Damaged) }
+    }
+
+    async fn send(
+        &self,
+        upload: &mut Upload,
+        mut file: tokio::fs::File,
+        part_size: u64,
+        sent: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<(u64, String), Error> {
+        let mut hash = Sha256::new();
+        let (mut size, mut arrived) = (0, 0);
+        let mut parts = FuturesUnordered::new();
+        loop {
+            let mut part = BytesMut::with_capacity(part_size as usize);
+            while (part.len() as u64) < part_size {
+                let room = part_size - part.len() as u64;
+                if (&mut file).take(room).read_buf(&mut part).await? == 0 {
+                    break;
+                }
+            }
+            if part.is_empty() {
+                break;
+            }
+            hash.update(&part);
+            let n_bytes = part.len() as u64;
+            size += n_bytes;
+            let sending = self.within(upload.part(part.freeze()));
+            parts.push(async move { sending.await.map(|()| n_bytes) });
+            while parts.len() >= N_PARTS_AT_ONCE {
+                arrived += parts.try_next().await?.unwrap_or(0);
+                sent(arrived);
+            }
+        }
+        while let Some(n_bytes) = parts.try_next().await? {
+            arrived += n_bytes;
+            sent(arrived);
+        }
+        drop(parts);
+        self.within(upload.complete()).await?;
+        Ok((size, link::hex(&hash.finalize())))
+    }
+
+    /// The object's bytes, verified.
+    pub async fn get(&self, object: &Object) -> Result<Bytes, Error> {
+        match self.get_once(object).await {
+            // A bit may have flipped on the way.
+            Err(Error::Damaged) => self.get_once(object).await,
+            outcome => outcome,
+        }
+    }
+
+    async fn get_once(&self, object: &Object) -> Result<Bytes, Error> {
+        let path = self.path_of(object)?;
+        let found = self.within(self.store.get(&path)).await?;
+        if found.meta.size != object.size {
+            return Err(Error::Damaged);
+        }
+        let bytes = self.within(found.bytes()).await?;
+        let whole = bytes.len() as u64 == object.size && link::hex(&Sha256::digest(&bytes)) == object.sha256;
+        if whole { Ok(bytes) } else { Err(Error::Damaged) }
+    }
+
+    /// Writes the object, verified, to `file`, which appears only when it is whole.
+    pub async fn get_to_file(&self, object: &Object, file: &Path) -> Result<(), Error> {
+        match self.get_to_file_once(object, file).await {
+            Err(Error::Damaged) => self.get_to_file_once(object, file).await,
+            outcome => outcome,
+        }
+    }
+
+    async fn get_to_file_once(&self, object: &Object, file: &Path) -> Result<(), Error> {
+        let path = self.path_of(object)?;
+        if self.within(self.store.head(&path)).await?.size != object.size {
+            return Err(Error::Damaged);
+        }
+        let staging = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new(".")))?;
+        let mut sink = tokio::fs::File::from_std(staging.reopen()?);
+        let mut hash = Sha256::new();
+        let (mut size, part_size) = (0, PART_BYTES);
+        let ranges =
+            (0..object.size.div_ceil(part_size)).map(|n| n * part_size..object.size.min((n + 1) * part_size));
+        let fetch = |range: Range<u64>| self.within(self.store.get_range(&path, range));
+        let mut parts = stream::iter(ranges.map(fetch)).buffered(N_PARTS_AT_ONCE);
+        while let Some(part) = parts.try_next().await? {
+            hash.update(&part);
+            size += part.len() as u64;
+            sink.write_all(&part).await?;
+        }
+        sink.flush().await?;
+        if size != object.size || link::hex(&hash.finalize()) != object.sha256 {
+            return Err(Error::Damaged);
+        }
+        staging.persist(file).map_err(|error| error.error)?;
+        Ok(())
+    }
+
+    /// The object's bytes as they come. The last chunk is sent only when the whole is verified, so that nobody takes a
+    /// damaged object for a whole one.
+    pub async fn stream(&self, object: &Object) -> Result<BoxStream<'static, Result<Bytes, Error>>, Error> {
+        let path = self.path_of(object)?;
+        let found = self.within(self.store.get(&path)).await?;
+        if found.meta.size != object.size {
+            return Err(Error::Damaged);
+        }
+        let (size, sha256, patience) = (object.size, object.sha256.clone(), self.patience);
+        let state = (found.into_stream(), Sha256::new(), 0_u64, None::<Bytes>, false);
+        let verified =
+            stream::try_unfold(state, move |(mut chunks, mut hash, mut n_bytes, mut held, done)| {
+                let sha256 = sha256.clone();
+                async move {
+                    if done {
+                        return Ok(None);
+                    }
+                    loop {
+                        let next = tokio::time::timeout(patience, chunks.try_next()).await;
+                        if let Some(chunk) = next.map_err(|_| Error::timeout())?? {
+                            hash.update(&chunk);
+                            n_bytes += chunk.len() as u64;
+                            if let Some(ready) = held.replace(chunk) {
+                                return Ok(Some((ready, (chunks, hash, n_bytes, held, false))));
+                            }
+                        } else if n_bytes != size || link::hex(&hash.clone().finalize()) != sha256 {
+                            return Err(Error::Damaged);
+                        } else {
+                            let last = held.take();
+                            return Ok(last.map(|last| (last, (chunks, hash, n_bytes, None, true))));
+                        }
+                    }
+                }
+            });
+        Ok(verified.boxed())
+    }
+
+    /// Removes an object, if it is there.
+    pub async fn delete(&self, key: &Key) -> Result<(), Error> {
+        match self.within(self.store.delete(&self.path(key.as_str()))).await {
+            Err(Error::Missing) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// Removes all objects of an owner; how many there were.
+    pub async fn delete_all(&self, scope: &Scope) -> Result<usize, Error> {
+        let place = self.path(scope.as_str());
+        let paths: Vec<_> =
+            self.patiently(self.store.list(Some(&place))).map_ok(|meta| meta.location).try_collect().await?;
+        let n_objects = paths.len();
+        let paths = stream::iter(paths.into_iter().map(Ok)).boxed();
+        let mut gone = self.patiently(self.store.delete_stream(paths));
+        while let Some(one) = gone.next().await {
+            match one {
+                Ok(_) | Err(Error::Missing) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(n_objects)
+    }
+
+    /// All objects of an owner, by key.
+    pub async fn list(&self, scope: &Scope) -> Result<Vec<Entry>, Error> {
+        let place = self.path(scope.as_str());
+        let mut entries = Vec::new();
+        let mut listing = self.patiently(self.store.list(Some(&place)));
+        while let Some(meta) = listing.try_next().await? {
+            let text = meta.location.as_ref();
+            if let Some(key) = text.strip_prefix(&self.prefix).and_then(Key::parse) {
+                let modified_ms = meta.last_modified.timestamp_millis();
+                entries.push(Entry { key, size: meta.size, modified_ms });
+            }
+        }
+        entries.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(entries)
+    }
+
+    /// Objects of jobs, written before `before`, that `known` does not know: what a claim wrote before it was lost.
+    /// `known` is asked once for every claim of a job, and once for its photos with no claim. Removes nothing: look at
+    /// the list, ask again, then [`Blobs::delete`]. `before` must be further back than an upload can take.
+    pub async fn orphans<E: From<Error>>(
+        &self,
+        before: Timestamp,
+        mut known: impl AsyncFnMut(JobId, Option<i64>) -> Result<bool, E>,
+    ) -> Result<Vec<Entry>, E> {
+        let mut owners: BTreeMap<_, Vec<Entry>> = BTreeMap::new();
+        for entry in self.list(&Scope::all()).await? {
+            if let Some((_, job, run_lease)) = entry.key.owner()
+                && entry.modified_ms < before.as_millisecond()
+            {
+                owners.entry((job, run_lease)).or_default().push(entry);
+            }
+        }
+        let mut orphans = Vec::new();
+        for ((job, run_lease), entries) in owners {
+            if !known(job, run_lease).await? {
+                orphans.extend(entries);
+            }
+        }
+        Ok(orphans)
+    }
+
+    /// Removes the files that uploads to a local store left when their process was killed, if they are older than that;
+    /// how many. A bucket's own rule (`AbortIncompleteMultipartUpload`) does the same there.
+    pub async fn sweep_unfinished(&self, older_than: Duration) -> Result<usize, Error> {
+        let Some(directory) = self.directory.clone() else { return Ok(0) };
+        let swept = tokio::task::spawn_blocking(move || sweep(&directory, older_than)).await;
+        Ok(swept.map_err(|_| Error::Away("the sweep broke off".into()))??)
+    }
+
+    /// Whether the store takes, gives back and removes an object; answers within 5 s.
+    pub async fn probe(&self) -> Result<(), Error> {
+        let patience = self.patience.min(PROBE_PATIENCE);
+        let round = async {
+            self.store.put(&self.probe, Bytes::from_static(b"hypnos").into()).await?;
+            let back = self.store.get(&self.probe).await?.bytes().await?;
+            self.store.delete(&self.probe).await?;
+            Ok::<_, object_store::Error>(back)
+        };
+        let back = tokio::time::timeout(patience, round).await.map_err(|_| Error::timeout())?;
+        let back = back.map_err(|error| Error::from(error).while_writing())?;
+        if back == b"hypnos"[..] { Ok(()) } else { Err(Error::Damaged) }
+    }
+
+    /// A URL by which anyone can read the object for `ttl`, and do nothing else. Its path ends with the object's name. A
+    /// bucket's own signature counts from the machine's clock, not from `now`.
+    pub async fn sign(&self, object: &Object, ttl: Duration, now: Timestamp) -> Result<String, Error> {
+        let path = self.path_of(object)?;
+        match &self.links {
+            Links::Ours { public_url, secret } => {
+                let expires = now.as_second().saturating_add_unsigned(ttl.as_secs());
+                let query = link::query(secret, object, expires);
+                Ok(format!("{}/v1/files/{}?{query}", public_url.trim_end_matches('/'), object.key))
+            }
+            Links::Theirs(signer) => {
+                let shown = format!("inline; filename=\"{}\"", object.name);
+                let options = SignedUrlOptions::new().with_query([
+                    ("response-content-disposition", shown.as_str()),
+                    ("response-content-type", object.content_type.as_str()),
+                ]);
+                Ok(signer.signed_url_opts(Method::GET, &path, ttl, &options).await?.to_string())
+            }
+        }
+    }
+
+    /// The object that a local store's URL was signed for: `key` is what follows `/v1/files/`.
+    pub fn verify(&self, key: &str, query: &str, now: Timestamp) -> Result<Object, BadLink> {
+        match &self.links {
+            Links::Ours { secret, .. } => link::verify(secret, key, query, now),
+            Links::Theirs(_) => Err(BadLink::Forged),
+        }
+    }
+
+    fn path(&self, key: &str) -> ObjectPath {
+        ObjectPath::from(format!("{}{key}", self.prefix))
+    }
+
+    /// A row that names what we cannot have written names nothing.
+    fn path_of(&self, object: &Object) -> Result<ObjectPath, Error> {
+        Key::parse(&object.key).map(|key| self.path(key.as_str())).ok_or(Error::Missing)
+    }
+
+    /// One request, its retries included.
+    fn within<T, F: Future<Output = object_store::Result<T>>>(
+        &self,
+        request: F,
+    ) -> impl Future<Output = Result<T, Error>> + use<T, F> {
+        let patience = self.patience;
+        async move {
+            let outcome = tokio::time::timeout(patience, request).await;
+            Ok(outcome.map_err(|_| Error::timeout())??)
+        }
+    }
+
+    /// A stream whose every item is one request at most.
+    fn patiently<'a, T: 'a>(
+        &self,
+        items: BoxStream<'a, object_store::Result<T>>,
+    ) -> BoxStream<'a, Result<T, Error>>
+    where
+        T: Send,
+    {
+        let patience = self.patience;
+        let next = move |mut items: BoxStream<'a, object_store::Result<T>>| async move {
+            match tokio::time::timeout(patience, items.next()).await {
+                Ok(Some(item)) => Some((item.map_err(Error::from), Some(items))),
+                Ok(None) => None,
+                Err(_elapsed) => Some((Err(Error::timeout()), None)),
+            }
+        };
+        let items = stream::unfold(Some(items), move |items| async move { next(items?).await });
+        items.boxed()
+    }
+}
+
+/// A multipart upload that takes its parts with it when it is dropped half-way.
+struct Upload(Option<Box<dyn MultipartUpload>>);
+
+impl Upload {
+    fn part(&mut self, bytes: Bytes) -> object_store::UploadPart {
+        match &mut self.0 {
+            Some(upload) => upload.put_part(bytes.into()),
+            None => unreachable!("an upload is sent before it is completed"),
+        }
+    }
+
+    async fn complete(&mut self) -> object_store::Result<()> {
+        if let Some(upload) = &mut self.0 {
+            upload.complete().await?;
+        }
+        self.0 = None;
+        Ok(())
+    }
+
+    async fn abort(&mut self, patience: Duration) {
+        if let Some(mut upload) = self.0.take() {
+            discard(&mut *upload, patience).await;
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if let Some(mut upload) = self.0.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move { discard(&mut *upload, PATIENCE).await });
+        }
+    }
+}
+
+async fn discard(upload: &mut dyn MultipartUpload, patience: Duration) {
+    match tokio::time::timeout(patience, upload.abort()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = %Error::from(error), "an upload could not be aborted"),
+        Err(_elapsed) => tracing::warn!("an upload could not be aborted in time"),
+    }
+}
+
+/// Small enough for memory, large enough for S3's number of parts.
+fn part_size(size: u64) -> u64 {
+    PART_BYTES.max(size.div_ceil(N_PARTS_MAX))
+}
+
+/// Removes `name#1`, `name#2`, …: the names that the local store gives to what it has not finished.
+fn sweep(directory: &Path, older_than: Duration) -> std::io::Result<usize> {
+    let mut n_swept = 0;
+    let mut waiting = vec![directory.to_path_buf()];
+    while let Some(place) = waiting.pop() {
+        for entry in std::fs::read_dir(&place)? {
+            let entry = entry?;
+            // Another process may be sweeping too.
+            let Ok(meta) = entry.metadata() else { continue };
+            if meta.is_dir() {
+                waiting.push(entry.path());
+                continue;
+            }
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+            let unfinished = number.is_some_and(|number| number.parse::<u32>().is_ok());
+            let old =
+                meta.modified().ok().and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= older_than);
+            if unfinished && old && std::fs::remove_file(entry.path()).is_ok() {
+                n_swept += 1;
+            }
+        }
+    }
+    Ok(n_swept)
+}
+
+fn bucket_store(bucket: &str, endpoint: Option<&str>, config: &S3Config) -> Result<AmazonS3, String> {
+    // Whoever was first has installed the same one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+
+    let clear = endpoint.filter(|endpoint| endpoint.starts_with("http://"));
+    if let Some(endpoint) = clear
+        && !config.allow_http
+        && !is_loopback(endpoint)
+    {
+        return Err(
+            "the bucket's endpoint is http://, which sends photos in the clear; allow it explicitly".into()
+        );
+    }
+    let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: 10, retry_timeout: RETRY };
+    let client = ClientOptions::new()
+        .with_allow_http(clear.is_some())
+        .with_timeout(REQUEST)
+        .with_connect_timeout(Duration::from_secs(5));
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(bucket)
+        .with_region(&config.region)
+        .with_virtual_hosted_style_request(config.virtual_hosted)
+        .with_retry(retry)
+        .with_client_options(client);
+    if let Some(endpoint) = endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    if let Some(key) = &config.access_key {
+        builder = builder.with_access_key_id(key);
+    }
+    if let Some(secret) = &config.secret_key {
+        builder = builder.with_secret_access_key(secret.expose_secret());
+    }
+    builder.build().map_err(|_| "the settings of the bucket do not make sense together".into())
+}
+
+fn is_loopback(endpoint: &str) -> bool {
+    let authority = endpoint.trim_start_matches("http://").split('/').next().unwrap_or("");
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(""),
+        None => authority.rsplit_once(':').map_or(authority, |(host, _port)| host),
+    };
+    host == "localhost" || !authority.contains('@') && host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}

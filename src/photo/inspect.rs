@@ -1,0 +1,142 @@
+//! What can be said about a photo without a model: how bright, how sharp, and whether two are one.
+
+use image::RgbImage;
+use image::imageops::{FilterType, resize, thumbnail};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::job::words;
+
+/// Longest side of what is looked at, so that sharpness means the same for every camera.
+const SIDE: u32 = 512;
+/// Side of the tiles whose sharpest one counts: a plain background says nothing about focus.
+const TILE: usize = 64;
+/// Assumption: thresholds set by eye, for warnings only.
+const DARK: f64 = 0.12;
+const UNIFORM: f64 = 0.02;
+const BLURRY: f64 = 20.0;
+/// Bits of 256 in which two pictures of one scene may differ, and how far apart their brightness.
+const BITS_APART: u32 = 12;
+const BRIGHTNESS_APART: f64 = 0.04;
+
+words!(
+    /// What is odd about a photo that is still accepted.
+    Warning {
+        /// Almost black.
+        Dark = "dark",
+        /// One colour: nothing can be seen.
+        Uniform = "uniform",
+        /// Nothing in it is sharp.
+        Blurry = "blurry",
+    }
+);
+
+/// What can be said about a photo.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Inspection {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// Mean luminance, 0 black to 1 white.
+    pub brightness: f64,
+    /// Standard deviation of the luminance, 0 to 0.5.
+    pub contrast: f64,
+    /// Variance of the Laplacian in the sharpest part; below 20 nothing is in focus.
+    pub sharpness: f64,
+    /// What is odd about it.
+    pub warnings: Vec<Warning>,
+    /// 256 bits in hexadecimal, nearly the same for nearly the same picture.
+    pub hash: String,
+}
+
+impl Inspection {
+    pub(super) fn of(pixels: &RgbImage) -> Self {
+        let (width, height) = pixels.dimensions();
+        let longest = width.max(height);
+        let luma = |picture: &RgbImage| picture.pixels().map(luminance).collect::<Vec<_>>();
+        let (w, h, seen) = if longest > SIDE {
+            let fit = |side: u32| (u64::from(side) * u64::from(SIDE) / u64::from(longest)).max(1) as u32;
+            let small = thumbnail(pixels, fit(width), fit(height));
+            (small.width() as usize, small.height() as usize, luma(&small))
+        } else {
+            (width as usize, height as usize, luma(pixels))
+        };
+        let (mean, deviation) = moments(&seen);
+        let (brightness, contrast) = (mean / 255.0, deviation / 255.0);
+        let sharpness = sharpness(&seen, w, h);
+
+        let mut warnings = Vec::new();
+        if brightness < DARK {
+            warnings.push(Warning::Dark);
+        }
+        if contrast < UNIFORM {
+            warnings.push(Warning::Uniform);
+        }
+        if sharpness < BLURRY {
+            warnings.push(Warning::Blurry);
+        }
+        let hash = hash(&luma(&resize(pixels, 17, 16, FilterType::Triangle)));
+        Self { width, height, brightness, contrast, sharpness, warnings, hash }
+    }
+}
+
+/// The pairs, by their places, that show the same picture, however resized or compressed. For a warning: two colours of
+/// one product may look alike too.
+pub fn duplicates(inspections: &[Inspection]) -> Vec<(usize, usize)> {
+    let mut pairs = Vec::new();
+    for (j, b) in inspections.iter().enumerate() {
+        for (i, a) in inspections[..j].iter().enumerate() {
+            let near = (a.brightness - b.brightness).abs() < BRIGHTNESS_APART;
+            if near && bits_apart(&a.hash, &b.hash) <= BITS_APART {
+                pairs.push((i, j));
+            }
+        }
+    }
+    pairs
+}
+
+fn luminance(pixel: &image::Rgb<u8>) -> f64 {
+    let [r, g, b] = pixel.0.map(f64::from);
+    0.2126 * r + 0.7152 * g + 0.0722 * b
+}
+
+/// Mean and standard deviation.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let n = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / n;
+    (mean, variance.sqrt())
+}
+
+/// The largest variance of the Laplacian over the tiles.
+fn sharpness(luma: &[f64], width: usize, height: usize) -> f64 {
+    let at = |x: usize, y: usize| luma[y * width + x];
+    let mut sharpest = 0.0_f64;
+    for top in (1..height.saturating_sub(1)).step_by(TILE) {
+        for left in (1..width.saturating_sub(1)).step_by(TILE) {
+            let mut edges = Vec::with_capacity(TILE * TILE);
+            for y in top..(top + TILE).min(height - 1) {
+                for x in left..(left + TILE).min(width - 1) {
+                    let around = at(x - 1, y) + at(x + 1, y) + at(x, y - 1) + at(x, y + 1);
+                    edges.push(around - 4.0 * at(x, y));
+                }
+            }
+            sharpest = sharpest.max(moments(&edges).1.powi(2));
+        }
+    }
+    sharpest
+}
+
+/// One bit for each of 16 x 16 places: whether it gets clearly brighter to the right. Takes 17 x 16 luminances.
+fn hash(luma: &[f64]) -> String {
+    let bits = luma.chunks(17).flat_map(|row| row.windows(2).map(|pair| pair[1] > pair[0] + 2.0));
+    let bits: Vec<_> = bits.collect();
+    let nibble = |four: &[bool]| four.iter().fold(0, |value, &bit| value * 2 + u32::from(bit));
+    bits.chunks(4).map(|four| char::from_digit(nibble(four), 16).expect("four bits")).collect()
+}
+
+fn bits_apart(a: &str, b: &str) -> u32 {
+    let digit = |c: char| c.to_digit(16).unwrap_or(0);
+    a.chars().zip(b.chars()).map(|(a, b)| (digit(a) ^ digit(b)).count_ones()).sum()
+}
