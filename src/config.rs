@@ -12,6 +12,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::blobs::{BlobsConfig, S3Config};
+
 /// What a setting is wrong about, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -77,7 +79,13 @@ pub struct Storage {
     /// Region of the bucket
     #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
     pub s3_region: String,
-    /// Access key id
+    /// Whether an S3 service elsewhere than on this machine may be spoken to without TLS
+    #[arg(long, env = "HYPNOS_S3_ALLOW_HTTP")]
+    pub s3_allow_http: bool,
+    /// Whether the bucket is part of the host's name rather than of the path
+    #[arg(long, env = "HYPNOS_S3_VIRTUAL_HOSTED")]
+    pub s3_virtual_hosted: bool,
+    /// Access key id; without it, the machine's own role is asked for
     #[arg(long, env = "HYPNOS_S3_ACCESS_KEY", value_name = "ID")]
     pub s3_access_key: Option<String>,
     /// Secret access key
@@ -86,22 +94,6 @@ pub struct Storage {
     /// File that holds the secret access key
     #[arg(long, env = "HYPNOS_S3_SECRET_KEY_FILE", value_name = "FILE")]
     pub s3_secret_key_file: Option<PathBuf>,
-}
-
-/// Where objects are, told apart.
-#[derive(Clone, Debug)]
-pub enum Objects {
-    /// A directory of this machine.
-    Local(PathBuf),
-    /// A bucket.
-    S3 {
-        /// Its name.
-        bucket: String,
-        /// What all keys begin with; may be empty.
-        prefix: String,
-        /// Access key id and secret access key.
-        keys: (String, SecretString),
-    },
 }
 
 impl Storage {
@@ -129,39 +121,43 @@ impl Storage {
         Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
     }
 
-    /// Where objects are.
-    pub fn objects(&self) -> Result<Objects> {
-        let place = self.objects.as_deref();
-        let Some(bucket) = place.and_then(|place| place.strip_prefix("s3://")) else {
-            if let Some(other) = place.filter(|place| place.contains("://") && !place.starts_with("file://"))
-            {
-                return wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {other:?}"));
+    /// Where objects are, and how links to them are made.
+    pub fn blobs(&self, public_url: String, link_secret: SecretString) -> Result<BlobsConfig> {
+        let url = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
+        let bucket = url.strip_prefix("s3://");
+        match url.split_once("://") {
+            Some((scheme, _)) if !matches!(scheme, "s3" | "file") => {
+                return wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"));
             }
-            let given = [
-                ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
-                ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
-            ];
-            if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
-                return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
+            _ if bucket.is_some_and(|bucket| bucket.split('/').next() == Some("")) => {
+                return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
             }
-            let dir = place.map(|place| PathBuf::from(place.strip_prefix("file://").unwrap_or(place)));
-            return Ok(Objects::Local(dir.unwrap_or_else(|| self.data.join("objects"))));
+            _ => {}
+        }
+        let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
+        let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
+        let given = [
+            ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+            ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
+            ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+            ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
+        ];
+        if let (None, Some((name, _))) = (bucket, given.into_iter().find(|(_, given)| *given)) {
+            return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
+        }
+        if self.s3_access_key.is_some() != secret_key.is_some() {
+            return wrong("HYPNOS_S3_ACCESS_KEY and HYPNOS_S3_SECRET_KEY: wanted both or neither, got one");
+        }
+        let s3 = S3Config {
+            endpoint: self.s3_endpoint.clone(),
+            public_endpoint: self.s3_public_endpoint.clone(),
+            region: self.s3_region.clone(),
+            access_key: self.s3_access_key.clone(),
+            secret_key,
+            allow_http: self.s3_allow_http,
+            virtual_hosted: self.s3_virtual_hosted,
         };
-        let (bucket, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
-        if bucket.is_empty() {
-            return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
-        }
-        let secret =
-            secret("HYPNOS_S3_SECRET_KEY", self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref())?;
-        match (self.s3_access_key.clone(), secret) {
-            (Some(id), Some(secret)) => Ok(Objects::S3 {
-                bucket: bucket.into(),
-                prefix: prefix.trim_matches('/').into(),
-                keys: (id, secret),
-            }),
-            (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
-            (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
-        }
+        Ok(BlobsConfig { url, public_url, link_secret, s3 })
     }
 
     /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
@@ -250,6 +246,14 @@ pub struct Serving {
 }
 
 impl Serving {
+    /// Refuses a setting that cannot work, before anything is opened.
+    pub fn check(&self) -> Result<()> {
+        self.public_url(self.listen)?;
+        seconds("HYPNOS_HEADER_SECS", self.header_secs)?;
+        seconds("HYPNOS_BODY_SECS", self.body_secs)?;
+        seconds("HYPNOS_DRAIN_SECS", self.drain_secs).map(drop)
+    }
+
     /// Whether keys are asked for. None are on loopback; elsewhere nobody is let in without.
     pub fn keys_wanted(&self) -> Result<bool> {
         let loopback = self.listen.ip().is_loopback();

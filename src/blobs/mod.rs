@@ -628,5 +628,7 @@ fn is_loopback(endpoint: &str) -> bool {
         Some(rest) => rest.split(']').next().unwrap_or(""),
         None => authority.rsplit_once(':').map_or(authority, |(host, _port)| host),
     };
-    host == "localhost" || !authority.contains('@') && host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+    host == "localhost"
+        || !authority.contains('@')
+            && host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
