@@ -17,3 +17,4 @@ pub mod engine;
 pub mod job;
 pub mod memory;
 pub mod ml;
+pub mod store;
