@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::blobs::{BlobsConfig, S3Config};
+use crate::blobs::{Bucket, Place};
 
 /// What a setting is wrong about, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,13 +79,7 @@ pub struct Storage {
     /// Region of the bucket
     #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
     pub s3_region: String,
-    /// Whether an S3 service elsewhere than on this machine may be spoken to without TLS
-    #[arg(long, env = "HYPNOS_S3_ALLOW_HTTP")]
-    pub s3_allow_http: bool,
-    /// Whether the bucket is part of the host's name rather than of the path
-    #[arg(long, env = "HYPNOS_S3_VIRTUAL_HOSTED")]
-    pub s3_virtual_hosted: bool,
-    /// Access key id; without it, the machine's own role is asked for
+    /// Access key id
     #[arg(long, env = "HYPNOS_S3_ACCESS_KEY", value_name = "ID")]
     pub s3_access_key: Option<String>,
     /// Secret access key
@@ -121,43 +115,46 @@ impl Storage {
         Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
     }
 
-    /// Where objects are, and how links to them are made.
-    pub fn blobs(&self, public_url: String, link_secret: SecretString) -> Result<BlobsConfig> {
-        let url = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
-        let bucket = url.strip_prefix("s3://");
-        match url.split_once("://") {
-            Some((scheme, _)) if !matches!(scheme, "s3" | "file") => {
-                return wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"));
-            }
-            _ if bucket.is_some_and(|bucket| bucket.split('/').next() == Some("")) => {
-                return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
-            }
-            _ => {}
-        }
+    /// Where objects are.
+    pub fn place(&self) -> Result<Place> {
+        let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
         let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
         let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
-        let given = [
-            ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
-            ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
-            ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
-            ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
-        ];
-        if let (None, Some((name, _))) = (bucket, given.into_iter().find(|(_, given)| *given)) {
-            return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
-        }
-        if self.s3_access_key.is_some() != secret_key.is_some() {
-            return wrong("HYPNOS_S3_ACCESS_KEY and HYPNOS_S3_SECRET_KEY: wanted both or neither, got one");
-        }
-        let s3 = S3Config {
-            endpoint: self.s3_endpoint.clone(),
-            public_endpoint: self.s3_public_endpoint.clone(),
-            region: self.s3_region.clone(),
-            access_key: self.s3_access_key.clone(),
-            secret_key,
-            allow_http: self.s3_allow_http,
-            virtual_hosted: self.s3_virtual_hosted,
+        let Some(bucket) = place.strip_prefix("s3://") else {
+            let given = [
+                ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+                ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
+                ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+                ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
+            ];
+            if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
+                return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
+            }
+            let dir = place.strip_prefix("file://").unwrap_or(&place);
+            return match dir.split_once("://") {
+                Some((scheme, _)) => {
+                    wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"))
+                }
+                None => Ok(Place::Directory(dir.into())),
+            };
         };
-        Ok(BlobsConfig { url, public_url, link_secret, s3 })
+        let (name, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
+        if name.is_empty() {
+            return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
+        }
+        match (self.s3_access_key.clone(), secret_key) {
+            (Some(access_key), Some(secret_key)) => Ok(Place::Bucket(Bucket {
+                name: name.into(),
+                prefix: prefix.trim_matches('/').into(),
+                endpoint: self.s3_endpoint.clone(),
+                public_endpoint: self.s3_public_endpoint.clone(),
+                region: self.s3_region.clone(),
+                access_key,
+                secret_key,
+            })),
+            (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
+            (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+        }
     }
 
     /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
