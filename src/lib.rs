@@ -20,3 +20,4 @@ pub mod job;
 pub mod memory;
 pub mod ml;
 pub mod photo;
+pub mod store;

@@ -98,7 +98,7 @@ macro_rules! words {
         impl std::str::FromStr for $name {
             type Err = String;
 
-            fn from_str(word: &str) -> Result<Self, String> {
+            fn from_str(word: &str) -> std::result::Result<Self, String> {
                 let found = Self::ALL.iter().copied().find(|one| one.as_str() == word);
                 found.ok_or_else(|| {
                     let all: Vec<_> = Self::ALL.iter().map(|one| one.as_str()).collect();
