@@ -16,6 +16,7 @@ pub mod blobs;
 pub mod cli;
 pub mod config;
 pub mod engine;
+pub mod http;
 pub mod job;
 pub mod memory;
 pub mod ml;
