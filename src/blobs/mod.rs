@@ -24,7 +24,7 @@ use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::signer::{Method, SignedUrlOptions, Signer};
-use object_store::{BackoffConfig, ClientOptions, MultipartUpload, ObjectStore, ObjectStoreExt, RetryConfig};
+use object_store::{ClientOptions, MultipartUpload, ObjectStore, ObjectStoreExt, RetryConfig};
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,40 +45,56 @@ const N_PARTS_MAX: u64 = 9_000;
 const PATIENCE: Duration = Duration::from_secs(45);
 const RETRY: Duration = Duration::from_secs(20);
 const REQUEST: Duration = Duration::from_secs(20);
+const CONNECT: Duration = Duration::from_secs(5);
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// No upload takes longer than that; what is older was left behind by a crash.
 const UNFINISHED: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Which store, and how to reach it.
+/// Which store, and how clients reach what is in it.
 #[derive(Clone, Debug)]
 pub struct BlobsConfig {
-    /// A directory, as a path or `file:///dir`, or `s3://bucket[/prefix]`.
-    pub url: String,
-    /// Where clients reach this server, such as `https://hypnos.example`: the local store's links begin with it.
-    pub public_url: String,
-    /// What the local store's links are signed with; the same in every process that serves them.
-    pub link_secret: SecretString,
-    /// What only a bucket needs.
-    pub s3: S3Config,
+    /// Which store.
+    pub place: Place,
+    /// How links to objects of a directory are made; only processes that answer clients need it. A bucket signs its own.
+    pub links: Option<Links>,
 }
 
-/// How to reach a bucket.
-#[derive(Clone, Debug, Default)]
-pub struct S3Config {
-    /// The server, such as `https://s3.example`; AWS if not given.
+/// Where objects are kept.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// A directory of this machine. Made if it is not there.
+    Directory(PathBuf),
+    /// A bucket of an S3-compatible server.
+    Bucket(Bucket),
+}
+
+/// A bucket, and how to reach it.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// Its name.
+    pub name: String,
+    /// What all keys begin with; may be empty.
+    pub prefix: String,
+    /// The server, such as `https://s3.example`; Amazon's if not given. One that is given as `http://` is spoken to in
+    /// the clear.
     pub endpoint: Option<String>,
     /// The same server as clients reach it, if that differs: a link's signature covers its host.
     pub public_endpoint: Option<String>,
-    /// The region.
+    /// Its region.
     pub region: String,
-    /// The public half of the key pair. Without one the machine's own role is asked for.
-    pub access_key: Option<String>,
-    /// The secret half.
-    pub secret_key: Option<SecretString>,
-    /// Whether an endpoint that is not on this machine may be spoken to in the clear.
-    pub allow_http: bool,
-    /// Whether the bucket is part of the host (`bucket.s3.example`) rather than of the path.
-    pub virtual_hosted: bool,
+    /// Access key id.
+    pub access_key: String,
+    /// Secret access key.
+    pub secret_key: SecretString,
+}
+
+/// How links to objects of a directory are made.
+#[derive(Clone, Debug)]
+pub struct Links {
+    /// Where clients reach this server, such as `https://hypnos.example`: links begin with it.
+    pub public_url: String,
+    /// What links are signed with; the same in every process that serves them.
+    pub secret: SecretString,
 }
 
 /// A store of objects. Cheap to clone.
@@ -86,17 +102,18 @@ pub struct S3Config {
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     prefix: String,
-    links: Links,
+    signer: Signing,
     /// The directory of a local store.
     directory: Option<PathBuf>,
     patience: Duration,
     probe: ObjectPath,
 }
 
+/// Who signs links: the bucket's client, or ourselves, if we were told how.
 #[derive(Clone)]
-enum Links {
-    Ours { public_url: String, secret: SecretString },
-    Theirs(Arc<AmazonS3>),
+enum Signing {
+    Bucket(Arc<AmazonS3>),
+    Ours(Option<Links>),
 }
 
 /// What a listing says of an object.
@@ -131,48 +148,41 @@ impl Key {
 }
 
 impl Blobs {
-    /// Opens a store. Makes the directory of a local one if it is not there, and removes what crashed uploads left.
-    /// Asks nothing of a bucket yet; see [`Blobs::probe`]. The message of an error names the setting that is wrong.
-    pub async fn open(config: &BlobsConfig) -> Result<Self, String> {
-        match config.url.split_once("://") {
-            Some(("s3", place)) => {
-                let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
-                let store = bucket_store(bucket, config.s3.endpoint.as_deref(), &config.s3)?;
-                let public = config.s3.public_endpoint.as_deref();
-                let signer =
-                    public.map(|endpoint| bucket_store(bucket, Some(endpoint), &config.s3)).transpose()?;
-                let store = Arc::new(store);
-                let signer = signer.map_or_else(|| Arc::clone(&store), Arc::new);
-                Ok(Self::new(store, prefix.trim_matches('/'), Links::Theirs(signer)))
+    /// Opens a store, and removes what crashed uploads left in a directory. Asks nothing of a bucket yet; see
+    /// [`Blobs::probe`].
+    pub async fn open(config: &BlobsConfig) -> Result<Self, Error> {
+        match &config.place {
+            Place::Directory(directory) => {
+                tokio::fs::create_dir_all(directory).await?;
+                let store = LocalFileSystem::new_with_prefix(directory)?;
+                let store = Arc::new(store.with_fsync(true).with_automatic_cleanup(true));
+                let signer = Signing::Ours(config.links.clone());
+                let blobs = Self { directory: Some(directory.clone()), ..Self::new(store, "", signer) };
+                blobs.sweep_unfinished(UNFINISHED).await?;
+                Ok(blobs)
             }
-            Some(("file", directory)) => Self::open_directory(Path::new(directory), config).await,
-            None => Self::open_directory(Path::new(&config.url), config).await,
-            Some((scheme, _)) => Err(format!("wanted a directory, file:// or s3://bucket, got {scheme}://")),
+            Place::Bucket(bucket) => {
+                let store = Arc::new(bucket.client(bucket.endpoint.as_deref())?);
+                let signer = match bucket.public_endpoint.as_deref() {
+                    Some(endpoint) => Arc::new(bucket.client(Some(endpoint))?),
+                    None => Arc::clone(&store),
+                };
+                Ok(Self::new(store, &bucket.prefix, Signing::Bucket(signer)))
+            }
         }
-    }
-
-    async fn open_directory(directory: &Path, config: &BlobsConfig) -> Result<Self, String> {
-        let refused = |error: &dyn fmt::Display| format!("the store's directory cannot be used: {error}");
-        tokio::fs::create_dir_all(directory).await.map_err(|error| refused(&error.kind()))?;
-        let store =
-            LocalFileSystem::new_with_prefix(directory).map_err(|error| refused(&Error::from(error)))?;
-        let store = store.with_fsync(true).with_automatic_cleanup(true);
-        let links = Links::Ours { public_url: config.public_url.clone(), secret: config.link_secret.clone() };
-        let blobs = Self { directory: Some(directory.into()), ..Self::new(Arc::new(store), "", links) };
-        blobs.sweep_unfinished(UNFINISHED).await.map_err(|error| refused(&error))?;
-        Ok(blobs)
     }
 
     /// Over any store, with links of its own: for tests that want one to fail.
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
-        let secret = Uuid::new_v4().to_string().into();
-        Self::new(store, "", Links::Ours { public_url: "http://localhost".into(), secret })
+        let links =
+            Links { public_url: "http://localhost".into(), secret: Uuid::new_v4().to_string().into() };
+        Self::new(store, "", Signing::Ours(Some(links)))
     }
 
-    fn new(store: Arc<dyn ObjectStore>, prefix: &str, links: Links) -> Self {
+    fn new(store: Arc<dyn ObjectStore>, prefix: &str, signer: Signing) -> Self {
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         let probe = ObjectPath::from(format!("{prefix}probe/{}", Uuid::now_v7()));
-        Self { store, prefix, links, directory: None, patience: PATIENCE, probe }
+        Self { store, prefix, signer, directory: None, patience: PATIENCE, probe }
     }
 
     /// Waits so long for one request and its retries, instead of 45 s.
@@ -444,28 +454,30 @@ impl Blobs {
     /// bucket's own signature counts from the machine's clock, not from `now`.
     pub async fn sign(&self, object: &Object, ttl: Duration, now: Timestamp) -> Result<String, Error> {
         let path = self.path_of(object)?;
-        match &self.links {
-            Links::Ours { public_url, secret } => {
+        match &self.signer {
+            Signing::Ours(Some(Links { public_url, secret })) => {
                 let expires = now.as_second().saturating_add_unsigned(ttl.as_secs());
                 let query = link::query(secret, object, expires);
                 Ok(format!("{}/v1/files/{}?{query}", public_url.trim_end_matches('/'), object.key))
             }
-            Links::Theirs(signer) => {
+            Signing::Ours(None) => Err(Error::Away("this process was not told how to make links".into())),
+            Signing::Bucket(client) => {
                 let shown = format!("inline; filename=\"{}\"", object.name);
                 let options = SignedUrlOptions::new().with_query([
                     ("response-content-disposition", shown.as_str()),
                     ("response-content-type", object.content_type.as_str()),
                 ]);
-                Ok(signer.signed_url_opts(Method::GET, &path, ttl, &options).await?.to_string())
+                Ok(client.signed_url_opts(Method::GET, &path, ttl, &options).await?.to_string())
             }
         }
     }
 
-    /// The object that a local store's URL was signed for: `key` is what follows `/v1/files/`.
+    /// The object that a link to a directory's object was signed for: `key` is what follows `/v1/files/`, `query` what
+    /// follows the question mark.
     pub fn verify(&self, key: &str, query: &str, now: Timestamp) -> Result<Object, BadLink> {
-        match &self.links {
-            Links::Ours { secret, .. } => link::verify(secret, key, query, now),
-            Links::Theirs(_) => Err(BadLink::Forged),
+        match &self.signer {
+            Signing::Ours(Some(links)) => link::verify(&links.secret, key, query, now),
+            _ => Err(BadLink::Forged),
         }
     }
 
@@ -586,47 +598,26 @@ fn sweep(directory: &Path, older_than: Duration) -> std::io::Result<usize> {
     Ok(n_swept)
 }
 
-fn bucket_store(bucket: &str, endpoint: Option<&str>, config: &S3Config) -> Result<AmazonS3, String> {
-    // Whoever was first has installed the same one.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+impl Bucket {
+    fn client(&self, endpoint: Option<&str>) -> Result<AmazonS3, Error> {
+        // Whoever was first has installed the same one.
+        let _ = rustls::crypto::ring::default_provider().install_default();
 
-    let clear = endpoint.filter(|endpoint| endpoint.starts_with("http://"));
-    if let Some(endpoint) = clear
-        && !config.allow_http
-        && !is_loopback(endpoint)
-    {
-        return Err(
-            "the bucket's endpoint is http://, which sends photos in the clear; allow it explicitly".into()
-        );
+        let client = ClientOptions::new()
+            .with_allow_http(endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")))
+            .with_timeout(REQUEST)
+            .with_connect_timeout(CONNECT);
+        let mut builder = AmazonS3Builder::new()
+            .with_bucket_name(&self.name)
+            .with_region(&self.region)
+            .with_access_key_id(&self.access_key)
+            .with_secret_access_key(self.secret_key.expose_secret())
+            .with_virtual_hosted_style_request(endpoint.is_none())
+            .with_retry(RetryConfig { retry_timeout: RETRY, ..RetryConfig::default() })
+            .with_client_options(client);
+        if let Some(endpoint) = endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        Ok(builder.build()?)
     }
-    let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: 10, retry_timeout: RETRY };
-    let client = ClientOptions::new()
-        .with_allow_http(clear.is_some())
-        .with_timeout(REQUEST)
-        .with_connect_timeout(Duration::from_secs(5));
-    let mut builder = AmazonS3Builder::new()
-        .with_bucket_name(bucket)
-        .with_region(&config.region)
-        .with_virtual_hosted_style_request(config.virtual_hosted)
-        .with_retry(retry)
-        .with_client_options(client);
-    if let Some(endpoint) = endpoint {
-        builder = builder.with_endpoint(endpoint);
-    }
-    if let Some(key) = &config.access_key {
-        builder = builder.with_access_key_id(key);
-    }
-    if let Some(secret) = &config.secret_key {
-        builder = builder.with_secret_access_key(secret.expose_secret());
-    }
-    builder.build().map_err(|_| "the settings of the bucket do not make sense together".into())
-}
-
-fn is_loopback(endpoint: &str) -> bool {
-    let authority = endpoint.trim_start_matches("http://").split('/').next().unwrap_or("");
-    let host = match authority.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or(""),
-        None => authority.rsplit_once(':').map_or(authority, |(host, _port)| host),
-    };
-    host == "localhost" || !authority.contains('@') && host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }

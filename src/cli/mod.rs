@@ -42,7 +42,7 @@ pub fn run() -> ExitCode {
     done.unwrap_or_else(|error| {
         say_error(&error.to_string());
         match error {
-            Error::Bad(_) => ExitCode::from(2),
+            Error::Bad(_) | Error::Diverged(_) => ExitCode::from(2),
             Error::Tensor(_) => ExitCode::from(1),
         }
     })

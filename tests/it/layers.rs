@@ -88,3 +88,30 @@ fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
 fn only_the_operations_put_a_gradient_into_a_weight() {
     nobody_says("src", &[".add_grad("], |file| file.starts_with("src/ml/ops/"));
 }
+
+#[test]
+fn the_http_front_and_the_worker_do_not_know_each_other() {
+    nobody_says("src/http", &["crate::worker", "crate::engine", "crate::ml", "candle"], |_| false);
+    nobody_says("src/worker", &["crate::http", "axum", "crate::ml", "candle"], |_| false);
+}
+
+#[test]
+fn the_nouns_and_the_seam_do_no_work() {
+    let words = ["tokio", "axum", "sqlx", "object_store", "crate::store", "crate::blobs", "crate::http"];
+    nobody_says("src/job", &words, |_| false);
+    nobody_says("src/engine", &words, |_| false);
+}
+
+#[test]
+fn each_library_has_one_place() {
+    let only = |word: &str, places: &[&str]| {
+        nobody_says("src", &[word], |file| places.iter().any(|place| file.starts_with(place)));
+    };
+    only("sqlx", &["src/store/", "src/cli/load/"]);
+    only("object_store", &["src/blobs/"]);
+    only("axum", &["src/http/", "src/cli/load/"]);
+    only("hyper", &["src/http/"]);
+    only("candle_core", &["src/ml/", "src/engine/candle", "src/cli/bench", "src/cli/sample.rs"]);
+    only("image::", &["src/photo", "src/ml/"]);
+    only("std::env", &["src/cli/"]);
+}
