@@ -39,7 +39,8 @@ impl Inflow {
         bytes_max: usize,
         time: Duration,
     ) -> Result<Self, Problem> {
-        let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let announced =
+            headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         if announced.is_some_and(|bytes: u64| bytes > bytes_max as u64) {
             return Err(too_large(bytes_max));
         }

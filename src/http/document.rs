@@ -61,7 +61,8 @@ pub(super) fn document() -> Value {
 
 fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     // The macro takes a heading for a sentence, and what follows it for all.
-    let keyed = operation.get("security").is_none_or(|security| security != &json!([]) && security != &json!([{}]));
+    let keyed =
+        operation.get("security").is_none_or(|security| security != &json!([]) && security != &json!([{}]));
     if !keyed {
         operation.insert("security".into(), json!([]));
     }
@@ -96,7 +97,8 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         });
         let line = format!("- `{}`: {}", kind.slug(), kind.title());
         let before = response["description"].as_str().unwrap_or_default();
-        response["description"] = if before.is_empty() { line.into() } else { format!("{before}\n{line}").into() };
+        response["description"] =
+            if before.is_empty() { line.into() } else { format!("{before}\n{line}").into() };
         if status.as_u16() == 429 || status.as_u16() == 503 {
             response["headers"] = json!({ "Retry-After": {
                 "description": "Seconds to wait before trying again", "schema": { "type": "integer", "minimum": 0 } } });
@@ -153,7 +155,8 @@ fn photos_are_files(document: &mut Value) {
     for (path, parts) in [("/v1/jobs", &["images", "options"][..]), ("/v1/photos/inspect", &["images"])] {
         let form = &mut document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"];
         for part in parts {
-            let content_type = if *part == "images" { "image/png, image/jpeg, image/webp" } else { "application/json" };
+            let content_type =
+                if *part == "images" { "image/png, image/jpeg, image/webp" } else { "application/json" };
             form["encoding"][*part] = json!({ "contentType": content_type });
         }
     }

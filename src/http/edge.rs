@@ -107,7 +107,8 @@ pub(super) async fn shed(State(front): State<Front>, request: Request, next: Nex
 
 /// Bodies come as they are: a small one that unpacks to a large one is not read.
 pub(super) async fn refuse_encodings(request: Request, next: Next) -> Response {
-    let encoded = request.headers().get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
+    let encoded =
+        request.headers().get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
     if encoded {
         return Problem::new(Kind::MediaType, "a body must come without Content-Encoding").into_response();
     }

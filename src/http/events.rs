@@ -50,7 +50,8 @@ pub(super) async fn job_events(
     };
     find(&front, reader.tenant, id, Kind::Train).await?;
     let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
-    let watch = Watch { wakes: front.store.wakes(), front, reader, id, seen, next: Next::Look, _place: place };
+    let watch =
+        Watch { wakes: front.store.wakes(), front, reader, id, seen, next: Next::Look, _place: place };
     let events = Sse::new(follow(watch)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
     let mut response = events.into_response();
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

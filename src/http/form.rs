@@ -30,13 +30,16 @@ impl Form {
         bytes_max: usize,
         time: std::time::Duration,
     ) -> Result<Self, Problem> {
-        let Some((_, whole)) = media_type(headers).filter(|(essence, _)| essence == "multipart/form-data") else {
+        let Some((_, whole)) = media_type(headers).filter(|(essence, _)| essence == "multipart/form-data")
+        else {
             return Err(Problem::new(Kind::MediaType, "the body must be multipart/form-data"));
         };
-        let boundary = parameter(whole, "boundary").filter(|boundary| is_boundary(boundary)).ok_or_else(|| {
-            let detail = format!("multipart/form-data needs a boundary of 1 to {BOUNDARY_CHARS_MAX} characters");
-            Problem::new(Kind::BadBody, detail)
-        })?;
+        let boundary =
+            parameter(whole, "boundary").filter(|boundary| is_boundary(boundary)).ok_or_else(|| {
+                let detail =
+                    format!("multipart/form-data needs a boundary of 1 to {BOUNDARY_CHARS_MAX} characters");
+                Problem::new(Kind::BadBody, detail)
+            })?;
         let inflow = Inflow::new(headers, body, bytes_max, time)?;
         let delimiter = format!("\r\n--{boundary}").into_bytes();
         // As if the body began with a line break, so that its first delimiter looks like all others.
@@ -189,7 +192,8 @@ mod tests {
 
     /// Every part of `body`, which comes in pieces of `step` bytes.
     async fn read(body: &str, boundary: &str, step: usize) -> Result<Vec<(String, String)>, Problem> {
-        let pieces: Vec<_> = body.as_bytes().chunks(step).map(|piece| Ok::<_, std::io::Error>(piece.to_vec())).collect();
+        let pieces: Vec<_> =
+            body.as_bytes().chunks(step).map(|piece| Ok::<_, std::io::Error>(piece.to_vec())).collect();
         let mut headers = HeaderMap::new();
         let content_type = format!("multipart/form-data; charset=utf-8; boundary={boundary}");
         headers.insert("content-type", content_type.parse().expect("a header"));
@@ -233,7 +237,9 @@ mod tests {
     async fn what_a_sender_chooses_is_bounded() {
         let long_head = part(&format!("name=a; filename=\"{}\"", "x".repeat(9000)), "1");
         let long_part = part("name=a", &"x".repeat(1001));
-        for body in [long_head, long_part, "x".repeat(9000), String::new(), "--b".into(), "--b\r\n\r\n".into()] {
+        for body in
+            [long_head, long_part, "x".repeat(9000), String::new(), "--b".into(), "--b\r\n\r\n".into()]
+        {
             assert!(read(&body, "b", 100).await.is_err(), "{body}");
         }
         for boundary in ["", "\"\"", &"b".repeat(71), "\"a\u{e9}\"", "a;b=\""] {

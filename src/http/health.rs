@@ -78,10 +78,12 @@ async fn figures(front: &Front) -> Result<Response, Problem> {
         let labels = [("kind", gauge.kind.as_str())];
         metrics::gauge!("hypnos_jobs_queued", &labels).set(gauge.queued as f64);
         metrics::gauge!("hypnos_jobs_running", &labels).set(gauge.running as f64);
-        metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels).set(gauge.oldest_queued_ms as f64 / 1e3);
+        metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels)
+            .set(gauge.oldest_queued_ms as f64 / 1e3);
     }
     front.metrics.run_upkeep();
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], front.metrics.render()).into_response())
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], front.metrics.render())
+        .into_response())
 }
 
 /// The same for a listener that only operators reach.

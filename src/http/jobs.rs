@@ -18,8 +18,8 @@ use super::upload::{Fields, Upload, decode, place, read, remarks};
 use super::view::{ArtifactView, JobView};
 use crate::blobs::{Key, Scope};
 use crate::job::{
-    Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId, TrainOptions,
-    TrainSpec,
+    Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
+    TrainOptions, TrainSpec,
 };
 use crate::photo::Photo;
 use crate::store::{Idempotency, NewJob};
@@ -77,7 +77,12 @@ pub(super) async fn create_job(
     let accepted = tokio::spawn(work.in_current_span()).await;
     let Accepted { job, replayed } = accepted.map_err(|error| Problem::internal(&error))??;
     let view = view(&front, &job, None)?;
-    Ok(answer(StatusCode::ACCEPTED, &format!("{}/v1/jobs/{}", front.settings.public_url, job.id), replayed, view))
+    Ok(answer(
+        StatusCode::ACCEPTED,
+        &format!("{}/v1/jobs/{}", front.settings.public_url, job.id),
+        replayed,
+        view,
+    ))
 }
 
 impl Upload {
@@ -97,7 +102,8 @@ impl Upload {
             let how = format!("wanted {N_PHOTOS_MIN} to {N_PHOTOS_MAX} photos, got {n}");
             return Err(refused("/images", how));
         }
-        let class_name = self.class_name.as_deref().ok_or_else(|| refused("/class_name", "is missing".into()))?;
+        let class_name =
+            self.class_name.as_deref().ok_or_else(|| refused("/class_name", "is missing".into()))?;
         let class_name = std::str::from_utf8(class_name);
         let class_name = class_name.map_err(|_| refused("/class_name", "is not UTF-8".into()))?;
         let options: TrainOptions = match &self.options {

@@ -140,7 +140,9 @@ impl Reader {
     /// Whether the key that opened a long answer is still good.
     pub(super) async fn still(&self, front: &Front) -> bool {
         match &self.key {
-            Some(key) => !matches!(front.keys.check(key).await, Err(problem) if problem.kind() == Kind::Unauthorized),
+            Some(key) => {
+                !matches!(front.keys.check(key).await, Err(problem) if problem.kind() == Kind::Unauthorized)
+            }
             None => true,
         }
     }
@@ -165,7 +167,10 @@ impl FromRequestParts<Front> for Writer {
 
 async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Reader, Problem> {
     if parts.uri.query().is_some_and(|query| query.contains(PREFIX)) {
-        return Err(Problem::new(Kind::KeyInQuery, "a key was sent in the URL; it belongs in the Authorization header"));
+        return Err(Problem::new(
+            Kind::KeyInQuery,
+            "a key was sent in the URL; it belongs in the Authorization header",
+        ));
     }
     if front.settings.auth == Auth::None {
         return Ok(Reader { tenant: TenantId::LOCAL, key: None });
@@ -194,7 +199,8 @@ pub(super) async fn guard_local(State(front): State<Front>, request: Request, ne
             return Problem::new(Kind::Host, "wanted a loopback name or the public URL's").into_response();
         }
         if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
-            return Problem::new(Kind::CrossSite, "the request comes from a page of another site").into_response();
+            return Problem::new(Kind::CrossSite, "the request comes from a page of another site")
+                .into_response();
         }
     }
     next.run(request).await
@@ -228,9 +234,10 @@ fn is_cross_site(uri: &Uri, headers: &HeaderMap, public_url: &str) -> bool {
     }
     let Some(origin) = headers.get(header::ORIGIN) else { return false };
     let own = host(uri, headers).map(|host| format!("http://{host}"));
-    let public = public_url.parse::<Uri>().ok().and_then(|url| {
-        Some(format!("{}://{}", url.scheme_str()?, url.authority()?))
-    });
+    let public = public_url
+        .parse::<Uri>()
+        .ok()
+        .and_then(|url| Some(format!("{}://{}", url.scheme_str()?, url.authority()?)));
     !origin.to_str().is_ok_and(|origin| [own, public].into_iter().flatten().any(|own| own == origin))
 }
 
@@ -255,7 +262,8 @@ mod tests {
     #[test]
     fn a_host_is_ours_by_its_name_only() {
         let public = "https://hypnos.example:8443";
-        for own in ["localhost", "localhost:80", "127.0.0.1:8080", "[::1]:80", "127.9.9.9", "Hypnos.Example"] {
+        for own in ["localhost", "localhost:80", "127.0.0.1:8080", "[::1]:80", "127.9.9.9", "Hypnos.Example"]
+        {
             assert!(is_own_host(Some(own), public), "{own}");
         }
         for other in ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil.example:80"] {

@@ -102,8 +102,8 @@ impl Default for Settings {
 #[derive(Clone)]
 pub struct Front(Arc<Shared>);
 
-/// See [`Front`].
-pub(crate) struct Shared {
+/// What the clones of a [`Front`] share.
+pub struct Shared {
     store: Store,
     blobs: Blobs,
     decoder: Decoder,

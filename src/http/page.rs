@@ -62,7 +62,12 @@ fn page(document: &Value) -> String {
             }
         }
     }
-    push(&mut menu, format_args!("<li class=tag>more</li><li><a href=\"#schemas\">Schemas</a></li><li><a href=\"#problems\">Problems</a></li>"));
+    push(
+        &mut menu,
+        format_args!(
+            "<li class=tag>more</li><li><a href=\"#schemas\">Schemas</a></li><li><a href=\"#problems\">Problems</a></li>"
+        ),
+    );
     body.push_str("<h2 id=schemas>Schemas</h2>");
     for (name, schema) in entries(&document["components"]["schemas"]) {
         push(&mut body, format_args!("<section id=\"schema-{0}\"><h3>{0}</h3>", escape(name)));
@@ -89,25 +94,41 @@ fn operations(document: &Value) -> impl Iterator<Item = (&str, &'static str, &Va
 }
 
 fn describe(page: &mut String, operation: &Value) {
-    push(page, format_args!("<p><b>{}.</b> {}</p>", prose(text(&operation["summary"])), prose(text(&operation["description"]))));
+    push(
+        page,
+        format_args!(
+            "<p><b>{}.</b> {}</p>",
+            prose(text(&operation["summary"])),
+            prose(text(&operation["description"]))
+        ),
+    );
     let parameters: Vec<_> = list(&operation["parameters"]).collect();
     if !parameters.is_empty() {
         page.push_str("<table><tr><th>parameter<th>in<th>type<th></tr>");
         for parameter in parameters {
-            row(page, text(&parameter["name"]), parameter["required"] == true, &[
-                escape(text(&parameter["in"])),
-                kind_of(&parameter["schema"]),
-                prose(text(&parameter["description"])),
-            ]);
+            row(
+                page,
+                text(&parameter["name"]),
+                parameter["required"] == true,
+                &[
+                    escape(text(&parameter["in"])),
+                    kind_of(&parameter["schema"]),
+                    prose(text(&parameter["description"])),
+                ],
+            );
         }
         page.push_str("</table>");
     }
     for (media, content) in entries(&operation["requestBody"]["content"]) {
-        push(page, format_args!("<p>Body: <code>{}</code> {}</p>", escape(media), kind_of(&content["schema"])));
+        push(
+            page,
+            format_args!("<p>Body: <code>{}</code> {}</p>", escape(media), kind_of(&content["schema"])),
+        );
     }
     page.push_str("<table><tr><th>status<th>body<th></tr>");
     for (status, response) in entries(&operation["responses"]) {
-        let bodies: Vec<_> = entries(&response["content"]).map(|(_, content)| kind_of(&content["schema"])).collect();
+        let bodies: Vec<_> =
+            entries(&response["content"]).map(|(_, content)| kind_of(&content["schema"])).collect();
         row(page, status, false, &[bodies.join(", "), prose(text(&response["description"]))]);
     }
     page.push_str("</table>");
@@ -128,14 +149,20 @@ fn properties(page: &mut String, schema: &Value) {
 }
 
 fn problems(page: &mut String) {
-    page.push_str("<h2 id=problems>Problems</h2><p>Every refusal is an <code>application/problem+json</code> document. \
-        Its <code>type</code> is one of these.</p><table><tr><th>type<th>status<th></tr>");
+    page.push_str(
+        "<h2 id=problems>Problems</h2><p>Every refusal is an <code>application/problem+json</code> document. \
+        Its <code>type</code> is one of these.</p><table><tr><th>type<th>status<th></tr>",
+    );
     for kind in Kind::ALL {
         let about = format!("<b>{}.</b> {}", escape(kind.title()), prose(kind.advice()));
-        push(page, format_args!(
-            "<tr id=\"problem-{0}\"><td><code>{TYPE_PREFIX}{0}</code><td>{1}<td>{about}</tr>",
-            kind.slug(), kind.status().as_u16()
-        ));
+        push(
+            page,
+            format_args!(
+                "<tr id=\"problem-{0}\"><td><code>{TYPE_PREFIX}{0}</code><td>{1}<td>{about}</tr>",
+                kind.slug(),
+                kind.status().as_u16()
+            ),
+        );
     }
     page.push_str("</table>");
 }
@@ -169,19 +196,31 @@ fn kind_of(schema: &Value) -> String {
         let _ = write!(html, " of {}", kind_of(&schema["items"]));
     }
     if schema["enum"].is_array() {
-        let all: Vec<_> = list(&schema["enum"]).map(|one| format!("<code>{}</code>", escape(text(one)))).collect();
+        let all: Vec<_> =
+            list(&schema["enum"]).map(|one| format!("<code>{}</code>", escape(text(one)))).collect();
         let _ = write!(html, ": {}", all.join(" "));
     }
     let bounds = [
-        ("format", ""), ("minimum", "at least "), ("exclusiveMinimum", "above "), ("maximum", "at most "),
-        ("minLength", "characters from "), ("maxLength", "characters to "), ("minItems", "items from "),
-        ("maxItems", "items to "), ("multipleOf", "a multiple of "), ("default", "default "),
+        ("format", ""),
+        ("minimum", "at least "),
+        ("exclusiveMinimum", "above "),
+        ("maximum", "at most "),
+        ("minLength", "characters from "),
+        ("maxLength", "characters to "),
+        ("minItems", "items from "),
+        ("maxItems", "items to "),
+        ("multipleOf", "a multiple of "),
+        ("default", "default "),
     ];
     for (name, words) in bounds {
         match &schema[name] {
             Value::Null | Value::Object(_) => {}
-            Value::String(value) => push(&mut html, format_args!("<br><small>{words}{}</small>", escape(value))),
-            value => push(&mut html, format_args!("<br><small>{words}{}</small>", escape(&value.to_string()))),
+            Value::String(value) => {
+                push(&mut html, format_args!("<br><small>{words}{}</small>", escape(value)))
+            }
+            value => {
+                push(&mut html, format_args!("<br><small>{words}{}</small>", escape(&value.to_string())))
+            }
         }
     }
     html
@@ -191,7 +230,9 @@ fn kind_of(schema: &Value) -> String {
 fn prose(markdown: &str) -> String {
     let escaped = escape(markdown).replace("\n- ", "<br>").replace('\n', " ");
     let escaped = escaped.strip_prefix("- ").unwrap_or(&escaped);
-    let mark = |(n, piece): (usize, &str)| if n % 2 == 1 { format!("<code>{piece}</code>") } else { piece.to_owned() };
+    let mark = |(n, piece): (usize, &str)| {
+        if n % 2 == 1 { format!("<code>{piece}</code>") } else { piece.to_owned() }
+    };
     escaped.split('`').enumerate().map(mark).collect()
 }
 

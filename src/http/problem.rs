@@ -207,7 +207,9 @@ impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::Away(_) | store::Error::Schema(_) => Self::away("database", &error),
-            store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => Self::internal(&error),
+            store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
+                Self::internal(&error)
+            }
         }
     }
 }
@@ -229,7 +231,9 @@ impl From<BadLink> for Problem {
     fn from(bad: BadLink) -> Self {
         match bad {
             BadLink::Forged => Self::new(Kind::UrlForged, "this is no URL that we signed"),
-            BadLink::Expired => Self::new(Kind::UrlExpired, "the URL has expired; ask for the artifact again"),
+            BadLink::Expired => {
+                Self::new(Kind::UrlExpired, "the URL has expired; ask for the artifact again")
+            }
         }
     }
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,8 @@ impl<T: DeserializeOwned> FromRequestParts<Front> for Asked<T> {
     async fn from_request_parts(parts: &mut Parts, _: &Front) -> Result<Self, Problem> {
         Query::try_from_uri(&parts.uri).map(|Query(query)| Self(query)).map_err(|error| {
             // The first cause names the parameter; the rejection itself is a general remark.
-            let said = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            let said =
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             Problem::new(ProblemKind::BadParameter, format!("the query: {}", super::body::shorten(&said)))
         })
     }
@@ -174,7 +175,12 @@ impl Page {
     }
 
     /// The answer, with the `Link` to the next page.
-    pub(super) fn answer(next_cursor: Option<&str>, query: &PageQuery, base: &str, body: impl Serialize) -> Response {
+    pub(super) fn answer(
+        next_cursor: Option<&str>,
+        query: &PageQuery,
+        base: &str,
+        body: impl Serialize,
+    ) -> Response {
         let mut response = Json(body).into_response();
         if let Some(cursor) = next_cursor {
             let link = format!("<{}>; rel=\"next\"", query.next_url(base, cursor));
@@ -250,7 +256,12 @@ fn has(headers: &HeaderMap, etag: &str) -> bool {
 }
 
 /// One row as an answer: its version, and when to look again.
-pub(super) fn row(headers: &HeaderMap, job: &Job, queue_position: Option<u64>, body: impl Serialize) -> Response {
+pub(super) fn row(
+    headers: &HeaderMap,
+    job: &Job,
+    queue_position: Option<u64>,
+    body: impl Serialize,
+) -> Response {
     let etag = etag(job, queue_position);
     let mut response = if has(headers, &etag) {
         StatusCode::NOT_MODIFIED.into_response()

@@ -127,7 +127,9 @@ async fn connection(
             let response = router.clone().oneshot(request.map(Body::new));
             async move {
                 // A response is in flight until the last byte of its body.
-                response.await.map(|response| response.map(|body| Body::new(Held { body, _in_flight: in_flight })))
+                response
+                    .await
+                    .map(|response| response.map(|body| Body::new(Held { body, _in_flight: in_flight })))
             }
         }
     });

@@ -39,7 +39,12 @@ pub(super) fn place(front: &Front) -> Result<SemaphorePermit<'_>, Problem> {
 }
 
 /// Reads the form. Stops at the first part that cannot be.
-pub(super) async fn read(front: &Front, headers: &HeaderMap, body: Body, fields: Fields) -> Result<Upload, Problem> {
+pub(super) async fn read(
+    front: &Front,
+    headers: &HeaderMap,
+    body: Body,
+    fields: Fields,
+) -> Result<Upload, Problem> {
     let photo_bytes_max = front.settings.photo_bytes_max;
     let bytes_max = N_PHOTOS_MAX * photo_bytes_max + REST_BYTES_MAX;
     let mut form = Form::new(headers, body, bytes_max, front.settings.upload_time)?;
@@ -93,9 +98,11 @@ async fn once(
 pub(super) async fn decode(front: &Front, images: &[Bytes]) -> Result<Vec<Photo>, Problem> {
     let mut photos = Vec::new();
     for (n, image) in images.iter().enumerate() {
-        let photo = front.decoder.decode(image.clone()).await.map_err(|refusal| {
-            Problem::from(refusal).about(format!("/images/{n}"))
-        })?;
+        let photo = front
+            .decoder
+            .decode(image.clone())
+            .await
+            .map_err(|refusal| Problem::from(refusal).about(format!("/images/{n}")))?;
         photos.push(photo);
     }
     Ok(photos)
