@@ -4,8 +4,9 @@
 //! [`Patience::head`], no byte taken of a response for [`Patience::stall`], no request for [`Patience::idle`], and the
 //! end of the server: then requests in flight may take [`Patience::drain`], and no more.
 
+use std::convert::Infallible;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -13,13 +14,15 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::http::{HeaderValue, header};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
@@ -48,7 +51,8 @@ const HEADERS_MAX: usize = 100;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const STREAMS_MAX: u32 = 100;
 
-/// Serves until `closing`, then lets what is in flight finish.
+/// Serves until `closing`, then lets what is in flight finish. Meanwhile new connections are still taken, for one request
+/// each: whoever asks whether the server is ready hears that it is not.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -56,30 +60,56 @@ pub async fn serve(
     patience: Patience,
     closing: CancellationToken,
 ) {
-    let places = Arc::new(Semaphore::new(connections_max));
-    let connections = TaskTracker::new();
-    let builder = Arc::new(builder(&patience));
-    // A connection beyond the last place waits in the system's queue: whoever holds a place is served first.
-    while let Some(Ok(place)) = closing.run_until_cancelled(places.clone().acquire_owned()).await {
-        let Some(accepted) = closing.run_until_cancelled(listener.accept()).await else { break };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                rest_after(&error).await;
-                continue;
-            }
-        };
-        let connection =
-            connection(stream, router.clone(), builder.clone(), patience.clone(), closing.clone());
-        connections.spawn(async move {
-            connection.await;
-            drop(place);
-        });
+    let server = Server {
+        places: Arc::new(Semaphore::new(connections_max)),
+        connections: TaskTracker::new(),
+        builder: Arc::new(builder(&patience)),
+        listener,
+        router,
+        patience,
+        closing,
+    };
+    server.closing.run_until_cancelled(server.accept()).await;
+    server.connections.close();
+    let drained = async {
+        tokio::select! {
+            () = server.connections.wait() => {}
+            () = server.accept() => {}
+        }
+    };
+    if timeout(server.patience.drain, drained).await.is_err() {
+        tracing::warn!(connections = server.connections.len(), "closed before their requests were done");
     }
-    drop(listener);
-    connections.close();
-    if timeout(patience.drain, connections.wait()).await.is_err() {
-        tracing::warn!(connections = connections.len(), "closed before their requests were done");
+}
+
+struct Server {
+    places: Arc<Semaphore>,
+    connections: TaskTracker,
+    builder: Arc<auto::Builder<TokioExecutor>>,
+    listener: TcpListener,
+    router: Router,
+    patience: Patience,
+    closing: CancellationToken,
+}
+
+impl Server {
+    /// Takes connections for ever. One beyond the last place waits in the system's queue.
+    async fn accept(&self) {
+        while let Ok(place) = self.places.clone().acquire_owned().await {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let connection = Connection {
+                        router: self.router.clone(),
+                        builder: self.builder.clone(),
+                        patience: self.patience.clone(),
+                        closing: self.closing.clone(),
+                        _place: place,
+                    };
+                    self.connections.spawn(connection.serve(stream));
+                }
+                Err(error) => rest_after(&error).await,
+            }
+        }
     }
 }
 
@@ -111,58 +141,76 @@ async fn rest_after(error: &io::Error) {
     }
 }
 
-async fn connection(
-    stream: TcpStream,
+/// What a connection needs.
+struct Connection {
     router: Router,
     builder: Arc<auto::Builder<TokioExecutor>>,
     patience: Patience,
     closing: CancellationToken,
-) {
-    let _ = stream.set_nodelay(true);
-    let requests = Arc::new(Requests::default());
-    let service = service_fn({
-        let requests = requests.clone();
-        move |request: hyper::Request<hyper::body::Incoming>| {
-            let in_flight = InFlight::begin(requests.clone());
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    async fn serve(self, stream: TcpStream) {
+        let _ = stream.set_nodelay(true);
+        let requests = Arc::new(Requests::default());
+        let (router, closing, seen) = (self.router, self.closing.clone(), requests.clone());
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let in_flight = InFlight::begin(seen.clone());
             let response = router.clone().oneshot(request.map(Body::new));
+            let closing = closing.clone();
             async move {
-                // A response is in flight until the last byte of its body.
-                response
-                    .await
-                    .map(|response| response.map(|body| Body::new(Held { body, _in_flight: in_flight })))
-            }
-        }
-    });
-    let io = TokioIo::new(Stalling { stream, patience: patience.stall, stalled: None });
-    let mut connection = std::pin::pin!(builder.serve_connection(io, service));
-    let mut ending = false;
-    let mut look = Instant::now() + patience.head;
-    let mut quiet_since = None;
-    let mut begun = 0;
-    loop {
-        tokio::select! {
-            _ = connection.as_mut() => return, // a peer's fault; there is nobody to tell
-            () = closing.cancelled(), if !ending => {
-                ending = true;
-                connection.as_mut().graceful_shutdown();
-            }
-            () = tokio::time::sleep_until(look), if !ending => {
-                let now = Instant::now();
-                look = now + patience.head;
-                let seen = requests.begun.load(Ordering::Relaxed);
-                let busy = requests.in_flight.load(Ordering::Relaxed) > 0;
-                if seen == 0 {
-                    return; // not one request head: hyper does not count the time before the first byte
+                let mut response = response.await?;
+                if closing.is_cancelled() {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                if busy || seen != begun {
-                    begun = seen;
-                    quiet_since = None;
-                } else if now - *quiet_since.get_or_insert(now) >= patience.idle {
+                // A request is in flight until the last byte of its answer.
+                Ok::<_, Infallible>(response.map(|body| Body::new(Held { body, _in_flight: in_flight })))
+            }
+        });
+        let io = TokioIo::new(Stalling { stream, patience: self.patience.stall, stalled: None });
+        let mut connection = pin!(self.builder.serve_connection(io, service));
+        // One that comes while the server ends is asked to end by its answer: hyper would not even read its request.
+        let mut ending = self.closing.is_cancelled();
+        let mut quiet = Quiet::default();
+        let mut look = interval(self.patience.head);
+        look.tick().await; // the first comes at once
+        loop {
+            tokio::select! {
+                _ = connection.as_mut() => return, // a peer's fault; there is nobody to tell
+                () = self.closing.cancelled(), if !ending => {
                     ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
+                now = look.tick() => {
+                    if requests.begun.load(Ordering::Relaxed) == 0 {
+                        return; // hyper does not count the time before a request's first byte
+                    }
+                    if !ending && quiet.since(&requests, now) >= self.patience.idle {
+                        ending = true;
+                        connection.as_mut().graceful_shutdown();
+                    }
+                }
             }
         }
+    }
+}
+
+/// How long there has been no request.
+#[derive(Default)]
+struct Quiet {
+    begun: usize,
+    since: Option<Instant>,
+}
+
+impl Quiet {
+    fn since(&mut self, requests: &Requests, now: Instant) -> Duration {
+        let begun = requests.begun.load(Ordering::Relaxed);
+        if requests.in_flight.load(Ordering::Relaxed) > 0 || begun != self.begun {
+            *self = Self { begun, since: None };
+            return Duration::ZERO;
+        }
+        now - *self.since.get_or_insert(now)
     }
 }
 
