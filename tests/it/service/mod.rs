@@ -1,5 +1,10 @@
 //! The service: real databases, real stores, real HTTP; engines that compute nothing.
 
+mod chaos;
 mod floor;
+mod s3;
 mod scripted;
+
+mod blobs;
+mod photos;
 mod worker;
