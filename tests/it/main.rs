@@ -18,3 +18,5 @@ mod bundles;
 mod tokenizer;
 
 mod bench;
+
+mod service;

@@ -1,0 +1,4 @@
+//! The service: what it promises, on real databases.
+
+pub(crate) mod postgres;
+mod store;
