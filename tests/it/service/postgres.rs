@@ -72,7 +72,11 @@ impl Postgres {
 
     /// Starts it, again.
     pub(crate) fn start(&self) {
-        let settings = format!("{} -c listen_addresses= -c max_connections=300 -k {}", self.settings, self.dir.display());
+        let settings = format!(
+            "{} -c listen_addresses= -c max_connections=300 -k {}",
+            self.settings,
+            self.dir.display()
+        );
         let log = self.dir.join("log").display().to_string();
         self.program("pg_ctl", &["start", "-w", "-D", &self.data(), "-l", &log, "-o", &settings]);
     }
@@ -98,7 +102,10 @@ impl Postgres {
         if let Some((uid, gid)) = self.user {
             chown(&self.dir, Some(uid), Some(gid)).expect("root may");
         }
-        self.program("initdb", &["-N", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "-D", &self.data()]);
+        self.program(
+            "initdb",
+            &["-N", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "-D", &self.data()],
+        );
     }
 
     /// Leaves a watchdog behind, in a process group of its own, that outlives the last test by a moment.
@@ -158,7 +165,8 @@ fn user_to_be(own: &File) -> Option<(u32, u32)> {
     }
     let users = fs::read_to_string("/etc/passwd").expect("the users of this machine");
     let find = |name: &str| {
-        let fields: Vec<&str> = users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|f| f[0] == name)?;
+        let fields: Vec<&str> =
+            users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|f| f[0] == name)?;
         Some((fields[2].parse().ok()?, fields[3].parse().ok()?))
     };
     Some(find("postgres").or_else(|| find("nobody")).expect("a user to run Postgres as"))

@@ -7,8 +7,8 @@ mod walk;
 use std::time::Duration;
 
 use hypnos::job::{
-    Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec, TenantId, TrainOptions,
-    TrainSpec,
+    Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
+    TenantId, TrainOptions, TrainSpec,
 };
 use hypnos::store::{Idempotency, NewJob, Store, Submitted};
 use serde_json::json;

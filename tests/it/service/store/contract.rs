@@ -41,6 +41,7 @@ on_both! {
     spent_checkpoints_are_named_until_they_are_forgotten,
     the_first_class_image_stays,
     lists_are_filtered_and_turned_page_by_page,
+    another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
     gauges_count_what_waits_and_what_runs,
     a_submission_wakes_who_waits,
@@ -52,7 +53,10 @@ async fn a_job_comes_back_as_it_was_accepted(house: House) {
     let tenant = house.tenant("shop").await;
     let new = NewJob { priority: 3, ..training(tenant) };
     let job = house.accept(new.clone()).await;
-    assert_eq!((job.id, job.tenant, job.parent, &job.spec, &job.photos), (new.id, tenant, None, &new.spec, &new.photos));
+    assert_eq!(
+        (job.id, job.tenant, job.parent, &job.spec, &job.photos),
+        (new.id, tenant, None, &new.spec, &new.photos)
+    );
     assert_eq!((job.state, job.attempt, job.max_attempts, job.run_lease), (State::Queued, 0, 3, 0));
     assert_eq!((job.started_ms, job.finished_ms, job.cancel_requested), (None, None, false));
     assert_eq!(house.train(tenant, job.id).await, Some(job.clone()));
@@ -361,7 +365,8 @@ async fn a_lost_lease_writes_nothing(house: House) {
 
 async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Lease], when: &str) {
     let (before, shown) = (house.train(tenant, id).await, house.store.artifacts(tenant, id).await.unwrap());
-    let lost = |answer: Result<(), Error>| assert!(matches!(answer, Err(Error::LeaseLost)), "{when}: {answer:?}");
+    let lost =
+        |answer: Result<(), Error>| assert!(matches!(answer, Err(Error::LeaseLost)), "{when}: {answer:?}");
     let store = &house.store;
     for &lease in leases {
         assert_eq!(store.renew(lease, LONG, Some(&progress(9))).await.unwrap(), Renewal::Lost, "{when}");
@@ -384,7 +389,8 @@ async fn a_lost_worker_costs_an_attempt_and_the_last_one_the_job(house: House) {
     for attempt in 1..=3 {
         let job = house.claim_briefly().await.unwrap();
         assert_eq!((job.attempt, job.run_lease), (attempt, attempt));
-        let expected = Rescued { requeued: u64::from(attempt < 3), failed: u64::from(attempt == 3), canceled: 0 };
+        let expected =
+            Rescued { requeued: u64::from(attempt < 3), failed: u64::from(attempt == 3), canceled: 0 };
         assert_eq!(house.store.rescue().await.unwrap(), expected);
     }
     assert_eq!(house.claim().await, None);
@@ -397,7 +403,9 @@ async fn a_lost_worker_costs_an_attempt_and_the_last_one_the_job(house: House) {
 async fn a_deadline_ends_an_attempt_however_alive_its_worker_looks(house: House) {
     let tenant = house.tenant("shop").await;
     let id = house.accept(NewJob { max_attempts: 2, ..training(tenant) }).await.id;
-    for rescued in [Rescued { requeued: 1, ..Rescued::default() }, Rescued { failed: 1, ..Rescued::default() }] {
+    for rescued in
+        [Rescued { requeued: 1, ..Rescued::default() }, Rescued { failed: 1, ..Rescued::default() }]
+    {
         let job = house.store.claim(Uuid::now_v7(), BOTH, LONG, NONE).await.unwrap().unwrap();
         let renewal = house.store.renew(job.lease(), LONG, None).await.unwrap();
         assert_eq!(renewal, Renewal::Held { cancel_requested: false });
@@ -463,7 +471,11 @@ async fn a_fault_without_attempts_left_fails(house: House) {
     assert_eq!((job.state, job.error, job.result), (State::Failed, Some(fault()), None));
     let second = house.accept(training(tenant)).await.id;
     let job = house.claim().await.unwrap();
-    assert_eq!(house.store.fail(job.lease(), &fault(), None).await.unwrap(), State::Failed, "not worth a retry");
+    assert_eq!(
+        house.store.fail(job.lease(), &fault(), None).await.unwrap(),
+        State::Failed,
+        "not worth a retry"
+    );
     assert_eq!(house.train(tenant, second).await.unwrap().attempt, 1);
 }
 
@@ -483,7 +495,9 @@ async fn a_cancel_that_was_acknowledged_never_succeeds(house: House) {
     let tenant = house.tenant("shop").await;
     type End = fn(Store, Lease) -> futures_util::future::BoxFuture<'static, State>;
     let ends: [End; 4] = [
-        |store, lease| Box::pin(async move { store.finish(lease, &json!({}), &[object("weights")]).await.unwrap() }),
+        |store, lease| {
+            Box::pin(async move { store.finish(lease, &json!({}), &[object("weights")]).await.unwrap() })
+        },
         |store, lease| Box::pin(async move { store.fail(lease, &fault(), Some(NONE)).await.unwrap() }),
         |store, lease| Box::pin(async move { store.fail(lease, &fault(), None).await.unwrap() }),
         |store, lease| Box::pin(async move { store.release(lease).await.unwrap() }),
@@ -674,6 +688,40 @@ async fn lists_are_filtered_and_turned_page_by_page(house: House) {
     assert_eq!(ids(later(parent.created_ms + 9_000_000), None, 99).await, [samples[0]]);
 }
 
+// case 33: as far as the store goes
+async fn another_tenants_rows_are_not_there(house: House) {
+    let [owner, stranger] = [house.tenant("owner").await, house.tenant("stranger").await];
+    let done = house.trained(owner).await;
+    let drawn = house.accept(sample(owner, done.id)).await;
+    let named = NewJob { idempotency: named("order-1", "abc"), ..training(owner) };
+    let waiting = house.accept(named.clone()).await;
+    house.store.add_class_image(owner, "s", 1, &object("class")).await.unwrap();
+    let store = &house.store;
+    for job in [&done, &drawn, &waiting] {
+        for kind in Kind::ALL {
+            assert_eq!(store.find(stranger, job.id, *kind).await.unwrap(), None);
+        }
+        assert_eq!(store.version(stranger, job.id).await.unwrap(), None);
+        assert_eq!(store.artifacts(stranger, job.id).await.unwrap(), []);
+        assert_eq!(store.artifact(stranger, job.id, "weights").await.unwrap(), None);
+        assert_eq!(store.cancel(stranger, job.id).await.unwrap(), None);
+        assert!(!store.delete(stranger, job.id).await.unwrap());
+        let forged = Job { tenant: stranger, ..job.clone() };
+        assert_eq!(store.queue_position(&forged).await.unwrap(), None);
+        assert_eq!(
+            store.find(owner, job.id, job.spec.kind()).await.unwrap().as_ref(),
+            Some(job),
+            "it was left alone"
+        );
+    }
+    let filter = Filter { parent: Some(done.id), ..Filter::default() };
+    for filter in [Filter::default(), filter] {
+        assert_eq!(store.list(stranger, &filter, None, 99).await.unwrap(), []);
+    }
+    assert_eq!(store.replay(stranger, &named.idempotency.unwrap()).await.unwrap(), None);
+    assert_eq!(store.class_images(stranger, "s").await.unwrap(), []);
+}
+
 // case 32, 52: as far as the store goes
 async fn keys_open_until_they_expire_or_are_revoked(house: House) {
     let tenant = house.tenant("shop").await;
@@ -701,7 +749,8 @@ async fn keys_open_until_they_expire_or_are_revoked(house: House) {
     assert_eq!(live("k1").await, Some(false));
     let all: Vec<String> = house.store.list_keys().await.unwrap().into_iter().map(|key| key.id).collect();
     assert_eq!(all, ["k1", "k2", "k3"]);
-    let names: Vec<String> = house.store.tenants().await.unwrap().into_iter().map(|tenant| tenant.name).collect();
+    let names: Vec<String> =
+        house.store.tenants().await.unwrap().into_iter().map(|tenant| tenant.name).collect();
     assert_eq!(names, ["local", "shop"]);
     assert_eq!(house.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
 }
@@ -714,7 +763,9 @@ async fn gauges_count_what_waits_and_what_runs(house: House) {
     house.accept(training(tenant)).await;
     house.accept(sample(tenant, parent)).await;
     house.accept(sample(tenant, parent)).await;
-    house.sql("update job set created_ms = created_ms - 5000 where state = 'queued' and kind = 'sample'").await;
+    house
+        .sql("update job set created_ms = created_ms - 5000 where state = 'queued' and kind = 'sample'")
+        .await;
     let gauges = house.store.gauges().await.unwrap().kinds;
     let counts: Vec<_> = gauges.iter().map(|gauge| (gauge.kind, gauge.queued, gauge.running)).collect();
     assert_eq!(counts, [(Kind::Train, 1, 1), (Kind::Sample, 2, 0)]);
