@@ -2,9 +2,11 @@
 
 mod chaos;
 mod floor;
+mod postgres;
 mod s3;
 mod scripted;
 
 mod blobs;
 mod photos;
+mod store;
 mod worker;
