@@ -2,7 +2,7 @@
 //! starts, stops and kills.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use hypnos::job::{
 };
 use hypnos::store::{NewJob, Store, Submitted};
 use hypnos::worker::{self, Settings};
+use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -28,7 +29,7 @@ pub(super) struct Floor {
     pub(super) store: Store,
     pub(super) blobs: Blobs,
     pub(super) settings: Settings,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Floor {
@@ -43,7 +44,8 @@ impl Floor {
     pub(super) async fn on(dir: tempfile::TempDir, url: &str) -> Self {
         let store = Store::connect(url, 8).await.unwrap();
         store.migrate().await.unwrap();
-        let blobs = local_blobs(dir.path());
+        std::fs::create_dir_all(dir.path().join("objects")).unwrap();
+        let blobs = Blobs::over(Arc::new(directory(dir.path())));
         let settings = Settings {
             database: url.into(),
             lease: Duration::from_millis(1500),
@@ -54,7 +56,17 @@ impl Floor {
             scratch: dir.path().join("scratch"),
             weights_bytes_max: 1 << 20,
         };
-        Self { store, blobs, settings, _dir: dir }
+        Self { store, blobs, settings, dir }
+    }
+
+    /// The directory of the objects.
+    pub(super) fn objects(&self) -> PathBuf {
+        self.dir.path().join("objects")
+    }
+
+    /// The same objects, by another way.
+    pub(super) fn objects_store(&self) -> LocalFileSystem {
+        directory(self.dir.path())
     }
 
     /// A worker with one scripted engine.
@@ -175,11 +187,8 @@ impl Floor {
     }
 }
 
-pub(super) fn local_blobs(dir: &Path) -> Blobs {
-    let objects = dir.join("objects");
-    std::fs::create_dir_all(&objects).unwrap();
-    let store = object_store::local::LocalFileSystem::new_with_prefix(objects).unwrap();
-    Blobs::over(Arc::new(store))
+fn directory(dir: &Path) -> LocalFileSystem {
+    LocalFileSystem::new_with_prefix(dir.join("objects")).unwrap()
 }
 
 /// A worker that is running.

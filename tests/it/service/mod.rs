@@ -8,5 +8,7 @@ mod scripted;
 
 mod blobs;
 mod photos;
+mod settings;
 mod store;
+mod story;
 mod worker;
