@@ -2,7 +2,7 @@
 //! starts, stops and kills.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ pub(super) struct Floor {
     pub(super) store: Store,
     pub(super) blobs: Blobs,
     pub(super) settings: Settings,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Floor {
@@ -54,7 +54,12 @@ impl Floor {
             scratch: dir.path().join("scratch"),
             weights_bytes_max: 1 << 20,
         };
-        Self { store, blobs, settings, _dir: dir }
+        Self { store, blobs, settings, dir }
+    }
+
+    /// The directory of the objects.
+    pub(super) fn objects(&self) -> PathBuf {
+        self.dir.path().join("objects")
     }
 
     /// A worker with one scripted engine.
