@@ -306,6 +306,12 @@ pub struct Working {
     /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
     #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
+    /// Pictures drawn at once: more is quicker for each and takes more memory
+    #[arg(long, env = "HYPNOS_BATCH", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub batch: u16,
+    /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
+    #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
+    pub gradient_checkpointing: bool,
     /// Memory for fine-tuned models that were drawn with, on each device, in GiB
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,

@@ -17,8 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, FuturesUnordered};
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{FutureExt, StreamExt, TryFutureExt, TryStreamExt};
 use jiff::Timestamp;
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::local::LocalFileSystem;
@@ -201,7 +202,8 @@ impl Blobs {
     }
 
     /// Writes a file of any size, in parts. `sent` hears of the bytes that have arrived so far. On any end but success,
-    /// being dropped too, no part stays behind.
+    /// being dropped too, the parts are discarded; a bucket's own rule (`AbortIncompleteMultipartUpload`) is for those that
+    /// a killed process leaves.
     pub async fn put_file(
         &self,
         key: &Key,
@@ -219,10 +221,13 @@ impl Blobs {
         }
         let begun = self.within(self.store.put_multipart(&self.path(key.as_str()))).await;
         let mut upload = Upload(Some(begun.map_err(Error::while_writing)?));
-        let outcome = self.send(&mut upload, file, part_size(size), &mut sent).await;
+        let mut parts = FuturesUnordered::new();
+        let outcome = self.send(&mut upload, &mut parts, file, part_size(size), &mut sent).await;
         let (size, sha256) = match outcome {
             Ok(done) => done,
             Err(error) => {
+                // A part that arrives after the abort may stay.
+                while parts.next().await.is_some() {}
                 upload.abort(self.patience).await;
                 return Err(error);
             }
@@ -234,13 +239,13 @@ impl Blobs {
     async fn send(
         &self,
         upload: &mut Upload,
+        parts: &mut FuturesUnordered<BoxFuture<'static, Result<u64, Error>>>,
         mut file: tokio::fs::File,
         part_size: u64,
         sent: &mut (dyn FnMut(u64) + Send),
     ) -> Result<(u64, String), Error> {
         let mut hash = Sha256::new();
         let (mut size, mut arrived) = (0, 0);
-        let mut parts = FuturesUnordered::new();
         loop {
             let mut part = BytesMut::with_capacity(part_size as usize);
             while (part.len() as u64) < part_size {
@@ -256,7 +261,7 @@ impl Blobs {
             let n_bytes = part.len() as u64;
             size += n_bytes;
             let sending = self.within(upload.part(part.freeze()));
-            parts.push(async move { sending.await.map(|()| n_bytes) });
+            parts.push(sending.map_ok(move |()| n_bytes).boxed());
             while parts.len() >= N_PARTS_AT_ONCE {
                 arrived += parts.try_next().await?.unwrap_or(0);
                 sent(arrived);
@@ -266,7 +271,6 @@ impl Blobs {
             arrived += n_bytes;
             sent(arrived);
         }
-        drop(parts);
         self.within(upload.complete()).await?;
         Ok((size, link::hex(&hash.finalize())))
     }
@@ -429,7 +433,7 @@ impl Blobs {
     }
 
     /// Removes the files that uploads to a local store left when their process was killed, if they are older than that;
-    /// how many. A bucket's own rule (`AbortIncompleteMultipartUpload`) does the same there.
+    /// how many. Does nothing in a bucket, which has a rule for that.
     pub async fn sweep_unfinished(&self, older_than: Duration) -> Result<usize, Error> {
         let Some(directory) = self.directory.clone() else { return Ok(0) };
         let swept = tokio::task::spawn_blocking(move || sweep(&directory, older_than)).await;

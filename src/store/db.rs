@@ -12,6 +12,7 @@ use sqlx::{
     AssertSqlSafe, ConnectOptions, PgPool, Postgres, Row as _, SqlSafeStr, SqlStr, Sqlite, SqlitePool,
     Transaction,
 };
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Error, Result};
 use crate::job::{JobId, TenantId};
@@ -170,10 +171,11 @@ impl Db {
         if path.is_empty() || path == ":memory:" {
             return Err(Error::Bad("the database's address: sqlite wants a file".into()));
         }
-        let common = SqliteConnectOptions::new().filename(path).foreign_keys(true).busy_timeout(BUSY);
-        let common = common.disable_statement_logging();
+        let common =
+            SqliteConnectOptions::new().filename(path).foreign_keys(true).disable_statement_logging();
+        let reading = common.clone().read_only(true).busy_timeout(BUSY);
         let writing = common
-            .clone()
+            .busy_timeout(Duration::ZERO) // see `patiently`
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
@@ -181,8 +183,8 @@ impl Db {
         let pool = || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None);
         let write = pool().max_connections(1).acquire_timeout(BUSY).connect_lazy_with(writing);
         let read = pool().max_connections(readers).acquire_timeout(ACQUIRE);
-        let read = read.connect_lazy_with(common.read_only(true));
-        first(&write).await.map_err(|error| match fault(error) {
+        let read = read.connect_lazy_with(reading);
+        patiently(|| write.acquire()).await.map_err(|error| match fault(error) {
             Error::Away(_) => Error::Bad("the database's file cannot be opened or made".into()),
             other => other,
         })?;
@@ -240,7 +242,7 @@ impl Db {
     pub(super) async fn begin(&self) -> Result<Tx> {
         answer(async {
             Ok(match self {
-                Self::Sqlite { write, .. } => Tx::Sqlite(write.begin_with("begin immediate").await?),
+                Self::Sqlite { write, .. } => Tx::Sqlite(begin(write).await?),
                 Self::Postgres { pool, .. } => Tx::Postgres(pool.begin().await?),
             })
         })
@@ -266,17 +268,21 @@ impl Db {
     }
 }
 
-/// Opens the file. Of several processes that make it at once, all but one find it locked in a way that SQLite does not
-/// wait for by itself.
-async fn first(write: &SqlitePool) -> sqlx::Result<()> {
-    let deadline = tokio::time::Instant::now() + BUSY;
+/// The right to write to SQLite's file.
+pub(super) async fn begin(write: &SqlitePool) -> sqlx::Result<Transaction<'static, Sqlite>> {
+    patiently(|| write.begin_with("begin immediate")).await
+}
+
+/// Waits for a lock on SQLite's file. Its own way to wait looks ten times a second only, and so starves for seconds beside
+/// busy writers; and it does not wait at all for those who make the file at the same time.
+async fn patiently<T, F: Future<Output = sqlx::Result<T>>>(attempt: impl Fn() -> F) -> sqlx::Result<T> {
+    let deadline = Instant::now() + BUSY;
     loop {
-        match write.acquire().await {
-            Ok(_) => return Ok(()),
-            Err(error) if is_busy(&error) && tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(10)).await;
+        match attempt().await {
+            Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                sleep(Duration::from_millis(2)).await
             }
-            Err(error) => return Err(error),
+            done => return done,
         }
     }
 }
@@ -344,7 +350,7 @@ impl Tx {
 
 /// Waits for the database, but not for ever: a host that vanished never answers.
 async fn answer<T>(work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
-    match tokio::time::timeout(ANSWER, work).await {
+    match timeout(ANSWER, work).await {
         Ok(done) => done.map_err(fault),
         Err(_) => Err(Error::Away(format!("no answer within {} s", ANSWER.as_secs()).into())),
     }

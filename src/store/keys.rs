@@ -1,7 +1,5 @@
 //! Tenants and API keys. A key's secret never comes here, only its public id and a hash.
 
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::db::{Row, args};
 use super::{Result, Store};

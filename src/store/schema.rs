@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::{ConnectOptions, Connection};
 
-use super::db::{Db, fault};
+use super::db::{Db, begin, fault};
 use super::{Error, Result};
 
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -15,7 +15,7 @@ pub(super) async fn migrate(db: &Db) -> Result<()> {
     match db {
         Db::Sqlite { write, .. } => {
             // sqlx takes no lock on SQLite; the one writer of all processes is lock enough.
-            let mut tx = write.begin_with("begin immediate").await.map_err(fault)?;
+            let mut tx = begin(write).await.map_err(fault)?;
             SQLITE.run_direct(None, &mut *tx, false).await.map_err(refusal)?;
             tx.commit().await.map_err(fault)
         }

@@ -79,6 +79,11 @@ fn models_do_not_import_one_another() {
 }
 
 #[test]
+fn only_the_store_speaks_sql() {
+    nobody_says("src", &["sqlx"], |file| file.starts_with("src/store/"));
+}
+
+#[test]
 fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
     let may = |file: &str| file.starts_with("src/ml/ops/") || file == "src/memory.rs";
     nobody_says("src", &["unsafe "], may);

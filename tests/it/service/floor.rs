@@ -13,6 +13,7 @@ use hypnos::job::{
 };
 use hypnos::store::{NewJob, Store, Submitted};
 use hypnos::worker::{self, Settings};
+use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +44,8 @@ impl Floor {
     pub(super) async fn on(dir: tempfile::TempDir, url: &str) -> Self {
         let store = Store::connect(url, 8).await.unwrap();
         store.migrate().await.unwrap();
-        let blobs = local_blobs(dir.path());
+        std::fs::create_dir_all(dir.path().join("objects")).unwrap();
+        let blobs = Blobs::over(Arc::new(directory(dir.path())));
         let settings = Settings {
             database: url.into(),
             lease: Duration::from_millis(1500),
@@ -60,6 +62,11 @@ impl Floor {
     /// The directory of the objects.
     pub(super) fn objects(&self) -> PathBuf {
         self.dir.path().join("objects")
+    }
+
+    /// The same objects, by another way.
+    pub(super) fn objects_store(&self) -> LocalFileSystem {
+        directory(self.dir.path())
     }
 
     /// A worker with one scripted engine.
@@ -180,11 +187,8 @@ impl Floor {
     }
 }
 
-pub(super) fn local_blobs(dir: &Path) -> Blobs {
-    let objects = dir.join("objects");
-    std::fs::create_dir_all(&objects).unwrap();
-    let store = object_store::local::LocalFileSystem::new_with_prefix(objects).unwrap();
-    Blobs::over(Arc::new(store))
+fn directory(dir: &Path) -> LocalFileSystem {
+    LocalFileSystem::new_with_prefix(dir.join("objects")).unwrap()
 }
 
 /// A worker that is running.

@@ -1,8 +1,21 @@
 //! The service: real databases, real stores, real HTTP; engines that compute nothing.
 
+mod chaos;
 mod floor;
 mod house;
-mod http_document;
-mod http_jobs;
+mod postgres;
+mod s3;
 mod scripted;
+
+mod blobs;
+mod http_document;
+mod http_edge;
+mod http_events;
+mod http_jobs;
+mod http_keys;
+mod http_samples;
+mod photos;
+mod settings;
+mod store;
+mod story;
 mod worker;

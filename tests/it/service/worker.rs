@@ -1,10 +1,15 @@
 //! What workers promise, with engines that compute nothing: results once, no step lost beyond the last checkpoint, and
 //! nothing left behind by those that die.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use hypnos::blobs::{Blobs, Scope};
+use hypnos::janitor;
 use hypnos::job::{FaultCode, REPORT, State, WEIGHTS};
+use tokio_util::sync::CancellationToken;
 
+use super::chaos::{Chaos, What};
 use super::floor::{Floor, eventually, is};
 use super::scripted::{Did, Script, expected_weights};
 
@@ -207,4 +212,95 @@ async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
     let job = floor.ended(&job).await;
     assert_eq!(job.error.unwrap().code, FaultCode::WorkerLost);
     worker.stop().await;
+}
+
+/// Kills a worker during its `nth` use of the store, for every n that a training has, and sees to it that another ends
+/// the job with the right result, whole, and that no object is left which no row names, but for the dead attempt's.
+async fn killed_at_every_use_of_the_store(what: What) {
+    let mut n = 0;
+    loop {
+        let mut floor = Floor::new().await;
+        floor.settings.lease = Duration::from_millis(400);
+        floor.settings.beat = Duration::from_millis(50);
+        floor.settings.checkpoint_every = Duration::from_millis(8);
+        let job = floor.train("mug", 12).await;
+        let chaos = Chaos::over(Arc::new(floor.objects_store()));
+        chaos.strike(n, what);
+        let worker = floor.work_over(&Script::new(Duration::from_millis(2)), Blobs::over(Arc::new(chaos.clone())));
+        let hung = eventually("the store hangs or the job ends", async || {
+            let done = floor.find(&job).await.unwrap().state.is_terminal();
+            let hung = chaos.n_operations() > n && chaos.n_answered() < chaos.n_operations();
+            (done || hung).then_some(!done)
+        });
+        if !hung.await {
+            worker.stop().await;
+            break; // a training has no more than n uses
+        }
+        // What hangs holds only whoever waits for it; the training may go on to its end, but not beyond.
+        worker.kill().await;
+
+        let worker = floor.work(&Script::new(QUICK));
+        let job = floor.ended(&job).await;
+        assert_eq!(job.state, State::Succeeded, "killed at use {n}: {:?}", job.error);
+        assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 12), "killed at use {n}");
+        for object in floor.store.artifacts(super::floor::TENANT, job.id).await.unwrap() {
+            floor.blobs.get(&object).await.unwrap();
+        }
+        worker.stop().await;
+        n += 1;
+    }
+    assert!(n > 10, "photos, class images, checkpoints, results: only {n} uses of the store");
+}
+
+// case 55
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_before_any_use_of_the_store_loses_nothing() {
+    killed_at_every_use_of_the_store(What::HangsBefore).await;
+}
+
+// case 55
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_after_any_use_of_the_store_loses_nothing() {
+    killed_at_every_use_of_the_store(What::HangsAfter).await;
+}
+
+// case 68
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_outlives_a_store_that_is_away_for_a_while() {
+    let floor = Floor::new().await;
+    let job = floor.train("mug", 60).await;
+    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let script = Script::new(SLOW);
+    let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
+    floor.until(&job, |_| script.steps("mug").len() > 3).await;
+    chaos.strike_all(Some(What::FailsBefore));
+    eventually("all steps are taken", async || (script.steps("mug").len() == 60).then_some(())).await;
+    chaos.strike_all(None);
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
+    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60));
+    floor.nothing_is_left_over(&job).await;
+    worker.stop().await;
+}
+
+// case 51
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_deleted_while_it_runs_is_gone_at_once_and_its_objects_soon() {
+    let floor = Floor::new().await;
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 10_000).await;
+    floor.until(&job, |job| job.checkpoint.is_some()).await;
+    assert!(floor.store.delete(super::floor::TENANT, job.id).await.unwrap());
+    assert!(floor.find(&job).await.is_none());
+    let stop = CancellationToken::new();
+    let pause = Duration::from_millis(20);
+    tokio::spawn(janitor::run(floor.store.clone(), floor.blobs.clone(), pause, stop.clone()));
+    let scope = Scope::job(super::floor::TENANT, job.id);
+    let gone = eventually("no object is left", async || floor.blobs.list(&scope).await.unwrap().is_empty().then_some(()));
+    gone.await;
+    let steps = script.steps("mug").len();
+    worker.stop().await;
+    assert!(script.steps("mug").len() <= steps + 1);
+    stop.cancel();
 }
