@@ -12,6 +12,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::blobs::{Bucket, Place};
+
 /// What a setting is wrong about, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -88,22 +90,6 @@ pub struct Storage {
     pub s3_secret_key_file: Option<PathBuf>,
 }
 
-/// Where objects are, told apart.
-#[derive(Clone, Debug)]
-pub enum Objects {
-    /// A directory of this machine.
-    Local(PathBuf),
-    /// A bucket.
-    S3 {
-        /// Its name.
-        bucket: String,
-        /// What all keys begin with; may be empty.
-        prefix: String,
-        /// Access key id and secret access key.
-        keys: (String, SecretString),
-    },
-}
-
 impl Storage {
     /// URL of the database. Its directory is made if it is ours to make.
     pub fn database_url(&self) -> Result<SecretString> {
@@ -130,35 +116,42 @@ impl Storage {
     }
 
     /// Where objects are.
-    pub fn objects(&self) -> Result<Objects> {
-        let place = self.objects.as_deref();
-        let Some(bucket) = place.and_then(|place| place.strip_prefix("s3://")) else {
-            if let Some(other) = place.filter(|place| place.contains("://") && !place.starts_with("file://"))
-            {
-                return wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {other:?}"));
-            }
+    pub fn place(&self) -> Result<Place> {
+        let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
+        let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
+        let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
+        let Some(bucket) = place.strip_prefix("s3://") else {
             let given = [
                 ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+                ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
                 ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+                ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
             ];
             if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
                 return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
             }
-            let dir = place.map(|place| PathBuf::from(place.strip_prefix("file://").unwrap_or(place)));
-            return Ok(Objects::Local(dir.unwrap_or_else(|| self.data.join("objects"))));
+            let dir = place.strip_prefix("file://").unwrap_or(&place);
+            return match dir.split_once("://") {
+                Some((scheme, _)) => {
+                    wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"))
+                }
+                None => Ok(Place::Directory(dir.into())),
+            };
         };
-        let (bucket, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
-        if bucket.is_empty() {
+        let (name, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
+        if name.is_empty() {
             return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
         }
-        let secret =
-            secret("HYPNOS_S3_SECRET_KEY", self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref())?;
-        match (self.s3_access_key.clone(), secret) {
-            (Some(id), Some(secret)) => Ok(Objects::S3 {
-                bucket: bucket.into(),
+        match (self.s3_access_key.clone(), secret_key) {
+            (Some(access_key), Some(secret_key)) => Ok(Place::Bucket(Bucket {
+                name: name.into(),
                 prefix: prefix.trim_matches('/').into(),
-                keys: (id, secret),
-            }),
+                endpoint: self.s3_endpoint.clone(),
+                public_endpoint: self.s3_public_endpoint.clone(),
+                region: self.s3_region.clone(),
+                access_key,
+                secret_key,
+            })),
             (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
             (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
         }
@@ -250,6 +243,14 @@ pub struct Serving {
 }
 
 impl Serving {
+    /// Refuses a setting that cannot work, before anything is opened.
+    pub fn check(&self) -> Result<()> {
+        self.public_url(self.listen)?;
+        seconds("HYPNOS_HEADER_SECS", self.header_secs)?;
+        seconds("HYPNOS_BODY_SECS", self.body_secs)?;
+        seconds("HYPNOS_DRAIN_SECS", self.drain_secs).map(drop)
+    }
+
     /// Whether keys are asked for. None are on loopback; elsewhere nobody is let in without.
     pub fn keys_wanted(&self) -> Result<bool> {
         let loopback = self.listen.ip().is_loopback();
@@ -305,6 +306,12 @@ pub struct Working {
     /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
     #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
+    /// Pictures drawn at once: more is quicker for each and takes more memory
+    #[arg(long, env = "HYPNOS_BATCH", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub batch: u16,
+    /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
+    #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
+    pub gradient_checkpointing: bool,
     /// Memory for fine-tuned models that were drawn with, on each device, in GiB
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,

@@ -1,17 +1,26 @@
-//! The command line: words in, words and exit codes out. It decides nothing about pictures; [`crate::ml`] does.
+//! The command line: words in, words and exit codes out. It decides nothing; it wires the rest together.
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
 mod bench;
+mod bench_serve;
+mod keys;
+mod migrate;
 mod models;
 mod sample;
+mod serve;
+mod service;
+mod work;
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::ml::Error;
+use crate::config::{self, Wrong};
+use crate::job::{Fault, FaultCode};
+use crate::ml;
 
 /// Turns 3-5 photos of a product into a model that draws that product anywhere.
 #[derive(Debug, Parser)]
@@ -23,6 +32,17 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Answer requests; with --workers, do the work as well.
+    Serve(Box<serve::Serve>),
+    /// Do the work: train and draw what is in the queue.
+    Work(Box<work::Work>),
+    /// Bring the database up to date.
+    Migrate(migrate::Migrate),
+    /// Say who may call.
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Print the OpenAPI document of the service.
+    Openapi,
     /// Look after the models on disk.
     #[command(subcommand)]
     Models(models::Command),
@@ -30,22 +50,82 @@ enum Command {
     Sample(Box<sample::Sample>),
     /// Measure operations and models, side by side with PyTorch where it is given.
     Bench(bench::Args),
+    /// Measure the service beside a bare handler, and how soon a job starts.
+    BenchServe(bench_serve::BenchServe),
+}
+
+/// Why a command ended early, in one line.
+#[derive(Debug)]
+enum Stop {
+    /// The input cannot work.
+    Input(String),
+    /// The machine failed.
+    Failed(String),
+}
+
+impl From<ml::Error> for Stop {
+    fn from(error: ml::Error) -> Self {
+        match error {
+            ml::Error::Tensor(_) => Self::Failed(error.to_string()),
+            _ => Self::Input(error.to_string()),
+        }
+    }
+}
+
+impl From<Wrong> for Stop {
+    fn from(wrong: Wrong) -> Self {
+        Self::Input(wrong.to_string())
+    }
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        if fault.code == FaultCode::Input { Self::Input(fault.message) } else { Self::Failed(fault.message) }
+    }
 }
 
 /// Runs what the process's arguments ask for.
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
-        Command::Models(command) => models::run(command),
-        Command::Sample(args) => sample::run(&args),
-        Command::Bench(args) => bench::run(&args),
-    };
-    done.unwrap_or_else(|error| {
-        say_error(&error.to_string());
-        match error {
-            Error::Bad(_) => ExitCode::from(2),
-            Error::Tensor(_) => ExitCode::from(1),
+    let cli = Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
+    let done = check_environment().and_then(|()| match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Work(args) => work::run(&args),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Keys(command) => keys::run(&command),
+        Command::Openapi => {
+            say(crate::http::openapi().trim_end());
+            Ok(ExitCode::SUCCESS)
         }
+        Command::Models(command) => Ok(models::run(command)?),
+        Command::Sample(args) => Ok(sample::run(&args)?),
+        Command::Bench(args) => Ok(bench::run(&args)?),
+        Command::BenchServe(args) => bench_serve::run(&args),
+    });
+    done.unwrap_or_else(|stop| {
+        let (line, code) = match stop {
+            Stop::Input(line) => (line, 2),
+            Stop::Failed(line) => (line, 1),
+        };
+        say_error(&line);
+        ExitCode::from(code)
     })
+}
+
+/// The whole command line, for those who describe it.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Every setting that the environment may hold.
+fn known_variables(command: &clap::Command) -> BTreeSet<String> {
+    let own = command.get_arguments().filter_map(|arg| arg.get_env());
+    let own = own.map(|name| name.to_string_lossy().into_owned());
+    own.chain(command.get_subcommands().flat_map(known_variables)).collect()
+}
+
+fn check_environment() -> Result<(), Stop> {
+    let names = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
+    Ok(config::check_environment(names, &known_variables(&command()))?)
 }
 
 /// One line for whoever ran the command.

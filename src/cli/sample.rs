@@ -8,7 +8,6 @@ use std::process::ExitCode;
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
 
 use super::say;
 use crate::ml::bundle::Bundle;
@@ -124,7 +123,8 @@ fn draw(
         let Some(drawn) = drawn else { break };
         for (picture, pixels) in batch.iter().zip(decode(models, &drawn)?) {
             let file = args.out.join(format!("{}.png", picture.seed));
-            let texts = parameters(args, bundle, picture, settings)?;
+            let model = (bundle.manifest().name.as_str(), bundle.hash()?);
+            let texts = picture::texts(picture, settings, model, args.latents.is_some());
             picture::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
             bar.suspend(|| say(&file.display().to_string()));
         }
@@ -136,29 +136,6 @@ fn draw(
         save(file, &tensors, &BTreeMap::new(), DType::F32)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// What a picture says of itself: all of it as JSON, and the one line that other programs read.
-fn parameters(
-    args: &Sample,
-    bundle: &Bundle,
-    picture: &Picture,
-    settings: &Settings,
-) -> Result<[(&'static str, String); 2]> {
-    let Picture { prompt, negative, seed } = picture;
-    let Settings { sampler, steps, guidance, width, height } = settings;
-    let hash = bundle.hash()?;
-    let line = format!(
-        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {seed}, \
-         Size: {width}x{height}, Model hash: {}",
-        &hash[..10.min(hash.len())]
-    );
-    let all = json!({
-        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
-        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": bundle.manifest().name,
-        "bundle_sha256": hash, "own_latents": args.latents.is_some(), "hypnos": env!("CARGO_PKG_VERSION"),
-    });
-    Ok([("parameters", line), ("hypnos", all.to_string())])
 }
 
 fn warn_of_long_prompts(args: &Sample, models: &Models) {

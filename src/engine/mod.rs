@@ -3,11 +3,17 @@
 //! An engine is owned by one OS thread. It does no network and no SQL, and it knows no queue: it is given files and
 //! bytes and reports through a *watch* between two steps; the watch says whether to go on. Time is the caller's too.
 
+mod candle;
+mod shelf;
+mod training;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::job::{Fault, Format, Progress, SampleSpec, TrainSpec};
+
+pub use candle::{CandleEngine, Settings};
 
 /// What the watcher wants next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -206,6 +206,17 @@ impl Bundle {
         self.part("vae", device, trainable, |w| Vae::load(w, &self.vae))
     }
 
+    /// A text encoder of this bundle's shape with weights from elsewhere, named as in the bundle's file; so for
+    /// [`Bundle::unet_of`].
+    pub fn text_encoder_of(&self, weights: &Weights) -> Result<ClipText> {
+        ClipText::load(weights, &self.text)
+    }
+
+    /// A UNet of this bundle's shape with weights from elsewhere.
+    pub fn unet_of(&self, weights: &Weights) -> Result<Unet> {
+        Unet::load(weights, &self.unet)
+    }
+
     /// Content hash: SHA-256 over the paths and SHA-256 of all files that decide what it draws, in lower-case
     /// hexadecimal. Two bundles with the same one draw the same, whatever their `hypnos.json` says of them. Reads
     /// every file the first time it is asked for.
@@ -276,7 +287,7 @@ fn at(path: &Path, error: Error) -> Error {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     match error {
         Error::Bad(what) => bad(path, what.strip_prefix(&format!("{name}: ")).unwrap_or(&what)),
-        other @ Error::Tensor(_) => other,
+        other => other,
     }
 }
 

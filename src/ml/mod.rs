@@ -6,6 +6,7 @@
 //!
 //! Value ranges: *pixels* u8 0..255, *unit* 0..1, *signed* -1..1.
 
+pub mod adapted;
 pub mod bundle;
 pub mod device;
 pub mod diffusion;
@@ -27,6 +28,8 @@ pub mod weights;
 pub enum Error {
     /// Input that cannot work: one line saying what came, what was wanted, and where.
     Bad(String),
+    /// A training left the numbers: its loss or gradient at this step, counted from 1, is not finite.
+    Diverged(u64),
     /// The tensor library failed.
     Tensor(candle_core::Error),
 }
@@ -45,6 +48,9 @@ impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Bad(message) => f.write_str(message),
+            Self::Diverged(step) => {
+                write!(f, "the loss was no longer a finite number at step {step}; try a lower learning rate")
+            }
             // candle appends a backtrace to its text; a person reads the first line.
             Self::Tensor(error) => f.write_str(error.to_string().lines().next().unwrap_or("unknown")),
         }

@@ -1,26 +1,90 @@
-//! PNG files that say how they were made.
+//! Pictures as files: photos to tensors, pixels to PNG, JPEG and WebP.
+//!
+//! Photos are trusted: the service has decoded what strangers sent and encoded it again. Only PNG files say how they
+//! were made; JPEG and WebP have no place for texts that other programs read.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use candle_core::{Device, Tensor};
+use image::imageops::{self, FilterType};
+use serde_json::json;
+
+use super::sample::{Picture, Settings};
 use super::{Error, Result};
 
-/// Writes RGB pixels as a PNG, whole or not at all.
+/// Quality of JPEG and WebP, of 100.
+const QUALITY: u8 = 90;
+
+/// A photo as a model sees it.
+#[derive(Clone, Debug)]
+pub struct Photo {
+    /// `[1, 3, side, side]`, signed, on the CPU.
+    pub tensor: Tensor,
+    /// Pixels of the photo as it came.
+    pub width: u32,
+    /// Pixels of the photo as it came.
+    pub height: u32,
+}
+
+impl Photo {
+    /// The largest square in the middle of a picture file, brought to `side` pixels. One of that size already is taken
+    /// pixel for pixel. [`Error::Bad`] if the bytes are no PNG.
+    ///
+    /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
+    /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
+    pub fn decode(png: &[u8], side: usize) -> Result<Self> {
+        let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
+        let pixels = decoded.map_err(|error| Error::bad(format!("cannot be decoded: {error}")))?.into_rgb8();
+        let (width, height) = pixels.dimensions();
+        let cut = width.min(height);
+        let square = imageops::crop_imm(&pixels, (width - cut) / 2, (height - cut) / 2, cut, cut).to_image();
+        let square = if cut as usize == side {
+            square
+        } else {
+            imageops::resize(&square, side as u32, side as u32, FilterType::CatmullRom)
+        };
+        let signed: Vec<f32> = square.into_raw().into_iter().map(|v| f32::from(v) / 127.5 - 1.0).collect();
+        let interleaved = Tensor::from_vec(signed, (1, side, side, 3), &Device::Cpu)?;
+        Ok(Self { tensor: interleaved.permute((0, 3, 1, 2))?.contiguous()?, width, height })
+    }
+}
+
+/// A PNG file of RGB pixels.
 ///
-/// * `pixels`: `height x width x 3` bytes, row by row
+/// * `pixels`: `height x width x 3` bytes, row by row; so for the other formats
 /// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in iTXt chunks
-pub fn save_png(
-    path: &Path,
-    pixels: &[u8],
-    (width, height): (usize, usize),
-    texts: &[(&str, String)],
-) -> Result<()> {
+pub fn png(pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<Vec<u8>> {
+    let mut file = Vec::new();
+    let written = write_png(&mut file, pixels, size, texts);
+    written.map_err(|error| Error::bad(format!("PNG: cannot be encoded: {error}")))?;
+    Ok(file)
+}
+
+/// A JPEG file of RGB pixels, quality 90.
+pub fn jpeg(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
+    let mut file = Vec::new();
+    let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut file, QUALITY);
+    let written = encoder.encode(pixels, width as u32, height as u32, image::ExtendedColorType::Rgb8);
+    written.map_err(|error| Error::bad(format!("JPEG: cannot be encoded: {error}")))?;
+    Ok(file)
+}
+
+/// A WebP file of RGB pixels, lossy, quality 90.
+pub fn webp(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
+    let encoder = webp::Encoder::from_rgb(pixels, width as u32, height as u32);
+    let file = encoder.encode_simple(false, f32::from(QUALITY));
+    Ok(file.map_err(|error| Error::bad(format!("WebP: cannot be encoded: {error:?}")))?.to_vec())
+}
+
+/// Writes RGB pixels as a PNG, whole or not at all; see [`png()`].
+pub fn save_png(path: &Path, pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<()> {
     let failed =
         |error: &dyn std::fmt::Display| Error::bad(format!("{}: cannot be written: {error}", path.display()));
     let part = path.with_extension("png.part");
     let file = File::create(&part).map_err(|error| failed(&error))?;
-    let written = encode(BufWriter::new(file), pixels, (width, height), texts);
+    let written = write_png(BufWriter::new(file), pixels, size, texts);
     let written = written
         .map_err(|error| failed(&error))
         .and_then(|()| std::fs::rename(&part, path).map_err(|error| failed(&error)));
@@ -30,7 +94,32 @@ pub fn save_png(
     written
 }
 
-fn encode(
+/// What a picture says of itself: the one line that other programs read, and all of it as JSON.
+///
+/// * `bundle`: name and hash of the models
+/// * `own_latents`: whether it began with given noise instead of its seed's
+pub fn texts(
+    picture: &Picture,
+    settings: &Settings,
+    (name, hash): (&str, &str),
+    own_latents: bool,
+) -> [(&'static str, String); 2] {
+    let Picture { prompt, negative, seed } = picture;
+    let Settings { sampler, steps, guidance, width, height } = settings;
+    let line = format!(
+        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {seed}, \
+         Size: {width}x{height}, Model hash: {}",
+        &hash[..10.min(hash.len())]
+    );
+    let all = json!({
+        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
+        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": name,
+        "bundle_sha256": hash, "own_latents": own_latents, "hypnos": env!("CARGO_PKG_VERSION"),
+    });
+    [("parameters", line), ("hypnos", all.to_string())]
+}
+
+fn write_png(
     mut out: impl Write,
     pixels: &[u8],
     (width, height): (usize, usize),

@@ -4,6 +4,7 @@
 //! rounding of sums, which a matrix product orders by its size).
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -15,19 +16,20 @@ use super::samplers::{self, Sampler};
 use super::tokenizer::Tokenizer;
 use super::{Error, Result};
 
-/// Everything that draws, on one device.
+/// Everything that draws, on one device. What training leaves alone is shared between a bundle and all that was
+/// trained from it.
 #[derive(Debug)]
 pub struct Models {
     /// Words to ids.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Ids to hidden states.
     pub text: ClipText,
     /// Noisy latents to noise.
     pub unet: Unet,
     /// Latents to pixels.
-    pub vae: Vae,
+    pub vae: Arc<Vae>,
     /// How noise is laid over latents.
-    pub schedule: Schedule,
+    pub schedule: Arc<Schedule>,
     /// Where the weights lie.
     pub device: Device,
 }
@@ -36,13 +38,21 @@ impl Models {
     /// Loads the frozen models of a bundle.
     pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
         Ok(Self {
-            tokenizer: bundle.tokenizer()?,
+            tokenizer: Arc::new(bundle.tokenizer()?),
             text: bundle.text_encoder(device, false)?.model,
             unet: bundle.unet(device, false)?.model,
-            vae: bundle.vae(device, false)?.model,
-            schedule: bundle.schedule().clone(),
+            vae: Arc::new(bundle.vae(device, false)?.model),
+            schedule: Arc::new(bundle.schedule().clone()),
             device: device.clone(),
         })
+    }
+
+    /// The same with another text encoder and another UNet, frozen ones of the same bundle's shapes.
+    #[must_use]
+    pub fn with(&self, text: ClipText, unet: Unet) -> Self {
+        let (tokenizer, vae, schedule) =
+            (Arc::clone(&self.tokenizer), Arc::clone(&self.vae), Arc::clone(&self.schedule));
+        Self { tokenizer, text, unet, vae, schedule, device: self.device.clone() }
     }
 }
 
@@ -164,6 +174,34 @@ pub fn latents(
         &mut step_noise,
         observe,
     )
+}
+
+/// Draws `pictures` from their seeds' noise, as one batch, to interleaved RGB pixels: one buffer of
+/// `height x width x 3` bytes each.
+///
+/// `observe` hears of each step and of each picture decoded, and may stop; then `None`.
+pub fn draw(
+    models: &Models,
+    pictures: &[Picture],
+    settings: &Settings,
+    observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<Option<Vec<Vec<u8>>>> {
+    settings.check(models)?;
+    let noise = initial_noise(pictures, settings.latent_dims(models))?;
+    let mut last = (0, 0);
+    let observe_step = &mut |step, n_steps| {
+        last = (step, n_steps);
+        observe(step, n_steps)
+    };
+    let Some(latents) = latents(models, pictures, settings, &noise, observe_step)? else { return Ok(None) };
+    let mut drawn = Vec::with_capacity(pictures.len());
+    for i in 0..pictures.len() {
+        drawn.extend(decode(models, &latents.narrow(0, i, 1)?)?);
+        if observe(last.0, last.1).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(drawn))
 }
 
 /// Turns latents `[B, c, h, w]` into pictures, one after the other to bound memory: interleaved RGB pixels, one buffer

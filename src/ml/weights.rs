@@ -68,7 +68,8 @@ impl Weights {
         Ok(Weights::new(Source::File(TensorFile::open(file)?), device))
     }
 
-    /// Tensors at hand, for tests; they become f32 on `device` when asked for.
+    /// Tensors at hand; they become f32 on `device` when asked for, and those that are already are shared, not copied:
+    /// a frozen model made from weights in training sees each step of theirs.
     pub fn from_tensors(tensors: HashMap<String, Tensor>, device: &Device) -> Weights {
         Weights::new(Source::Tensors(tensors), device)
     }

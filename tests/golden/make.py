@@ -657,6 +657,51 @@ def step():
     write("step", cases.tensors, config=configs, adamw=adamw, **cases.metadata)
 
 
+@golden
+def dreambooth_loop():
+    """Three whole steps of DreamBooth: both models of `step`, whose weights they begin with, by AdamW, clipped to 1.
+
+    Step k takes row k of `input.loop.<latents|noise|t>` (an instance and a class image each); `input.loop.ids` are the
+    same for all. The class image counts half. `output.loop.loss` and `norm` (before clipping) have one number for each
+    step, `output.loop.after.<name>` is a weight after the last. A gradient near zero moves a weight by lr whichever way
+    its rounding points: weights where torch in f32 and in f64 end up more than 1e-5 apart (of the largest element) are
+    left out and listed as `unsteady`.
+    """
+    text, unet = tiny_clip(80, hidden_act="quick_gelu"), tiny_unet("unet_list", 81)
+    ids = torch.randint(0, 62, (2, 77), generator=torch.Generator().manual_seed(92))
+    ids[:, 0], ids[0, 8:], ids[1, 5:] = 62, 63, 63
+    inputs = {"ids": ids, "t": torch.tensor([[871, 40], [12, 555], [333, 998]])}
+    inputs |= {"latents": normal(93, 3, 2, 4, 8, 8), "noise": normal(94, 3, 2, 4, 8, 8)}
+    prior, settings = 0.5, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+    def run(dtype):
+        t, u = copy.deepcopy(text).to(dtype), copy.deepcopy(unet).to(dtype)
+        trained = {f"text.text_model.{n}": p for n, p in t.named_parameters()} | {f"unet.{n}": p for n, p in u.named_parameters()}
+        ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        adam, seen = torch.optim.AdamW(trained.values(), foreach=False, **settings), {"loss": [], "norm": []}
+        for latents, noise, steps in zip(inputs["latents"].to(dtype), inputs["noise"].to(dtype), inputs["t"]):
+            kept = ddpm.alphas_cumprod.to(dtype)[steps].view(-1, 1, 1, 1)
+            noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+            predicted = u(noisy, steps, encoder_hidden_states=t(input_ids=ids).last_hidden_state).sample
+            instance, of_class = ((predicted - noise) ** 2).mean(dim=(1, 2, 3))
+            loss = instance + prior * of_class
+            adam.zero_grad()
+            loss.backward()
+            seen["loss"].append(loss.detach())
+            seen["norm"].append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0, foreach=False))
+            adam.step()
+        after = {f"after.{name}": p.detach() for name, p in trained.items()}
+        return {name: torch.stack(values) for name, values in seen.items()} | after
+
+    out, exact = run(torch.float32), run(torch.float64)
+    apart = {name: float((out[name] - exact[name]).abs().max() / exact[name].abs().max()) for name in out}
+    unsteady = sorted(name for name in out if apart[name] > 1e-5)
+    assert not {"loss", "norm"} & set(unsteady) and len(unsteady) < len(out) / 2, (len(unsteady), len(out))
+    tensors = {f"input.loop.{name}": value for name, value in inputs.items()}
+    tensors |= {f"output.loop.{name}": value for name, value in out.items() if name not in unsteady}
+    write("dreambooth_loop", tensors, settings=settings | {"max_norm": 1.0, "prior": prior}, unsteady=unsteady)
+
+
 # ---------------------------------------------------------------------------------------------------------- ops
 
 

@@ -79,6 +79,11 @@ fn models_do_not_import_one_another() {
 }
 
 #[test]
+fn only_the_store_speaks_sql() {
+    nobody_says("src", &["sqlx"], |file| file.starts_with("src/store/"));
+}
+
+#[test]
 fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
     let may = |file: &str| file.starts_with("src/ml/ops/") || file == "src/memory.rs";
     nobody_says("src", &["unsafe "], may);
@@ -90,8 +95,28 @@ fn only_the_operations_put_a_gradient_into_a_weight() {
 }
 
 #[test]
-fn only_blobs_speaks_to_an_object_store_and_only_photo_decodes_what_strangers_send() {
-    nobody_says("src", &["object_store::"], |file| file.starts_with("src/blobs/"));
-    let decoders = ["JpegDecoder", "PngDecoder", "WebPDecoder", "ImageReader", "infer::", "moxcms::"];
-    nobody_says("src", &decoders, |file| file.starts_with("src/photo/") || file == "src/ml/image.rs");
+fn the_http_front_and_the_worker_do_not_know_each_other() {
+    nobody_says("src/http", &["crate::worker", "crate::engine", "crate::ml", "candle"], |_| false);
+    nobody_says("src/worker", &["crate::http", "axum", "crate::ml", "candle"], |_| false);
+}
+
+#[test]
+fn the_nouns_and_the_seam_do_no_work() {
+    let words = ["tokio", "axum", "sqlx", "object_store", "crate::store", "crate::blobs", "crate::http"];
+    nobody_says("src/job", &words, |_| false);
+    nobody_says("src/engine", &words, |_| false);
+}
+
+#[test]
+fn each_library_has_one_place() {
+    let only = |word: &str, places: &[&str]| {
+        nobody_says("src", &[word], |file| places.iter().any(|place| file.starts_with(place)));
+    };
+    only("sqlx", &["src/store/", "src/cli/load/"]);
+    only("object_store", &["src/blobs/"]);
+    only("axum", &["src/http/", "src/cli/load/"]);
+    only("hyper", &["src/http/"]);
+    only("candle_core", &["src/ml/", "src/engine/candle", "src/cli/bench", "src/cli/sample.rs"]);
+    only("image::", &["src/photo", "src/ml/"]);
+    only("std::env", &["src/cli/"]);
 }

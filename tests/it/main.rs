@@ -13,6 +13,9 @@ mod ops;
 mod models;
 mod sample;
 mod samplers;
+mod train;
+
+mod engine;
 
 mod bundles;
 mod tokenizer;

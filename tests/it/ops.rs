@@ -258,9 +258,9 @@ pub(crate) fn saved_moments(place: &Place) {
         let mut adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
         for (i, grad) in grads.iter().enumerate() {
             if stop_after == Some(i) {
-                let (moments, n_steps) = (adamw.moments().expect("moments"), adamw.n_steps());
+                let (moments, n_steps) = (adamw.moments("p").expect("moments"), adamw.n_steps());
                 adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
-                adamw.restore(&moments, n_steps).expect("moments that fit");
+                adamw.restore(n_steps, |_| Ok(moments.clone())).expect("moments that fit");
             }
             push_gradient(&param, &Tensor::new(grad, &place.device).expect("a tensor"));
             adamw.step().expect("a step");

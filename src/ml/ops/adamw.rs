@@ -1,6 +1,5 @@
 //! AdamW over many tensors: one pass over memory, gradients clipped to a total norm on the way.
 
-use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, bail};
@@ -69,6 +68,12 @@ impl AdamW {
     /// (its graph was cut somewhere) or the norm is not finite.
     pub fn step(&mut self) -> Result<f64> {
         let norm = self.grad_norm()?;
+        self.step_clipped(norm)?;
+        Ok(norm)
+    }
+
+    /// [`AdamW::step`] for a caller who has asked for [`AdamW::grad_norm`] already: that is a pass over all gradients.
+    pub fn step_clipped(&mut self, norm: f64) -> Result<()> {
         if !norm.is_finite() {
             bail!("AdamW: the norm of the gradients is {norm}");
         }
@@ -91,7 +96,7 @@ impl AdamW {
         }
         #[cfg(feature = "cuda")]
         super::cuda::adamw(&mut on_gpu, &update)?;
-        Ok(norm)
+        Ok(())
     }
 
     /// Euclidean norm of all gradients together.
@@ -115,32 +120,30 @@ impl AdamW {
         Ok(total.sqrt())
     }
 
-    /// The moments as tensors `m.<name>` and `v.<name>`, each of its weight's shape.
-    pub fn moments(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut all = BTreeMap::new();
-        for (param, moments) in &self.params {
-            let (m, v) = moments.tensors(param)?;
-            all.insert(format!("m.{}", param.name()), m);
-            all.insert(format!("v.{}", param.name()), v);
+    /// First and second moment of the weight called `name`, each of its shape, on the CPU.
+    pub fn moments(&self, name: &str) -> Result<(Tensor, Tensor)> {
+        match self.params.iter().find(|(param, _)| param.name() == name) {
+            Some((param, moments)) => moments.tensors(param),
+            None => bail!("AdamW: trains no {name}"),
         }
-        Ok(all)
     }
 
-    /// Puts saved moments back, as [`AdamW::moments`] gave them, after `n_steps` steps. Errors, changing nothing, if
-    /// one is missing or of another shape.
-    pub fn restore(&mut self, moments: &BTreeMap<String, Tensor>, n_steps: u64) -> Result<()> {
-        let saved = |kind: &str, param: &Param| {
-            let name = format!("{kind}.{}", param.name());
-            match moments.get(&name) {
-                Some(tensor) if tensor.dims() == param.dims() => Ok(tensor.clone()),
-                Some(tensor) => bail!("{name}: wanted {:?}, got {:?}", param.dims(), tensor.dims()),
-                None => bail!("{name}: missing among the saved moments"),
+    /// Puts saved moments back, as [`AdamW::moments`] gave them, after `n_steps` steps; `saved` is asked for each
+    /// weight by its name. Errors, changing nothing, if one does not come or is of another shape.
+    pub fn restore(
+        &mut self,
+        n_steps: u64,
+        mut saved: impl FnMut(&str) -> Result<(Tensor, Tensor)>,
+    ) -> Result<()> {
+        let restored = self.params.iter().map(|(param, _)| {
+            let (m, v) = saved(param.name())?;
+            for moment in [&m, &v] {
+                if moment.dims() != param.dims() {
+                    bail!("moments of {}: wanted {:?}, got {:?}", param.name(), param.dims(), moment.dims());
+                }
             }
-        };
-        let restored = self
-            .params
-            .iter()
-            .map(|(param, _)| Moments::from_tensors(param, &saved("m", param)?, &saved("v", param)?));
+            Moments::from_tensors(param, &m, &v)
+        });
         let restored = restored.collect::<Result<Vec<_>>>()?;
         self.params.iter_mut().zip(restored).for_each(|((_, moments), new)| *moments = new);
         self.n_steps = n_steps;

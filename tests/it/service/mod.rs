@@ -1,7 +1,17 @@
-//! The service round the core, against real servers wherever there is one.
+//! The service: real databases, real stores, real HTTP; engines that compute nothing.
 
-pub(crate) mod chaos;
-pub(crate) mod s3;
+mod chaos;
+mod floor;
+mod house;
+mod postgres;
+mod s3;
+mod scripted;
 
 mod blobs;
+mod http_document;
+mod http_jobs;
 mod photos;
+mod settings;
+mod store;
+mod story;
+mod worker;

@@ -1,0 +1,255 @@
+//! `hypnos bench-serve`: what the service costs beside a bare handler, and how soon a job starts.
+//!
+//! Method. In one process, on one database with `--jobs` trainings in it, run the service as `serve` runs it, with keys,
+//! and bare axum + sqlx (`bench_serve/bare.rs`) doing the same queries. Clients of [`client`] keep `--clients`
+//! connections busy, first those of one server, then those of the other, in turns, `--rounds` times after a warm-up. A
+//! round's ratio is our requests a second over the bare handler's beside it; what is said is the median ratio, with the
+//! smallest and the largest. Client and servers share the machine's cores, which pulls every ratio towards 1: where it
+//! matters, give the two servers and the client cores of their own.
+//!
+//! How soon a job starts: on an idle worker whose engine does nothing, `--starts` trainings are sent in by HTTP, one
+//! after the other; counted are milliseconds from the row's creation to its claim, by the database's clock.
+
+mod bare;
+mod client;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio_util::sync::CancellationToken;
+
+use super::{Stop, say};
+use crate::blobs::{Blobs, BlobsConfig, Place};
+use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
+use crate::http::{self, Auth, Front, Patience, keys::make_key};
+use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
+use crate::photo::{Decoder, Limits};
+use crate::store::{NewJob, NewKey, Scope, Store, Submitted};
+use crate::worker;
+
+/// Connections of each server to the database.
+const CONNECTIONS: u32 = 8;
+
+#[derive(Debug, Args)]
+pub(super) struct BenchServe {
+    /// sqlite:PATH or postgres://…, empty; by default a SQLite file that goes with the run
+    #[arg(long, value_name = "URL")]
+    database: Option<String>,
+    /// Trainings in the table
+    #[arg(long, default_value_t = 1000)]
+    jobs: usize,
+    /// Connections that are kept busy
+    #[arg(long, default_value_t = 8)]
+    clients: usize,
+    /// Rounds, each with both servers
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Seconds of one server in one round
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Trainings sent in to see how soon they start
+    #[arg(long, default_value_t = 200)]
+    starts: usize,
+}
+
+pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| Stop::Failed(error.to_string()))?;
+    runtime.block_on(bench(args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn bench(args: &BenchServe) -> Result<(), Stop> {
+    let dir = tempfile::tempdir().map_err(|error| Stop::Failed(error.to_string()))?;
+    let url = args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
+    let house = House::open(&url, dir.path()).await?;
+    house.fill(args.jobs).await?;
+    let one = house.store.list(house.tenant, &crate::store::Filter::default(), None, 1).await.map_err(failed)?;
+    let id = one.first().map(|job| job.id.to_string()).unwrap_or_default();
+    let bare = bare::serve(&url, CONNECTIONS, house.tenant).await?;
+
+    say(&format!("{} trainings, {} connections, {} rounds of {} s", args.jobs, args.clients, args.rounds, args.seconds));
+    say("case          ours/s    bare/s   ratio (smallest to largest)");
+    let cases = [
+        ("status", format!("/v1/jobs/{id}"), format!("/job/{id}")),
+        ("list of 20", "/v1/jobs?limit=20".into(), "/jobs/20".into()),
+    ];
+    for (name, ours, theirs) in &cases {
+        house.compare(args, name, ours, bare, theirs).await?;
+    }
+    starts(args, &house).await
+}
+
+/// The service as `serve` runs it, with a key.
+struct House {
+    store: Store,
+    blobs: Blobs,
+    database: String,
+    tenant: TenantId,
+    key: String,
+    address: SocketAddr,
+    scratch: std::path::PathBuf,
+}
+
+impl House {
+    async fn open(url: &str, dir: &Path) -> Result<Self, Stop> {
+        let store = Store::connect(url, CONNECTIONS).await.map_err(failed)?;
+        store.migrate().await.map_err(failed)?;
+        let tenant = store.ensure_tenant("bench").await.map_err(failed)?;
+        let key = make_key().map_err(|error| Stop::Failed(error.to_string()))?;
+        let new = NewKey { id: key.id, tenant, name: String::new(), hash: key.hash, scope: Scope::Write, expires_ms: None };
+        store.create_key(&new).await.map_err(failed)?;
+        let config = BlobsConfig { place: Place::Directory(dir.join("objects")), links: None };
+        let blobs = Blobs::open(&config).await.map_err(|error| Stop::Failed(error.to_string()))?;
+        let metrics = PrometheusBuilder::new().build_recorder().handle();
+        let decoder = Decoder::new(Limits::default(), 2, Duration::from_secs(5));
+        let settings = http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
+        let stop = CancellationToken::new();
+        let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+        let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
+        let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
+        tokio::spawn(http::serve(listener, front.router(), 1024, Patience::default(), stop));
+        let (database, scratch) = (url.to_owned(), dir.join("scratch"));
+        Ok(Self { store, blobs, database, tenant, key: key.text, address, scratch })
+    }
+
+    /// Puts trainings into the table.
+    async fn fill(&self, n: usize) -> Result<(), Stop> {
+        for _ in 0..n {
+            self.submit().await?;
+        }
+        Ok(())
+    }
+
+    async fn submit(&self) -> Result<JobId, Stop> {
+        let spec = TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| Stop::Failed(error.message))?;
+        let new = NewJob {
+            id: JobId::new(),
+            tenant: self.tenant,
+            parent: None,
+            spec: Spec::Train(spec),
+            photos: Vec::new(),
+            priority: 0,
+            max_attempts: 1,
+            idempotency: None,
+            queue_max: u64::MAX >> 1,
+        };
+        match self.store.submit(new).await.map_err(failed)? {
+            Submitted::New(job) => Ok(job.id),
+            other => Err(Stop::Failed(format!("a training was not accepted: {other:?}"))),
+        }
+    }
+
+    /// Both servers in turns on the same facts.
+    async fn compare(&self, args: &BenchServe, name: &str, ours: &str, bare: SocketAddr, theirs: &str) -> Result<(), Stop> {
+        let key = format!("Authorization: Bearer {}\r\n", self.key);
+        let sides = [(self.address, request(ours, &key)), (bare, request(theirs, ""))];
+        for (address, request) in &sides {
+            client::load(*address, request, args.clients, Duration::from_millis(500)).await?; // warm
+        }
+        let mut rates: [Vec<f64>; 2] = Default::default();
+        for _ in 0..args.rounds.max(1) {
+            for ((address, request), rates) in sides.iter().zip(&mut rates) {
+                let time = Duration::from_secs_f64(args.seconds);
+                let seen = client::load(*address, request, args.clients, time).await?;
+                rates.push(seen.requests as f64 / seen.time.as_secs_f64());
+            }
+        }
+        let ratios: Vec<f64> = rates[0].iter().zip(&rates[1]).map(|(ours, bare)| ours / bare).collect();
+        let [smallest, middle, largest] = spread(&ratios);
+        let [ours, bare] = rates.map(|rates| spread(&rates)[1]);
+        say(&format!("{name:<12} {ours:>7.0} {bare:>9.0}   {middle:.2} ({smallest:.2} to {largest:.2})"));
+        Ok(())
+    }
+}
+
+fn request(path: &str, headers: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n")
+}
+
+/// How soon a training starts on a worker that has nothing else to do.
+async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
+    let drain = CancellationToken::new();
+    let settings = worker::Settings {
+        database: house.database.clone(),
+        lease: Duration::from_secs(60),
+        beat: Duration::from_secs(2),
+        deadline: Duration::from_secs(600),
+        poll: Duration::from_secs(1),
+        checkpoint_every: Duration::from_secs(300),
+        scratch: house.scratch.clone(),
+        weights_bytes_max: 1 << 20,
+    };
+    let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
+    let engines = vec![("idle".to_owned(), make)];
+    let work = worker::run(settings, house.store.clone(), house.blobs.clone(), engines, drain.clone());
+    let work = tokio::spawn(work);
+    // First what was put there to be looked at; then one after the other.
+    let mut waited: Vec<f64> = Vec::new();
+    for i in 0..=args.starts {
+        let id = house.submit().await?;
+        let job = loop {
+            let found = house.store.find(house.tenant, id, Kind::Train).await.map_err(failed)?;
+            match found {
+                Some(job) if job.state.is_terminal() => break job,
+                _ => tokio::time::sleep(Duration::from_millis(if i == 0 { 50 } else { 2 })).await,
+            }
+        };
+        if let (Some(started), true) = (job.started_ms, i > 0) {
+            waited.push((started - job.created_ms) as f64);
+        }
+    }
+    drain.cancel();
+    work.await.map_err(|error| Stop::Failed(error.to_string()))??;
+    waited.sort_by(f64::total_cmp);
+    let at = |share: f64| waited[((waited.len() - 1) as f64 * share).round() as usize];
+    if !waited.is_empty() {
+        say(&format!(
+            "enqueue to start, ms, of {}: median {:.0}, p99 {:.0}, largest {:.0}",
+            waited.len(), at(0.5), at(0.99), at(1.0)
+        ));
+    }
+    Ok(())
+}
+
+/// Smallest, median and largest.
+fn spread(values: &[f64]) -> [f64; 3] {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    [sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]]
+}
+
+fn failed(error: crate::store::Error) -> Stop {
+    Stop::Failed(error.to_string())
+}
+
+/// An engine that refuses every training at once: what is measured is the way to it.
+struct Idle;
+
+impl Artist for Idle {
+    fn draw(
+        &mut self,
+        _: &DrawInput<'_>,
+        _: &mut dyn FnMut(u64, u64) -> Flow,
+    ) -> Result<Option<Vec<Drawn>>, Fault> {
+        Ok(None)
+    }
+}
+
+impl Engine for Idle {
+    fn bundle(&self) -> &'static str {
+        "none"
+    }
+
+    fn class_images(&self, _: &TrainSpec) -> ClassImages {
+        ClassImages { settings: "none".into(), seeds: Vec::new() }
+    }
+
+    fn train(&mut self, _: TrainInput<'_>, _: &mut Watch<'_>) -> Result<Ending, Fault> {
+        Err(Fault::new(FaultCode::Input, "nothing is trained here"))
+    }
+}

@@ -1,0 +1,122 @@
+//! `hypnos serve`: the HTTP front, and with `--workers` the workers beside it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::service::{self, Log};
+use super::{Stop, say};
+use crate::blobs::Links;
+use crate::config::{Serving, Storage, Working, seconds};
+use crate::http::{self, Auth, Front, Patience};
+use crate::photo::{Decoder, Limits};
+use crate::{janitor, worker};
+
+/// Bounds of the buckets in which durations are counted, in seconds.
+const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
+
+/// How long one photo may take to decode.
+const DECODE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Args)]
+pub(super) struct Serve {
+    /// Workers in this process, each with the next of the devices; 0 leaves the work to `hypnos work`
+    #[arg(long, env = "HYPNOS_WORKERS", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    workers: u16,
+    /// Bring the database up to date first; always done for a SQLite file
+    #[arg(long, env = "HYPNOS_MIGRATE")]
+    migrate: bool,
+    #[command(flatten)]
+    storage: Storage,
+    #[command(flatten)]
+    serving: Serving,
+    #[command(flatten)]
+    working: Working,
+    #[command(flatten)]
+    log: Log,
+}
+
+pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
+    args.log.start()?;
+    args.serving.keys_wanted()?;
+    args.serving.check()?;
+    let work = match args.workers {
+        0 => None,
+        n => Some(service::worker(&args.storage, &args.working, n.into())?),
+    };
+    service::run(|stop| serve(args, work, stop))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToken) -> Result<(), Stop> {
+    let (storage, serving) = (&args.storage, &args.serving);
+    let listener = bind("HYPNOS_LISTEN", serving.listen).await?;
+    let bound = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
+    let public_url = serving.public_url(bound)?;
+    let keys = serving.keys_wanted()?;
+
+    let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
+    let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
+    let blobs = service::open_blobs(storage, Some(links)).await?;
+    let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
+    let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
+    let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
+    let n_parallel = std::thread::available_parallelism().map_or(1, usize::from);
+    let settings = http::Settings {
+        public_url: public_url.clone(),
+        auth: if keys { Auth::Keys } else { Auth::None },
+        photo_bytes_max: (serving.photo_mb as usize) << 20,
+        upload_time: seconds("HYPNOS_BODY_SECS", serving.body_secs)?,
+        streams_max: serving.streams_max as usize,
+        queue_max: serving.queue_max.into(),
+        attempts_max: serving.attempts_max.into(),
+        url_time: Duration::from_secs(serving.url_secs),
+        ..http::Settings::default()
+    };
+    let decoder = Decoder::new(limits, n_parallel, DECODE);
+    let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone());
+    let patience = Patience {
+        head: seconds("HYPNOS_HEADER_SECS", serving.header_secs)?,
+        drain: seconds("HYPNOS_DRAIN_SECS", serving.drain_secs)?,
+        ..Patience::default()
+    };
+
+    // Whatever ends first ends all; the first token told from outside does so too.
+    let n_connections = serving.connections_max as usize;
+    let serve = http::serve(listener, front.router(), n_connections, patience.clone(), stop.clone());
+    let operations = match serving.metrics_listen {
+        Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
+        None => None,
+    };
+    let operations = async {
+        if let Some(listener) = operations {
+            http::serve(listener, front.operations(), 64, patience.clone(), stop.clone()).await;
+        }
+    };
+    let pause = service::janitor_pause(seconds("HYPNOS_LEASE_SECS", args.working.lease_secs)?);
+    tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
+    let work = async {
+        let worked = match work {
+            Some((settings, engines)) => worker::run(settings, store, blobs, engines, stop.clone()).await,
+            None => Ok(()),
+        };
+        if worked.is_err() {
+            stop.cancel(); // a front whose own workers cannot start is not what was asked for
+        }
+        worked
+    };
+    info!(keys, workers = args.workers, "listening on {bound}");
+    say(&format!("Hypnos listens on {public_url}"));
+    let ((), (), worked) = tokio::join!(serve, operations, work);
+    worked.map_err(Stop::from)
+}
+
+async fn bind(name: &str, address: std::net::SocketAddr) -> Result<TcpListener, Stop> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|error| Stop::Input(format!("{name}: {address} cannot be listened on: {}", error.kind())))
+}

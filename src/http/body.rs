@@ -1,0 +1,186 @@
+//! Reading a request's body within bounds of size and time, and leaving it politely.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream, Bytes, HttpBody};
+use axum::extract::Request;
+use axum::http::{HeaderMap, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use futures_util::StreamExt;
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+
+use super::problem::{Kind, Problem};
+
+/// Largest JSON body.
+pub(super) const JSON_BYTES_MAX: usize = 64 * 1024;
+const JSON_DEADLINE: Duration = Duration::from_secs(10);
+
+const LINGER: Duration = Duration::from_secs(3);
+const LINGER_BYTES_MAX: usize = 16 << 20;
+
+/// A body that ends after so many bytes or so long, whatever its sender does.
+pub(super) struct Inflow {
+    stream: BodyDataStream,
+    bytes_max: usize,
+    bytes_left: usize,
+    deadline: Instant,
+}
+
+impl Inflow {
+    /// Refuses at once what is announced to be larger than `bytes_max`.
+    pub(super) fn new(
+        headers: &HeaderMap,
+        body: Body,
+        bytes_max: usize,
+        time: Duration,
+    ) -> Result<Self, Problem> {
+        let announced =
+            headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if announced.is_some_and(|bytes: u64| bytes > bytes_max as u64) {
+            return Err(too_large(bytes_max));
+        }
+        let deadline = Instant::now() + time;
+        Ok(Self { stream: body.into_data_stream(), bytes_max, bytes_left: bytes_max, deadline })
+    }
+
+    /// What came next; none at the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
+        let next = tokio::time::timeout_at(self.deadline, self.stream.next()).await;
+        let Ok(next) = next else {
+            return Err(Problem::new(Kind::BodyTimeout, "the body did not come in time"));
+        };
+        let Some(chunk) = next else { return Ok(None) };
+        let Ok(chunk) = chunk else {
+            return Err(Problem::new(Kind::BadBody, "the body broke off"));
+        };
+        let left = self.bytes_left.checked_sub(chunk.len());
+        self.bytes_left = left.ok_or_else(|| too_large(self.bytes_max))?;
+        Ok(Some(chunk))
+    }
+}
+
+fn too_large(bytes_max: usize) -> Problem {
+    Problem::new(Kind::BodyTooLarge, format!("the body may hold at most {bytes_max} bytes"))
+}
+
+/// The media type of a body, in lower case and without parameters, and the whole header.
+pub(super) fn media_type(headers: &HeaderMap) -> Option<(String, &str)> {
+    let whole = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    let essence = whole.split(';').next().unwrap_or_default();
+    Some((essence.trim().to_ascii_lowercase(), whole))
+}
+
+/// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
+pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<(T, Bytes), Problem> {
+    let (parts, body) = request.into_parts();
+    if !media_type(&parts.headers).is_some_and(|(essence, _)| essence == "application/json") {
+        return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
+    }
+    let mut inflow = Inflow::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;
+    let mut bytes = Vec::new();
+    while let Some(chunk) = inflow.next().await? {
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok((from_json(&bytes, "")?, bytes.into()))
+}
+
+/// A JSON document that stands at `pointer` of the body.
+pub(super) fn from_json<T: DeserializeOwned>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
+    let mut source = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
+        let path: String = error.path().iter().map(segment).collect();
+        misfit(error.inner(), &format!("{pointer}{path}"))
+    })?;
+    source.end().map_err(|error| misfit(&error, pointer))?;
+    Ok(value)
+}
+
+fn segment(segment: &serde_path_to_error::Segment) -> String {
+    use serde_path_to_error::Segment;
+    match segment {
+        Segment::Seq { index } => format!("/{index}"),
+        Segment::Map { key } => format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+        Segment::Enum { .. } | Segment::Unknown => String::new(),
+    }
+}
+
+fn misfit(error: &serde_json::Error, pointer: &str) -> Problem {
+    let said = shorten(&error.to_string());
+    // A number beyond every range and a name given twice are our grammar's words for values, and the reverse.
+    let out_of_range = said.starts_with("number out of range");
+    let twice = said.starts_with("duplicate field");
+    if (error.is_data() && !twice) || out_of_range {
+        Problem::new(Kind::Field, format!("{pointer}: {said}")).at(pointer)
+    } else {
+        Problem::new(Kind::BadBody, format!("not acceptable as JSON: {said}"))
+    }
+}
+
+/// A stranger's text is repeated in part only, and without what cannot be seen.
+pub(super) fn shorten(text: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    let mut short: String = text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        short.push_str("...");
+    }
+    short
+}
+
+/// A client that is refused while it still sends would find its connection reset and our answer gone. So what it sends
+/// is read on for a moment, and thrown away.
+pub(super) async fn linger(request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let shared = Shared(Arc::new(Mutex::new(body)));
+    let response = next.run(Request::from_parts(parts, Body::new(shared.clone()))).await;
+    if response.status().is_client_error() || response.status().is_server_error() {
+        let rest = std::mem::take(&mut *shared.lock());
+        if !rest.is_end_stream() {
+            tokio::spawn(tokio::time::timeout(LINGER, drain(rest)));
+        }
+    }
+    response
+}
+
+async fn drain(body: Body) {
+    let mut stream = body.into_data_stream();
+    let mut bytes_left = LINGER_BYTES_MAX;
+    while let Some(Ok(chunk)) = stream.next().await {
+        let Some(left) = bytes_left.checked_sub(chunk.len()) else { break };
+        bytes_left = left;
+    }
+}
+
+/// A body that can be taken back from whoever reads it.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Body>>);
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Body> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl HttpBody for Shared {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut *self.lock()).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.lock().is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.lock().size_hint()
+    }
+}

@@ -1,0 +1,163 @@
+//! The OpenAPI document: what the handlers say of themselves, and what is true of all of them.
+//!
+//! An operation names its problems by their words (`x-problems`); here they become responses, one for each status, with
+//! those that any operation may answer with.
+
+use serde_json::{Map, Value, json};
+use utoipa::OpenApi;
+
+use super::problem::{self, Document, Kind};
+use super::{about, api};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Hypnos",
+        description = "Turns 3-5 photos of a product into a model that draws that product anywhere.",
+    ),
+    components(schemas(Document)),
+    tags(
+        (name = "jobs", description = "Trainings: photos in, a model out."),
+        (name = "samples", description = "Pictures drawn with a training's result."),
+        (name = "photos", description = "Photos before they are sent."),
+        (name = "files", description = "Files by signed URLs."),
+        (name = "operations", description = "For whoever runs the server."),
+    ),
+)]
+struct Frame;
+
+/// Answers that any operation may give.
+const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
+/// And any that asks for a key. The two of a server without keys are among them.
+const KEYED: [Kind; 4] = [Kind::KeyInQuery, Kind::Unauthorized, Kind::Host, Kind::CrossSite];
+
+/// The document, pretty and stable.
+pub fn openapi() -> String {
+    let mut text = serde_json::to_string_pretty(&document()).expect("a document is plain JSON");
+    text.push('\n');
+    text
+}
+
+/// The document.
+pub(super) fn document() -> Value {
+    let mut described = Frame::openapi();
+    described.merge(api().into_openapi());
+    described.merge(about().into_openapi());
+    let mut document = serde_json::to_value(&described).expect("a document is plain JSON");
+    document["info"].as_object_mut().expect("an object").remove("license");
+    document["components"]["securitySchemes"] = json!({
+        "key": { "type": "http", "scheme": "bearer", "bearerFormat": "hyp_ID_SECRET",
+            "description": "An API key from `hypnos keys create`. A server on loopback may do without." }
+    });
+    document["security"] = json!([{ "key": [] }]);
+    for (path, item) in document["paths"].as_object_mut().expect("paths") {
+        for (method, operation) in item.as_object_mut().expect("operations") {
+            complete(path, method, operation.as_object_mut().expect("an operation"));
+        }
+    }
+    photos_are_files(&mut document);
+    document
+}
+
+fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
+    // The macro takes a heading for a sentence, and what follows it for all.
+    let keyed =
+        operation.get("security").is_none_or(|security| security != &json!([]) && security != &json!([{}]));
+    if !keyed {
+        operation.insert("security".into(), json!([]));
+    }
+    let own = operation.remove("x-problems").unwrap_or_default();
+    let own = own.as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut kinds: Vec<Kind> = own.map(kind).chain(ALWAYS).collect();
+    if keyed {
+        kinds.extend(KEYED);
+        if method != "get" {
+            kinds.push(Kind::Scope);
+        }
+    }
+    if operation.contains_key("requestBody") {
+        kinds.push(Kind::MediaType);
+    }
+    kinds.sort_by_key(|kind| kind.slug());
+    kinds.dedup();
+    let id = operation["operationId"].as_str().unwrap_or_default().to_owned();
+    let responses = operation["responses"].as_object_mut().expect("responses");
+    for (status, response) in responses.iter_mut() {
+        if let Some(links) = links(path, method, status) {
+            response["links"] = links;
+        }
+    }
+    for &kind in &kinds {
+        let status = kind.status();
+        let response = responses.entry(status.as_str()).or_insert_with(|| {
+            json!({
+                "description": "",
+                "content": { problem::CONTENT_TYPE: { "schema": { "$ref": "#/components/schemas/Problem" } } },
+            })
+        });
+        let line = format!("- `{}`: {}", kind.slug(), kind.title());
+        let before = response["description"].as_str().unwrap_or_default();
+        response["description"] =
+            if before.is_empty() { line.into() } else { format!("{before}\n{line}").into() };
+        if status.as_u16() == 429 || status.as_u16() == 503 {
+            response["headers"] = json!({ "Retry-After": {
+                "description": "Seconds to wait before trying again", "schema": { "type": "integer", "minimum": 0 } } });
+        }
+        if status.as_u16() == 401 {
+            response["headers"] = json!({ "WWW-Authenticate": { "schema": { "type": "string" } } });
+        }
+    }
+    for response in responses.values_mut() {
+        response["headers"]["X-Request-Id"] = json!({
+            "description": "By which the request is found in the server's log; the client's own if it sent one",
+            "schema": { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" } });
+    }
+    operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
+    debug_assert!(!id.is_empty());
+}
+
+fn kind(slug: &str) -> Kind {
+    let found = Kind::ALL.iter().copied().find(|kind| kind.slug() == slug);
+    found.unwrap_or_else(|| panic!("an operation names the problem {slug}, which is none"))
+}
+
+/// Where an id in an answer leads.
+fn links(path: &str, method: &str, status: &str) -> Option<Value> {
+    let to = |operations: &[(&str, &str)]| {
+        let link = |&(name, operation): &(&str, &str)| {
+            let id = json!({ "operationId": operation, "parameters": { "id": "$response.body#/id" } });
+            (name.to_owned(), id)
+        };
+        Some(operations.iter().map(link).collect::<Map<_, _>>().into())
+    };
+    match (method, path, status) {
+        ("post", "/v1/jobs", "202") => to(&[
+            ("get", "get_job"),
+            ("cancel", "cancel_job"),
+            ("delete", "delete_job"),
+            ("sample", "create_sample"),
+            ("artifacts", "list_artifacts"),
+            ("report", "get_report"),
+        ]),
+        ("post", "/v1/jobs/{id}/sample", "200" | "202") => {
+            to(&[("get", "get_sample"), ("cancel", "cancel_sample"), ("delete", "delete_sample")])
+        }
+        _ => None,
+    }
+}
+
+/// The parts of the two forms: what is a file, and what is JSON.
+fn photos_are_files(document: &mut Value) {
+    for schema in ["NewJob", "Photos"] {
+        let images = &mut document["components"]["schemas"][schema]["properties"]["images"];
+        images["items"] = json!({ "type": "string", "format": "binary", "contentMediaType": "image/*" });
+    }
+    for (path, parts) in [("/v1/jobs", &["images", "options"][..]), ("/v1/photos/inspect", &["images"])] {
+        let form = &mut document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"];
+        for part in parts {
+            let content_type =
+                if *part == "images" { "image/png, image/jpeg, image/webp" } else { "application/json" };
+            form["encoding"][*part] = json!({ "contentType": content_type });
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What every request passes: its id, its log line, its metrics, its time limit, the headers of every answer.
+
+use std::any::Any;
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::Front;
+use super::problem::{self, Kind, Problem};
+
+/// By which a request is found in logs.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID_CHARS_MAX: usize = 64;
+
+/// Longest that `Prefer: wait` may wait.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(60);
+const TIME_MAX: Duration = Duration::from_secs(30);
+
+/// The outermost layer: gives the request its id, writes problems down, and logs one line.
+pub(super) async fn finish(request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let id = request_id(request.headers());
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let span = tracing::info_span!("request", request.id = %id, %method, route);
+    let response = next.run(request).instrument(span.clone()).await;
+
+    let mut response = dress(response, &id, method == axum::http::Method::HEAD);
+    let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
+    span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
+    let labels = [("method", method.to_string()), ("route", route), ("status", status.to_string())];
+    metrics::counter!("hypnos_http_requests_total", &labels).increment(1);
+    metrics::histogram!("hypnos_http_request_seconds", &labels).record(elapsed.as_secs_f64());
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+/// The client's own id if it is a harmless one, else one of ours.
+fn request_id(headers: &HeaderMap) -> String {
+    let harmless = |id: &&str| {
+        let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+        (1..=REQUEST_ID_CHARS_MAX).contains(&id.len()) && plain
+    };
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(harmless);
+    given.map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
+}
+
+/// Problems get their body, and every answer the headers that keep browsers from guessing.
+fn dress(mut response: Response, request_id: &str, headless: bool) -> Response {
+    let problem = response.extensions_mut().remove::<Problem>().or_else(|| bare_refusal(&response));
+    if let Some(problem) = problem {
+        let document = serde_json::to_vec(&problem.document(request_id)).expect("a problem is plain JSON");
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::CONTENT_TYPE));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(document.len()));
+        *response.body_mut() = if headless { Body::empty() } else { document.into() };
+    }
+    let fixed = [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    for (name, value) in fixed {
+        response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// What the router itself refuses comes without a word.
+fn bare_refusal(response: &Response) -> Option<Problem> {
+    match response.status() {
+        StatusCode::NOT_FOUND => Some(Problem::not_found("path")),
+        StatusCode::METHOD_NOT_ALLOWED => {
+            let allow = response.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok());
+            let detail = format!("this path knows {}", allow.unwrap_or("no method"));
+            Some(Problem::new(Kind::MethodNotAllowed, detail))
+        }
+        _ => None,
+    }
+}
+
+/// What becomes of a panic in a handler.
+pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<&str>().copied().map(ToOwned::to_owned);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    tracing::error!(panic = %text.escape_debug(), "a handler panicked");
+    Problem::new(Kind::Internal, "something went wrong on our side").into_response()
+}
+
+/// More requests at once than can be served are refused at once.
+pub(super) async fn shed(State(front): State<Front>, request: Request, next: Next) -> Response {
+    match front.requests.try_acquire() {
+        Ok(_place) => next.run(request).await,
+        Err(_) => Problem::new(Kind::Overloaded, "too many requests at once").into_response(),
+    }
+}
+
+/// Bodies come as they are: a small one that unpacks to a large one is not read.
+pub(super) async fn refuse_encodings(request: Request, next: Next) -> Response {
+    let encoded =
+        request.headers().get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
+    if encoded {
+        return Problem::new(Kind::MediaType, "a body must come without Content-Encoding").into_response();
+    }
+    next.run(request).await
+}
+
+/// An answer takes half a minute at most, beside the time that its client is willing to wait.
+pub(super) async fn hurry(request: Request, next: Next) -> Response {
+    let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
+    match tokio::time::timeout(time, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Problem::new(Kind::Overloaded, "the answer took too long").into_response(),
+    }
+}
+
+/// How long the client is willing to wait for an end (RFC 7240), at most [`WAIT_MAX`].
+pub(super) fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
+    let all = headers.get_all("prefer").iter().filter_map(|value| value.to_str().ok());
+    let mut preferences = all.flat_map(|value| value.split([',', ';']));
+    let secs = preferences.find_map(|preference| {
+        let (name, value) = preference.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("wait").then(|| value.trim().trim_matches('"').parse().ok())?
+    })?;
+    Some(Duration::from_secs(secs).min(WAIT_MAX))
+}

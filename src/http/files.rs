@@ -1,0 +1,43 @@
+//! `/v1/files`: objects of a local store by URLs that we signed; a bucket serves its own.
+
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, State};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+
+use super::Front;
+use super::problem::Problem;
+
+/// Fetches a file by a signed URL
+///
+/// The URL comes from an artifact or a picture and needs no key. `Range` is not heard: the whole file is sent.
+#[utoipa::path(
+    get, path = "/v1/files/{key}", tag = "files",
+    params(("key" = String, Path, description = "From the URL, which is to be taken as it is; holds slashes")),
+    responses((status = 200, description = "The file", body = String, content_type = "application/octet-stream")),
+    extensions(("x-problems" = json!(["url-forged", "url-expired", "artifact-missing", "artifact-damaged"]))),
+    security(()),
+)]
+pub(super) async fn get_file(
+    State(front): State<Front>,
+    Path(key): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Problem> {
+    let object = front.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
+    let bytes = front.blobs.stream(&object).await?;
+    let mut response = Body::from_stream(bytes).into_response();
+    // Names and types of objects are ours, never a client's.
+    let shown = format!("inline; filename=\"{}\"", object.name);
+    let headers = response.headers_mut();
+    for (name, value) in [(header::CONTENT_TYPE, object.content_type), (header::CONTENT_DISPOSITION, shown)] {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    }
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(object.size));
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("default-src 'none'; sandbox"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, max-age=3600, immutable"));
+    headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("none"));
+    Ok(response)
+}

@@ -1,0 +1,357 @@
+//! `/v1/jobs`: trainings.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use tracing::Instrument;
+use utoipa::ToSchema;
+
+use super::Front;
+use super::keys::{Reader, Writer};
+use super::problem::{Kind as ProblemKind, Problem};
+use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
+use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
+use super::upload::{Fields, Upload, decode, place, read, remarks};
+use super::view::{ArtifactView, JobView};
+use crate::blobs::{Key, Scope};
+use crate::job::{
+    Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
+    TrainOptions, TrainSpec,
+};
+use crate::photo::Photo;
+use crate::store::{Idempotency, NewJob};
+
+/// The form of a new training. Never built: the form is read part by part.
+#[derive(ToSchema)]
+#[schema(as = NewJob)]
+#[expect(dead_code, reason = "it describes a form")]
+pub(super) struct JobForm {
+    /// Photos of one product: PNG, JPEG or WebP.
+    #[schema(value_type = Vec<String>, min_items = 3, max_items = 5)]
+    images: Vec<Vec<u8>>,
+    /// What kind of thing the product is.
+    #[schema(min_length = 1, max_length = 64, example = "mug")]
+    class_name: String,
+    /// How it is trained, as JSON.
+    options: Option<TrainOptions>,
+}
+
+/// Trains a model on photos of a product
+///
+/// The job is queued and answered at once; follow `Location`. Photos are decoded here, so that one that cannot be used
+/// is refused at once. Nothing stays of a request that is refused. Send an `Idempotency-Key` to repeat a request whose
+/// answer was lost.
+#[utoipa::path(
+    post, path = "/v1/jobs", tag = "jobs",
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+        min_length = 1, max_length = 255, pattern = "^[!-~]+$")),
+    request_body(content = JobForm, content_type = "multipart/form-data"),
+    responses((status = 202, description = "Accepted", body = JobView, headers(
+        ("Location" = String, description = "The job"),
+        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
+    ))),
+    extensions(("x-problems" = json!(["bad-parameter", "bad-body", "body-timeout", "body-too-large", "media-type",
+        "image-type-unsupported", "field", "image-empty", "image-too-large", "image-too-small", "image-aspect",
+        "animated-not-supported", "image-color-unsupported", "image-too-complex", "image-damaged",
+        "idempotency-key-reused", "queue-full", "decoder-busy", "storage-full"]))),
+)]
+pub(super) async fn create_job(
+    State(front): State<Front>,
+    writer: Writer,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let _place = place(&front)?;
+    let upload = read(&front, &headers, body, Fields::Job).await?;
+    let idempotency = idempotency(&headers, upload.hashed())?;
+    // What came whole is dealt with to its end, whether or not the client still listens: between the objects and the
+    // row nothing may be dropped.
+    let work = {
+        let front = front.clone();
+        async move { create(&front, writer.tenant, upload, idempotency).await }
+    };
+    let accepted = tokio::spawn(work.in_current_span()).await;
+    let Accepted { job, replayed } = accepted.map_err(|error| Problem::internal(&error))??;
+    let view = view(&front, &job, None)?;
+    Ok(answer(
+        StatusCode::ACCEPTED,
+        &format!("{}/v1/jobs/{}", front.settings.public_url, job.id),
+        replayed,
+        view,
+    ))
+}
+
+impl Upload {
+    /// All that is asked for, in a fixed order, for an idempotency key's hash.
+    fn hashed(&self) -> impl Iterator<Item = &[u8]> {
+        let fields = [&self.class_name, &self.options];
+        let fields = fields.into_iter().map(|field| field.as_deref().unwrap_or_default());
+        fields.chain(self.images.iter().map(|image| &image[..]))
+    }
+
+    fn spec(&self) -> Result<TrainSpec, Problem> {
+        let refused = |pointer: &str, how: String| {
+            Problem::new(ProblemKind::Field, format!("{pointer}: {how}")).at(pointer)
+        };
+        let n = self.images.len();
+        if n < N_PHOTOS_MIN {
+            let how = format!("wanted {N_PHOTOS_MIN} to {N_PHOTOS_MAX} photos, got {n}");
+            return Err(refused("/images", how));
+        }
+        let class_name =
+            self.class_name.as_deref().ok_or_else(|| refused("/class_name", "is missing".into()))?;
+        let class_name = std::str::from_utf8(class_name);
+        let class_name = class_name.map_err(|_| refused("/class_name", "is not UTF-8".into()))?;
+        let options: TrainOptions = match &self.options {
+            Some(json) => super::body::from_json(json, "/options")?,
+            None => TrainOptions::default(),
+        };
+        options.check().map_err(|invalid| {
+            let pointer = format!("/options{}", invalid.pointer);
+            Invalid { pointer, ..invalid }
+        })?;
+        Ok(TrainSpec::new(class_name, options, drawn_seed()?)?)
+    }
+}
+
+async fn create(
+    front: &Front,
+    tenant: TenantId,
+    upload: Upload,
+    idempotency: Option<Idempotency>,
+) -> Result<Accepted, Problem> {
+    if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
+        return Ok(before);
+    }
+    let spec = upload.spec()?;
+    let photos = decode(front, &upload.images).await?;
+    drop(upload);
+
+    let id = JobId::new();
+    let settled = store_and_submit(front, tenant, id, spec, photos, idempotency).await;
+    if !settled.as_ref().is_ok_and(|accepted| accepted.job.id == id) {
+        discard(front, tenant, id).await;
+    }
+    settled
+}
+
+async fn store_and_submit(
+    front: &Front,
+    tenant: TenantId,
+    id: JobId,
+    spec: TrainSpec,
+    photos: Vec<Photo>,
+    idempotency: Option<Idempotency>,
+) -> Result<Accepted, Problem> {
+    let remarks = remarks(&photos);
+    let mut objects = Vec::new();
+    for (n, (photo, remark)) in photos.into_iter().zip(remarks).enumerate() {
+        let mut object = front.blobs.put(&Key::photo(tenant, id, n), photo.png).await?;
+        object.meta = remark;
+        objects.push(object);
+    }
+    let priority = spec.options.priority;
+    let job = NewJob {
+        id,
+        tenant,
+        parent: None,
+        spec: Spec::Train(spec),
+        photos: objects,
+        priority,
+        max_attempts: front.settings.attempts_max,
+        idempotency,
+        queue_max: front.settings.queue_max,
+    };
+    submit(front, job).await
+}
+
+/// Takes the photos of a refused job away, unless its row is there after all: an answer of the database may have been
+/// lost on its way. Where that cannot be told they stay, for whoever collects orphans.
+async fn discard(front: &Front, tenant: TenantId, id: JobId) {
+    match front.store.find(tenant, id, Kind::Train).await {
+        Ok(None) => {
+            if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
+                tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
+            }
+        }
+        Ok(Some(_)) => tracing::warn!(job.id = %id, "accepted, but its answer was lost"),
+        Err(_) => tracing::warn!(job.id = %id, "photos of a refused job may stay behind"),
+    }
+}
+
+fn view(front: &Front, job: &Job, queue_position: Option<u64>) -> Result<JobView, Problem> {
+    let view = JobView::of(job, queue_position, &front.settings.public_url);
+    view.ok_or_else(|| Problem::not_found("job"))
+}
+
+/// A page of trainings, the newest first.
+#[derive(Serialize, ToSchema)]
+pub(super) struct JobPage {
+    /// The trainings.
+    data: Vec<JobView>,
+    /// Where the next page begins; null on the last.
+    next_cursor: Option<String>,
+}
+
+/// Lists trainings, the newest first
+#[utoipa::path(
+    get, path = "/v1/jobs", tag = "jobs", params(PageQuery),
+    responses((status = 200, description = "A page", body = JobPage, headers(
+        ("Link" = Option<String>, description = "The next page, as `rel=\"next\"`")))),
+    extensions(("x-problems" = json!(["bad-parameter"]))),
+)]
+pub(super) async fn list_jobs(
+    State(front): State<Front>,
+    reader: Reader,
+    Asked(query): Asked<PageQuery>,
+) -> Result<Response, Problem> {
+    let page = Page::read(&front, reader.tenant, &query, Kind::Train).await?;
+    let data = page.jobs.iter().map(|job| view(&front, job, None)).collect::<Result<_, _>>()?;
+    let base = format!("{}/v1/jobs", front.settings.public_url);
+    let next_cursor = page.next_cursor.clone();
+    Ok(Page::answer(page.next_cursor.as_deref(), &query, &base, JobPage { data, next_cursor }))
+}
+
+/// Looks at a training
+///
+/// With `If-None-Match` an unchanged one is answered with 304. With `Prefer: wait=N` the answer waits up to N seconds:
+/// for a change if there is an `If-None-Match`, else for the training's end.
+#[utoipa::path(
+    get, path = "/v1/jobs/{id}", tag = "jobs",
+    params(
+        ("id" = Uuid, Path, description = "The training"),
+        ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+    ),
+    responses(
+        (status = 200, description = "The training", body = JobView, headers(
+            ("ETag" = String, description = "Its version"),
+            ("Retry-After" = Option<u64>, description = "Seconds to wait before looking again, until it ends"))),
+        (status = 304, description = "Unchanged"),
+    ),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn get_job(
+    State(front): State<Front>,
+    reader: Reader,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let (job, place) = look(&front, reader.tenant, id, Kind::Train, &headers).await?;
+    Ok(row(&headers, &job, place, view(&front, &job, place)?))
+}
+
+/// Deletes a training, its photos, its results and its samples
+///
+/// One that still runs is ended. It is gone at once for every reader; its objects follow.
+#[utoipa::path(
+    delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
+    responses((status = 204, description = "Gone")),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn delete_job(
+    State(front): State<Front>,
+    writer: Writer,
+    Id(id): Id,
+) -> Result<StatusCode, Problem> {
+    find(&front, writer.tenant, id, Kind::Train).await?;
+    match front.store.delete(writer.tenant, id).await? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(Problem::not_found("job")),
+    }
+}
+
+/// Ends a training
+///
+/// One that waits ends at once, one that runs within a step. One that has ended stays as it is, and is answered alike.
+#[utoipa::path(
+    post, path = "/v1/jobs/{id}/cancel", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
+    responses((status = 202, description = "The training as it is now", body = JobView)),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn cancel_job(
+    State(front): State<Front>,
+    writer: Writer,
+    Id(id): Id,
+) -> Result<Response, Problem> {
+    find(&front, writer.tenant, id, Kind::Train).await?;
+    let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
+    Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None)?)).into_response())
+}
+
+/// Reads a training's report
+///
+/// All that led to the result: settings, hashes, seeds, prompts, losses, figures.
+#[utoipa::path(
+    get, path = "/v1/jobs/{id}/report", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
+    responses((status = 200, description = "The report", body = Object)),
+    extensions(("x-problems" = json!(["not-found", "wrong-state", "artifact-missing", "artifact-damaged"]))),
+)]
+pub(super) async fn get_report(
+    State(front): State<Front>,
+    reader: Reader,
+    Id(id): Id,
+) -> Result<Response, Problem> {
+    let job = find(&front, reader.tenant, id, Kind::Train).await?;
+    let report = front.store.artifact(reader.tenant, id, REPORT).await?;
+    let report = report.ok_or_else(|| match job.state {
+        JobState::Succeeded => Problem::not_found("report"),
+        state => Problem::new(ProblemKind::WrongState, format!("the job is {state}; wanted succeeded")),
+    })?;
+    let bytes = front.blobs.get(&report).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], bytes).into_response())
+}
+
+/// A training's files.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ArtifactList {
+    /// The files, by name.
+    data: Vec<ArtifactView>,
+}
+
+/// Lists a training's files
+///
+/// The weights, the report, the pictures drawn with it; while it runs, what can be looked at already.
+#[utoipa::path(
+    get, path = "/v1/jobs/{id}/artifacts", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
+    responses((status = 200, description = "The files", body = ArtifactList)),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn list_artifacts(
+    State(front): State<Front>,
+    reader: Reader,
+    Id(id): Id,
+) -> Result<Json<ArtifactList>, Problem> {
+    find(&front, reader.tenant, id, Kind::Train).await?;
+    let mut data = Vec::new();
+    for object in front.store.artifacts(reader.tenant, id).await? {
+        let (url, expires_at) = signed(&front, &object).await?;
+        data.push(ArtifactView::of(object, url, expires_at));
+    }
+    Ok(Json(ArtifactList { data }))
+}
+
+/// Fetches one of a training's files
+#[utoipa::path(
+    get, path = "/v1/jobs/{id}/artifacts/{name}", tag = "jobs",
+    params(
+        ("id" = Uuid, Path, description = "The training"),
+        ("name" = String, Path, description = "The file's name", example = "weights.safetensors"),
+    ),
+    responses((status = 307, description = "Where it is, for a while", headers(
+        ("Location" = String, description = "A URL that needs no key")))),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn get_artifact(
+    State(front): State<Front>,
+    reader: Reader,
+    Within(id, name): Within,
+) -> Result<Response, Problem> {
+    find(&front, reader.tenant, id, Kind::Train).await?;
+    let artifact = front.store.artifact(reader.tenant, id, &name).await?;
+    redirect(&front, &artifact.ok_or_else(|| Problem::not_found("artifact"))?).await
+}

@@ -1,0 +1,199 @@
+//! Requests to rows.
+//!
+//! Every handler is a short story: who asks, what for, the row, the answer. It never does the work: that is a worker's, and
+//! the two meet in the table. What a client is told of an error is decided in [`problem`] alone; the document that
+//! describes all this is made from the handlers themselves, so that it cannot lie.
+//!
+//! Nothing that a client sends is believed about itself: `Host`, `X-Forwarded-*`, types and names of files. URLs begin with
+//! the configured one.
+
+mod body;
+mod document;
+mod edge;
+mod events;
+mod files;
+mod form;
+mod health;
+mod jobs;
+pub mod keys;
+mod page;
+mod photos;
+mod problem;
+mod reading;
+mod samples;
+mod serve;
+mod submit;
+mod upload;
+mod view;
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::middleware::{from_fn, from_fn_with_state};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::blobs::Blobs;
+use crate::photo::Decoder;
+use crate::store::Store;
+pub use document::openapi;
+pub use problem::{Kind as ProblemKind, Problem};
+pub use serve::{Patience, serve};
+
+/// Who may call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Auth {
+    /// Whoever has an API key.
+    Keys,
+    /// Whoever reaches the loopback interface; the caller sees to it that nobody else does.
+    None,
+}
+
+/// How requests are answered.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What URLs begin with, without a slash at the end.
+    pub public_url: String,
+    /// Who may call.
+    pub auth: Auth,
+    /// Largest photo, in bytes.
+    pub photo_bytes_max: usize,
+    /// How long an upload may take to arrive.
+    pub upload_time: Duration,
+    /// Uploads at once; each holds up to five photos in memory.
+    pub uploads_max: usize,
+    /// Requests at once.
+    pub requests_max: usize,
+    /// Event streams at once.
+    pub streams_max: usize,
+    /// Waiting jobs of one tenant.
+    pub queue_max: u64,
+    /// Attempts that a job may have.
+    pub attempts_max: i64,
+    /// Life of a URL to an object.
+    pub url_time: Duration,
+}
+
+impl Default for Settings {
+    /// A server on loopback without keys.
+    fn default() -> Self {
+        Self {
+            public_url: "http://127.0.0.1:8080".into(),
+            auth: Auth::None,
+            photo_bytes_max: 15 << 20,
+            upload_time: Duration::from_secs(60),
+            uploads_max: 8,
+            requests_max: 512,
+            streams_max: 1000,
+            queue_max: 10_000,
+            attempts_max: 3,
+            url_time: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// What all handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct Front(Arc<Shared>);
+
+/// What the clones of a [`Front`] share.
+pub struct Shared {
+    store: Store,
+    blobs: Blobs,
+    decoder: Decoder,
+    settings: Settings,
+    metrics: PrometheusHandle,
+    closing: CancellationToken,
+    keys: keys::Keys,
+    requests: Semaphore,
+    uploads: Semaphore,
+    streams: Arc<Semaphore>,
+    probe: health::Probe,
+}
+
+impl Deref for Front {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Front {
+    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end.
+    pub fn new(
+        store: Store,
+        blobs: Blobs,
+        decoder: Decoder,
+        settings: Settings,
+        metrics: PrometheusHandle,
+        closing: CancellationToken,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            keys: keys::Keys::new(store.clone()),
+            requests: Semaphore::new(settings.requests_max),
+            uploads: Semaphore::new(settings.uploads_max),
+            streams: Arc::new(Semaphore::new(settings.streams_max)),
+            probe: health::Probe::default(),
+            store,
+            blobs,
+            decoder,
+            settings,
+            metrics,
+            closing,
+        }))
+    }
+
+    /// All the service.
+    pub fn router(&self) -> Router {
+        let api = Router::from(api())
+            .layer(from_fn(edge::refuse_encodings))
+            .layer(from_fn_with_state(self.clone(), keys::guard_local))
+            .layer(from_fn_with_state(self.clone(), edge::shed));
+        dressed(api.merge(Router::from(about())).merge(page::routes()).with_state(self.clone()))
+    }
+
+    /// What operators ask for, without keys, for a listener of its own.
+    pub fn operations(&self) -> Router {
+        dressed(health::open_routes().with_state(self.clone()))
+    }
+}
+
+fn dressed(router: Router) -> Router {
+    router.layer(CatchPanicLayer::custom(edge::panicked)).layer(from_fn(edge::finish))
+}
+
+/// Everything that needs a key.
+fn api() -> OpenApiRouter<Front> {
+    let short = OpenApiRouter::new()
+        .routes(routes!(jobs::list_jobs))
+        .routes(routes!(jobs::get_job, jobs::delete_job))
+        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(jobs::get_report))
+        .routes(routes!(jobs::list_artifacts))
+        .routes(routes!(jobs::get_artifact))
+        .routes(routes!(samples::create_sample))
+        .routes(routes!(samples::list_samples))
+        .routes(routes!(samples::get_sample, samples::delete_sample))
+        .routes(routes!(samples::cancel_sample))
+        .routes(routes!(samples::get_image))
+        .routes(routes!(health::metrics))
+        .layer(from_fn(edge::hurry));
+    let uploads = OpenApiRouter::new()
+        .routes(routes!(jobs::create_job))
+        .routes(routes!(photos::inspect_photos))
+        .layer(from_fn(body::linger));
+    let streams = OpenApiRouter::new().routes(routes!(events::job_events)).routes(routes!(files::get_file));
+    OpenApiRouter::new().merge(short).merge(uploads).merge(streams)
+}
+
+/// What anybody may know.
+fn about() -> OpenApiRouter<Front> {
+    OpenApiRouter::new().routes(routes!(health::healthz)).routes(routes!(health::readyz))
+}

@@ -1,0 +1,94 @@
+//! `/v1/photos/inspect`: what would become of photos, before anything is queued.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::Front;
+use super::keys::Writer;
+use super::problem::{Kind, Problem, TYPE_PREFIX};
+use super::upload::{Fields, place, read};
+use crate::photo::{Inspection, duplicates};
+
+/// The form of photos to look at. Never built: the form is read part by part.
+#[derive(ToSchema)]
+#[schema(as = Photos)]
+#[expect(dead_code, reason = "it describes a form")]
+pub(super) struct PhotosForm {
+    /// Photos: PNG, JPEG or WebP.
+    #[schema(value_type = Vec<String>, min_items = 1, max_items = 5)]
+    images: Vec<Vec<u8>>,
+}
+
+/// What would become of some photos.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Inspections {
+    /// One for each photo, in order.
+    photos: Vec<Inspected>,
+    /// Pairs of places, from 0, whose photos show the same picture.
+    duplicates: Vec<(usize, usize)>,
+}
+
+/// What would become of a photo.
+#[derive(Serialize, ToSchema)]
+struct Inspected {
+    /// Whether it would be taken.
+    accepted: bool,
+    /// Why not; null if it would be.
+    problem: Option<Refused>,
+    /// What can be seen of it; null if it cannot be decoded.
+    inspection: Option<Inspection>,
+}
+
+/// Why a photo would not be taken.
+#[derive(Serialize, ToSchema)]
+struct Refused {
+    /// URI of the type of problem, as in the answer to a job with this photo.
+    #[schema(example = "/problems/image-too-small")]
+    r#type: String,
+    /// What came and what was wanted, in one line.
+    detail: String,
+}
+
+/// Looks at photos without keeping them
+///
+/// Says of each photo whether a job would take it, and what is odd about it: too dark, of one colour, blurry, twice the
+/// same. Nothing is stored or queued.
+#[utoipa::path(
+    post, path = "/v1/photos/inspect", tag = "photos",
+    request_body(content = PhotosForm, content_type = "multipart/form-data"),
+    responses((status = 200, description = "What would become of them", body = Inspections)),
+    extensions(("x-problems" = json!(["bad-body", "body-timeout", "body-too-large", "media-type", "field",
+        "decoder-busy"]))),
+)]
+pub(super) async fn inspect_photos(
+    State(front): State<Front>,
+    _writer: Writer,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Inspections>, Problem> {
+    let _place = place(&front)?;
+    let upload = read(&front, &headers, body, Fields::Images).await?;
+    if upload.images.is_empty() {
+        return Err(Problem::new(Kind::Field, "/images: wanted 1 to 5 photos, got 0").at("/images"));
+    }
+    let mut photos = Vec::new();
+    for image in upload.images {
+        photos.push(match front.decoder.decode(image).await {
+            Ok(photo) => Inspected { accepted: true, problem: None, inspection: Some(photo.inspection) },
+            Err(refusal) if refusal.status == 503 => return Err(refusal.into()),
+            Err(refusal) => {
+                let r#type = format!("{TYPE_PREFIX}{}", refusal.code);
+                let problem = Some(Refused { r#type, detail: refusal.message });
+                Inspected { accepted: false, problem, inspection: None }
+            }
+        });
+    }
+    let (places, seen): (Vec<_>, Vec<_>) =
+        photos.iter().enumerate().filter_map(|(n, photo)| Some((n, photo.inspection.clone()?))).unzip();
+    let duplicates = duplicates(&seen).into_iter().map(|(a, b)| (places[a], places[b])).collect();
+    Ok(Json(Inspections { photos, duplicates }))
+}

@@ -1,0 +1,289 @@
+//! RFC 9457 problems: the only place where an error becomes a status.
+//!
+//! A handler returns a [`Problem`]; the outermost layer writes it down with the request's id. What went wrong inside
+//! is logged here, once, and never shown.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::blobs::{self, BadLink};
+use crate::job::Invalid;
+use crate::photo::Refusal;
+use crate::store;
+
+/// Every type of problem: its word, its status, its title, and what a client can do about it. The document and the
+/// reference page are made from the same table.
+macro_rules! kinds {
+    ($($variant:ident = $slug:literal, $status:ident, $title:literal, $advice:literal;)+) => {
+        /// A type of problem. Its word is stable: clients may act on it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Kind {
+            $(#[doc = $title] $variant,)+
+        }
+
+        impl Kind {
+            /// Every one.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// Its word, the last part of its URI.
+            pub fn slug(self) -> &'static str {
+                match self { $(Self::$variant => $slug,)+ }
+            }
+
+            /// Its status.
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$variant => StatusCode::$status,)+ }
+            }
+
+            /// The same few words for each problem of this type.
+            pub fn title(self) -> &'static str {
+                match self { $(Self::$variant => $title,)+ }
+            }
+
+            /// What a client can do about it.
+            pub fn advice(self) -> &'static str {
+                match self { $(Self::$variant => $advice,)+ }
+            }
+        }
+    };
+}
+
+kinds! {
+    BadParameter = "bad-parameter", BAD_REQUEST, "A parameter or header is wrong",
+        "`detail` names it and says what is wanted.";
+    BadBody = "bad-body", BAD_REQUEST, "The body cannot be read",
+        "It is not the JSON or the multipart form that its Content-Type promises.";
+    KeyInQuery = "key-in-query", BAD_REQUEST, "A key was sent in the URL",
+        "URLs end up in logs. Revoke the key and send its successor in the Authorization header.";
+    Unauthorized = "unauthorized", UNAUTHORIZED, "A valid API key is needed",
+        "Send `Authorization: Bearer hyp_...`. A key that is missing, mistyped, revoked or expired is answered alike.";
+    Scope = "scope", FORBIDDEN, "The key may not do this",
+        "Use a key with the scope `write`.";
+    Host = "host", FORBIDDEN, "The Host header is not this server's",
+        "A server without keys answers to loopback names and to its public URL only.";
+    CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
+        "A server without keys answers no pages of other sites.";
+    UrlForged = "url-forged", FORBIDDEN, "The URL is not one that we signed",
+        "Ask for the artifact again.";
+    UrlExpired = "url-expired", FORBIDDEN, "The URL has expired",
+        "Ask for the artifact again.";
+    NotFound = "not-found", NOT_FOUND, "There is no such thing",
+        "Also said of what belongs to another tenant.";
+    MethodNotAllowed = "method-not-allowed", METHOD_NOT_ALLOWED, "The path does not know this method",
+        "`Allow` lists those that it knows.";
+    BodyTimeout = "body-timeout", REQUEST_TIMEOUT, "The body came too slowly",
+        "Send it again.";
+    WrongState = "wrong-state", CONFLICT, "The job is not in a state for this",
+        "`detail` says which state it is in.";
+    BodyTooLarge = "body-too-large", PAYLOAD_TOO_LARGE, "The body is too large",
+        "`detail` says what is accepted.";
+    MediaType = "media-type", UNSUPPORTED_MEDIA_TYPE, "The body's media type is not accepted",
+        "`detail` says which are. A Content-Encoding is not accepted either.";
+    ImageType = "image-type-unsupported", UNSUPPORTED_MEDIA_TYPE, "The photo's type is not accepted",
+        "Send PNG, JPEG or WebP. The content decides, not the name.";
+    Field = "field", UNPROCESSABLE_ENTITY, "A value cannot be accepted",
+        "`pointer` is the JSON pointer to it; `detail` says what came and what is wanted.";
+    ImageEmpty = "image-empty", UNPROCESSABLE_ENTITY, "The photo's file is empty",
+        "Send the picture's bytes.";
+    ImageTooLarge = "image-too-large", UNPROCESSABLE_ENTITY, "The photo is too large",
+        "`detail` says what is accepted.";
+    ImageTooSmall = "image-too-small", UNPROCESSABLE_ENTITY, "The photo is too small",
+        "`detail` says what is accepted.";
+    ImageAspect = "image-aspect", UNPROCESSABLE_ENTITY, "The photo is too long and narrow",
+        "Cut it closer to the product.";
+    ImageAnimated = "animated-not-supported", UNPROCESSABLE_ENTITY, "The photo is an animation",
+        "Send a single picture.";
+    ImageColor = "image-color-unsupported", UNPROCESSABLE_ENTITY, "The photo's colours cannot be shown on a screen",
+        "Send it in RGB or grey.";
+    ImageTooComplex = "image-too-complex", UNPROCESSABLE_ENTITY, "The photo takes too long to decode",
+        "Save it anew with another program.";
+    ImageDamaged = "image-damaged", UNPROCESSABLE_ENTITY, "The photo is cut short or damaged",
+        "Send the whole file.";
+    KeyReused = "idempotency-key-reused", UNPROCESSABLE_ENTITY, "The Idempotency-Key was used for another request",
+        "Use a new key for each new request.";
+    QueueFull = "queue-full", TOO_MANY_REQUESTS, "Too many jobs are waiting",
+        "Try again after `Retry-After` seconds.";
+    Internal = "internal", INTERNAL_SERVER_ERROR, "A fault of ours",
+        "Tell us the `request_id`.";
+    ArtifactMissing = "artifact-missing", INTERNAL_SERVER_ERROR, "An object that the job names is gone",
+        "Tell us the `request_id`; a training can be run again.";
+    ArtifactDamaged = "artifact-damaged", BAD_GATEWAY, "An object came back damaged",
+        "Try again; if it stays, tell us the `request_id`.";
+    Unavailable = "unavailable", SERVICE_UNAVAILABLE, "The database or the object store is away",
+        "Try again after `Retry-After` seconds.";
+    Overloaded = "overloaded", SERVICE_UNAVAILABLE, "The server has too much to do",
+        "Try again after `Retry-After` seconds.";
+    DecoderBusy = "decoder-busy", SERVICE_UNAVAILABLE, "Too many photos are being decoded",
+        "Try again after `Retry-After` seconds.";
+    StorageFull = "storage-full", INSUFFICIENT_STORAGE, "The object store is full",
+        "Try again later.";
+}
+
+/// Where the types' URIs begin.
+pub(super) const TYPE_PREFIX: &str = "/problems/";
+/// What a problem is sent as.
+pub(super) const CONTENT_TYPE: &str = "application/problem+json";
+
+const RETRY_AFTER_SECS: u64 = 5;
+
+/// A request that was not done, and why.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    kind: Kind,
+    detail: String,
+    pointer: Option<String>,
+}
+
+impl Problem {
+    /// A problem; `detail` says in one line what came and what is wanted.
+    pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into(), pointer: None }
+    }
+
+    /// The same, about the value at a JSON pointer into the body.
+    pub fn at(mut self, pointer: impl Into<String>) -> Self {
+        self.pointer = Some(pointer.into());
+        self
+    }
+
+    /// The same, with the pointer said in the detail too.
+    pub(super) fn about(mut self, pointer: String) -> Self {
+        self.detail = format!("{pointer}: {}", self.detail);
+        self.at(pointer)
+    }
+
+    /// Its type.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Nothing of this caller's has that name.
+    pub(super) fn not_found(what: &str) -> Self {
+        Self::new(Kind::NotFound, format!("no such {what}"))
+    }
+
+    /// A fault of ours: logged with its causes, shown without.
+    pub(super) fn internal(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = %chain(error), "a request failed");
+        Self::new(Kind::Internal, "something went wrong on our side")
+    }
+
+    /// A neighbour that cannot be reached: logged with its causes, shown without.
+    pub(super) fn away(what: &str, error: &dyn std::error::Error) -> Self {
+        tracing::warn!(error = %chain(error), "the {what} is away");
+        Self::new(Kind::Unavailable, format!("the {what} cannot be reached at the moment"))
+    }
+
+    /// The body to be sent, by the one who knows the request's id.
+    pub(super) fn document<'a>(&'a self, request_id: &'a str) -> Document<'a> {
+        Document {
+            r#type: format!("{TYPE_PREFIX}{}", self.kind.slug()),
+            title: self.kind.title(),
+            status: self.kind.status().as_u16(),
+            detail: &self.detail,
+            request_id,
+            pointer: self.pointer.as_deref(),
+        }
+    }
+}
+
+impl From<Invalid> for Problem {
+    fn from(invalid: Invalid) -> Self {
+        Self::new(Kind::Field, format!("{}: {}", invalid.pointer, invalid.message)).at(invalid.pointer)
+    }
+}
+
+impl From<Refusal> for Problem {
+    /// The words of refusals are words of our table; a test holds them together.
+    fn from(refusal: Refusal) -> Self {
+        let kind = Kind::ALL.iter().copied().find(|kind| kind.slug() == refusal.code);
+        Self::new(kind.unwrap_or(Kind::ImageDamaged), refusal.message)
+    }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::Away(_) | store::Error::Schema(_) => Self::away("database", &error),
+            store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
+impl From<blobs::Error> for Problem {
+    fn from(error: blobs::Error) -> Self {
+        let (kind, detail) = match error {
+            blobs::Error::Away(_) => return Self::away("object store", &error),
+            blobs::Error::Missing => (Kind::ArtifactMissing, "an object that the job names is gone"),
+            blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object came back damaged"),
+            blobs::Error::Full => (Kind::StorageFull, "the object store has no room left"),
+        };
+        tracing::error!(%error, "an object could not be read or written");
+        Self::new(kind, detail)
+    }
+}
+
+impl From<BadLink> for Problem {
+    fn from(bad: BadLink) -> Self {
+        match bad {
+            BadLink::Forged => Self::new(Kind::UrlForged, "this is no URL that we signed"),
+            BadLink::Expired => {
+                Self::new(Kind::UrlExpired, "the URL has expired; ask for the artifact again")
+            }
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    /// Status and headers; the body is written by [`super::edge::finish`], which finds the problem in the extensions.
+    fn into_response(self) -> Response {
+        let mut response = self.kind.status().into_response();
+        let headers = response.headers_mut();
+        match self.kind {
+            Kind::Unauthorized => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"hypnos\""));
+            }
+            Kind::Unavailable | Kind::Overloaded | Kind::DecoderBusy | Kind::QueueFull => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECS));
+            }
+            _ => {}
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// Why a request was not done (RFC 9457).
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(super) struct Document<'a> {
+    /// URI of the type of problem, relative to the server; stable.
+    #[schema(pattern = "^/problems/[a-z-]+$", example = "/problems/field")]
+    r#type: String,
+    /// The type in a few words.
+    #[schema(example = "A value cannot be accepted")]
+    title: &'a str,
+    /// The response's status.
+    #[schema(minimum = 400, maximum = 599, example = 422)]
+    status: u16,
+    /// What came and what was wanted, in one line.
+    #[schema(example = "/options/steps: wanted 1 to 10000, got 0")]
+    detail: &'a str,
+    /// By which we find it in our logs; also in `X-Request-Id`.
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    request_id: &'a str,
+    /// JSON pointer to the value in the body; a form counts as an object of its parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, example = "/options/steps")]
+    pointer: Option<&'a str>,
+}
+
+/// An error and all that caused it, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

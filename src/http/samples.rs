@@ -1,0 +1,216 @@
+//! `/v1/samples`: pictures drawn with a training's result.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::Front;
+use super::body;
+use super::edge::preferred_wait;
+use super::keys::{Reader, Writer};
+use super::problem::Problem;
+use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed, wait};
+use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
+use super::view::{ImageView, SampleView};
+use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
+use crate::store::NewJob;
+
+/// Draws pictures with a finished training
+///
+/// Queued like a training, but never behind one. With `Prefer: wait=N` the answer waits up to N seconds for the end; 200
+/// says that it came.
+#[utoipa::path(
+    post, path = "/v1/jobs/{id}/sample", tag = "samples",
+    params(
+        ("id" = Uuid, Path, description = "The training"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    request_body = SampleSpec,
+    responses(
+        (status = 200, description = "Ended", body = SampleView, headers(
+            ("Location" = String, description = "The sample"))),
+        (status = 202, description = "Accepted", body = SampleView, headers(
+            ("Location" = String, description = "The sample"),
+            ("Retry-After" = u64, description = "Seconds to wait before looking"),
+            ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"))),
+    ),
+    extensions(("x-problems" = json!(["bad-parameter", "bad-body", "not-found", "body-timeout", "wrong-state",
+        "body-too-large", "media-type", "field", "idempotency-key-reused", "queue-full"]))),
+)]
+pub(super) async fn create_sample(
+    State(front): State<Front>,
+    writer: Writer,
+    Id(parent): Id,
+    headers: HeaderMap,
+    request: Request,
+) -> Result<Response, Problem> {
+    let (spec, bytes) = body::json::<SampleSpec>(request).await?;
+    let name = parent.to_string();
+    let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
+    let before = replay(&front, writer.tenant, idempotency.as_ref()).await?;
+    let Accepted { mut job, replayed } = match before {
+        Some(before) => before,
+        None => {
+            let new = NewJob {
+                id: JobId::new(),
+                tenant: writer.tenant,
+                parent: Some(parent),
+                spec: Spec::Sample(spec.complete(drawn_seed()?)?),
+                photos: Vec::new(),
+                priority: 0,
+                max_attempts: front.settings.attempts_max,
+                idempotency,
+                queue_max: front.settings.queue_max,
+            };
+            submit(&front, new).await?
+        }
+    };
+    if let Some(time) = preferred_wait(&headers) {
+        job = wait(&front, job, time, |job| job.state.is_terminal()).await?;
+    }
+    let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
+    Ok(answer(status, &location, replayed, view(&front, &job, None).await?))
+}
+
+/// The sample with its pictures, if it has some.
+async fn view(front: &Front, job: &Job, queue_position: Option<u64>) -> Result<SampleView, Problem> {
+    let mut images = Vec::new();
+    for image in pictures(front, job).await? {
+        let (url, expires_at) = signed(front, &image).await?;
+        images.push(ImageView::of(&image, url, expires_at));
+    }
+    let view = SampleView::of(job, images, queue_position, &front.settings.public_url);
+    view.ok_or_else(|| Problem::not_found("sample"))
+}
+
+/// Its pictures in order: `image-10` comes after `image-9`.
+async fn pictures(front: &Front, job: &Job) -> Result<Vec<Object>, Problem> {
+    if job.state != JobState::Succeeded {
+        return Ok(Vec::new());
+    }
+    let mut artifacts = front.store.artifacts(job.tenant, job.id).await?;
+    artifacts.retain(|artifact| artifact.content_type.starts_with("image/"));
+    artifacts.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
+    Ok(artifacts)
+}
+
+/// A page of samples, the newest first.
+#[derive(Serialize, ToSchema)]
+pub(super) struct SamplePage {
+    /// The samples, without their pictures.
+    data: Vec<SampleView>,
+    /// Where the next page begins; null on the last.
+    next_cursor: Option<String>,
+}
+
+/// Lists samples, the newest first
+#[utoipa::path(
+    get, path = "/v1/samples", tag = "samples", params(PageQuery),
+    responses((status = 200, description = "A page", body = SamplePage, headers(
+        ("Link" = Option<String>, description = "The next page, as `rel=\"next\"`")))),
+    extensions(("x-problems" = json!(["bad-parameter"]))),
+)]
+pub(super) async fn list_samples(
+    State(front): State<Front>,
+    reader: Reader,
+    Asked(query): Asked<PageQuery>,
+) -> Result<Response, Problem> {
+    let page = Page::read(&front, reader.tenant, &query, Kind::Sample).await?;
+    let of = |job| SampleView::of(job, Vec::new(), None, &front.settings.public_url);
+    let data = page.jobs.iter().filter_map(of).collect();
+    let base = format!("{}/v1/samples", front.settings.public_url);
+    let next_cursor = page.next_cursor.clone();
+    Ok(Page::answer(page.next_cursor.as_deref(), &query, &base, SamplePage { data, next_cursor }))
+}
+
+/// Looks at a sample
+///
+/// With `If-None-Match` and `Prefer: wait=N` as for a training. The pictures' URLs are new with every answer.
+#[utoipa::path(
+    get, path = "/v1/samples/{id}", tag = "samples",
+    params(
+        ("id" = Uuid, Path, description = "The sample"),
+        ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+    ),
+    responses(
+        (status = 200, description = "The sample", body = SampleView, headers(
+            ("ETag" = String, description = "Its version"),
+            ("Retry-After" = Option<u64>, description = "Seconds to wait before looking again, until it ends"))),
+        (status = 304, description = "Unchanged"),
+    ),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn get_sample(
+    State(front): State<Front>,
+    reader: Reader,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let (job, place) = look(&front, reader.tenant, id, Kind::Sample, &headers).await?;
+    Ok(row(&headers, &job, place, view(&front, &job, place).await?))
+}
+
+/// Fetches one of a sample's pictures
+#[utoipa::path(
+    get, path = "/v1/samples/{id}/images/{n}", tag = "samples",
+    params(
+        ("id" = Uuid, Path, description = "The sample"),
+        ("n" = u32, Path, description = "The picture's place, from 0", minimum = 0, maximum = 127),
+    ),
+    responses((status = 307, description = "Where it is, for a while", headers(
+        ("Location" = String, description = "A URL that needs no key")))),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn get_image(
+    State(front): State<Front>,
+    reader: Reader,
+    Within(id, n): Within,
+) -> Result<Response, Problem> {
+    let job = find(&front, reader.tenant, id, Kind::Sample).await?;
+    let n: usize = n.parse().map_err(|_| Problem::not_found("image"))?;
+    let pictures = pictures(&front, &job).await?;
+    redirect(&front, pictures.get(n).ok_or_else(|| Problem::not_found("image"))?).await
+}
+
+/// Deletes a sample and its pictures
+#[utoipa::path(
+    delete, path = "/v1/samples/{id}", tag = "samples", params(("id" = Uuid, Path, description = "The sample")),
+    responses((status = 204, description = "Gone")),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn delete_sample(
+    State(front): State<Front>,
+    writer: Writer,
+    Id(id): Id,
+) -> Result<StatusCode, Problem> {
+    find(&front, writer.tenant, id, Kind::Sample).await?;
+    match front.store.delete(writer.tenant, id).await? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(Problem::not_found("sample")),
+    }
+}
+
+/// Ends a sample
+///
+/// One that waits ends at once, one that is being drawn within a step. One that has ended stays as it is.
+#[utoipa::path(
+    post, path = "/v1/samples/{id}/cancel", tag = "samples", params(("id" = Uuid, Path, description = "The sample")),
+    responses((status = 202, description = "The sample as it is now", body = SampleView)),
+    extensions(("x-problems" = json!(["not-found"]))),
+)]
+pub(super) async fn cancel_sample(
+    State(front): State<Front>,
+    writer: Writer,
+    Id(id): Id,
+) -> Result<Response, Problem> {
+    find(&front, writer.tenant, id, Kind::Sample).await?;
+    let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
+    Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None).await?)).into_response())
+}

@@ -1,0 +1,98 @@
+//! The door of the queue: a request's own name, the row, and what the client is told.
+
+use axum::Json;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::Front;
+use super::problem::{Kind, Problem};
+use super::reading::RETRY_AFTER_SECS;
+use crate::job::{Job, TenantId};
+use crate::store::{Idempotency, NewJob, Submitted};
+
+const KEY_CHARS_MAX: usize = 255;
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
+/// What makes the same request, sent twice, one job; none without an `Idempotency-Key`. `parts` are all that is asked
+/// for, in an order that does not depend on the sender.
+pub(super) fn idempotency<'a>(
+    headers: &HeaderMap,
+    parts: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<Option<Idempotency>, Problem> {
+    let mut keys = headers.get_all("idempotency-key").iter();
+    let Some(key) = keys.next() else { return Ok(None) };
+    let text = key.to_str().ok().filter(|text| {
+        (1..=KEY_CHARS_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+    });
+    let (Some(text), None) = (text, keys.next()) else {
+        let detail = format!("Idempotency-Key: wanted one, of 1 to {KEY_CHARS_MAX} visible ASCII characters");
+        return Err(Problem::new(Kind::BadParameter, detail));
+    };
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let request_hash = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Some(Idempotency { key: text.to_owned(), request_hash }))
+}
+
+/// A job that is in the queue, and whether it was there before.
+pub(super) struct Accepted {
+    pub(super) job: Job,
+    pub(super) replayed: bool,
+}
+
+/// What became of the same request if it was sent before.
+pub(super) async fn replay(
+    front: &Front,
+    tenant: TenantId,
+    idempotency: Option<&Idempotency>,
+) -> Result<Option<Accepted>, Problem> {
+    let Some(idempotency) = idempotency else { return Ok(None) };
+    let before = front.store.replay(tenant, idempotency).await?;
+    before.map(accepted).transpose()
+}
+
+/// Puts a job into the queue.
+pub(super) async fn submit(front: &Front, job: NewJob) -> Result<Accepted, Problem> {
+    accepted(front.store.submit(job).await?)
+}
+
+fn accepted(submitted: Submitted) -> Result<Accepted, Problem> {
+    match submitted {
+        Submitted::New(job) => Ok(Accepted { job, replayed: false }),
+        Submitted::Replayed(job) => Ok(Accepted { job, replayed: true }),
+        Submitted::OtherRequest => {
+            Err(Problem::new(Kind::KeyReused, "this Idempotency-Key was sent with another request before"))
+        }
+        Submitted::QueueFull => Err(Problem::new(Kind::QueueFull, "as many jobs are waiting as may wait")),
+        Submitted::NoParent(None) => Err(Problem::not_found("job")),
+        Submitted::NoParent(Some(state)) => {
+            Err(Problem::new(Kind::WrongState, format!("the job is {state}; wanted succeeded")))
+        }
+    }
+}
+
+/// The answer to a job that was accepted.
+pub(super) fn answer(status: StatusCode, location: &str, replayed: bool, body: impl Serialize) -> Response {
+    let mut response = (status, Json(body)).into_response();
+    let headers = response.headers_mut();
+    if let Ok(location) = HeaderValue::from_str(location) {
+        headers.insert(header::LOCATION, location);
+    }
+    if status == StatusCode::ACCEPTED {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECS));
+    }
+    if replayed {
+        headers.insert(REPLAYED, HeaderValue::from_static("true"));
+    }
+    response
+}
+
+/// Numbers that nobody can guess, for seeds that were not asked for.
+pub(super) fn drawn_seed() -> Result<u64, Problem> {
+    getrandom::u64().map_err(|error| Problem::internal(&error))
+}

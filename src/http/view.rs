@@ -1,0 +1,313 @@
+//! What a client sees of a row. Never a lease, a tenant, or a key of the store.
+
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use crate::job::{Fault, Job, JobId, Kind, Object, Progress, SampleSpec, Spec, State, TrainOptions};
+
+/// A time as we write it.
+pub(super) fn time(ms: i64) -> String {
+    Timestamp::from_millisecond(ms).unwrap_or_default().to_string()
+}
+
+/// A training.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Job)]
+pub(super) struct JobView {
+    /// Names it from now on.
+    id: JobId,
+    /// Always `train`.
+    kind: Kind,
+    /// Where it stands. `succeeded`, `failed` and `canceled` never change again.
+    state: State,
+    /// Whether its owner asked for its end.
+    cancel_requested: bool,
+    /// What kind of thing the product is.
+    #[schema(min_length = 1, max_length = 64, example = "mug")]
+    class_name: String,
+    /// How it is trained, complete.
+    options: TrainOptions,
+    /// Where all its random numbers come from: asked for, or drawn.
+    #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
+    seed: u64,
+    /// What came of each photo, in order.
+    photos: Vec<PhotoView>,
+    /// How far it is; null before it first ran, and when it has ended.
+    progress: Option<Progress>,
+    /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
+    #[schema(minimum = 0)]
+    queue_position: Option<u64>,
+    /// Attempts so far.
+    #[schema(minimum = 0)]
+    attempt: i64,
+    /// Why it failed; null unless it did.
+    error: Option<Fault>,
+    /// Facts about the result; null unless it succeeded.
+    #[schema(value_type = Option<Object>)]
+    result: Option<Value>,
+    /// When it was accepted.
+    #[schema(format = DateTime, example = "2026-11-24T09:00:00.123Z")]
+    created_at: String,
+    /// When it first ran.
+    #[schema(format = DateTime)]
+    started_at: Option<String>,
+    /// When it ended.
+    #[schema(format = DateTime)]
+    finished_at: Option<String>,
+    /// Where to go from here.
+    links: JobLinks,
+}
+
+/// What came of a photo.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = JobPhoto)]
+pub(super) struct PhotoView {
+    /// Pixels, upright.
+    #[schema(minimum = 1)]
+    width: u64,
+    /// Pixels, upright.
+    #[schema(minimum = 1)]
+    height: u64,
+    /// What is odd about it: `dark`, `uniform`, `blurry`, `duplicate`.
+    warnings: Vec<String>,
+}
+
+/// URLs of a training.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct JobLinks {
+    /// This.
+    #[serde(rename = "self")]
+    #[schema(format = "uri")]
+    this: String,
+    /// POST here to end it.
+    #[schema(format = "uri")]
+    cancel: String,
+    /// Its changes as they happen.
+    #[schema(format = "uri")]
+    events: String,
+    /// What led to the result.
+    #[schema(format = "uri")]
+    report: String,
+    /// Its files.
+    #[schema(format = "uri")]
+    artifacts: String,
+    /// POST here to draw with it.
+    #[schema(format = "uri")]
+    sample: String,
+}
+
+impl JobView {
+    /// None if the row is of the other kind.
+    pub(super) fn of(job: &Job, queue_position: Option<u64>, public_url: &str) -> Option<Self> {
+        let Spec::Train(spec) = &job.spec else { return None };
+        let this = format!("{public_url}/v1/jobs/{}", job.id);
+        let beside = |name: &str| format!("{this}/{name}");
+        let links = JobLinks {
+            cancel: beside("cancel"),
+            events: beside("events"),
+            report: beside("report"),
+            artifacts: beside("artifacts"),
+            sample: beside("sample"),
+            this: this.clone(),
+        };
+        Some(Self {
+            id: job.id,
+            kind: Kind::Train,
+            state: job.state,
+            cancel_requested: job.cancel_requested,
+            class_name: spec.class_name.clone(),
+            options: spec.options.clone(),
+            seed: spec.seed,
+            photos: job.photos.iter().map(PhotoView::of).collect(),
+            progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
+            queue_position,
+            attempt: job.attempt,
+            error: job.error.clone(),
+            result: job.result.clone(),
+            created_at: time(job.created_ms),
+            started_at: job.started_ms.map(time),
+            finished_at: job.finished_ms.map(time),
+            links,
+        })
+    }
+}
+
+impl PhotoView {
+    fn of(photo: &Object) -> Self {
+        let warnings = photo.meta["warnings"].as_array().into_iter().flatten();
+        Self {
+            width: photo.meta["width"].as_u64().unwrap_or_default(),
+            height: photo.meta["height"].as_u64().unwrap_or_default(),
+            warnings: warnings.filter_map(|word| word.as_str().map(ToOwned::to_owned)).collect(),
+        }
+    }
+}
+
+/// Pictures drawn, or to be drawn, with a training's result.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Sample)]
+pub(super) struct SampleView {
+    /// Names it from now on.
+    id: JobId,
+    /// Always `sample`.
+    kind: Kind,
+    /// The training that it draws with.
+    job_id: JobId,
+    /// Where it stands. `succeeded`, `failed` and `canceled` never change again.
+    state: State,
+    /// Whether its owner asked for its end.
+    cancel_requested: bool,
+    /// What is drawn, complete: the seed is that of the first picture.
+    spec: SampleSpec,
+    /// The pictures, in the order of the prompts; empty until it succeeded, and in lists.
+    images: Vec<ImageView>,
+    /// How far it is; null before it first ran, and when it has ended.
+    progress: Option<Progress>,
+    /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
+    #[schema(minimum = 0)]
+    queue_position: Option<u64>,
+    /// Attempts so far.
+    #[schema(minimum = 0)]
+    attempt: i64,
+    /// Why it failed; null unless it did.
+    error: Option<Fault>,
+    /// When it was accepted.
+    #[schema(format = DateTime, example = "2026-11-24T09:00:00.123Z")]
+    created_at: String,
+    /// When it first ran.
+    #[schema(format = DateTime)]
+    started_at: Option<String>,
+    /// When it ended.
+    #[schema(format = DateTime)]
+    finished_at: Option<String>,
+    /// Where to go from here.
+    links: SampleLinks,
+}
+
+/// URLs of a sample.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct SampleLinks {
+    /// This.
+    #[serde(rename = "self")]
+    #[schema(format = "uri")]
+    this: String,
+    /// POST here to end it.
+    #[schema(format = "uri")]
+    cancel: String,
+    /// The training that it draws with.
+    #[schema(format = "uri")]
+    job: String,
+}
+
+/// A picture.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Image)]
+pub(super) struct ImageView {
+    /// The prompt that it shows.
+    prompt: String,
+    /// Draws it again.
+    #[schema(minimum = 0)]
+    seed: u64,
+    /// Pixels.
+    #[schema(minimum = 1)]
+    width: u64,
+    /// Pixels.
+    #[schema(minimum = 1)]
+    height: u64,
+    /// Its media type.
+    #[schema(example = "image/png")]
+    content_type: String,
+    /// Bytes.
+    #[schema(minimum = 0)]
+    size: u64,
+    /// SHA-256 of the file.
+    #[schema(pattern = "^[0-9a-f]{64}$")]
+    sha256: String,
+    /// Where to fetch it; needs no key.
+    #[schema(format = "uri")]
+    url: String,
+    /// When the URL stops working.
+    #[schema(format = DateTime)]
+    expires_at: String,
+}
+
+impl SampleView {
+    /// None if the row is of the other kind.
+    pub(super) fn of(
+        job: &Job,
+        images: Vec<ImageView>,
+        queue_position: Option<u64>,
+        public_url: &str,
+    ) -> Option<Self> {
+        let (Spec::Sample(spec), Some(parent)) = (&job.spec, job.parent) else { return None };
+        let this = format!("{public_url}/v1/samples/{}", job.id);
+        let cancel = format!("{this}/cancel");
+        let links = SampleLinks { this, cancel, job: format!("{public_url}/v1/jobs/{parent}") };
+        Some(Self {
+            id: job.id,
+            kind: Kind::Sample,
+            job_id: parent,
+            state: job.state,
+            cancel_requested: job.cancel_requested,
+            spec: spec.clone(),
+            images,
+            progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
+            queue_position,
+            attempt: job.attempt,
+            error: job.error.clone(),
+            created_at: time(job.created_ms),
+            started_at: job.started_ms.map(time),
+            finished_at: job.finished_ms.map(time),
+            links,
+        })
+    }
+}
+
+impl ImageView {
+    pub(super) fn of(image: &Object, url: String, expires_at: String) -> Self {
+        let number = |name: &str| image.meta[name].as_u64().unwrap_or_default();
+        Self {
+            prompt: image.meta["prompt"].as_str().unwrap_or_default().to_owned(),
+            seed: number("seed"),
+            width: number("width"),
+            height: number("height"),
+            content_type: image.content_type.clone(),
+            size: image.size,
+            sha256: image.sha256.clone(),
+            url,
+            expires_at,
+        }
+    }
+}
+
+/// A file of a job.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Artifact)]
+pub(super) struct ArtifactView {
+    /// Its name within the job.
+    #[schema(example = "weights.safetensors")]
+    name: String,
+    /// Bytes.
+    #[schema(minimum = 0)]
+    size: u64,
+    /// SHA-256 of the file.
+    #[schema(pattern = "^[0-9a-f]{64}$")]
+    sha256: String,
+    /// Its media type.
+    content_type: String,
+    /// Where to fetch it; needs no key.
+    #[schema(format = "uri")]
+    url: String,
+    /// When the URL stops working.
+    #[schema(format = DateTime)]
+    expires_at: String,
+}
+
+impl ArtifactView {
+    pub(super) fn of(object: Object, url: String, expires_at: String) -> Self {
+        let Object { name, size, sha256, content_type, .. } = object;
+        Self { name, size, sha256, content_type, url, expires_at }
+    }
+}

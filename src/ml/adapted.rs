@@ -1,0 +1,92 @@
+//! A fine-tuned text encoder and UNet as a file, and ready to draw.
+//!
+//! One safetensors file: `text_encoder.…` and `unet.…`, f32, since a fine-tune is lost to the rounding of narrower
+//! types; the autoencoder stays the bundle's. Its metadata say what it is, of which bundle, and how it was trained.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::bundle::Bundle;
+use super::sample::Models;
+use super::tensorfile::TensorFile;
+use super::weights::Weights;
+use super::{Error, Result};
+
+/// Where in such a file the UNet's tensors lie.
+pub(crate) const UNET: &str = "unet";
+/// Where the text encoder's lie.
+pub(crate) const TEXT_ENCODER: &str = "text_encoder";
+
+/// What `format` says in the metadata of a file of fine-tuned weights.
+pub(crate) const FORMAT: &str = "hypnos weights 1";
+
+/// The words for one product.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Product {
+    /// The word that means this one product, a single token: `[V]`.
+    pub token: String,
+    /// What kind of thing it is: `[C]`.
+    pub class_name: String,
+}
+
+impl Product {
+    /// How prompts call it: `[V] [C]`.
+    pub fn words(&self) -> String {
+        format!("{} {}", self.token, self.class_name)
+    }
+}
+
+/// Models that draw a product.
+#[derive(Debug)]
+pub struct Adapted {
+    /// The words it was trained with.
+    pub product: Product,
+    /// The models. They share with the bundle's what was not trained.
+    pub models: Models,
+}
+
+impl Adapted {
+    /// Loads fine-tuned weights on the device of `base`, the models of the bundle that they were trained from.
+    /// [`Error::Bad`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
+    pub fn load(file: &Path, bundle: &Bundle, base: &Models) -> Result<Self> {
+        let metadata = TensorFile::open(file)?.metadata().clone();
+        let bad = |what: String| Error::Bad(format!("{}: {what}", file.display()));
+        check(&metadata, FORMAT, bundle.hash()?).map_err(bad)?;
+        let product = metadata.get("recipe").map_or("null", String::as_str);
+        let product =
+            serde_json::from_str(product).map_err(|e| bad(format!("names no product in its recipe: {e}")))?;
+        let weights = Weights::open(file, &base.device)?;
+        let text = bundle.text_encoder_of(&weights.pp(TEXT_ENCODER))?;
+        let unet = bundle.unet_of(&weights.pp(UNET))?;
+        Ok(Self { product, models: base.with(text, unet) })
+    }
+}
+
+/// Bytes that the weights of a file take in memory, from its header.
+pub fn bytes(file: &Path) -> Result<u64> {
+    let file = TensorFile::open(file)?;
+    let shapes = file.names().filter_map(|name| file.shape(name));
+    Ok(shapes.map(|shape| 4 * shape.iter().product::<usize>() as u64).sum())
+}
+
+/// The metadata of a file of ours.
+pub(crate) fn metadata(format: &str, bundle: &str, recipe: &str) -> BTreeMap<String, String> {
+    let pairs = [("format", format), ("bundle", bundle), ("recipe", recipe)];
+    pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+}
+
+/// Whether a file's metadata are of this format and of this bundle; if not, why.
+pub(crate) fn check(metadata: &BTreeMap<String, String>, format: &str, bundle: &str) -> Result<(), String> {
+    let said = |key: &str| metadata.get(key).map_or("nothing", String::as_str);
+    if said("format") != format {
+        return Err(format!("is of format \"{}\"; \"{format}\" is wanted", said("format")));
+    }
+    let short = |hash: &str| hash.chars().take(10).collect::<String>();
+    if said("bundle") != bundle {
+        let (theirs, ours) = (short(said("bundle")), short(bundle));
+        return Err(format!("was trained from another bundle ({theirs}); this one is {ours}"));
+    }
+    Ok(())
+}

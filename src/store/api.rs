@@ -1,0 +1,326 @@
+//! What a client does: submit, look, cancel, delete. Every query takes a tenant, and a row that is being deleted is
+//! not there.
+
+use std::time::Duration;
+
+use super::db::{Arg, Row, Tx, args, locking};
+use super::{Error, Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
+
+/// How long a client's name for a request is kept.
+const IDEMPOTENCY: Duration = Duration::from_hours(24);
+
+macro_rules! job_columns {
+    () => {
+        "id, tenant, parent, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
+         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms"
+    };
+}
+pub(super) use job_columns;
+
+/// Ends what waits, asks for the end of what runs, leaves what has ended.
+macro_rules! end {
+    () => {
+        "cancel_requested = case when finished_ms is null then 1 else cancel_requested end, \
+         finished_ms = case when state = 'queued' then (select ms from clock) else finished_ms end, \
+         state = case when state = 'queued' then 'canceled' else state end, version = version + 1"
+    };
+}
+
+/// What became of the request `$2`, if it is younger than `$3`.
+const RECALL: &str = concat!(
+    "select request_hash, ",
+    job_columns!(),
+    " from (select job as accepted, request_hash from idempotency
+        where tenant = $1 and key = $2 and created_ms > (select ms from clock) - $3) request
+    join job on id = accepted where deleting = 0"
+);
+
+/// Tenants with jobs of the kind `$1` to claim, in the order of their turns, and how many each has: who has fewer
+/// running comes first, then who was served longer ago, then who waits longer.
+pub(super) const TURNS: &str = "
+    select waiting.tenant, waiting.jobs from (
+        select tenant, count(*) as jobs, min(id) as oldest from job
+        where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant
+    ) waiting
+    order by (select count(*) from job where job.tenant = waiting.tenant and state = 'running'),
+        (select coalesce(max(claimed_ms), 0) from job where job.tenant = waiting.tenant), waiting.oldest";
+
+impl Store {
+    /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
+    /// undo it. A key whose job was deleted, or that is older than a day, is free again.
+    pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
+        let mut tx = self.db.begin().await?;
+        // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
+        let tenant = locking!("select id from tenant where id = $1"; "for no key update");
+        if tx.row(tenant, args![new.tenant]).await?.is_none() {
+            return Err(Error::Bad("no such tenant".into()));
+        }
+        if let Some(idempotency) = &new.idempotency {
+            forget(&mut tx, new.tenant, &idempotency.key).await?;
+            if let Some(row) = tx.row(RECALL, &recall_args(new.tenant, idempotency)).await? {
+                return recalled(&row, idempotency);
+            }
+        }
+        if let Some(parent) = new.parent {
+            // The lock keeps a deletion from passing between this look and the new row.
+            let select = locking!(
+                "select state from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
+                "for share"
+            );
+            let row = tx.row(select, args![new.tenant, parent]).await?;
+            let state = row.map(|row| row.word("state")).transpose()?;
+            if state != Some(State::Succeeded) {
+                return Ok(Submitted::NoParent(state));
+            }
+        }
+        let kind = new.spec.kind();
+        let count = "select count(*) as jobs from job where tenant = $1 and kind = $2 and state = 'queued'";
+        let waiting = tx.row(count, args![new.tenant, kind.as_str()]).await?;
+        if waiting.map_or(Ok(0), |row| row.int("jobs"))? as u64 >= new.queue_max {
+            return Ok(Submitted::QueueFull);
+        }
+        let job = insert(&mut tx, &new).await?;
+        if let Some(Idempotency { key, request_hash }) = &new.idempotency {
+            let insert = "insert into idempotency (tenant, key, request_hash, job, created_ms) \
+                          select $1, $2, $3, $4, ms from clock";
+            tx.run(insert, args![new.tenant, key.as_str(), request_hash.as_str(), new.id]).await?;
+        }
+        tx.notify().await?;
+        tx.commit().await?;
+        self.wakes.wake();
+        Ok(Submitted::New(job))
+    }
+
+    /// What became of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
+    /// the key is free. A quick look, before objects are written; [`Store::submit`] looks again.
+    pub async fn replay(&self, tenant: TenantId, idempotency: &Idempotency) -> Result<Option<Submitted>> {
+        let rows = self.db.read(RECALL, &recall_args(tenant, idempotency)).await?;
+        rows.first().map(|row| recalled(row, idempotency)).transpose()
+    }
+
+    /// One job of that kind.
+    pub async fn find(&self, tenant: TenantId, id: JobId, kind: Kind) -> Result<Option<Job>> {
+        let sql = concat!(
+            "select ",
+            job_columns!(),
+            " from job where tenant = $1 and id = $2 and kind = $3 and deleting = 0"
+        );
+        let rows = self.db.read(sql, args![tenant, id, kind.as_str()]).await?;
+        rows.first().map(job).transpose()
+    }
+
+    /// Jobs, the newest first, at most `limit`, those before `before` if it is given.
+    pub async fn list(
+        &self,
+        tenant: TenantId,
+        filter: &Filter,
+        before: Option<JobId>,
+        limit: u32,
+    ) -> Result<Vec<Job>> {
+        let mut sql =
+            concat!("select ", job_columns!(), " from job where tenant = $1 and deleting = 0").to_owned();
+        let mut values = vec![Arg::from(tenant)];
+        // Only the conditions that are asked for, so that each has the index it needs.
+        let mut and = |condition: &str, value: Option<Arg>| {
+            if let Some(value) = value {
+                values.push(value);
+                sql += &format!(" and {condition} ${}", values.len());
+            }
+        };
+        and("kind =", filter.kind.map(|kind| kind.as_str().into()));
+        and("state =", filter.state.map(|state| state.as_str().into()));
+        and("class_name =", filter.class_name.as_deref().map(Into::into));
+        and("created_ms >", filter.created_after_ms.map(Into::into));
+        and("parent =", filter.parent.map(Into::into));
+        and("id <", before.map(Into::into));
+        values.push(i64::from(limit).into());
+        sql += &format!(" order by id desc limit ${}", values.len());
+        let rows = self.db.read(sql, &values).await?;
+        rows.iter().map(job).collect()
+    }
+
+    /// A job's version: whether there is anything new to see.
+    pub async fn version(&self, tenant: TenantId, id: JobId) -> Result<Option<i64>> {
+        let sql = "select version from job where tenant = $1 and id = $2 and deleting = 0";
+        let rows = self.db.read(sql, args![tenant, id]).await?;
+        rows.first().map(|row| row.int("version")).transpose()
+    }
+
+    /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts
+    /// tenants as taking turns; one with nothing running gets several in a row, so this is close, not exact.
+    pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
+        let ahead = "
+            select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
+                and (priority > me.priority or (priority = me.priority and id < me.id))) as own
+            from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
+        let rows = self.db.read(ahead, args![job.tenant, job.id]).await?;
+        let Some(own) = rows.first().map(|row| row.int("own")).transpose()? else { return Ok(None) };
+        let turns = self.db.read(TURNS, args![job.spec.kind().as_str()]).await?;
+        let turns = turns.iter().map(|row| Ok((row.word("tenant")?, row.int("jobs")?)));
+        Ok(Some(position(job.tenant, own, &turns.collect::<Result<Vec<_>>>()?)))
+    }
+
+    /// Ends a job that waits at once, and asks for the end of one that runs: it will not succeed any more. One that
+    /// has ended stays as it is. The job as it is then.
+    pub async fn cancel(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
+        let update = concat!(
+            "update job set ",
+            end!(),
+            " where tenant = $1 and id = $2 and deleting = 0 and cancel_requested = 0 and finished_ms is null"
+        );
+        let select =
+            concat!("select ", job_columns!(), " from job where tenant = $1 and id = $2 and deleting = 0");
+        let mut tx = self.db.begin().await?;
+        if tx.run(update, args![tenant, id]).await? > 0 {
+            tx.notify().await?;
+        }
+        let row = tx.row(select, args![tenant, id]).await?;
+        tx.commit().await?;
+        self.wakes.wake();
+        row.as_ref().map(job).transpose()
+    }
+
+    /// Deletes a job, and with a training the samples drawn with it: from now on no reader sees them, and what runs is
+    /// canceled. Their objects go later, see [`Store::erasable`]. Whether there was one.
+    pub async fn delete(&self, tenant: TenantId, id: JobId) -> Result<bool> {
+        let mut tx = self.db.begin().await?;
+        // The training first: whoever submits a sample of it holds or waits for its row.
+        let update = concat!(
+            "update job set deleting = 1, ",
+            end!(),
+            " where tenant = $1 and id = $2 and deleting = 0"
+        );
+        if tx.run(update, args![tenant, id]).await? == 0 {
+            return Ok(false);
+        }
+        let update = concat!(
+            "update job set deleting = 1, ",
+            end!(),
+            " where tenant = $1 and parent = $2 and deleting = 0"
+        );
+        tx.run(update, args![tenant, id]).await?;
+        tx.notify().await?;
+        tx.commit().await?;
+        self.wakes.wake();
+        Ok(true)
+    }
+
+    /// How full the queue is.
+    pub async fn gauges(&self) -> Result<Gauges> {
+        let queued = "select kind, count(*) as jobs, max(ms - created_ms) as oldest_ms from job cross join clock \
+                      where state = 'queued' group by kind";
+        let running = "select kind, count(*) as jobs from job where state = 'running' group by kind";
+        let (queued, running) = (self.db.read(queued, &[]).await?, self.db.read(running, &[]).await?);
+        let number = |rows: &[Row], kind: Kind, column: &str| {
+            let row = rows.iter().find(|row| row.text("kind").is_ok_and(|word| word == kind.as_str()));
+            row.map_or(Ok(0), |row| row.int(column)).map(|number| number.max(0) as u64)
+        };
+        let gauge = |&kind: &Kind| {
+            Ok(Gauge {
+                kind,
+                queued: number(&queued, kind, "jobs")?,
+                running: number(&running, kind, "jobs")?,
+                oldest_queued_ms: number(&queued, kind, "oldest_ms")?,
+            })
+        };
+        Ok(Gauges { kinds: Kind::ALL.iter().map(gauge).collect::<Result<_>>()? })
+    }
+}
+
+fn recall_args(tenant: TenantId, idempotency: &Idempotency) -> [Arg; 3] {
+    [tenant.into(), idempotency.key.as_str().into(), IDEMPOTENCY.into()]
+}
+
+fn recalled(row: &Row, idempotency: &Idempotency) -> Result<Submitted> {
+    if row.text("request_hash")? == idempotency.request_hash {
+        job(row).map(Submitted::Replayed)
+    } else {
+        Ok(Submitted::OtherRequest)
+    }
+}
+
+/// Forgets the tenant's requests of more than a day ago, and this one if its job was deleted.
+async fn forget(tx: &mut Tx, tenant: TenantId, key: &str) -> Result<()> {
+    let delete = "delete from idempotency where tenant = $1 and (created_ms <= (select ms from clock) - $3 \
+                  or (key = $2 and exists (select 1 from job where id = idempotency.job and deleting = 1)))";
+    tx.run(delete, args![tenant, key, IDEMPOTENCY]).await.map(drop)
+}
+
+async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
+    let insert = concat!(
+        "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, not_before_ms, \
+         created_ms) select $1, $2, $3, $4, $5, $6, $7, $8, $9, ms, ms from clock returning ",
+        job_columns!()
+    );
+    let class_name = match &new.spec {
+        Spec::Train(spec) => Some(spec.class_name.as_str()),
+        Spec::Sample(_) => None,
+    };
+    let values = args![
+        new.id,
+        new.tenant,
+        new.spec.kind().as_str(),
+        new.parent,
+        class_name,
+        json(&new.spec),
+        json(&new.photos),
+        i64::from(new.priority),
+        new.max_attempts,
+    ];
+    let row = tx.row(insert, values).await?;
+    job(&row.expect("an insert of one row returns it"))
+}
+
+/// How many go first: all of one's own that are ahead, and with each of them one of every other tenant, and one more of
+/// those whose turn is earlier.
+fn position(tenant: TenantId, own: i64, turns: &[(TenantId, i64)]) -> u64 {
+    let mine = turns.iter().position(|(other, _)| *other == tenant).unwrap_or(turns.len());
+    let others = turns.iter().enumerate().filter(|(i, _)| *i != mine);
+    let ahead: i64 = others.map(|(i, (_, jobs))| (*jobs).min(own + i64::from(i < mine))).sum();
+    (own + ahead) as u64
+}
+
+/// A row of the queue.
+pub(super) fn job(row: &Row) -> Result<Job> {
+    let document = |column: &str| row.text_or_none(column);
+    Ok(Job {
+        id: row.word("id")?,
+        tenant: row.word("tenant")?,
+        parent: match row.text_or_none("parent")? {
+            Some(_) => Some(row.word("parent")?),
+            None => None,
+        },
+        spec: parse("spec", &row.text("spec")?)?,
+        photos: parse("photos", &row.text("photos")?)?,
+        state: row.word("state")?,
+        run_lease: row.int("run_lease")?,
+        attempt: row.int("attempt")?,
+        max_attempts: row.int("max_attempts")?,
+        cancel_requested: row.flag("cancel_requested")?,
+        checkpoint: document("checkpoint")?.map(|text| parse("checkpoint", &text)).transpose()?,
+        progress: document("progress")?.map(|text| parse("progress", &text)).transpose()?,
+        result: document("result")?.map(|text| parse("result", &text)).transpose()?,
+        error: document("error")?.map(|text| parse("error", &text)).transpose()?,
+        version: row.int("version")?,
+        created_ms: row.int("created_ms")?,
+        started_ms: row.int_or_none("started_ms")?,
+        finished_ms: row.int_or_none("finished_ms")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_counts_one_of_each_other_tenant_for_each_of_ones_own() {
+        let [me, big, small] = [1, 2, 3].map(|n| TenantId(uuid::Uuid::from_u128(n)));
+        assert_eq!(position(me, 0, &[(me, 1)]), 0);
+        assert_eq!(position(me, 0, &[(me, 1), (big, 10_000)]), 0);
+        assert_eq!(position(me, 0, &[(big, 10_000), (me, 1)]), 1);
+        assert_eq!(position(me, 2, &[(big, 10_000), (me, 3), (small, 1)]), 2 + 3 + 1);
+        assert_eq!(position(big, 9_999, &[(me, 3), (small, 1), (big, 10_000)]), 9_999 + 3 + 1);
+        assert_eq!(position(me, 1, &[(big, 4)]), 1 + 2, "a job that waits for its retry has no turn yet");
+    }
+}

@@ -1,0 +1,141 @@
+//! Tenants and API keys. A key's secret never comes here, only its public id and a hash.
+
+
+use super::db::{Row, args};
+use super::{Result, Store};
+use crate::job::{TenantId, words};
+
+words!(
+    /// What a key may do.
+    Scope {
+        /// Look.
+        Read = "read",
+        /// Look, submit, cancel and delete.
+        Write = "write",
+    }
+);
+
+/// Whose things there are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its id.
+    pub id: TenantId,
+    /// What the operator calls it.
+    pub name: String,
+    /// When it was made.
+    pub created_ms: i64,
+}
+
+/// A key to be made.
+#[derive(Clone, Debug)]
+pub struct NewKey {
+    /// The public part of the key.
+    pub id: String,
+    /// Whom it opens the door to.
+    pub tenant: TenantId,
+    /// What the operator calls it.
+    pub name: String,
+    /// SHA-256 of the secret, lower-case hexadecimal.
+    pub hash: String,
+    /// What it may do.
+    pub scope: Scope,
+    /// Good until then, in milliseconds since 1970; for ever if none.
+    pub expires_ms: Option<i64>,
+}
+
+/// A key as the database has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// The public part of the key.
+    pub id: String,
+    /// Whom it opens the door to.
+    pub tenant: TenantId,
+    /// What the operator calls it.
+    pub name: String,
+    /// SHA-256 of the secret, lower-case hexadecimal.
+    pub hash: String,
+    /// What it may do.
+    pub scope: Scope,
+    /// When it was made.
+    pub created_ms: i64,
+    /// Good until then; for ever if none.
+    pub expires_ms: Option<i64>,
+    /// When it was revoked.
+    pub revoked_ms: Option<i64>,
+    /// Whether it was neither revoked nor expired when it was read, by the database's clock.
+    pub live: bool,
+}
+
+macro_rules! key_select {
+    () => {
+        "select id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms, \
+         cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
+         from api_key cross join clock"
+    };
+}
+
+impl Store {
+    /// The tenant of that name, made if there is none.
+    pub async fn ensure_tenant(&self, name: &str) -> Result<TenantId> {
+        let mut tx = self.db.begin().await?;
+        tx.run(
+            "insert into tenant (id, name, created_ms) select $1, $2, ms from clock where true on conflict (name) do nothing",
+            args![TenantId::new(), name],
+        )
+        .await?;
+        let row = tx.row("select id from tenant where name = $1", args![name]).await?;
+        tx.commit().await?;
+        row.expect("made or there before").word("id")
+    }
+
+    /// Every tenant, the oldest first.
+    pub async fn tenants(&self) -> Result<Vec<Tenant>> {
+        let rows = self.db.read("select id, name, created_ms from tenant order by id", &[]).await?;
+        let tenant = |row: &Row| {
+            Ok(Tenant { id: row.word("id")?, name: row.text("name")?, created_ms: row.int("created_ms")? })
+        };
+        rows.iter().map(tenant).collect()
+    }
+
+    /// Makes a key. Its tenant must be there, and its id must be new.
+    pub async fn create_key(&self, key: &NewKey) -> Result<()> {
+        let insert = "insert into api_key (id, tenant, name, hash, scope, expires_ms, created_ms) \
+                      select $1, $2, $3, $4, $5, $6, ms from clock";
+        let NewKey { id, tenant, name, hash, scope, expires_ms } = key;
+        let values = args![id.as_str(), *tenant, name.as_str(), hash.as_str(), scope.as_str(), *expires_ms];
+        self.db.write(insert, values).await.map(drop)
+    }
+
+    /// The key of that public part, live or not.
+    pub async fn find_key(&self, id: &str) -> Result<Option<Key>> {
+        let rows = self.db.read(concat!(key_select!(), " where id = $1"), args![id]).await?;
+        rows.first().map(key).transpose()
+    }
+
+    /// Every key, live or not, by tenant.
+    pub async fn list_keys(&self) -> Result<Vec<Key>> {
+        let rows = self.db.read(concat!(key_select!(), " order by tenant, created_ms, id"), &[]).await?;
+        rows.iter().map(key).collect()
+    }
+
+    /// Revokes a key. Whether there was one to revoke.
+    pub async fn revoke_key(&self, id: &str) -> Result<bool> {
+        let update =
+            "update api_key set revoked_ms = (select ms from clock) where id = $1 and revoked_ms is null";
+        Ok(self.db.write(update, args![id]).await? > 0)
+    }
+}
+
+fn key(row: &Row) -> Result<Key> {
+    Ok(Key {
+        id: row.text("id")?,
+        tenant: row.word("tenant")?,
+        name: row.text("name")?,
+        hash: row.text("hash")?,
+        scope: row.word("scope")?,
+        created_ms: row.int("created_ms")?,
+        expires_ms: row.int_or_none("expires_ms")?,
+        revoked_ms: row.int_or_none("revoked_ms")?,
+        live: row.flag("live")?,
+    })
+}

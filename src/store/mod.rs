@@ -1,0 +1,192 @@
+//! The only SQL: the queue, the tenants and their keys, on SQLite and on Postgres behind one face.
+//!
+//! The table `job` is a queue with leases. A claim bumps `run_lease`, and every later write of the worker names it:
+//! `where id and state = 'running' and run_lease`. No row means the lease is lost, and nothing was written. Terminal
+//! states never change; an acknowledged cancel never succeeds; another tenant's row is a row that is not there. Time is
+//! the database's. No photo, no picture and no weight comes here: a row names objects that are already in the bucket.
+//!
+//! ```text
+//! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
+//! keys      tenants and API keys                                  objects   artifacts and class images
+//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! ```
+
+mod api;
+mod db;
+mod keys;
+mod objects;
+mod schema;
+mod wakes;
+mod worker;
+
+use std::sync::Arc;
+
+use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
+
+pub use keys::{Key, NewKey, Scope, Tenant};
+pub use wakes::Wakes;
+pub use worker::{Renewal, Rescued};
+
+use db::Db;
+
+/// What went wrong. No message holds SQL, a path or what a client sent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No answer now: not reachable, busy, out of connections or out of disk. The same again may succeed.
+    #[error("the database cannot be reached")]
+    Away(#[source] Cause),
+    /// The job is no longer this claim's: nothing was written, and nothing more may be.
+    #[error("the lease was lost")]
+    LeaseLost,
+    /// The schema is not this program's; the text says what to do.
+    #[error("{0}")]
+    Schema(String),
+    /// What no program of ours can have written, or a fault of ours.
+    #[error("the database holds or refuses what it should not")]
+    Corrupt(#[source] Cause),
+    /// The settings cannot work: the address, the user, the file; the text says why.
+    #[error("{0}")]
+    Bad(String),
+}
+
+/// What the database said.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// A result of the store.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The store. Clones share their connections.
+#[derive(Clone, Debug)]
+pub struct Store {
+    db: Db,
+    wakes: Arc<wakes::Hub>,
+}
+
+impl Store {
+    /// Connects, and migrates nothing. `url` is `sqlite:PATH`, a file that is made if need be in a directory that is
+    /// there, or `postgres://…`; `pool_max` is the most connections, on SQLite the most that read at once.
+    pub async fn connect(url: &str, pool_max: u32) -> Result<Self> {
+        let db = Db::connect(url, pool_max.max(1)).await?;
+        Ok(Self { db, wakes: Arc::default() })
+    }
+
+    /// Brings the schema up to this program. Of two that do so at once, one waits.
+    pub async fn migrate(&self) -> Result<()> {
+        schema::migrate(&self.db).await
+    }
+
+    /// Refuses a schema that is older or newer than this program, or not there at all.
+    pub async fn check_schema(&self) -> Result<()> {
+        schema::check(&self.db).await
+    }
+
+    /// Whether the database answers.
+    pub async fn ping(&self) -> Result<()> {
+        self.db.read("select 1", &[]).await.map(drop)
+    }
+
+    /// Hears of jobs to claim and of cancels, from this process and, on Postgres, from others. A hint only: whoever
+    /// waits for it looks once a second all the same. Call it within a runtime.
+    pub fn wakes(&self) -> Wakes {
+        self.wakes.listen(&self.db)
+    }
+
+    /// Ends every connection, after what they are at.
+    pub async fn close(&self) {
+        self.db.close().await;
+    }
+}
+
+/// A job to be accepted.
+#[derive(Clone, Debug)]
+pub struct NewJob {
+    /// Its id; the objects that it names lie under it already.
+    pub id: JobId,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The training that a sample draws with; none for a training.
+    pub parent: Option<JobId>,
+    /// What it is to do.
+    pub spec: Spec,
+    /// A training's photos, in order.
+    pub photos: Vec<Object>,
+    /// Which of the tenant's own waiting jobs goes first: the larger.
+    pub priority: i32,
+    /// Attempts that it may have, at least 1.
+    pub max_attempts: i64,
+    /// What makes the same request, sent twice, one job.
+    pub idempotency: Option<Idempotency>,
+    /// Most waiting jobs of this kind that the tenant may have, this one among them.
+    pub queue_max: u64,
+}
+
+/// A request's own name, kept for a day.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    /// The client's name for it.
+    pub key: String,
+    /// Hash of all that was asked for.
+    pub request_hash: String,
+}
+
+/// What became of a submission.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Submitted {
+    /// Accepted, durably.
+    New(Job),
+    /// The same request was accepted before; this is its job as it stands now.
+    Replayed(Job),
+    /// The idempotency key belongs to another request.
+    OtherRequest,
+    /// The tenant has as many waiting jobs as it may have.
+    QueueFull,
+    /// The training to draw with is not there, or there but not succeeded.
+    NoParent(Option<State>),
+}
+
+/// Which jobs to list; what is none does not matter.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Of this kind.
+    pub kind: Option<Kind>,
+    /// In this state.
+    pub state: Option<State>,
+    /// Trainings of this class.
+    pub class_name: Option<String>,
+    /// Accepted later than this, in milliseconds since 1970.
+    pub created_after_ms: Option<i64>,
+    /// Samples drawn with this training.
+    pub parent: Option<JobId>,
+}
+
+/// How full the queue is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gauges {
+    /// By kind, in the order of [`Kind::ALL`].
+    pub kinds: Vec<Gauge>,
+}
+
+/// How full the queue is of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gauge {
+    /// The kind.
+    pub kind: Kind,
+    /// Jobs that wait.
+    pub queued: u64,
+    /// Jobs that run.
+    pub running: u64,
+    /// How long ago the oldest waiting one was accepted, in milliseconds; 0 if none waits.
+    pub oldest_queued_ms: u64,
+}
+
+/// A JSON column.
+fn parse<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T> {
+    // serde_json's own message may quote the document
+    serde_json::from_str(text)
+        .map_err(|_| Error::Corrupt(format!("column {column} is not what it should be").into()))
+}
+
+/// What goes into a JSON column.
+fn json<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("our documents have string keys and finite numbers or null")
+}

@@ -1,0 +1,70 @@
+//! Rows that name objects in the bucket: artifacts of jobs, and class images that jobs share.
+
+use super::db::{Row, args};
+use super::{Result, Store, json, parse};
+use crate::job::{JobId, Object, TenantId};
+
+macro_rules! artifact_select {
+    () => {
+        "select artifact.name, artifact.key, size, sha256, content_type, meta from artifact \
+         join job on job.id = artifact.job where tenant = $1 and artifact.job = $2 and deleting = 0"
+    };
+}
+
+impl Store {
+    /// What a job has to show so far, by name.
+    pub async fn artifacts(&self, tenant: TenantId, id: JobId) -> Result<Vec<Object>> {
+        let sql = concat!(artifact_select!(), " order by artifact.name");
+        let rows = self.db.read(sql, args![tenant, id]).await?;
+        rows.iter().map(object).collect()
+    }
+
+    /// One thing that a job has to show.
+    pub async fn artifact(&self, tenant: TenantId, id: JobId, name: &str) -> Result<Option<Object>> {
+        let sql = concat!(artifact_select!(), " and artifact.name = $3");
+        let rows = self.db.read(sql, args![tenant, id, name]).await?;
+        rows.first().map(object).transpose()
+    }
+
+    /// Class images drawn before with these settings: seeds and pictures.
+    pub async fn class_images(&self, tenant: TenantId, settings: &str) -> Result<Vec<(u64, Object)>> {
+        let sql = "select seed, name, key, size, sha256, content_type, meta from class_image \
+                   where tenant = $1 and settings = $2 order by seed";
+        let rows = self.db.read(sql, args![tenant, settings]).await?;
+        rows.iter().map(|row| Ok((row.int("seed")? as u64, object(row)?))).collect()
+    }
+
+    /// Adds a class image. The first one stays; whether this was it.
+    pub async fn add_class_image(
+        &self,
+        tenant: TenantId,
+        settings: &str,
+        seed: u64,
+        object: &Object,
+    ) -> Result<bool> {
+        let sql = "insert into class_image (tenant, settings, seed, name, key, size, sha256, content_type, meta) \
+                   values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (tenant, settings, seed) do nothing";
+        let Object { name, key, size, sha256, content_type, meta } = object;
+        let place = args![tenant, settings, seed as i64];
+        let what = args![
+            name.as_str(),
+            key.as_str(),
+            *size as i64,
+            sha256.as_str(),
+            content_type.as_str(),
+            json(meta)
+        ];
+        Ok(self.db.write(sql, &[&place[..], &what[..]].concat()).await? > 0)
+    }
+}
+
+pub(super) fn object(row: &Row) -> Result<Object> {
+    Ok(Object {
+        name: row.text("name")?,
+        key: row.text("key")?,
+        size: row.int("size")? as u64,
+        sha256: row.text("sha256")?,
+        content_type: row.text("content_type")?,
+        meta: parse("meta", &row.text("meta")?)?,
+    })
+}

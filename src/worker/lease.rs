@@ -1,0 +1,163 @@
+//! The leases that a worker holds, and the heart that keeps them.
+//!
+//! The heart is a thread with a runtime and a connection of its own: a device that computes, or a server full of requests,
+//! must not look like a dead machine. A lease counts as held only until the time that the database last confirmed, less
+//! a margin, by our own monotonic clock, begun before the question was sent: whoever cannot ask stops in time.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::job::{Lease, Progress};
+use crate::store::{Renewal, Store};
+
+/// One lease that is held, seen from the device's thread, the job's task and the heart.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) lease: Lease,
+    length: Duration,
+    confirmed: Mutex<Instant>,
+    lost: AtomicBool,
+    cancel: AtomicBool,
+    progress: Mutex<Option<Progress>>,
+}
+
+impl Held {
+    fn new(lease: Lease, length: Duration, asked: Instant) -> Self {
+        let (lost, cancel) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { lease, length, confirmed: Mutex::new(asked), lost, cancel, progress: Mutex::new(None) }
+    }
+
+    /// Whether the lease is gone, or may be.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire) || self.left().is_zero()
+    }
+
+    /// How long the lease is surely held; a tenth of it is kept as a margin.
+    pub(super) fn left(&self) -> Duration {
+        let safe = self.length.mul_f64(0.9);
+        safe.saturating_sub(lock(&self.confirmed).elapsed())
+    }
+
+    /// Whether the job's owner wants it to end.
+    pub(super) fn is_canceled(&self) -> bool {
+        self.cancel.load(Ordering::Acquire)
+    }
+
+    /// Says how far the job is; the next beat writes it down.
+    pub(super) fn progress(&self, progress: Progress) {
+        *lock(&self.progress) = Some(progress);
+    }
+
+    /// Says how many pictures can be looked at.
+    pub(super) fn images(&self, n: u64) {
+        if let Some(progress) = lock(&self.progress).as_mut() {
+            progress.images = n;
+        }
+    }
+
+    /// Notes that a write was refused.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+}
+
+/// Renews every lease of this process, in its own thread.
+#[derive(Clone, Debug)]
+pub(super) struct Heart {
+    held: Arc<Mutex<HashMap<Lease, Arc<Held>>>>,
+    length: Duration,
+}
+
+impl Heart {
+    /// Starts beating every `beat`, on a connection of its own, until `stop`.
+    pub(super) fn start(
+        store_url: &str,
+        length: Duration,
+        beat: Duration,
+        stop: CancellationToken,
+    ) -> std::io::Result<Self> {
+        let heart = Self { held: Arc::default(), length };
+        let (beating, url) = (heart.clone(), store_url.to_owned());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let run = move || runtime.block_on(beating.run(&url, beat, stop));
+        std::thread::Builder::new().name("heart".into()).spawn(run)?;
+        Ok(heart)
+    }
+
+    /// Keeps `lease`, claimed by a question sent at `asked`, until the guard is dropped.
+    pub(super) fn hold(&self, lease: Lease, asked: Instant) -> Holding {
+        let held = Arc::new(Held::new(lease, self.length, asked));
+        lock(&self.held).insert(lease, held.clone());
+        Holding { heart: self.clone(), held }
+    }
+
+    async fn run(self, url: &str, beat: Duration, stop: CancellationToken) {
+        let mut store = None;
+        let mut away = false;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(beat) => {}
+            }
+            let held: Vec<Arc<Held>> = lock(&self.held).values().cloned().collect();
+            if held.is_empty() {
+                continue;
+            }
+            match self.beat(&mut store, url, &held).await {
+                Ok(()) => away = false,
+                Err(error) if !away => {
+                    away = true; // said once, until it is back
+                    warn!("leases cannot be renewed: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn beat(
+        &self,
+        store: &mut Option<Store>,
+        url: &str,
+        held: &[Arc<Held>],
+    ) -> crate::store::Result<()> {
+        if store.is_none() {
+            *store = Some(Store::connect(url, 1).await?);
+        }
+        let Some(store) = store else { return Ok(()) };
+        for one in held {
+            let asked = Instant::now();
+            let progress = lock(&one.progress).clone();
+            match store.renew(one.lease, self.length, progress.as_ref()).await? {
+                Renewal::Held { cancel_requested } => {
+                    *lock(&one.confirmed) = asked;
+                    one.cancel.store(cancel_requested, Ordering::Release);
+                }
+                Renewal::Lost => one.lose(),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A lease for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Holding {
+    heart: Heart,
+    pub(super) held: Arc<Held>,
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        lock(&self.heart.held).remove(&self.held.lease);
+    }
+}
+
+/// What a panic elsewhere left behind is whole all the same.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

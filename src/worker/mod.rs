@@ -1,0 +1,216 @@
+//! Rows to results: claims jobs, has a device do them, stores what came out.
+//!
+//! One driver a device. It holds at most one training, and beside it a few samples: their rows are claimed and their
+//! weights fetched while the device takes steps, so that a sample waits for the step at hand and no longer. Every write
+//! goes under the job's lease; a lease that is lost, or cannot be confirmed, ends the work without a trace.
+//!
+//! ```text
+//! claim -> fetch -> device thread (engine) -> put objects -> finish      one task a job
+//!            heart: renews the lease, writes progress, hears of cancellation
+//! ```
+
+mod cache;
+mod device;
+mod lease;
+mod sample;
+mod settle;
+mod train;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info, info_span, warn};
+use uuid::Uuid;
+
+use crate::blobs::Blobs;
+use crate::job::{Fault, Job, Kind, Spec};
+use crate::store::Store;
+use cache::WeightsCache;
+use device::Device;
+pub use device::MakeEngine;
+use lease::Heart;
+
+/// Samples that one device has claimed at once: one being drawn, one being fetched.
+const SAMPLES_MAX: usize = 2;
+
+/// How a worker goes about its work.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the heart connects to.
+    pub database: String,
+    /// How long a claim holds without being renewed.
+    pub lease: Duration,
+    /// How often leases are renewed.
+    pub beat: Duration,
+    /// How long one attempt may take.
+    pub deadline: Duration,
+    /// How often the table is looked at when nothing wakes the worker.
+    pub poll: Duration,
+    /// How often a training is written to the store.
+    pub checkpoint_every: Duration,
+    /// For files in use; may be emptied between runs.
+    pub scratch: PathBuf,
+    /// Bound on the weights kept in `scratch`.
+    pub weights_bytes_max: u64,
+}
+
+/// What all the drivers of a process share.
+#[derive(Clone, Debug)]
+struct Worker {
+    store: Store,
+    blobs: Blobs,
+    settings: Arc<Settings>,
+    heart: Heart,
+    weights: WeightsCache,
+    scratch: PathBuf,
+    /// No more claims; trainings write a checkpoint and go back to the queue.
+    drain: CancellationToken,
+}
+
+/// Works until `drain` is called and what is held has been finished or given back. One driver for each engine, by the
+/// name of its device.
+///
+/// Fails before the first claim if an engine cannot be made, and later only if every device's thread has died.
+pub async fn run(
+    settings: Settings,
+    store: Store,
+    blobs: Blobs,
+    engines: Vec<(String, MakeEngine)>,
+    drain: CancellationToken,
+) -> Result<(), Fault> {
+    let machine =
+        |error: std::io::Error| Fault::new(crate::job::FaultCode::Machine, format!("scratch: {error}"));
+    let (scratch, _in_use) = own_scratch(&settings.scratch).map_err(machine)?;
+    let weights = WeightsCache::open(settings.scratch.join("weights"), settings.weights_bytes_max);
+    let stop_heart = CancellationToken::new();
+    let _stops = stop_heart.clone().drop_guard();
+    let heart =
+        Heart::start(&settings.database, settings.lease, settings.beat, stop_heart).map_err(machine)?;
+    let worker = Worker {
+        store,
+        blobs,
+        settings: Arc::new(settings),
+        heart,
+        weights: weights.map_err(machine)?,
+        scratch: scratch.clone(),
+        drain,
+    };
+    let mut drivers = JoinSet::new();
+    for (name, make) in engines {
+        let (device, bundle) = Device::start(&name, make).await?;
+        info!(device = name, bundle, "ready");
+        let span = info_span!("worker", device = name);
+        drivers.spawn(worker.clone().drive(device, bundle).instrument(span));
+    }
+    drivers.join_all().await;
+    if let Err(error) = std::fs::remove_dir_all(&scratch) {
+        warn!("scratch is left behind: {error}");
+    }
+    Ok(())
+}
+
+impl Worker {
+    /// Claims and runs jobs until told to drain, then waits for those that it holds.
+    async fn drive(self, device: Device, bundle: String) {
+        let identity = Uuid::now_v7(); // fresh with every start: names of machines come again
+        let mut wakes = self.store.wakes();
+        let mut jobs: JoinSet<Kind> = JoinSet::new();
+        let (mut n_trainings, mut n_samples) = (0, 0);
+        let mut away = false;
+        while !self.drain.is_cancelled() {
+            let kinds: &[Kind] = match (n_trainings, n_samples) {
+                (0, n) if n < SAMPLES_MAX => &[Kind::Sample, Kind::Train],
+                (0, _) => &[],
+                (_, n) if n < SAMPLES_MAX => &[Kind::Sample],
+                _ => &[],
+            };
+            let asked = Instant::now();
+            let claimed = match kinds {
+                [] => None,
+                kinds => match self.claim(identity, kinds).await {
+                    Ok(claimed) => {
+                        away = false;
+                        claimed
+                    }
+                    Err(error) => {
+                        if !away {
+                            warn!("no jobs can be claimed: {error}");
+                        }
+                        away = true;
+                        None
+                    }
+                },
+            };
+            if let Some(job) = claimed {
+                match job.spec.kind() {
+                    Kind::Train => n_trainings += 1,
+                    Kind::Sample => n_samples += 1,
+                }
+                jobs.spawn(self.clone().run(device.clone(), bundle.clone(), job, asked));
+                continue; // there may be more
+            }
+            tokio::select! {
+                () = self.drain.cancelled() => {}
+                () = wakes.wait() => {}
+                Some(done) = jobs.join_next() => match done {
+                    Ok(Kind::Train) => n_trainings -= 1,
+                    Ok(Kind::Sample) => n_samples -= 1,
+                    Err(panic) => {
+                        warn!("a job's task panicked: {panic}");
+                        (n_trainings, n_samples) = (0, 0); // counted anew: its kind is not known
+                        jobs.detach_all();
+                    }
+                },
+                () = tokio::time::sleep(self.settings.poll) => {}
+            }
+        }
+        jobs.join_all().await;
+    }
+
+    async fn claim(&self, identity: Uuid, kinds: &[Kind]) -> crate::store::Result<Option<Job>> {
+        self.store.claim(identity, kinds, self.settings.lease, self.settings.deadline).await
+    }
+
+    /// One job from its claim to its last row.
+    async fn run(self, device: Device, bundle: String, job: Job, asked: Instant) -> Kind {
+        let kind = job.spec.kind();
+        let span = info_span!("job", job = %job.id, kind = %kind, attempt = job.attempt);
+        let holding = self.heart.hold(job.lease(), asked);
+        async {
+            info!("claimed");
+            let outcome = match &job.spec {
+                Spec::Train(spec) => self.train(&device, &bundle, &job, spec, &holding.held).await,
+                Spec::Sample(spec) => self.sample(&device, &job, spec, &holding.held).await,
+            };
+            self.settle(&job, &holding.held, outcome).await;
+        }
+        .instrument(span)
+        .await;
+        kind
+    }
+}
+
+/// A directory of this process below `scratch`, and the lock that says it is in use. Those of processes that have died
+/// are removed.
+fn own_scratch(scratch: &std::path::Path) -> std::io::Result<(PathBuf, std::fs::File)> {
+    use fs4::FileExt;
+    let runs = scratch.join("runs");
+    std::fs::create_dir_all(&runs)?;
+    for entry in std::fs::read_dir(&runs)?.flatten() {
+        let abandoned = match std::fs::File::open(entry.path().join("lock")) {
+            Ok(lock) => FileExt::try_lock(&lock).is_ok(),
+            Err(_) => false, // just being made, or not ours
+        };
+        if abandoned {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    let own = runs.join(Uuid::now_v7().to_string());
+    std::fs::create_dir(&own)?;
+    let lock = std::fs::File::create(own.join("lock"))?;
+    FileExt::lock(&lock)?;
+    Ok((own, lock))
+}

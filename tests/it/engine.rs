@@ -1,0 +1,455 @@
+//! The engine behind the seam: whole small trainings on the miniature, and what is drawn with them.
+
+use std::path::{Path, PathBuf};
+
+use hypnos::engine::{Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, TrainInput};
+use hypnos::job::{
+    Evaluation, Fault, FaultCode, Format, LossWeights, Phase, SampleSpec, TrainOptions, TrainSpec,
+};
+use hypnos::ml::bundle::{Like, random};
+use hypnos::ml::picture;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+fn settings() -> Settings {
+    Settings {
+        bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature"),
+        device: "cpu".into(),
+        batch: 2,
+        adapted_bytes_max: 1 << 30,
+        checkpointing: false,
+    }
+}
+
+fn engine() -> CandleEngine {
+    CandleEngine::open(settings()).expect("an engine")
+}
+
+/// Three photos of one thing: a red square on grounds of their own.
+fn photos() -> Vec<Vec<u8>> {
+    let photo = |ground: [u8; 3]| {
+        let inside = |i: usize| (24..72).contains(&(i % 96)) && (16..64).contains(&(i / 96));
+        let pixels: Vec<u8> = (0..96 * 80).flat_map(|i| if inside(i) { [200, 30, 40] } else { ground }).collect();
+        picture::png(&pixels, (96, 80), &[]).expect("a PNG")
+    };
+    vec![photo([240, 240, 240]), photo([90, 140, 90]), photo([60, 70, 120])]
+}
+
+fn spec(steps: u32, class_images: u32) -> TrainSpec {
+    let evaluation = Evaluation { enabled: false, images: 3, steps: 2 };
+    let options = TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..TrainOptions::default() };
+    TrainSpec::new("mug", options, 77).expect("a specification")
+}
+
+/// One attempt at a training, and what it left.
+struct Attempt {
+    result: Result<Ending, Fault>,
+    beats: Vec<Beat>,
+    scratch: TempDir,
+}
+
+impl Attempt {
+    /// With a new engine, which has nothing from before.
+    fn new(
+        spec: &TrainSpec,
+        class_images: Vec<Option<Vec<u8>>>,
+        resume: Option<&Path>,
+        mut flow: impl FnMut(&mut dyn Artist, &Beat) -> Flow,
+    ) -> Self {
+        let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
+        let mut beats = Vec::new();
+        let input = TrainInput { spec, photos: &photos, class_images, resume, scratch: scratch.path() };
+        let result = engine().train(input, &mut |artist, beat| {
+            let flow = flow(artist, &beat);
+            beats.push(beat);
+            flow
+        });
+        Self { result, beats, scratch }
+    }
+
+    fn unbroken(spec: &TrainSpec) -> Self {
+        Self::new(spec, Vec::new(), None, |_, _| Flow::Continue)
+    }
+
+    /// The weights' bytes, the report, the pictures.
+    fn trained(&self) -> (Vec<u8>, &Value, &[Drawn]) {
+        match &self.result {
+            Ok(Ending::Trained(trained)) => {
+                (std::fs::read(&trained.weights).expect("weights"), &trained.report, &trained.images)
+            }
+            other => panic!("not trained: {other:?}"),
+        }
+    }
+
+    fn weights(&self) -> PathBuf {
+        self.scratch.path().join("weights.safetensors")
+    }
+
+    fn paused(&self) -> Option<(u64, PathBuf)> {
+        match &self.result {
+            Ok(Ending::Paused(checkpoint)) => checkpoint.clone(),
+            other => panic!("not paused: {other:?}"),
+        }
+    }
+
+    fn fault(&self) -> &Fault {
+        self.result.as_ref().expect_err("a fault")
+    }
+
+    fn class_images(&self) -> Vec<Option<Vec<u8>>> {
+        let mut all = Vec::new();
+        for beat in &self.beats {
+            if let Beat::ClassImage { index, png } = beat {
+                all.resize(all.len().max(index + 1), None);
+                all[*index] = Some(png.clone());
+            }
+        }
+        all
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.scratch.path()).expect("a directory");
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect()
+    }
+}
+
+fn is_at(beat: &Beat, wanted: (Phase, u64)) -> bool {
+    matches!(beat, Beat::Progress(progress) if (progress.phase, progress.step) == wanted)
+}
+
+/// Answers `then` once, at the first beat that stands there, and goes on otherwise.
+fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn Artist, &Beat) -> Flow {
+    let mut done = false;
+    move |_, beat| {
+        if done || !is_at(beat, wanted) {
+            return Flow::Continue;
+        }
+        done = true;
+        then
+    }
+}
+
+/// What a training with `weights` draws for a prompt.
+fn draw(
+    artist: &mut dyn Artist,
+    train: &TrainSpec,
+    weights: &Path,
+    change: impl FnOnce(&mut SampleSpec),
+) -> Result<Option<Vec<Drawn>>, Fault> {
+    let spec = r#"{"prompts": ["a photo of {product}"], "steps": 3, "seed": 5}"#;
+    let mut spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
+    change(&mut spec);
+    let sha256 = Sha256::digest(weights.to_string_lossy().as_bytes());
+    let weights_sha256 = &sha256.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    artist.draw(&DrawInput { spec: &spec, train, weights, weights_sha256 }, &mut |_, _| Flow::Continue)
+}
+
+#[test]
+fn a_training_paused_at_any_step_and_resumed_gives_the_same_bytes_as_an_unbroken_one() {
+    let mut spec = spec(4, 2);
+    spec.options.evaluation.enabled = true;
+    let unbroken = Attempt::unbroken(&spec);
+    let again = Attempt::unbroken(&spec);
+    assert!(unbroken.trained() == again.trained(), "the same input gave another result");
+    for (phase, step, wanted) in [(Phase::Training, 1, 1), (Phase::Training, 3, 3), (Phase::Drawing, 2, 4)] {
+        let first = Attempt::new(&spec, Vec::new(), None, once((phase, step), Flow::Pause));
+        let (done, file) = first.paused().expect("something to save");
+        assert_eq!(done, wanted);
+        let second = Attempt::new(&spec, first.class_images(), Some(&file), |_, _| Flow::Continue);
+        assert!(second.trained() == unbroken.trained(), "paused at {phase} {step}: another result");
+    }
+}
+
+#[test]
+fn a_checkpoint_on_the_way_is_reported_and_is_the_one_that_a_pause_would_write() {
+    let spec = spec(3, 0);
+    let kept = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Checkpoint));
+    let paused = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Pause));
+    let file = kept.beats.iter().find_map(|beat| match beat {
+        Beat::Checkpoint { step: 2, file } => Some(file.clone()),
+        _ => None,
+    });
+    let bytes = |file: PathBuf| std::fs::read(file).expect("a checkpoint");
+    assert!(bytes(file.expect("reported")) == bytes(paused.paused().expect("saved").1));
+    kept.trained();
+}
+
+#[test]
+fn before_the_first_step_there_is_nothing_to_save() {
+    let spec = spec(2, 1);
+    for at in [(Phase::Preparing, 1), (Phase::ClassImages, 0), (Phase::Training, 0)] {
+        let paused = Attempt::new(&spec, Vec::new(), None, once(at, Flow::Pause));
+        assert_eq!(paused.paused(), None);
+        assert!(paused.files().is_empty());
+    }
+    let asked = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 0), Flow::Checkpoint));
+    assert!(!asked.beats.iter().any(|beat| matches!(beat, Beat::Checkpoint { .. })));
+    asked.trained();
+}
+
+#[test]
+fn a_training_that_is_stopped_ends_within_a_step_and_writes_nothing() {
+    let spec = spec(3, 0);
+    let stopped = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Stop));
+    assert!(matches!(stopped.result, Ok(Ending::Stopped)));
+    assert!(is_at(stopped.beats.last().expect("a beat"), (Phase::Training, 2)));
+    assert!(stopped.files().is_empty());
+}
+
+#[test]
+fn class_images_that_were_drawn_before_give_the_same_training_as_drawing_them() {
+    let spec = spec(2, 6);
+    let drawn = Attempt::unbroken(&spec);
+    let images = drawn.class_images();
+    assert_eq!(images.iter().flatten().count(), 6);
+    let found = Attempt::new(&spec, images.clone(), None, |_, _| Flow::Continue);
+    assert_eq!(found.class_images(), []);
+    assert!(found.trained() == drawn.trained());
+    // A batch of which some were kept is drawn whole, so that the rest come out as they would have.
+    let some = images.iter().enumerate().map(|(i, png)| png.clone().filter(|_| i != 1 && i != 5)).collect();
+    let partly = Attempt::new(&spec, some, None, |_, _| Flow::Continue);
+    let (redrawn, wanted) = (partly.class_images(), &images);
+    assert!(redrawn[1] == wanted[1] && redrawn[5] == wanted[5] && redrawn.iter().flatten().count() == 2);
+    assert!(partly.trained() == drawn.trained());
+}
+
+#[test]
+fn trainings_with_the_same_settings_want_the_same_class_images() {
+    let engine = engine();
+    let of = |spec: &TrainSpec| engine.class_images(spec);
+    let (small, large) = (of(&spec(1, 3)), of(&spec(9, 5)));
+    assert_eq!((small.seeds.len(), &small.settings), (3, &large.settings));
+    assert_eq!(small.seeds, large.seeds[..3]);
+    assert_eq!(small.settings.len(), 64);
+    let mut other = spec(1, 3);
+    other.class_name = "chair".into();
+    assert_ne!(of(&other).settings, small.settings);
+    other.options.loss_weights = LossWeights { prior: 0.0 };
+    assert!(of(&other).seeds.is_empty(), "they would count nothing");
+}
+
+#[test]
+fn drawing_between_the_steps_does_not_change_the_training() {
+    let (earlier, mut spec) = (Attempt::unbroken(&spec(1, 0)), spec(4, 1));
+    spec.options.evaluation.enabled = true;
+    let alone = Attempt::unbroken(&spec);
+    let mut served = Vec::new();
+    let busy = Attempt::new(&spec, Vec::new(), None, |artist, beat| {
+        if matches!(beat, Beat::Preview(_)) || is_at(beat, (Phase::Training, 1)) {
+            served.push(draw(artist, &earlier_spec(), &earlier.weights(), |_| ()).expect("pictures"));
+        }
+        Flow::Continue
+    });
+    assert!(served.len() >= 4, "{} samples were drawn on the way", served.len());
+    assert!(served.windows(2).all(|pair| pair[0] == pair[1]), "the training changed a sample");
+    assert!(busy.trained() == alone.trained());
+}
+
+fn earlier_spec() -> TrainSpec {
+    spec(1, 0)
+}
+
+#[test]
+fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
+    let mut spec = spec(8, 0);
+    spec.options.evaluation.enabled = true;
+    let attempt = Attempt::unbroken(&spec);
+    let mut step_seen = 0;
+    let mut last_phase = Phase::Preparing;
+    for beat in &attempt.beats {
+        let Beat::Progress(progress) = beat else { continue };
+        let order = |phase| Phase::ALL.iter().position(|&one| one == phase);
+        assert!(order(last_phase) <= order(progress.phase), "{} after {last_phase}", progress.phase);
+        last_phase = progress.phase;
+        if progress.phase == Phase::Training {
+            assert!(progress.step <= step_seen + 1 && progress.total == 8);
+            assert_eq!(progress.loss.is_some(), progress.step > 0);
+            step_seen = progress.step;
+        }
+    }
+    assert_eq!((step_seen, last_phase), (8, Phase::Drawing));
+    let previews = attempt.beats.iter().filter(|beat| matches!(beat, Beat::Preview(_)));
+    assert_eq!(previews.count(), 3);
+    let (_, report, images) = attempt.trained();
+    assert_eq!(images.len(), 3);
+    assert!(images.iter().all(|image| image.prompt.contains("{product}") && image.format == Format::Png));
+    assert_eq!(report["prompts"]["instance"], "a photo of sks mug");
+    assert_eq!(report["bundle"]["sha256"], engine().bundle());
+    assert_eq!(report["photos"][0], serde_json::json!({"width": 96, "height": 80}));
+    assert_eq!(report["curve"]["step"].as_array().map(Vec::len), Some(8));
+    assert!(report["curve"]["loss"][7].as_f64().expect("a loss") > 0.0);
+    assert!(report["warnings"][0].as_str().expect("a warning").contains("no class images"));
+}
+
+#[test]
+fn a_trained_model_draws_its_product_in_every_format_and_in_every_engine() {
+    let (spec, base) = (spec(4, 0), spec(1, 0));
+    let (attempt, untrained) = (Attempt::unbroken(&spec), Attempt::unbroken(&base));
+    let weights = attempt.weights();
+    let mut engine = engine();
+    let mut draw_as = |engine: &mut CandleEngine, weights: &Path, format, width| {
+        let drawn = draw(engine, &spec, weights, |spec| {
+            (spec.format, spec.width) = (format, width);
+        });
+        drawn.expect("no fault").expect("nobody stopped it").remove(0)
+    };
+    for (format, kind) in [
+        (Format::Png, image::ImageFormat::Png),
+        (Format::Jpeg, image::ImageFormat::Jpeg),
+        (Format::Webp, image::ImageFormat::WebP),
+    ] {
+        let drawn = draw_as(&mut engine, &weights, format, Some(72));
+        let decoded = image::load_from_memory_with_format(&drawn.bytes, kind).expect("a picture");
+        assert_eq!((decoded.width(), decoded.height()), (72, 64));
+        assert_eq!((drawn.width, drawn.height, drawn.seed), (72, 64, 5));
+        assert_eq!(drawn.prompt, "a photo of {product}");
+    }
+    let here = draw_as(&mut engine, &weights, Format::Png, None);
+    assert_eq!(here, draw_as(&mut self::engine(), &weights, Format::Png, None));
+    assert_ne!(here.bytes, draw_as(&mut engine, &untrained.weights(), Format::Png, None).bytes);
+    let reader = png::Decoder::new(std::io::Cursor::new(&here.bytes)).read_info().expect("a PNG");
+    let texts: Vec<String> =
+        reader.info().utf8_text.iter().map(|chunk| chunk.get_text().expect("a text")).collect();
+    assert!(texts.iter().any(|text| text.contains("a photo of sks mug")), "{texts:?}");
+}
+
+#[test]
+fn a_sample_s_pictures_come_in_order_and_are_the_same_alone_and_in_a_batch() {
+    let attempt = Attempt::unbroken(&spec(1, 0));
+    let mut engine = engine();
+    let mut draw = |prompts: &[&str], n, seed| {
+        let drawn = draw(&mut engine, &earlier_spec(), &attempt.weights(), |spec| {
+            spec.prompts = prompts.iter().map(ToString::to_string).collect();
+            (spec.n, spec.seed) = (n, Some(seed));
+        });
+        drawn.expect("no fault").expect("nobody stopped it")
+    };
+    let all = draw(&["a photo of {product}", "a painting of {product}"], 2, 40);
+    let said: Vec<_> = all.iter().map(|drawn| (drawn.prompt.as_str(), drawn.seed)).collect();
+    let (photo, painting) = ("a photo of {product}", "a painting of {product}");
+    assert_eq!(said, [(photo, 40), (photo, 41), (painting, 42), (painting, 43)]);
+    let pixels = |drawn: &Drawn| image::load_from_memory(&drawn.bytes).expect("a picture").into_rgb8().into_raw();
+    let (alone, together) = (pixels(&draw(&[painting], 1, 43)[0]), pixels(&all[3]));
+    assert!(alone.iter().zip(&together).all(|(a, b)| a.abs_diff(*b) <= 1));
+    assert_ne!(pixels(&all[2]), together);
+}
+
+#[test]
+fn a_sample_tells_its_steps_and_can_be_stopped() {
+    let attempt = Attempt::unbroken(&spec(1, 0));
+    let spec = r#"{"prompts": ["{product}"], "steps": 4, "seed": 5, "n": 3}"#;
+    let spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
+    let (train, weights) = (earlier_spec(), attempt.weights());
+    let input = DrawInput { spec: &spec, train: &train, weights: &weights, weights_sha256: "one" };
+    let mut seen = Vec::new();
+    let mut engine = engine();
+    let drawn = engine.draw(&input, &mut |done, total| {
+        assert_eq!(total, 8, "two batches of four steps");
+        seen.push(done);
+        Flow::Continue
+    });
+    assert_eq!(drawn.expect("no fault").expect("nobody stopped it").len(), 3);
+    assert!(seen.is_sorted() && seen.first() == Some(&1) && seen.last() == Some(&8), "{seen:?}");
+    let mut n_calls = 0;
+    let stopped = engine.draw(&input, &mut |_, _| {
+        n_calls += 1;
+        Flow::Stop
+    });
+    assert_eq!((stopped.expect("no fault"), n_calls), (None, 1));
+}
+
+#[test]
+fn models_are_loaded_once_while_there_is_room_and_again_where_there_is_none() {
+    let (one, other) = (Attempt::unbroken(&spec(1, 0)), Attempt::unbroken(&spec(2, 0)));
+    for (bytes_max, stays) in [(1 << 30, true), (0, false)] {
+        let mut engine =
+            CandleEngine::open(Settings { adapted_bytes_max: bytes_max, ..settings() }).expect("an engine");
+        let copy = one.scratch.path().join("copy");
+        std::fs::copy(one.weights(), &copy).expect("a copy");
+        draw(&mut engine, &earlier_spec(), &copy, |_| ()).expect("pictures");
+        draw(&mut engine, &earlier_spec(), &other.weights(), |_| ()).expect("pictures");
+        std::fs::remove_file(&copy).expect("it was there");
+        let again = draw(&mut engine, &earlier_spec(), &copy, |_| ());
+        assert_eq!(again.is_ok(), stays);
+        if let Err(fault) = again {
+            assert_eq!(fault.code, FaultCode::ArtifactMissing);
+            assert!(!fault.message.contains(&copy.display().to_string()), "{fault}");
+        }
+    }
+}
+
+#[test]
+fn a_learning_rate_out_of_this_world_ends_as_diverged_and_leaves_no_file() {
+    let mut spec = spec(5, 0);
+    spec.options.learning_rate = 1e30;
+    let attempt = Attempt::unbroken(&spec);
+    let fault = attempt.fault();
+    assert_eq!((fault.code, fault.retryable), (FaultCode::Diverged, false));
+    assert!(fault.message.contains("at step 2"), "{fault}");
+    assert!(attempt.files().is_empty());
+}
+
+#[test]
+fn what_cannot_work_is_refused_in_one_line_before_anything_is_computed() {
+    let refused = |change: fn(&mut TrainSpec), wanted: &str| {
+        let mut spec = spec(1, 0);
+        change(&mut spec);
+        let attempt = Attempt::unbroken(&spec);
+        let fault = attempt.fault();
+        assert_eq!(fault.code, FaultCode::Input);
+        assert!(fault.message.contains(wanted) && !fault.message.contains('\n'), "{fault}");
+        assert!(attempt.beats.is_empty());
+    };
+    refused(|spec| spec.options.instance_token = Some("unbelievable9".into()), "wanted one token");
+    refused(|spec| spec.options.evaluation.steps = 4000, "steps: wanted 1 to 1000, got 4000");
+    let attempt = Attempt::unbroken(&spec(1, 0));
+    let odd = draw(&mut engine(), &earlier_spec(), &attempt.weights(), |spec| spec.width = Some(66));
+    let fault = odd.expect_err("refused");
+    assert_eq!(fault.code, FaultCode::Input);
+    assert_eq!(fault.message, "width: wanted a multiple of 4 above zero, got 66");
+}
+
+#[test]
+fn weights_and_checkpoints_of_another_bundle_are_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let bundle = dir.path().join("bundle");
+    random(Like::Miniature, 3, candle_core::DType::F32, &bundle, &mut |_, _| ()).expect("a bundle");
+    let mut stranger = CandleEngine::open(Settings { bundle, ..settings() }).expect("an engine");
+    let spec = spec(2, 0);
+    let trained = Attempt::unbroken(&spec);
+    let paused = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 1), Flow::Pause));
+    let checkpoint = paused.paused().expect("a checkpoint").1;
+    let drawn = draw(&mut stranger, &spec, &trained.weights(), |_| ()).expect_err("refused");
+    let (photos, scratch) = (photos(), dir.path().join("scratch"));
+    let input = TrainInput {
+        spec: &spec,
+        photos: &photos,
+        class_images: Vec::new(),
+        resume: Some(&checkpoint),
+        scratch: &scratch,
+    };
+    let resumed = stranger.train(input, &mut |_, _| Flow::Continue).expect_err("refused");
+    for (fault, what) in [(drawn, "the weights"), (resumed, "the checkpoint")] {
+        assert_eq!(fault.code, FaultCode::ArtifactMissing);
+        let wanted = format!("{what}: was trained from another bundle");
+        assert!(fault.message.starts_with(&wanted), "{fault}");
+    }
+}
+
+#[test]
+fn a_photo_that_is_none_is_the_input_s_fault() {
+    let spec = spec(1, 0);
+    let scratch = tempfile::tempdir().expect("a directory");
+    let photos = [photos().remove(0), b"not a picture".to_vec()];
+    let input = TrainInput {
+        spec: &spec,
+        photos: &photos,
+        class_images: Vec::new(),
+        resume: None,
+        scratch: scratch.path(),
+    };
+    let fault = engine().train(input, &mut |_, _| Flow::Continue).expect_err("refused");
+    assert_eq!(fault.code, FaultCode::Input);
+    assert!(fault.message.starts_with("photo 2: "), "{fault}");
+}

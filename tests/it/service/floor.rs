@@ -1,0 +1,228 @@
+//! A shop floor without a front: a database, a directory of objects, and workers with scripted engines that a test
+//! starts, stops and kills.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hypnos::blobs::{Blobs, Key, Scope};
+use hypnos::job::{
+    Evaluation, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions, TrainSpec,
+};
+use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::worker::{self, Settings};
+use object_store::local::LocalFileSystem;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::scripted::Script;
+
+pub(super) const TENANT: TenantId = TenantId::LOCAL;
+
+/// How long a test waits for what must happen before it says that it did not.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Rows, objects and what lies around them. The directory goes with it.
+pub(super) struct Floor {
+    pub(super) store: Store,
+    pub(super) blobs: Blobs,
+    pub(super) settings: Settings,
+    dir: tempfile::TempDir,
+}
+
+impl Floor {
+    /// On SQLite.
+    pub(super) async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let url = format!("sqlite:{}", dir.path().join("hypnos.db").display());
+        Self::on(dir, &url).await
+    }
+
+    /// On the database at `url`.
+    pub(super) async fn on(dir: tempfile::TempDir, url: &str) -> Self {
+        let store = Store::connect(url, 8).await.unwrap();
+        store.migrate().await.unwrap();
+        std::fs::create_dir_all(dir.path().join("objects")).unwrap();
+        let blobs = Blobs::over(Arc::new(directory(dir.path())));
+        let settings = Settings {
+            database: url.into(),
+            lease: Duration::from_millis(1500),
+            beat: Duration::from_millis(100),
+            deadline: Duration::from_secs(600),
+            poll: Duration::from_millis(50),
+            checkpoint_every: Duration::from_millis(20),
+            scratch: dir.path().join("scratch"),
+            weights_bytes_max: 1 << 20,
+        };
+        Self { store, blobs, settings, dir }
+    }
+
+    /// The directory of the objects.
+    pub(super) fn objects(&self) -> PathBuf {
+        self.dir.path().join("objects")
+    }
+
+    /// The same objects, by another way.
+    pub(super) fn objects_store(&self) -> LocalFileSystem {
+        directory(self.dir.path())
+    }
+
+    /// A worker with one scripted engine.
+    pub(super) fn work(&self, script: &Script) -> Worker {
+        self.work_over(script, self.blobs.clone())
+    }
+
+    /// The same, with another way to the objects.
+    pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
+        let drain = CancellationToken::new();
+        let engines = vec![("scripted".to_owned(), script.engine())];
+        let run = worker::run(self.settings.clone(), self.store.clone(), blobs, engines, drain.clone());
+        Worker { drain, task: tokio::spawn(async { run.await.unwrap() }) }
+    }
+
+    /// A training of `steps` steps, with its photos in place.
+    pub(super) async fn train(&self, class_name: &str, steps: u32) -> Job {
+        let id = JobId::new();
+        let mut photos = Vec::new();
+        for n in 0..3 {
+            let key = Key::photo(TENANT, id, n);
+            photos.push(self.blobs.put(&key, format!("photo {n}")).await.unwrap());
+        }
+        let options = TrainOptions {
+            steps,
+            class_images: 2,
+            seed: Some(7),
+            evaluation: Evaluation { images: 1, ..Evaluation::default() },
+            ..TrainOptions::default()
+        };
+        let spec = Spec::Train(TrainSpec::new(class_name, options, 0).unwrap());
+        self.submit(NewJob { id, tenant: TENANT, parent: None, spec, photos, ..Self::plain() }).await
+    }
+
+    /// A sample of two pictures.
+    pub(super) async fn sample(&self, parent: JobId, steps: u32) -> Job {
+        let spec = SampleSpec {
+            prompts: vec!["a photo of {product} on a beach".into()],
+            negative_prompt: String::new(),
+            n: 2,
+            seed: Some(11),
+            steps,
+            guidance: 7.5,
+            scheduler: Scheduler::Ddim,
+            width: None,
+            height: None,
+            format: Format::Webp,
+        };
+        let spec = Spec::Sample(spec.complete(0).unwrap());
+        self.submit(NewJob { parent: Some(parent), spec, ..Self::plain() }).await
+    }
+
+    fn plain() -> NewJob {
+        NewJob {
+            id: JobId::new(),
+            tenant: TENANT,
+            parent: None,
+            spec: Spec::Train(TrainSpec::new("mug", TrainOptions::default(), 0).unwrap()),
+            photos: Vec::new(),
+            priority: 0,
+            max_attempts: 3,
+            idempotency: None,
+            queue_max: 1000,
+        }
+    }
+
+    async fn submit(&self, job: NewJob) -> Job {
+        match self.store.submit(job).await.unwrap() {
+            Submitted::New(job) => job,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(super) async fn find(&self, job: &Job) -> Option<Job> {
+        self.store.find(TENANT, job.id, job.spec.kind()).await.unwrap()
+    }
+
+    /// The job once it is as `wanted`.
+    pub(super) async fn until(&self, job: &Job, wanted: impl Fn(&Job) -> bool) -> Job {
+        let found = eventually("the job is as wanted", async || {
+            self.store.rescue().await.unwrap();
+            self.find(job).await.filter(|job| wanted(job))
+        });
+        found.await
+    }
+
+    pub(super) async fn ended(&self, job: &Job) -> Job {
+        self.until(job, |job| job.state.is_terminal()).await
+    }
+
+    /// Every byte that the row's artifacts name, verified.
+    pub(super) async fn artifact(&self, job: &Job, name: &str) -> Bytes {
+        let object = self.store.artifact(TENANT, job.id, name).await.unwrap();
+        self.blobs.get(&object.unwrap_or_else(|| panic!("{name} is there"))).await.unwrap()
+    }
+
+    /// Names below the job's attempts in the store, whether a row names them or not.
+    pub(super) async fn stored(&self, job: &Job) -> Vec<String> {
+        let entries = self.blobs.list(&Scope::job(TENANT, job.id)).await.unwrap();
+        let written =
+            entries.iter().filter(|entry| entry.key.owner().is_some_and(|(_, _, lease)| lease.is_some()));
+        written.map(|entry| entry.key.name()).collect()
+    }
+
+    /// Fails unless every object of the job is named by its row and the reverse.
+    pub(super) async fn nothing_is_left_over(&self, job: &Job) {
+        let same = eventually("the store holds what the rows name", async || {
+            let row = self.find(job).await?;
+            let mut named = self.store.artifacts(TENANT, job.id).await.unwrap();
+            named.extend(row.photos);
+            named.extend(row.checkpoint.map(|checkpoint| checkpoint.object));
+            let mut named: Vec<String> = named.into_iter().map(|object| object.key).collect();
+            named.sort();
+            let there = self.blobs.list(&Scope::job(TENANT, job.id)).await.unwrap();
+            (named == there.iter().map(|entry| entry.key.to_string()).collect::<Vec<_>>()).then_some(())
+        });
+        same.await;
+    }
+}
+
+fn directory(dir: &Path) -> LocalFileSystem {
+    LocalFileSystem::new_with_prefix(dir.join("objects")).unwrap()
+}
+
+/// A worker that is running.
+pub(super) struct Worker {
+    drain: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Worker {
+    /// As SIGTERM does: gives back what it holds, and ends.
+    pub(super) async fn stop(self) {
+        self.drain.cancel();
+        tokio::time::timeout(PATIENCE, self.task).await.expect("it drains").unwrap();
+    }
+
+    /// As SIGKILL does, seen from the database and the store: no further write, no further beat.
+    pub(super) async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+/// What `look` finds, as soon as it finds it.
+pub(super) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Whether a row is of this kind and state, for filters in tests.
+pub(super) fn is(state: State) -> impl Fn(&Job) -> bool {
+    move |job| job.state == state
+}

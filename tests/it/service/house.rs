@@ -1,0 +1,247 @@
+//! The whole house on a loopback port: a floor, a front, and a client with keys.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypnos::blobs::{Blobs, BlobsConfig, Links, Place};
+use hypnos::http::keys::make_key;
+use hypnos::http::{Auth, Front, Patience, Settings, serve};
+use hypnos::job::{Job, JobId, Kind, Spec, State, TenantId};
+use hypnos::photo::{Decoder, Limits};
+use hypnos::store::{NewKey, Scope};
+use image::{ImageFormat, RgbImage};
+use metrics_exporter_prometheus::PrometheusBuilder;
+use reqwest::multipart::{Form, Part};
+use reqwest::{Client, Method, RequestBuilder, Response};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::floor::{Floor, eventually};
+
+/// How long a test waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a house is built with; a test changes what it is about.
+pub(super) struct Plan {
+    pub(super) settings: Settings,
+    pub(super) patience: Patience,
+    pub(super) limits: Limits,
+    pub(super) connections_max: usize,
+    /// Another way to the objects than the directory itself.
+    pub(super) blobs: Option<Blobs>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        let settings = Settings { auth: Auth::Keys, photo_bytes_max: 1 << 20, ..Settings::default() };
+        let limits = Limits { side_min: 32, ..Limits::default() };
+        Self { settings, patience: Patience::default(), limits, connections_max: 256, blobs: None }
+    }
+}
+
+/// A house with two tenants; `tenant` and `key` are the first's.
+pub(super) struct House {
+    pub(super) floor: Floor,
+    pub(super) address: SocketAddr,
+    pub(super) url: String,
+    pub(super) tenant: TenantId,
+    pub(super) key: String,
+    pub(super) client: Client,
+    pub(super) closing: CancellationToken,
+    served: JoinHandle<()>,
+}
+
+impl House {
+    pub(super) async fn start() -> Self {
+        Self::build(Plan::default()).await
+    }
+
+    pub(super) async fn build(plan: Plan) -> Self {
+        Self::on(Floor::new().await, plan).await
+    }
+
+    pub(super) async fn on(floor: Floor, mut plan: Plan) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default(); // the first one stays
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
+        plan.settings.public_url.clone_from(&url);
+        let links = Links { public_url: url.clone(), secret: "a secret for this test".into() };
+        let place = Place::Directory(floor.objects());
+        let blobs = match plan.blobs {
+            Some(blobs) => blobs,
+            None => Blobs::open(&BlobsConfig { place, links: Some(links) }).await.unwrap(),
+        };
+        let decoder = Decoder::new(plan.limits, 2, Duration::from_secs(5));
+        let metrics = PrometheusBuilder::new().build_recorder();
+        let handle = metrics.handle();
+        let _ = metrics::set_global_recorder(metrics); // one test, one process
+        let closing = CancellationToken::new();
+        let front = Front::new(floor.store.clone(), blobs, decoder, plan.settings, handle, closing.clone());
+        let served =
+            serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
+        let served = tokio::spawn(served);
+        let tenant = floor.store.ensure_tenant("first").await.unwrap();
+        let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
+        let client = client.build().unwrap();
+        let mut house = Self { floor, address, url, tenant, key: String::new(), client, closing, served };
+        house.key = house.new_key(tenant, Scope::Write, None).await;
+        house
+    }
+
+    /// A key of `tenant`, which ends after so many milliseconds from now if that is given.
+    pub(super) async fn new_key(&self, tenant: TenantId, scope: Scope, expires_ms: Option<i64>) -> String {
+        let key = make_key().unwrap();
+        let new = NewKey { id: key.id, tenant, name: "test".into(), hash: key.hash, scope, expires_ms };
+        self.floor.store.create_key(&new).await.unwrap();
+        key.text
+    }
+
+    /// A request with the first tenant's key.
+    pub(super) fn ask(&self, method: Method, path: &str) -> RequestBuilder {
+        self.ask_as(&self.key, method, path)
+    }
+
+    pub(super) fn ask_as(&self, key: &str, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.url)).bearer_auth(key)
+    }
+
+    pub(super) async fn get(&self, path: &str) -> Response {
+        self.ask(Method::GET, path).send().await.unwrap()
+    }
+
+    /// Sends a form of a job.
+    pub(super) async fn post_job(&self, form: Form) -> Response {
+        self.ask(Method::POST, "/v1/jobs").multipart(form).send().await.unwrap()
+    }
+
+    /// A job that was accepted, as JSON.
+    pub(super) async fn new_job(&self) -> Value {
+        let response = self.post_job(form(3, "mug")).await;
+        assert_eq!(response.status(), 202);
+        response.json().await.unwrap()
+    }
+
+    /// The row of a job of the first tenant.
+    pub(super) async fn row(&self, id: &str, kind: Kind) -> Option<Job> {
+        self.floor.store.find(self.tenant, id.parse().unwrap(), kind).await.unwrap()
+    }
+
+    /// A training of the first tenant that a worker has brought to its end.
+    pub(super) async fn trained(&self) -> JobId {
+        let script = super::scripted::Script::new(Duration::ZERO);
+        let worker = self.floor.work(&script);
+        let options = r#"{"steps": 2, "class_images": 0, "evaluation": {"images": 1}}"#;
+        let response = self.post_job(form(3, "mug").text("options", options)).await;
+        let job: Value = response.json().await.unwrap();
+        let id = job["id"].as_str().unwrap().to_owned();
+        let done = eventually("the training has succeeded", async || {
+            let row = self.row(&id, Kind::Train).await?;
+            assert_ne!(row.state, State::Failed, "{:?}", row.error);
+            (row.state == State::Succeeded).then_some(row.id)
+        });
+        let done = done.await;
+        worker.stop().await;
+        done
+    }
+
+    /// A finished training as the queue's protocol leaves one, with no worker about.
+    pub(super) async fn finished(&self) -> JobId {
+        let job = self.new_job().await;
+        let id: JobId = job["id"].as_str().unwrap().parse().unwrap();
+        let store = &self.floor.store;
+        let day = Duration::from_secs(86_400);
+        let claimed = store.claim(uuid::Uuid::now_v7(), &[Kind::Train], day, day).await.unwrap().unwrap();
+        assert!(claimed.id == id && matches!(claimed.spec, Spec::Train(_)));
+        store.finish(claimed.lease(), &serde_json::json!({}), &[]).await.unwrap();
+        id
+    }
+
+    /// Nothing stays of what was refused: no row and no object.
+    pub(super) async fn is_clean(&self) {
+        let page: Value = self.get("/v1/jobs").await.json().await.unwrap();
+        assert_eq!(page["data"], serde_json::json!([]));
+        let objects = eventually("the store is empty", async || {
+            let entries = self.floor.blobs.list(&hypnos::blobs::Scope::tenant(self.tenant)).await.unwrap();
+            entries.is_empty().then_some(())
+        });
+        objects.await;
+    }
+
+    /// Sends bytes on a connection of their own and gives what comes back until the server closes or `PATIENCE` is over.
+    pub(super) async fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = self.connect().await;
+        let _ = stream.write_all(bytes).await; // a server that has heard enough may close
+        let mut answer = Vec::new();
+        let reading = stream.read_to_end(&mut answer);
+        let _ = tokio::time::timeout(PATIENCE, reading).await.expect("the server closes");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    pub(super) async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+
+    /// Fails unless others are still served.
+    pub(super) async fn is_alive(&self) {
+        let response = self.client.get(format!("{}/healthz", self.url)).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+    }
+
+    /// Ends the server and waits for it.
+    pub(super) async fn stop(self) -> Floor {
+        self.closing.cancel();
+        tokio::time::timeout(PATIENCE, self.served).await.expect("it ends").unwrap();
+        self.floor
+    }
+}
+
+/// Reads a problem and checks what is true of each.
+pub(super) async fn problem(response: Response) -> (u16, String, Value) {
+    let status = response.status().as_u16();
+    let headers = response.headers().clone();
+    assert_eq!(headers["content-type"], "application/problem+json", "{status}");
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["status"], status);
+    assert_eq!(body["request_id"], headers["x-request-id"].to_str().unwrap());
+    assert!(!body["detail"].as_str().unwrap().is_empty());
+    let slug = body["type"].as_str().unwrap().strip_prefix("/problems/").unwrap().to_owned();
+    (status, slug, body)
+}
+
+/// Status and word of a problem.
+pub(super) async fn refusal(response: Response) -> (u16, String) {
+    let (status, slug, _) = problem(response).await;
+    (status, slug)
+}
+
+/// A picture that looks like no other of another number.
+pub(super) fn photo(n: u32) -> Vec<u8> {
+    let pixel = |x: u32, y: u32| {
+        let shade = (x.wrapping_mul(n * 7 + 13) ^ y.wrapping_mul(n * 11 + 5)).wrapping_mul(2_654_435_761);
+        [(shade >> 24) as u8, (shade >> 16) as u8, (x * 3 + n * 40) as u8]
+    };
+    let picture = RgbImage::from_fn(64, 64, |x, y| image::Rgb(pixel(x, y)));
+    let mut png = std::io::Cursor::new(Vec::new());
+    picture.write_to(&mut png, ImageFormat::Png).unwrap();
+    png.into_inner()
+}
+
+pub(super) fn file(bytes: Vec<u8>) -> Part {
+    Part::bytes(bytes).file_name("photo.png")
+}
+
+/// A form with so many photos.
+pub(super) fn form(n_photos: u32, class_name: &str) -> Form {
+    let form = Form::new().text("class_name", class_name.to_owned());
+    (0..n_photos).fold(form, |form, n| form.part("images", file(photo(n))))
+}
+
+/// Shares a house between the tasks of a test.
+pub(super) fn shared(house: House) -> Arc<House> {
+    Arc::new(house)
+}

@@ -1,0 +1,834 @@
+//! What the store promises, one promise a test.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use hypnos::job::State;
+use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope};
+use tokio::task::JoinSet;
+
+use super::*;
+
+on_both! {
+    a_job_comes_back_as_it_was_accepted,
+    fifty_equal_requests_at_once_are_one_job,
+    a_key_belongs_to_one_request_for_a_day,
+    a_key_is_free_again_when_its_job_is_deleted,
+    one_place_in_the_queue_is_given_once,
+    a_sample_needs_a_training_that_succeeded,
+    samples_come_before_trainings_and_larger_priorities_first,
+    ten_thousand_jobs_of_one_tenant_do_not_hold_up_another,
+    tenants_take_turns,
+    a_position_says_how_many_are_claimed_before,
+    a_worker_gets_the_kinds_that_it_asks_for,
+    sixty_four_claimers_get_each_job_once,
+    a_renewal_holds_the_lease_and_tells_of_a_cancel,
+    the_version_changes_when_a_client_can_see_a_change,
+    a_lost_lease_writes_nothing,
+    a_lost_worker_costs_an_attempt_and_the_last_one_the_job,
+    a_deadline_ends_an_attempt_however_alive_its_worker_looks,
+    a_lease_that_is_held_is_not_rescued,
+    a_release_costs_no_attempt_and_keeps_the_checkpoint,
+    a_retry_waits_until_its_time,
+    a_fault_without_attempts_left_fails,
+    a_job_that_waits_is_canceled_at_once,
+    a_cancel_that_was_acknowledged_never_succeeds,
+    a_canceled_job_whose_worker_is_lost_is_canceled,
+    cancel_claim_and_finish_at_once_end_once,
+    a_running_job_that_is_deleted_vanishes_and_is_erased_after_its_end,
+    a_training_is_erased_after_the_samples_drawn_with_it,
+    a_deleted_training_takes_no_more_samples,
+    spent_checkpoints_are_named_until_they_are_forgotten,
+    the_first_class_image_stays,
+    lists_are_filtered_and_turned_page_by_page,
+    another_tenants_rows_are_not_there,
+    keys_open_until_they_expire_or_are_revoked,
+    gauges_count_what_waits_and_what_runs,
+    a_submission_wakes_who_waits,
+    two_migrations_at_once_are_one,
+    a_schema_of_another_version_is_refused,
+}
+
+async fn a_job_comes_back_as_it_was_accepted(house: House) {
+    let tenant = house.tenant("shop").await;
+    let new = NewJob { priority: 3, ..training(tenant) };
+    let job = house.accept(new.clone()).await;
+    assert_eq!(
+        (job.id, job.tenant, job.parent, &job.spec, &job.photos),
+        (new.id, tenant, None, &new.spec, &new.photos)
+    );
+    assert_eq!((job.state, job.attempt, job.max_attempts, job.run_lease), (State::Queued, 0, 3, 0));
+    assert_eq!((job.started_ms, job.finished_ms, job.cancel_requested), (None, None, false));
+    assert_eq!(house.train(tenant, job.id).await, Some(job.clone()));
+    assert_eq!(house.store.find(tenant, job.id, Kind::Sample).await.unwrap(), None, "of the other kind");
+
+    let claimed = house.claim().await.unwrap();
+    house.store.commit_checkpoint(claimed.lease(), &checkpoint(100)).await.unwrap();
+    house.store.renew(claimed.lease(), LONG, Some(&progress(100))).await.unwrap();
+    house.store.add_artifact(claimed.lease(), &object("preview-0.png")).await.unwrap();
+    let facts = json!({"bundle": "abc", "losses": [0.5, 0.25]});
+    let state = house.store.finish(claimed.lease(), &facts, &[object("weights")]).await.unwrap();
+    let done = house.train(tenant, job.id).await.unwrap();
+    assert_eq!((state, done.state, done.result), (State::Succeeded, State::Succeeded, Some(facts)));
+    assert_eq!(done.progress, Some(progress(100)));
+    assert!(job.created_ms <= done.started_ms.unwrap() && done.started_ms <= done.finished_ms);
+    let shown = house.store.artifacts(tenant, job.id).await.unwrap();
+    assert_eq!(shown, [object("preview-0.png"), object("weights")]);
+    assert_eq!(house.store.artifact(tenant, job.id, "weights").await.unwrap(), Some(object("weights")));
+    assert_eq!(house.store.artifact(tenant, job.id, "other").await.unwrap(), None);
+}
+
+// case 46
+async fn fifty_equal_requests_at_once_are_one_job(house: House) {
+    let tenant = house.tenant("shop").await;
+    let mut racers = JoinSet::new();
+    for _ in 0..50 {
+        let store = house.store.clone();
+        let new = NewJob { idempotency: named("order-1", "abc"), queue_max: 1, ..training(tenant) };
+        racers.spawn(async move { store.submit(new).await.unwrap() });
+    }
+    let answers = racers.join_all().await;
+    let ids: HashSet<JobId> = answers
+        .iter()
+        .map(|answer| match answer {
+            Submitted::New(job) | Submitted::Replayed(job) => job.id,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let new = answers.iter().filter(|answer| matches!(answer, Submitted::New(_))).count();
+    assert_eq!((new, ids.len()), (1, 1));
+    assert_eq!(house.store.list(tenant, &Filter::default(), None, 100).await.unwrap().len(), 1);
+}
+
+// case 47
+async fn a_key_belongs_to_one_request_for_a_day(house: House) {
+    let tenant = house.tenant("shop").await;
+    let other_tenant = house.tenant("other").await;
+    let request = |hash: &str| NewJob { idempotency: named("order-1", hash), ..training(tenant) };
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    let job = house.accept(request("abc")).await;
+    house.claim().await.unwrap();
+
+    let now = house.train(tenant, job.id).await.unwrap();
+    assert_eq!(house.store.submit(request("abc")).await.unwrap(), Submitted::Replayed(now.clone()));
+    let replay = house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap();
+    assert_eq!(replay, Some(Submitted::Replayed(now)));
+    assert_eq!(house.store.submit(request("abd")).await.unwrap(), Submitted::OtherRequest);
+    let replay = house.store.replay(tenant, &named("order-1", "abd").unwrap()).await.unwrap();
+    assert_eq!(replay, Some(Submitted::OtherRequest));
+    house.accept(NewJob { tenant: other_tenant, ..request("abc") }).await;
+
+    house.sql("update idempotency set created_ms = created_ms - 24 * 3600 * 1000").await;
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    assert_ne!(house.accept(request("abd")).await.id, job.id);
+}
+
+async fn a_key_is_free_again_when_its_job_is_deleted(house: House) {
+    let tenant = house.tenant("shop").await;
+    let request = || NewJob { idempotency: named("order-1", "abc"), ..training(tenant) };
+    let job = house.accept(request()).await;
+    assert!(house.store.delete(tenant, job.id).await.unwrap());
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    let next = house.accept(request()).await;
+    house.store.erased(job.id).await.unwrap();
+    let now = house.store.submit(request()).await.unwrap();
+    assert_eq!(now, Submitted::Replayed(next), "the first job's end does not take the second's key");
+}
+
+// case 48
+async fn one_place_in_the_queue_is_given_once(house: House) {
+    let tenant = house.tenant("shop").await;
+    let other = house.tenant("other").await;
+    house.accept(training(tenant)).await;
+    let mut racers = JoinSet::new();
+    for _ in 0..50 {
+        let (store, new) = (house.store.clone(), NewJob { queue_max: 2, ..training(tenant) });
+        racers.spawn(async move { store.submit(new).await.unwrap() });
+    }
+    let answers = racers.join_all().await;
+    let full = answers.iter().filter(|answer| **answer == Submitted::QueueFull).count();
+    assert_eq!(full, 49);
+    house.accept(NewJob { queue_max: 2, ..training(other) }).await;
+    house.claim().await.unwrap();
+    house.claim().await.unwrap();
+    house.accept(NewJob { queue_max: 2, ..training(tenant) }).await;
+}
+
+async fn a_sample_needs_a_training_that_succeeded(house: House) {
+    let tenant = house.tenant("shop").await;
+    let submit = async |parent| house.store.submit(sample(tenant, parent)).await.unwrap();
+    assert_eq!(submit(JobId::new()).await, Submitted::NoParent(None));
+    let job = house.accept(training(tenant)).await;
+    assert_eq!(submit(job.id).await, Submitted::NoParent(Some(State::Queued)));
+    let claimed = house.claim().await.unwrap();
+    assert_eq!(submit(job.id).await, Submitted::NoParent(Some(State::Running)));
+    house.store.finish(claimed.lease(), &json!({}), &[]).await.unwrap();
+    let drawn = house.accept(sample(tenant, job.id)).await;
+    assert_eq!(drawn.parent, Some(job.id));
+    assert_eq!(submit(drawn.id).await, Submitted::NoParent(None), "a sample is no training");
+    let stranger = house.tenant("other").await;
+    let answer = house.store.submit(sample(stranger, job.id)).await.unwrap();
+    assert_eq!(answer, Submitted::NoParent(None), "another tenant's training is not there");
+}
+
+async fn samples_come_before_trainings_and_larger_priorities_first(house: House) {
+    let tenant = house.tenant("shop").await;
+    let parent = house.trained(tenant).await.id;
+    let plain = house.accept(training(tenant)).await.id;
+    let later = house.accept(training(tenant)).await.id;
+    let urgent = house.accept(NewJob { priority: 5, ..training(tenant) }).await.id;
+    let patient = house.accept(NewJob { priority: -5, ..training(tenant) }).await.id;
+    let drawn = house.accept(sample(tenant, parent)).await.id;
+    let mut order = Vec::new();
+    while let Some(job) = house.claim().await {
+        assert_eq!((job.state, job.attempt, job.run_lease), (State::Running, 1, 1));
+        order.push(job.id);
+    }
+    assert_eq!(order, [drawn, urgent, plain, later, patient]);
+}
+
+// case 44
+async fn ten_thousand_jobs_of_one_tenant_do_not_hold_up_another(house: House) {
+    let [big, small] = [house.tenant("big").await, house.tenant("small").await];
+    let template = house.accept(NewJob { priority: 100, ..training(big) }).await;
+    house
+        .sql(&format!(
+            "insert into job (id, tenant, kind, class_name, spec, photos, priority, max_attempts, not_before_ms, created_ms)
+            with recursive n (i) as (select 1 union all select i + 1 from n where i < 9999)
+            select 'f' || substr(job.id, 2, 30) || substr(cast(100000 + i as text), 2), tenant, kind, class_name, spec,
+                photos, priority, max_attempts, not_before_ms, created_ms
+            from job cross join n where job.id = '{}'",
+            template.id
+        ))
+        .await;
+    let first = house.claim().await.unwrap();
+    assert_eq!(first.tenant, big, "the only one who waits");
+    let one = house.accept(training(small)).await;
+    assert_eq!(house.store.queue_position(&one).await.unwrap(), Some(0));
+    assert_eq!(house.claim().await.unwrap().id, one.id, "who has nothing running is next");
+}
+
+async fn tenants_take_turns(house: House) {
+    let [a, b] = [house.tenant("a").await, house.tenant("b").await];
+    for tenant in [a, a, a, b, b] {
+        house.accept(training(tenant)).await;
+    }
+    // One worker, one job at a time: nobody has anything running, so who was served longer ago is next.
+    let mut order = Vec::new();
+    while let Some(job) = house.claim().await {
+        house.store.finish(job.lease(), &json!({}), &[]).await.unwrap();
+        order.push(job.tenant);
+        // served in different milliseconds, or there is no longer ago
+        house.sql("update job set claimed_ms = claimed_ms - 1000").await;
+    }
+    assert_eq!(order, [a, b, a, b, a]);
+}
+
+async fn a_position_says_how_many_are_claimed_before(house: House) {
+    let [a, b] = [house.tenant("a").await, house.tenant("b").await];
+    let mut waiting = Vec::new();
+    for tenant in [a, a, a, b, b] {
+        waiting.push(house.accept(training(tenant)).await);
+    }
+    for job in &waiting {
+        let position = house.store.queue_position(job).await.unwrap().unwrap();
+        let turn = [(a, 0), (b, 1), (a, 2), (b, 3), (a, 4)][position as usize].0;
+        assert_eq!(turn, job.tenant);
+    }
+    let positions: HashSet<_> = {
+        let mut all = HashSet::new();
+        for job in &waiting {
+            all.insert(house.store.queue_position(job).await.unwrap());
+        }
+        all
+    };
+    assert_eq!(positions.len(), waiting.len());
+    let claimed = house.claim().await.unwrap();
+    assert_eq!(house.store.queue_position(&claimed).await.unwrap(), None, "it waits no more");
+}
+
+async fn a_worker_gets_the_kinds_that_it_asks_for(house: House) {
+    let tenant = house.tenant("shop").await;
+    let parent = house.trained(tenant).await.id;
+    house.accept(training(tenant)).await;
+    let claim = async |kinds| house.store.claim(Uuid::now_v7(), kinds, LONG, LONG).await.unwrap();
+    assert_eq!(claim(&[Kind::Sample]).await, None);
+    assert_eq!(claim(&[]).await, None);
+    let drawn = house.accept(sample(tenant, parent)).await;
+    assert_eq!(claim(&[Kind::Train]).await.unwrap().spec.kind(), Kind::Train);
+    assert_eq!(claim(&[Kind::Sample]).await.unwrap().id, drawn.id);
+}
+
+// case 50; each store has connections of its own, as a process has
+async fn sixty_four_claimers_get_each_job_once(house: House) {
+    let house = Arc::new(house);
+    let tenants = [house.tenant("a").await, house.tenant("b").await, house.tenant("c").await];
+    let stores = [house.another().await, house.another().await, house.another().await, house.another().await];
+    let mut submitters = JoinSet::new();
+    for store in stores.clone() {
+        submitters.spawn(async move {
+            for i in 0..250 {
+                store.submit(training(tenants[i % 3])).await.unwrap();
+            }
+        });
+    }
+    let mut claimers = JoinSet::new();
+    submitters.join_all().await;
+    for i in 0..64 {
+        let store = stores[i % 4].clone();
+        claimers.spawn(async move {
+            let mut mine = Vec::new();
+            while let Some(job) = store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap() {
+                if mine.len() % 3 == 0 && job.attempt == 1 && job.run_lease == 1 {
+                    store.release(job.lease()).await.unwrap();
+                } else {
+                    store.finish(job.lease(), &json!({}), &[]).await.unwrap();
+                }
+                mine.push(job.lease());
+            }
+            mine
+        });
+    }
+    let claims: Vec<Lease> = claimers.join_all().await.concat();
+    let distinct: HashSet<Lease> = claims.iter().copied().collect();
+    assert_eq!(distinct.len(), claims.len(), "no lease was given twice");
+    let jobs: HashSet<JobId> = claims.iter().map(|lease| lease.job).collect();
+    assert_eq!(jobs.len(), 1000);
+    let mut states = HashMap::<State, usize>::new();
+    for tenant in tenants {
+        for job in house.store.list(tenant, &Filter::default(), None, 1000).await.unwrap() {
+            *states.entry(job.state).or_default() += 1;
+        }
+    }
+    assert_eq!(states, HashMap::from([(State::Succeeded, 1000)]));
+}
+
+async fn a_renewal_holds_the_lease_and_tells_of_a_cancel(house: House) {
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+    let job = house.claim_briefly().await.unwrap();
+    let renew = async || house.store.renew(job.lease(), LONG, None).await.unwrap();
+    assert_eq!(renew().await, Renewal::Held { cancel_requested: false });
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued::default());
+    house.store.cancel(tenant, job.id).await.unwrap();
+    assert_eq!(renew().await, Renewal::Held { cancel_requested: true });
+    house.store.cancelled(job.lease()).await.unwrap();
+    assert_eq!(renew().await, Renewal::Lost);
+}
+
+async fn the_version_changes_when_a_client_can_see_a_change(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let mut last = house.store.version(tenant, id).await.unwrap().unwrap();
+    let mut changed = async || {
+        let before = last;
+        last = house.store.version(tenant, id).await.unwrap().unwrap();
+        assert!(last >= before);
+        last > before
+    };
+    let lease = house.claim().await.unwrap().lease();
+    assert!(changed().await, "claimed");
+    house.store.renew(lease, LONG, None).await.unwrap();
+    assert!(!changed().await, "held");
+    house.store.renew(lease, LONG, Some(&progress(1))).await.unwrap();
+    assert!(changed().await, "a step further");
+    house.store.renew(lease, LONG, Some(&progress(1))).await.unwrap();
+    assert!(!changed().await, "the same step");
+    house.store.commit_checkpoint(lease, &checkpoint(1)).await.unwrap();
+    assert!(!changed().await, "no client sees checkpoints");
+    house.store.add_artifact(lease, &object("preview-0.png")).await.unwrap();
+    assert!(changed().await, "a picture to look at");
+    house.store.cancel(tenant, id).await.unwrap();
+    assert!(changed().await, "to be canceled");
+    house.store.cancel(tenant, id).await.unwrap();
+    assert!(!changed().await, "to be canceled, still");
+    house.store.cancelled(lease).await.unwrap();
+    assert!(changed().await, "canceled");
+}
+
+async fn a_lost_lease_writes_nothing(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let lost = house.claim_briefly().await.unwrap().lease();
+    house.store.commit_checkpoint(lost, &checkpoint(1)).await.unwrap();
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    let unborn = Lease { job: JobId::new(), run_lease: 1 };
+    writes_nothing(&house, tenant, id, &[lost, unborn], "waiting again").await;
+
+    let held = house.claim().await.unwrap().lease();
+    let future = Lease { job: id, run_lease: held.run_lease + 1 };
+    writes_nothing(&house, tenant, id, &[lost, future, unborn], "another's").await;
+
+    house.store.finish(held, &json!({}), &[object("weights")]).await.unwrap();
+    writes_nothing(&house, tenant, id, &[lost, held, future], "ended").await;
+}
+
+async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Lease], when: &str) {
+    let (before, shown) = (house.train(tenant, id).await, house.store.artifacts(tenant, id).await.unwrap());
+    let lost =
+        |answer: Result<(), Error>| assert!(matches!(answer, Err(Error::LeaseLost)), "{when}: {answer:?}");
+    let store = &house.store;
+    for &lease in leases {
+        assert_eq!(store.renew(lease, LONG, Some(&progress(9))).await.unwrap(), Renewal::Lost, "{when}");
+        lost(store.commit_checkpoint(lease, &checkpoint(9)).await.map(drop));
+        lost(store.add_artifact(lease, &object("late")).await);
+        lost(store.finish(lease, &json!({"late": true}), &[object("late")]).await.map(drop));
+        lost(store.fail(lease, &fault(), None).await.map(drop));
+        lost(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
+        lost(store.cancelled(lease).await);
+        lost(store.release(lease).await.map(drop));
+    }
+    assert_eq!(house.train(tenant, id).await, before, "{when}");
+    assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), shown, "{when}");
+}
+
+// case 58
+async fn a_lost_worker_costs_an_attempt_and_the_last_one_the_job(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    for attempt in 1..=3 {
+        let job = house.claim_briefly().await.unwrap();
+        assert_eq!((job.attempt, job.run_lease), (attempt, attempt));
+        let expected =
+            Rescued { requeued: u64::from(attempt < 3), failed: u64::from(attempt == 3), canceled: 0 };
+        assert_eq!(house.store.rescue().await.unwrap(), expected);
+    }
+    assert_eq!(house.claim().await, None);
+    let job = house.train(tenant, id).await.unwrap();
+    assert_eq!((job.state, job.error.unwrap().code), (State::Failed, FaultCode::WorkerLost));
+    assert!(job.finished_ms.is_some());
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued::default());
+}
+
+async fn a_deadline_ends_an_attempt_however_alive_its_worker_looks(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(NewJob { max_attempts: 2, ..training(tenant) }).await.id;
+    for rescued in
+        [Rescued { requeued: 1, ..Rescued::default() }, Rescued { failed: 1, ..Rescued::default() }]
+    {
+        let job = house.store.claim(Uuid::now_v7(), BOTH, LONG, NONE).await.unwrap().unwrap();
+        let renewal = house.store.renew(job.lease(), LONG, None).await.unwrap();
+        assert_eq!(renewal, Renewal::Held { cancel_requested: false });
+        assert_eq!(house.store.rescue().await.unwrap(), rescued);
+        assert_eq!(house.store.renew(job.lease(), LONG, None).await.unwrap(), Renewal::Lost);
+    }
+    assert_eq!(house.train(tenant, id).await.unwrap().error.unwrap().code, FaultCode::Deadline);
+}
+
+async fn a_lease_that_is_held_is_not_rescued(house: House) {
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+    house.accept(training(tenant)).await;
+    let held = house.claim().await.unwrap();
+    let lost = house.claim_briefly().await.unwrap();
+    // Many rescuers at once take each lost job once.
+    let mut rescuers = JoinSet::new();
+    for _ in 0..20 {
+        let store = house.store.clone();
+        rescuers.spawn(async move { store.rescue().await.unwrap().requeued });
+    }
+    assert_eq!(rescuers.join_all().await.iter().sum::<u64>(), 1);
+    assert_eq!(house.train(tenant, lost.id).await.unwrap().state, State::Queued);
+    assert_eq!(house.train(tenant, held.id).await.unwrap().state, State::Running);
+}
+
+async fn a_release_costs_no_attempt_and_keeps_the_checkpoint(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(NewJob { max_attempts: 1, ..training(tenant) }).await.id;
+    for round in 1..=5 {
+        let job = house.claim().await.unwrap();
+        assert_eq!((job.attempt, job.run_lease), (1, round));
+        let before = house.store.commit_checkpoint(job.lease(), &checkpoint(round as u64)).await.unwrap();
+        assert_eq!(before, (round > 1).then(|| checkpoint(round as u64 - 1)));
+        assert_eq!(job.checkpoint, before);
+        assert_eq!(house.store.release(job.lease()).await.unwrap(), State::Queued);
+    }
+    let job = house.train(tenant, id).await.unwrap();
+    assert_eq!((job.attempt, job.checkpoint), (0, Some(checkpoint(5))));
+}
+
+async fn a_retry_waits_until_its_time(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let job = house.claim().await.unwrap();
+    assert_eq!(house.store.fail(job.lease(), &fault(), Some(LONG)).await.unwrap(), State::Queued);
+    assert_eq!(house.claim().await, None);
+    let waiting = house.train(tenant, id).await.unwrap();
+    assert_eq!((waiting.state, waiting.error.clone(), waiting.attempt), (State::Queued, None, 1));
+    assert_eq!(house.store.queue_position(&waiting).await.unwrap(), Some(0));
+    house.sql("update job set not_before_ms = not_before_ms - 600 * 1000").await;
+    assert_eq!(house.claim().await.unwrap().attempt, 2);
+}
+
+async fn a_fault_without_attempts_left_fails(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(NewJob { max_attempts: 2, ..training(tenant) }).await.id;
+    let job = house.claim().await.unwrap();
+    assert_eq!(house.store.fail(job.lease(), &fault(), Some(NONE)).await.unwrap(), State::Queued);
+    let job = house.claim().await.unwrap();
+    assert_eq!(house.store.fail(job.lease(), &fault(), Some(NONE)).await.unwrap(), State::Failed);
+    let job = house.train(tenant, id).await.unwrap();
+    assert_eq!((job.state, job.error, job.result), (State::Failed, Some(fault()), None));
+    let second = house.accept(training(tenant)).await.id;
+    let job = house.claim().await.unwrap();
+    assert_eq!(
+        house.store.fail(job.lease(), &fault(), None).await.unwrap(),
+        State::Failed,
+        "not worth a retry"
+    );
+    assert_eq!(house.train(tenant, second).await.unwrap().attempt, 1);
+}
+
+async fn a_job_that_waits_is_canceled_at_once(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let job = house.store.cancel(tenant, id).await.unwrap().unwrap();
+    assert_eq!((job.state, job.cancel_requested, job.finished_ms.is_some()), (State::Canceled, true, true));
+    assert_eq!(house.claim().await, None);
+    assert_eq!(house.store.cancel(tenant, id).await.unwrap(), Some(job), "once more changes nothing");
+    assert_eq!(house.store.cancel(tenant, JobId::new()).await.unwrap(), None);
+    let done = house.trained(tenant).await;
+    assert_eq!(house.store.cancel(tenant, done.id).await.unwrap(), Some(done), "what has ended stays");
+}
+
+async fn a_cancel_that_was_acknowledged_never_succeeds(house: House) {
+    let tenant = house.tenant("shop").await;
+    type End = fn(Store, Lease) -> futures_util::future::BoxFuture<'static, State>;
+    let ends: [End; 4] = [
+        |store, lease| {
+            Box::pin(async move { store.finish(lease, &json!({}), &[object("weights")]).await.unwrap() })
+        },
+        |store, lease| Box::pin(async move { store.fail(lease, &fault(), Some(NONE)).await.unwrap() }),
+        |store, lease| Box::pin(async move { store.fail(lease, &fault(), None).await.unwrap() }),
+        |store, lease| Box::pin(async move { store.release(lease).await.unwrap() }),
+    ];
+    for end in ends {
+        let id = house.accept(training(tenant)).await.id;
+        let lease = house.claim().await.unwrap().lease();
+        let told = house.store.cancel(tenant, id).await.unwrap().unwrap();
+        assert_eq!((told.state, told.cancel_requested), (State::Running, true));
+        assert_eq!(end(house.store.clone(), lease).await, State::Canceled);
+        let job = house.train(tenant, id).await.unwrap();
+        assert_eq!((job.state, job.result, job.error), (State::Canceled, None, None));
+        assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), []);
+    }
+}
+
+async fn a_canceled_job_whose_worker_is_lost_is_canceled(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    house.claim_briefly().await.unwrap();
+    house.store.cancel(tenant, id).await.unwrap();
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued { canceled: 1, ..Rescued::default() });
+    assert_eq!(house.train(tenant, id).await.unwrap().state, State::Canceled);
+}
+
+// case 49
+async fn cancel_claim_and_finish_at_once_end_once(house: House) {
+    let tenant = house.tenant("shop").await;
+    let mut seen = HashMap::<(bool, State), usize>::new();
+    for _ in 0..1000 {
+        let id = house.accept(training(tenant)).await.id;
+        let (client, worker) = (house.store.clone(), house.store.clone());
+        let canceling = tokio::spawn(async move { client.cancel(tenant, id).await.unwrap().unwrap() });
+        let working = tokio::spawn(async move {
+            let job = worker.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap()?;
+            Some(worker.finish(job.lease(), &json!({}), &[]).await.unwrap())
+        });
+        let (told, finished) = (canceling.await.unwrap(), working.await.unwrap());
+        let job = house.train(tenant, id).await.unwrap();
+        assert!(job.state.is_terminal());
+        // What the client was told holds: a cancel that was taken is a cancel.
+        let taken = told.cancel_requested;
+        assert_eq!(job.state, if taken { State::Canceled } else { State::Succeeded });
+        if let Some(finished) = finished {
+            assert_eq!(finished, job.state);
+        }
+        assert_eq!(house.store.cancel(tenant, id).await.unwrap(), Some(job.clone()), "it never changes");
+        *seen.entry((finished.is_some(), job.state)).or_default() += 1;
+    }
+    assert_eq!(seen.values().sum::<usize>(), 1000, "{seen:?}");
+}
+
+async fn a_running_job_that_is_deleted_vanishes_and_is_erased_after_its_end(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let lease = house.claim().await.unwrap().lease();
+    house.store.add_artifact(lease, &object("preview-0.png")).await.unwrap();
+    assert!(house.store.delete(tenant, id).await.unwrap());
+    assert_eq!(house.train(tenant, id).await, None);
+    assert_eq!(house.store.version(tenant, id).await.unwrap(), None);
+    assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), []);
+    assert_eq!(house.store.cancel(tenant, id).await.unwrap(), None);
+    assert!(!house.store.delete(tenant, id).await.unwrap(), "there is nothing any more");
+    assert_eq!(house.store.list(tenant, &Filter::default(), None, 9).await.unwrap(), []);
+
+    assert_eq!(house.store.erasable(9).await.unwrap(), [], "its worker still writes objects");
+    house.store.erased(id).await.unwrap();
+    let renewal = house.store.renew(lease, LONG, None).await.unwrap();
+    assert_eq!(renewal, Renewal::Held { cancel_requested: true }, "its row is still there");
+    assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Canceled);
+    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)]);
+    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)], "until it is erased");
+    house.store.erased(id).await.unwrap();
+    house.store.erased(id).await.unwrap();
+    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+}
+
+// case 51
+async fn a_training_is_erased_after_the_samples_drawn_with_it(house: House) {
+    let tenant = house.tenant("shop").await;
+    let parent = house.trained(tenant).await.id;
+    let running = house.accept(sample(tenant, parent)).await.id;
+    let lease = house.claim().await.unwrap().lease();
+    let waiting = house.accept(sample(tenant, parent)).await.id;
+    assert!(house.store.delete(tenant, parent).await.unwrap());
+    for id in [running, waiting] {
+        assert_eq!(house.store.find(tenant, id, Kind::Sample).await.unwrap(), None);
+    }
+    assert_eq!(house.claim().await, None, "the waiting one is canceled");
+    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, waiting)]);
+    house.store.erased(waiting).await.unwrap();
+    house.store.erased(parent).await.unwrap();
+    assert_eq!(house.store.erasable(9).await.unwrap(), [], "one still reads the weights");
+    house.store.cancelled(lease).await.unwrap();
+    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, running)]);
+    house.store.erased(running).await.unwrap();
+    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, parent)]);
+    house.store.erased(parent).await.unwrap();
+    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+}
+
+async fn a_deleted_training_takes_no_more_samples(house: House) {
+    let tenant = house.tenant("shop").await;
+    for _ in 0..20 {
+        let parent = house.trained(tenant).await.id;
+        let mut racers = JoinSet::new();
+        for _ in 0..8 {
+            let (store, new) = (house.store.clone(), sample(tenant, parent));
+            racers.spawn(async move { store.submit(new).await.unwrap() });
+        }
+        assert!(house.store.delete(tenant, parent).await.unwrap());
+        for answer in racers.join_all().await {
+            assert!(matches!(answer, Submitted::New(_) | Submitted::NoParent(None)), "{answer:?}");
+        }
+        let left = Filter { parent: Some(parent), ..Filter::default() };
+        assert_eq!(house.store.list(tenant, &left, None, 9).await.unwrap(), [], "the deletion took them all");
+        assert_eq!(house.claim().await, None);
+    }
+}
+
+async fn spent_checkpoints_are_named_until_they_are_forgotten(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    let lease = house.claim().await.unwrap().lease();
+    house.store.commit_checkpoint(lease, &checkpoint(5)).await.unwrap();
+    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+    house.store.forget_checkpoint(id).await.unwrap();
+    house.store.release(lease).await.unwrap();
+    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [], "a further attempt needs it");
+    house.store.cancel(tenant, id).await.unwrap();
+    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [(id, checkpoint(5))]);
+    house.store.forget_checkpoint(id).await.unwrap();
+    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+}
+
+async fn the_first_class_image_stays(house: House) {
+    let [tenant, other] = [house.tenant("a").await, house.tenant("b").await];
+    let [first, second] = [object("first"), object("second")];
+    let top = u64::MAX;
+    assert!(house.store.add_class_image(tenant, "s", top, &first).await.unwrap());
+    assert!(!house.store.add_class_image(tenant, "s", top, &second).await.unwrap());
+    assert!(house.store.add_class_image(tenant, "s", 1, &second).await.unwrap());
+    assert!(house.store.add_class_image(tenant, "t", 1, &second).await.unwrap());
+    let mut found = house.store.class_images(tenant, "s").await.unwrap();
+    found.sort_by_key(|(seed, _)| *seed);
+    assert_eq!(found, [(1, second), (top, first)]);
+    assert_eq!(house.store.class_images(other, "s").await.unwrap(), []);
+}
+
+async fn lists_are_filtered_and_turned_page_by_page(house: House) {
+    let tenant = house.tenant("shop").await;
+    let parent = house.trained(tenant).await;
+    let mut trainings = vec![parent.id];
+    let mut samples = Vec::new();
+    for i in 0..5 {
+        let mut new = training(tenant);
+        if i == 3 {
+            new.spec = Spec::Train(TrainSpec::new("chair", TrainOptions::default(), 7).unwrap());
+        }
+        trainings.push(house.accept(new).await.id);
+        samples.push(house.accept(sample(tenant, parent.id)).await.id);
+    }
+    trainings.reverse();
+    samples.reverse();
+    let ids = async |filter: Filter, before: Option<JobId>, limit: u32| -> Vec<JobId> {
+        let jobs = house.store.list(tenant, &filter, before, limit).await.unwrap();
+        jobs.iter().map(|job| job.id).collect()
+    };
+    let of = |kind| Filter { kind: Some(kind), ..Filter::default() };
+    assert_eq!(ids(of(Kind::Train), None, 100).await, trainings);
+    assert_eq!(ids(of(Kind::Sample), None, 100).await, samples);
+    assert_eq!(ids(Filter::default(), None, 100).await.len(), 11);
+    let mut pages = Vec::new();
+    while let page @ [_, ..] = &ids(of(Kind::Train), pages.last().copied(), 2).await[..] {
+        assert!(page.len() <= 2);
+        pages.extend_from_slice(page);
+    }
+    assert_eq!(pages, trainings);
+    let done = Filter { state: Some(State::Succeeded), ..Filter::default() };
+    assert_eq!(ids(done, None, 9).await, [parent.id]);
+    let chairs = Filter { class_name: Some("chair".into()), ..Filter::default() };
+    assert_eq!(ids(chairs, None, 9).await, [trainings[1]]);
+    let drawn = Filter { parent: Some(parent.id), state: Some(State::Queued), ..of(Kind::Sample) };
+    assert_eq!(ids(drawn, Some(samples[1]), 9).await, samples[2..]);
+    let later = |ms| Filter { created_after_ms: Some(ms), ..Filter::default() };
+    assert_eq!(ids(later(parent.created_ms - 1), None, 99).await.len(), 11);
+    house.sql(&format!("update job set created_ms = created_ms + 9999999 where id = '{}'", samples[0])).await;
+    assert_eq!(ids(later(parent.created_ms + 9_000_000), None, 99).await, [samples[0]]);
+}
+
+// case 33: as far as the store goes
+async fn another_tenants_rows_are_not_there(house: House) {
+    let [owner, stranger] = [house.tenant("owner").await, house.tenant("stranger").await];
+    let done = house.trained(owner).await;
+    let drawn = house.accept(sample(owner, done.id)).await;
+    let named = NewJob { idempotency: named("order-1", "abc"), ..training(owner) };
+    let waiting = house.accept(named.clone()).await;
+    house.store.add_class_image(owner, "s", 1, &object("class")).await.unwrap();
+    let store = &house.store;
+    for job in [&done, &drawn, &waiting] {
+        for kind in Kind::ALL {
+            assert_eq!(store.find(stranger, job.id, *kind).await.unwrap(), None);
+        }
+        assert_eq!(store.version(stranger, job.id).await.unwrap(), None);
+        assert_eq!(store.artifacts(stranger, job.id).await.unwrap(), []);
+        assert_eq!(store.artifact(stranger, job.id, "weights").await.unwrap(), None);
+        assert_eq!(store.cancel(stranger, job.id).await.unwrap(), None);
+        assert!(!store.delete(stranger, job.id).await.unwrap());
+        let forged = Job { tenant: stranger, ..job.clone() };
+        assert_eq!(store.queue_position(&forged).await.unwrap(), None);
+        assert_eq!(
+            store.find(owner, job.id, job.spec.kind()).await.unwrap().as_ref(),
+            Some(job),
+            "it was left alone"
+        );
+    }
+    let filter = Filter { parent: Some(done.id), ..Filter::default() };
+    for filter in [Filter::default(), filter] {
+        assert_eq!(store.list(stranger, &filter, None, 99).await.unwrap(), []);
+    }
+    assert_eq!(store.replay(stranger, &named.idempotency.unwrap()).await.unwrap(), None);
+    assert_eq!(store.class_images(stranger, "s").await.unwrap(), []);
+}
+
+// case 32, 52: as far as the store goes
+async fn keys_open_until_they_expire_or_are_revoked(house: House) {
+    let tenant = house.tenant("shop").await;
+    assert_eq!(house.tenant("shop").await, tenant, "the same name is the same tenant");
+    let key = |id: &str, expires_ms| NewKey {
+        id: id.into(),
+        tenant,
+        name: "backend".into(),
+        hash: "ab".repeat(32),
+        scope: Scope::Write,
+        expires_ms,
+    };
+    house.store.create_key(&key("k1", None)).await.unwrap();
+    house.store.create_key(&key("k2", Some(1))).await.unwrap();
+    house.store.create_key(&key("k3", Some(i64::MAX))).await.unwrap();
+    let twice = house.store.create_key(&key("k1", None)).await;
+    assert!(matches!(twice, Err(Error::Corrupt(_))), "{twice:?}");
+    let live = async |id: &str| house.store.find_key(id).await.unwrap().map(|key| key.live);
+    assert_eq!([live("k1").await, live("k2").await, live("k3").await], [Some(true), Some(false), Some(true)]);
+    assert_eq!(live("k4").await, None);
+    let found = house.store.find_key("k1").await.unwrap().unwrap();
+    assert_eq!((found.tenant, found.scope, found.hash), (tenant, Scope::Write, "ab".repeat(32)));
+    assert!(house.store.revoke_key("k1").await.unwrap());
+    assert!(!house.store.revoke_key("k1").await.unwrap(), "it is already");
+    assert_eq!(live("k1").await, Some(false));
+    let all: Vec<String> = house.store.list_keys().await.unwrap().into_iter().map(|key| key.id).collect();
+    assert_eq!(all, ["k1", "k2", "k3"]);
+    let names: Vec<String> =
+        house.store.tenants().await.unwrap().into_iter().map(|tenant| tenant.name).collect();
+    assert_eq!(names, ["local", "shop"]);
+    assert_eq!(house.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
+}
+
+async fn gauges_count_what_waits_and_what_runs(house: House) {
+    let tenant = house.tenant("shop").await;
+    let parent = house.trained(tenant).await.id;
+    house.accept(training(tenant)).await;
+    house.claim().await.unwrap();
+    house.accept(training(tenant)).await;
+    house.accept(sample(tenant, parent)).await;
+    house.accept(sample(tenant, parent)).await;
+    house
+        .sql("update job set created_ms = created_ms - 5000 where state = 'queued' and kind = 'sample'")
+        .await;
+    let gauges = house.store.gauges().await.unwrap().kinds;
+    let counts: Vec<_> = gauges.iter().map(|gauge| (gauge.kind, gauge.queued, gauge.running)).collect();
+    assert_eq!(counts, [(Kind::Train, 1, 1), (Kind::Sample, 2, 0)]);
+    assert!(gauges[1].oldest_queued_ms >= 5000);
+}
+
+async fn a_submission_wakes_who_waits(house: House) {
+    let tenant = house.tenant("shop").await;
+    let mut here = house.store.wakes();
+    house.accept(training(tenant)).await;
+    here.wait().await;
+    let job = house.claim().await.unwrap();
+    house.store.cancel(tenant, job.id).await.unwrap();
+    here.wait().await;
+    if house.url.starts_with("postgres") {
+        // Its listener says so when it listens; what is said after that is heard.
+        let other = house.another().await;
+        let mut there = other.wakes();
+        there.wait().await;
+        house.accept(training(tenant)).await;
+        there.wait().await;
+    }
+}
+
+// case 53
+async fn two_migrations_at_once_are_one(house: House) {
+    house.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
+    house.sql("drop table api_key; drop table tenant; drop view clock; drop table _sqlx_migrations").await;
+    let mut racers = JoinSet::new();
+    for _ in 0..8 {
+        let store = house.another().await;
+        racers.spawn(async move { store.migrate().await });
+    }
+    for done in racers.join_all().await {
+        done.unwrap();
+    }
+    house.store.check_schema().await.unwrap();
+    house.store.migrate().await.unwrap();
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+}
+
+// case 53
+async fn a_schema_of_another_version_is_refused(house: House) {
+    let refusal = async || match house.store.check_schema().await {
+        Err(Error::Schema(line)) => line,
+        other => panic!("{other:?}"),
+    };
+    house.store.check_schema().await.unwrap();
+    house
+        .sql(
+            "insert into _sqlx_migrations (version, description, success, checksum, execution_time)
+            values (9999, 'of tomorrow', true, 'x', 0)",
+        )
+        .await;
+    assert!(refusal().await.contains("newer than this program"), "{}", refusal().await);
+    assert!(matches!(house.store.migrate().await, Err(Error::Schema(line)) if line.contains("newer")));
+    house.sql("delete from _sqlx_migrations where version = 9999").await;
+    house.store.check_schema().await.unwrap();
+    house.sql("update _sqlx_migrations set checksum = 'x'").await;
+    assert!(refusal().await.contains("another build"), "{}", refusal().await);
+    house.sql("delete from _sqlx_migrations").await;
+    assert!(refusal().await.contains("older than this program: run `hypnos migrate`"), "{}", refusal().await);
+    house.sql("drop table _sqlx_migrations").await;
+    assert!(refusal().await.contains("hypnos migrate"), "{}", refusal().await);
+}

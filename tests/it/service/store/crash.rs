@@ -1,0 +1,165 @@
+//! What holds when the database goes away, and what is said meanwhile.
+
+use std::fs;
+
+use hypnos::job::State;
+use hypnos::store::{Error, Filter};
+use tokio::task::JoinSet;
+
+use super::*;
+
+/// Submits and works until the database is gone: the jobs that were acknowledged, and those that were said to be done.
+async fn until_it_is_gone(store: Store, tenant: TenantId) -> (Vec<JobId>, Vec<JobId>) {
+    let (mut accepted, mut done) = (Vec::new(), Vec::new());
+    loop {
+        let new = training(tenant);
+        let id = new.id;
+        match store.submit(new).await {
+            Ok(_) => accepted.push(id),
+            Err(_) => return (accepted, done),
+        }
+        let Ok(Some(job)) = store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await else {
+            return (accepted, done);
+        };
+        match store.finish(job.lease(), &json!({}), &[object("weights")]).await {
+            Ok(_) => done.push(job.id),
+            Err(_) => return (accepted, done),
+        }
+    }
+}
+
+/// Every answer that was given holds.
+async fn everything_said_holds(house: &House, tenant: TenantId, accepted: &[JobId], done: &[JobId]) {
+    for &id in accepted {
+        assert!(house.train(tenant, id).await.is_some(), "an accepted job is gone");
+    }
+    for &id in done {
+        assert_eq!(house.train(tenant, id).await.unwrap().state, State::Succeeded);
+        assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), [object("weights")]);
+    }
+}
+
+// case 60, 73
+#[tokio::test(flavor = "multi_thread")]
+async fn a_power_cut_of_postgres_loses_nothing_that_was_acknowledged() {
+    let server = Postgres::own();
+    let house = House::at(server.fresh().await).await;
+    let tenant = house.tenant("shop").await;
+    let mut clients = JoinSet::new();
+    for _ in 0..8 {
+        clients.spawn(until_it_is_gone(house.store.clone(), tenant));
+    }
+    while house.store.list(tenant, &Filter::default(), None, 200).await.unwrap().len() < 200 {
+        tokio::task::yield_now().await;
+    }
+    server.cut_power();
+    let said = clients.join_all().await;
+    let (accepted, done): (Vec<_>, Vec<_>) = said.into_iter().unzip();
+    assert!(matches!(house.store.ping().await, Err(Error::Away(_))));
+    assert!(matches!(house.store.submit(training(tenant)).await, Err(Error::Away(_))));
+    server.start();
+    let (accepted, done) = (accepted.concat(), done.concat());
+    assert!(accepted.len() > 150 && done.len() > 100, "{} {}", accepted.len(), done.len());
+    everything_said_holds(&house, tenant, &accepted, &done).await;
+    house.accept(training(tenant)).await; // the same store goes on
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_killed_are_replaced() {
+    let house = House::postgres().await;
+    let tenant = house.tenant("shop").await;
+    let mut wakes = house.store.wakes();
+    wakes.wait().await; // its listener listens
+    let other = house.another().await;
+    house
+        .sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and pid <> pg_backend_pid()",
+        )
+        .await;
+    wakes.wait().await; // it listens again, and says so
+    house.accept(training(tenant)).await;
+    assert!(other.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap().is_some());
+}
+
+// case 60: the files as a crash at this moment would leave them, without what only memory knows
+#[tokio::test(flavor = "multi_thread")]
+async fn the_files_of_sqlite_hold_at_any_moment_what_was_acknowledged() {
+    let house = House::sqlite().await;
+    let tenant = house.tenant("shop").await;
+    let mut accepted = Vec::new();
+    for _ in 0..40 {
+        accepted.push(house.accept(training(tenant)).await.id);
+    }
+    let job = house.claim().await.unwrap();
+    house.store.finish(job.lease(), &json!({}), &[object("weights")]).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for suffix in ["", "-wal"] {
+        let name = format!("hypnos.db{suffix}");
+        fs::copy(house._dir.as_ref().unwrap().path().join(&name), dir.path().join(&name)).unwrap();
+    }
+    let after = House::at(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
+    everything_said_holds(&after, tenant, &accepted, &[job.id]).await;
+}
+
+// case 74
+#[tokio::test(flavor = "multi_thread")]
+async fn sqlite_that_another_process_locks_is_away_and_comes_back() {
+    let house = House::sqlite().await;
+    let tenant = house.tenant("shop").await;
+    let job = house.accept(training(tenant)).await;
+    let mut other = SqliteConnection::connect(&house.url).await.unwrap();
+    sqlx::raw_sql("begin immediate").execute(&mut other).await.unwrap();
+    let refused = house.store.submit(training(tenant)).await;
+    assert!(matches!(refused, Err(Error::Away(_))), "{refused:?}");
+    assert_eq!(house.train(tenant, job.id).await, Some(job), "readers do not mind");
+    sqlx::raw_sql("rollback").execute(&mut other).await.unwrap();
+    house.accept(training(tenant)).await;
+}
+
+// case 74
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_another_locks_in_postgres_is_away_and_not_rescued() {
+    let house = House::postgres().await;
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+    let job = house.claim_briefly().await.unwrap();
+    let mut other = PgConnection::connect(&house.url).await.unwrap();
+    sqlx::raw_sql("begin; select 1 from job for update").execute(&mut other).await.unwrap();
+    assert_eq!(house.store.rescue().await.unwrap().requeued, 0, "it does not wait for the row");
+    let refused = house.store.renew(job.lease(), LONG, None).await;
+    assert!(matches!(refused, Err(Error::Away(_))), "{refused:?}");
+    sqlx::raw_sql("rollback").execute(&mut other).await.unwrap();
+    assert_eq!(house.store.rescue().await.unwrap().requeued, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_that_cannot_work_are_refused_in_one_line_without_secrets() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path().display();
+    fs::write(dir.path().join("text"), "This is no database. ".repeat(99)).unwrap();
+    let postgres = Postgres::database().await;
+    let (server, _) = postgres.split_once("/t").unwrap();
+    let nowhere = format!("{server}/nowhere{}", &postgres[postgres.find('?').unwrap()..]);
+    for (url, wanted) in [
+        (String::new(), "wanted sqlite:PATH or postgres://"),
+        ("mysql://user:hunter2@host/db".into(), "wanted sqlite:PATH or postgres://"),
+        ("sqlite:".into(), "sqlite wants a file"),
+        ("sqlite::memory:".into(), "sqlite wants a file"),
+        (format!("sqlite:{here}/missing/hypnos.db"), "cannot be opened or made"),
+        (format!("sqlite:{here}"), "cannot be opened or made"),
+        (format!("sqlite:{here}/text"), "is something else"),
+        ("postgres://user:hunter2@host:99999/db".into(), "not a postgres:// URL"),
+        (nowhere, "no database of that name"),
+    ] {
+        match Store::connect(&url, 2).await {
+            Err(Error::Bad(line)) => {
+                assert!(line.contains(wanted), "{url}: {line}");
+                assert!(!line.contains("hunter2") && !line.contains('\n'), "{line}");
+            }
+            other => panic!("{url}: {other:?}"),
+        }
+    }
+    let away = Store::connect("postgres://user:hunter2@127.0.0.1:1/db", 2).await;
+    assert!(matches!(away, Err(Error::Away(_))), "{away:?}");
+}

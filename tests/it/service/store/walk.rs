@@ -1,0 +1,365 @@
+//! Random walks of clients and workers over both databases, against a model in memory.
+//!
+//! After every step each row is what the model says: so at most one lease is live, ended jobs never change, a cancel
+//! that was acknowledged never succeeds, and the states add up to what was accepted.
+
+use std::collections::BTreeMap;
+
+use hypnos::job::State;
+use hypnos::store::{Error, Renewal};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+
+use super::*;
+
+/// One step. Numbers choose among what there is at that moment.
+#[derive(Clone, Debug)]
+enum Step {
+    Train { tenant: usize, priority: i32, max_attempts: i64 },
+    Sample { tenant: usize, parent: usize },
+    Claim { kinds: &'static [Kind], brief: bool, late: bool },
+    Renew { lease: usize, brief: bool },
+    Checkpoint { lease: usize, step: u64 },
+    Show { lease: usize },
+    Finish { lease: usize },
+    Fail { lease: usize, retry: Option<Duration> },
+    Cancelled { lease: usize },
+    Release { lease: usize },
+    Rescue,
+    Cancel { tenant: usize, job: usize },
+    Delete { tenant: usize, job: usize },
+    Erase,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (tenant, number) = (0..2_usize, 0..64_usize);
+    let kinds = prop::sample::select(vec![BOTH, BOTH, &[Kind::Train][..], &[Kind::Sample][..]]);
+    let retry = prop::sample::select(vec![None, Some(NONE), Some(LONG)]);
+    prop_oneof![
+        4 => (tenant.clone(), -1..=1, 1..4_i64)
+            .prop_map(|(tenant, priority, max_attempts)| Step::Train { tenant, priority, max_attempts }),
+        3 => (tenant.clone(), number.clone()).prop_map(|(tenant, parent)| Step::Sample { tenant, parent }),
+        6 => (kinds, any::<bool>(), prop::bool::weighted(0.1))
+            .prop_map(|(kinds, brief, late)| Step::Claim { kinds, brief, late }),
+        2 => (number.clone(), any::<bool>()).prop_map(|(lease, brief)| Step::Renew { lease, brief }),
+        2 => (number.clone(), 1..9_u64).prop_map(|(lease, step)| Step::Checkpoint { lease, step }),
+        1 => number.clone().prop_map(|lease| Step::Show { lease }),
+        5 => number.clone().prop_map(|lease| Step::Finish { lease }),
+        2 => (number.clone(), retry).prop_map(|(lease, retry)| Step::Fail { lease, retry }),
+        1 => number.clone().prop_map(|lease| Step::Cancelled { lease }),
+        1 => number.clone().prop_map(|lease| Step::Release { lease }),
+        2 => Just(Step::Rescue),
+        2 => (tenant.clone(), number.clone()).prop_map(|(tenant, job)| Step::Cancel { tenant, job }),
+        1 => (tenant, number).prop_map(|(tenant, job)| Step::Delete { tenant, job }),
+        1 => Just(Step::Erase),
+    ]
+}
+
+/// What the model knows of a job.
+#[derive(Clone, Debug)]
+struct Known {
+    tenant: TenantId,
+    kind: Kind,
+    parent: Option<JobId>,
+    priority: i32,
+    max_attempts: i64,
+    state: State,
+    run_lease: i64,
+    attempt: i64,
+    cancel_requested: bool,
+    deleting: bool,
+    overdue: bool,
+    late: bool,
+    waits: bool,
+    checkpoint: Option<Checkpoint>,
+    shown: Vec<String>,
+}
+
+impl Known {
+    fn new(new: &NewJob) -> Self {
+        Self {
+            tenant: new.tenant,
+            kind: new.spec.kind(),
+            parent: new.parent,
+            priority: new.priority,
+            max_attempts: new.max_attempts,
+            state: State::Queued,
+            run_lease: 0,
+            attempt: 0,
+            cancel_requested: false,
+            deleting: false,
+            overdue: false,
+            late: false,
+            waits: false,
+            checkpoint: None,
+            shown: Vec::new(),
+        }
+    }
+
+    /// Stops running, for `state` unless it was to be canceled.
+    fn stop(&mut self, state: State) {
+        self.state = if self.cancel_requested { State::Canceled } else { state };
+        self.cancel_requested |= self.state == State::Canceled;
+    }
+
+    fn cancel(&mut self) {
+        self.cancel_requested |= !self.state.is_terminal();
+        if self.state == State::Queued {
+            self.state = State::Canceled;
+        }
+    }
+
+    fn retries(&self) -> State {
+        if self.attempt < self.max_attempts { State::Queued } else { State::Failed }
+    }
+}
+
+/// A walk: the store, and what should be in it.
+struct Walk<'a> {
+    house: &'a House,
+    tenants: [TenantId; 2],
+    jobs: BTreeMap<JobId, Known>,
+    /// Every lease that was ever given.
+    leases: Vec<Lease>,
+}
+
+type Checked = Result<(), TestCaseError>;
+
+impl Walk<'_> {
+    async fn step(&mut self, step: &Step) -> Checked {
+        let store = &self.house.store;
+        match *step {
+            Step::Train { tenant, priority, max_attempts } => {
+                let new = NewJob { priority, max_attempts, ..training(self.tenants[tenant]) };
+                let known = Known::new(&new);
+                prop_assert!(matches!(store.submit(new.clone()).await.unwrap(), Submitted::New(_)));
+                self.jobs.insert(new.id, known);
+            }
+            Step::Sample { tenant, parent } => {
+                let Some((parent, before)) = nth(&self.jobs, parent) else { return Ok(()) };
+                let new = sample(self.tenants[tenant], parent);
+                let there = before.tenant == new.tenant && before.kind == Kind::Train && !before.deleting;
+                let answer = store.submit(new.clone()).await.unwrap();
+                if there && before.state == State::Succeeded {
+                    prop_assert!(matches!(answer, Submitted::New(_)), "{answer:?}");
+                    self.jobs.insert(new.id, Known::new(&new));
+                } else {
+                    prop_assert_eq!(answer, Submitted::NoParent(there.then_some(before.state)));
+                }
+            }
+            Step::Claim { kinds, brief, late } => {
+                let [lease, deadline] = [brief, late].map(|over| if over { NONE } else { LONG });
+                let claimed = store.claim(Uuid::now_v7(), kinds, lease, deadline).await.unwrap();
+                let id = self.check_turn(kinds, claimed.as_ref())?;
+                let Some((id, job)) = id.zip(claimed) else { return Ok(()) };
+                let known = self.jobs.get_mut(&id).unwrap();
+                known.state = State::Running;
+                known.run_lease += 1;
+                known.attempt += 1;
+                (known.overdue, known.late) = (brief, late);
+                self.leases.push(job.lease());
+            }
+            Step::Renew { lease, brief } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let renewal = store.renew(lease, if brief { NONE } else { LONG }, None).await.unwrap();
+                let Some(known) = held else {
+                    prop_assert_eq!(renewal, Renewal::Lost);
+                    return Ok(());
+                };
+                prop_assert_eq!(renewal, Renewal::Held { cancel_requested: known.cancel_requested });
+                known.overdue = brief;
+            }
+            Step::Checkpoint { lease, step } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.commit_checkpoint(lease, &checkpoint(step)).await;
+                let Some(known) = held else { return lost(answer) };
+                prop_assert_eq!(answer.unwrap(), known.checkpoint.replace(checkpoint(step)));
+            }
+            Step::Show { lease } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.add_artifact(lease, &object("preview")).await;
+                let Some(known) = held else { return lost(answer) };
+                known.shown = vec!["preview".into()];
+            }
+            Step::Finish { lease } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.finish(lease, &json!({}), &[object("weights")]).await;
+                let Some(known) = held else { return lost(answer) };
+                known.stop(State::Succeeded);
+                if known.state == State::Succeeded {
+                    known.shown.push("weights".into());
+                }
+                prop_assert_eq!(answer.unwrap(), known.state);
+            }
+            Step::Fail { lease, retry } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.fail(lease, &fault(), retry).await;
+                let Some(known) = held else { return lost(answer) };
+                known.stop(if retry.is_some() { known.retries() } else { State::Failed });
+                known.waits = retry == Some(LONG);
+                prop_assert_eq!(answer.unwrap(), known.state);
+            }
+            Step::Cancelled { lease } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.cancelled(lease).await;
+                let Some(known) = held else { return lost(answer) };
+                known.stop(State::Canceled);
+                prop_assert!(answer.is_ok());
+            }
+            Step::Release { lease } => {
+                let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
+                let answer = store.release(lease).await;
+                let Some(known) = held else { return lost(answer) };
+                known.stop(State::Queued);
+                known.attempt -= i64::from(known.state == State::Queued);
+                prop_assert_eq!(answer.unwrap(), known.state);
+            }
+            Step::Rescue => {
+                let rescued = store.rescue().await.unwrap();
+                let mut counts = [0, 0, 0];
+                for known in self.jobs.values_mut().filter(|known| known.state == State::Running) {
+                    if known.overdue || known.late {
+                        known.stop(known.retries());
+                        let states = [State::Queued, State::Failed, State::Canceled];
+                        counts[states.iter().position(|state| *state == known.state).unwrap()] += 1;
+                    }
+                }
+                prop_assert_eq!([rescued.requeued, rescued.failed, rescued.canceled], counts);
+            }
+            Step::Cancel { tenant, job } => {
+                let Some((id, before)) = nth(&self.jobs, job) else { return Ok(()) };
+                let told = store.cancel(self.tenants[tenant], id).await.unwrap();
+                let there = before.tenant == self.tenants[tenant] && !before.deleting;
+                prop_assert_eq!(told.is_some(), there);
+                if there {
+                    self.jobs.get_mut(&id).unwrap().cancel();
+                }
+            }
+            Step::Delete { tenant, job } => {
+                let Some((id, before)) = nth(&self.jobs, job) else { return Ok(()) };
+                let there = before.tenant == self.tenants[tenant] && !before.deleting;
+                prop_assert_eq!(store.delete(self.tenants[tenant], id).await.unwrap(), there);
+                for (other, known) in self.jobs.iter_mut().filter(|_| there) {
+                    if *other == id || known.parent == Some(id) {
+                        known.cancel();
+                        known.deleting = true;
+                    }
+                }
+            }
+            Step::Erase => {
+                let mut erasable = store.erasable(1000).await.unwrap();
+                erasable.sort();
+                let gone = |(id, known): &(&JobId, &Known)| {
+                    let left = self.jobs.values().any(|other| other.parent == Some(**id));
+                    known.deleting && known.state != State::Running && !left
+                };
+                let mut wanted: Vec<_> =
+                    self.jobs.iter().filter(gone).map(|(id, known)| (known.tenant, *id)).collect();
+                wanted.sort();
+                prop_assert_eq!(&erasable, &wanted);
+                for (_, id) in wanted {
+                    store.erased(id).await.unwrap();
+                    self.jobs.remove(&id);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What was claimed is a job that may be, of the kind that comes first, of a tenant with the fewest running, and
+    /// of that tenant's the one with the largest priority, the oldest of these.
+    fn check_turn(&self, kinds: &[Kind], claimed: Option<&Job>) -> Result<Option<JobId>, TestCaseError> {
+        let free = |known: &Known| known.state == State::Queued && !known.waits;
+        let Some(kind) = [Kind::Sample, Kind::Train].into_iter().find(|kind| {
+            kinds.contains(kind) && self.jobs.values().any(|known| free(known) && known.kind == *kind)
+        }) else {
+            prop_assert!(claimed.is_none());
+            return Ok(None);
+        };
+        let job = claimed.ok_or_else(|| TestCaseError::fail("nothing was claimed"))?;
+        let free_ones = || self.jobs.iter().filter(|(_, known)| free(known) && known.kind == kind);
+        let running = |tenant: TenantId| {
+            self.jobs.values().filter(|known| known.tenant == tenant && known.state == State::Running).count()
+        };
+        let fewest = free_ones().map(|(_, known)| running(known.tenant)).min();
+        prop_assert_eq!(Some(running(job.tenant)), fewest);
+        let own = free_ones().filter(|(_, known)| known.tenant == job.tenant);
+        let first = own.min_by_key(|(id, known)| (-known.priority, **id)).map(|(id, _)| *id);
+        prop_assert_eq!(Some(job.id), first);
+        Ok(first)
+    }
+
+    /// A lease that was given at some time, and its job if it is still held.
+    fn lease(&mut self, number: usize) -> Option<(Lease, Option<&mut Known>)> {
+        let lease = *self.leases.get(number % self.leases.len().max(1))?;
+        let known = self.jobs.get_mut(&lease.job);
+        Some((
+            lease,
+            known.filter(|known| known.state == State::Running && known.run_lease == lease.run_lease),
+        ))
+    }
+
+    /// Every row is what the model says.
+    async fn check_rows(&self) -> Checked {
+        for (&id, known) in &self.jobs {
+            let row = self.house.store.find(known.tenant, id, known.kind).await.unwrap();
+            let shown = self.house.store.artifacts(known.tenant, id).await.unwrap();
+            if known.deleting {
+                prop_assert!(row.is_none() && shown.is_empty());
+                continue;
+            }
+            let row = row.ok_or_else(|| TestCaseError::fail("a job is gone"))?;
+            prop_assert_eq!(row.state, known.state);
+            prop_assert_eq!((row.run_lease, row.attempt), (known.run_lease, known.attempt));
+            prop_assert_eq!(
+                (row.cancel_requested, &row.checkpoint),
+                (known.cancel_requested, &known.checkpoint)
+            );
+            prop_assert_eq!(row.finished_ms.is_some(), known.state.is_terminal());
+            let shown: Vec<_> = shown.into_iter().map(|object| object.name).collect();
+            prop_assert_eq!(&shown, &known.shown);
+        }
+        Ok(())
+    }
+}
+
+fn nth(jobs: &BTreeMap<JobId, Known>, number: usize) -> Option<(JobId, Known)> {
+    jobs.iter().nth(number % jobs.len().max(1)).map(|(id, known)| (*id, known.clone()))
+}
+
+fn lost<T: std::fmt::Debug>(answer: Result<T, Error>) -> Checked {
+    prop_assert!(matches!(answer, Err(Error::LeaseLost)), "{answer:?}");
+    Ok(())
+}
+
+fn walk(house: impl Future<Output = House>) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let house = runtime.block_on(house);
+    let tenants = runtime.block_on(async { [house.tenant("a").await, house.tenant("b").await] });
+    let config = Config { cases: 24, failure_persistence: None, ..Config::default() };
+    let steps = prop::collection::vec(step(), 1..80);
+    let walked = TestRunner::new(config).run(&steps, |steps| {
+        runtime.block_on(async {
+            house.sql("delete from job where parent is not null; delete from job").await;
+            let mut walk = Walk { house: &house, tenants, jobs: BTreeMap::new(), leases: Vec::new() };
+            for step in &steps {
+                walk.step(step).await?;
+                walk.check_rows().await?;
+            }
+            Ok(())
+        })
+    });
+    if let Err(error) = walked {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn sqlite_walks_as_the_model_does() {
+    walk(House::sqlite());
+}
+
+#[test]
+fn postgres_walks_as_the_model_does() {
+    walk(House::postgres());
+}

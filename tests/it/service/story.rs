@@ -1,0 +1,305 @@
+//! The whole story with nothing scripted: the program itself, its miniature, real processes that are killed.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use reqwest::multipart::{Form, Part};
+use serde_json::{Value, json};
+
+use super::floor::eventually;
+use super::postgres::Postgres;
+use super::s3::{Garage, http};
+
+/// A process of ours, killed with this value.
+struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Runs `hypnos ARGS` in the repository, with these settings and no others.
+    fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
+        let log = dir.join(format!("{name}.log"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_")) {
+            command.env_remove(name);
+        }
+        let child = command
+            .args(args)
+            .envs(settings)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Self { child, log }
+    }
+
+    fn signal(&self, signal: &str) {
+        let done = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        assert!(done.success());
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Waits until it has ended by itself; whether well.
+    async fn ended(&mut self) -> bool {
+        let ended = eventually("the process ends", async || self.child.try_wait().unwrap());
+        ended.await.success()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // SIGKILL wakes a stopped one as well
+        let _ = self.child.wait();
+    }
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn photo(n: usize) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/photos/mug-{n}.jpg"))
+}
+
+async fn is_ready(url: &str) {
+    let client = http();
+    eventually("the service is ready", async || {
+        client.get(format!("{url}/readyz")).send().await.ok().filter(|answer| answer.status().is_success())
+    })
+    .await;
+}
+
+/// The two commands of the README's quick start, as they stand there, against the program that was built for the tests
+/// and on a port that is free.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let section = readme.split("## Run the service").nth(1).expect("a section `Run the service`");
+    let blocks: Vec<&str> = section.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap()).collect();
+    let (start, lines) = (blocks[0].trim(), blocks[1]);
+    assert_eq!(start, "cargo run --release -- serve --workers 1");
+    assert_eq!(lines.lines().filter(|line| !line.trim().is_empty() && !line.starts_with(' ')).count(), 5, "{lines}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let args: Vec<&str> = start.strip_prefix("cargo run --release -- ").unwrap().split(' ').collect();
+    let settings = BTreeMap::from([
+        ("HYPNOS_DATA", dir.path().join("data").display().to_string()),
+        ("HYPNOS_LISTEN", address.to_string()),
+    ]);
+    let mut serve = Process::start(dir.path(), "serve", &args, &settings);
+    is_ready(&format!("http://{address}")).await;
+
+    std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"), dir.path().join("examples")).unwrap();
+    let script = lines.replace("127.0.0.1:8080", &address.to_string());
+    let mut bash = Command::new("bash");
+    bash.args(["-euo", "pipefail", "-c", &script]).current_dir(dir.path());
+    let ran = tokio::task::spawn_blocking(move || bash.output().unwrap()).await.unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{said}\n{}", serve.log());
+    assert!(said.contains("\"state\":\"succeeded\""), "{said}");
+    let pictures: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.path()).collect();
+    let pictures: Vec<_> = pictures.iter().filter(|path| path.extension().is_some_and(|end| end == "png")).collect();
+    assert!(!pictures.is_empty(), "{said}");
+    for picture in pictures {
+        let decoded = image::open(picture).unwrap();
+        assert_eq!((decoded.width(), decoded.height()), (64, 64));
+    }
+    serve.signal("-TERM");
+    assert!(serve.ended().await, "{}", serve.log());
+}
+
+/// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
+/// revived; a third ends the job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (garage, database) = (Garage::start().await, Postgres::database().await);
+    let (bucket, address) = (garage.bucket(), free_address());
+    let url = format!("http://{address}");
+    let mut settings = BTreeMap::from([
+        ("HYPNOS_DATABASE", database.clone()),
+        ("HYPNOS_DATA", dir.path().join("serve").display().to_string()),
+        ("HYPNOS_OBJECTS", format!("s3://{}/story", bucket.name)),
+        ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
+        ("HYPNOS_S3_ACCESS_KEY", bucket.access_key.clone()),
+        ("HYPNOS_S3_SECRET_KEY", secrecy::ExposeSecret::expose_secret(&bucket.secret_key).to_owned()),
+        ("HYPNOS_LEASE_SECS", "3".into()),
+        ("HYPNOS_BEAT_SECS", "0.2".into()),
+        ("HYPNOS_CHECKPOINT_SECS", "1".into()),
+    ]);
+    let mut migrate = Process::start(dir.path(), "migrate", &["migrate"], &settings);
+    assert!(migrate.ended().await, "{}", migrate.log());
+    let made = Command::new(env!("CARGO_BIN_EXE_hypnos"))
+        .args(["keys", "create", "--tenant", "shop"])
+        .envs(&settings)
+        .output()
+        .unwrap();
+    let key = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    assert!(key.starts_with("hyp_"), "{}", String::from_utf8_lossy(&made.stderr));
+
+    settings.extend([("HYPNOS_LISTEN", address.to_string()), ("HYPNOS_AUTH", "keys".into())]);
+    let serve = Process::start(dir.path(), "serve", &["serve"], &settings);
+    settings.remove("HYPNOS_LISTEN");
+    settings.remove("HYPNOS_AUTH");
+    is_ready(&url).await;
+    let client = http();
+    let worker = |name: &str| {
+        let mut settings = settings.clone();
+        settings.insert("HYPNOS_DATA", dir.path().join(name).display().to_string());
+        Process::start(dir.path(), name, &["work"], &settings)
+    };
+    let status = async |job: &str| -> Value {
+        client.get(job).bearer_auth(&key).send().await.unwrap().json().await.unwrap()
+    };
+
+    let mut form = Form::new().text("class_name", "mug").text(
+        "options",
+        json!({ "steps": 60, "learning_rate": 1e-4, "class_images": 4, "seed": 5,
+                "evaluation": { "images": 1, "steps": 5 } })
+        .to_string(),
+    );
+    for n in 1..=4 {
+        form = form.part("images", Part::bytes(std::fs::read(photo(n)).unwrap()).file_name("photo.jpg"));
+    }
+    let answer = client.post(format!("{url}/v1/jobs")).bearer_auth(&key).multipart(form).send().await.unwrap();
+    assert_eq!(answer.status(), 202);
+    let job = answer.headers()["location"].to_str().unwrap().to_owned();
+    let id = job.rsplit('/').next().unwrap().parse().unwrap();
+    let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
+    let tenant = store.ensure_tenant("shop").await.unwrap();
+    let row = async || store.find(tenant, id, hypnos::job::Kind::Train).await.unwrap().unwrap();
+    let steps = |row: &hypnos::job::Job| row.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
+
+    // The first: killed after its first checkpoint.
+    let mut first = worker("first");
+    let committed = eventually("a checkpoint is committed", async || {
+        Some(steps(&row().await)).filter(|&step| step > 0)
+    });
+    let committed = committed.await;
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
+
+    // The second: goes on from there, and is frozen after a checkpoint of its own.
+    let second = worker("second");
+    let on = eventually("the second goes on", async || {
+        let row = row().await;
+        Some((steps(&row), row.attempt)).filter(|&(step, attempt)| attempt == 2 && step > committed)
+    });
+    let (on, _) = on.await;
+    second.signal("-STOP");
+    let zombie = row().await.run_lease;
+
+    // The third ends the job; then the second wakes, and must do nothing.
+    let mut third = worker("third");
+    let done = eventually("the job ends", async || {
+        Some(status(&job).await).filter(|job| job["state"] != "running" && job["state"] != "queued")
+    });
+    let done = done.await;
+    assert_eq!(done["state"], "succeeded", "{}", third.log());
+    assert_eq!(done["attempt"], 3);
+    assert!(on < 60);
+    let ended = row().await;
+    assert!(ended.run_lease > zombie);
+    let artifacts = store.artifacts(tenant, id).await.unwrap();
+    second.signal("-CONT");
+    eventually("the second sees that it lost", async || second.log().contains("lost").then_some(())).await;
+    eventually("the second's objects are gone", async || {
+        let blobs = story_blobs(&garage).await;
+        let theirs = hypnos::blobs::Scope::attempt(tenant, hypnos::job::Lease { job: id, run_lease: zombie });
+        let left = blobs.list(&theirs).await.unwrap();
+        // Pictures that the row names may be from its attempt: they were shown while it held the lease.
+        let named = |key: &str| artifacts.iter().any(|object| object.key == key);
+        left.iter().all(|entry| named(entry.key.as_str())).then_some(())
+    })
+    .await;
+    let after = row().await;
+    assert_eq!((after.version, after.run_lease), (ended.version, ended.run_lease), "the zombie wrote nothing");
+    assert_eq!(store.artifacts(tenant, id).await.unwrap(), artifacts);
+
+    // Every artifact is whole, by the links that clients are given.
+    let listed: Value = client.get(format!("{job}/artifacts")).bearer_auth(&key).send().await.unwrap().json().await.unwrap();
+    let listed = listed["data"].as_array().unwrap();
+    assert_eq!(listed.len(), artifacts.len());
+    for artifact in listed {
+        let bytes = client.get(artifact["url"].as_str().unwrap()).send().await.unwrap().bytes().await.unwrap();
+        assert_eq!(hex(&bytes), artifact["sha256"].as_str().unwrap(), "{artifact}");
+    }
+
+    // And it draws.
+    let sample = client
+        .post(format!("{job}/sample"))
+        .bearer_auth(&key)
+        .header("prefer", "wait=60")
+        .json(&json!({ "prompts": ["{product} on a beach"], "n": 2, "steps": 5, "format": "webp" }))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(sample.status(), 200, "{}", third.log());
+    let sample: Value = sample.json().await.unwrap();
+    for shown in sample["images"].as_array().unwrap() {
+        let bytes = client.get(shown["url"].as_str().unwrap()).send().await.unwrap().bytes().await.unwrap();
+        assert_eq!(image::load_from_memory(&bytes).unwrap().width(), 64);
+    }
+    third.signal("-TERM");
+    assert!(third.ended().await, "{}", third.log());
+    drop(serve);
+}
+
+async fn story_blobs(garage: &Garage) -> hypnos::blobs::Blobs {
+    let bucket = hypnos::blobs::Bucket { prefix: "story".into(), ..garage.bucket() };
+    let place = hypnos::blobs::Place::Bucket(bucket);
+    hypnos::blobs::Blobs::open(&hypnos::blobs::BlobsConfig { place, links: None }).await.unwrap()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use sha2::Digest;
+    format!("{:x}", sha2::Sha256::digest(bytes))
+}
+
+/// What cannot work is refused before anything is opened: one line, exit code 2.
+#[test]
+fn settings_that_cannot_work_are_refused_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data").display().to_string();
+    let cases: [(&[&str], &[(&str, &str)], &str); 9] = [
+        (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
+        (&["serve", "--listen", "0.0.0.0:0", "--auth", "none"], &[], "HYPNOS_AUTH is none, but HYPNOS_LISTEN is"),
+        (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
+        (&["serve"], &[("HYPNOS_OBJECTS", "s3://bucket")], "HYPNOS_S3_ACCESS_KEY is not set"),
+        (&["serve"], &[("HYPNOS_S3_ENDPOINT", "http://x")], "HYPNOS_OBJECTS is not s3://BUCKET"),
+        (&["serve"], &[("HYPNOS_PUBLIC_URL", "ftp://x")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
+        (&["serve"], &[("HYPNOS_URL_SECRET", "short")], "HYPNOS_URL_SECRET: wanted at least 16 characters"),
+        (&["work"], &[("HYPNOS_BUNDLE", "/nowhere")], "/nowhere"),
+        (&["work", "--beat-secs", "50"], &[], "more than a third of HYPNOS_LEASE_SECS"),
+    ];
+    for (args, settings, wanted) in cases {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+        let ended = command
+            .args(args)
+            .env("HYPNOS_DATA", &data)
+            .env("HYPNOS_LOG", "error")
+            .envs(settings.iter().copied())
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(2), "{args:?} {settings:?}: {said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert!(last.starts_with("error: ") && last.contains(wanted), "{args:?} {settings:?}: {said}");
+    }
+    let busy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = busy.local_addr().unwrap().to_string();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+    let ended = command.args(["serve", "--listen", &address]).env("HYPNOS_DATA", &data).output().unwrap();
+    assert_eq!(ended.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("cannot be listened on"));
+}

@@ -1,0 +1,306 @@
+//! What workers promise, with engines that compute nothing: results once, no step lost beyond the last checkpoint, and
+//! nothing left behind by those that die.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypnos::blobs::{Blobs, Scope};
+use hypnos::janitor;
+use hypnos::job::{FaultCode, REPORT, State, WEIGHTS};
+use tokio_util::sync::CancellationToken;
+
+use super::chaos::{Chaos, What};
+use super::floor::{Floor, eventually, is};
+use super::scripted::{Did, Script, expected_weights};
+
+const QUICK: Duration = Duration::from_millis(1);
+const SLOW: Duration = Duration::from_millis(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_ends_with_weights_a_report_and_pictures_in_the_store() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 60).await;
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
+    assert_eq!(job.result.as_ref().unwrap()["bundle_sha256"], "5c21b7ed");
+    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60));
+    assert!(floor.artifact(&job, REPORT).await.starts_with(b"{"));
+    floor.nothing_is_left_over(&job).await;
+    assert_eq!(floor.stored(&job).await, ["image-0.png", "preview-0.png", REPORT, WEIGHTS]);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn class_images_are_drawn_once_for_all_trainings_that_want_the_same() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    for class_name in ["mug", "mug", "teapot"] {
+        let job = floor.train(class_name, 2).await;
+        assert_eq!(floor.ended(&job).await.state, State::Succeeded);
+    }
+    let drawn = script.did.lock().unwrap().iter().filter(|did| matches!(did, Did::ClassImage(_))).count();
+    assert_eq!(drawn, 4, "two for mugs, two for teapots");
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_followed_by_another_that_goes_on_from_the_last_checkpoint() {
+    let floor = Floor::new().await;
+    let (first, second) = (Script::new(SLOW), Script::new(QUICK));
+    let worker = floor.work(&first);
+    let job = floor.train("mug", 200).await;
+    let job = floor.until(&job, |job| job.checkpoint.is_some()).await;
+    worker.kill().await;
+    let committed = floor.find(&job).await.unwrap().checkpoint.unwrap().step;
+
+    let worker = floor.work(&second);
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 2));
+    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 200));
+    assert_eq!(
+        second.steps("mug"),
+        (committed..200).collect::<Vec<_>>(),
+        "no step before the checkpoint again"
+    );
+    // Its last attempt's objects are all there is; those of the dead one go with the sweep, not with the job's end.
+    for object in floor.store.artifacts(super::floor::TENANT, job.id).await.unwrap() {
+        floor.blobs.get(&object).await.unwrap();
+    }
+    worker.stop().await;
+}
+
+// case 57
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_told_to_stop_gives_its_training_back_without_losing_a_step_or_an_attempt() {
+    let floor = Floor::new().await;
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 60).await;
+    floor.until(&job, |_| script.steps("mug").len() > 5).await;
+    worker.stop().await;
+    let given_back = floor.find(&job).await.unwrap();
+    assert_eq!((given_back.state, given_back.attempt), (State::Queued, 0));
+    assert_eq!(given_back.checkpoint.unwrap().step, script.steps("mug").len() as u64);
+
+    let worker = floor.work(&script);
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
+    assert_eq!(script.steps("mug"), (0..60).collect::<Vec<_>>(), "each step once");
+    floor.nothing_is_left_over(&job).await;
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sample_is_drawn_between_two_steps_of_a_training() {
+    let floor = Floor::new().await;
+    let script = Script::new(Duration::from_millis(150));
+    let quick = Script::new(QUICK);
+    let worker = floor.work(&quick);
+    let trained = floor.train("mug", 2).await;
+    let trained = floor.ended(&trained).await;
+    worker.stop().await;
+
+    let worker = floor.work(&script);
+    let long = floor.train("teapot", 1000).await;
+    floor.until(&long, |_| !script.steps("teapot").is_empty()).await;
+    let before = script.steps("teapot").len();
+    let sample = floor.sample(trained.id, 1).await;
+    let sample = floor.ended(&sample).await;
+    let steps_meanwhile = script.steps("teapot").len() - before;
+    assert_eq!(sample.state, State::Succeeded);
+    assert_eq!(
+        script.did.lock().unwrap().iter().filter(|did| **did == Did::Draw { during_training: true }).count(),
+        1
+    );
+    // The step at hand, the one during which the drawing began to be stored, and one for the test's own eyes.
+    assert!(steps_meanwhile <= 3, "{steps_meanwhile} steps");
+    assert_eq!(floor.stored(&sample).await, ["image-0.webp", "image-1.webp"]);
+    let images = floor.store.artifacts(super::floor::TENANT, sample.id).await.unwrap();
+    assert_eq!((&images[0].meta["seed"], &images[1].meta["seed"]), (&11.into(), &12.into()));
+    floor.store.cancel(super::floor::TENANT, long.id).await.unwrap();
+    assert_eq!(floor.ended(&long).await.state, State::Canceled);
+    worker.stop().await;
+}
+
+// case 65
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_diverges_fails_at_once_and_leaves_nothing() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let job = floor.train("diverges", 50).await;
+    let job = floor.ended(&job).await;
+    let error = job.error.clone().unwrap();
+    assert_eq!(
+        (job.state, error.code, error.retryable, job.attempt),
+        (State::Failed, FaultCode::Diverged, false, 1)
+    );
+    let nothing = eventually("nothing is stored", async || floor.stored(&job).await.is_empty().then_some(()));
+    nothing.await;
+    worker.stop().await;
+}
+
+// case 59
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_in_the_engine_fails_its_job_and_no_other() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let (bad, good) = (floor.train("panics", 50).await, floor.train("mug", 5).await);
+    assert_eq!(floor.ended(&bad).await.error.unwrap().code, FaultCode::Internal);
+    assert_eq!(floor.ended(&good).await.state, State::Succeeded);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_the_machine_is_tried_again_as_often_as_is_allowed() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let job = floor.train("machine", 50).await;
+    let job = floor.until(&job, |job| job.state == State::Queued && job.attempt == 1).await;
+    assert!(job.error.is_none(), "not yet");
+    worker.stop().await;
+}
+
+// case 58
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_always_kills_its_worker_fails_as_worker_lost() {
+    let mut floor = Floor::new().await;
+    floor.settings.lease = Duration::from_millis(300);
+    floor.settings.beat = Duration::from_millis(50);
+    floor.settings.checkpoint_every = Duration::from_secs(600);
+    let job = floor.train("mug", 1000).await;
+    for attempt in 1..=3 {
+        let worker = floor.work(&Script::new(SLOW));
+        floor.until(&job, |job| job.state == State::Running && job.attempt == attempt).await;
+        worker.kill().await;
+    }
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.error.clone().unwrap().code), (State::Failed, FaultCode::WorkerLost));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_canceled_training_stops_at_its_next_step_and_its_objects_go() {
+    let floor = Floor::new().await;
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 10_000).await;
+    floor.until(&job, |job| job.checkpoint.is_some()).await;
+    let asked = floor.store.cancel(super::floor::TENANT, job.id).await.unwrap().unwrap();
+    assert!(asked.cancel_requested);
+    let job = floor.until(&job, is(State::Canceled)).await;
+    eventually("nothing is stored", async || floor.stored(&job).await.is_empty().then_some(())).await;
+    let steps = script.steps("mug").len();
+    assert_eq!(script.steps("mug").len(), steps, "no step after the end");
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
+    let mut floor = Floor::new().await;
+    floor.settings.beat = Duration::from_secs(3600); // it never beats
+    floor.settings.lease = Duration::from_millis(400);
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 10_000).await;
+    floor.until(&job, is(State::Running)).await;
+    // Nobody else is there: the job goes back and forth between the queue and this worker until its attempts are used up.
+    let job = floor.ended(&job).await;
+    assert_eq!(job.error.unwrap().code, FaultCode::WorkerLost);
+    worker.stop().await;
+}
+
+/// Kills a worker during its `nth` use of the store, for every n that a training has, and sees to it that another ends
+/// the job with the right result, whole, and that no object is left which no row names, but for the dead attempt's.
+async fn killed_at_every_use_of_the_store(what: What) {
+    let mut n = 0;
+    loop {
+        let mut floor = Floor::new().await;
+        floor.settings.lease = Duration::from_millis(400);
+        floor.settings.beat = Duration::from_millis(50);
+        floor.settings.checkpoint_every = Duration::from_millis(8);
+        let job = floor.train("mug", 12).await;
+        let chaos = Chaos::over(Arc::new(floor.objects_store()));
+        chaos.strike(n, what);
+        let worker = floor.work_over(&Script::new(Duration::from_millis(2)), Blobs::over(Arc::new(chaos.clone())));
+        let hung = eventually("the store hangs or the job ends", async || {
+            let done = floor.find(&job).await.unwrap().state.is_terminal();
+            let hung = chaos.n_operations() > n && chaos.n_answered() < chaos.n_operations();
+            (done || hung).then_some(!done)
+        });
+        if !hung.await {
+            worker.stop().await;
+            break; // a training has no more than n uses
+        }
+        // What hangs holds only whoever waits for it; the training may go on to its end, but not beyond.
+        worker.kill().await;
+
+        let worker = floor.work(&Script::new(QUICK));
+        let job = floor.ended(&job).await;
+        assert_eq!(job.state, State::Succeeded, "killed at use {n}: {:?}", job.error);
+        assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 12), "killed at use {n}");
+        for object in floor.store.artifacts(super::floor::TENANT, job.id).await.unwrap() {
+            floor.blobs.get(&object).await.unwrap();
+        }
+        worker.stop().await;
+        n += 1;
+    }
+    assert!(n > 10, "photos, class images, checkpoints, results: only {n} uses of the store");
+}
+
+// case 55
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_before_any_use_of_the_store_loses_nothing() {
+    killed_at_every_use_of_the_store(What::HangsBefore).await;
+}
+
+// case 55
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_after_any_use_of_the_store_loses_nothing() {
+    killed_at_every_use_of_the_store(What::HangsAfter).await;
+}
+
+// case 68
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_outlives_a_store_that_is_away_for_a_while() {
+    let floor = Floor::new().await;
+    let job = floor.train("mug", 60).await;
+    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let script = Script::new(SLOW);
+    let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
+    floor.until(&job, |_| script.steps("mug").len() > 3).await;
+    chaos.strike_all(Some(What::FailsBefore));
+    eventually("all steps are taken", async || (script.steps("mug").len() == 60).then_some(())).await;
+    chaos.strike_all(None);
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
+    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60));
+    floor.nothing_is_left_over(&job).await;
+    worker.stop().await;
+}
+
+// case 51
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_deleted_while_it_runs_is_gone_at_once_and_its_objects_soon() {
+    let floor = Floor::new().await;
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 10_000).await;
+    floor.until(&job, |job| job.checkpoint.is_some()).await;
+    assert!(floor.store.delete(super::floor::TENANT, job.id).await.unwrap());
+    assert!(floor.find(&job).await.is_none());
+    let stop = CancellationToken::new();
+    let pause = Duration::from_millis(20);
+    tokio::spawn(janitor::run(floor.store.clone(), floor.blobs.clone(), pause, stop.clone()));
+    let scope = Scope::job(super::floor::TENANT, job.id);
+    let gone = eventually("no object is left", async || floor.blobs.list(&scope).await.unwrap().is_empty().then_some(()));
+    gone.await;
+    let steps = script.steps("mug").len();
+    worker.stop().await;
+    assert!(script.steps("mug").len() <= steps + 1);
+    stop.cancel();
+}
