@@ -10,7 +10,7 @@ use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Store, Submitted};
+use hypnos::store::{Idempotency, NewJob, Store, Submitted, Wakes};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
@@ -94,6 +94,11 @@ impl House {
         self.store.finish(claimed.lease(), &json!({"bundle": "x"}), &[object("weights")]).await.unwrap();
         self.train(tenant, job.id).await.unwrap()
     }
+}
+
+/// Waits for a hint that must come.
+async fn woken(wakes: &mut Wakes) {
+    tokio::time::timeout(LONG / 10, wakes.wait()).await.expect("a hint");
 }
 
 /// A training to be accepted.

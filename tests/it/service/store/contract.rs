@@ -776,17 +776,17 @@ async fn a_submission_wakes_who_waits(house: House) {
     let tenant = house.tenant("shop").await;
     let mut here = house.store.wakes();
     house.accept(training(tenant)).await;
-    here.wait().await;
+    woken(&mut here).await;
     let job = house.claim().await.unwrap();
     house.store.cancel(tenant, job.id).await.unwrap();
-    here.wait().await;
+    woken(&mut here).await;
     if house.url.starts_with("postgres") {
         // Its listener says so when it listens; what is said after that is heard.
         let other = house.another().await;
         let mut there = other.wakes();
-        there.wait().await;
+        woken(&mut there).await;
         house.accept(training(tenant)).await;
-        there.wait().await;
+        woken(&mut there).await;
     }
 }
 
