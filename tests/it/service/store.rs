@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::postgres::Postgres;
 
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 const NONE: Duration = Duration::ZERO;
 const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 
@@ -25,14 +25,14 @@ const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 struct House {
     url: String,
     store: Store,
-    _dir: Option<tempfile::TempDir>,
+    dir: Option<tempfile::TempDir>,
 }
 
 impl House {
     async fn sqlite() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}/hypnos.db", dir.path().display());
-        Self { _dir: Some(dir), ..Self::at(url).await }
+        Self { dir: Some(dir), ..Self::at(url).await }
     }
 
     async fn postgres() -> Self {
@@ -42,7 +42,7 @@ impl House {
     async fn at(url: String) -> Self {
         let store = Store::connect(&url, 16).await.unwrap();
         store.migrate().await.unwrap();
-        Self { url, store, _dir: None }
+        Self { url, store, dir: None }
     }
 
     /// As another process would have it.
@@ -123,8 +123,8 @@ fn sample(tenant: TenantId, parent: JobId) -> NewJob {
     NewJob { parent: Some(parent), spec, photos: Vec::new(), ..training(tenant) }
 }
 
-fn named(key: &str, request_hash: &str) -> Option<Idempotency> {
-    Some(Idempotency { key: key.into(), request_hash: request_hash.into() })
+fn named(key: &str, request_hash: &str) -> Idempotency {
+    Idempotency { key: key.into(), request_hash: request_hash.into() }
 }
 
 fn object(name: &str) -> Object {

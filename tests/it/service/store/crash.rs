@@ -96,7 +96,7 @@ async fn the_files_of_sqlite_hold_at_any_moment_what_was_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
     for suffix in ["", "-wal"] {
         let name = format!("hypnos.db{suffix}");
-        fs::copy(house._dir.as_ref().unwrap().path().join(&name), dir.path().join(&name)).unwrap();
+        fs::copy(house.dir.as_ref().unwrap().path().join(&name), dir.path().join(&name)).unwrap();
     }
     let after = House::at(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
     everything_said_holds(&after, tenant, &accepted, &[job.id]).await;
