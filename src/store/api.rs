@@ -118,14 +118,13 @@ impl Store {
         before: Option<JobId>,
         limit: u32,
     ) -> Result<Vec<Job>> {
-        let mut sql =
-            concat!("select ", job_columns!(), " from job where tenant = $1 and deleting = 0").to_owned();
-        let mut values = vec![Arg::from(tenant)];
         // Only the conditions that are asked for, so that each has the index it needs.
+        let mut conditions = vec!["tenant = $1 and deleting = 0".to_owned()];
+        let mut values = vec![Arg::from(tenant)];
         let mut and = |condition: &str, value: Option<Arg>| {
             if let Some(value) = value {
                 values.push(value);
-                sql += &format!(" and {condition} ${}", values.len());
+                conditions.push(format!("{condition} ${}", values.len()));
             }
         };
         and("kind =", filter.kind.map(|kind| kind.as_str().into()));
@@ -135,7 +134,12 @@ impl Store {
         and("parent =", filter.parent.map(Into::into));
         and("id <", before.map(Into::into));
         values.push(i64::from(limit).into());
-        sql += &format!(" order by id desc limit ${}", values.len());
+        let sql = format!(
+            "select {} from job where {} order by id desc limit ${}",
+            job_columns!(),
+            conditions.join(" and "),
+            values.len()
+        );
         let rows = self.db.read(sql, &values).await?;
         rows.iter().map(job).collect()
     }

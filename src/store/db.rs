@@ -280,7 +280,7 @@ async fn patiently<T, F: Future<Output = sqlx::Result<T>>>(attempt: impl Fn() ->
     loop {
         match attempt().await {
             Err(error) if is_busy(&error) && Instant::now() < deadline => {
-                sleep(Duration::from_millis(2)).await
+                sleep(Duration::from_millis(2)).await;
             }
             done => return done,
         }

@@ -65,7 +65,8 @@ async fn relay(options: PgConnectOptions, sender: watch::Sender<()>) {
                 && listener.listen(CHANNEL).await.is_ok()
             {
                 sender.send_replace(()); // for what was said while nobody heard
-                while listener.recv().await.is_ok() {
+                // A lost connection that is there again counts as well: nobody knows what was said meanwhile.
+                while listener.try_recv().await.is_ok() {
                     sender.send_replace(());
                 }
             }

@@ -111,11 +111,12 @@ impl Postgres {
     /// Leaves a watchdog behind, in a process group of its own, that outlives the last test by a moment.
     fn watch(&self, lock: &Path) {
         let lock = File::open(lock).expect("our lock file");
-        let stop = "flock --exclusive 0; \"$0\" stop -m immediate -D \"$1/data\"; rm -rf \"$1\"";
+        let stop =
+            "exec 3<&0; (flock --exclusive 3; \"$0\" stop -m immediate -D \"$1/data\"; rm -rf \"$1\") &";
         let mut watchdog = Command::new("sh");
         watchdog.args(["-c", stop]).arg(self.bin.join("pg_ctl")).arg(&self.dir).process_group(0);
         self.lower(&mut watchdog);
-        watchdog.stdin(lock).spawn().expect("a shell");
+        assert!(watchdog.stdin(lock).status().expect("a shell").success());
     }
 
     fn data(&self) -> String {

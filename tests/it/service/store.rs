@@ -10,14 +10,14 @@ use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Store, Submitted};
+use hypnos::store::{Idempotency, NewJob, Store, Submitted, Wakes};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
 use super::postgres::Postgres;
 
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 const NONE: Duration = Duration::ZERO;
 const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 
@@ -25,14 +25,14 @@ const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 struct House {
     url: String,
     store: Store,
-    _dir: Option<tempfile::TempDir>,
+    dir: Option<tempfile::TempDir>,
 }
 
 impl House {
     async fn sqlite() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}/hypnos.db", dir.path().display());
-        Self { _dir: Some(dir), ..Self::at(url).await }
+        Self { dir: Some(dir), ..Self::at(url).await }
     }
 
     async fn postgres() -> Self {
@@ -42,7 +42,7 @@ impl House {
     async fn at(url: String) -> Self {
         let store = Store::connect(&url, 16).await.unwrap();
         store.migrate().await.unwrap();
-        Self { url, store, _dir: None }
+        Self { url, store, dir: None }
     }
 
     /// As another process would have it.
@@ -96,6 +96,11 @@ impl House {
     }
 }
 
+/// Waits for a hint that must come.
+async fn woken(wakes: &mut Wakes) {
+    tokio::time::timeout(LONG / 10, wakes.wait()).await.expect("a hint");
+}
+
 /// A training to be accepted.
 fn training(tenant: TenantId) -> NewJob {
     NewJob {
@@ -118,8 +123,8 @@ fn sample(tenant: TenantId, parent: JobId) -> NewJob {
     NewJob { parent: Some(parent), spec, photos: Vec::new(), ..training(tenant) }
 }
 
-fn named(key: &str, request_hash: &str) -> Option<Idempotency> {
-    Some(Idempotency { key: key.into(), request_hash: request_hash.into() })
+fn named(key: &str, request_hash: &str) -> Idempotency {
+    Idempotency { key: key.into(), request_hash: request_hash.into() }
 }
 
 fn object(name: &str) -> Object {

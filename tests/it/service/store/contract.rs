@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use hypnos::job::State;
 use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope};
 use tokio::task::JoinSet;
@@ -84,7 +85,7 @@ async fn fifty_equal_requests_at_once_are_one_job(house: House) {
     let mut racers = JoinSet::new();
     for _ in 0..50 {
         let store = house.store.clone();
-        let new = NewJob { idempotency: named("order-1", "abc"), queue_max: 1, ..training(tenant) };
+        let new = NewJob { idempotency: Some(named("order-1", "abc")), queue_max: 1, ..training(tenant) };
         racers.spawn(async move { store.submit(new).await.unwrap() });
     }
     let answers = racers.join_all().await;
@@ -104,31 +105,31 @@ async fn fifty_equal_requests_at_once_are_one_job(house: House) {
 async fn a_key_belongs_to_one_request_for_a_day(house: House) {
     let tenant = house.tenant("shop").await;
     let other_tenant = house.tenant("other").await;
-    let request = |hash: &str| NewJob { idempotency: named("order-1", hash), ..training(tenant) };
-    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    let request = |hash: &str| NewJob { idempotency: Some(named("order-1", hash)), ..training(tenant) };
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc")).await.unwrap(), None);
     let job = house.accept(request("abc")).await;
     house.claim().await.unwrap();
 
     let now = house.train(tenant, job.id).await.unwrap();
     assert_eq!(house.store.submit(request("abc")).await.unwrap(), Submitted::Replayed(now.clone()));
-    let replay = house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap();
+    let replay = house.store.replay(tenant, &named("order-1", "abc")).await.unwrap();
     assert_eq!(replay, Some(Submitted::Replayed(now)));
     assert_eq!(house.store.submit(request("abd")).await.unwrap(), Submitted::OtherRequest);
-    let replay = house.store.replay(tenant, &named("order-1", "abd").unwrap()).await.unwrap();
+    let replay = house.store.replay(tenant, &named("order-1", "abd")).await.unwrap();
     assert_eq!(replay, Some(Submitted::OtherRequest));
     house.accept(NewJob { tenant: other_tenant, ..request("abc") }).await;
 
     house.sql("update idempotency set created_ms = created_ms - 24 * 3600 * 1000").await;
-    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc")).await.unwrap(), None);
     assert_ne!(house.accept(request("abd")).await.id, job.id);
 }
 
 async fn a_key_is_free_again_when_its_job_is_deleted(house: House) {
     let tenant = house.tenant("shop").await;
-    let request = || NewJob { idempotency: named("order-1", "abc"), ..training(tenant) };
+    let request = || NewJob { idempotency: Some(named("order-1", "abc")), ..training(tenant) };
     let job = house.accept(request()).await;
     assert!(house.store.delete(tenant, job.id).await.unwrap());
-    assert_eq!(house.store.replay(tenant, &named("order-1", "abc").unwrap()).await.unwrap(), None);
+    assert_eq!(house.store.replay(tenant, &named("order-1", "abc")).await.unwrap(), None);
     let next = house.accept(request()).await;
     house.store.erased(job.id).await.unwrap();
     let now = house.store.submit(request()).await.unwrap();
@@ -491,9 +492,10 @@ async fn a_job_that_waits_is_canceled_at_once(house: House) {
     assert_eq!(house.store.cancel(tenant, done.id).await.unwrap(), Some(done), "what has ended stays");
 }
 
+type End = fn(Store, Lease) -> BoxFuture<'static, State>;
+
 async fn a_cancel_that_was_acknowledged_never_succeeds(house: House) {
     let tenant = house.tenant("shop").await;
-    type End = fn(Store, Lease) -> futures_util::future::BoxFuture<'static, State>;
     let ends: [End; 4] = [
         |store, lease| {
             Box::pin(async move { store.finish(lease, &json!({}), &[object("weights")]).await.unwrap() })
@@ -693,8 +695,8 @@ async fn another_tenants_rows_are_not_there(house: House) {
     let [owner, stranger] = [house.tenant("owner").await, house.tenant("stranger").await];
     let done = house.trained(owner).await;
     let drawn = house.accept(sample(owner, done.id)).await;
-    let named = NewJob { idempotency: named("order-1", "abc"), ..training(owner) };
-    let waiting = house.accept(named.clone()).await;
+    let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(owner) };
+    let waiting = house.accept(new.clone()).await;
     house.store.add_class_image(owner, "s", 1, &object("class")).await.unwrap();
     let store = &house.store;
     for job in [&done, &drawn, &waiting] {
@@ -718,7 +720,7 @@ async fn another_tenants_rows_are_not_there(house: House) {
     for filter in [Filter::default(), filter] {
         assert_eq!(store.list(stranger, &filter, None, 99).await.unwrap(), []);
     }
-    assert_eq!(store.replay(stranger, &named.idempotency.unwrap()).await.unwrap(), None);
+    assert_eq!(store.replay(stranger, &new.idempotency.unwrap()).await.unwrap(), None);
     assert_eq!(store.class_images(stranger, "s").await.unwrap(), []);
 }
 
@@ -776,17 +778,17 @@ async fn a_submission_wakes_who_waits(house: House) {
     let tenant = house.tenant("shop").await;
     let mut here = house.store.wakes();
     house.accept(training(tenant)).await;
-    here.wait().await;
+    woken(&mut here).await;
     let job = house.claim().await.unwrap();
     house.store.cancel(tenant, job.id).await.unwrap();
-    here.wait().await;
+    woken(&mut here).await;
     if house.url.starts_with("postgres") {
         // Its listener says so when it listens; what is said after that is heard.
         let other = house.another().await;
         let mut there = other.wakes();
-        there.wait().await;
+        woken(&mut there).await;
         house.accept(training(tenant)).await;
-        there.wait().await;
+        woken(&mut there).await;
     }
 }
 

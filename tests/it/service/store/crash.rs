@@ -69,7 +69,7 @@ async fn connections_that_are_killed_are_replaced() {
     let house = House::postgres().await;
     let tenant = house.tenant("shop").await;
     let mut wakes = house.store.wakes();
-    wakes.wait().await; // its listener listens
+    woken(&mut wakes).await; // its listener listens
     let other = house.another().await;
     house
         .sql(
@@ -77,7 +77,7 @@ async fn connections_that_are_killed_are_replaced() {
             where datname = current_database() and pid <> pg_backend_pid()",
         )
         .await;
-    wakes.wait().await; // it listens again, and says so
+    woken(&mut wakes).await; // it listens again, and says so
     house.accept(training(tenant)).await;
     assert!(other.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap().is_some());
 }
@@ -96,7 +96,7 @@ async fn the_files_of_sqlite_hold_at_any_moment_what_was_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
     for suffix in ["", "-wal"] {
         let name = format!("hypnos.db{suffix}");
-        fs::copy(house._dir.as_ref().unwrap().path().join(&name), dir.path().join(&name)).unwrap();
+        fs::copy(house.dir.as_ref().unwrap().path().join(&name), dir.path().join(&name)).unwrap();
     }
     let after = House::at(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
     everything_said_holds(&after, tenant, &accepted, &[job.id]).await;

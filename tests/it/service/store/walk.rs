@@ -57,6 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// What the model knows of a job.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools)] // as flat as the row
 struct Known {
     tenant: TenantId,
     kind: Kind,
