@@ -288,7 +288,7 @@ fn a_trained_model_draws_its_product_in_every_format_and_in_every_engine() {
     let (attempt, untrained) = (Attempt::unbroken(&spec), Attempt::unbroken(&base));
     let weights = attempt.weights();
     let mut engine = engine();
-    let mut draw_as = |engine: &mut CandleEngine, weights: &Path, format, width| {
+    let draw_as = |engine: &mut CandleEngine, weights: &Path, format, width| {
         let drawn = draw(engine, &spec, weights, |spec| {
             (spec.format, spec.width) = (format, width);
         });
