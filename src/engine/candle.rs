@@ -11,7 +11,7 @@ use super::shelf::Shelf;
 use super::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch, training};
 use crate::job::{Fault, FaultCode, Format, PRODUCT, SampleSpec, Scheduler, TrainSpec};
 use crate::ml::adapted::{self, Adapted, Product};
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{Bundle, hex};
 use crate::ml::sample::{self, Models, Picture};
 use crate::ml::samplers::Sampler;
 use crate::ml::{self, Error, device, picture, train};
@@ -152,8 +152,7 @@ impl Engine for CandleEngine {
             "sampler": how.sampler.name(), "steps": how.steps, "guidance": how.guidance,
             "width": how.width, "height": how.height,
         });
-        let settings = Sha256::digest(decides.to_string());
-        let settings = settings.iter().map(|byte| format!("{byte:02x}")).collect();
+        let settings = hex(&Sha256::digest(decides.to_string()));
         // Seeds of no training's own, so that the next one finds these pictures drawn.
         let n = if spec.options.loss_weights.prior > 0.0 { spec.options.class_images } else { 0 };
         ClassImages { settings, seeds: (0..u64::from(n)).collect() }

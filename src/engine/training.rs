@@ -76,7 +76,7 @@ pub(super) fn train(
     watch: &mut Watch<'_>,
 ) -> Result<Ending, Fault> {
     let plan = Plan::new(engine, input.spec)?;
-    match (Run { engine, input, watch, plan, n_previews: 0 }).to_the_end() {
+    match (Run { engine, input, watch, plan, n_previews: 0 }).finish() {
         Ok(trained) => Ok(Ending::Trained(trained)),
         Err(Halt::Asked(ending)) => Ok(ending),
         Err(Halt::Fault(fault)) => Err(fault),
@@ -164,7 +164,7 @@ struct Run<'a, 'w> {
 }
 
 impl Run<'_, '_> {
-    fn to_the_end(mut self) -> Result<Trained, Halt> {
+    fn finish(mut self) -> Result<Trained, Halt> {
         let photos = self.photos()?;
         let material = Material { photos: self.encode_photos(&photos)?, class_images: self.class_images()? };
         let mut state = self.state()?;
