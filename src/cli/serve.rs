@@ -17,6 +17,9 @@ use crate::http::{self, Auth, Front, Patience};
 use crate::photo::{Decoder, Limits};
 use crate::{janitor, worker};
 
+/// Bounds of the buckets in which durations are counted, in seconds.
+const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
+
 /// How long one photo may take to decode.
 const DECODE: Duration = Duration::from_secs(5);
 
@@ -60,7 +63,8 @@ async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToke
     let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
     let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
     let blobs = service::open_blobs(storage, Some(links)).await?;
-    let metrics = PrometheusBuilder::new().install_recorder().map_err(|error| Stop::Failed(error.to_string()))?;
+    let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
+    let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
     let n_parallel = std::thread::available_parallelism().map_or(1, usize::from);
     let settings = http::Settings {

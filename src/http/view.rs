@@ -34,7 +34,7 @@ pub(super) struct JobView {
     seed: u64,
     /// What came of each photo, in order.
     photos: Vec<PhotoView>,
-    /// How far it is; null before it first ran.
+    /// How far it is; null before it first ran, and when it has ended.
     progress: Option<Progress>,
     /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
     #[schema(minimum = 0)]
@@ -121,7 +121,7 @@ impl JobView {
             options: spec.options.clone(),
             seed: spec.seed,
             photos: job.photos.iter().map(PhotoView::of).collect(),
-            progress: job.progress.clone(),
+            progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
             queue_position,
             attempt: job.attempt,
             error: job.error.clone(),
@@ -163,7 +163,7 @@ pub(super) struct SampleView {
     spec: SampleSpec,
     /// The pictures, in the order of the prompts; empty until it succeeded, and in lists.
     images: Vec<ImageView>,
-    /// How far it is; null before it first ran.
+    /// How far it is; null before it first ran, and when it has ended.
     progress: Option<Progress>,
     /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
     #[schema(minimum = 0)]
@@ -253,7 +253,7 @@ impl SampleView {
             cancel_requested: job.cancel_requested,
             spec: spec.clone(),
             images,
-            progress: job.progress.clone(),
+            progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
             queue_position,
             attempt: job.attempt,
             error: job.error.clone(),

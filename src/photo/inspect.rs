@@ -54,17 +54,14 @@ impl Inspection {
     pub(super) fn of(pixels: &RgbImage) -> Self {
         let (width, height) = pixels.dimensions();
         let longest = width.max(height);
+        let fit = |side: u32| (u64::from(side) * u64::from(SIDE) / u64::from(longest)).max(1) as u32;
+        let shrunk = (longest > SIDE).then(|| thumbnail(pixels, fit(width), fit(height)));
+        let small = shrunk.as_ref().unwrap_or(pixels);
         let luma = |picture: &RgbImage| picture.pixels().map(luminance).collect::<Vec<_>>();
-        let (w, h, seen) = if longest > SIDE {
-            let fit = |side: u32| (u64::from(side) * u64::from(SIDE) / u64::from(longest)).max(1) as u32;
-            let small = thumbnail(pixels, fit(width), fit(height));
-            (small.width() as usize, small.height() as usize, luma(&small))
-        } else {
-            (width as usize, height as usize, luma(pixels))
-        };
+        let seen = luma(small);
         let (mean, deviation) = moments(&seen);
         let (brightness, contrast) = (mean / 255.0, deviation / 255.0);
-        let sharpness = sharpness(&seen, w, h);
+        let sharpness = sharpness(&seen, small.width() as usize, small.height() as usize);
 
         let mut warnings = Vec::new();
         if brightness < DARK {
@@ -76,7 +73,7 @@ impl Inspection {
         if sharpness < BLURRY {
             warnings.push(Warning::Blurry);
         }
-        let hash = hash(&luma(&resize(pixels, 17, 16, FilterType::Triangle)));
+        let hash = hash(&luma(&resize(small, 17, 16, FilterType::Triangle)));
         Self { width, height, brightness, contrast, sharpness, warnings, hash }
     }
 }

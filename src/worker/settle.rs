@@ -76,8 +76,15 @@ impl Worker {
             Outcome::Lost => Err(Refused::Lost),
         };
         match ended {
-            Ok(state) => info!("now {state}"),
-            Err(refused) => warn!("ended without a word: {refused}"),
+            Ok(state) => {
+                info!("now {state}");
+                let labels = [("kind", job.spec.kind().as_str()), ("state", state.as_str())];
+                metrics::counter!("hypnos_attempts_total", &labels).increment(1);
+            }
+            Err(refused) => {
+                warn!("ended without a word: {refused}");
+                metrics::counter!("hypnos_leases_lost_total").increment(1);
+            }
         }
         if let Err(error) = self.remove_unnamed(job).await {
             warn!("what this attempt stored is left to the sweep: {error}");

@@ -243,7 +243,7 @@ async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &Stage) {
     let file = directory.path().join("weights");
     std::fs::write(&file, large(4, 30 << 20)).unwrap();
     let chaos = Chaos::over(Arc::clone(&stage.bare));
-    let blobs = Blobs::over(Arc::new(chaos.clone())).with_patience(Duration::from_secs(5));
+    let blobs = Blobs::over(Arc::new(chaos.clone()));
     let key = weights_key();
 
     // Begin, four parts, complete: each of them once.

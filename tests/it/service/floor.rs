@@ -1,7 +1,6 @@
 //! A shop floor without a front: a database, a directory of objects, and workers with scripted engines that a test
 //! starts, stops and kills.
 
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -212,10 +211,7 @@ impl Worker {
 }
 
 /// What `look` finds, as soon as it finds it.
-pub(super) async fn eventually<T, F: Future<Output = Option<T>>>(
-    what: &str,
-    mut look: impl FnMut() -> F,
-) -> T {
+pub(super) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = look().await {

@@ -648,7 +648,7 @@ async fn a_jpeg_of_a_thousand_scans_is_refused_undecoded_and_others_are_served()
 #[tokio::test]
 async fn a_picture_that_takes_too_long_is_refused_and_holds_its_slot_until_it_is_done() {
     let decoder = Decoder::new(Limits::default(), 1, Duration::ZERO);
-    let slow = bytes::Bytes::from(png_of(6_000, 6_000, 8, 2, &[], &zeros(6_000 * 18_001)));
+    let slow = bytes::Bytes::from(png_of(4_000, 4_000, 8, 2, &[], &zeros(4_000 * 12_001)));
     let refusal = decoder.decode(slow.clone()).await.unwrap_err();
     assert_eq!((refusal.code, refusal.status), ("image-too-complex", 422));
     let refusal = decoder.decode(slow.clone()).await.unwrap_err();
