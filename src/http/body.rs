@@ -11,7 +11,9 @@ use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::StreamExt;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::Instant;
 
 use super::problem::{Kind, Problem};
@@ -76,7 +78,7 @@ pub(super) fn media_type(headers: &HeaderMap) -> Option<(String, &str)> {
 }
 
 /// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
-pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<(T, Bytes), Problem> {
+pub(super) async fn json<T: DeserializeOwned + Serialize>(request: Request) -> Result<(T, Bytes), Problem> {
     let (parts, body) = request.into_parts();
     if !media_type(&parts.headers).is_some_and(|(essence, _)| essence == "application/json") {
         return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
@@ -90,14 +92,33 @@ pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<(T, By
 }
 
 /// A JSON document that stands at `pointer` of the body.
-pub(super) fn from_json<T: DeserializeOwned>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
+pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
     let mut source = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
         let path: String = error.path().iter().map(segment).collect();
         misfit(error.inner(), &format!("{pointer}{path}"))
     })?;
     source.end().map_err(|error| misfit(&error, pointer))?;
+    // serde takes an array of its fields' values for an object.
+    let (came, meant) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
+    if let (Ok(came), Ok(meant)) = (came, meant)
+        && let Some(at) = array_for_object(&came, &meant)
+    {
+        let pointer = format!("{pointer}{at}");
+        return Err(Problem::new(Kind::Field, format!("{pointer}: wanted an object, got an array")).at(pointer));
+    }
     Ok(value)
+}
+
+/// Where an array came and an object is meant.
+fn array_for_object(came: &Value, meant: &Value) -> Option<String> {
+    match (came, meant) {
+        (Value::Array(_), Value::Object(_)) => Some(String::new()),
+        (Value::Object(came), Value::Object(meant)) => came.iter().find_map(|(name, came)| {
+            array_for_object(came, meant.get(name)?).map(|rest| format!("/{name}{rest}"))
+        }),
+        _ => None,
+    }
 }
 
 fn segment(segment: &serde_path_to_error::Segment) -> String {

@@ -55,12 +55,11 @@ pub(super) fn document() -> Value {
             complete(path, method, operation.as_object_mut().expect("an operation"));
         }
     }
-    photos_are_files(&mut document);
+    describe_forms(&mut document);
     document
 }
 
 fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
-    // The macro takes a heading for a sentence, and what follows it for all.
     let keyed =
         operation.get("security").is_none_or(|security| security != &json!([]) && security != &json!([{}]));
     if !keyed {
@@ -75,12 +74,11 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             kinds.push(Kind::Scope);
         }
     }
-    if operation.contains_key("requestBody") {
+    if method == "post" {
         kinds.push(Kind::MediaType);
     }
     kinds.sort_by_key(|kind| kind.slug());
     kinds.dedup();
-    let id = operation["operationId"].as_str().unwrap_or_default().to_owned();
     let responses = operation["responses"].as_object_mut().expect("responses");
     for (status, response) in responses.iter_mut() {
         if let Some(links) = links(path, method, status) {
@@ -113,7 +111,6 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             "schema": { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" } });
     }
     operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
-    debug_assert!(!id.is_empty());
 }
 
 fn kind(slug: &str) -> Kind {
@@ -146,12 +143,16 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
     }
 }
 
-/// The parts of the two forms: what is a file, and what is JSON.
-fn photos_are_files(document: &mut Value) {
-    for schema in ["NewJob", "Photos"] {
-        let images = &mut document["components"]["schemas"][schema]["properties"]["images"];
-        images["items"] = json!({ "type": "string", "format": "binary", "contentMediaType": "image/*" });
+/// The parts of the two forms: what is a file, what is JSON, and that there are no others.
+fn describe_forms(document: &mut Value) {
+    for name in ["NewJob", "Photos"] {
+        let schema = &mut document["components"]["schemas"][name];
+        schema["additionalProperties"] = false.into();
+        schema["properties"]["images"]["items"] =
+            json!({ "type": "string", "format": "binary", "contentMediaType": "image/*" });
     }
+    let options = &mut document["components"]["schemas"]["NewJob"]["properties"]["options"];
+    *options = json!({ "$ref": "#/components/schemas/TrainOptions" }); // absent, but never null
     for (path, parts) in [("/v1/jobs", &["images", "options"][..]), ("/v1/photos/inspect", &["images"])] {
         let form = &mut document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"];
         for part in parts {

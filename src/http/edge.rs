@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
@@ -29,9 +29,11 @@ pub(super) async fn finish(request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!("request", request.id = %id, %method, route);
+    let running = Running::begin();
     let response = next.run(request).instrument(span.clone()).await;
+    drop(running);
 
-    let mut response = dress(response, &id, method == axum::http::Method::HEAD);
+    let mut response = dress(response, &id, method == Method::HEAD);
     let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
     span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
     let labels = [("method", method.to_string()), ("route", route), ("status", status.to_string())];
@@ -41,6 +43,22 @@ pub(super) async fn finish(request: Request, next: Next) -> Response {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// A request that is under way, for the figures. Its client may go at any time.
+struct Running;
+
+impl Running {
+    fn begin() -> Self {
+        metrics::gauge!("hypnos_http_requests_running").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        metrics::gauge!("hypnos_http_requests_running").decrement(1.0);
+    }
 }
 
 /// The client's own id if it is a harmless one, else one of ours.

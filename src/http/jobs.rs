@@ -24,10 +24,10 @@ use crate::job::{
 use crate::photo::Photo;
 use crate::store::{Idempotency, NewJob};
 
-/// The form of a new training. Never built: the form is read part by part.
+/// The form of a new training.
 #[derive(ToSchema)]
 #[schema(as = NewJob)]
-#[expect(dead_code, reason = "it describes a form")]
+#[expect(dead_code, reason = "it describes a form, which is read part by part")]
 pub(super) struct JobForm {
     /// Photos of one product: PNG, JPEG or WebP.
     #[schema(value_type = Vec<String>, min_items = 3, max_items = 5)]

@@ -27,8 +27,6 @@ const ID_CHARS: usize = 12;
 const SECRET_CHARS: usize = 22; // 131 bits
 const CHECKSUM_CHARS: usize = 6; // 32 bits
 
-/// How long a key that was looked up is believed: a revoked one works no longer than this.
-const BELIEVED: Duration = Duration::from_secs(30);
 const BELIEVED_MAX: u64 = 10_000;
 
 /// A new key: shown once, kept as its hash.
@@ -98,8 +96,8 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    pub(super) fn new(store: Store) -> Self {
-        let believed = Cache::builder().max_capacity(BELIEVED_MAX).time_to_live(BELIEVED).build();
+    pub(super) fn new(store: Store, time: Duration) -> Self {
+        let believed = Cache::builder().max_capacity(BELIEVED_MAX).time_to_live(time).build();
         Self { store, believed }
     }
 

@@ -78,6 +78,8 @@ pub struct Settings {
     pub attempts_max: i64,
     /// Life of a URL to an object.
     pub url_time: Duration,
+    /// How long a key that was looked up is believed: one that is revoked works no longer than this.
+    pub key_time: Duration,
 }
 
 impl Default for Settings {
@@ -94,6 +96,7 @@ impl Default for Settings {
             queue_max: 10_000,
             attempts_max: 3,
             url_time: Duration::from_secs(3600),
+            key_time: Duration::from_secs(30),
         }
     }
 }
@@ -136,7 +139,7 @@ impl Front {
         closing: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {
-            keys: keys::Keys::new(store.clone()),
+            keys: keys::Keys::new(store.clone(), settings.key_time),
             requests: Semaphore::new(settings.requests_max),
             uploads: Semaphore::new(settings.uploads_max),
             streams: Arc::new(Semaphore::new(settings.streams_max)),

@@ -13,10 +13,10 @@ use super::problem::{Kind, Problem, TYPE_PREFIX};
 use super::upload::{Fields, place, read};
 use crate::photo::{Inspection, duplicates};
 
-/// The form of photos to look at. Never built: the form is read part by part.
+/// The form of photos to look at.
 #[derive(ToSchema)]
 #[schema(as = Photos)]
-#[expect(dead_code, reason = "it describes a form")]
+#[expect(dead_code, reason = "it describes a form, which is read part by part")]
 pub(super) struct PhotosForm {
     /// Photos: PNG, JPEG or WebP.
     #[schema(value_type = Vec<String>, min_items = 1, max_items = 5)]

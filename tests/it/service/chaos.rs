@@ -27,6 +27,8 @@ pub(crate) enum What {
     HangsBefore,
     /// It is done, but never answers.
     HangsAfter,
+    /// It panics.
+    Panics,
     /// The disk is full.
     Full,
     /// What is read lacks its second half. Other operations go well.
@@ -91,6 +93,7 @@ impl Plan {
         match self.next() {
             Some(What::FailsBefore) => Err(failure(io::ErrorKind::ConnectionReset)),
             Some(What::Full) => Err(failure(io::ErrorKind::StorageFull)),
+            Some(What::Panics) => panic!("chaos"),
             Some(What::HangsBefore) => std::future::pending().await,
             Some(What::FailsAfter) => {
                 operation.await?;

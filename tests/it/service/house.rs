@@ -1,7 +1,6 @@
 //! The whole house on a loopback port: a floor, a front, and a client with keys.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hypnos::blobs::{Blobs, BlobsConfig, Links, Place};
@@ -46,6 +45,8 @@ impl Default for Plan {
 /// A house with two tenants; `tenant` and `key` are the first's.
 pub(super) struct House {
     pub(super) floor: Floor,
+    /// The objects as the front sees them, which signs URLs to them.
+    pub(super) blobs: Blobs,
     pub(super) address: SocketAddr,
     pub(super) url: String,
     pub(super) tenant: TenantId,
@@ -81,14 +82,14 @@ impl House {
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let front = Front::new(floor.store.clone(), blobs, decoder, plan.settings, handle, closing.clone());
+        let front = Front::new(floor.store.clone(), blobs.clone(), decoder, plan.settings, handle, closing.clone());
         let served =
             serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
         let served = tokio::spawn(served);
         let tenant = floor.store.ensure_tenant("first").await.unwrap();
         let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
         let client = client.build().unwrap();
-        let mut house = Self { floor, address, url, tenant, key: String::new(), client, closing, served };
+        let mut house = Self { floor, blobs, address, url, tenant, key: String::new(), client, closing, served };
         house.key = house.new_key(tenant, Scope::Write, None).await;
         house
     }
@@ -239,9 +240,4 @@ pub(super) fn file(bytes: Vec<u8>) -> Part {
 pub(super) fn form(n_photos: u32, class_name: &str) -> Form {
     let form = Form::new().text("class_name", class_name.to_owned());
     (0..n_photos).fold(form, |form, n| form.part("images", file(photo(n))))
-}
-
-/// Shares a house between the tasks of a test.
-pub(super) fn shared(house: House) -> Arc<House> {
-    Arc::new(house)
 }

@@ -1,9 +1,16 @@
 //! Trainings over HTTP: what is accepted, what is refused, and that nothing stays of what is refused.
 
-use reqwest::Method;
-use serde_json::{Value, json};
+use std::sync::Arc;
 
-use super::house::{House, form, problem, refusal};
+use hypnos::blobs::{Blobs, Scope};
+use reqwest::Method;
+use reqwest::multipart::{Form, Part};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::chaos::{Chaos, What};
+use super::floor::Floor;
+use super::house::{House, Plan, file, form, photo, problem, refusal};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_accepted_seen_listed_canceled_and_deleted() {
@@ -52,5 +59,434 @@ async fn three_to_five_photos_are_wanted() {
     for n in [3, 4, 5] {
         assert_eq!(house.post_job(form(n, "mug")).await.status(), 202);
     }
+    house.stop().await;
+}
+
+// case 22
+#[tokio::test(flavor = "multi_thread")]
+async fn a_class_name_has_1_to_64_characters() {
+    let house = House::start().await;
+    let photos = || (0..3).fold(Form::new(), |form, n| form.part("images", file(photo(n))));
+    let (status, slug, body) = problem(house.post_job(photos()).await).await;
+    assert_eq!((status, slug.as_str(), &body["pointer"]), (422, "field", &json!("/class_name")));
+    for wrong in ["", "   ", &"x".repeat(65), &"x".repeat(256), &"x".repeat(10_000)] {
+        let (status, _, body) = problem(house.post_job(photos().text("class_name", wrong.to_owned())).await).await;
+        assert_eq!((status, &body["pointer"]), (422, &json!("/class_name")), "{} characters", wrong.len());
+    }
+    let binary = photos().part("class_name", Part::bytes(vec![0xff, 0xfe]));
+    assert_eq!(refusal(house.post_job(binary).await).await.0, 422);
+    house.is_clean().await;
+    assert_eq!(house.post_job(photos().text("class_name", "é".repeat(64))).await.status(), 202);
+    house.stop().await;
+}
+
+// cases 23, 24
+#[tokio::test(flavor = "multi_thread")]
+async fn a_class_name_is_text_and_nothing_else() {
+    let house = House::start().await;
+    let unseen = [
+        "a\0b", "a\u{202e}b", "a\u{200b}b", "mug\r\nINFO forged", "\u{1b}[31mred", "a\u{7f}", "\u{feff}a\u{2066}b",
+    ];
+    for wrong in unseen {
+        let (status, _, body) = problem(house.post_job(form(3, wrong)).await).await;
+        assert_eq!((status, &body["pointer"]), (422, &json!("/class_name")), "{wrong:?}");
+        assert!(!body["detail"].as_str().unwrap().contains(wrong), "what cannot be seen is not sent back");
+    }
+    house.is_clean().await;
+    let plain = [
+        ("../../etc/passwd", "../../etc/passwd"),
+        ("a/b", "a/b"),
+        ("%2e%2e", "%2e%2e"),
+        ("CON", "CON"),
+        ("🫖", "🫖"),
+        ("cafe\u{301}", "caf\u{e9}"),
+        ("<script>alert(1)</script>", "<script>alert(1)</script>"),
+        ("{{7*7}}", "{{7*7}}"),
+        ("'; drop table job; --", "'; drop table job; --"),
+    ];
+    for (sent, kept) in plain {
+        let response = house.post_job(form(3, sent)).await;
+        assert_eq!(response.status(), 202, "{sent}");
+        assert_eq!(response.json::<Value>().await.unwrap()["class_name"], kept);
+    }
+    for entry in house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap() {
+        assert!(entry.key.owner().is_some(), "{} is a key of ours", entry.key);
+    }
+    let listed: Value = house.get("/v1/jobs?class_name=caf%C3%A9").await.json().await.unwrap();
+    assert_eq!(listed["data"].as_array().unwrap().len(), 1);
+    house.stop().await;
+}
+
+// case 25
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_may_come_in_any_order_but_none_twice_and_none_unknown() {
+    let house = House::start().await;
+    let twice = [
+        form(3, "mug").text("class_name", "cup"),
+        form(3, "mug").text("options", "{}").text("options", "{}"),
+        form(3, "mug").text("steps", "10"),
+        form(3, "mug").text("", "10"),
+        form(3, "mug").text("Images", "10"),
+    ];
+    for wrong in twice {
+        assert_eq!(refusal(house.post_job(wrong).await).await, (422, "field".into()));
+    }
+    house.is_clean().await;
+    let bare = |n| Part::bytes(photo(n));
+    let reversed = Form::new()
+        .text("options", r#"{"steps": 5}"#)
+        .part("images", bare(0))
+        .part("images", bare(1).file_name("x".repeat(4000)))
+        .text("class_name", "mug")
+        .part("images", bare(2).file_name("../../../a\"b.exe").mime_str("text/html").unwrap());
+    let response = house.post_job(reversed).await;
+    assert_eq!(response.status(), 202);
+    assert_eq!(response.json::<Value>().await.unwrap()["options"]["steps"], 5);
+    house.stop().await;
+}
+
+/// A request with a form written by hand.
+fn by_hand(house: &House, content_type: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: {content_type}\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n",
+        house.key,
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+// case 26
+#[tokio::test(flavor = "multi_thread")]
+async fn a_form_that_is_none_is_refused_within_bounds() {
+    let house = House::start().await;
+    let part = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n";
+    let multipart = "multipart/form-data; boundary=b";
+    let long = format!("multipart/form-data; boundary={}", "b".repeat(71));
+    let empty_parts = "--b\r\n\r\n\r\n".repeat(10_000) + "--b--";
+    let long_head = format!("--b\r\nX: {}\r\n\r\n\r\n--b--", "x".repeat(64 * 1024));
+    let inside = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n--banana\r\n--b--";
+    let cases = [
+        ("multipart/form-data", part, "400"),
+        (&long, part, "400"),
+        (multipart, "", "400"),
+        (multipart, "no boundary at all", "400"),
+        (multipart, part, "400"),
+        (multipart, inside, "400"),
+        (multipart, &empty_parts, "400"),
+        (multipart, &long_head, "400"),
+        ("application/json", "{}", "415"),
+        ("text/plain", "mug", "415"),
+    ];
+    for (content_type, body, status) in cases {
+        let answer = house.raw(&by_hand(&house, content_type, body.as_bytes())).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{content_type}: {answer}");
+        assert!(answer.contains("application/problem+json"));
+    }
+    house.is_clean().await;
+    house.stop().await;
+}
+
+// case 27
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_too_long_is_refused_by_its_length_or_cut() {
+    let mut plan = Plan::default();
+    plan.settings.photo_bytes_max = 10_000;
+    let house = House::build(plan).await;
+    let head = |more: &str| {
+        format!(
+            "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\
+             Content-Type: multipart/form-data; boundary=b\r\nConnection: close\r\n{more}\r\n\r\n",
+            house.key
+        )
+    };
+    let announced = house.raw(head("Content-Length: 10737418240").as_bytes()).await;
+    assert!(announced.starts_with("HTTP/1.1 413"), "{announced}");
+
+    let mut stream = house.connect().await;
+    stream.write_all(head("Transfer-Encoding: chunked").as_bytes()).await.unwrap();
+    let part = "--b\r\nContent-Disposition: form-data; name=\"images\"\r\n\r\n";
+    stream.write_all(format!("{:x}\r\n{part}\r\n", part.len()).as_bytes()).await.unwrap();
+    let chunk = [b"10000\r\n", &[b'x'; 65_536][..], b"\r\n"].concat();
+    let mut sent = 0_u64;
+    while sent < 10 << 30 && stream.write_all(&chunk).await.is_ok() {
+        sent += 65_536;
+    }
+    assert!(sent < 1 << 30, "cut after {sent} bytes");
+
+    let photo_too_long = form(2, "mug").part("images", file(vec![0; 10_001]));
+    let (status, slug, body) = problem(house.post_job(photo_too_long).await).await;
+    assert_eq!((status, slug.as_str(), &body["pointer"]), (413, "body-too-large", &json!("/images/2")));
+
+    // Shorter than its length: the client ends its side.
+    let mut stream = house.connect().await;
+    stream.write_all(&by_hand(&house, "multipart/form-data; boundary=b", &[b'x'; 100])[..250]).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400"), "{answer}");
+    // Longer than its length: the rest is no request.
+    let mut longer = by_hand(&house, "multipart/form-data; boundary=b", b"--b--");
+    longer.extend_from_slice(b"GARBAGE\r\n\r\n");
+    let answer = house.raw(&longer).await;
+    assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{answer}");
+    house.is_clean().await;
+    house.is_alive().await;
+    house.stop().await;
+}
+
+// case 28
+#[tokio::test(flavor = "multi_thread")]
+async fn an_option_out_of_range_is_named() {
+    let house = House::start().await;
+    let cases = [
+        (r#"{"steps": -1}"#, "/options/steps"),
+        (r#"{"steps": 0}"#, "/options/steps"),
+        (r#"{"steps": 1000000000}"#, "/options/steps"),
+        (r#"{"steps": 1.5}"#, "/options/steps"),
+        (r#"{"steps": "10"}"#, "/options/steps"),
+        (r#"{"steps": null}"#, "/options/steps"),
+        (r#"{"steps": 1e309}"#, "/options/steps"),
+        (r#"{"learning_rate": 0}"#, "/options/learning_rate"),
+        (r#"{"seed": 18446744073709551616}"#, "/options/seed"),
+        (r#"{"seed": 9007199254740992}"#, "/options/seed"),
+        (r#"{"loss_weights": {"prior": -1}}"#, "/options/loss_weights/prior"),
+        (r#"{"loss_weights": {"other": 1}}"#, "/options/loss_weights/other"),
+        (r#"{"evaluation": {"images": 65}}"#, "/options/evaluation/images"),
+        (r#"{"method": "magic"}"#, "/options/method"),
+        (r#"{"stepz": 10}"#, "/options/stepz"),
+        ("[]", "/options"),
+    ];
+    for (options, pointer) in cases {
+        let response = house.post_job(form(3, "mug").text("options", options)).await;
+        let (status, slug, body) = problem(response).await;
+        assert_eq!((status, slug.as_str(), &body["pointer"]), (422, "field", &json!(pointer)), "{options}");
+    }
+    for no_json in ["", "{", r#"{"steps": NaN}"#, r#"{"steps": 1,}"#, r#"{"steps": 1} x"#] {
+        let response = house.post_job(form(3, "mug").text("options", no_json)).await;
+        assert_eq!(refusal(response).await, (400, "bad-body".into()), "{no_json}");
+    }
+    house.is_clean().await;
+    house.stop().await;
+}
+
+// case 30
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_packed_is_not_unpacked() {
+    let house = House::start().await;
+    let request = house.ask(Method::POST, "/v1/jobs").header("content-encoding", "gzip").body(vec![0; 100]);
+    assert_eq!(refusal(request.send().await.unwrap()).await, (415, "media-type".into()));
+    house.stop().await;
+}
+
+// case 42
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_stays_of_an_upload_that_breaks_off() {
+    let house = House::start().await;
+    let photo = photo(0);
+    let mut body = Vec::new();
+    for _ in 0..3 {
+        body.extend_from_slice(b"--b\r\nContent-Disposition: form-data; name=\"images\"\r\n\r\n");
+        body.extend_from_slice(&photo);
+        body.extend_from_slice(b"\r\n");
+    }
+    let whole = by_hand(&house, "multipart/form-data; boundary=b", &body);
+    for cut in [300, whole.len() / 2, whole.len() - 1] {
+        let mut stream = house.connect().await;
+        stream.write_all(&whole[..cut]).await.unwrap();
+        drop(stream);
+    }
+    house.is_clean().await;
+    house.stop().await;
+}
+
+// case 46
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_equal_requests_at_once_make_one_job_with_one_set_of_photos() {
+    let mut plan = Plan::default();
+    plan.settings.uploads_max = 100;
+    let house = House::build(plan).await;
+    let send = |_| house.ask(Method::POST, "/v1/jobs").header("idempotency-key", "one").multipart(form(3, "mug")).send();
+    let answers = futures_util::future::join_all((0..50).map(send)).await;
+    let mut ids = Vec::new();
+    let mut replayed = 0;
+    for answer in answers {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status(), 202);
+        replayed += usize::from(answer.headers().contains_key("idempotent-replayed"));
+        ids.push(answer.json::<Value>().await.unwrap()["id"].clone());
+    }
+    ids.dedup();
+    assert_eq!((ids.len(), replayed), (1, 49));
+    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    assert_eq!(objects.len(), 3, "{objects:?}");
+    house.stop().await;
+}
+
+// case 47
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_names_one_request() {
+    let house = House::start().await;
+    let send = |key: &str, class_name: &str| {
+        let request = house.ask(Method::POST, "/v1/jobs").header("idempotency-key", key.to_owned());
+        request.multipart(form(3, class_name)).send()
+    };
+    let first: Value = send("one", "mug").await.unwrap().json().await.unwrap();
+    let again = send("one", "mug").await.unwrap();
+    assert_eq!((again.status().as_u16(), &again.headers()["idempotent-replayed"]), (202, &"true".parse().unwrap()));
+    assert_eq!(again.json::<Value>().await.unwrap()["id"], first["id"]);
+    let other = send("one", "cup").await.unwrap();
+    assert_eq!(refusal(other).await, (422, "idempotency-key-reused".into()));
+    for wrong in ["", "with space", &"k".repeat(1024)] {
+        assert_eq!(refusal(send(wrong, "mug").await.unwrap()).await, (400, "bad-parameter".into()), "{wrong}");
+    }
+    assert_eq!(send(&"k".repeat(255), "mug").await.unwrap().status(), 202);
+    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    assert_eq!(objects.len(), 6);
+    house.stop().await;
+}
+
+// cases 45, 48
+#[tokio::test(flavor = "multi_thread")]
+async fn one_place_in_the_queue_is_given_once() {
+    let mut plan = Plan::default();
+    plan.settings.queue_max = 1;
+    plan.settings.uploads_max = 100;
+    let house = House::build(plan).await;
+    let answers = futures_util::future::join_all((0..50).map(|_| house.post_job(form(3, "mug")))).await;
+    let accepted = answers.iter().filter(|answer| answer.status() == 202).count();
+    assert_eq!(accepted, 1);
+    for answer in answers.into_iter().filter(|answer| answer.status() != 202) {
+        assert!(answer.headers().contains_key("retry-after"));
+        assert_eq!(refusal(answer).await, (429, "queue-full".into()));
+    }
+    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    assert_eq!(objects.len(), 3, "{objects:?}");
+    house.stop().await;
+}
+
+// case 54
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
+    let floor = Floor::new().await;
+    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let blobs = Some(Blobs::over(Arc::new(chaos.clone())));
+    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    for nth in 0..3 {
+        for (what, status, slug) in [
+            (What::FailsBefore, 503, "unavailable"),
+            (What::FailsAfter, 503, "unavailable"),
+            (What::Full, 507, "storage-full"),
+            (What::Panics, 500, "internal"),
+        ] {
+            chaos.strike(nth, what);
+            let answer = house.post_job(form(3, "mug")).await;
+            assert_eq!(answer.headers().contains_key("retry-after"), status == 503);
+            assert_eq!(refusal(answer).await, (status, slug.into()), "{nth} {what:?}");
+        }
+    }
+    let page: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    assert_eq!(page["data"], json!([]));
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn photos_are_looked_at_without_being_kept() {
+    let house = House::start().await;
+    let form = Form::new()
+        .part("images", file(photo(1)))
+        .part("images", file(b"GIF89a not welcome".to_vec()))
+        .part("images", file(photo(1)))
+        .part("images", file(Vec::new()));
+    let answer = house.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let seen: Value = answer.json().await.unwrap();
+    let accepted: Vec<_> = seen["photos"].as_array().unwrap().iter().map(|photo| &photo["accepted"]).collect();
+    assert_eq!(accepted, [true, false, true, false]);
+    assert_eq!(seen["photos"][1]["problem"]["type"], "/problems/image-type-unsupported");
+    assert_eq!(seen["photos"][3]["problem"]["type"], "/problems/image-empty");
+    assert_eq!(seen["duplicates"], json!([[0, 2]]));
+    let none = house.ask(Method::POST, "/v1/photos/inspect").multipart(Form::new().text("x", "y")).send().await;
+    assert_eq!(refusal(none.unwrap()).await.0, 422);
+    house.is_clean().await;
+    house.stop().await;
+}
+
+// cases 1, 8 as a client sees them
+#[tokio::test(flavor = "multi_thread")]
+async fn a_photo_that_cannot_be_used_is_named_by_its_place() {
+    let house = House::start().await;
+    let cases = [
+        (Vec::new(), 422, "image-empty"),
+        (b"%PDF-1.4".to_vec(), 415, "image-type-unsupported"),
+        (photo(1)[..600].to_vec(), 422, "image-damaged"),
+    ];
+    for (bytes, status, slug) in cases {
+        let form = form(2, "mug").part("images", file(bytes));
+        let (is_status, is_slug, body) = problem(house.post_job(form).await).await;
+        assert_eq!((is_status, is_slug.as_str(), &body["pointer"]), (status, slug, &json!("/images/2")));
+    }
+    house.is_clean().await;
+    let response = house.post_job(form(3, "mug").part("images", file(photo(0)))).await;
+    let job: Value = response.json().await.unwrap();
+    assert_eq!(job["photos"][3]["warnings"], json!(["duplicate"]));
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_read_page_by_page_and_by_what_is_asked_for() {
+    let house = House::start().await;
+    let mut ids = Vec::new();
+    for class_name in ["mug", "cup", "mug", "cup", "mug"] {
+        let job: Value = house.post_job(form(3, class_name)).await.json().await.unwrap();
+        ids.insert(0, job["id"].clone());
+    }
+    let (mut seen, mut path) = (Vec::new(), "/v1/jobs?limit=2".to_owned());
+    loop {
+        let response = house.get(&path).await;
+        let link = response.headers().get("link").map(|link| link.to_str().unwrap().to_owned());
+        let page: Value = response.json().await.unwrap();
+        seen.extend(page["data"].as_array().unwrap().iter().map(|job| job["id"].clone()));
+        let Some(cursor) = page["next_cursor"].as_str() else { break };
+        path = format!("/v1/jobs?limit=2&cursor={cursor}");
+        assert_eq!(link.unwrap(), format!("<{}{path}>; rel=\"next\"", house.url));
+    }
+    assert_eq!(seen, ids);
+    let mugs: Value = house.get("/v1/jobs?class_name=mug&state=queued").await.json().await.unwrap();
+    assert_eq!(mugs["data"].as_array().unwrap().len(), 3);
+    let none: Value = house.get("/v1/jobs?created_after=2100-01-01T00:00:00Z").await.json().await.unwrap();
+    assert_eq!(none["data"], json!([]));
+    for wrong in ["limit=0", "limit=201", "limit=x", "cursor=x", "state=x", "created_after=x", "class_name=", "y=1",
+        "limit=1&limit=2", "job_id=x", "limit=%ff"] {
+        let refused = refusal(house.get(&format!("/v1/jobs?{wrong}")).await).await;
+        assert_eq!(refused, (400, "bad-parameter".into()), "{wrong}");
+    }
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_has_already_is_not_sent_again() {
+    let house = House::start().await;
+    let job = house.new_job().await;
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    let first = house.get(&path).await;
+    let etag = first.headers()["etag"].to_str().unwrap().to_owned();
+    assert!(etag.starts_with("W/\"") && first.headers().contains_key("retry-after"));
+    let ask = |etag: &str| house.ask(Method::GET, &path).header("if-none-match", etag.to_owned());
+    let same = ask(&etag).send().await.unwrap();
+    assert_eq!((same.status().as_u16(), same.headers()["etag"].to_str().unwrap()), (304, etag.as_str()));
+    assert!(same.bytes().await.unwrap().is_empty());
+
+    // A look that waits for a change hears of it.
+    let waiting = ask(&etag).header("prefer", "wait=60").send();
+    let cancel = async {
+        house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    };
+    let (changed, ()) = tokio::join!(waiting, cancel);
+    let changed = changed.unwrap();
+    assert_eq!(changed.status(), 200);
+    assert!(!changed.headers().contains_key("retry-after"), "it has ended");
+    assert_eq!(changed.json::<Value>().await.unwrap()["state"], "canceled");
+    assert_eq!(ask(&etag).send().await.unwrap().status(), 200);
     house.stop().await;
 }

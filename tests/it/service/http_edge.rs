@@ -1,0 +1,374 @@
+//! The wire: odd requests, slow clients, many clients, and the end of the server.
+
+use std::time::{Duration, Instant};
+
+use hypnos::http::Patience;
+use reqwest::Method;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::chaos::{Chaos, What};
+use super::floor::{Floor, eventually};
+use super::house::{House, Plan, form, problem, refusal};
+
+// case 34
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_id_names_nothing() {
+    let house = House::start().await;
+    let job = house.new_job().await;
+    let id = job["id"].as_str().unwrap();
+    let braces = format!("%7B{id}%7D");
+    let cases = [
+        "018f4e8e-0000-7000-8000-000000000000",
+        "c232ab00-9414-11ec-b3c8-9f6bdeced846",
+        &id.to_uppercase(),
+        &braces,
+        &id.replace('-', ""),
+        &"%2f".repeat(36),
+        &"/".repeat(36),
+        "..",
+        "%00",
+        "%ff",
+        "0",
+        &"x".repeat(5000),
+    ];
+    for case in cases {
+        for path in [format!("/v1/jobs/{case}"), format!("/v1/jobs/{case}/report"), format!("/v1/samples/{case}")] {
+            let request = format!(
+                "GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n",
+                house.key
+            );
+            let answer = house.raw(request.as_bytes()).await;
+            assert!(answer.starts_with("HTTP/1.1 404"), "{path}: {answer}");
+        }
+    }
+    house.stop().await;
+}
+
+// case 35
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
+    let house = House::start().await;
+    let ask = |id: String| house.client.get(format!("{}/healthz", house.url)).header("x-request-id", id).send();
+    let long = "x".repeat(64);
+    for kept in ["a", "A-1_b.2", &long] {
+        assert_eq!(ask(kept.into()).await.unwrap().headers()["x-request-id"], kept);
+    }
+    for replaced in ["", "a b", "a;b", "\u{e9}", "<b>", &"x".repeat(65), &"x".repeat(10_000)] {
+        let answer = ask(replaced.into()).await.unwrap();
+        let own = answer.headers()["x-request-id"].to_str().unwrap();
+        assert!(own.len() == 36 && own != replaced, "{replaced}");
+    }
+    let answer = house.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\n b\r\nConnection: close\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 400") || !answer.contains("x-request-id: a\r\n"), "{answer}");
+    house.stop().await;
+}
+
+// case 38
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_json_whatever_was_hoped_for() {
+    let house = House::start().await;
+    for accept in ["text/xml", "image/avif", "*/*;q=0", "nonsense"] {
+        let answer = house.ask(Method::GET, "/v1/jobs").header("accept", accept).send().await.unwrap();
+        assert_eq!((answer.status().as_u16(), &answer.headers()["content-type"]), (200, &"application/json".parse().unwrap()));
+    }
+    house.stop().await;
+}
+
+// case 39
+#[tokio::test(flavor = "multi_thread")]
+async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows() {
+    let house = House::start().await;
+    for (method, path, allow) in [
+        ("PUT", "/v1/jobs", "GET,HEAD,POST"),
+        ("PATCH", "/v1/jobs/x", "GET,HEAD,DELETE"),
+        ("TRACE", "/v1/jobs", "GET,HEAD,POST"),
+        ("OPTIONS", "/v1/jobs", "GET,HEAD,POST"),
+        ("DELETE", "/healthz", "GET,HEAD"),
+        ("POST", "/docs", "GET,HEAD"),
+    ] {
+        let answer = house.ask(method.parse().unwrap(), path).send().await.unwrap();
+        let mut known: Vec<_> = answer.headers()["allow"].to_str().unwrap().split(',').map(str::to_owned).collect();
+        let mut wanted: Vec<_> = allow.split(',').map(str::to_owned).collect();
+        known.sort();
+        wanted.sort();
+        assert_eq!(known, wanted, "{method} {path}");
+        assert_eq!(refusal(answer).await, (405, "method-not-allowed".into()), "{method} {path}");
+    }
+    let nowhere = house.get("/v2/jobs").await;
+    assert_eq!(refusal(nowhere).await, (404, "not-found".into()));
+    let head = house.ask(Method::HEAD, "/v1/jobs").send().await.unwrap();
+    assert_eq!(head.status(), 200);
+    assert!(head.bytes().await.unwrap().is_empty());
+    let head = house.client.head(format!("{}/v1/jobs", house.url)).send().await.unwrap();
+    assert_eq!(head.status(), 401);
+    let connect = house.raw(b"CONNECT evil.example:80 HTTP/1.1\r\nHost: evil.example:80\r\nConnection: close\r\n\r\n").await;
+    assert!(connect.starts_with("HTTP/1.1 4"), "{connect}");
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_keeps_browsers_from_guessing() {
+    let house = House::start().await;
+    for path in ["/v1/jobs", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
+        let answer = house.get(path).await;
+        assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{path}");
+        assert!(answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'"));
+    }
+    let page = house.get("/docs").await.text().await.unwrap();
+    assert!(!page.contains("<script") && !page.contains("src="), "nothing is fetched and nothing runs");
+    for word in ["create_sample", "idempotency-key-reused", "TrainOptions", "At most"] {
+        assert!(page.contains(word) || page.contains(&word.to_lowercase()), "{word}");
+    }
+    let root = house.get("/").await;
+    assert_eq!((root.status().as_u16(), &root.headers()["location"]), (307, &"/docs".parse().unwrap()));
+    let why = house.get("/problems/queue-full").await;
+    assert_eq!(why.headers()["location"], "/docs#problem-queue-full");
+    house.stop().await;
+}
+
+// case 40
+#[tokio::test(flavor = "multi_thread")]
+async fn two_lengths_of_one_body_are_not_two_requests() {
+    let house = House::start().await;
+    let smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
+    let post = "POST /v1/jobs HTTP/1.1\r\nHost: x\r\n";
+    for request in [
+        format!("{post}Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{smuggled}"),
+        format!("{post}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello{smuggled}"),
+        format!("{post}Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n{smuggled}"),
+        format!("{post}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n{smuggled}"),
+        format!("{post}Content-Length: +5\r\n\r\nhello{smuggled}"),
+        "GET /\r\n\r\n".into(),
+        "GET / HTTP/9.9\r\n\r\n".into(),
+        format!("GET / HTTP/1.1\r\nHost: x\r\n{}\r\n", "X: y\r\n".repeat(500)),
+        format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "y".repeat(200_000)),
+        "\0\0\0\0\r\n\r\n".into(),
+    ] {
+        let mut stream = house.connect().await;
+        let _ = stream.write_all(request.as_bytes()).await;
+        let mut answer = Vec::new();
+        // The server may keep the connection for a further request, which does not come.
+        let _ = tokio::time::timeout(Duration::from_millis(500), stream.read_to_end(&mut answer)).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(!answer.contains("/smuggled") && answer.matches("HTTP/1.1 404").count() == 0, "{request}: {answer}");
+    }
+    house.is_alive().await;
+    house.stop().await;
+}
+
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+// case 40
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_and_nothing_else() {
+    let house = House::start().await;
+    let mut stream = house.connect().await;
+    let mut hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    hello.extend(frame(4, 0, 0, &[]));
+    stream.write_all(&hello).await.unwrap();
+    // :method GET, :scheme http, :path /, :authority x, from the static table and one literal.
+    let headers = [0x82, 0x86, 0x84, 0x41, 0x01, b'x'];
+    let mut cut = false;
+    for n in 0..20_000_u32 {
+        let mut burst = frame(1, 5, 2 * n + 1, &headers);
+        burst.extend(frame(3, 0, 2 * n + 1, &8_u32.to_be_bytes()));
+        if stream.write_all(&burst).await.is_err() {
+            cut = true;
+            break;
+        }
+    }
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut rest)).await.is_ok();
+    assert!(cut || ended, "the connection is ended");
+    house.is_alive().await;
+
+    // A thousand streams at once, ten times as many as there may be: some are answered.
+    let mut stream = house.connect().await;
+    for n in 0..1000_u32 {
+        hello.extend(frame(1, 5, 2 * n + 1, &headers));
+    }
+    stream.write_all(&hello).await.unwrap();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        stream.read_exact(&mut vec![0; length]).await.unwrap();
+        if head[3] == 1 {
+            break; // the head of an answer
+        }
+    }
+    house.is_alive().await;
+    house.stop().await;
+}
+
+fn impatient() -> Plan {
+    let secs = Duration::from_secs;
+    let patience = Patience { head: secs(1), stall: secs(1), idle: secs(2), drain: secs(5) };
+    let mut plan = Plan { patience, ..Plan::default() };
+    plan.settings.upload_time = secs(1);
+    plan
+}
+
+/// Reads until the server ends the connection.
+async fn closed(stream: &mut TcpStream) -> String {
+    let mut answer = Vec::new();
+    let reading = stream.read_to_end(&mut answer);
+    let _ = tokio::time::timeout(Duration::from_secs(20), reading).await.expect("the server closes");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+// case 41
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_clients_are_cut_off_and_others_served_meanwhile() {
+    let house = House::build(impatient()).await;
+    let mut slow = Vec::new();
+    for begin in ["", "P", "PRI * HT", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "] {
+        for _ in 0..40 {
+            let mut stream = house.connect().await;
+            stream.write_all(begin.as_bytes()).await.unwrap();
+            slow.push(stream);
+        }
+    }
+    house.is_alive().await;
+    for stream in &mut slow {
+        closed(stream).await;
+    }
+    // A body that never comes.
+    let head = format!(
+        "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: 1000\r\n\
+         Content-Type: multipart/form-data; boundary=b\r\n\r\n--b",
+        house.key
+    );
+    let mut stream = house.connect().await;
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let answer = closed(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    // A connection that is kept and not used.
+    let mut stream = house.connect().await;
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    assert!(closed(&mut stream).await.starts_with("HTTP/1.1 200"));
+    house.is_clean().await;
+    house.stop().await;
+}
+
+// case 41
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_is_cut_off() {
+    let house = House::build(impatient()).await;
+    let request = "GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n".repeat(400);
+    let mut stream = house.connect().await;
+    // It asks for forty megabytes and takes none: first its window is full, then the server's patience at an end.
+    let asked = async {
+        let mut n = 0;
+        while stream.write_all(request.as_bytes()).await.is_ok() {
+            n += 1;
+            assert!(n < 10_000, "never cut off");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), asked).await.expect("the server closes");
+    house.is_alive().await;
+    house.stop().await;
+}
+
+// case 63
+#[tokio::test(flavor = "multi_thread")]
+async fn more_connections_than_there_are_places_wait_for_one() {
+    let house = House::build(Plan { connections_max: 4, ..impatient() }).await;
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        held.push(house.connect().await);
+    }
+    house.is_alive().await; // as soon as those that say nothing are cut off
+    house.stop().await;
+}
+
+// case 59
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_in_a_handler_is_an_answer_and_the_process_lives() {
+    let floor = Floor::new().await;
+    let chaos = Chaos::over(std::sync::Arc::new(floor.objects_store()));
+    let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
+    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    chaos.strike(0, What::Panics);
+    let (status, slug, body) = problem(house.get("/readyz").await).await;
+    assert_eq!((status, slug.as_str()), (500, "internal"));
+    assert!(!body["detail"].as_str().unwrap().contains("chaos"), "what it said is in the log only");
+    assert_eq!(house.get("/readyz").await.status(), 200);
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new() {
+    let house = House::start().await;
+    assert_eq!(house.get("/readyz").await.status(), 200);
+    let job = house.new_job().await;
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    // One request is under way, an upload whose end has not come yet.
+    let body = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n--b--";
+    let head = format!(
+        "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\
+         Content-Type: multipart/form-data; boundary=b\r\n\r\n",
+        house.key,
+        body.len()
+    );
+    let mut upload = house.connect().await;
+    upload.write_all(head.as_bytes()).await.unwrap();
+    upload.write_all(&body.as_bytes()[..10]).await.unwrap();
+    let begun = eventually("the upload is under way", async || {
+        let figures = house.get("/metrics").await.text().await.unwrap();
+        figures.contains("hypnos_http_requests_running 2").then_some(())
+    });
+    begun.await;
+
+    house.closing.cancel();
+    let unready = eventually("it is not ready", async || {
+        let answer = house.client.get(format!("{}/readyz", house.url)).send().await.ok()?;
+        (answer.status() == 503).then_some(answer)
+    });
+    assert_eq!(refusal(unready.await).await, (503, "unavailable".into()));
+    assert_eq!(house.get(&path).await.headers()["connection"], "close");
+    upload.write_all(&body.as_bytes()[10..]).await.unwrap();
+    let answer = closed(&mut upload).await;
+    assert!(answer.starts_with("HTTP/1.1 422"), "{answer}");
+    let address = house.address;
+    house.stop().await;
+    assert!(TcpStream::connect(address).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_figures_tell_of_requests_and_of_the_queue_but_of_no_path() {
+    let house = House::start().await;
+    let job = house.new_job().await;
+    let id = job["id"].as_str().unwrap();
+    house.get(&format!("/v1/jobs/{id}")).await;
+    let closed = house.client.get(format!("{}/metrics", house.url)).send().await.unwrap();
+    assert_eq!(closed.status(), 401);
+    let figures = house.get("/metrics").await.text().await.unwrap();
+    assert!(figures.contains("hypnos_jobs_queued{kind=\"train\"} 1"), "{figures}");
+    assert!(figures.contains("route=\"/v1/jobs/{id}\""), "{figures}");
+    assert!(!figures.contains(id));
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_is_refused_early_still_hears_why() {
+    let mut plan = Plan::default();
+    plan.settings.photo_bytes_max = 4 << 20;
+    let house = House::build(plan).await;
+    // Each sends megabytes after the part that is refused.
+    for _ in 0..20 {
+        let big = reqwest::multipart::Part::bytes(vec![0; 3 << 20]);
+        let refused = house.post_job(form(1, "mug").text("unknown", "x").part("images", big)).await;
+        assert_eq!(refusal(refused).await, (422, "field".into()));
+    }
+    let began = Instant::now();
+    let _: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(30));
+    house.stop().await;
+}

@@ -1,0 +1,139 @@
+//! A training as it changes, as server-sent events.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use hypnos::job::Kind;
+use hypnos::store::Scope;
+use reqwest::{Method, Response};
+use serde_json::Value;
+
+use super::floor::eventually;
+use super::house::{House, Plan, form, refusal};
+use super::scripted::Script;
+
+/// A client that reads events.
+struct Events {
+    body: std::pin::Pin<Box<dyn futures_util::Stream<Item = reqwest::Result<bytes::Bytes>> + Send>>,
+    read: String,
+}
+
+impl Events {
+    fn of(response: Response) -> Self {
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { body: Box::pin(response.bytes_stream()), read: String::new() }
+    }
+
+    /// The fields of the next event; none when the stream has ended.
+    async fn next(&mut self) -> Option<Vec<(String, String)>> {
+        loop {
+            if let Some((event, rest)) = self.read.split_once("\n\n") {
+                let fields = event.lines().filter_map(|line| line.split_once(':'));
+                let fields = fields.map(|(name, value)| (name.to_owned(), value.trim_start().to_owned())).collect();
+                self.read = rest.to_owned();
+                return Some(fields);
+            }
+            let chunk = self.body.next().await?.ok()?;
+            self.read.push_str(std::str::from_utf8(&chunk).unwrap());
+        }
+    }
+}
+
+fn field<'a>(event: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    event.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_is_told_once_and_the_end_ends_the_stream() {
+    let house = House::start().await;
+    let options = r#"{"steps": 30, "class_images": 0, "evaluation": {"images": 1}}"#;
+    let job: Value = house.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
+    let path = format!("/v1/jobs/{}/events", job["id"].as_str().unwrap());
+    let mut events = Events::of(house.get(&path).await);
+    let first = events.next().await.unwrap();
+    assert_eq!(field(&first, "event"), Some("job"));
+    let seen: Value = serde_json::from_str(field(&first, "data").unwrap()).unwrap();
+    assert_eq!((&seen["id"], &seen["state"]), (&job["id"], &serde_json::json!("queued")));
+
+    let worker = house.floor.work(&Script::new(Duration::from_millis(50)));
+    let (mut versions, mut states) = (vec![field(&first, "id").unwrap().to_owned()], vec![]);
+    loop {
+        let event = events.next().await.expect("the stream ends after its last event");
+        match field(&event, "event") {
+            Some("job") => {
+                let job: Value = serde_json::from_str(field(&event, "data").unwrap()).unwrap();
+                versions.push(field(&event, "id").unwrap().to_owned());
+                states.push(job["state"].as_str().unwrap().to_owned());
+            }
+            Some("end") => break,
+            _ => {} // a comment that keeps the connection
+        }
+    }
+    assert!(events.next().await.is_none());
+    states.dedup();
+    assert_eq!(states, ["running", "succeeded"]);
+    let told = versions.len();
+    versions.dedup();
+    assert_eq!(versions.len(), told, "no version twice in a row");
+    worker.stop().await;
+
+    // Whoever comes back with the last id is told the end, and nothing else.
+    let request = house.ask(Method::GET, &path).header("last-event-id", versions.last().unwrap());
+    let mut events = Events::of(request.send().await.unwrap());
+    assert_eq!(field(&events.next().await.unwrap(), "event"), Some("end"));
+    assert!(events.next().await.is_none());
+    house.stop().await;
+}
+
+// case 43
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_are_numbered_and_a_place_is_given_back_when_its_client_goes() {
+    let mut plan = Plan::default();
+    plan.settings.streams_max = 3;
+    let house = House::build(plan).await;
+    let path = format!("/v1/jobs/{}/events", house.new_job().await["id"].as_str().unwrap());
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut events = Events::of(house.get(&path).await);
+        events.next().await.unwrap();
+        open.push(events);
+    }
+    let refused = house.get(&path).await;
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(refusal(refused).await, (503, "overloaded".into()));
+    open.pop();
+    eventually("a place is free", async || (house.get(&path).await.status() == 200).then_some(())).await;
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_with_the_server_with_its_job_and_with_its_key() {
+    let mut plan = Plan::default();
+    plan.settings.key_time = Duration::from_millis(50);
+    let house = House::build(plan).await;
+    let id = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/jobs/{id}/events");
+
+    let reader = house.new_key(house.tenant, Scope::Read, None).await;
+    let mut events = Events::of(house.ask_as(&reader, Method::GET, &path).send().await.unwrap());
+    events.next().await.unwrap();
+    house.floor.store.revoke_key(&reader[4..16]).await.unwrap();
+    let last = events.next().await.unwrap();
+    assert!(field(&last, "retry").is_some() && events.next().await.is_none());
+
+    let other = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let mut events = Events::of(house.get(&format!("/v1/jobs/{other}/events")).await);
+    events.next().await.unwrap();
+    house.ask(Method::DELETE, &format!("/v1/jobs/{other}")).send().await.unwrap();
+    assert_eq!(field(&events.next().await.unwrap(), "event"), Some("end"));
+    assert!(house.row(&other, Kind::Train).await.is_none());
+
+    let mut events = Events::of(house.get(&path).await);
+    events.next().await.unwrap();
+    house.closing.cancel();
+    let last = events.next().await.unwrap();
+    assert_eq!(field(&last, "retry"), Some("2000"));
+    assert!(events.next().await.is_none());
+    house.stop().await;
+}
