@@ -9,6 +9,7 @@ mod scripted;
 
 mod blobs;
 mod http_document;
+mod http_edge;
 mod http_jobs;
 mod photos;
 mod settings;
