@@ -148,7 +148,7 @@ fn answer<T>(reply: oneshot::Sender<Result<T, Fault>>, work: impl FnOnce() -> Re
             let _ = reply.send(result); // nobody waits: the job was lost meanwhile
         }
         Err(panic) => {
-            let _ = reply.send(Err(Fault::new(FaultCode::Internal, "an internal fault; the log has more")));
+            let _ = reply.send(Err(Fault::new(FaultCode::Internal, "the engine panicked")));
             std::panic::resume_unwind(panic);
         }
     }

@@ -71,7 +71,8 @@ impl Worker {
             Outcome::Failed(fault) => {
                 warn!("failed: {fault}");
                 let retry = fault.retryable.then(|| RETRY_AFTER * job.attempt.clamp(1, 60) as u32);
-                self.write(held, || self.store.fail(lease, fault, retry)).await
+                let told = told(fault);
+                self.write(held, || self.store.fail(lease, &told, retry)).await
             }
             Outcome::Lost => Err(Refused::Lost),
         };
@@ -173,6 +174,15 @@ impl Worker {
 pub(super) enum Content<'a> {
     Bytes(bytes::Bytes),
     File(&'a std::path::Path),
+}
+
+/// What the job's owner hears of a fault: of our own ones nothing that only we understand, such as where a file lies.
+fn told(fault: &Fault) -> Fault {
+    let message = match fault.code {
+        FaultCode::Internal => "an internal fault; the worker's log has more",
+        _ => &fault.message,
+    };
+    Fault { message: message.into(), ..fault.clone() }
 }
 
 /// Why something was not done.
