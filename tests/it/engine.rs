@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hypnos::engine::{Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, TrainInput};
+use hypnos::engine::{
+    Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, TrainInput,
+};
 use hypnos::job::{
     Evaluation, Fault, FaultCode, Format, LossWeights, Phase, SampleSpec, TrainOptions, TrainSpec,
 };
@@ -30,7 +32,8 @@ fn engine() -> CandleEngine {
 fn photos() -> Vec<Vec<u8>> {
     let photo = |ground: [u8; 3]| {
         let inside = |i: usize| (24..72).contains(&(i % 96)) && (16..64).contains(&(i / 96));
-        let pixels: Vec<u8> = (0..96 * 80).flat_map(|i| if inside(i) { [200, 30, 40] } else { ground }).collect();
+        let pixels: Vec<u8> =
+            (0..96 * 80).flat_map(|i| if inside(i) { [200, 30, 40] } else { ground }).collect();
         picture::png(&pixels, (96, 80), &[]).expect("a PNG")
     };
     vec![photo([240, 240, 240]), photo([90, 140, 90]), photo([60, 70, 120])]
@@ -38,7 +41,8 @@ fn photos() -> Vec<Vec<u8>> {
 
 fn spec(steps: u32, class_images: u32) -> TrainSpec {
     let evaluation = Evaluation { enabled: false, images: 3, steps: 2 };
-    let options = TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..TrainOptions::default() };
+    let options =
+        TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..TrainOptions::default() };
     TrainSpec::new("mug", options, 77).expect("a specification")
 }
 
@@ -329,7 +333,8 @@ fn a_sample_s_pictures_come_in_order_and_are_the_same_alone_and_in_a_batch() {
     let said: Vec<_> = all.iter().map(|drawn| (drawn.prompt.as_str(), drawn.seed)).collect();
     let (photo, painting) = ("a photo of {product}", "a painting of {product}");
     assert_eq!(said, [(photo, 40), (photo, 41), (painting, 42), (painting, 43)]);
-    let pixels = |drawn: &Drawn| image::load_from_memory(&drawn.bytes).expect("a picture").into_rgb8().into_raw();
+    let pixels =
+        |drawn: &Drawn| image::load_from_memory(&drawn.bytes).expect("a picture").into_rgb8().into_raw();
     let (alone, together) = (pixels(&draw(&[painting], 1, 43)[0]), pixels(&all[3]));
     assert!(alone.iter().zip(&together).all(|(a, b)| a.abs_diff(*b) <= 1));
     assert_ne!(pixels(&all[2]), together);

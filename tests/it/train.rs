@@ -48,7 +48,8 @@ pub(crate) fn dreambooth_loop(place: &Place) {
     let t = golden.rows("input.loop.t");
     let (losses, norms) = (golden.numbers("output.loop.loss"), golden.numbers("output.loop.norm"));
     for step in 0..3 {
-        let input = |name: &str| place.weight(&golden.get(&format!("input.loop.{name}")).get(step).expect("a step"));
+        let input =
+            |name: &str| place.weight(&golden.get(&format!("input.loop.{name}")).get(step).expect("a step"));
         let batch = Batch {
             latents: input("latents"),
             noise: input("noise"),
@@ -93,8 +94,7 @@ impl Bench {
         let photos = vec![encode("red", 1), encode("green", 2), encode("red", 3)];
         let material = Material { photos, class_images: vec![encode("grey", 4), encode("blue", 5)] };
         let product = Product { token: "sks".into(), class_name: "mug".into() };
-        let recipe =
-            Recipe { product, n_steps: 4, lr: 1e-4, prior_weight: 1.0, n_class_images: 2, seed: 11 };
+        let recipe = Recipe { product, n_steps: 4, lr: 1e-4, prior_weight: 1.0, n_class_images: 2, seed: 11 };
         Self { bundle, base, material, recipe }
     }
 
@@ -218,7 +218,8 @@ fn a_loss_that_is_not_a_number_changes_no_weight() {
     let broken = Moments { mean, logvar: bench.material.photos[0].logvar.clone() };
     bench.material.photos = vec![broken];
     let mut state = bench.state(false);
-    let before = values(&state).into_iter().map(|(name, bits)| (name.clone(), bits)).collect::<BTreeMap<_, _>>();
+    let before =
+        values(&state).into_iter().map(|(name, bits)| (name.clone(), bits)).collect::<BTreeMap<_, _>>();
     let error = bench.run(&mut state, 4).expect_err("diverged");
     assert!(matches!(error, Error::Diverged(1)), "{error}");
     assert_eq!(state.n_steps(), 0);

@@ -9,7 +9,11 @@ mod scripted;
 
 mod blobs;
 mod http_document;
+mod http_edge;
+mod http_events;
 mod http_jobs;
+mod http_keys;
+mod http_samples;
 mod photos;
 mod settings;
 mod store;
