@@ -64,14 +64,19 @@ pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
 
 async fn bench(args: &BenchServe) -> Result<(), Stop> {
     let dir = tempfile::tempdir().map_err(|error| Stop::Failed(error.to_string()))?;
-    let url = args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
+    let url =
+        args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
     let house = House::open(&url, dir.path()).await?;
     house.fill(args.jobs).await?;
-    let one = house.store.list(house.tenant, &crate::store::Filter::default(), None, 1).await.map_err(failed)?;
+    let one =
+        house.store.list(house.tenant, &crate::store::Filter::default(), None, 1).await.map_err(failed)?;
     let id = one.first().map(|job| job.id.to_string()).unwrap_or_default();
     let bare = bare::serve(&url, CONNECTIONS, house.tenant).await?;
 
-    say(&format!("{} trainings, {} connections, {} rounds of {} s", args.jobs, args.clients, args.rounds, args.seconds));
+    say(&format!(
+        "{} trainings, {} connections, {} rounds of {} s",
+        args.jobs, args.clients, args.rounds, args.seconds
+    ));
     say("case          ours/s    bare/s   ratio (smallest to largest)");
     let cases = [
         ("status", format!("/v1/jobs/{id}"), format!("/job/{id}")),
@@ -100,13 +105,21 @@ impl House {
         store.migrate().await.map_err(failed)?;
         let tenant = store.ensure_tenant("bench").await.map_err(failed)?;
         let key = make_key().map_err(|error| Stop::Failed(error.to_string()))?;
-        let new = NewKey { id: key.id, tenant, name: String::new(), hash: key.hash, scope: Scope::Write, expires_ms: None };
+        let new = NewKey {
+            id: key.id,
+            tenant,
+            name: String::new(),
+            hash: key.hash,
+            scope: Scope::Write,
+            expires_ms: None,
+        };
         store.create_key(&new).await.map_err(failed)?;
         let config = BlobsConfig { place: Place::Directory(dir.join("objects")), links: None };
         let blobs = Blobs::open(&config).await.map_err(|error| Stop::Failed(error.to_string()))?;
         let metrics = PrometheusBuilder::new().build_recorder().handle();
         let decoder = Decoder::new(Limits::default(), 2, Duration::from_secs(5));
-        let settings = http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
+        let settings =
+            http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
         let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
@@ -126,7 +139,8 @@ impl House {
     }
 
     async fn submit(&self) -> Result<JobId, Stop> {
-        let spec = TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| Stop::Failed(error.message))?;
+        let spec =
+            TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| Stop::Failed(error.message))?;
         let new = NewJob {
             id: JobId::new(),
             tenant: self.tenant,
@@ -145,7 +159,14 @@ impl House {
     }
 
     /// Both servers in turns on the same facts.
-    async fn compare(&self, args: &BenchServe, name: &str, ours: &str, bare: SocketAddr, theirs: &str) -> Result<(), Stop> {
+    async fn compare(
+        &self,
+        args: &BenchServe,
+        name: &str,
+        ours: &str,
+        bare: SocketAddr,
+        theirs: &str,
+    ) -> Result<(), Stop> {
         let key = format!("Authorization: Bearer {}\r\n", self.key);
         let sides = [(self.address, request(ours, &key)), (bare, request(theirs, ""))];
         for (address, request) in &sides {
@@ -210,7 +231,10 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
     if !waited.is_empty() {
         say(&format!(
             "enqueue to start, ms, of {}: median {:.0}, p99 {:.0}, largest {:.0}",
-            waited.len(), at(0.5), at(0.99), at(1.0)
+            waited.len(),
+            at(0.5),
+            at(0.99),
+            at(1.0)
         ));
     }
     Ok(())

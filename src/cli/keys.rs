@@ -117,7 +117,13 @@ async fn list(store: Store) -> Result<(), Stop> {
             (None, Some(ms)) => format!("until {}", day(ms)),
             (None, None) => "no end".into(),
         };
-        say(&format!("{}\t{tenant}\t{}\tmade {}\t{ends}\t{}", key.id, key.scope, day(key.created_ms), key.name));
+        say(&format!(
+            "{}\t{tenant}\t{}\tmade {}\t{ends}\t{}",
+            key.id,
+            key.scope,
+            day(key.created_ms),
+            key.name
+        ));
     }
     Ok(())
 }

@@ -63,7 +63,8 @@ async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToke
     let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
     let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
     let blobs = service::open_blobs(storage, Some(links)).await?;
-    let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
+    let metrics =
+        PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
     let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
     let n_parallel = std::thread::available_parallelism().map_or(1, usize::from);

@@ -58,7 +58,9 @@ impl Log {
 /// Runs `work` on a runtime of many threads, until it ends or the process is told to for the second time.
 ///
 /// `work` is given a token that the first SIGTERM or SIGINT cancels.
-pub(super) fn run<F: Future<Output = Result<(), Stop>>>(work: impl FnOnce(CancellationToken) -> F) -> Result<(), Stop> {
+pub(super) fn run<F: Future<Output = Result<(), Stop>>>(
+    work: impl FnOnce(CancellationToken) -> F,
+) -> Result<(), Stop> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Stop::Failed(format!("no runtime: {error}")))?;
     let done = runtime.block_on(async {
@@ -89,7 +91,11 @@ fn no_signals(error: std::io::Error) -> Stop {
 }
 
 /// The database, waited for if it is not up yet. Its schema is brought up to date if `migrate`, else checked.
-pub(super) async fn open_store(storage: &Storage, migrate: bool, stop: &CancellationToken) -> Result<Store, Stop> {
+pub(super) async fn open_store(
+    storage: &Storage,
+    migrate: bool,
+    stop: &CancellationToken,
+) -> Result<Store, Stop> {
     let url = storage.database_url()?;
     storage.check_local()?;
     let mut wait = Duration::from_millis(200);
@@ -125,11 +131,7 @@ pub(super) async fn open_blobs(storage: &Storage, links: Option<Links>) -> Resul
 pub(super) type Work = (worker::Settings, Vec<(String, MakeEngine)>);
 
 /// What a worker is told, and an engine for each of `n` devices.
-pub(super) fn worker(
-    storage: &Storage,
-    working: &Working,
-    n: usize,
-) -> Result<Work, Stop> {
+pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<Work, Stop> {
     working.check()?;
     let settings = worker::Settings {
         database: storage.database_url()?.expose_secret().to_owned(),

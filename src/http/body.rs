@@ -105,7 +105,9 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
         && let Some(at) = array_for_object(&came, &meant)
     {
         let pointer = format!("{pointer}{at}");
-        return Err(Problem::new(Kind::Field, format!("{pointer}: wanted an object, got an array")).at(pointer));
+        return Err(
+            Problem::new(Kind::Field, format!("{pointer}: wanted an object, got an array")).at(pointer)
+        );
     }
     Ok(value)
 }

@@ -49,8 +49,22 @@ pub(super) fn document() -> Value {
         "key": { "type": "http", "scheme": "bearer", "bearerFormat": "hyp_ID_SECRET",
             "description": "An API key from `hypnos keys create`. A server on loopback may do without." }
     });
+    document["components"]["headers"] = json!({
+        "X-Request-Id": {
+            "description": "By which the request is found in the server's log; the client's own if it sent one",
+            "schema": { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" }
+        },
+        "Retry-After": {
+            "description": "Seconds to wait before trying again",
+            "schema": { "type": "integer", "minimum": 0 }
+        }
+    });
     document["security"] = json!([{ "key": [] }]);
-    for (path, item) in document["paths"].as_object_mut().expect("paths") {
+    let paths = document["paths"].as_object_mut().expect("paths");
+    // A key holds slashes, which only the router has a word for.
+    let file = paths.remove("/v1/files/{*key}").expect("the route of files");
+    paths.insert("/v1/files/{key}".into(), file);
+    for (path, item) in paths {
         for (method, operation) in item.as_object_mut().expect("operations") {
             complete(path, method, operation.as_object_mut().expect("an operation"));
         }
@@ -98,17 +112,14 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         response["description"] =
             if before.is_empty() { line.into() } else { format!("{before}\n{line}").into() };
         if status.as_u16() == 429 || status.as_u16() == 503 {
-            response["headers"] = json!({ "Retry-After": {
-                "description": "Seconds to wait before trying again", "schema": { "type": "integer", "minimum": 0 } } });
+            response["headers"]["Retry-After"] = json!({ "$ref": "#/components/headers/Retry-After" });
         }
         if status.as_u16() == 401 {
-            response["headers"] = json!({ "WWW-Authenticate": { "schema": { "type": "string" } } });
+            response["headers"]["WWW-Authenticate"] = json!({ "schema": { "type": "string" } });
         }
     }
     for response in responses.values_mut() {
-        response["headers"]["X-Request-Id"] = json!({
-            "description": "By which the request is found in the server's log; the client's own if it sent one",
-            "schema": { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" } });
+        response["headers"]["X-Request-Id"] = json!({ "$ref": "#/components/headers/X-Request-Id" });
     }
     operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
 }

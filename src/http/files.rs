@@ -13,7 +13,7 @@ use super::problem::Problem;
 ///
 /// The URL comes from an artifact or a picture and needs no key. `Range` is not heard: the whole file is sent.
 #[utoipa::path(
-    get, path = "/v1/files/{key}", tag = "files",
+    get, path = "/v1/files/{*key}", tag = "files",
     params(("key" = String, Path, description = "From the URL, which is to be taken as it is; holds slashes")),
     responses((status = 200, description = "The file", body = String, content_type = "application/octet-stream")),
     extensions(("x-problems" = json!(["url-forged", "url-expired", "artifact-missing", "artifact-damaged"]))),

@@ -1,6 +1,5 @@
 //! Tenants and API keys. A key's secret never comes here, only its public id and a hash.
 
-
 use super::db::{Row, args};
 use super::{Result, Store};
 use crate::job::{TenantId, words};

@@ -106,7 +106,10 @@ macro_rules! handlers {
                 let rows = sqlx::query_as::<_, Row>(LIST).bind(tenant).bind(n).fetch_all(&pool);
                 rows.await.map_err(words)?.into_iter().map(shown).collect::<Result<_, _>>().map(Json)
             }
-            Router::new().route("/job/{id}", get(one)).route("/jobs/{n}", get(list)).with_state((pool, tenant))
+            Router::new()
+                .route("/job/{id}", get(one))
+                .route("/jobs/{n}", get(list))
+                .with_state((pool, tenant))
         }
     };
 }

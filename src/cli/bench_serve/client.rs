@@ -17,7 +17,12 @@ pub(super) struct Seen {
 }
 
 /// Sends `request` over `n` connections for `time`, each as fast as its answers come. Every answer must be a 200.
-pub(super) async fn load(address: std::net::SocketAddr, request: &str, n: usize, time: Duration) -> Result<Seen> {
+pub(super) async fn load(
+    address: std::net::SocketAddr,
+    request: &str,
+    n: usize,
+    time: Duration,
+) -> Result<Seen> {
     let began = Instant::now();
     let clients: Vec<_> =
         (0..n).map(|_| tokio::spawn(one(address, request.to_owned(), began + time))).collect();

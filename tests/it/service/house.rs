@@ -82,14 +82,15 @@ impl House {
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let front = Front::new(floor.store.clone(), blobs.clone(), decoder, plan.settings, handle, closing.clone());
-        let served =
-            serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
+        let front =
+            Front::new(floor.store.clone(), blobs.clone(), decoder, plan.settings, handle, closing.clone());
+        let served = serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
         let served = tokio::spawn(served);
         let tenant = floor.store.ensure_tenant("first").await.unwrap();
         let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
         let client = client.build().unwrap();
-        let mut house = Self { floor, blobs, address, url, tenant, key: String::new(), client, closing, served };
+        let mut house =
+            Self { floor, blobs, address, url, tenant, key: String::new(), client, closing, served };
         house.key = house.new_key(tenant, Scope::Write, None).await;
         house
     }

@@ -78,7 +78,14 @@ fn every_word_of_a_refused_photo_is_a_problem_of_ours() {
 }
 
 /// A request of that operation, on these ids, with a body that would do.
-fn request(house: &House, key: Option<&str>, path: &str, method: &Method, job: &str, sample: &str) -> RequestBuilder {
+fn request(
+    house: &House,
+    key: Option<&str>,
+    path: &str,
+    method: &Method,
+    job: &str,
+    sample: &str,
+) -> RequestBuilder {
     let id = if path.starts_with("/v1/samples") { sample } else { job };
     let path = path.replace("{id}", id).replace("{name}", "weights.safetensors").replace("{n}", "0");
     let request = house.client.request(method.clone(), format!("{}{path}", house.url));
@@ -131,7 +138,8 @@ async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
     }
     assert!(walked >= 12);
     for list in ["/v1/jobs", "/v1/samples", &format!("/v1/samples?job_id={job}")] {
-        let page: Value = house.ask_as(&stranger, Method::GET, list).send().await.unwrap().json().await.unwrap();
+        let page: Value =
+            house.ask_as(&stranger, Method::GET, list).send().await.unwrap().json().await.unwrap();
         assert_eq!(page["data"], json!([]), "{list}");
     }
     // All is as it was.

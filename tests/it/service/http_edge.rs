@@ -34,7 +34,9 @@ async fn what_is_no_id_names_nothing() {
         &"x".repeat(5000),
     ];
     for case in cases {
-        for path in [format!("/v1/jobs/{case}"), format!("/v1/jobs/{case}/report"), format!("/v1/samples/{case}")] {
+        for path in
+            [format!("/v1/jobs/{case}"), format!("/v1/jobs/{case}/report"), format!("/v1/samples/{case}")]
+        {
             let request = format!(
                 "GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n",
                 house.key
@@ -50,7 +52,8 @@ async fn what_is_no_id_names_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
     let house = House::start().await;
-    let ask = |id: String| house.client.get(format!("{}/healthz", house.url)).header("x-request-id", id).send();
+    let ask =
+        |id: String| house.client.get(format!("{}/healthz", house.url)).header("x-request-id", id).send();
     let long = "x".repeat(64);
     for kept in ["a", "A-1_b.2", &long] {
         assert_eq!(ask(kept.into()).await.unwrap().headers()["x-request-id"], kept);
@@ -60,7 +63,9 @@ async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
         let own = answer.headers()["x-request-id"].to_str().unwrap();
         assert!(own.len() == 36 && own != replaced, "{replaced}");
     }
-    let answer = house.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\n b\r\nConnection: close\r\n\r\n").await;
+    let answer = house
+        .raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\n b\r\nConnection: close\r\n\r\n")
+        .await;
     assert!(answer.starts_with("HTTP/1.1 400") || !answer.contains("x-request-id: a\r\n"), "{answer}");
     house.stop().await;
 }
@@ -71,7 +76,10 @@ async fn an_answer_is_json_whatever_was_hoped_for() {
     let house = House::start().await;
     for accept in ["text/xml", "image/avif", "*/*;q=0", "nonsense"] {
         let answer = house.ask(Method::GET, "/v1/jobs").header("accept", accept).send().await.unwrap();
-        assert_eq!((answer.status().as_u16(), &answer.headers()["content-type"]), (200, &"application/json".parse().unwrap()));
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["content-type"]),
+            (200, &"application/json".parse().unwrap())
+        );
     }
     house.stop().await;
 }
@@ -89,7 +97,8 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
         ("POST", "/docs", "GET,HEAD"),
     ] {
         let answer = house.ask(method.parse().unwrap(), path).send().await.unwrap();
-        let mut known: Vec<_> = answer.headers()["allow"].to_str().unwrap().split(',').map(str::to_owned).collect();
+        let mut known: Vec<_> =
+            answer.headers()["allow"].to_str().unwrap().split(',').map(str::to_owned).collect();
         let mut wanted: Vec<_> = allow.split(',').map(str::to_owned).collect();
         known.sort();
         wanted.sort();
@@ -103,7 +112,9 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
     assert!(head.bytes().await.unwrap().is_empty());
     let head = house.client.head(format!("{}/v1/jobs", house.url)).send().await.unwrap();
     assert_eq!(head.status(), 401);
-    let connect = house.raw(b"CONNECT evil.example:80 HTTP/1.1\r\nHost: evil.example:80\r\nConnection: close\r\n\r\n").await;
+    let connect = house
+        .raw(b"CONNECT evil.example:80 HTTP/1.1\r\nHost: evil.example:80\r\nConnection: close\r\n\r\n")
+        .await;
     assert!(connect.starts_with("HTTP/1.1 4"), "{connect}");
     house.stop().await;
 }
@@ -114,7 +125,9 @@ async fn every_answer_keeps_browsers_from_guessing() {
     for path in ["/v1/jobs", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
         let answer = house.get(path).await;
         assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{path}");
-        assert!(answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'"));
+        assert!(
+            answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'")
+        );
     }
     let page = house.get("/docs").await.text().await.unwrap();
     assert!(!page.contains("<script") && !page.contains("src="), "nothing is fetched and nothing runs");
@@ -152,7 +165,10 @@ async fn two_lengths_of_one_body_are_not_two_requests() {
         // The server may keep the connection for a further request, which does not come.
         let _ = tokio::time::timeout(Duration::from_millis(500), stream.read_to_end(&mut answer)).await;
         let answer = String::from_utf8_lossy(&answer);
-        assert!(!answer.contains("/smuggled") && answer.matches("HTTP/1.1 404").count() == 0, "{request}: {answer}");
+        assert!(
+            !answer.contains("/smuggled") && answer.matches("HTTP/1.1 404").count() == 0,
+            "{request}: {answer}"
+        );
     }
     house.is_alive().await;
     house.stop().await;
@@ -203,6 +219,7 @@ async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_an
             break; // the head of an answer
         }
     }
+    drop(stream);
     house.is_alive().await;
     house.stop().await;
 }

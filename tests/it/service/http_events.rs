@@ -30,7 +30,8 @@ impl Events {
         loop {
             if let Some((event, rest)) = self.read.split_once("\n\n") {
                 let fields = event.lines().filter_map(|line| line.split_once(':'));
-                let fields = fields.map(|(name, value)| (name.to_owned(), value.trim_start().to_owned())).collect();
+                let fields =
+                    fields.map(|(name, value)| (name.to_owned(), value.trim_start().to_owned())).collect();
                 self.read = rest.to_owned();
                 return Some(fields);
             }

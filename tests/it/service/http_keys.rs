@@ -79,7 +79,8 @@ async fn a_key_opens_what_its_scope_says_until_it_ends_or_is_revoked() {
 
     let reader = house.new_key(house.tenant, Scope::Read, None).await;
     assert_eq!(house.ask_as(&reader, Method::GET, "/v1/jobs").send().await.unwrap().status(), 200);
-    let write = house.ask_as(&reader, Method::POST, "/v1/jobs").multipart(form(3, "mug")).send().await.unwrap();
+    let write =
+        house.ask_as(&reader, Method::POST, "/v1/jobs").multipart(form(3, "mug")).send().await.unwrap();
     assert_eq!(refusal(write).await, (403, "scope".into()));
     house.is_clean().await;
 
@@ -103,6 +104,7 @@ async fn an_upload_is_refused_before_its_body_is_read() {
     let mut answer = [0; 12];
     tokio::io::AsyncReadExt::read_exact(&mut stream, &mut answer).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 401");
+    drop(stream);
     house.stop().await;
 }
 
@@ -126,7 +128,8 @@ async fn a_cursor_of_one_tenant_shows_another_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_says_of_the_server_is_not_believed() {
     let house = House::start().await;
-    let request = house.ask(Method::POST, "/v1/jobs").multipart(form(3, "mug")).header("host", "evil.example");
+    let request =
+        house.ask(Method::POST, "/v1/jobs").multipart(form(3, "mug")).header("host", "evil.example");
     let request = request.header("x-forwarded-host", "evil.example").header("x-forwarded-proto", "https");
     let answer = request.header("forwarded", "host=evil.example").send().await.unwrap();
     assert_eq!(answer.status(), 202, "with keys any name will do");
@@ -151,7 +154,11 @@ async fn a_server_without_keys_answers_to_its_own_names_and_no_other_sites_page(
         assert_eq!(refusal(ask("host", other.into()).await.unwrap()).await, (403, "host".into()), "{other}");
     }
     for other in ["http://evil.example", "null", "http://localhost:1"] {
-        assert_eq!(refusal(ask("origin", other.into()).await.unwrap()).await, (403, "cross-site".into()), "{other}");
+        assert_eq!(
+            refusal(ask("origin", other.into()).await.unwrap()).await,
+            (403, "cross-site".into()),
+            "{other}"
+        );
     }
     assert_eq!(ask("origin", house.url.clone()).await.unwrap().status(), 200);
     for (site, status) in [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)] {

@@ -14,7 +14,8 @@ async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without
     let house = House::start().await;
     let trained = house.trained().await;
     let worker = house.floor.work(&Script::new(Duration::ZERO));
-    let wanted = json!({ "prompts": ["a photo of {product}", "{product} on a beach"], "n": 2, "seed": 5, "steps": 2 });
+    let wanted =
+        json!({ "prompts": ["a photo of {product}", "{product} on a beach"], "n": 2, "seed": 5, "steps": 2 });
     let request = house.ask(Method::POST, &format!("/v1/jobs/{trained}/sample")).header("prefer", "wait=60");
     let answer = request.json(&wanted).send().await.unwrap();
     assert_eq!(answer.status(), 200);
@@ -28,7 +29,8 @@ async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without
     assert_eq!(images[3]["prompt"], "{product} on a beach");
     worker.stop().await;
 
-    let again: Value = house.client.get(&location).bearer_auth(&house.key).send().await.unwrap().json().await.unwrap();
+    let again: Value =
+        house.client.get(&location).bearer_auth(&house.key).send().await.unwrap().json().await.unwrap();
     assert_eq!(again["images"].as_array().unwrap().len(), 4);
     let url = images[0]["url"].as_str().unwrap();
     let picture = house.client.get(url).send().await.unwrap();
@@ -40,13 +42,17 @@ async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without
     let id = sample["id"].as_str().unwrap();
     let request = house.ask(Method::GET, &format!("/v1/samples/{id}/images/3")).header("accept", "image/*");
     let sent_on = request.send().await.unwrap();
-    assert_eq!((sent_on.status().as_u16(), &sent_on.headers()["cache-control"]), (307, &"no-store".parse().unwrap()));
+    assert_eq!(
+        (sent_on.status().as_u16(), &sent_on.headers()["cache-control"]),
+        (307, &"no-store".parse().unwrap())
+    );
     let there = sent_on.headers()["location"].to_str().unwrap().to_owned();
     assert_eq!(house.client.get(there).send().await.unwrap().status(), 200);
     assert_eq!(refusal(house.get(&format!("/v1/samples/{id}/images/4")).await).await.0, 404);
 
     let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
-    let names: Vec<_> = files["data"].as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect();
+    let names: Vec<_> =
+        files["data"].as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["image-0.png", "preview-0.png", "report.json", "weights.safetensors"]);
     let weights = house.get(&format!("/v1/jobs/{trained}/artifacts/weights.safetensors")).await;
     assert_eq!(weights.status(), 307);
@@ -85,7 +91,11 @@ async fn a_signed_url_opens_one_file_for_a_while() {
         format!("{}/v1/files/etc/passwd?{signature}", house.url),
         flipped,
     ] {
-        assert_eq!(refusal(fetch(forged.clone()).await.unwrap()).await, (403, "url-forged".into()), "{forged}");
+        assert_eq!(
+            refusal(fetch(forged.clone()).await.unwrap()).await,
+            (403, "url-forged".into()),
+            "{forged}"
+        );
     }
     let object = house.floor.store.artifact(house.tenant, trained, "report.json").await.unwrap().unwrap();
     let past = jiff::Timestamp::from_second(1_000_000_000).unwrap();
@@ -186,7 +196,12 @@ async fn a_sample_that_cannot_be_is_refused_with_the_field() {
         let refused = refusal(send(body.clone()).await.unwrap()).await;
         let deep = body.starts_with(b"[[");
         let wanted = if deep { (422, "field") } else { (400, "bad-body") };
-        assert_eq!(refused, (wanted.0, wanted.1.into()), "{}", String::from_utf8_lossy(&body[..body.len().min(60)]));
+        assert_eq!(
+            refused,
+            (wanted.0, wanted.1.into()),
+            "{}",
+            String::from_utf8_lossy(&body[..body.len().min(60)])
+        );
     }
     let deep = format!(r#"{{"prompts": {}"#, "[".repeat(10_000));
     assert!([400, 422].contains(&send(deep.into_bytes()).await.unwrap().status().as_u16()));

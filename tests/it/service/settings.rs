@@ -11,7 +11,8 @@ fn table() -> String {
         command.get_arguments().filter(|arg| arg.get_env().is_some()).cloned().collect()
     };
     let (serve, work) = (of("serve"), of("work"));
-    let mut rows = vec!["| variable | flag | default | meaning | for |".to_owned(), "|---|---|---|---|---|".into()];
+    let mut rows =
+        vec!["| variable | flag | default | meaning | for |".to_owned(), "|---|---|---|---|---|".into()];
     let also = |others: &[Arg], arg: &Arg| others.iter().any(|other| other.get_env() == arg.get_env());
     for arg in &serve {
         rows.push(row(arg, if also(&work, arg) { "both" } else { "serve" }));

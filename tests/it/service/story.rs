@@ -23,7 +23,8 @@ impl Process {
     fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
         let log = dir.join(format!("{name}.log"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_")) {
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_"))
+        {
             command.env_remove(name);
         }
         let child = command
@@ -83,10 +84,15 @@ async fn is_ready(url: &str) {
 async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     let section = readme.split("## Run the service").nth(1).expect("a section `Run the service`");
-    let blocks: Vec<&str> = section.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap()).collect();
+    let blocks: Vec<&str> =
+        section.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap()).collect();
     let (start, lines) = (blocks[0].trim(), blocks[1]);
     assert_eq!(start, "cargo run --release -- serve --workers 1");
-    assert_eq!(lines.lines().filter(|line| !line.trim().is_empty() && !line.starts_with(' ')).count(), 5, "{lines}");
+    assert_eq!(
+        lines.lines().filter(|line| !line.trim().is_empty() && !line.starts_with(' ')).count(),
+        5,
+        "{lines}"
+    );
 
     let dir = tempfile::tempdir().unwrap();
     let address = free_address();
@@ -98,7 +104,11 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     let mut serve = Process::start(dir.path(), "serve", &args, &settings);
     is_ready(&format!("http://{address}")).await;
 
-    std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"), dir.path().join("examples")).unwrap();
+    std::os::unix::fs::symlink(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"),
+        dir.path().join("examples"),
+    )
+    .unwrap();
     let script = lines.replace("127.0.0.1:8080", &address.to_string());
     let mut bash = Command::new("bash");
     bash.args(["-euo", "pipefail", "-c", &script]).current_dir(dir.path());
@@ -106,8 +116,10 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(ran.status.success(), "{said}\n{}", serve.log());
     assert!(said.contains("\"state\":\"succeeded\""), "{said}");
-    let pictures: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.path()).collect();
-    let pictures: Vec<_> = pictures.iter().filter(|path| path.extension().is_some_and(|end| end == "png")).collect();
+    let pictures: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.path()).collect();
+    let pictures: Vec<_> =
+        pictures.iter().filter(|path| path.extension().is_some_and(|end| end == "png")).collect();
     assert!(!pictures.is_empty(), "{said}");
     for picture in pictures {
         let decoded = image::open(picture).unwrap();
@@ -170,7 +182,8 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     for n in 1..=4 {
         form = form.part("images", Part::bytes(std::fs::read(photo(n)).unwrap()).file_name("photo.jpg"));
     }
-    let answer = client.post(format!("{url}/v1/jobs")).bearer_auth(&key).multipart(form).send().await.unwrap();
+    let answer =
+        client.post(format!("{url}/v1/jobs")).bearer_auth(&key).multipart(form).send().await.unwrap();
     assert_eq!(answer.status(), 202);
     let job = answer.headers()["location"].to_str().unwrap().to_owned();
     let id = job.rsplit('/').next().unwrap().parse().unwrap();
@@ -181,9 +194,8 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
 
     // The first: killed after its first checkpoint.
     let mut first = worker("first");
-    let committed = eventually("a checkpoint is committed", async || {
-        Some(steps(&row().await)).filter(|&step| step > 0)
-    });
+    let committed =
+        eventually("a checkpoint is committed", async || Some(steps(&row().await)).filter(|&step| step > 0));
     let committed = committed.await;
     first.child.kill().unwrap();
     first.child.wait().unwrap();
@@ -222,15 +234,21 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     })
     .await;
     let after = row().await;
-    assert_eq!((after.version, after.run_lease), (ended.version, ended.run_lease), "the zombie wrote nothing");
+    assert_eq!(
+        (after.version, after.run_lease),
+        (ended.version, ended.run_lease),
+        "the zombie wrote nothing"
+    );
     assert_eq!(store.artifacts(tenant, id).await.unwrap(), artifacts);
 
     // Every artifact is whole, by the links that clients are given.
-    let listed: Value = client.get(format!("{job}/artifacts")).bearer_auth(&key).send().await.unwrap().json().await.unwrap();
+    let listed: Value =
+        client.get(format!("{job}/artifacts")).bearer_auth(&key).send().await.unwrap().json().await.unwrap();
     let listed = listed["data"].as_array().unwrap();
     assert_eq!(listed.len(), artifacts.len());
     for artifact in listed {
-        let bytes = client.get(artifact["url"].as_str().unwrap()).send().await.unwrap().bytes().await.unwrap();
+        let bytes =
+            client.get(artifact["url"].as_str().unwrap()).send().await.unwrap().bytes().await.unwrap();
         assert_eq!(hex(&bytes), artifact["sha256"].as_str().unwrap(), "{artifact}");
     }
 
@@ -272,7 +290,11 @@ fn settings_that_cannot_work_are_refused_in_one_line() {
     let data = dir.path().join("data").display().to_string();
     let cases: [(&[&str], &[(&str, &str)], &str); 9] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
-        (&["serve", "--listen", "0.0.0.0:0", "--auth", "none"], &[], "HYPNOS_AUTH is none, but HYPNOS_LISTEN is"),
+        (
+            &["serve", "--listen", "0.0.0.0:0", "--auth", "none"],
+            &[],
+            "HYPNOS_AUTH is none, but HYPNOS_LISTEN is",
+        ),
         (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
         (&["serve"], &[("HYPNOS_OBJECTS", "s3://bucket")], "HYPNOS_S3_ACCESS_KEY is not set"),
         (&["serve"], &[("HYPNOS_S3_ENDPOINT", "http://x")], "HYPNOS_OBJECTS is not s3://BUCKET"),

@@ -226,7 +226,8 @@ async fn killed_at_every_use_of_the_store(what: What) {
         let job = floor.train("mug", 12).await;
         let chaos = Chaos::over(Arc::new(floor.objects_store()));
         chaos.strike(n, what);
-        let worker = floor.work_over(&Script::new(Duration::from_millis(2)), Blobs::over(Arc::new(chaos.clone())));
+        let worker =
+            floor.work_over(&Script::new(Duration::from_millis(2)), Blobs::over(Arc::new(chaos.clone())));
         let hung = eventually("the store hangs or the job ends", async || {
             let done = floor.find(&job).await.unwrap().state.is_terminal();
             let hung = chaos.n_operations() > n && chaos.n_answered() < chaos.n_operations();
@@ -297,7 +298,9 @@ async fn a_training_deleted_while_it_runs_is_gone_at_once_and_its_objects_soon()
     let pause = Duration::from_millis(20);
     tokio::spawn(janitor::run(floor.store.clone(), floor.blobs.clone(), pause, stop.clone()));
     let scope = Scope::job(super::floor::TENANT, job.id);
-    let gone = eventually("no object is left", async || floor.blobs.list(&scope).await.unwrap().is_empty().then_some(()));
+    let gone = eventually("no object is left", async || {
+        floor.blobs.list(&scope).await.unwrap().is_empty().then_some(())
+    });
     gone.await;
     let steps = script.steps("mug").len();
     worker.stop().await;
