@@ -76,12 +76,12 @@ create table job (
     check (deleting = 0 or state <> 'queued')
 ) with (fillfactor = 80); -- heartbeats rewrite rows in place
 
-create index job_waiting on job (kind, tenant, priority desc, id) where state = 'queued';
+create index job_waiting on job (kind, tenant, priority desc, id, not_before_ms) where state = 'queued';
 create index job_running on job (tenant) where state = 'running';
 create index job_served on job (tenant, claimed_ms);
 create index job_listed on job (tenant, id);
 create index job_listed_by_state on job (tenant, state, id);
-create index job_drawn_with on job (parent, id);
+create index job_drawn_with on job (parent, tenant, id);
 create index job_deleting on job (id) where deleting = 1;
 create index job_spent on job (id) where checkpoint is not null and finished_ms is not null;
 

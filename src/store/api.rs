@@ -54,7 +54,7 @@ impl Store {
         // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
         let tenant = locking!("select id from tenant where id = $1"; "for no key update");
         if tx.row(tenant, args![new.tenant]).await?.is_none() {
-            return Err(Error::Bad("no such tenant".into()));
+            return Err(Error::Corrupt("a submission for no tenant".into()));
         }
         if let Some(idempotency) = &new.idempotency {
             forget(&mut tx, new.tenant, &idempotency.key).await?;
