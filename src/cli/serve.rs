@@ -20,6 +20,9 @@ use crate::{janitor, worker};
 /// Bounds of the buckets in which durations are counted, in seconds.
 const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
 
+/// Photos decoded at once at most: each may take half a GiB.
+const DECODERS_MAX: usize = 4;
+
 /// How long one photo may take to decode.
 const DECODE: Duration = Duration::from_secs(5);
 
@@ -67,7 +70,7 @@ async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToke
         PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
     let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
-    let n_parallel = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_parallel = std::thread::available_parallelism().map_or(1, usize::from).min(DECODERS_MAX);
     let settings = http::Settings {
         public_url: public_url.clone(),
         auth: if keys { Auth::Keys } else { Auth::None },

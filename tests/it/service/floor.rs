@@ -21,7 +21,7 @@ use super::scripted::Script;
 pub(super) const TENANT: TenantId = TenantId::LOCAL;
 
 /// How long a test waits for what must happen before it says that it did not.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Rows, objects and what lies around them. The directory goes with it.
 pub(super) struct Floor {
