@@ -197,11 +197,11 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
     let drain = CancellationToken::new();
     let settings = worker::Settings {
         database: house.database.clone(),
-        lease: Duration::from_secs(60),
+        lease: Duration::from_mins(1),
         beat: Duration::from_secs(2),
-        deadline: Duration::from_secs(600),
+        deadline: Duration::from_mins(10),
         poll: Duration::from_secs(1),
-        checkpoint_every: Duration::from_secs(300),
+        checkpoint_every: Duration::from_mins(5),
         scratch: house.scratch.clone(),
         weights_bytes_max: 1 << 20,
     };

@@ -80,7 +80,7 @@ pub(super) fn media_type(headers: &HeaderMap) -> Option<(String, &str)> {
 /// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
 pub(super) async fn json<T: DeserializeOwned + Serialize>(request: Request) -> Result<(T, Bytes), Problem> {
     let (parts, body) = request.into_parts();
-    if !media_type(&parts.headers).is_some_and(|(essence, _)| essence == "application/json") {
+    if media_type(&parts.headers).is_none_or(|(essence, _)| essence != "application/json") {
         return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
     }
     let mut inflow = Inflow::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;

@@ -121,9 +121,20 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         }
     }
     for response in responses.values_mut() {
+        let headers = response["headers"].as_object_mut();
+        headers.into_iter().flatten().for_each(|(_, header)| never_null(&mut header["schema"]));
         response["headers"]["X-Request-Id"] = json!({ "$ref": "#/components/headers/X-Request-Id" });
     }
+    let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    parameters.into_iter().flatten().for_each(|parameter| never_null(&mut parameter["schema"]));
     operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
+}
+
+/// What may be absent from a request's head is never null in it.
+fn never_null(schema: &mut Value) {
+    if let Some(only) = schema["type"].as_array().and_then(|types| types.first().cloned()) {
+        schema["type"] = only;
+    }
 }
 
 fn kind(slug: &str) -> Kind {
@@ -161,8 +172,7 @@ fn describe_forms(document: &mut Value) {
     for name in ["NewJob", "Photos"] {
         let schema = &mut document["components"]["schemas"][name];
         schema["additionalProperties"] = false.into();
-        schema["properties"]["images"]["items"] =
-            json!({ "type": "string", "format": "binary" });
+        schema["properties"]["images"]["items"] = json!({ "type": "string", "format": "binary" });
     }
     let options = &mut document["components"]["schemas"]["NewJob"]["properties"]["options"];
     *options = json!({ "$ref": "#/components/schemas/TrainOptions" }); // absent, but never null

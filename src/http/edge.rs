@@ -19,7 +19,7 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const REQUEST_ID_CHARS_MAX: usize = 64;
 
 /// Longest that `Prefer: wait` may wait.
-pub(super) const WAIT_MAX: Duration = Duration::from_secs(60);
+pub(super) const WAIT_MAX: Duration = Duration::from_mins(1);
 const TIME_MAX: Duration = Duration::from_secs(30);
 
 /// The outermost layer: gives the request its id, writes problems down, and logs one line.

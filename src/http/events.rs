@@ -82,10 +82,11 @@ fn follow(watch: Watch) -> impl Stream<Item = Result<Event, Infallible>> {
     stream::unfold(watch, |mut watch| async move {
         loop {
             match watch.next {
-                Next::Look => match watch.look().await {
-                    Some(event) => return Some((Ok(event), watch)),
-                    None => {}
-                },
+                Next::Look => {
+                    if let Some(event) = watch.look().await {
+                        return Some((Ok(event), watch));
+                    }
+                }
                 Next::Rest => {
                     if watch.rest().await.is_none() || !watch.reader.still(&watch.front).await {
                         watch.next = Next::Close;

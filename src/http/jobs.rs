@@ -259,10 +259,10 @@ pub(super) async fn delete_job(
     Id(id): Id,
 ) -> Result<StatusCode, Problem> {
     find(&front, writer.tenant, id, Kind::Train).await?;
-    match front.store.delete(writer.tenant, id).await? {
-        true => Ok(StatusCode::NO_CONTENT),
-        false => Err(Problem::not_found("job")),
+    if front.store.delete(writer.tenant, id).await? {
+        return Ok(StatusCode::NO_CONTENT);
     }
+    Err(Problem::not_found("job"))
 }
 
 /// Ends a training

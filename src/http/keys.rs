@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -73,7 +74,7 @@ fn checksum(text: &str) -> String {
 }
 
 fn hash(secret: &str) -> String {
-    Sha256::digest(secret).iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Sha256::digest(secret))
 }
 
 /// The id and the secret of a key whose checksum is right.
@@ -104,13 +105,12 @@ impl Keys {
     /// Whose key it is and what it may do.
     async fn check(&self, text: &str) -> Result<store::Key, Problem> {
         let (id, secret) = parse(text).ok_or_else(unauthorized)?;
-        let key = match self.believed.get(id) {
-            Some(key) => key,
-            None => {
-                let key = self.store.find_key(id).await?.filter(|key| key.live).ok_or_else(unauthorized)?;
-                self.believed.insert(id.to_owned(), key.clone());
-                key
-            }
+        let key = if let Some(key) = self.believed.get(id) {
+            key
+        } else {
+            let key = self.store.find_key(id).await?.filter(|key| key.live).ok_or_else(unauthorized)?;
+            self.believed.insert(id.to_owned(), key.clone());
+            key
         };
         let right = bool::from(hash(secret).as_bytes().ct_eq(key.hash.as_bytes()));
         if right { Ok(key) } else { Err(unauthorized()) }
@@ -206,7 +206,7 @@ pub(super) async fn guard_local(State(front): State<Front>, request: Request, ne
 
 /// The host and port that the client asked for.
 fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
-    let authority = uri.authority().map(|authority| authority.as_str());
+    let authority = uri.authority().map(Authority::as_str);
     authority.or_else(|| headers.get(header::HOST)?.to_str().ok())
 }
 

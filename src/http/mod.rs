@@ -89,13 +89,13 @@ impl Default for Settings {
             public_url: "http://127.0.0.1:8080".into(),
             auth: Auth::None,
             photo_bytes_max: 15 << 20,
-            upload_time: Duration::from_secs(60),
+            upload_time: Duration::from_mins(1),
             uploads_max: 8,
             requests_max: 512,
             streams_max: 1000,
             queue_max: 10_000,
             attempts_max: 3,
-            url_time: Duration::from_secs(3600),
+            url_time: Duration::from_hours(1),
             key_time: Duration::from_secs(30),
         }
     }

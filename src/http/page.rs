@@ -15,7 +15,7 @@ use super::document::{document, openapi};
 use super::problem::{Kind, Problem, TYPE_PREFIX};
 
 const STYLE: &str = include_str!("page.css");
-const METHODS: [&str; 5] = ["get", "post", "put", "patch", "delete"];
+const METHODS: [&str; 3] = ["post", "get", "delete"];
 
 pub(super) fn routes() -> Router<Front> {
     Router::new()
@@ -200,30 +200,37 @@ fn kind_of(schema: &Value) -> String {
             list(&schema["enum"]).map(|one| format!("<code>{}</code>", escape(text(one)))).collect();
         let _ = write!(html, ": {}", all.join(" "));
     }
-    let bounds = [
-        ("format", ""),
-        ("minimum", "at least "),
-        ("exclusiveMinimum", "above "),
-        ("maximum", "at most "),
-        ("minLength", "characters from "),
-        ("maxLength", "characters to "),
-        ("minItems", "items from "),
-        ("maxItems", "items to "),
-        ("multipleOf", "a multiple of "),
-        ("default", "default "),
-    ];
-    for (name, words) in bounds {
-        match &schema[name] {
-            Value::Null | Value::Object(_) => {}
-            Value::String(value) => {
-                push(&mut html, format_args!("<br><small>{words}{}</small>", escape(value)))
-            }
-            value => {
-                push(&mut html, format_args!("<br><small>{words}{}</small>", escape(&value.to_string())))
-            }
-        }
+    let bounds = bounds(schema);
+    if !bounds.is_empty() {
+        push(&mut html, format_args!("<br><small>{}</small>", escape(&bounds.join(", "))));
     }
     html
+}
+
+/// What a value may be, beyond its type.
+fn bounds(schema: &Value) -> Vec<String> {
+    let mut bounds = Vec::new();
+    let range = |least: &str, most: &str| match (&schema[least], &schema[most]) {
+        (Value::Null, Value::Null) => None,
+        (least, Value::Null) => Some(format!("from {least}")),
+        (Value::Null, most) => Some(format!("to {most}")),
+        (least, most) => Some(format!("{least} to {most}")),
+    };
+    bounds
+        .extend(schema["format"].as_str().filter(|format| !format.starts_with("int")).map(ToOwned::to_owned));
+    bounds.extend(range("minimum", "maximum"));
+    bounds.extend(range("exclusiveMinimum", "").map(|range| format!("{range}, exclusive")));
+    bounds.extend(range("minLength", "maxLength").map(|range| format!("{range} characters")));
+    bounds.extend(range("minItems", "maxItems").map(|range| format!("{range} items")));
+    match &schema["multipleOf"] {
+        Value::Null => {}
+        factor => bounds.push(format!("a multiple of {factor}")),
+    }
+    match &schema["default"] {
+        Value::Null | Value::Object(_) => {}
+        default => bounds.push(format!("default {default}")),
+    }
+    bounds
 }
 
 /// Text with `code` marked, and lines that begin with a dash as lines.

@@ -143,6 +143,7 @@ impl Problem {
     }
 
     /// The same, about the value at a JSON pointer into the body.
+    #[must_use]
     pub fn at(mut self, pointer: impl Into<String>) -> Self {
         self.pointer = Some(pointer.into());
         self

@@ -127,20 +127,16 @@ impl PageQuery {
 
     /// The address of the page that begins after `cursor`.
     fn next_url(&self, base: &str, cursor: &str) -> String {
-        let mut url = format!("{base}?limit={}&cursor={cursor}", self.limit.unwrap_or(50));
         let state = self.state.map(|state| state.to_string());
-        let rest = [
-            ("state", &state),
-            ("class_name", &self.class_name),
-            ("created_after", &self.created_after),
-            ("job_id", &self.job_id),
+        let asked = [
+            ("state", state.as_ref()),
+            ("class_name", self.class_name.as_ref()),
+            ("created_after", self.created_after.as_ref()),
+            ("job_id", self.job_id.as_ref()),
         ];
-        for (name, value) in rest {
-            if let Some(value) = value {
-                url.push_str(&format!("&{name}={}", percent(value)));
-            }
-        }
-        url
+        let asked = asked.iter().filter_map(|(name, value)| Some(format!("&{name}={}", percent((*value)?))));
+        let asked: Vec<_> = asked.collect();
+        format!("{base}?limit={}&cursor={cursor}{}", self.limit.unwrap_or(50), asked.concat())
     }
 }
 

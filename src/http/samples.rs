@@ -52,24 +52,23 @@ pub(super) async fn create_sample(
     let (spec, bytes) = body::json::<SampleSpec>(request).await?;
     let name = parent.to_string();
     let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
-    let before = replay(&front, writer.tenant, idempotency.as_ref()).await?;
-    let Accepted { mut job, replayed } = match before {
-        Some(before) => before,
-        None => {
-            let new = NewJob {
-                id: JobId::new(),
-                tenant: writer.tenant,
-                parent: Some(parent),
-                spec: Spec::Sample(spec.complete(drawn_seed()?)?),
-                photos: Vec::new(),
-                priority: 0,
-                max_attempts: front.settings.attempts_max,
-                idempotency,
-                queue_max: front.settings.queue_max,
-            };
-            submit(&front, new).await?
-        }
+    let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
+        before
+    } else {
+        let new = NewJob {
+            id: JobId::new(),
+            tenant: writer.tenant,
+            parent: Some(parent),
+            spec: Spec::Sample(spec.complete(drawn_seed()?)?),
+            photos: Vec::new(),
+            priority: 0,
+            max_attempts: front.settings.attempts_max,
+            idempotency,
+            queue_max: front.settings.queue_max,
+        };
+        submit(&front, new).await?
     };
+    let Accepted { mut job, replayed } = accepted;
     if let Some(time) = preferred_wait(&headers) {
         job = wait(&front, job, time, |job| job.state.is_terminal()).await?;
     }
@@ -191,10 +190,10 @@ pub(super) async fn delete_sample(
     Id(id): Id,
 ) -> Result<StatusCode, Problem> {
     find(&front, writer.tenant, id, Kind::Sample).await?;
-    match front.store.delete(writer.tenant, id).await? {
-        true => Ok(StatusCode::NO_CONTENT),
-        false => Err(Problem::not_found("sample")),
+    if front.store.delete(writer.tenant, id).await? {
+        return Ok(StatusCode::NO_CONTENT);
     }
+    Err(Problem::not_found("sample"))
 }
 
 /// Ends a sample

@@ -35,7 +35,7 @@ pub(super) fn idempotency<'a>(
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    let request_hash = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let request_hash = format!("{:x}", hash.finalize());
     Ok(Some(Idempotency { key: text.to_owned(), request_hash }))
 }
 

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::floor::{Floor, eventually};
 
 /// How long a test waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What a house is built with; a test changes what it is about.
 pub(super) struct Plan {
@@ -156,7 +156,7 @@ impl House {
         let job = self.new_job().await;
         let id: JobId = job["id"].as_str().unwrap().parse().unwrap();
         let store = &self.floor.store;
-        let day = Duration::from_secs(86_400);
+        let day = Duration::from_hours(24);
         let claimed = store.claim(uuid::Uuid::now_v7(), &[Kind::Train], day, day).await.unwrap().unwrap();
         assert!(claimed.id == id && matches!(claimed.spec, Spec::Train(_)));
         store.finish(claimed.lease(), &serde_json::json!({}), &[]).await.unwrap();

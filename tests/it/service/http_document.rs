@@ -89,7 +89,7 @@ fn request(
     let id = if path.starts_with("/v1/samples") { sample } else { job };
     let path = path.replace("{id}", id).replace("{name}", "weights.safetensors").replace("{n}", "0");
     let request = house.client.request(method.clone(), format!("{}{path}", house.url));
-    let request = key.into_iter().fold(request, |request, key| request.bearer_auth(key));
+    let request = key.into_iter().fold(request, RequestBuilder::bearer_auth);
     match path.as_str() {
         "/v1/jobs" | "/v1/photos/inspect" if method == Method::POST => request.multipart(form(3, "mug")),
         path if path.ends_with("/sample") => request.json(&json!({ "prompts": ["{product}"] })),

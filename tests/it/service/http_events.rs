@@ -28,11 +28,11 @@ impl Events {
     /// The fields of the next event; none when the stream has ended.
     async fn next(&mut self) -> Option<Vec<(String, String)>> {
         loop {
-            if let Some((event, rest)) = self.read.split_once("\n\n") {
+            if let Some(end) = self.read.find("\n\n") {
+                let event: String = self.read.drain(..end + 2).collect();
                 let fields = event.lines().filter_map(|line| line.split_once(':'));
                 let fields =
                     fields.map(|(name, value)| (name.to_owned(), value.trim_start().to_owned())).collect();
-                self.read = rest.to_owned();
                 return Some(fields);
             }
             let chunk = self.body.next().await?.ok()?;

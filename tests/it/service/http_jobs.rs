@@ -218,7 +218,7 @@ async fn a_body_that_is_too_long_is_refused_by_its_length_or_cut() {
     stream.write_all(head("Transfer-Encoding: chunked").as_bytes()).await.unwrap();
     let part = "--b\r\nContent-Disposition: form-data; name=\"images\"\r\n\r\n";
     stream.write_all(format!("{:x}\r\n{part}\r\n", part.len()).as_bytes()).await.unwrap();
-    let chunk = [b"10000\r\n", &[b'x'; 65_536][..], b"\r\n"].concat();
+    let chunk = [b"10000\r\n", &vec![b'x'; 65_536][..], b"\r\n"].concat();
     let mut sent = 0_u64;
     while sent < 10 << 30 && stream.write_all(&chunk).await.is_ok() {
         sent += 65_536;

@@ -99,7 +99,7 @@ async fn a_signed_url_opens_one_file_for_a_while() {
     }
     let object = house.floor.store.artifact(house.tenant, trained, "report.json").await.unwrap().unwrap();
     let past = jiff::Timestamp::from_second(1_000_000_000).unwrap();
-    let expired = house.blobs.sign(&object, Duration::from_secs(60), past).await.unwrap();
+    let expired = house.blobs.sign(&object, Duration::from_mins(1), past).await.unwrap();
     assert_eq!(refusal(fetch(expired).await.unwrap()).await, (403, "url-expired".into()));
 
     let many = format!("bytes={}", "0-0,".repeat(1000));
@@ -158,7 +158,7 @@ async fn a_sample_that_cannot_be_is_refused_with_the_field() {
         house.ask(Method::POST, &path).header("content-type", "application/json").body(body).send()
     };
     let fields = [
-        (r#"{}"#.to_owned(), ""),
+        ("{}".to_owned(), ""),
         (r#"{"prompts": []}"#.into(), "/prompts"),
         (r#"{"prompts": ["a", 1]}"#.into(), "/prompts/1"),
         (r#"{"prompts": [" "]}"#.into(), "/prompts/0"),
