@@ -93,6 +93,7 @@ pub(super) async fn json<T: DeserializeOwned + Serialize>(request: Request) -> R
 
 /// A JSON document that stands at `pointer` of the body.
 pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
+    let bytes = &whole_numbers(bytes)[..];
     let mut source = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
         let path: String = error.path().iter().map(segment).collect();
@@ -110,6 +111,33 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
         );
     }
     Ok(value)
+}
+
+/// The same text with `8.0` written `8`: JSON Schema counts both as integers, serde one.
+fn whole_numbers(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let (mut rest, mut quoted) = (text, false);
+    while let [byte, after @ ..] = rest {
+        let zeros = after.iter().take_while(|&&byte| byte == b'0').count();
+        let ends = after.get(zeros).is_none_or(|byte| !matches!(byte, b'0'..=b'9' | b'e' | b'E' | b'.'));
+        let follows_digit = plain.last().is_some_and(u8::is_ascii_digit);
+        if !quoted && *byte == b'.' && follows_digit && zeros > 0 && ends {
+            rest = &after[zeros..];
+            continue;
+        }
+        match (byte, after) {
+            (b'\\', [escaped, after @ ..]) if quoted => {
+                plain.extend([b'\\', *escaped]);
+                rest = after;
+                continue;
+            }
+            (b'"', _) => quoted = !quoted,
+            _ => {}
+        }
+        plain.push(*byte);
+        rest = after;
+    }
+    plain
 }
 
 /// Where an array came and an object is meant.
@@ -205,5 +233,25 @@ impl HttpBody for Shared {
 
     fn size_hint(&self) -> hyper::body::SizeHint {
         self.lock().size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_numbers_are_written_as_such_and_nothing_else_is_touched() {
+        for (came, kept) in [
+            (r#"{"a": 8.0, "b": [-1.00, 1.5, 0.10, 1.0e3]}"#, r#"{"a": 8, "b": [-1, 1.5, 0.10, 1.0e3]}"#),
+            (r#""8.0 \\" 8.0"#, r#""8.0 \\" 8"#),
+            (r#""8.0 \" 8.0"#, r#""8.0 \" 8.0"#),
+            ("1.0.0", "1.0"),
+            (".0", ".0"),
+            ("8.", "8."),
+            ("8.0", "8"),
+        ] {
+            assert_eq!(String::from_utf8_lossy(&whole_numbers(came.as_bytes())), kept, "{came}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use utoipa::OpenApi;
 
 use super::problem::{self, Document, Kind};
 use super::{about, api};
+use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -70,6 +71,7 @@ pub(super) fn document() -> Value {
         }
     }
     describe_forms(&mut document);
+    describe_texts(&mut document);
     document
 }
 
@@ -160,7 +162,7 @@ fn describe_forms(document: &mut Value) {
         let schema = &mut document["components"]["schemas"][name];
         schema["additionalProperties"] = false.into();
         schema["properties"]["images"]["items"] =
-            json!({ "type": "string", "format": "binary", "contentMediaType": "image/*" });
+            json!({ "type": "string", "format": "binary" });
     }
     let options = &mut document["components"]["schemas"]["NewJob"]["properties"]["options"];
     *options = json!({ "$ref": "#/components/schemas/TrainOptions" }); // absent, but never null
@@ -171,5 +173,21 @@ fn describe_forms(document: &mut Value) {
                 if *part == "images" { "image/png, image/jpeg, image/webp" } else { "application/json" };
             form["encoding"][*part] = json!({ "contentType": content_type });
         }
+    }
+}
+
+/// What a text may hold: a pattern that a macro's literal cannot name, and one for the texts of a list.
+fn describe_texts(document: &mut Value) {
+    let schemas = &mut document["components"]["schemas"];
+    schemas["NewJob"]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();
+    let prompt = json!({ "type": "string", "minLength": 1, "maxLength": 1000, "pattern": PROMPT_PATTERN });
+    let sample = &mut schemas["SampleSpec"]["properties"];
+    sample["prompts"]["items"] = prompt;
+    sample["negative_prompt"]["pattern"] = format!("^$|{PROMPT_PATTERN}").into();
+    for path in ["/v1/jobs", "/v1/samples"] {
+        let parameters = document["paths"][path]["get"]["parameters"].as_array_mut().expect("parameters");
+        let name =
+            parameters.iter_mut().find(|parameter| parameter["name"] == "class_name").expect("a filter");
+        name["schema"]["pattern"] = CLASS_NAME_PATTERN.into();
     }
 }

@@ -10,8 +10,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 pub use spec::{
-    CLASS_NAME_CHARS_MAX, Evaluation, Format, Invalid, LossWeights, Method, N_PHOTOS_MAX, N_PHOTOS_MIN,
-    PRODUCT, SEED_MAX, SampleSpec, Scheduler, TrainOptions, TrainSpec, class_name,
+    CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Evaluation, Format, Invalid, LossWeights, Method, N_PHOTOS_MAX,
+    N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, SEED_MAX, SampleSpec, Scheduler, TrainOptions, TrainSpec,
+    class_name,
 };
 
 /// Name of the artifact with a training's weights.
@@ -70,14 +71,29 @@ impl TenantId {
 
 /// An enum that is one lower-case word in rows, JSON and logs.
 macro_rules! words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(
-            Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
-        )]
+    (
+        $(#[doc = $doc:literal])+
+        $name:ident { $($(#[doc = $vdoc:literal])+ $variant:ident = $word:literal,)+ }
+    ) => {
+        $(#[doc = $doc])+
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
         pub enum $name {
-            $($(#[$vdoc])* #[serde(rename = $word)] $variant,)+
+            $($(#[doc = $vdoc])+ #[serde(rename = $word)] $variant,)+
         }
+
+        // Not derived: the derive does not see a name that a macro gives.
+        impl utoipa::PartialSchema for $name {
+            fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+                let meaning = [$(concat!("\n- `", $word, "`:", $($vdoc),+)),+].concat();
+                utoipa::openapi::ObjectBuilder::new()
+                    .schema_type(utoipa::openapi::Type::String)
+                    .enum_values(Some([$($word),+]))
+                    .description(Some(concat!($($doc),+).trim().to_owned() + &meaning))
+                    .into()
+            }
+        }
+
+        impl utoipa::ToSchema for $name {}
 
         impl $name {
             /// Every one, in order.

@@ -6,6 +6,34 @@ use utoipa::ToSchema;
 
 use super::words;
 
+/// What [`is_printable`] refuses, as a regular expression's set has it, but for the controls of ASCII.
+macro_rules! unseen {
+    () => {
+        concat!(
+            r"\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb",
+            "\u{E0000}-\u{E007F}"
+        )
+    };
+}
+
+/// A pattern of texts with something to see, and with nothing unseen and none of these controls.
+macro_rules! pattern {
+    ($controls:literal) => {
+        concat!(
+            "^[^",
+            $controls,
+            unseen!(),
+            "]*[^\\s",
+            $controls,
+            unseen!(),
+            "][^",
+            $controls,
+            unseen!(),
+            "]*$"
+        )
+    };
+}
+
 /// Fewest photos of a product.
 pub const N_PHOTOS_MIN: usize = 3;
 /// Most photos of a product.
@@ -16,6 +44,11 @@ pub const CLASS_NAME_CHARS_MAX: usize = 64;
 pub const SEED_MAX: u64 = (1 << 53) - 1;
 /// What stands for the product in a prompt.
 pub const PRODUCT: &str = "{product}";
+
+/// What a class name looks like, as JSON Schema says it: something to see, and nothing that cannot be seen.
+pub const CLASS_NAME_PATTERN: &str = pattern!("\\u0000-\\u001f");
+/// What a prompt looks like: the same, but line breaks and tabs may stand.
+pub const PROMPT_PATTERN: &str = pattern!("\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f");
 
 const PROMPT_CHARS_MAX: usize = 1000;
 const N_PROMPTS_MAX: usize = 16;
@@ -210,14 +243,19 @@ impl TrainSpec {
 pub fn class_name(text: &str) -> Result<String, Invalid> {
     let name: String = text.trim().nfc().collect();
     let invalid = |message: String| Err(Invalid::new("/class_name", message));
-    let n_chars = name.chars().count();
-    if n_chars == 0 || n_chars > CLASS_NAME_CHARS_MAX {
+    let n_chars = n_chars(text, &name);
+    if name.is_empty() || n_chars > CLASS_NAME_CHARS_MAX {
         return invalid(format!("wanted 1 to {CLASS_NAME_CHARS_MAX} characters, got {n_chars}"));
     }
-    match name.chars().find(|&c| !is_printable(c)) {
+    match text.chars().find(|&c| !is_printable(c)) {
         Some(c) => invalid(format!("holds U+{:04X}, a character that cannot be seen", c as u32)),
         None => Ok(name),
     }
+}
+
+/// A text may be too long as it came or as it is kept; the JSON Schema knows the first only.
+fn n_chars(came: &str, kept: &str) -> usize {
+    came.chars().count().max(kept.chars().count())
 }
 
 /// Pictures to draw with a finished training. Everything but the prompts has a default.
@@ -328,8 +366,9 @@ impl SampleSpec {
 
 /// A prompt as it is kept: NFC. Line breaks and tabs are spaces to the tokenizer and may stand.
 fn text(pointer: &str, text: &str, min: usize) -> Result<String, Invalid> {
-    let text: String = text.nfc().collect();
-    let n_chars = text.chars().count();
+    let came = text;
+    let text: String = came.nfc().collect();
+    let n_chars = n_chars(came, &text);
     if n_chars > PROMPT_CHARS_MAX || text.trim().chars().count() < min {
         let message = format!("wanted {min} to {PROMPT_CHARS_MAX} characters, got {n_chars}");
         return Err(Invalid::new(pointer, message));
