@@ -1,7 +1,7 @@
 //! `/v1/jobs`: trainings.
 
 use axum::Json;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -14,14 +14,13 @@ use super::keys::{Reader, Writer};
 use super::problem::{Kind as ProblemKind, Problem};
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
 use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
-use super::upload::{Fields, Upload, decode, place, read, remarks};
+use super::upload::{Fields, Upload, place, read, store};
 use super::view::{ArtifactView, JobView};
-use crate::blobs::{Key, Scope};
+use crate::blobs::Scope;
 use crate::job::{
     Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
     TrainOptions, TrainSpec,
 };
-use crate::photo::Photo;
 use crate::store::{Idempotency, NewJob};
 
 /// The form of a new training.
@@ -128,11 +127,8 @@ async fn create(
         return Ok(before);
     }
     let spec = upload.spec()?;
-    let photos = decode(front, &upload.images).await?;
-    drop(upload);
-
     let id = JobId::new();
-    let settled = store_and_submit(front, tenant, id, spec, photos, idempotency).await;
+    let settled = store_and_submit(front, tenant, id, spec, upload.images, idempotency).await;
     if !settled.as_ref().is_ok_and(|accepted| accepted.job.id == id) {
         discard(front, tenant, id).await;
     }
@@ -144,24 +140,17 @@ async fn store_and_submit(
     tenant: TenantId,
     id: JobId,
     spec: TrainSpec,
-    photos: Vec<Photo>,
+    images: Vec<Bytes>,
     idempotency: Option<Idempotency>,
 ) -> Result<Accepted, Problem> {
-    let remarks = remarks(&photos);
-    let mut objects = Vec::new();
-    for (n, (photo, remark)) in photos.into_iter().zip(remarks).enumerate() {
-        let mut object = front.blobs.put(&Key::photo(tenant, id, n), photo.png).await?;
-        object.meta = remark;
-        objects.push(object);
-    }
-    let priority = spec.options.priority;
+    let photos = store(front, tenant, id, images).await?;
     let job = NewJob {
         id,
         tenant,
         parent: None,
+        priority: spec.options.priority,
         spec: Spec::Train(spec),
-        photos: objects,
-        priority,
+        photos,
         max_attempts: front.settings.attempts_max,
         idempotency,
         queue_max: front.settings.queue_max,

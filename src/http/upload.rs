@@ -1,15 +1,16 @@
-//! A form of photos, read whole or refused. Nothing of it is kept here.
+//! A form of photos: read whole or refused, then decoded and stored.
 
 use axum::body::{Body, Bytes};
 use axum::http::HeaderMap;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::SemaphorePermit;
 
 use super::Front;
 use super::form::Form;
 use super::problem::{Kind, Problem};
-use crate::job::N_PHOTOS_MAX;
-use crate::photo::{Photo, duplicates};
+use crate::blobs::Key;
+use crate::job::{JobId, N_PHOTOS_MAX, Object, TenantId};
+use crate::photo::{Inspection, duplicates};
 
 /// Beside the photos: fields, boundaries, heads.
 const REST_BYTES_MAX: usize = 1 << 20;
@@ -94,30 +95,36 @@ async fn once(
     Ok(())
 }
 
-/// Decodes all photos, or says which one cannot be.
-pub(super) async fn decode(front: &Front, images: &[Bytes]) -> Result<Vec<Photo>, Problem> {
-    let mut photos = Vec::new();
-    for (n, image) in images.iter().enumerate() {
-        let photo = front
-            .decoder
-            .decode(image.clone())
-            .await
-            .map_err(|refusal| Problem::from(refusal).about(format!("/images/{n}")))?;
-        photos.push(photo);
+/// Decodes the photos and stores them under the job, one at a time: decoded, a photo may take a hundred megabytes. What was
+/// stored before one is refused is the caller's to take away.
+pub(super) async fn store(
+    front: &Front,
+    tenant: TenantId,
+    id: JobId,
+    images: Vec<Bytes>,
+) -> Result<Vec<Object>, Problem> {
+    let (mut objects, mut inspections) = (Vec::new(), Vec::new());
+    for (n, image) in images.into_iter().enumerate() {
+        let photo = front.decoder.decode(image).await;
+        let photo = photo.map_err(|refusal| Problem::from(refusal).about(format!("/images/{n}")))?;
+        objects.push(front.blobs.put(&Key::photo(tenant, id, n), photo.png).await?);
+        inspections.push(photo.inspection);
     }
-    Ok(photos)
+    for (object, remark) in objects.iter_mut().zip(remarks(&inspections)) {
+        object.meta = remark;
+    }
+    Ok(objects)
 }
 
 /// What the row keeps of each photo beside its object: its size, and what is odd about it.
-pub(super) fn remarks(photos: &[Photo]) -> Vec<serde_json::Value> {
-    let inspections: Vec<_> = photos.iter().map(|photo| photo.inspection.clone()).collect();
-    let pairs = duplicates(&inspections);
-    let remark = |(n, photo): (usize, &Photo)| {
-        let mut warnings: Vec<_> = photo.inspection.warnings.iter().map(|warning| warning.as_str()).collect();
+fn remarks(inspections: &[Inspection]) -> Vec<Value> {
+    let pairs = duplicates(inspections);
+    let remark = |(n, seen): (usize, &Inspection)| {
+        let mut warnings: Vec<_> = seen.warnings.iter().map(|warning| warning.as_str()).collect();
         if pairs.iter().any(|&(_, later)| later == n) {
             warnings.push("duplicate");
         }
-        json!({ "width": photo.width, "height": photo.height, "warnings": warnings })
+        json!({ "width": seen.width, "height": seen.height, "warnings": warnings })
     };
-    photos.iter().enumerate().map(remark).collect()
+    inspections.iter().enumerate().map(remark).collect()
 }

@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use super::chaos::{Chaos, What};
 use super::floor::{Floor, eventually};
 use super::house::{House, Plan, form, problem, refusal};
+use super::postgres::Postgres;
 
 // case 34
 #[tokio::test(flavor = "multi_thread")]
@@ -387,5 +388,32 @@ async fn an_upload_that_is_refused_early_still_hears_why() {
     let began = Instant::now();
     let _: Value = house.get("/v1/jobs").await.json().await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(30));
+    house.stop().await;
+}
+
+// case 73
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_database_is_away_the_answer_says_so_and_when_it_is_back_all_is_well() {
+    let server = Postgres::own();
+    let floor = Floor::on(tempfile::tempdir().unwrap(), &server.fresh().await).await;
+    let house = House::on(floor, Plan::default()).await;
+    let job = house.new_job().await;
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    assert_eq!(house.get(&path).await.status(), 200);
+    server.cut_power();
+    for path in [path.as_str(), "/v1/jobs", "/readyz"] {
+        let answer = house.get(path).await;
+        assert!(answer.headers().contains_key("retry-after"), "{path}");
+        assert_eq!(refusal(answer).await, (503, "unavailable".into()), "{path}");
+    }
+    let refused = house.post_job(form(3, "mug")).await;
+    assert_eq!(refusal(refused).await, (503, "unavailable".into()));
+    house.is_alive().await;
+    server.start();
+    eventually("it is ready again", async || (house.get("/readyz").await.status() == 200).then_some(()))
+        .await;
+    let page: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    assert_eq!(page["data"].as_array().unwrap().len(), 1, "what was refused is not there");
+    assert_eq!(page["data"][0]["id"], job["id"]);
     house.stop().await;
 }

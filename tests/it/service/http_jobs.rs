@@ -386,7 +386,7 @@ async fn one_place_in_the_queue_is_given_once() {
     house.stop().await;
 }
 
-// case 54
+// cases 61, 68
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
     let floor = Floor::new().await;

@@ -1,5 +1,6 @@
 //! Who may ask: keys, scopes, tenants, and a server without keys.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hypnos::http::Auth;
@@ -165,4 +166,46 @@ async fn a_server_without_keys_answers_to_its_own_names_and_no_other_sites_page(
         assert_eq!(ask("sec-fetch-site", site.into()).await.unwrap().status(), status, "{site}");
     }
     house.stop().await;
+}
+
+/// A log that a test can read.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+// cases 24, 31
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_sends_is_not_in_the_log() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_env_filter("hypnos=trace").with_ansi(false);
+    subscriber.with_writer(move || writer.clone()).init(); // one test, one process
+    let house = House::start().await;
+    let trained = house.finished().await;
+    house.post_job(form(3, "classified")).await;
+    house.post_job(form(2, "classified\u{202e}")).await;
+    house.get(&format!("/v1/jobs?class_name=classified&api_key={}", house.key)).await;
+    house
+        .get("/v1/classified\r\nforged: \u{1b}[31mline".replace(['\r', '\n', ' ', '\u{1b}'], "%0A").as_str())
+        .await;
+    let prompts = serde_json::json!({ "prompts": ["whispered"], "negative_prompt": "whispered" });
+    let request =
+        house.ask(Method::POST, &format!("/v1/jobs/{trained}/sample")).header("x-request-id", "known-1");
+    assert_eq!(request.json(&prompts).send().await.unwrap().status(), 202);
+    house.stop().await;
+    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(text.contains("request.id=known-1") && text.contains("/v1/jobs/{id}/sample"), "{text}");
+    for secret in ["classified", "whispered", "hyp_", "forged"] {
+        assert!(!text.contains(secret), "{secret} in {text}");
+    }
 }
