@@ -213,12 +213,12 @@ mod tests {
 
     #[tokio::test]
     async fn parts_are_the_same_however_the_bytes_come() {
-        let quoted = part(r#"name="a\"b"; filename="x;name=y""#, "--b\r\n--\r\n-b");
+        let tricky = "-b\r\n--\r\n-b";
+        let quoted = part(r#"name="a\"b"; filename="x;name=y""#, tricky);
         let body = [part("filename=\"name=z\"; name=one", ""), quoted, "--b--\r\nepilogue".into()].concat();
-        let body = body.replace("--b\r\n--\r\n-b", "-b\r\n--\r\n-b");
         for step in [1, 2, 3, 7, 1000] {
             let parts = read(&body, "b", step).await.expect("a form");
-            assert_eq!(parts, [("one".into(), String::new()), ("a\"b".into(), "-b\r\n--\r\n-b".into())]);
+            assert_eq!(parts, [("one".into(), String::new()), ("a\"b".into(), tricky.into())]);
         }
     }
 
@@ -226,10 +226,8 @@ mod tests {
     async fn a_form_with_a_preamble_is_read_and_one_without_an_end_is_not() {
         let body = format!("words\r\n{}--b--", part("name=a", "1"));
         assert_eq!(read(&body, "\"b\"", 5).await.expect("a form").len(), 1);
-        for cut in 1..body.len() - 1 {
-            if cut < body.len() - 2 {
-                assert!(read(&body[..cut], "b", 5).await.is_err(), "{cut}");
-            }
+        for end in 1..body.len() {
+            assert!(read(&body[..end], "b", 5).await.is_err(), "{end}");
         }
     }
 

@@ -1,11 +1,15 @@
 //! Requests to rows.
 //!
-//! Every handler is a short story: who asks, what for, the row, the answer. It never does the work: that is a worker's, and
-//! the two meet in the table. What a client is told of an error is decided in [`problem`] alone; the document that
-//! describes all this is made from the handlers themselves, so that it cannot lie.
+//! Every handler is a short story: who asks, what for, the row, the answer. The work is a worker's, and the two meet in
+//! the table. Nothing that a client says of itself or of us is believed: `Host`, `X-Forwarded-*`, types and names of files.
 //!
-//! Nothing that a client sends is believed about itself: `Host`, `X-Forwarded-*`, types and names of files. URLs begin with
-//! the configured one.
+//! ```text
+//! serve     connections                  edge      what every request passes      keys      who asks
+//! body      bytes in, within bounds      form      parts of a form                upload    forms to photos to objects
+//! jobs samples photos files health       events    a job as it changes            submit    the door of the queue
+//! reading   ids, pages, waiting          view      what a client sees of a row    problem   errors to statuses, once
+//! document  the handlers, described      page      the same for people
+//! ```
 
 mod body;
 mod document;

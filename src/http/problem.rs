@@ -240,7 +240,7 @@ impl From<BadLink> for Problem {
 }
 
 impl IntoResponse for Problem {
-    /// Status and headers; the body is written by [`super::edge::finish`], which finds the problem in the extensions.
+    /// Status and headers; the body is written by the outermost layer, which finds the problem in the extensions.
     fn into_response(self) -> Response {
         let mut response = self.kind.status().into_response();
         let headers = response.headers_mut();
