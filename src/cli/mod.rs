@@ -10,6 +10,7 @@ mod models;
 mod sample;
 mod serve;
 mod service;
+mod sweep;
 mod work;
 
 use std::collections::BTreeSet;
@@ -38,6 +39,8 @@ enum Command {
     Work(Box<work::Work>),
     /// Bring the database up to date.
     Migrate(migrate::Migrate),
+    /// Find objects that no row names, and remove them with --remove.
+    Sweep(sweep::Sweep),
     /// Say who may call.
     #[command(subcommand)]
     Keys(keys::Command),
@@ -91,6 +94,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Work(args) => work::run(&args),
         Command::Migrate(args) => migrate::run(&args),
+        Command::Sweep(args) => sweep::run(&args),
         Command::Keys(command) => keys::run(&command),
         Command::Openapi => {
             say(crate::http::openapi().trim_end());

@@ -56,6 +56,17 @@ impl Store {
         ];
         Ok(self.db.write(sql, &[&place[..], &what[..]].concat()).await? > 0)
     }
+
+    /// Whether objects of a job may not be swept away: of its photos, where no claim is given; of a claim, while it runs
+    /// and as long as the job names anything that it wrote.
+    pub async fn keeps(&self, id: JobId, run_lease: Option<i64>) -> Result<bool> {
+        let sql = "select 1 from job where id = $1 and ($2 is null \
+                   or state = 'running' and run_lease = $2 \
+                   or checkpoint like '%/j/' || id || '/a/' || $3 || '/%' \
+                   or exists (select 1 from artifact where job = job.id and key like '%/a/' || $3 || '/%'))";
+        let lease = run_lease.map(|lease| lease.to_string());
+        Ok(!self.db.read(sql, args![id, run_lease, lease]).await?.is_empty())
+    }
 }
 
 pub(super) fn object(row: &Row) -> Result<Object> {

@@ -113,7 +113,10 @@ fn each_library_has_one_place() {
     only("object_store", &["src/blobs/"]);
     only("axum", &["src/http/", "src/cli/bench_serve"]);
     only("hyper", &["src/http/"]);
-    only("candle_core", &["src/ml/", "src/engine/candle", "src/cli/bench", "src/cli/sample.rs"]);
+    only(
+        "candle_core",
+        &["src/ml/", "src/engine/candle", "src/cli/bench", "src/cli/models.rs", "src/cli/sample.rs"],
+    );
     only("image::", &["src/photo", "src/ml/"]);
     only("std::env", &["src/cli/"]);
 }

@@ -8,6 +8,7 @@ mod s3;
 mod scripted;
 
 mod blobs;
+mod cases;
 mod http_document;
 mod http_edge;
 mod http_events;

@@ -41,6 +41,7 @@ on_both! {
     a_deleted_training_takes_no_more_samples,
     spent_checkpoints_are_named_until_they_are_forgotten,
     the_first_class_image_stays,
+    what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named,
     lists_are_filtered_and_turned_page_by_page,
     another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
@@ -834,4 +835,23 @@ async fn a_schema_of_another_version_is_refused(house: House) {
     assert!(refusal().await.contains("older than this program: run `hypnos migrate`"), "{}", refusal().await);
     house.sql("drop table _sqlx_migrations").await;
     assert!(refusal().await.contains("hypnos migrate"), "{}", refusal().await);
+}
+
+// case 54, 55: what a sweep may take
+async fn what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named(house: House) {
+    let tenant = house.tenant("shop").await;
+    let job = house.accept(training(tenant)).await;
+    let keeps = async |lease| house.store.keeps(job.id, lease).await.unwrap();
+    assert!(keeps(None).await, "its photos");
+    assert!(!keeps(Some(1)).await);
+    let held = house.claim().await.unwrap().lease();
+    assert!(keeps(Some(held.run_lease)).await && !keeps(Some(held.run_lease + 1)).await);
+    let key = format!("t/{tenant}/j/{}/a/{}/preview-0.png", job.id, held.run_lease);
+    house.store.add_artifact(held, &Object { key, ..object("preview-0.png") }).await.unwrap();
+    house.store.release(held).await.unwrap();
+    assert!(keeps(Some(held.run_lease)).await, "its preview is shown");
+    let again = house.claim().await.unwrap().lease();
+    house.store.release(again).await.unwrap();
+    assert!(!keeps(Some(again.run_lease)).await, "nothing of it is named");
+    assert!(!house.store.keeps(JobId::new(), None).await.unwrap());
 }
