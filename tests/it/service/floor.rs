@@ -21,7 +21,7 @@ use super::scripted::Script;
 pub(super) const TENANT: TenantId = TenantId::LOCAL;
 
 /// How long a test waits for what must happen before it says that it did not.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Rows, objects and what lies around them. The directory goes with it.
 pub(super) struct Floor {
@@ -49,7 +49,7 @@ impl Floor {
             database: url.into(),
             lease: Duration::from_millis(1500),
             beat: Duration::from_millis(100),
-            deadline: Duration::from_secs(600),
+            deadline: Duration::from_mins(10),
             poll: Duration::from_millis(50),
             checkpoint_every: Duration::from_millis(20),
             scratch: dir.path().join("scratch"),

@@ -172,7 +172,7 @@ async fn a_job_that_always_kills_its_worker_fails_as_worker_lost() {
     let mut floor = Floor::new().await;
     floor.settings.lease = Duration::from_millis(300);
     floor.settings.beat = Duration::from_millis(50);
-    floor.settings.checkpoint_every = Duration::from_secs(600);
+    floor.settings.checkpoint_every = Duration::from_mins(10);
     let job = floor.train("mug", 1000).await;
     for attempt in 1..=3 {
         let worker = floor.work(&Script::new(SLOW));
@@ -202,7 +202,7 @@ async fn a_canceled_training_stops_at_its_next_step_and_its_objects_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
     let mut floor = Floor::new().await;
-    floor.settings.beat = Duration::from_secs(3600); // it never beats
+    floor.settings.beat = Duration::from_hours(1); // it never beats
     floor.settings.lease = Duration::from_millis(400);
     let script = Script::new(SLOW);
     let worker = floor.work(&script);
