@@ -284,12 +284,14 @@ fn hex(bytes: &[u8]) -> String {
     format!("{:x}", sha2::Sha256::digest(bytes))
 }
 
+/// Arguments, settings, and what the program says of them.
+type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+
 /// What cannot work is refused before anything is opened: one line, exit code 2.
 #[test]
 fn settings_that_cannot_work_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
-    type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
     let cases: [Case; 9] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
         (
