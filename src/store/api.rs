@@ -154,6 +154,9 @@ impl Store {
     /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts
     /// tenants as taking turns; one with nothing running gets several in a row, so this is close, not exact.
     pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
+        if job.state != State::Queued {
+            return Ok(None);
+        }
         let ahead = "
             select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
                 and (priority > me.priority or (priority = me.priority and id < me.id))) as own

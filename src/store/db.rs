@@ -179,8 +179,10 @@ impl Db {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
-        // An idle connection costs nothing, and the last one to go would take the log with it.
-        let pool = || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None);
+        // An idle connection costs nothing, and the last one to go would take the log with it. A file does not hang up,
+        // so that nobody needs to ask it whether it is still there.
+        let pool =
+            || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None).test_before_acquire(false);
         let write = pool().max_connections(1).acquire_timeout(BUSY).connect_lazy_with(writing);
         let read = pool().max_connections(readers).acquire_timeout(ACQUIRE);
         let read = read.connect_lazy_with(reading);
