@@ -28,8 +28,14 @@ pub enum Name {
     Checkpoint(u64),
     /// A picture of the result, by its place: `image-{n}.png`.
     Image(usize, Format),
-    /// A picture drawn while the training goes on, by its place: `preview-{n}.png`.
-    Preview(usize, Format),
+    /// A picture drawn while the training goes on, by the steps before it: `preview-{step}.png`.
+    Preview(u64, Format),
+    /// Where the product was found in a photo, by the photo's place: `mask-{n}.png`.
+    Mask(usize, Format),
+    /// Where the discriminator looks, by the photo's place: `attention-{n}.png`.
+    Attention(usize, Format),
+    /// A view that is learned from, by its place: `view-{n}.png`.
+    View(usize, Format),
 }
 
 impl fmt::Display for Name {
@@ -39,7 +45,10 @@ impl fmt::Display for Name {
             Self::Report => f.write_str("report.json"),
             Self::Checkpoint(step) => write!(f, "checkpoint-{step}.safetensors"),
             Self::Image(n, format) => write!(f, "image-{n}.{}", format.extension()),
-            Self::Preview(n, format) => write!(f, "preview-{n}.{}", format.extension()),
+            Self::Preview(step, format) => write!(f, "preview-{step}.{}", format.extension()),
+            Self::Mask(n, format) => write!(f, "mask-{n}.{}", format.extension()),
+            Self::Attention(n, format) => write!(f, "attention-{n}.{}", format.extension()),
+            Self::View(n, format) => write!(f, "view-{n}.{}", format.extension()),
         }
     }
 }

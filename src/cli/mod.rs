@@ -11,6 +11,7 @@ mod sample;
 mod serve;
 mod service;
 mod sweep;
+mod train;
 mod work;
 
 use std::collections::BTreeSet;
@@ -49,6 +50,8 @@ enum Command {
     /// Look after the models on disk.
     #[command(subcommand)]
     Models(models::Command),
+    /// Make photos of a product into a model of it, without a service.
+    Train(Box<train::Train>),
     /// Draw pictures from a bundle and words.
     Sample(Box<sample::Sample>),
     /// Measure operations and models, side by side with PyTorch where it is given.
@@ -101,6 +104,7 @@ pub fn run() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         Command::Models(command) => Ok(models::run(command)?),
+        Command::Train(args) => train::run(&args),
         Command::Sample(args) => Ok(sample::run(&args)?),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::BenchServe(args) => bench_serve::run(&args),

@@ -58,9 +58,9 @@ impl Log {
 /// Runs `work` on a runtime of many threads, until it ends or the process is told to for the second time.
 ///
 /// `work` is given a token that the first SIGTERM or SIGINT cancels.
-pub(super) fn run<F: Future<Output = Result<(), Stop>>>(
+pub(super) fn run<T, F: Future<Output = Result<T, Stop>>>(
     work: impl FnOnce(CancellationToken) -> F,
-) -> Result<(), Stop> {
+) -> Result<T, Stop> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Stop::Failed(format!("no runtime: {error}")))?;
     let done = runtime.block_on(async {

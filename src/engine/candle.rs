@@ -8,13 +8,15 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::shelf::Shelf;
-use super::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch, training};
+use super::{
+    Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch, recipe, training,
+};
 use crate::job::{Fault, FaultCode, Format, PRODUCT, SampleSpec, Scheduler, TrainSpec};
 use crate::ml::adapted::{self, Adapted, Product};
 use crate::ml::bundle::{Bundle, hex};
 use crate::ml::sample::{self, Models, Picture};
 use crate::ml::samplers::Sampler;
-use crate::ml::{self, Error, device, picture, train};
+use crate::ml::{self, Error, device, picture};
 
 /// How an engine works. None of it changes what is drawn or learned, but for the rounding of sums.
 #[derive(Clone, Debug)]
@@ -148,7 +150,7 @@ impl Engine for CandleEngine {
     fn class_images(&self, spec: &TrainSpec) -> ClassImages {
         let how = self.how(training::CLASS_IMAGE_STEPS);
         let decides = json!({
-            "bundle": self.hash, "prompt": train::class_prompt(&spec.class_name), "negative": "",
+            "bundle": self.hash, "prompt": recipe::templates(spec).of_class(&spec.class_name), "negative": "",
             "sampler": how.sampler.name(), "steps": how.steps, "guidance": how.guidance,
             "width": how.width, "height": how.height,
         });

@@ -4,6 +4,7 @@
 //! bytes and reports through a *watch* between two steps; the watch says whether to go on. Time is the caller's too.
 
 mod candle;
+mod recipe;
 mod shelf;
 mod training;
 
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::job::{Fault, Format, Progress, SampleSpec, TrainSpec};
+use crate::ml::train::{Taken, Trace};
 
 pub use candle::{CandleEngine, Settings};
 
@@ -40,8 +42,20 @@ pub enum Beat {
         /// The picture.
         png: Vec<u8>,
     },
+    /// What a step found.
+    Taken {
+        /// The step, counted from 1.
+        step: u64,
+        /// Its losses.
+        taken: Taken,
+    },
     /// A picture that people may look at while the training goes on.
-    Preview(Drawn),
+    Shown {
+        /// Which.
+        what: Shown,
+        /// The picture.
+        picture: Drawn,
+    },
     /// A checkpoint was written as asked; the file is the watcher's now.
     Checkpoint {
         /// Steps done.
@@ -49,6 +63,20 @@ pub enum Beat {
         /// The file, in the training's scratch directory.
         file: PathBuf,
     },
+}
+
+/// A picture from the midst of a training. A training that goes on from a checkpoint shows the first two again, as they
+/// were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// Where the product was found in this photo.
+    Mask(usize),
+    /// This view, as it is learned from.
+    View(usize),
+    /// Where the discriminator looks in the first view of this photo, when all is learned.
+    Attention(usize),
+    /// The product as it is drawn after so many steps.
+    Preview(u64),
 }
 
 /// Hears each beat and may draw meanwhile with the device that it is handed.
@@ -76,6 +104,8 @@ pub struct TrainInput<'a> {
     pub resume: Option<&'a Path>,
     /// An empty directory for the training's files.
     pub scratch: &'a Path,
+    /// Steps to write down whole, and where.
+    pub trace: Option<&'a Trace>,
 }
 
 /// How a training ended.

@@ -1,4 +1,5 @@
-//! One training from photos to weights: prepare, draw what is missing of the class, take steps, draw the result.
+//! One training from photos to weights: find the product in its photos, draw what is missing of the class, teach the
+//! discriminator, take steps, draw the result.
 //!
 //! Between two calls of the watch lies at most one step of training, one step of a sampler, or one picture through the
 //! autoencoder. What the watch does meanwhile changes nothing: all random numbers come from the job's seed.
@@ -8,16 +9,20 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use image::RgbImage;
 use serde_json::{Value, json};
 
 use super::candle::{CandleEngine, fault, named, without_path};
-use super::{Beat, ClassImages, Drawn, Ending, Engine, Flow, TrainInput, Trained, Watch};
+use super::recipe::recipe;
+use super::{Beat, ClassImages, Drawn, Ending, Engine, Flow, Shown, TrainInput, Trained, Watch};
 use crate::job::{Fault, FaultCode, Format, Phase, Progress, SEED_MAX, TrainSpec};
-use crate::ml::adapted::Product;
 use crate::ml::models::vae::Moments;
-use crate::ml::picture::{self, Photo};
+use crate::ml::perceptual::Perceptual;
+use crate::ml::picture;
 use crate::ml::sample::{self, Models, Picture, Settings};
-use crate::ml::train::{Material, Recipe, State, Taken, train as take_steps};
+use crate::ml::segment::segment;
+use crate::ml::train::{self, Critic, Instance, Learner, Material, Recipe, State, Taken};
+use crate::ml::views::{self, Cut, View};
 use crate::ml::{Error, random};
 
 /// Steps of a class image's sampler: a quick one, for there are many of them.
@@ -92,40 +97,26 @@ struct Plan {
     preview_seed: u64,
     evaluation_seed: u64,
     warnings: Vec<String>,
+    /// What is thought of each photo's mask, as JSON.
+    masks: Vec<Value>,
+    /// Hash of all models that are learned with.
+    learned_with: String,
 }
 
 impl Plan {
     fn new(engine: &CandleEngine, spec: &TrainSpec) -> Result<Self, Fault> {
-        let tokenizer = &engine.base.tokenizer;
-        let product = Product { token: token(engine, spec)?, class_name: spec.class_name.clone() };
         for steps in [CLASS_IMAGE_STEPS, spec.options.evaluation.steps as usize] {
             let checked = engine.how(steps).check(&engine.base);
             checked.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
         }
         let class_images = engine.class_images(spec);
-        let n_steps = u64::from(spec.options.steps);
-        let recipe = Recipe {
-            product,
-            n_steps,
-            lr: spec.options.learning_rate,
-            prior_weight: spec.options.loss_weights.prior,
-            n_class_images: class_images.seeds.len(),
-            seed: spec.seed,
-        };
-        let mut warnings = Vec::new();
-        let (n_tokens, room) = (tokenizer.count(&recipe.instance_prompt()), tokenizer.length() - 2);
-        if n_tokens > room {
-            warnings.push(format!(
-                "class_name: its end is not seen; prompts hold {room} tokens, this has {n_tokens}"
-            ));
-        }
-        if class_images.seeds.is_empty() {
-            warnings
-                .push("no class images: every thing of the class may come to look like the product".into());
-        }
+        let recipe = recipe(engine, spec, class_images.seeds.len())?;
+        let warnings = warnings(&recipe, engine);
+        let learned_with = engine.bundle.learning_hash().map_err(fault)?;
         // Assumption: three looks on the way are enough to see whether it is worth waiting.
-        let previews = [1, 2, 3].map(|quarter| n_steps * quarter / 4);
-        let previews = previews.into_iter().filter(|&step| step > 0 && spec.options.evaluation.enabled);
+        let quarters = || [1, 2, 3].map(|quarter| spec.options.steps * quarter / 4).to_vec();
+        let previews = spec.options.previews.clone().unwrap_or_else(quarters).into_iter().map(u64::from);
+        let previews = previews.filter(|&step| step > 0 && spec.options.evaluation.enabled);
         let seed = |label: &str| random::derive(spec.seed, label) & SEED_MAX;
         Ok(Self {
             recipe,
@@ -134,24 +125,28 @@ impl Plan {
             preview_seed: seed("preview"),
             evaluation_seed: seed("evaluation"),
             warnings,
+            masks: Vec::new(),
+            learned_with,
         })
     }
 }
 
-/// The word for the product: what the client names, or the bundle's first rare token.
-fn token(engine: &CandleEngine, spec: &TrainSpec) -> Result<String, Fault> {
-    let asked = spec.options.instance_token.as_ref();
-    let Some(token) = asked.or_else(|| engine.bundle.manifest().rare_tokens.first()) else {
-        let message = "instance_token: this model names no rare token of its own; one is needed";
-        return Err(Fault::new(FaultCode::Input, message));
-    };
+/// What may surprise whoever asked for this.
+fn warnings(recipe: &Recipe, engine: &CandleEngine) -> Vec<String> {
     let tokenizer = &engine.base.tokenizer;
-    if tokenizer.is_single_token(token) {
-        return Ok(token.clone());
+    let mut warnings = Vec::new();
+    let prompt =
+        recipe.views.as_ref().map_or_else(|| recipe.photo_prompt(), |_| recipe.view_prompt("purple"));
+    let (n_tokens, room) = (tokenizer.count(&prompt), tokenizer.length() - 2);
+    if n_tokens > room {
+        warnings.push(format!(
+            "class_name: its end is not seen; prompts hold {room} tokens, this has {n_tokens}"
+        ));
     }
-    let n = tokenizer.count(token);
-    let message = format!("instance_token: wanted one token of the model's vocabulary, \"{token}\" is {n}");
-    Err(Fault::new(FaultCode::Input, message))
+    if recipe.n_class_images == 0 && recipe.learner == Learner::Weights {
+        warnings.push("no class images: every thing of the class may come to look like the product".into());
+    }
+    warnings
 }
 
 /// A training under way.
@@ -166,25 +161,33 @@ struct Run<'a, 'w> {
 impl Run<'_, '_> {
     fn finish(mut self) -> Result<Trained, Halt> {
         let photos = self.photos()?;
-        let material = Material { photos: self.encode_photos(&photos)?, class_images: self.class_images()? };
+        let mut material = match &self.plan.recipe.views {
+            Some(_) => self.refine(&photos)?,
+            None => self.as_they_are(&photos)?,
+        };
+        material.class_images = self.class_images()?;
+        let perceptual = self.perceptual()?;
         let mut state = self.state()?;
-        self.take_steps(&mut state, &material)?;
+        self.teach_critic(&mut state, &material)?;
+        self.take_steps(&mut state, &material, perceptual.as_ref())?;
+        self.show_attention(&state, &material)?;
         let images = self.evaluate(&state)?;
         let weights = self.input.scratch.join("weights.safetensors");
         let saved = state.save_weights(&weights, self.engine.bundle(), &self.plan.recipe);
         saved.map_err(|error| unwritten(&error, &weights, "the weights"))?;
-        let report = self.report(&state, &photos, &images);
+        let report = self.report(&state, &photos, &material, &images);
         Ok(Trained { weights, images, report })
     }
 
-    fn photos(&mut self) -> Result<Vec<Photo>, Halt> {
+    /// The photos, whole.
+    fn photos(&mut self) -> Result<Vec<RgbImage>, Halt> {
         let side = self.engine.bundle.resolution();
         let mut photos = Vec::new();
         for (i, png) in self.input.photos.iter().enumerate() {
-            let photo = Photo::decode(png, side)
+            let photo = picture::read_png(png)
                 .map_err(|error| Fault::new(FaultCode::Input, format!("photo {}: {error}", i + 1)))?;
-            if (photo.width.min(photo.height) as usize) < side {
-                let (width, height) = (photo.width, photo.height);
+            let (width, height) = photo.dimensions();
+            if (width.min(height) as usize) < side {
                 self.plan.warnings.push(format!(
                     "photo {}: has {width} x {height} pixels and was enlarged to the model's {side} x {side}",
                     i + 1
@@ -198,18 +201,77 @@ impl Run<'_, '_> {
         Ok(photos)
     }
 
-    fn encode_photos(&mut self, photos: &[Photo]) -> Result<Vec<Moments>, Halt> {
-        let mut encoded = Vec::with_capacity(photos.len());
+    /// The middle of each photo, learned from as it is.
+    fn as_they_are(&mut self, photos: &[RgbImage]) -> Result<Material, Halt> {
+        let (side, prompt) = (self.engine.bundle.resolution(), self.plan.recipe.photo_prompt());
+        let mut instances = Vec::with_capacity(photos.len());
         for photo in photos {
-            self.beat(Beat::Progress(self.at(Phase::Preparing, encoded.len(), photos.len())), None)?;
-            encoded.push(self.encode(photo)?);
+            self.beat(Beat::Progress(self.at(Phase::Preparing, instances.len(), photos.len())), None)?;
+            let pixels = picture::squared(photo, side);
+            instances.push(Instance { moments: self.encode(&pixels)?, prompt: prompt.clone(), pixels });
         }
-        Ok(encoded)
+        Ok(Material { instances, ..Material::default() })
     }
 
-    fn encode(&self, photo: &Photo) -> Result<Moments, Halt> {
+    /// The product found in each photo, and views of it.
+    fn refine(&mut self, photos: &[RgbImage]) -> Result<Material, Halt> {
+        let recipe = self.plan.recipe.clone();
+        let Some(settings) = &recipe.views else { return self.as_they_are(photos) };
+        let total = photos.len() + settings.n;
+        let cuts = self.cuts(photos, total)?;
+        let mut material = Material::default();
+        for i in 0..settings.n {
+            self.beat(Beat::Progress(self.at(Phase::Refining, photos.len() + i, total)), None)?;
+            let View { pixels, colour, removed, negated, .. } = views::view(&cuts, settings, recipe.seed, i);
+            let prompt = recipe.view_prompt(colour.unwrap_or(&settings.background_token));
+            self.show(Shown::View(i), &pixels, &prompt, recipe.seed)?;
+            if recipe.has_critic() {
+                material.spoiled.extend([self.encode(&removed)?, self.encode(&negated)?]);
+            }
+            material.instances.push(Instance { moments: self.encode(&pixels)?, prompt, pixels });
+        }
+        Ok(material)
+    }
+
+    /// Each photo cut around the product.
+    fn cuts(&mut self, photos: &[RgbImage], total: usize) -> Result<Vec<Cut>, Halt> {
+        let margin = self.plan.recipe.views.as_ref().map_or(0.0, |views| views.margin);
+        let (side, seed) = (self.engine.bundle.resolution(), self.plan.recipe.seed);
+        let segmenter = self.engine.bundle.segmenter(&self.engine.base.device)?;
+        let mut cuts = Vec::with_capacity(photos.len());
+        for (i, photo) in photos.iter().enumerate() {
+            self.beat(Beat::Progress(self.at(Phase::Refining, i, total)), None)?;
+            let (mask, judgement) = segment(&segmenter, photo, &self.engine.base.device)?.cleaned();
+            let name = format!("photo {}", i + 1);
+            if let Some(refusal) = judgement.refusal() {
+                return Err(Fault::new(FaultCode::Input, format!("{name}: {refusal}")).into());
+            }
+            self.plan
+                .warnings
+                .extend(judgement.warnings().iter().map(|warning| format!("{name}: {warning}")));
+            self.plan.masks.push(json!(judgement));
+            self.show(Shown::Mask(i), &mask.picture(), "", seed)?;
+            cuts.push(Cut::new(photo, mask.values(), side, margin)?);
+        }
+        Ok(cuts)
+    }
+
+    fn encode(&self, pixels: &RgbImage) -> Result<Moments, Halt> {
         let base = &self.engine.base;
-        Ok(base.vae.encode(&photo.tensor.to_device(&base.device)?)?)
+        Ok(base.vae.encode(&picture::signed(pixels)?.to_device(&base.device)?)?)
+    }
+
+    fn perceptual(&self) -> Result<Option<Perceptual>, Halt> {
+        let wanted = self.plan.recipe.has_perceptual();
+        Ok(wanted.then(|| self.engine.bundle.perceptual(&self.engine.base.device)).transpose()?)
+    }
+
+    /// Shows a picture to the watcher.
+    fn show(&mut self, what: Shown, pixels: &RgbImage, prompt: &str, seed: u64) -> Result<(), Halt> {
+        let (width, height) = pixels.dimensions();
+        let bytes = picture::png(pixels, (width as usize, height as usize), &[])?;
+        let picture = Drawn { bytes, format: Format::Png, width, height, prompt: prompt.to_owned(), seed };
+        self.beat(Beat::Shown { what, picture }, None)
     }
 
     /// Those that came and those that are drawn now, all as the 8-bit pictures that are kept: a training that finds
@@ -228,11 +290,11 @@ impl Run<'_, '_> {
             for png in pngs.iter_mut().filter_map(Option::take) {
                 let at = self.at(Phase::ClassImages, encoded.len(), self.plan.recipe.n_class_images);
                 self.beat(Beat::Progress(at), None)?;
-                let photo = Photo::decode(&png, self.engine.bundle.resolution()).map_err(|error| {
+                let pixels = picture::read_png(&png).map_err(|error| {
                     let message = format!("class image {}: {error}", encoded.len() + 1);
                     Fault::new(FaultCode::ArtifactMissing, message)
                 })?;
-                encoded.push(self.encode(&photo)?);
+                encoded.push(self.encode(&picture::squared(&pixels, self.engine.bundle.resolution()))?);
             }
         }
         Ok(encoded)
@@ -262,11 +324,22 @@ impl Run<'_, '_> {
     /// Where the steps begin: at the bundle's weights or at the checkpoint.
     fn state(&mut self) -> Result<State, Halt> {
         let (bundle, device) = (&self.engine.bundle, &self.engine.base.device);
-        let mut unet = bundle.unet(device, true)?;
-        unet.model.checkpointing = self.engine.settings.checkpointing;
-        let mut state = State::new(bundle.text_encoder(device, true)?, unet, self.plan.recipe.lr)?;
+        let recipe = &self.plan.recipe;
+        let critic = || {
+            let side = bundle.resolution() / bundle.factor();
+            Critic::new(bundle.latent_channels(), side, recipe.critic.lr, recipe.seed, device)
+        };
+        let critic = recipe.has_critic().then(critic).transpose()?;
+        let mut state = match recipe.learner {
+            Learner::Weights => {
+                let mut unet = bundle.unet(device, true)?;
+                unet.model.checkpointing = self.engine.settings.checkpointing;
+                State::new(bundle.text_encoder(device, true)?, unet, recipe.lr, critic)?
+            }
+            Learner::Embedding => State::of_embedding(&self.engine.base, &recipe.product, recipe.lr, critic)?,
+        };
         if let Some(file) = self.input.resume {
-            state.resume(file, self.engine.bundle(), &self.plan.recipe).map_err(|error| match error {
+            state.resume(file, &self.plan.learned_with, &self.plan.recipe).map_err(|error| match error {
                 Error::Bad(_) => {
                     Fault::new(FaultCode::ArtifactMissing, without_path(&error, file, "the checkpoint"))
                 }
@@ -277,29 +350,61 @@ impl Run<'_, '_> {
         Ok(state)
     }
 
-    fn take_steps(&mut self, state: &mut State, material: &Material) -> Result<(), Halt> {
+    /// The discriminator's steps before the first one of the training.
+    fn teach_critic(&mut self, state: &mut State, material: &Material) -> Result<(), Halt> {
+        let (recipe, base) = (self.plan.recipe.clone(), Arc::clone(&self.engine.base));
+        let total = recipe.critic.n_steps as usize;
+        let mut halted = None;
+        let taught = train::train_critic(state, material, &recipe, &base, &mut |step| {
+            let at = self.at(Phase::Discriminating, step as usize, total);
+            keep(self.beat(Beat::Progress(at), None), &mut halted)
+        });
+        ended(halted, taught)
+    }
+
+    /// Where the discriminator looks in the first view of each photo (fig. 3b).
+    fn show_attention(&mut self, state: &State, material: &Material) -> Result<(), Halt> {
+        let Some(critic) = state.critic() else { return Ok(()) };
+        let discriminator = critic.frozen()?;
+        let scale = self.engine.base.vae.scaling_factor();
+        for (i, instance) in material.instances.iter().take(self.input.photos.len()).enumerate() {
+            let heads = discriminator.attention(&(&instance.moments.mean * scale)?)?; // [1, N, h, w]
+            let map = heads.mean(1)?.squeeze(0)?.to_vec2::<f32>()?;
+            let seed = self.plan.recipe.seed;
+            self.show(Shown::Attention(i), &picture::heated(&instance.pixels, &map), &instance.prompt, seed)?;
+        }
+        Ok(())
+    }
+
+    fn take_steps(
+        &mut self,
+        state: &mut State,
+        material: &Material,
+        perceptual: Option<&Perceptual>,
+    ) -> Result<(), Halt> {
         self.beat(Beat::Progress(self.at_step(state)), Some(state))?;
         let (recipe, base) = (self.plan.recipe.clone(), Arc::clone(&self.engine.base));
+        let trace = self.input.trace.cloned();
         let mut halted = None;
-        let taken = take_steps(state, material, &recipe, &base, &mut |state| {
+        let taken = train::train(state, material, &recipe, &base, perceptual, trace.as_ref(), &mut |state| {
             keep(self.after_step(state), &mut halted)
         });
-        match halted {
-            Some(halt) => Err(halt),
-            None => Ok(taken.map(|_| ())?),
-        }
+        ended(halted, taken)
     }
 
     fn after_step(&mut self, state: &State) -> Result<(), Halt> {
         let at = self.at_step(state);
+        if let Some(&taken) = state.history().last() {
+            self.beat(Beat::Taken { step: state.n_steps(), taken }, None)?;
+        }
         self.beat(Beat::Progress(at.clone()), Some(state))?;
         if !self.plan.preview_steps.contains(&state.n_steps()) {
             return Ok(());
         }
         let wanted = [(SCENES[0], self.plan.preview_seed)];
-        for preview in self.draw_product(state, &wanted, &at)? {
+        for picture in self.draw_product(state, &wanted, &at)? {
             self.n_previews += 1;
-            self.beat(Beat::Preview(preview), Some(state))?;
+            self.beat(Beat::Shown { what: Shown::Preview(state.n_steps()), picture }, Some(state))?;
         }
         Ok(())
     }
@@ -401,13 +506,17 @@ impl Run<'_, '_> {
         let Some(state) = state.filter(|state| state.n_steps() > 0) else { return Ok(None) };
         let step = state.n_steps();
         let file = self.input.scratch.join(format!("checkpoint-{step}.safetensors"));
-        let saved = state.save(&file, self.engine.bundle(), &self.plan.recipe);
+        let saved = state.save(&file, &self.plan.learned_with, &self.plan.recipe);
         saved.map_err(|error| unwritten(&error, &file, "the checkpoint"))?;
         Ok(Some((step, file)))
     }
 
-    fn report(&self, state: &State, photos: &[Photo], images: &[Drawn]) -> Value {
+    fn report(&self, state: &State, photos: &[RgbImage], material: &Material, images: &[Drawn]) -> Value {
         let (plan, recipe) = (&self.plan, &self.plan.recipe);
+        let mut instance_prompts: Vec<&str> =
+            material.instances.iter().map(|one| one.prompt.as_str()).collect();
+        instance_prompts.sort_unstable();
+        instance_prompts.dedup();
         let images: Vec<Value> = (images.iter())
             .map(|image| json!({"prompt": named(&image.prompt, &recipe.product), "seed": image.seed}))
             .collect();
@@ -416,15 +525,17 @@ impl Run<'_, '_> {
             "options": self.input.spec.options,
             "class_name": recipe.product.class_name,
             "instance_token": recipe.product.token,
+            "background_token": recipe.views.as_ref().map(|views| &views.background_token),
             "bundle": {"name": self.engine.bundle.manifest().name, "sha256": self.engine.bundle()},
             "prompts": {
-                "instance": recipe.instance_prompt(),
+                "instance": instance_prompts,
                 "class": (recipe.n_class_images > 0).then(|| recipe.class_prompt()),
                 "preview": named(SCENES[0], &recipe.product),
             },
             "seeds": {"training": recipe.seed, "preview": plan.preview_seed},
             "class_images": {"settings_sha256": plan.class_images.settings, "seeds": plan.class_images.seeds},
-            "photos": photos.iter().map(|photo| json!({"width": photo.width, "height": photo.height})).collect::<Vec<_>>(),
+            "photos": photos.iter().map(|photo| json!({"width": photo.width(), "height": photo.height()})).collect::<Vec<_>>(),
+            "masks": plan.masks,
             "resolution": self.engine.bundle.resolution(),
             "steps": state.n_steps(),
             "curve": curve(state.history()),
@@ -434,11 +545,14 @@ impl Run<'_, '_> {
     }
 }
 
-/// Losses and gradient norms, each point the mean of equally many steps and named by the last of them.
+/// Every number of the steps, each point the mean of equally many of them, named by the last; null where none of them
+/// has it.
 fn curve(history: &[Taken]) -> Value {
     let points = history.chunks(history.len().div_ceil(CURVE_POINTS).max(1));
     let mean = |points: &[Taken], of: fn(&Taken) -> f32| {
-        points.iter().map(|taken| f64::from(of(taken))).sum::<f64>() / points.len() as f64
+        let values: Vec<f64> =
+            points.iter().map(|taken| f64::from(of(taken))).filter(|v| v.is_finite()).collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     };
     let mut last = 0;
     let steps: Vec<usize> = (points.clone())
@@ -447,11 +561,17 @@ fn curve(history: &[Taken]) -> Value {
             last
         })
         .collect();
-    json!({
-        "step": steps,
-        "loss": points.clone().map(|point| mean(point, |taken| taken.loss)).collect::<Vec<_>>(),
-        "grad_norm": points.map(|point| mean(point, |taken| taken.grad_norm)).collect::<Vec<_>>(),
-    })
+    let column = |of: fn(&Taken) -> f32| -> Value { points.clone().map(|point| mean(point, of)).collect() };
+    let columns = Taken::COLUMNS.iter().map(|&(name, of)| (name.to_owned(), column(of)));
+    Value::Object(std::iter::once(("step".to_owned(), json!(steps))).chain(columns).collect())
+}
+
+/// Why it was stopped, or what else went wrong.
+fn ended(halted: Option<Halt>, result: crate::ml::Result<bool>) -> Result<(), Halt> {
+    match halted {
+        Some(halt) => Err(halt),
+        None => Ok(result.map(|_| ())?),
+    }
 }
 
 /// Goes on, or keeps why not and stops.

@@ -17,6 +17,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::problem::{Kind, Problem};
+use crate::job::TrainOptions;
 
 /// Largest JSON body.
 pub(super) const JSON_BYTES_MAX: usize = 64 * 1024;
@@ -111,6 +112,13 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
         );
     }
     Ok(value)
+}
+
+/// A training's options: what the document at `pointer` says, and for the rest the defaults of its method.
+pub(super) fn options(bytes: &[u8], pointer: &str) -> Result<TrainOptions, Problem> {
+    from_json::<TrainOptions>(bytes, pointer)?; // says where it is wrong
+    let some = serde_json::from_slice(&whole_numbers(bytes)).and_then(|some| TrainOptions::given(&some));
+    some.map_err(|error| misfit(&error, pointer))
 }
 
 /// The same text with `8.0` written `8`: JSON Schema counts both as integers, serde one.

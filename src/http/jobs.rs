@@ -106,7 +106,7 @@ impl Upload {
         let class_name = std::str::from_utf8(class_name);
         let class_name = class_name.map_err(|_| refused("/class_name", "is not UTF-8".into()))?;
         let options: TrainOptions = match &self.options {
-            Some(json) => super::body::from_json(json, "/options")?,
+            Some(json) => super::body::options(json, "/options")?,
             None => TrainOptions::default(),
         };
         options.check().map_err(|invalid| {

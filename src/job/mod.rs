@@ -10,9 +10,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 pub use spec::{
-    CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Evaluation, Format, Invalid, LossWeights, Method, N_PHOTOS_MAX,
-    N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, SEED_MAX, SampleSpec, Scheduler, TrainOptions, TrainSpec,
-    class_name,
+    CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
+    Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
+    SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name,
 };
 
 /// Name of the artifact with a training's weights.
@@ -166,8 +166,12 @@ words!(
     Phase {
         /// Fetches photos and weights, encodes what never changes.
         Preparing = "preparing",
+        /// Finds the product in its photos and makes views of it.
+        Refining = "refining",
         /// Draws the class images that keep the class what it was.
         ClassImages = "class_images",
+        /// Teaches the discriminator what the product is.
+        Discriminating = "discriminating",
         /// Takes steps.
         Training = "training",
         /// Draws pictures.

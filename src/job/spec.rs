@@ -1,6 +1,7 @@
 //! What may be asked for: every option with its range and default. An invalid specification cannot be made.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use unicode_normalization::UnicodeNormalization;
 use utoipa::ToSchema;
 
@@ -70,10 +71,24 @@ impl Invalid {
 }
 
 words!(
-    /// How a training goes about it.
+    /// How a training goes about it. A method is a set of defaults: every setting of it can be changed.
     Method {
+        /// Views before plain colours, the inverse Gaussian, perceptual and adversarial losses (arXiv 2410.14265).
+        Hypnos = "hypnos",
         /// Noise loss with prior preservation on UNet and text encoder (Ruiz et al. 2023, arXiv 2208.12242).
         Dreambooth = "dreambooth",
+        /// One new embedding; nothing else learns (Gal et al. 2022, arXiv 2208.01618).
+        TextualInversion = "textual_inversion",
+    }
+);
+
+words!(
+    /// How far a predicted noise is from the true one.
+    Reconstruction {
+        /// The inverse of a Gaussian, steeper than a square where the error is large.
+        InverseGaussian = "inverse_gaussian",
+        /// The mean of squares.
+        Mse = "mse",
     }
 );
 
@@ -109,18 +124,126 @@ impl Format {
     }
 }
 
-/// Weights of the losses in their sum.
+/// Weights of the losses in their sum. One that is 0 is not computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossWeights {
-    /// Of the prior preservation: what the class images count.
+    /// Of the reconstruction of the product.
     #[schema(minimum = 0.0, maximum = 100.0, default = 1.0)]
+    pub reconstruction: f64,
+    /// Of the prior preservation: what the class images count. By default 1; 0 for `textual_inversion`.
+    #[schema(minimum = 0.0, maximum = 100.0)]
     pub prior: f64,
+    /// Of the perceptual loss on the decoded picture. By default 0.003 for `hypnos`, 0 for the others.
+    #[schema(minimum = 0.0, maximum = 100.0)]
+    pub perceptual: f64,
+    /// Of the latent discriminator. By default 0.5 for `hypnos`, 0 for the others.
+    #[schema(minimum = 0.0, maximum = 100.0)]
+    pub discriminator: f64,
 }
 
 impl Default for LossWeights {
     fn default() -> Self {
-        Self { prior: 1.0 }
+        Method::default().loss_weights()
+    }
+}
+
+/// Views of the photos: the product before plain colours, or its photo as it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Views {
+    /// Whether views are made; without them the photos are learned from as they are. By default so for `hypnos` only.
+    pub enabled: bool,
+    /// How many.
+    #[schema(minimum = 1, maximum = 1000, default = 64)]
+    pub n: u32,
+    /// Share of views before one plain colour.
+    #[schema(minimum = 0.0, maximum = 1.0, default = 0.66)]
+    pub monotone: f64,
+    /// Share of views in which the product is smaller and moved.
+    #[schema(minimum = 0.0, maximum = 1.0, default = 0.15)]
+    pub resized: f64,
+    /// The smallest that it may become.
+    #[schema(minimum = 0.1, maximum = 1.0, default = 0.6)]
+    pub scale_min: f64,
+    /// Room left around the product, as a share of its longer side.
+    #[schema(minimum = 0.0, maximum = 1.0, default = 0.2)]
+    pub margin: f64,
+}
+
+impl Default for Views {
+    fn default() -> Self {
+        let enabled = Method::default() == Method::Hypnos;
+        // Assumption: the paper gives the share of plain colours only.
+        Self { enabled, n: 64, monotone: 0.66, resized: 0.15, scale_min: 0.6, margin: 0.2 }
+    }
+}
+
+/// The latent discriminator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Discriminator {
+    /// Its steps before the first one of the training.
+    #[schema(minimum = 0, maximum = 10_000, default = 600)]
+    pub steps: u32,
+    /// Its learning rate.
+    #[schema(exclusive_minimum = 0.0, maximum = 0.01, default = 1e-4)]
+    pub learning_rate: f64,
+    /// Real latents in each of its steps, and fake ones.
+    #[schema(minimum = 1, maximum = 64, default = 8)]
+    pub batch: u32,
+}
+
+impl Default for Discriminator {
+    fn default() -> Self {
+        Self { steps: 600, learning_rate: 1e-4, batch: 8 } // Assumption: the paper gives the steps only
+    }
+}
+
+/// The perceptual loss, beside its weight and `s_p`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Perceptual {
+    /// Weights of the activations at strides 2, 4, 8, 16 and 32.
+    #[schema(min_items = 5, max_items = 5, default = json!([1.0, 0.5, 0.25, 0.125, 0.0625]))]
+    pub strides: [f64; 5],
+    /// Timesteps from here on are passed over, which saves their cost; none are if it is not given.
+    #[schema(minimum = 1, maximum = 1000)]
+    pub timestep_max: Option<u32>,
+    /// Side, in latents, of a random square that is looked at in place of the whole picture.
+    #[schema(minimum = 4, maximum = 128)]
+    pub crop: Option<u32>,
+}
+
+impl Default for Perceptual {
+    fn default() -> Self {
+        // Assumption: the paper says that shallow activations weigh more, not how much.
+        Self { strides: [1.0, 0.5, 0.25, 0.125, 0.0625], timestep_max: None, crop: None }
+    }
+}
+
+/// Prompts of the training; `{product}`, `{background}` and `{class}` stand for their words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Templates {
+    /// Of a photo, where no views are made.
+    #[schema(min_length = 1, max_length = 200, default = "a photo of {product}")]
+    pub photo: String,
+    /// Of a view.
+    #[schema(min_length = 1, max_length = 200, default = "a photo of {product}, {background} background")]
+    pub view: String,
+    /// Of a class image.
+    #[schema(min_length = 1, max_length = 200, default = "a photo of {class}")]
+    pub class: String,
+}
+
+impl Default for Templates {
+    fn default() -> Self {
+        Self {
+            photo: "a photo of {product}".into(),
+            view: "a photo of {product}, {background} background".into(),
+            class: "a photo of {class}".into(),
+        }
     }
 }
 
@@ -145,18 +268,18 @@ impl Default for Evaluation {
     }
 }
 
-/// How a model is trained. Everything has a default; an unknown name is refused.
+/// How a model is trained. Everything has a default, which may depend on the method; an unknown name is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainOptions {
     /// The method.
-    #[schema(default = "dreambooth")]
+    #[schema(default = "hypnos")]
     pub method: Method,
-    /// Steps of the optimiser.
-    #[schema(minimum = 1, maximum = 10_000, default = 800)]
+    /// Steps of the optimiser. By default 800; 3000 for `textual_inversion`.
+    #[schema(minimum = 1, maximum = 10_000)]
     pub steps: u32,
-    /// Learning rate of AdamW, constant.
-    #[schema(exclusive_minimum = 0.0, maximum = 0.01, default = 2e-6)]
+    /// Learning rate of AdamW, constant. By default 2e-6; 5e-4 for `textual_inversion`.
+    #[schema(exclusive_minimum = 0.0, maximum = 0.01)]
     pub learning_rate: f64,
     /// Where all random numbers come from. Drawn by the server if not given, and said in the job.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
@@ -165,11 +288,36 @@ pub struct TrainOptions {
     /// choice if not given.
     #[schema(min_length = 1, max_length = 16, pattern = "^[a-z0-9]+$")]
     pub instance_token: Option<String>,
+    /// The word for the backgrounds of the photos, another such token. The model's own choice if not given.
+    #[schema(min_length = 1, max_length = 16, pattern = "^[a-z0-9]+$")]
+    pub background_token: Option<String>,
     /// Pictures of the class, drawn by the untrained model, that keep the class what it was; 0 for none.
     #[schema(minimum = 0, maximum = 1000, default = 200)]
     pub class_images: u32,
+    /// The loss on the product's noise. By default `inverse_gaussian` for `hypnos`, `mse` for the others.
+    pub reconstruction: Reconstruction,
+    /// Width of the inverse Gaussian: the larger, the flatter. At 1.382 it lies closest to the square.
+    #[schema(minimum = 0.1, maximum = 100.0, default = 1.382)]
+    pub sigma: f64,
+    /// Largest exponent of the inverse Gaussian; what lies beyond it is not learned from.
+    #[schema(minimum = 1.0, maximum = 80.0, default = 20.0)]
+    pub exponent_max: f64,
+    /// The last step at which the perceptual loss counts, at most `steps`. By default five eighths of them.
+    #[schema(minimum = 0, maximum = 10_000)]
+    pub s_p: Option<u32>,
     /// Weights of the losses.
     pub loss_weights: LossWeights,
+    /// Views of the photos.
+    pub views: Views,
+    /// The latent discriminator.
+    pub discriminator: Discriminator,
+    /// The perceptual loss.
+    pub perceptual: Perceptual,
+    /// Prompts of the training.
+    pub templates: Templates,
+    /// Steps after which a picture is drawn for people to look at, each at most `steps`. By default at each quarter.
+    #[schema(max_items = 100)]
+    pub previews: Option<Vec<u32>>,
     /// Pictures drawn at the end.
     pub evaluation: Evaluation,
     /// Which of one's own waiting jobs goes first: the larger.
@@ -179,43 +327,128 @@ pub struct TrainOptions {
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self {
-            method: Method::Dreambooth,
-            steps: 800,
-            learning_rate: 2e-6, // Assumption: the paper gives none
-            seed: None,
-            instance_token: None,
-            class_images: 200,
-            loss_weights: LossWeights::default(),
-            evaluation: Evaluation::default(),
-            priority: 0,
-        }
+        Self::of(Method::default())
+    }
+}
+
+#[allow(clippy::derivable_impls)] // the macro makes the enum
+impl Default for Method {
+    fn default() -> Self {
+        Self::Hypnos
+    }
+}
+
+impl Method {
+    fn loss_weights(self) -> LossWeights {
+        let (prior, perceptual, discriminator) = match self {
+            Self::Hypnos => (1.0, 0.003, 0.5),
+            Self::Dreambooth => (1.0, 0.0, 0.0),
+            Self::TextualInversion => (0.0, 0.0, 0.0),
+        };
+        LossWeights { reconstruction: 1.0, prior, perceptual, discriminator }
     }
 }
 
 impl TrainOptions {
+    /// The defaults of a method.
+    pub fn of(method: Method) -> Self {
+        // Assumption: the paper names no learning rate of its own; for the embedding it is diffusers' example's.
+        let (steps, learning_rate) = match method {
+            Method::Hypnos | Method::Dreambooth => (800, 2e-6),
+            Method::TextualInversion => (3000, 5e-4),
+        };
+        let hypnos = method == Method::Hypnos;
+        Self {
+            method,
+            steps,
+            learning_rate,
+            seed: None,
+            instance_token: None,
+            background_token: None,
+            class_images: 200,
+            reconstruction: if hypnos { Reconstruction::InverseGaussian } else { Reconstruction::Mse },
+            sigma: 1.382,
+            exponent_max: 20.0, // Assumption: far above what a trained model's errors reach, far below the end of f32
+            s_p: None,
+            loss_weights: method.loss_weights(),
+            views: Views { enabled: hypnos, ..Views::default() },
+            discriminator: Discriminator::default(),
+            perceptual: Perceptual::default(),
+            templates: Templates::default(),
+            previews: None,
+            evaluation: Evaluation::default(),
+            priority: 0,
+        }
+    }
+
+    /// Options of which a JSON object names some; all others take the defaults of the method that it names.
+    pub fn given(some: &Value) -> Result<Self, serde_json::Error> {
+        let method = some.get("method").map_or(Ok(Method::default()), Method::deserialize)?;
+        let mut whole = serde_json::to_value(Self::of(method))?;
+        overlay(&mut whole, some);
+        serde_json::from_value(whole)
+    }
+
     /// Refuses what is out of range, by its JSON pointer.
     pub fn check(&self) -> Result<(), Invalid> {
         whole("/steps", self.steps, 1, 10_000)?;
-        let rate = self.learning_rate;
-        if !(rate > 0.0 && rate <= 0.01) {
-            return Err(Invalid::new(
-                "/learning_rate",
-                format!("wanted above 0 and at most 0.01, got {rate}"),
-            ));
-        }
+        rate("/learning_rate", self.learning_rate)?;
         check_seed(self.seed)?;
-        if let Some(token) = &self.instance_token {
-            let plain = token.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-            if token.is_empty() || token.len() > 16 || !plain {
-                return Err(Invalid::new("/instance_token", "wanted 1 to 16 characters of a-z and 0-9"));
+        check_token("/instance_token", self.instance_token.as_ref())?;
+        check_token("/background_token", self.background_token.as_ref())?;
+        whole("/class_images", self.class_images, 0, 1000)?;
+        real("/sigma", self.sigma, 0.1, 100.0)?;
+        real("/exponent_max", self.exponent_max, 1.0, 80.0)?;
+        whole("/s_p", self.s_p.unwrap_or(0), 0, self.steps)?;
+        let weights = &self.loss_weights;
+        real("/loss_weights/reconstruction", weights.reconstruction, 0.0, 100.0)?;
+        real("/loss_weights/prior", weights.prior, 0.0, 100.0)?;
+        real("/loss_weights/perceptual", weights.perceptual, 0.0, 100.0)?;
+        real("/loss_weights/discriminator", weights.discriminator, 0.0, 100.0)?;
+        whole("/views/n", self.views.n, 1, 1000)?;
+        real("/views/monotone", self.views.monotone, 0.0, 1.0)?;
+        real("/views/resized", self.views.resized, 0.0, 1.0)?;
+        real("/views/scale_min", self.views.scale_min, 0.1, 1.0)?;
+        real("/views/margin", self.views.margin, 0.0, 1.0)?;
+        whole("/discriminator/steps", self.discriminator.steps, 0, 10_000)?;
+        rate("/discriminator/learning_rate", self.discriminator.learning_rate)?;
+        whole("/discriminator/batch", self.discriminator.batch, 1, 64)?;
+        for (i, &weight) in self.perceptual.strides.iter().enumerate() {
+            real(&format!("/perceptual/strides/{i}"), weight, 0.0, 100.0)?;
+        }
+        whole("/perceptual/timestep_max", self.perceptual.timestep_max.unwrap_or(1), 1, 1000)?;
+        whole("/perceptual/crop", self.perceptual.crop.unwrap_or(4), 4, 128)?;
+        let Templates { photo, view, class } = &self.templates;
+        for (name, template, holds) in
+            [("photo", photo, "{product}"), ("view", view, "{product}"), ("class", class, "{class}")]
+        {
+            let pointer = format!("/templates/{name}");
+            text(&pointer, template, 1)?;
+            if template.chars().count() > 200 || !template.contains(holds) {
+                let message = format!("wanted at most 200 characters with {holds} among them");
+                return Err(Invalid::new(pointer, message));
             }
         }
-        whole("/class_images", self.class_images, 0, 1000)?;
-        real("/loss_weights/prior", self.loss_weights.prior, 0.0, 100.0)?;
+        let previews = self.previews.as_deref().unwrap_or_default();
+        whole("/previews", previews.len(), 0, 100)?;
+        for (i, &step) in previews.iter().enumerate() {
+            whole(&format!("/previews/{i}"), step, 1, self.steps)?;
+        }
         whole("/evaluation/images", self.evaluation.images, 1, 64)?;
         whole("/evaluation/steps", self.evaluation.steps, 1, 200)?;
         whole("/priority", self.priority, -100, 100)
+    }
+}
+
+/// Puts the values of `some` in place of those of `whole`, object by object.
+fn overlay(whole: &mut Value, some: &Value) {
+    match (whole, some) {
+        (Value::Object(whole), Value::Object(some)) => {
+            for (name, value) in some {
+                overlay(whole.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (whole, some) => *whole = some.clone(),
     }
 }
 
@@ -235,6 +468,8 @@ impl TrainSpec {
     pub fn new(class_name: &str, options: TrainOptions, drawn_seed: u64) -> Result<Self, Invalid> {
         options.check()?;
         let seed = options.seed.unwrap_or(drawn_seed & SEED_MAX);
+        let s_p = options.s_p.unwrap_or(options.steps * 5 / 8); // 500 of the paper's 800
+        let options = TrainOptions { s_p: Some(s_p), ..options };
         Ok(Self { class_name: self::class_name(class_name)?, options, seed })
     }
 }
@@ -397,6 +632,23 @@ fn check_seed(seed: Option<u64>) -> Result<(), Invalid> {
         }
         _ => Ok(()),
     }
+}
+
+fn check_token(pointer: &str, token: Option<&String>) -> Result<(), Invalid> {
+    let plain = |token: &String| token.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    match token {
+        Some(token) if token.is_empty() || token.len() > 16 || !plain(token) => {
+            Err(Invalid::new(pointer, "wanted 1 to 16 characters of a-z and 0-9"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn rate(pointer: &str, rate: f64) -> Result<(), Invalid> {
+    if rate > 0.0 && rate <= 0.01 {
+        return Ok(());
+    }
+    Err(Invalid::new(pointer, format!("wanted above 0 and at most 0.01, got {rate}")))
 }
 
 fn whole<T: PartialOrd + std::fmt::Display>(pointer: &str, value: T, min: T, max: T) -> Result<(), Invalid> {

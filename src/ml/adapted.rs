@@ -1,7 +1,8 @@
 //! A fine-tuned text encoder and UNet as a file, and ready to draw.
 //!
-//! One safetensors file: `text_encoder.…` and `unet.…`, f32, since a fine-tune is lost to the rounding of narrower
-//! types; the autoencoder stays the bundle's. Its metadata say what it is, of which bundle, and how it was trained.
+//! One safetensors file: `text_encoder.…` and `unet.…`, or only `embedding.<token>` where nothing else learned; f32, since a
+//! fine-tune is lost to the rounding of narrower types; the autoencoder stays the bundle's. Its metadata say what it is, of
+//! which bundle, and how it was trained.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,6 +20,9 @@ pub(crate) const UNET: &str = "unet";
 /// Where the text encoder's lie.
 pub(crate) const TEXT_ENCODER: &str = "text_encoder";
 
+/// Where learned embeddings lie, `[1, D]` each, by their tokens.
+pub(crate) const EMBEDDING: &str = "embedding";
+
 /// What `format` says in the metadata of a file of fine-tuned weights.
 pub(crate) const FORMAT: &str = "hypnos weights 1";
 
@@ -29,12 +33,19 @@ pub struct Product {
     pub token: String,
     /// What kind of thing it is: `[C]`.
     pub class_name: String,
+    /// Whether the class stands beside the token; a token that learned all of the product stands alone.
+    #[serde(default = "yes")]
+    pub with_class: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Product {
-    /// How prompts call it: `[V] [C]`.
+    /// How prompts call it: `[V] [C]`, or `[V]`.
     pub fn words(&self) -> String {
-        format!("{} {}", self.token, self.class_name)
+        if self.with_class { format!("{} {}", self.token, self.class_name) } else { self.token.clone() }
     }
 }
 
@@ -51,17 +62,40 @@ impl Adapted {
     /// Loads fine-tuned weights on the device of `base`, the models of the bundle that they were trained from.
     /// [`Error::Bad`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
     pub fn load(file: &Path, bundle: &Bundle, base: &Models) -> Result<Self> {
-        let metadata = TensorFile::open(file)?.metadata().clone();
+        let header = TensorFile::open(file)?;
+        let metadata = header.metadata().clone();
         let bad = |what: String| Error::Bad(format!("{}: {what}", file.display()));
         check(&metadata, FORMAT, bundle.hash()?).map_err(bad)?;
         let product = metadata.get("recipe").map_or("null", String::as_str);
         let product =
             serde_json::from_str(product).map_err(|e| bad(format!("names no product in its recipe: {e}")))?;
-        let weights = Weights::open(file, &base.device)?;
-        let text = bundle.text_encoder_of(&weights.pp(TEXT_ENCODER))?;
-        let unet = bundle.unet_of(&weights.pp(UNET))?;
-        Ok(Self { product, models: base.with(text, unet) })
+        let names: Vec<String> = header.names().map(str::to_owned).collect();
+        let models = models(&Weights::open(file, &base.device)?, names.iter(), bundle, base)?;
+        Ok(Self { product, models })
     }
+}
+
+/// The models of `base` with what was learned, frozen. `names` are all tensors of `learned`.
+pub(crate) fn models<'a>(
+    learned: &Weights,
+    names: impl Iterator<Item = &'a String>,
+    bundle: &Bundle,
+    base: &Models,
+) -> Result<Models> {
+    let tokens: Vec<&str> =
+        names.filter_map(|name| name.strip_prefix(EMBEDDING)?.strip_prefix('.')).collect();
+    if tokens.is_empty() {
+        let text = bundle.text_encoder_of(&learned.pp(TEXT_ENCODER))?;
+        return Ok(base.with(text, bundle.unet_of(&learned.pp(UNET))?));
+    }
+    let mut text = base.text.clone();
+    for token in tokens {
+        let Some(id) = base.tokenizer.id(token) else {
+            return Err(Error::bad(format!("embedding of \"{token}\": the bundle has no such token")));
+        };
+        text = text.with_embedding(id, learned.pp(EMBEDDING).get(token, &[1, text.width()])?)?;
+    }
+    Ok(base.with(text, base.unet.clone()))
 }
 
 /// Bytes that the weights of a file take in memory, from its header.

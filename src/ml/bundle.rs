@@ -4,6 +4,7 @@
 //! tokenizer/ text_encoder/ unet/ vae/ scheduler/   config.json and safetensors each
 //! model_index.json                                 what diffusers says of them; may be missing
 //! hypnos.json                                      what we say of them; may be missing
+//! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
 //! ```
 //! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
@@ -25,9 +26,11 @@ use sha2::{Digest, Sha256};
 
 use super::diffusion::{self, Schedule};
 use super::models::clip::{self, ClipText};
+use super::models::tracer::{self, Tracer};
 use super::models::unet::{self, Unet};
 use super::models::vae::{self, Vae};
 use super::param::Param;
+use super::perceptual::{self, Perceptual};
 use super::tensorfile::io_words;
 use super::tokenizer::Tokenizer;
 use super::weights::Weights;
@@ -65,6 +68,9 @@ const SMALL_FILES: [&str; 9] = [
 /// The parts with weights, and the class that `model_index.json` gives for each.
 const PARTS: [(&str, &str); 3] =
     [("text_encoder", "CLIPTextModel"), ("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")];
+
+/// The parts that only training needs.
+const TEACHERS: [&str; 2] = ["segmenter", "perceptual"];
 
 /// Largest whole number believed in a model's config: a vocabulary has 49,408 entries, a layer 1,280 channels.
 const SIZE_MAX: u64 = 1_000_000;
@@ -217,6 +223,38 @@ impl Bundle {
         Unet::load(weights, &self.unet)
     }
 
+    /// What finds the product in a photo. [`Error::Bad`] if the bundle has none; so for [`Bundle::perceptual`].
+    pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
+        let config = self.teacher("segmenter", tracer::Config::check)?;
+        Tracer::load(&self.weights("segmenter", device)?, &config)
+    }
+
+    /// What the perceptual loss looks with.
+    pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
+        let config = self.teacher("perceptual", perceptual::Config::check)?;
+        Perceptual::load(&self.weights("perceptual", device)?, &config, device)
+    }
+
+    fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
+        let dir = self.dir.join(part);
+        if !dir.is_dir() {
+            return Err(bad(&dir, "is missing; the method that was asked for learns with it"));
+        }
+        read_config(&self.dir, part, check)
+    }
+
+    /// Content hash of all that a training learns with: as [`Bundle::hash`], and the parts that only training needs.
+    pub fn learning_hash(&self) -> Result<String> {
+        let mut all = Sha256::new();
+        all.update(self.hash()?);
+        for part in TEACHERS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
+            for file in [part.join("config.json"), find_weights(part)?] {
+                all.update(hash_file(&file)?);
+            }
+        }
+        Ok(hex(&all.finalize()))
+    }
+
     /// Content hash: SHA-256 over the paths and SHA-256 of all files that decide what it draws, in lower-case
     /// hexadecimal. Two bundles with the same one draw the same, whatever their `hypnos.json` says of them. Reads
     /// every file the first time it is asked for.
@@ -244,8 +282,12 @@ impl Bundle {
         trainable: bool,
         load: impl FnOnce(&Weights) -> Result<M>,
     ) -> Result<Part<M>> {
-        let weights = Weights::open(&find_weights(&self.dir.join(name))?, device)?.trainable(trainable);
+        let weights = self.weights(name, device)?.trainable(trainable);
         Ok(Part { model: load(&weights)?, params: weights.params() })
+    }
+
+    fn weights(&self, part: &str, device: &Device) -> Result<Weights> {
+        Weights::open(&find_weights(&self.dir.join(part))?, device)
     }
 }
 

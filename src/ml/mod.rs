@@ -14,13 +14,16 @@ pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod param;
+pub mod perceptual;
 pub mod picture;
 pub mod random;
 pub mod sample;
 pub mod samplers;
+pub mod segment;
 pub mod tensorfile;
 pub mod tokenizer;
 pub mod train;
+pub mod views;
 pub mod weights;
 
 /// Why something in `ml` did not work.

@@ -7,7 +7,7 @@ use super::param::Param;
 use super::weights::Weights;
 
 /// `y = x W^T + b` over the last dimension.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
@@ -31,7 +31,7 @@ impl Linear {
 }
 
 /// Convolution with a bias.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Conv2d {
     weight: Param,
     bias: Param,
@@ -58,7 +58,7 @@ impl Conv2d {
 }
 
 /// Layer norm over the last dimension.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LayerNorm {
     weight: Param,
     bias: Param,
@@ -78,7 +78,7 @@ impl LayerNorm {
 }
 
 /// Group norm with the activation that follows it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct GroupNorm {
     weight: Param,
     bias: Param,
@@ -111,6 +111,88 @@ impl GroupNorm {
     }
 }
 
+/// A batch norm with fixed statistics: `scale x + shift` for each channel.
+#[derive(Clone, Debug)]
+pub struct BatchNorm {
+    scale: Tensor,
+    shift: Tensor,
+}
+
+impl BatchNorm {
+    /// From its weight, bias and running statistics, `[n]` each.
+    pub fn load(w: &Weights, n: usize, eps: f64) -> super::Result<Self> {
+        let part = |name: &str| Ok::<_, super::Error>(w.get(name, &[n])?.value());
+        let scale = (part("weight")? / (part("running_var")? + eps)?.sqrt()?)?;
+        let shift = (part("bias")? - (part("running_mean")? * &scale)?)?;
+        Ok(Self { scale, shift })
+    }
+
+    /// `[B, n, H, W]` to the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let per_channel = |values: &Tensor| values.reshape((1, values.elem_count(), 1, 1));
+        x.broadcast_mul(&per_channel(&self.scale)?)?.broadcast_add(&per_channel(&self.shift)?)
+    }
+}
+
+/// A frozen convolution without a bias, with the batch norm behind it folded in.
+#[derive(Clone, Debug)]
+pub struct NormedConv2d {
+    weight: Param,
+    bias: Param,
+    spec: Conv2dSpec,
+    depthwise: bool,
+}
+
+impl NormedConv2d {
+    /// Of one group, `[O, C, kh, kw]`; convolution and norm by their names below `w`.
+    pub fn load(
+        w: &Weights,
+        (conv, norm): (&str, &str),
+        shape: [usize; 4],
+        spec: Conv2dSpec,
+        eps: f64,
+    ) -> super::Result<Self> {
+        let kernel = w.pp(conv).get("weight", &shape)?;
+        Self::of(&kernel, &kernel.value(), &BatchNorm::load(&w.pp(norm), shape[0], eps)?, spec, false)
+    }
+
+    /// With a square kernel for each of `n` channels.
+    pub fn load_depthwise(
+        w: &Weights,
+        (conv, norm): (&str, &str),
+        (n, kernel): (usize, usize),
+        spec: Conv2dSpec,
+        eps: f64,
+    ) -> super::Result<Self> {
+        let kernel = w.pp(conv).get("weight", &[n, 1, kernel, kernel])?;
+        Self::of(&kernel, &kernel.value(), &BatchNorm::load(&w.pp(norm), n, eps)?, spec, true)
+    }
+
+    /// With these values in the place of the kernel `named`.
+    pub fn of(
+        named: &Param,
+        kernel: &Tensor,
+        norm: &BatchNorm,
+        spec: Conv2dSpec,
+        depthwise: bool,
+    ) -> super::Result<Self> {
+        let weight = kernel.broadcast_mul(&norm.scale.reshape((kernel.dim(0)?, 1, 1, 1))?)?;
+        let bias = format!("{} and its norm", named.name());
+        Ok(Self {
+            weight: Param::new(named.name(), weight, false)?,
+            bias: Param::new(bias, norm.shift.clone(), false)?,
+            spec,
+            depthwise,
+        })
+    }
+
+    /// `[B, C, H, W]` to `[B, O, H', W']`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let conv = if self.depthwise { ops::depthwise_conv2d } else { ops::conv2d };
+        conv(x, &self.weight, Some(&self.bias), self.spec)
+    }
+}
+
 /// What the residual blocks of one model have in common.
 #[derive(Clone, Copy, Debug)]
 pub struct ResnetConfig {
@@ -125,7 +207,7 @@ pub struct ResnetConfig {
 }
 
 /// Residual block: two convolutions, the time embedding added between them. Ports diffusers' `ResnetBlock2D`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Resnet {
     norm1: GroupNorm,
     conv1: Conv2d,
@@ -172,6 +254,11 @@ impl Resnet {
             None => x + hidden,
         }
     }
+}
+
+/// `1 / (1 + e^-x)`, by way of tanh, which is finite at both ends. Differentiable.
+pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    ((x * 0.5)?.tanh()? * 0.5)? + 0.5
 }
 
 /// `[B, C, h, w]` to `[B, h w, C]`.

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use image::imageops::{self, FilterType};
+use image::{ImageBuffer, Luma, RgbImage};
 use serde_json::json;
 
 use super::sample::{Picture, Settings};
@@ -17,38 +18,50 @@ use super::{Error, Result};
 /// Quality of JPEG and WebP, of 100.
 const QUALITY: u8 = 90;
 
-/// A photo as a model sees it.
-#[derive(Clone, Debug)]
-pub struct Photo {
-    /// `[1, 3, side, side]`, signed, on the CPU.
-    pub tensor: Tensor,
-    /// Pixels of the photo as it came.
-    pub width: u32,
-    /// Pixels of the photo as it came.
-    pub height: u32,
+/// The largest square in the middle of a photo, brought to `side` pixels. One of that size already is taken pixel for
+/// pixel.
+///
+/// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
+/// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
+pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
+    let (width, height) = photo.dimensions();
+    let cut = width.min(height);
+    let square = imageops::crop_imm(photo, (width - cut) / 2, (height - cut) / 2, cut, cut).to_image();
+    if cut as usize == side {
+        return square;
+    }
+    imageops::resize(&square, side as u32, side as u32, FilterType::CatmullRom)
 }
 
-impl Photo {
-    /// The largest square in the middle of a picture file, brought to `side` pixels. One of that size already is taken
-    /// pixel for pixel. [`Error::Bad`] if the bytes are no PNG.
-    ///
-    /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
-    /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
-    pub fn decode(png: &[u8], side: usize) -> Result<Self> {
-        let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
-        let pixels = decoded.map_err(|error| Error::bad(format!("cannot be decoded: {error}")))?.into_rgb8();
-        let (width, height) = pixels.dimensions();
-        let cut = width.min(height);
-        let square = imageops::crop_imm(&pixels, (width - cut) / 2, (height - cut) / 2, cut, cut).to_image();
-        let square = if cut as usize == side {
-            square
-        } else {
-            imageops::resize(&square, side as u32, side as u32, FilterType::CatmullRom)
-        };
-        let signed: Vec<f32> = square.into_raw().into_iter().map(|v| f32::from(v) / 127.5 - 1.0).collect();
-        let interleaved = Tensor::from_vec(signed, (1, side, side, 3), &Device::Cpu)?;
-        Ok(Self { tensor: interleaved.permute((0, 3, 1, 2))?.contiguous()?, width, height })
-    }
+/// The pixels of a PNG file. [`Error::Bad`] if the bytes are none.
+pub fn read_png(png: &[u8]) -> Result<RgbImage> {
+    let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
+    Ok(decoded.map_err(|error| Error::bad(format!("cannot be decoded: {error}")))?.into_rgb8())
+}
+
+/// A picture in grey with a coarse map laid over it: from nothing at the map's least to red at its most.
+pub fn heated(picture: &RgbImage, map: &[Vec<f32>]) -> RgbImage {
+    let (least, most) =
+        map.iter().flatten().fold((f32::MAX, f32::MIN), |(least, most), &v| (least.min(v), most.max(v)));
+    let span = if most > least { most - least } else { 1.0 };
+    let (h, w) = (map.len() as u32, map.first().map_or(0, Vec::len) as u32);
+    let heat: ImageBuffer<Luma<f32>, Vec<f32>> =
+        ImageBuffer::from_fn(w, h, |x, y| Luma([(map[y as usize][x as usize] - least) / span]));
+    let heat = imageops::resize(&heat, picture.width(), picture.height(), FilterType::Triangle);
+    RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
+        let [r, g, b] = picture.get_pixel(x, y).0.map(f32::from);
+        let grey = 0.299 * r + 0.587 * g + 0.114 * b;
+        let m = 0.7 * heat.get_pixel(x, y).0[0].clamp(0.0, 1.0);
+        image::Rgb([255.0, 60.0, 0.0].map(|over| (m * over + (1.0 - m) * grey).round() as u8))
+    })
+}
+
+/// Pixels as a model sees them: `[1, 3, H, W]`, signed, on the CPU.
+pub fn signed(pixels: &RgbImage) -> Result<Tensor> {
+    let (width, height) = (pixels.width() as usize, pixels.height() as usize);
+    let signed: Vec<f32> = pixels.as_raw().iter().map(|&v| f32::from(v) / 127.5 - 1.0).collect();
+    let interleaved = Tensor::from_vec(signed, (1, height, width, 3), &Device::Cpu)?;
+    Ok(interleaved.permute((0, 3, 1, 2))?.contiguous()?)
 }
 
 /// A PNG file of RGB pixels.

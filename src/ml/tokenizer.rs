@@ -82,10 +82,22 @@ impl Tokenizer {
         self.tokens(text).len()
     }
 
-    /// Whether a word is one token of the vocabulary; asked of rare tokens, so start, end and unknown do not count.
+    /// The one token that a word is, if it is one; asked of rare tokens, so start, end and unknown do not count.
+    pub fn id(&self, word: &str) -> Option<u32> {
+        match self.tokens(word)[..] {
+            [token] if ![self.start, self.end, self.pad].contains(&token) => Some(token),
+            _ => None,
+        }
+    }
+
+    /// Whether a word is one token of the vocabulary.
     pub fn is_single_token(&self, word: &str) -> bool {
-        let tokens = self.tokens(word);
-        tokens.len() == 1 && ![self.start, self.end, self.pad].contains(&tokens[0])
+        self.id(word).is_some()
+    }
+
+    /// The tokens of a text, without start and end, all of them.
+    pub fn words(&self, text: &str) -> Vec<u32> {
+        self.tokens(text)
     }
 
     /// Length of every encoded text: 77.

@@ -28,8 +28,8 @@ const SPELLINGS: [(&str, &str); 4] =
 /// Files by transformers < 5 put all of the text encoder under this prefix, newer ones leave it out.
 const TEXT_PREFIX: &str = "text_model.";
 
-/// Tensors in files that are no weights: old transformers saved the numbers 0 to 76.
-const NO_WEIGHTS: [&str; 1] = ["embeddings.position_ids"];
+/// Tensors in files that are no weights: old transformers saved the numbers 0 to 76, torch counts the batches of a norm.
+const NO_WEIGHTS: [&str; 2] = ["embeddings.position_ids", "num_batches_tracked"];
 
 /// Standard deviation of random embeddings, the reference's `initializer_range`.
 const EMBEDDING_STD: f32 = 0.02;
@@ -77,7 +77,7 @@ impl Weights {
     /// Seeded initial weights of any name and shape. Each depends on the seed and its own full name only, never on
     /// the order of asking.
     ///
-    /// * biases are 0, other weights of one axis (the norms') 1
+    /// * biases and running means are 0, other weights of one axis (the norms') 1
     /// * embeddings (`*embedding.weight`) are normal with standard deviation 0.02
     /// * matrices and kernels are normal with standard deviation 1/sqrt(fan-in). In the UNet and the VAE each branch
     ///   begins with a norm and adds a variance of about 1 to its trunk, so activations grow with the root of the
@@ -269,7 +269,7 @@ pub fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<S
 fn initial(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
     let n = shape.iter().product();
     let std = match shape {
-        _ if name.ends_with("bias") => return vec![0.; n],
+        _ if name.ends_with("bias") || name.ends_with("running_mean") => return vec![0.; n],
         [] | [_] => return vec![1.; n],
         _ if name.ends_with("embedding.weight") => EMBEDDING_STD,
         [_, inner @ ..] => 1. / (inner.iter().product::<usize>().max(1) as f32).sqrt(),

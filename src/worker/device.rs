@@ -114,6 +114,7 @@ fn carry_out(engine: &mut dyn Engine, order: Order, inbox: &Receiver<Order>) {
                 class_images,
                 resume: resume.as_deref(),
                 scratch: &scratch,
+                trace: None,
             };
             let mut later = Vec::new();
             answer(reply, || {

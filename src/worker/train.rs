@@ -16,7 +16,7 @@ use super::device::{Device, Order, TrainOrder, reply};
 use super::lease::Held;
 use super::settle::{Content, Outcome, Refused, patiently};
 use crate::blobs::{self, Key, Name};
-use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Trained};
+use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
 
 impl Worker {
@@ -161,16 +161,21 @@ impl Worker {
                     warn!("a class image is not kept for later trainings: {}", outcome.why());
                 }
             }
-            Event::Preview(picture) => {
-                let name = Name::Preview(*n_images as usize, picture.format);
+            Event::Shown { what, picture } => {
+                let name = match what {
+                    Shown::Mask(n) => Name::Mask(n, picture.format),
+                    Shown::View(n) => Name::View(n, picture.format),
+                    Shown::Attention(n) => Name::Attention(n, picture.format),
+                    Shown::Preview(step) => Name::Preview(step, picture.format),
+                };
                 let kept = async {
                     let object = self.put_picture(job, held, name, &picture).await?;
                     self.write(held, || self.store.add_artifact(held.lease, &object)).await?;
                     Ok::<(), Outcome>(())
                 };
                 match kept.await {
-                    Ok(()) => *n_images += 1,
-                    Err(outcome) => warn!("a preview is not kept: {}", outcome.why()),
+                    Ok(()) => *n_images += u64::from(matches!(what, Shown::Preview(_))),
+                    Err(outcome) => warn!("{name} is not kept: {}", outcome.why()),
                 }
                 held.images(*n_images);
             }
@@ -227,7 +232,7 @@ impl Worker {
 /// What the job's task does while the device goes on.
 enum Event {
     ClassImage { index: usize, png: Vec<u8> },
-    Preview(Drawn),
+    Shown { what: Shown, picture: Drawn },
     Checkpoint { step: u64, file: PathBuf },
 }
 
@@ -253,7 +258,8 @@ impl Watcher {
                 self.held.progress(progress);
             }
             Beat::ClassImage { index, png } => self.send(Event::ClassImage { index, png }),
-            Beat::Preview(picture) => self.send(Event::Preview(picture)),
+            Beat::Taken { .. } => {} // the report has them all
+            Beat::Shown { what, picture } => self.send(Event::Shown { what, picture }),
             Beat::Checkpoint { step, file } => {
                 self.storing.store(true, Ordering::Release);
                 self.send(Event::Checkpoint { step, file });

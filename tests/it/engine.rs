@@ -3,11 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use hypnos::engine::{
-    Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, TrainInput,
+    Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, Shown, TrainInput,
 };
-use hypnos::job::{
-    Evaluation, Fault, FaultCode, Format, LossWeights, Phase, SampleSpec, TrainOptions, TrainSpec,
-};
+use hypnos::job::{Evaluation, Fault, FaultCode, Format, Method, Phase, SampleSpec, TrainOptions, TrainSpec};
 use hypnos::ml::bundle::{Like, random};
 use hypnos::ml::picture;
 use serde_json::Value;
@@ -40,8 +38,8 @@ fn photos() -> Vec<Vec<u8>> {
 
 fn spec(steps: u32, class_images: u32) -> TrainSpec {
     let evaluation = Evaluation { enabled: false, images: 3, steps: 2 };
-    let options =
-        TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..TrainOptions::default() };
+    let dreambooth = TrainOptions::of(Method::Dreambooth);
+    let options = TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..dreambooth };
     TrainSpec::new("mug", options, 77).expect("a specification")
 }
 
@@ -62,7 +60,9 @@ impl Attempt {
     ) -> Self {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
         let mut beats = Vec::new();
-        let input = TrainInput { spec, photos: &photos, class_images, resume, scratch: scratch.path() };
+        let scratch_dir = scratch.path();
+        let input =
+            TrainInput { spec, photos: &photos, class_images, resume, scratch: scratch_dir, trace: None };
         let result = engine().train(input, &mut |artist, beat| {
             let flow = flow(artist, &beat);
             beats.push(beat);
@@ -227,7 +227,7 @@ fn trainings_with_the_same_settings_want_the_same_class_images() {
     let mut other = spec(1, 3);
     other.class_name = "chair".into();
     assert_ne!(of(&other).settings, small.settings);
-    other.options.loss_weights = LossWeights { prior: 0.0 };
+    other.options.loss_weights.prior = 0.0;
     assert!(of(&other).seeds.is_empty(), "they would count nothing");
 }
 
@@ -238,7 +238,7 @@ fn drawing_between_the_steps_does_not_change_the_training() {
     let alone = Attempt::unbroken(&spec);
     let mut served = Vec::new();
     let busy = Attempt::new(&spec, Vec::new(), None, |artist, beat| {
-        if matches!(beat, Beat::Preview(_)) || is_at(beat, (Phase::Training, 1)) {
+        if matches!(beat, Beat::Shown { what: Shown::Preview(_), .. }) || is_at(beat, (Phase::Training, 1)) {
             served.push(draw(artist, &earlier_spec(), &earlier.weights(), |_| ()).expect("pictures"));
         }
         Flow::Continue
@@ -271,12 +271,13 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
         }
     }
     assert_eq!((step_seen, last_phase), (8, Phase::Drawing));
-    let previews = attempt.beats.iter().filter(|beat| matches!(beat, Beat::Preview(_)));
+    let previews =
+        attempt.beats.iter().filter(|beat| matches!(beat, Beat::Shown { what: Shown::Preview(_), .. }));
     assert_eq!(previews.count(), 3);
     let (_, report, images) = attempt.trained();
     assert_eq!(images.len(), 3);
     assert!(images.iter().all(|image| image.prompt.contains("{product}") && image.format == Format::Png));
-    assert_eq!(report["prompts"]["instance"], "a photo of sks mug");
+    assert_eq!(report["prompts"]["instance"][0], "a photo of sks mug");
     assert_eq!(report["bundle"]["sha256"], engine().bundle());
     assert_eq!(report["photos"][0], serde_json::json!({"width": 96, "height": 80}));
     assert_eq!(report["curve"]["step"].as_array().map(Vec::len), Some(8));
@@ -431,6 +432,7 @@ fn weights_and_checkpoints_of_another_bundle_are_refused() {
         class_images: Vec::new(),
         resume: Some(&checkpoint),
         scratch: &scratch,
+        trace: None,
     };
     let resumed = stranger.train(input, &mut |_, _| Flow::Continue).expect_err("refused");
     for (fault, what) in [(drawn, "the weights"), (resumed, "the checkpoint")] {
@@ -451,6 +453,7 @@ fn a_photo_that_is_none_is_the_input_s_fault() {
         class_images: Vec::new(),
         resume: None,
         scratch: scratch.path(),
+        trace: None,
     };
     let fault = engine().train(input, &mut |_, _| Flow::Continue).expect_err("refused");
     assert_eq!(fault.code, FaultCode::Input);

@@ -4,6 +4,7 @@
 
 mod golden;
 mod layers;
+mod method;
 
 #[cfg(feature = "cuda")]
 mod cuda;

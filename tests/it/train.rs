@@ -10,12 +10,18 @@ use hypnos::ml::bundle::{Bundle, Part};
 use hypnos::ml::diffusion::{self, Schedule};
 use hypnos::ml::models::clip::ClipText;
 use hypnos::ml::models::unet::Unet;
-use hypnos::ml::models::vae::Moments;
+use hypnos::ml::models::vae::Vae;
+use hypnos::ml::perceptual::Perceptual;
 use hypnos::ml::sample::{self, Models, Picture, Settings};
 use hypnos::ml::samplers::Sampler;
-use hypnos::ml::train::{Batch, Material, Recipe, State, noise_loss, train};
+use hypnos::ml::train::losses::{self, Around, Batch, LossWeights, Objective, Reconstruction, losses};
+use hypnos::ml::train::{
+    Critic, CriticRecipe, Instance, Learner, Material, PerceptualRecipe, Recipe, State, Templates, train,
+    train_critic,
+};
 use hypnos::ml::weights::Weights;
 use hypnos::ml::{Error, picture, random};
+use image::RgbImage;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -40,11 +46,10 @@ pub(crate) fn dreambooth_loop(place: &Place) {
     let (configs, settings): (Value, Value) = (start.metadata("config"), golden.metadata("settings"));
     let text = part(start.weights("text.", place), |w| ClipText::load(w, &config(&configs["text"])));
     let unet = part(start.weights("unet.", place), |w| Unet::load(w, &config(&configs["unet"])));
-    let schedule = diffusion::Config::parse(
-        r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}"#,
-    );
-    let schedule = schedule.and_then(|config| Schedule::new(&config)).expect("a schedule");
-    let mut state = State::new(text, unet, settings["lr"].as_f64().expect("lr")).expect("a state");
+    let schedule = scaled_linear();
+    let mut state = State::new(text, unet, settings["lr"].as_f64().expect("lr"), None).expect("a state");
+    let around = Around { schedule: &schedule, vae: None, perceptual: None };
+    let objective = Objective::dreambooth(settings["prior"].as_f64().expect("prior"));
     let t = golden.rows("input.loop.t");
     let (losses, norms) = (golden.numbers("output.loop.loss"), golden.numbers("output.loop.norm"));
     for step in 0..3 {
@@ -55,9 +60,10 @@ pub(crate) fn dreambooth_loop(place: &Place) {
             noise: input("noise"),
             t: t[step].iter().map(|&t| t as usize).collect(),
             ids: golden.rows("input.loop.ids"),
-            weights: vec![1.0, settings["prior"].as_f64().expect("prior")],
+            reference: None,
+            crop: None,
         };
-        let taken = state.step(&schedule, &batch).expect("a step");
+        let taken = state.step(around, &batch, &objective, None, None).expect("a step");
         for (what, actual, wanted) in
             [("loss", taken.loss, losses[step]), ("norm", taken.grad_norm, norms[step])]
         {
@@ -77,6 +83,100 @@ pub(crate) fn dreambooth_loop(place: &Place) {
     assert_eq!(n_compared + unsteady.len(), state.params().len());
 }
 
+#[test]
+fn one_step_of_hypnos_has_torch_s_losses_and_gradients() {
+    hypnos_step(&Place::cpu());
+}
+
+pub(crate) fn hypnos_step(place: &Place) {
+    let (golden, start, classifier) =
+        (Golden::open("hypnos_step"), Golden::open("step"), Golden::open("perceptual"));
+    let (configs, settings): (Value, Value) = (start.metadata("config"), golden.metadata("settings"));
+    let text_weights = start.weights("text.", place).trainable(true);
+    let unet_weights = start.weights("unet.", place).trainable(true);
+    let text = ClipText::load(&text_weights, &config(&configs["text"])).expect("a text encoder");
+    let unet = Unet::load(&unet_weights, &config(&configs["unet"])).expect("a UNet");
+    let vae = Vae::load(&start.weights("vae.", place), &config(&configs["vae"])).expect("an autoencoder");
+    let net = Perceptual::load(&classifier.weights("", place), &classifier.metadata("config"), &place.device);
+    let net = net.expect("a classifier");
+    let discriminator = crate::method::discriminator(&golden, "discriminator", "discriminator.", place);
+    let schedule = scaled_linear();
+    let number = |name: &str| settings[name].as_f64().expect("a number");
+    let objective = Objective {
+        reconstruction: Reconstruction::InverseGaussian {
+            sigma: number("sigma"),
+            exponent_max: number("exponent_max"),
+        },
+        weights: config(&settings["weights"]),
+        strides: config(&settings["strides"]),
+    };
+    let input = |name: &str| place.input(&golden.get(&format!("input.all.{name}")));
+    let batch = Batch {
+        latents: input("latents"),
+        noise: input("noise"),
+        t: golden.numbers("input.all.t").iter().map(|&t| t as usize).collect(),
+        ids: golden.rows("input.all.ids"),
+        reference: Some(input("reference")),
+        crop: None,
+    };
+    let around = Around { schedule: &schedule, vae: Some(&vae), perceptual: Some(&net) };
+    let chain = losses::Chain { text: &text, unet: &unet, around, discriminator: Some(&discriminator) };
+    let found = losses(&chain, &batch, &objective).expect("losses");
+    let (total, z0) = (&found.total, found.z0.as_ref().expect("latents"));
+    for (name, tensor) in [
+        ("predicted", &found.prediction),
+        ("z0", z0),
+        ("decoded", found.decoded.as_ref().expect("a picture")),
+        ("loss.reconstruction", &found.reconstruction),
+        ("loss.cut", &found.cut),
+        ("loss.prior", found.prior.as_ref().expect("a loss")),
+        ("loss.perceptual", found.perceptual.as_ref().expect("a loss")),
+        ("loss.adversarial", found.adversarial.as_ref().expect("a loss")),
+        ("total", total),
+    ] {
+        assert_close(name, tensor, &golden.get(&format!("output.all.{name}")), place.model_output);
+    }
+    total.backward().expect("a backward");
+    golden.check_gradients("all", "text.", &text_weights, place);
+    golden.check_gradients("all", "unet.", &unet_weights, place);
+}
+
+#[test]
+fn the_gradient_of_an_embedding_is_torch_s() {
+    let place = &Place::cpu();
+    let (golden, start) = (Golden::open("hypnos_step"), Golden::open("step"));
+    let configs: Value = start.metadata("config");
+    let text =
+        ClipText::load(&start.weights("text.", place), &config(&configs["text"])).expect("a text encoder");
+    let unet = Unet::load(&start.weights("unet.", place), &config(&configs["unet"])).expect("a UNet");
+    let row = crate::golden::trained("embedding.x", &golden.get("output.embedding.row"));
+    let text = text.with_embedding(17, row.clone()).expect("an embedding");
+    let schedule = scaled_linear();
+    let input = |name: &str| golden.get(&format!("input.all.{name}")).narrow(0, 0, 1).expect("the first row");
+    let batch = Batch {
+        latents: input("latents"),
+        noise: input("noise"),
+        t: vec![golden.numbers("input.all.t")[0] as usize],
+        ids: golden.rows("input.all.ids")[..1].to_vec(),
+        reference: None,
+        crop: None,
+    };
+    let around = Around { schedule: &schedule, vae: None, perceptual: None };
+    let chain = losses::Chain { text: &text, unet: &unet, around, discriminator: None };
+    let found = losses(&chain, &batch, &Objective::dreambooth(0.0)).expect("losses");
+    assert_close("loss", &found.total, &golden.get("output.embedding.total"), OUTPUT);
+    found.total.backward().expect("a backward");
+    let grad = row.grad().expect("a gradient");
+    assert_close("embedding", &grad, &golden.get("grad.embedding.row"), crate::golden::GRADIENT);
+}
+
+fn scaled_linear() -> Schedule {
+    let config = diffusion::Config::parse(
+        r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}"#,
+    );
+    config.and_then(|config| Schedule::new(&config)).expect("a schedule")
+}
+
 /// The miniature, photos that it drew itself, and a recipe.
 struct Bench {
     bundle: Bundle,
@@ -90,24 +190,71 @@ impl Bench {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature");
         let bundle = Bundle::open(&dir).expect("a bundle");
         let base = Models::load(&bundle, &Device::Cpu).expect("models");
-        let encode = |colour: &str, seed| base.vae.encode(&painted(colour, seed)).expect("moments");
-        let photos = vec![encode("red", 1), encode("green", 2), encode("red", 3)];
-        let material = Material { photos, class_images: vec![encode("grey", 4), encode("blue", 5)] };
-        let product = Product { token: "sks".into(), class_name: "mug".into() };
-        let recipe = Recipe { product, n_steps: 4, lr: 1e-4, prior_weight: 1.0, n_class_images: 2, seed: 11 };
-        Self { bundle, base, material, recipe }
+        let encode = |colour: &str, seed| {
+            let picture = picture::signed(&painted(colour, seed)).expect("a picture");
+            base.vae.encode(&picture).expect("moments")
+        };
+        let recipe = Recipe {
+            product: Product { token: "sks".into(), class_name: "mug".into(), with_class: true },
+            learner: Learner::Weights,
+            n_steps: 4,
+            lr: 1e-4,
+            objective: Objective::dreambooth(1.0),
+            perceptual: PerceptualRecipe { until_step: 0, timestep_max: None, crop: None },
+            critic: CriticRecipe { n_steps: 0, lr: 1e-3, batch: 2 },
+            views: None,
+            templates: Templates::default(),
+            n_class_images: 2,
+            seed: 11,
+        };
+        let instance = |colour: &str, seed| {
+            let moments = encode(colour, seed);
+            Instance { moments, prompt: recipe.photo_prompt(), pixels: painted(colour, seed) }
+        };
+        let instances = vec![instance("red", 1), instance("green", 2), instance("red", 3)];
+        let class_images = vec![encode("grey", 4), encode("blue", 5)];
+        let spoiled = vec![encode("green", 6), encode("blue", 7)];
+        Self { bundle, base, material: Material { instances, class_images, spoiled }, recipe }
+    }
+
+    /// The same learning by all four losses of HYPNOS, with a classifier of random weights.
+    fn hypnos() -> Self {
+        let mut bench = Self::new();
+        let objective = &mut bench.recipe.objective;
+        objective.reconstruction = Reconstruction::InverseGaussian { sigma: 1.382, exponent_max: 20.0 };
+        objective.weights =
+            LossWeights { reconstruction: 1.0, prior: 1.0, perceptual: 0.01, discriminator: 0.5 };
+        objective.strides = [1.0, 0.5, 0.25, 0.125, 0.0625];
+        bench.recipe.perceptual.until_step = 3;
+        bench.recipe.critic.n_steps = 2;
+        bench
     }
 
     fn state(&self, checkpointing: bool) -> State {
         let mut unet = self.bundle.unet(&Device::Cpu, true).expect("a UNet");
         unet.model.checkpointing = checkpointing;
         let text = self.bundle.text_encoder(&Device::Cpu, true).expect("a text encoder");
-        State::new(text, unet, self.recipe.lr).expect("a state")
+        State::new(text, unet, self.recipe.lr, self.critic()).expect("a state")
+    }
+
+    fn critic(&self) -> Option<Critic> {
+        let critic = || Critic::new(4, 16, self.recipe.critic.lr, self.recipe.seed, &Device::Cpu);
+        self.recipe.has_critic().then(|| critic().expect("a discriminator"))
+    }
+
+    fn perceptual(&self) -> Option<Perceptual> {
+        let config = r#"{"width_coefficient": 0.25, "depth_coefficient": 0.5}"#;
+        let config = serde_json::from_str(config).expect("a config");
+        let net = || Perceptual::load(&Weights::random(3, &Device::Cpu), &config, &Device::Cpu);
+        self.recipe.has_perceptual().then(|| net().expect("a classifier"))
     }
 
     /// Takes the recipe's steps, or stops after `n`.
     fn run(&self, state: &mut State, n: u64) -> hypnos::ml::Result<bool> {
-        train(state, &self.material, &self.recipe, &self.base, &mut |state| {
+        let go_on = &mut |_| ControlFlow::Continue(());
+        train_critic(state, &self.material, &self.recipe, &self.base, go_on)?;
+        let perceptual = self.perceptual();
+        train(state, &self.material, &self.recipe, &self.base, perceptual.as_ref(), None, &mut |state| {
             if state.n_steps() >= n { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
     }
@@ -117,21 +264,19 @@ impl Bench {
     }
 }
 
-/// A signed picture `[1, 3, 64, 64]`: a coloured ground with a darker square at a place of the seed's.
-fn painted(colour: &str, seed: u64) -> Tensor {
-    let ground: [f32; 3] = match colour {
-        "red" => [0.8, -0.6, -0.6],
-        "green" => [-0.6, 0.7, -0.5],
-        "blue" => [-0.7, -0.5, 0.8],
-        _ => [0.1, 0.1, 0.1],
+/// A picture of 64 x 64: a coloured ground with a darker square at a place of the seed's.
+fn painted(colour: &str, seed: u64) -> RgbImage {
+    let ground: [u8; 3] = match colour {
+        "red" => [229, 51, 51],
+        "green" => [51, 217, 64],
+        "blue" => [38, 64, 229],
+        _ => [140, 140, 140],
     };
-    let (left, top) = (random::below(seed, 0, 0, 32), random::below(seed, 0, 1, 32));
-    let value = |i: usize| {
-        let (channel, y, x) = (i / 4096, i / 64 % 64, i % 64);
+    let (left, top) = (random::below(seed, 0, 0, 32) as u32, random::below(seed, 0, 1, 32) as u32);
+    RgbImage::from_fn(64, 64, |x, y| {
         let inside = (left..left + 32).contains(&x) && (top..top + 32).contains(&y);
-        if inside { -0.5 * ground[channel] } else { ground[channel] }
-    };
-    Tensor::from_vec((0..3 * 4096).map(value).collect(), (1, 3, 64, 64), &Device::Cpu).expect("a picture")
+        image::Rgb(if inside { ground.map(|v| 190 - v / 2) } else { ground })
+    })
 }
 
 fn values(state: &State) -> BTreeMap<&String, Vec<u32>> {
@@ -168,7 +313,25 @@ fn a_frozen_view_draws_what_the_saved_weights_draw_and_follows_each_step() {
 
 #[test]
 fn a_resumed_state_goes_on_as_if_never_stopped_and_its_file_has_the_same_bytes() {
-    let bench = Bench::new();
+    goes_on_as_if_never_stopped(&Bench::new());
+}
+
+#[test]
+fn with_all_four_losses_and_a_discriminator_as_well() {
+    let bench = Bench::hypnos();
+    goes_on_as_if_never_stopped(&bench);
+    let mut state = bench.state(false);
+    bench.run(&mut state, 4).expect("steps");
+    let told = |of: fn(&hypnos::ml::train::Taken) -> f32| -> Vec<bool> {
+        state.history().iter().map(|taken| of(taken).is_finite()).collect()
+    };
+    assert_eq!(told(|taken| taken.perceptual), [true, true, true, false], "s_p is 3");
+    assert_eq!(told(|taken| taken.adversarial), [true; 4]);
+    assert_eq!(told(|taken| taken.critic), [true; 4]);
+    assert_eq!(told(|taken| taken.prior), [true; 4]);
+}
+
+fn goes_on_as_if_never_stopped(bench: &Bench) {
     let dir = tempfile::tempdir().expect("a directory");
     let save = |state: &State, name: &str| {
         let file = dir.path().join(name);
@@ -185,7 +348,11 @@ fn a_resumed_state_goes_on_as_if_never_stopped_and_its_file_has_the_same_bytes()
     assert_eq!(save(&resumed, "again").0, halfway);
     bench.run(&mut resumed, 4).expect("steps");
     assert_eq!(save(&unbroken, "a").0, save(&resumed, "b").0);
-    assert_eq!(unbroken.history(), resumed.history());
+    let bits = |state: &State| -> Vec<_> {
+        let columns = hypnos::ml::train::Taken::COLUMNS;
+        state.history().iter().map(|taken| columns.map(|(_, of)| of(taken).to_bits())).collect()
+    };
+    assert_eq!(bits(&unbroken), bits(&resumed));
     assert!(bench.run(&mut resumed, 9).expect("nothing left to do"));
 }
 
@@ -207,16 +374,16 @@ fn a_checkpoint_that_does_not_fit_is_refused_in_one_line() {
     refused(&file, bench.hash(), &other, "lr is 0.0001 there and 0.0002 here");
     refused(&weights, bench.hash(), &bench.recipe, "is of format \"hypnos weights 1\"");
     let words = Adapted::load(&file, &bench.bundle, &bench.base).expect_err("refused").to_string();
-    assert!(words.contains("is of format \"hypnos checkpoint 1\""), "{words}");
+    assert!(words.contains("is of format \"hypnos checkpoint 2\""), "{words}");
 }
 
 #[test]
 fn a_loss_that_is_not_a_number_changes_no_weight() {
     let mut bench = Bench::new();
     bench.run(&mut bench.state(false), 1).expect("sound material");
-    let mean = (&bench.material.photos[0].mean * f64::NAN).expect("not numbers");
-    let broken = Moments { mean, logvar: bench.material.photos[0].logvar.clone() };
-    bench.material.photos = vec![broken];
+    let photo = &mut bench.material.instances[0].moments;
+    photo.mean = (&photo.mean * f64::NAN).expect("not numbers");
+    bench.material.instances.truncate(1);
     let mut state = bench.state(false);
     let before =
         values(&state).into_iter().map(|(name, bits)| (name.clone(), bits)).collect::<BTreeMap<_, _>>();
@@ -248,7 +415,7 @@ fn without_class_images_only_the_photos_count() {
     let mut without = bench.state(false);
     bench.run(&mut without, 1).expect("a step");
     assert!(without.history()[0].loss < with.history()[0].loss, "one loss less in the sum");
-    bench.material.photos.clear();
+    bench.material.instances.clear();
     let error = bench.run(&mut without, 4).expect_err("nothing to learn from").to_string();
     assert!(error.contains("no photos"), "{error}");
 }
@@ -256,17 +423,20 @@ fn without_class_images_only_the_photos_count() {
 /// The photos' loss at noise that no step of the training drew.
 fn loss_of(bench: &Bench, models: &Models) -> f64 {
     let losses = (0..8_u64).map(|i| {
-        let photo = &bench.material.photos[i as usize % 3];
+        let photo = &bench.material.instances[i as usize % 3].moments;
         let noise = random::normal(99, i, 4 * 16 * 16);
         let batch = Batch {
             latents: (&photo.mean * models.vae.scaling_factor()).expect("latents"),
             noise: Tensor::from_vec(noise, (1, 4, 16, 16), &Device::Cpu).expect("noise"),
             t: vec![60 + 120 * i as usize],
-            ids: vec![models.tokenizer.encode(&bench.recipe.instance_prompt())],
-            weights: vec![1.0],
+            ids: vec![models.tokenizer.encode(&bench.recipe.photo_prompt())],
+            reference: None,
+            crop: None,
         };
-        let loss = noise_loss(&models.text, &models.unet, &models.schedule, &batch).expect("a loss");
-        f64::from(loss.to_scalar::<f32>().expect("a number"))
+        let around = Around { schedule: &models.schedule, vae: None, perceptual: None };
+        let chain = losses::Chain { text: &models.text, unet: &models.unet, around, discriminator: None };
+        let found = losses(&chain, &batch, &Objective::dreambooth(1.0)).expect("losses");
+        f64::from(found.total.to_scalar::<f32>().expect("a number"))
     });
     losses.sum::<f64>() / 8.0
 }
@@ -288,9 +458,12 @@ fn a_photo_is_cut_to_its_middle_and_brought_to_size() {
     let pixels: Vec<u8> = (0..48 * 96).flat_map(|i| [[0, 255, 128][i % 96 / 32]; 3]).collect();
     let png = picture::png(&pixels, (96, 48), &[]).expect("a PNG");
     let row = |side: usize| -> Vec<f32> {
-        let photo = picture::Photo::decode(&png, side).expect("a photo");
-        assert_eq!((photo.tensor.dims(), photo.width, photo.height), (&[1, 3, side, side][..], 96, 48));
-        let row = photo.tensor.flatten_to(2).and_then(|rows| rows.get(side / 2)?.to_vec1());
+        let photo = picture::squared(&picture::read_png(&png).expect("a photo"), side);
+        assert_eq!(photo.dimensions(), (side as u32, side as u32));
+        let row = picture::signed(&photo)
+            .expect("a tensor")
+            .flatten_to(2)
+            .and_then(|rows| rows.get(side / 2)?.to_vec1());
         row.expect("a row of the red channel")
     };
     let exact = row(48);
@@ -300,5 +473,5 @@ fn a_photo_is_cut_to_its_middle_and_brought_to_size() {
     assert!(half[..3].iter().all(|&v| v < -0.9) && half[6..18].iter().all(|&v| v > 0.9));
     let mean: f32 = half.iter().sum::<f32>() / 24.0;
     assert!((mean - exact.iter().sum::<f32>() / 48.0).abs() < 0.02, "shrinking keeps the brightness: {mean}");
-    assert!(picture::Photo::decode(b"no picture", 8).is_err());
+    assert!(picture::read_png(b"no picture").is_err());
 }

@@ -15,7 +15,7 @@ use crate::ml::models::vae::Vae;
 use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use crate::ml::param::Param;
 use crate::ml::random;
-use crate::ml::train::{Batch, noise_loss};
+use crate::ml::train::{Around, Batch, Chain, Objective, losses};
 use crate::ml::weights::Weights;
 use crate::ml::{self, Error};
 
@@ -299,13 +299,17 @@ fn train(text: &Value, json: &Value, latents: &[usize; 4], checkpointing: bool) 
         noise: normal("noise", latents, 1.0)?,
         t: vec![321, 810],
         ids: (0..2).map(|_| token_ids(77, text_config.vocab_size)).collect(),
-        weights: vec![1.0, 1.0],
+        reference: None,
+        crop: None,
     };
     let params = [params_of(&text_weights), params_of(&unet_weights)].concat();
     let mut optimiser = AdamW::new(params.clone(), AdamWConfig::default())?;
+    let objective = Objective::dreambooth(1.0);
     Ok(Ready::of(params, move || {
-        let loss = noise_loss(&text, &unet, &schedule, &batch).map_err(candle_core::Error::wrap)?;
-        loss.backward()?;
+        let around = Around { schedule: &schedule, vae: None, perceptual: None };
+        let chain = Chain { text: &text, unet: &unet, around, discriminator: None };
+        let found = losses(&chain, &batch, &objective).map_err(candle_core::Error::wrap)?;
+        found.total.backward()?;
         Ok(Box::new(optimiser.step()?))
     }))
 }

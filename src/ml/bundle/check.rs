@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
+use serde::de::DeserializeOwned;
+
 use super::{
-    Bundle, ClipText, Error, Manifest, PARTS, Result, Tokenizer, Unet, Vae, Weights, bad, check_index, clip,
-    find_weights, hash_file, read_config, read_manifest, read_schedule, unet, vae,
+    Bundle, ClipText, Error, Manifest, PARTS, Perceptual, Result, Tokenizer, Tracer, Unet, Vae, Weights, bad,
+    check_index, clip, find_weights, hash_file, perceptual, read_config, read_manifest, read_schedule,
+    tracer, unet, vae,
 };
 use crate::ml::param::Param;
 use crate::ml::tensorfile::TensorFile;
@@ -55,6 +58,10 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     for ((part, _), params) in PARTS.into_iter().zip([&text_params, &unet_params, &vae_params]) {
         found.weights(&dir.join(part), params.as_ref());
     }
+    found.teacher(dir, "segmenter", tracer::Config::check, Tracer::load);
+    found.teacher(dir, "perceptual", perceptual::Config::check, |w, config| {
+        Perceptual::load(w, config, &candle_core::Device::Cpu)
+    });
     found.fit(dir, text.as_ref(), unet.as_ref(), vae.as_ref(), tokenizer.as_ref());
     found.manifest(dir, &manifest, vae.as_ref(), tokenizer.as_ref());
     found.0
@@ -76,6 +83,22 @@ impl Findings {
 
     fn add(&mut self, error: Error) {
         self.note(Err::<(), _>(error));
+    }
+
+    /// A part that need not be there, but has to be whole if it is.
+    fn teacher<C: DeserializeOwned, M>(
+        &mut self,
+        dir: &Path,
+        part: &str,
+        check: impl Fn(&C) -> Result<()>,
+        load: impl FnOnce(&Weights, &C) -> Result<M>,
+    ) {
+        if !dir.join(part).is_dir() {
+            return;
+        }
+        let config = self.note(read_config(dir, part, check));
+        let params = config.and_then(|config| self.note(blueprint(|w| load(w, &config))));
+        self.weights(&dir.join(part), params.as_ref());
     }
 
     /// A part's weight file against what its model would read, if that is known.

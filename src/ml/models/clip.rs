@@ -63,17 +63,19 @@ impl Config {
     }
 }
 
-/// The text encoder.
-#[derive(Debug)]
+/// The text encoder. Cloning shares the weights.
+#[derive(Clone, Debug)]
 pub struct ClipText {
     token_embedding: Param,
+    /// Embeddings that stand in the place of rows of the table: which row, and `[1, D]`.
+    learned: Vec<(u32, Param)>,
     position_embedding: Param,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
     n_positions: usize,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Layer {
     layer_norm1: LayerNorm,
     q_proj: Linear,
@@ -96,6 +98,7 @@ impl ClipText {
         let layers = w.pp("encoder").pp("layers");
         Ok(Self {
             token_embedding: embeddings.pp("token_embedding").get("weight", &[config.vocab_size, d])?,
+            learned: Vec::new(),
             position_embedding: embeddings
                 .pp("position_embedding")
                 .get("weight", &[config.max_position_embeddings, d])?,
@@ -114,12 +117,51 @@ impl ClipText {
             candle_core::bail!("clip: wanted sequences of one length up to {}, got {l}", self.n_positions);
         }
         let places: Vec<u32> = (0..b).flat_map(|_| 0..l as u32).collect();
-        let tokens = ops::embedding(&ids.concat(), &[b, l], &self.token_embedding)?;
+        let tokens = self.tokens(&ids.concat(), &[b, l])?;
         let mut x = (tokens + ops::embedding(&places, &[b, l], &self.position_embedding)?)?; // [B, L, D]
         for layer in &self.layers {
             x = layer.forward(&x)?;
         }
         self.final_layer_norm.forward(&x)
+    }
+
+    /// Width of the hidden states.
+    pub fn width(&self) -> usize {
+        self.position_embedding.dims()[1]
+    }
+
+    /// The same with `row` `[1, D]` in the place of the embedding of `id` (Gal et al. 2022, arXiv 2208.01618).
+    pub fn with_embedding(&self, id: u32, row: Param) -> Result<Self> {
+        let (wanted, n_rows) = ([1, self.width()], self.token_embedding.dims()[0]);
+        if row.dims() != wanted || id as usize >= n_rows {
+            candle_core::bail!(
+                "{}: wanted {wanted:?} for one of {n_rows} tokens, got {:?} for {id}",
+                row.name(),
+                row.dims()
+            );
+        }
+        let mut with = self.clone();
+        with.learned.retain(|(other, _)| *other != id);
+        with.learned.push((id, row));
+        Ok(with)
+    }
+
+    /// Mean of the embeddings of `ids`, `[1, D]`.
+    pub fn mean_embedding(&self, ids: &[u32]) -> Result<Tensor> {
+        self.tokens(ids, &[ids.len()])?.detach().mean_keepdim(0)
+    }
+
+    /// `[dims.., D]`
+    fn tokens(&self, ids: &[u32], dims: &[usize]) -> Result<Tensor> {
+        let mut tokens = ops::embedding(ids, dims, &self.token_embedding)?;
+        for (id, row) in &self.learned {
+            // 1 where the token stands, 0 elsewhere: exact either way.
+            let here: Vec<f32> = ids.iter().map(|other| f32::from(other == id)).collect();
+            let here = Tensor::from_vec(here, dims, tokens.device())?.unsqueeze(dims.len())?;
+            let learned = ops::embedding(&vec![0; ids.len()], dims, row)?;
+            tokens = (tokens.broadcast_mul(&(1.0 - &here)?)? + learned.broadcast_mul(&here)?)?;
+        }
+        Ok(tokens)
     }
 }
 

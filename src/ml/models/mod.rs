@@ -1,6 +1,9 @@
-//! The models: one architecture, one file. They never import one another.
+//! The models: one architecture, one file. They never import one another, but for TRACER, whose encoder is one of them.
 
 pub mod clip;
+pub mod discriminator;
+pub mod efficientnet;
+pub mod tracer;
 pub mod unet;
 pub mod vae;
 

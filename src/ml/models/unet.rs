@@ -233,7 +233,7 @@ impl Config {
 }
 
 /// The UNet.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Unet {
     time_embedding: (Linear, Linear),
     conv_in: Conv2d,
@@ -364,7 +364,7 @@ impl Run<'_> {
 }
 
 /// Residual blocks of one level, each followed by a transformer where the level attends to the text.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Level {
     resnets: Vec<Arc<Resnet>>,
     attentions: Vec<Arc<Transformer>>,
@@ -404,7 +404,7 @@ impl Level {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct DownBlock {
     level: Level,
     downsampler: Option<Conv2d>,
@@ -440,7 +440,7 @@ impl DownBlock {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct UpBlock {
     level: Level,
     upsampler: Option<Conv2d>,
@@ -488,7 +488,7 @@ impl UpBlock {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct MidBlock {
     resnets: [Arc<Resnet>; 2],
     attention: Arc<Transformer>,
@@ -517,7 +517,7 @@ impl MidBlock {
 const TRANSFORMER_EPS: f64 = 1e-6;
 
 /// Attention of the picture to itself and to the text. Ports diffusers' `Transformer2DModel`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Transformer {
     norm: GroupNorm,
     proj_in: Projection,
@@ -550,7 +550,7 @@ impl Transformer {
 }
 
 /// A square projection, stored as a matrix or as a 1x1 convolution. The arithmetic is the same.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Projection {
     weight: Param,
     bias: Param,
@@ -568,7 +568,7 @@ impl Projection {
 }
 
 /// One transformer layer: self-attention, attention to the text, feed-forward, each on a residual path.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Block {
     norm1: LayerNorm,
     attn1: Attention,
@@ -601,7 +601,7 @@ impl Block {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Attention {
     to_q: Linear,
     to_k: Linear,

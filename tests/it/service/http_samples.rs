@@ -53,7 +53,7 @@ async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without
     let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
     let names: Vec<_> =
         files["data"].as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["image-0.png", "preview-0.png", "report.json", "weights.safetensors"]);
+    assert_eq!(names, ["image-0.png", "preview-1.png", "report.json", "weights.safetensors"]);
     let weights = house.get(&format!("/v1/jobs/{trained}/artifacts/weights.safetensors")).await;
     assert_eq!(weights.status(), 307);
     let report: Value = house.get(&format!("/v1/jobs/{trained}/report")).await.json().await.unwrap();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hypnos::engine::{
-    Artist, Beat, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Trained, Watch,
+    Artist, Beat, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, Shown, TrainInput, Trained, Watch,
 };
 use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
 use hypnos::worker::MakeEngine;
@@ -173,7 +173,8 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
             Flow::Stop => return Ok(Ending::Stopped),
         }
         if step == total / 2 {
-            watch(engine, Beat::Preview(picture("a preview", spec.seed, Format::Png)));
+            let picture = picture("a preview", spec.seed, Format::Png);
+            watch(engine, Beat::Shown { what: Shown::Preview(step), picture });
         }
     }
     let weights = input.scratch.join("weights");

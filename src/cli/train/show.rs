@@ -1,0 +1,173 @@
+//! A training as it goes: bars on the terminal, pictures, checkpoints and the log on disk.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::out::{Out, Shelf};
+use super::plot;
+use crate::cli::Stop;
+use crate::engine::{Beat, Flow};
+use crate::job::{Phase, Progress};
+use crate::ml::train::Taken;
+
+const LOG: &str = "log.jsonl";
+
+/// Hears a training.
+pub(super) struct Show<'a> {
+    out: &'a Out,
+    shelf: &'a Shelf,
+    checkpoint_every: u64,
+    stop: &'a CancellationToken,
+    bar: ProgressBar,
+    phase: Option<Phase>,
+    log: Log,
+    /// Steps at the last checkpoint.
+    kept: u64,
+    /// Why the disk would not have it; the training ends then.
+    failed: Option<Stop>,
+}
+
+impl<'a> Show<'a> {
+    pub(super) fn new(
+        out: &'a Out,
+        shelf: &'a Shelf,
+        checkpoint_every: u64,
+        stop: &'a CancellationToken,
+    ) -> Result<Self, Stop> {
+        let style = ProgressStyle::with_template(
+            "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone, {eta} left  {msg}",
+        );
+        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let log = Log { path: out.dir().join(LOG), file: None, last: Instant::now() };
+        Ok(Self { out, shelf, checkpoint_every, stop, bar, phase: None, log, kept: 0, failed: None })
+    }
+
+    /// Takes a beat and says how the training goes on.
+    pub(super) fn hear(&mut self, beat: Beat) -> Flow {
+        let step = match &beat {
+            Beat::Progress(at) if at.phase == Phase::Training => Some(at.step),
+            _ => None,
+        };
+        if let Err(stop) = self.take(beat) {
+            self.failed.get_or_insert(stop);
+            return Flow::Stop;
+        }
+        if self.stop.is_cancelled() {
+            return Flow::Pause;
+        }
+        match step {
+            Some(step) if step >= self.kept + self.checkpoint_every => {
+                self.kept = step;
+                Flow::Checkpoint
+            }
+            _ => Flow::Continue,
+        }
+    }
+
+    fn take(&mut self, beat: Beat) -> Result<(), Stop> {
+        match beat {
+            Beat::Progress(at) => {
+                self.progress(&at)?;
+                Ok(())
+            }
+            Beat::ClassImage { index, png } => self.shelf.keep(index, &png),
+            Beat::Taken { step, taken } => self.log.step(step, &taken),
+            Beat::Shown { what, picture } => self.out.show(what, &picture),
+            Beat::Checkpoint { file, .. } => {
+                self.log.flush()?;
+                self.out.keep_checkpoint(&file)
+            }
+        }
+    }
+
+    fn progress(&mut self, at: &Progress) -> Result<(), Stop> {
+        if self.phase != Some(at.phase) {
+            self.phase = Some(at.phase);
+            self.bar.reset();
+            self.bar.set_prefix(at.phase.to_string());
+            if at.phase == Phase::Training {
+                self.kept = at.step;
+                self.log.begin(at.step)?;
+            }
+        }
+        self.bar.set_length(at.total);
+        self.bar.set_position(at.step);
+        self.bar.set_message(at.loss.map_or(String::new(), |loss| format!("loss {loss:.4}")));
+        Ok(())
+    }
+
+    /// Ends the bars and draws the log. An error is what ended the training.
+    pub(super) fn finish(mut self) -> Result<(), Stop> {
+        self.bar.finish_and_clear();
+        self.log.flush()?;
+        if let Some(stop) = self.failed {
+            return Err(stop);
+        }
+        let steps = self.log.read()?;
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let drawn = plot::losses(&steps).map_err(|error| Stop::Failed(format!("losses.svg: {error}")))?;
+        self.out.write("losses.svg".as_ref(), drawn.as_bytes())
+    }
+}
+
+/// One JSON object a line for each step.
+struct Log {
+    path: std::path::PathBuf,
+    file: Option<File>,
+    last: Instant,
+}
+
+impl Log {
+    /// Opens the log after `step`: lines of later steps, which a checkpoint does not know, are taken out.
+    fn begin(&mut self, step: u64) -> Result<(), Stop> {
+        let lines = self.read()?;
+        let kept = lines.iter().filter(|line| line["step"].as_u64().is_some_and(|s| s <= step));
+        let text: String = kept.map(|line| format!("{line}\n")).collect();
+        std::fs::write(&self.path, text).map_err(|error| self.failed(&error))?;
+        let file = OpenOptions::new().append(true).open(&self.path).map_err(|error| self.failed(&error))?;
+        (self.file, self.last) = (Some(file), Instant::now());
+        Ok(())
+    }
+
+    fn step(&mut self, step: u64, taken: &Taken) -> Result<(), Stop> {
+        let seconds = self.last.elapsed().as_secs_f64();
+        self.last = Instant::now();
+        let numbers = Taken::COLUMNS.iter().map(|&(name, of)| {
+            let value = f64::from(of(taken));
+            (name.to_owned(), if value.is_finite() { json!(value) } else { Value::Null })
+        });
+        let mut line = Map::from_iter([("step".to_owned(), json!(step))]);
+        line.extend(numbers);
+        line.insert("seconds".into(), json!(seconds));
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let written = writeln!(file, "{}", Value::Object(line));
+        written.map_err(|error| self.failed(&error))
+    }
+
+    fn flush(&mut self) -> Result<(), Stop> {
+        let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
+        synced.map_err(|error| self.failed(&error))
+    }
+
+    /// Every whole line; the last may be torn.
+    fn read(&self) -> Result<Vec<Value>, Stop> {
+        let file = match File::open(&self.path) {
+            Ok(file) => BufReader::new(file),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.failed(&error)),
+        };
+        let lines = file.lines().collect::<Result<Vec<_>, _>>().map_err(|error| self.failed(&error))?;
+        Ok(lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    }
+
+    fn failed(&self, error: &std::io::Error) -> Stop {
+        Stop::Failed(format!("{}: {error}", self.path.display()))
+    }
+}

@@ -1,0 +1,106 @@
+//! What a client asks for, in the core's terms.
+
+use super::candle::CandleEngine;
+use crate::job::{Fault, FaultCode, Method, Reconstruction as Asked, TrainSpec};
+use crate::ml::adapted::Product;
+use crate::ml::train::{
+    CriticRecipe, Learner, LossWeights, Objective, PerceptualRecipe, Recipe, Reconstruction, Templates,
+};
+use crate::ml::views::ViewSettings;
+
+/// The recipe of a training with so many class images. [`FaultCode::Input`] where words and model do not fit.
+pub(super) fn recipe(
+    engine: &CandleEngine,
+    spec: &TrainSpec,
+    n_class_images: usize,
+) -> Result<Recipe, Fault> {
+    let options = &spec.options;
+    let embedding = options.method == Method::TextualInversion;
+    let own = &engine.bundle.manifest().rare_tokens;
+    let token = single_token(engine, "instance_token", options.instance_token.as_ref(), own.first())?;
+    let views = if options.views.enabled {
+        let rest = own.iter().find(|own| **own != token);
+        let background_token =
+            single_token(engine, "background_token", options.background_token.as_ref(), rest)?;
+        if background_token == token {
+            let message = format!("background_token: is \"{token}\" as instance_token is; wanted another");
+            return Err(Fault::new(FaultCode::Input, message));
+        }
+        let views = &options.views;
+        Some(ViewSettings {
+            n: views.n as usize,
+            monotone: views.monotone,
+            resized: views.resized,
+            scale_min: views.scale_min,
+            margin: views.margin,
+            background_token,
+        })
+    } else {
+        None
+    };
+    let (weights, perceptual) = (&options.loss_weights, &options.perceptual);
+    let recipe = Recipe {
+        product: Product { token, class_name: spec.class_name.clone(), with_class: !embedding },
+        learner: if embedding { Learner::Embedding } else { Learner::Weights },
+        n_steps: u64::from(options.steps),
+        lr: options.learning_rate,
+        objective: Objective {
+            reconstruction: match options.reconstruction {
+                Asked::Mse => Reconstruction::Mse,
+                Asked::InverseGaussian => Reconstruction::InverseGaussian {
+                    sigma: options.sigma,
+                    exponent_max: options.exponent_max,
+                },
+            },
+            weights: LossWeights {
+                reconstruction: weights.reconstruction,
+                prior: weights.prior,
+                perceptual: weights.perceptual,
+                discriminator: weights.discriminator,
+            },
+            strides: perceptual.strides,
+        },
+        perceptual: PerceptualRecipe {
+            until_step: u64::from(options.s_p.unwrap_or(0)),
+            timestep_max: perceptual.timestep_max.map(|t| t as usize),
+            crop: perceptual.crop.map(|side| side as usize),
+        },
+        critic: CriticRecipe {
+            n_steps: u64::from(options.discriminator.steps),
+            lr: options.discriminator.learning_rate,
+            batch: options.discriminator.batch as usize,
+        },
+        views,
+        templates: templates(spec),
+        n_class_images,
+        seed: spec.seed,
+    };
+    recipe.check().map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
+    Ok(recipe)
+}
+
+/// The prompts that a training is asked to use.
+pub(super) fn templates(spec: &TrainSpec) -> Templates {
+    let asked = &spec.options.templates;
+    Templates { photo: asked.photo.clone(), view: asked.view.clone(), class: asked.class.clone() }
+}
+
+/// A word of one token: what the client names, or the bundle's own.
+fn single_token(
+    engine: &CandleEngine,
+    option: &str,
+    asked: Option<&String>,
+    own: Option<&String>,
+) -> Result<String, Fault> {
+    let Some(token) = asked.or(own) else {
+        let message = format!("{option}: this model names no rare token of its own for it; one is needed");
+        return Err(Fault::new(FaultCode::Input, message));
+    };
+    let tokenizer = &engine.base.tokenizer;
+    if tokenizer.is_single_token(token) {
+        return Ok(token.clone());
+    }
+    let n = tokenizer.count(token);
+    let message = format!("{option}: wanted one token of the model's vocabulary, \"{token}\" is {n}");
+    Err(Fault::new(FaultCode::Input, message))
+}

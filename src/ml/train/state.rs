@@ -1,0 +1,326 @@
+//! A training at some step, and how it is kept.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Map, Value};
+
+use super::critic::Critic;
+use super::losses::{Around, Batch, Chain, Objective, losses};
+use super::recipe::Recipe;
+use super::trace::Trace;
+use crate::ml::adapted::{self, EMBEDDING, Product, TEXT_ENCODER, UNET};
+use crate::ml::bundle::{Bundle, Part};
+use crate::ml::models::{clip::ClipText, unet::Unet};
+use crate::ml::ops::{AdamW, AdamWConfig};
+use crate::ml::param::Param;
+use crate::ml::sample::Models;
+use crate::ml::tensorfile::{TensorFile, save_streaming};
+use crate::ml::weights::Weights;
+use crate::ml::{Error, Result};
+
+/// What `format` says in the metadata of a checkpoint.
+const FORMAT: &str = "hypnos checkpoint 2";
+
+/// Where in a checkpoint the discriminator's tensors lie.
+const DISCRIMINATOR: &str = "discriminator";
+
+/// What one step found. Losses are unweighted; one that the step did not compute is not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Taken {
+    /// The weighted sum before the step (eq. 1).
+    pub loss: f32,
+    /// Norm of all gradients together, before clipping.
+    pub grad_norm: f32,
+    /// Eq. 2.
+    pub reconstruction: f32,
+    /// Eq. 4.
+    pub prior: f32,
+    /// Eq. 5.
+    pub perceptual: f32,
+    /// Eq. 7.
+    pub adversarial: f32,
+    /// The discriminator's own loss, before its step.
+    pub critic: f32,
+    /// Share of the reconstruction's elements whose exponent was cut.
+    pub cut: f32,
+}
+
+impl Taken {
+    /// Each number's name, as checkpoints, logs and reports have it, and where it stands.
+    pub const COLUMNS: [(&'static str, fn(&Self) -> f32); 8] = [
+        ("loss", |taken| taken.loss),
+        ("grad_norm", |taken| taken.grad_norm),
+        ("reconstruction", |taken| taken.reconstruction),
+        ("prior", |taken| taken.prior),
+        ("perceptual", |taken| taken.perceptual),
+        ("adversarial", |taken| taken.adversarial),
+        ("critic", |taken| taken.critic),
+        ("cut", |taken| taken.cut),
+    ];
+
+    fn of(row: [f32; 8]) -> Self {
+        let [loss, grad_norm, reconstruction, prior, perceptual, adversarial, critic, cut] = row;
+        Self { loss, grad_norm, reconstruction, prior, perceptual, adversarial, critic, cut }
+    }
+}
+
+/// A training at some step: weights, moments, and what each step so far found.
+pub struct State {
+    text: ClipText,
+    unet: Unet,
+    /// Every trained weight, by its name in our files.
+    params: BTreeMap<String, Param>,
+    optimiser: AdamW,
+    critic: Option<Critic>,
+    history: Vec<Taken>,
+}
+
+impl State {
+    /// Before the first step, of trainable models.
+    pub fn new(text: Part<ClipText>, unet: Part<Unet>, lr: f64, critic: Option<Critic>) -> Result<Self> {
+        let named = |part: &str, params: BTreeMap<String, Param>| {
+            let part = part.to_owned();
+            params.into_iter().map(move |(name, param)| (format!("{part}.{name}"), param))
+        };
+        let params = named(TEXT_ENCODER, text.params).chain(named(UNET, unet.params)).collect();
+        Self::of(text.model, unet.model, params, lr, critic)
+    }
+
+    /// Before the first step of one that learns an embedding only: that of the product's token, which begins as the mean
+    /// of its class's words. All else is `base`'s, frozen.
+    ///
+    /// Assumption: the paper of Textual Inversion begins with one word; a class may have several.
+    pub fn of_embedding(base: &Models, product: &Product, lr: f64, critic: Option<Critic>) -> Result<Self> {
+        let (token, meaning) = (&product.token, base.tokenizer.words(&product.class_name));
+        let id = base.tokenizer.id(token);
+        let id = id.ok_or_else(|| Error::bad(format!("\"{token}\": wanted one token of the vocabulary")))?;
+        if meaning.is_empty() {
+            return Err(Error::bad("class_name: has no words to begin with"));
+        }
+        let row = Param::new(format!("{EMBEDDING}.{token}"), base.text.mean_embedding(&meaning)?, true)?;
+        let params = BTreeMap::from([(row.name().to_owned(), row.clone())]);
+        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, lr, critic)
+    }
+
+    fn of(
+        text: ClipText,
+        unet: Unet,
+        params: BTreeMap<String, Param>,
+        lr: f64,
+        critic: Option<Critic>,
+    ) -> Result<Self> {
+        let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
+        Ok(Self { text, unet, params, optimiser, critic, history: Vec::new() })
+    }
+
+    /// Steps taken.
+    pub fn n_steps(&self) -> u64 {
+        self.history.len() as u64
+    }
+
+    /// What each step found, the first one first.
+    pub fn history(&self) -> &[Taken] {
+        &self.history
+    }
+
+    /// Every trained weight, by its name in our files: `text_encoder.…` and `unet.…`.
+    pub fn params(&self) -> &BTreeMap<String, Param> {
+        &self.params
+    }
+
+    /// The discriminator, where one takes part.
+    pub fn critic(&self) -> Option<&Critic> {
+        self.critic.as_ref()
+    }
+
+    pub(super) fn critic_mut(&mut self) -> Option<&mut Critic> {
+        self.critic.as_mut()
+    }
+
+    /// One step on `batch`; then one of the discriminator on `shown`, real latents and fake ones, to which it adds this step's
+    /// guess. [`Error::Diverged`], changing no weight of the diffusion model, where loss or gradient is not finite.
+    pub fn step(
+        &mut self,
+        around: Around<'_>,
+        batch: &Batch,
+        objective: &Objective,
+        shown: Option<(Tensor, Tensor)>,
+        trace: Option<(&Trace, &Recipe)>,
+    ) -> Result<Taken> {
+        let diverged = Error::Diverged(self.n_steps() + 1);
+        let discriminator = self.critic.as_ref().map(Critic::frozen).transpose()?;
+        let (text, unet) = (&self.text, &self.unet);
+        let chain = Chain { text, unet, around, discriminator: discriminator.as_ref() };
+        let losses = losses(&chain, batch, objective)?;
+        let value = losses.total.to_scalar::<f32>()?;
+        if !value.is_finite() {
+            return Err(diverged);
+        }
+        losses.total.backward()?;
+        let norm = self.optimiser.grad_norm()?;
+        if !norm.is_finite() {
+            return Err(diverged);
+        }
+        if let Some((trace, recipe)) = trace {
+            trace.write(self, recipe, batch, &losses, norm)?;
+        }
+        self.optimiser.step_clipped(norm)?;
+        // Assumption: the discriminator sees the guess that was judged, not one of the weights after the step.
+        let critic = match (&mut self.critic, shown, &losses.z0) {
+            (Some(critic), Some((real, fake)), Some(z0)) => {
+                critic.step(&real, &Tensor::cat(&[&fake, &z0.detach()], 0)?)?
+            }
+            _ => f32::NAN,
+        };
+        if self.critic.is_some() && !critic.is_finite() {
+            return Err(diverged);
+        }
+        let number = |tensor: &Tensor| tensor.to_scalar::<f32>();
+        let term = |tensor: &Option<Tensor>| tensor.as_ref().map_or(Ok(f32::NAN), number);
+        let taken = Taken {
+            loss: value,
+            grad_norm: norm as f32,
+            reconstruction: number(&losses.reconstruction)?,
+            prior: term(&losses.prior)?,
+            perceptual: term(&losses.perceptual)?,
+            adversarial: term(&losses.adversarial)?,
+            critic,
+            cut: number(&losses.cut)?,
+        };
+        self.history.push(taken);
+        Ok(taken)
+    }
+
+    /// The models as they are now, frozen, with the rest of `base`: they draw without recording a graph and without a
+    /// copy of the weights, and so do not outlast the next step.
+    pub fn frozen(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
+        let values = self.params.iter().map(|(name, param)| (name.clone(), param.value()));
+        adapted::models(
+            &Weights::from_tensors(values.collect(), &base.device),
+            self.params.keys(),
+            bundle,
+            base,
+        )
+    }
+
+    /// Writes the weights alone, as [`adapted::Adapted::load`] reads them. The bytes depend on weights, bundle and
+    /// recipe only.
+    pub fn save_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let shapes = self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect();
+        let metadata = adapted::metadata(adapted::FORMAT, bundle, &recipe.json());
+        save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(self.params[name].value()))
+    }
+
+    /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
+    pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let metadata = adapted::metadata(FORMAT, bundle, &recipe.json());
+        let learning = self.learning();
+        save_streaming(path, &self.shapes(self.history.len()), &metadata, DType::F32, |name| {
+            let moments = |name: &str| {
+                let (param, optimiser) = &learning[name];
+                optimiser.moments(param.name())
+            };
+            Ok(match name.split_once('.') {
+                Some(("m", name)) => moments(name)?.0,
+                Some(("v", name)) => moments(name)?.1,
+                Some(("history", column)) => self.column(column)?,
+                _ => learning[name].0.value(),
+            })
+        })
+    }
+
+    /// Goes on from a file by [`State::save`]. [`Error::Bad`] if it is of another bundle, another recipe or other
+    /// models; the state is then of no use.
+    pub fn resume(&mut self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let file = TensorFile::open(path)?;
+        let bad = |what: String| Error::Bad(format!("{}: {what}", path.display()));
+        adapted::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
+        let theirs = file.metadata().get("recipe").map_or("null", String::as_str);
+        if let Some(what) = difference(theirs, &recipe.json()) {
+            return Err(bad(format!("was made with other settings: {what}")));
+        }
+        let n_steps = file.shape("history.loss").and_then(|shape| shape.first().copied()).unwrap_or(0);
+        let shapes = self.shapes(n_steps);
+        let fits = |(name, shape): (&String, &Vec<usize>)| file.shape(name) == Some(shape);
+        if file.names().count() != shapes.len() || !shapes.iter().all(fits) {
+            return Err(bad("holds other tensors than these models have".into()));
+        }
+        let read = |name: &str| {
+            Tensor::from_vec(file.read(name)?, shapes[name].as_slice(), &Device::Cpu).map_err(Error::from)
+        };
+        for (name, (param, _)) in self.learning() {
+            param.set(&read(&name)?)?;
+        }
+        restore(&mut self.optimiser, &self.params, "", n_steps as u64, &read)?;
+        if let Some(critic) = &mut self.critic {
+            let n_steps = recipe.critic.n_steps + n_steps as u64;
+            restore(&mut critic.optimiser, &critic.params, &format!("{DISCRIMINATOR}."), n_steps, &read)?;
+        }
+        let mut rows = vec![[0.0; 8]; n_steps];
+        for (i, (column, _)) in Taken::COLUMNS.iter().enumerate() {
+            let values = file.read(&format!("history.{column}"))?;
+            rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
+        }
+        self.history = rows.into_iter().map(Taken::of).collect();
+        Ok(())
+    }
+
+    /// All that learns, by its name in a checkpoint, and by which optimiser.
+    fn learning(&self) -> BTreeMap<String, (&Param, &AdamW)> {
+        let own = self.params.iter().map(|(name, param)| (name.clone(), (param, &self.optimiser)));
+        let critic = self.critic.iter().flat_map(|critic| {
+            let params = critic.params.iter();
+            params.map(|(name, param)| (format!("{DISCRIMINATOR}.{name}"), (param, &critic.optimiser)))
+        });
+        own.chain(critic).collect()
+    }
+
+    /// Names and shapes in a checkpoint after `n_steps` steps.
+    fn shapes(&self, n_steps: usize) -> BTreeMap<String, Vec<usize>> {
+        let history = Taken::COLUMNS.iter().map(|(column, _)| (format!("history.{column}"), vec![n_steps]));
+        let learning = self.learning();
+        let weights = learning.iter().flat_map(|(name, (param, _))| {
+            [name.clone(), format!("m.{name}"), format!("v.{name}")].map(|name| (name, param.dims()))
+        });
+        weights.chain(history).collect()
+    }
+
+    fn column(&self, name: &str) -> Result<Tensor> {
+        let column = Taken::COLUMNS.iter().find(|(column, _)| *column == name).map(|(_, of)| *of);
+        let of = column.ok_or_else(|| Error::bad(format!("history: no column {name}")))?;
+        let values: Vec<f32> = self.history.iter().map(of).collect();
+        Ok(Tensor::from_vec(values, self.history.len(), &Device::Cpu)?)
+    }
+}
+
+/// Puts an optimiser's saved moments back. `params` are its weights by name; in the file they lie under `prefix`.
+fn restore(
+    optimiser: &mut AdamW,
+    params: &BTreeMap<String, Param>,
+    prefix: &str,
+    n_steps: u64,
+    read: &dyn Fn(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let names: BTreeMap<&str, &String> = params.iter().map(|(name, p)| (p.name(), name)).collect();
+    optimiser.restore(n_steps, |own| {
+        let moment = |kind: &str| read(&format!("{kind}.{prefix}{}", names[own]));
+        let both = moment("m").and_then(|m| Ok((m, moment("v")?)));
+        both.map_err(candle_core::Error::wrap)
+    })?;
+    Ok(())
+}
+
+/// The first setting in which two recipes differ.
+fn difference(theirs: &str, ours: &str) -> Option<String> {
+    if theirs == ours {
+        return None;
+    }
+    let settings = |json: &str| serde_json::from_str::<Map<String, Value>>(json).unwrap_or_default();
+    let (theirs, ours) = (settings(theirs), settings(ours));
+    let other = ours.iter().find(|(key, value)| theirs.get(*key) != Some(value));
+    Some(other.map_or("more than there are here".into(), |(key, value)| {
+        format!("{key} is {} there and {value} here", theirs.get(key).unwrap_or(&Value::Null))
+    }))
+}
