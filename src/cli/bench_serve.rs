@@ -145,7 +145,7 @@ impl House {
             id: JobId::new(),
             tenant: self.tenant,
             parent: None,
-            spec: Spec::Train(spec),
+            spec: Spec::Train(Box::new(spec)),
             photos: Vec::new(),
             priority: 0,
             max_attempts: 1,

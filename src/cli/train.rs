@@ -114,7 +114,7 @@ fn train(
         scratch: scratch.path(),
         trace: trace.as_ref(),
     };
-    let mut show = Show::new(out, &shelf, args.checkpoint_every, stop)?;
+    let mut show = Show::new(out, &shelf, args.checkpoint_every, stop);
     let ending = engine.train(input, &mut |_, beat| show.hear(beat));
     show.finish()?;
     match ending? {

@@ -149,7 +149,7 @@ async fn store_and_submit(
         tenant,
         parent: None,
         priority: spec.options.priority,
-        spec: Spec::Train(spec),
+        spec: Spec::Train(Box::new(spec)),
         photos,
         max_attempts: front.settings.attempts_max,
         idempotency,

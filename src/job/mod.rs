@@ -282,7 +282,7 @@ pub struct Checkpoint {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Spec {
     /// A training.
-    Train(TrainSpec),
+    Train(Box<TrainSpec>),
     /// A sample.
     Sample(SampleSpec),
 }

@@ -56,9 +56,10 @@ pub struct ViewSettings {
 impl ViewSettings {
     /// Refuses what no view can be made by, naming the setting.
     pub fn check(&self) -> Result<()> {
-        let share = |name: &str, value: f64, min: f64| match (min..=1.0).contains(&value) {
-            true => Ok(()),
-            false => Err(Error::bad(format!("views.{name}: wanted {min} to 1, got {value}"))),
+        let share = |name: &str, value: f64, min: f64| {
+            let fits = (min..=1.0).contains(&value);
+            let wrong = || Error::bad(format!("views.{name}: wanted {min} to 1, got {value}"));
+            fits.then_some(()).ok_or_else(wrong)
         };
         if self.n == 0 {
             return Err(Error::bad("views.n: wanted 1 or more, got 0"));
@@ -279,9 +280,8 @@ mod tests {
             let (dx, dy) = (i64::from(x) - centre.0, i64::from(y) - centre.1);
             dx * dx + dy * dy <= radius * radius
         };
-        let photo = RgbImage::from_fn(80, 60, |x, y| match inside(x, y) {
-            true => Rgb([230, 210, 20]),
-            false => Rgb([0, (x * 3) as u8, 240 - (x * 3) as u8]),
+        let photo = RgbImage::from_fn(80, 60, |x, y| {
+            if inside(x, y) { Rgb([230, 210, 20]) } else { Rgb([0, (x * 3) as u8, 240 - (x * 3) as u8]) }
         });
         let mask = (0..80 * 60).map(|i| f32::from(inside(i % 80, i / 80))).collect();
         (photo, mask)

@@ -41,7 +41,7 @@ impl Out {
         if let Some(begun) = begun.filter(|_| resume) {
             return Ok((out, same_training(&job, &begun, spec, bundle)?));
         }
-        let entries = fs::read_dir(dir).map(|entries| entries.count());
+        let entries = fs::read_dir(dir).map(Iterator::count);
         if entries.is_ok_and(|n| n > 0) {
             let what = if resume {
                 "holds no training to go on with"

@@ -38,13 +38,13 @@ impl<'a> Show<'a> {
         shelf: &'a Shelf,
         checkpoint_every: u64,
         stop: &'a CancellationToken,
-    ) -> Result<Self, Stop> {
+    ) -> Self {
         let style = ProgressStyle::with_template(
             "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone, {eta} left  {msg}",
         );
         let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let log = Log { path: out.dir().join(LOG), file: None, last: Instant::now() };
-        Ok(Self { out, shelf, checkpoint_every, stop, bar, phase: None, log, kept: 0, failed: None })
+        Self { out, shelf, checkpoint_every, stop, bar, phase: None, log, kept: 0, failed: None }
     }
 
     /// Takes a beat and says how the training goes on.
@@ -129,7 +129,7 @@ impl Log {
     fn begin(&mut self, step: u64) -> Result<(), Stop> {
         let lines = self.read()?;
         let kept = lines.iter().filter(|line| line["step"].as_u64().is_some_and(|s| s <= step));
-        let text: String = kept.map(|line| format!("{line}\n")).collect();
+        let text = kept.fold(String::new(), |text, line| text + &line.to_string() + "\n");
         std::fs::write(&self.path, text).map_err(|error| self.failed(&error))?;
         let file = OpenOptions::new().append(true).open(&self.path).map_err(|error| self.failed(&error))?;
         (self.file, self.last) = (Some(file), Instant::now());

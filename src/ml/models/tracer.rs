@@ -114,18 +114,11 @@ impl Tracer {
         let rfb = [self.rfb[0].forward(at8)?, self.rfb[1].forward(at16)?, self.rfb[2].forward(at32)?];
         let coarse = self.aggregation.forward(&rfb)?; // [B, 1, S/8, S/8]
         let middle = self.attention2.forward(&coarse, at8)?;
-        let fine = self.attention1.forward(&upsample(&middle, 2, false)?, at4)?; // [B, 1, S/4, S/4]
-        let sum =
-            ((upsample(&coarse, 8, false)? + upsample(&middle, 8, false)?)? + upsample(&fine, 4, false)?)?;
+        let fine = self.attention1.forward(&upsample_bilinear(&middle, 2, false)?, at4)?; // [B, 1, S/4, S/4]
+        let sum = ((upsample_bilinear(&coarse, 8, false)? + upsample_bilinear(&middle, 8, false)?)?
+            + upsample_bilinear(&fine, 4, false)?)?;
         sigmoid(&(sum / 3.0)?)
     }
-}
-
-/// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their
-/// outer edges.
-fn upsample(x: &Tensor, factor: usize, align_corners: bool) -> Result<Tensor> {
-    let (_, _, h, w) = x.dims4()?;
-    x.upsample_bilinear2d(h * factor, w * factor, align_corners)
 }
 
 /// Klambauer et al. 2017, arXiv 1706.02515.
@@ -241,7 +234,7 @@ impl Aggregation {
     }
 
     fn forward(&self, [e2, e3, e4]: &[Tensor; 3]) -> Result<Tensor> {
-        let twice = |x: &Tensor| upsample(x, 2, true);
+        let twice = |x: &Tensor| upsample_bilinear(x, 2, true);
         let [up1, up2, up3, up4, up5] = &self.upsample;
         let e4_up = twice(e4)?;
         let e3_1 = (up1.forward(&e4_up)? * e3)?;
@@ -279,9 +272,9 @@ impl UnionAttention {
         // 1. How much each channel matters.
         let mean = x.flatten_from(2)?.mean(2)?.reshape((b, c, 1, 1))?;
         let mean = self.norm.forward(&mean)?.reshape((b, c))?;
-        let [q, k, v] = self.project(&self.channel, &mean)?;
+        let [q, k, v] = project(&self.channel, &mean)?;
         let scores = q.unsqueeze(2)?.broadcast_mul(&k.unsqueeze(1)?)?; // [B, C, C]
-        let mixed = ops::softmax(&scores)?.matmul(&v.unsqueeze(2)?)?.squeeze(2)?;
+        let mixed = ops::softmax(&scores)?.broadcast_mul(&v.unsqueeze(1)?)?.sum(2)?;
         let weights = sigmoid(&ops::linear(&mixed, &self.fc, None)?)?; // [B, C]
         let x = (x.broadcast_mul(&weights.reshape((b, c, 1, 1))?)? + x)?;
         // 2. The least of them leave.
@@ -289,15 +282,15 @@ impl UnionAttention {
         let x = self.bn.forward(&x)?.broadcast_mul(&kept)?;
         // 3. How much each place matters, row against row.
         let places = x.permute((0, 2, 3, 1))?.contiguous()?; // [B, h, w, C]
-        let [q, k, v] = self.project(&self.spatial, &places)?;
+        let [q, k, v] = project(&self.spatial, &places)?;
         let [q, k, v] = [q.reshape((b, h, w))?, k.reshape((b, h, w))?, v.reshape((b, h, w))?];
-        let alpha = ops::softmax(&q.matmul(&k.transpose(D::Minus1, D::Minus2)?.contiguous()?)?)?; // [B, h, h]
-        (alpha.matmul(&v)? + v)?.unsqueeze(1)
+        let unscaled = (q * (w as f64).sqrt())?; // the reference does not divide by the root of the width
+        (ops::attention(&unscaled, &k, &v, 1, false)? + v)?.unsqueeze(1)
     }
+}
 
-    fn project(&self, [q, k, v]: &[Param; 3], x: &Tensor) -> Result<[Tensor; 3]> {
-        Ok([ops::linear(x, q, None)?, ops::linear(x, k, None)?, ops::linear(x, v, None)?])
-    }
+fn project([q, k, v]: &[Param; 3], x: &Tensor) -> Result<[Tensor; 3]> {
+    Ok([ops::linear(x, q, None)?, ops::linear(x, k, None)?, ops::linear(x, v, None)?])
 }
 
 /// `[B, C]` with zeros where a row is at most its own `share` quantile, between neighbours by the straight line.

@@ -38,4 +38,4 @@ pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use softmax::softmax;
-pub use upsample::upsample_nearest;
+pub use upsample::{upsample_bilinear, upsample_nearest};

@@ -1,10 +1,12 @@
-//! Nearest-neighbour enlargement to any size.
+//! Enlargement: by the nearest neighbour to any size, bilinear by whole factors.
 
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{View, zeros};
 use super::graft::{Computed, graft};
+use super::linear::linear;
+use crate::ml::param::Param;
 
 /// Each output takes the input at `floor(i * in / out)`, as `torch.nn.functional.interpolate(mode="nearest")` does.
 ///
@@ -33,6 +35,34 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
         };
         Ok([Some(dx.detached()), None, None])
     })
+}
+
+/// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their outer
+/// edges; as `torch.nn.functional.interpolate(mode="bilinear")` does.
+///
+/// `x` `[B, C, H, W]`; gives `[B, C, factor * H, factor * W]`. Differentiable.
+pub fn upsample_bilinear(x: &Tensor, factor: usize, align_corners: bool) -> Result<Tensor> {
+    let (.., h, w) = x.dims4()?;
+    let along = |x: &Tensor, n: usize| linear(x, &between(n, factor, align_corners, x.device())?, None);
+    let wide = along(x, w)?.transpose(2, 3)?;
+    along(&wide, h)?.transpose(2, 3)?.contiguous()
+}
+
+/// What each of `factor * n` points takes of the `n` that there are, `[factor * n, n]`, frozen.
+fn between(n: usize, factor: usize, align_corners: bool, device: &Device) -> Result<Param> {
+    let n_out = n * factor;
+    let mut taken = vec![0f32; n_out * n];
+    for (i, row) in taken.chunks_exact_mut(n).enumerate() {
+        let at = if align_corners {
+            i as f64 * (n - 1) as f64 / (n_out - 1).max(1) as f64
+        } else {
+            ((i as f64 + 0.5) / factor as f64 - 0.5).max(0.0)
+        };
+        let (low, share) = ((at.floor() as usize).min(n - 1), at.fract() as f32);
+        row[low] += 1.0 - share;
+        row[(low + 1).min(n - 1)] += share;
+    }
+    Param::new("bilinear", Tensor::from_vec(taken, (n_out, n), device)?, false)
 }
 
 /// Heights and widths.

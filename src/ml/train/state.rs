@@ -47,9 +47,12 @@ pub struct Taken {
     pub cut: f32,
 }
 
+/// A number of a step: its name, and where it stands.
+pub type Column = (&'static str, fn(&Taken) -> f32);
+
 impl Taken {
     /// Each number's name, as checkpoints, logs and reports have it, and where it stands.
-    pub const COLUMNS: [(&'static str, fn(&Self) -> f32); 8] = [
+    pub const COLUMNS: [Column; 8] = [
         ("loss", |taken| taken.loss),
         ("grad_norm", |taken| taken.grad_norm),
         ("reconstruction", |taken| taken.reconstruction),

@@ -96,7 +96,7 @@ impl Floor {
             evaluation: Evaluation { images: 1, ..Evaluation::default() },
             ..TrainOptions::default()
         };
-        let spec = Spec::Train(TrainSpec::new(class_name, options, 0).unwrap());
+        let spec = Spec::Train(Box::new(TrainSpec::new(class_name, options, 0).unwrap()));
         self.submit(NewJob { id, tenant: TENANT, parent: None, spec, photos, ..Self::plain() }).await
     }
 
@@ -123,7 +123,7 @@ impl Floor {
             id: JobId::new(),
             tenant: TENANT,
             parent: None,
-            spec: Spec::Train(TrainSpec::new("mug", TrainOptions::default(), 0).unwrap()),
+            spec: Spec::Train(Box::new(TrainSpec::new("mug", TrainOptions::default(), 0).unwrap())),
             photos: Vec::new(),
             priority: 0,
             max_attempts: 3,

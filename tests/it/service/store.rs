@@ -107,7 +107,7 @@ fn training(tenant: TenantId) -> NewJob {
         id: JobId::new(),
         tenant,
         parent: None,
-        spec: Spec::Train(TrainSpec::new("mug", TrainOptions::default(), 7).unwrap()),
+        spec: Spec::Train(Box::new(TrainSpec::new("mug", TrainOptions::default(), 7).unwrap())),
         photos: vec![object("photo-0.png"), object("photo-1.png"), object("photo-2.png")],
         priority: 0,
         max_attempts: 3,

@@ -659,7 +659,7 @@ async fn lists_are_filtered_and_turned_page_by_page(house: House) {
     for i in 0..5 {
         let mut new = training(tenant);
         if i == 3 {
-            new.spec = Spec::Train(TrainSpec::new("chair", TrainOptions::default(), 7).unwrap());
+            new.spec = Spec::Train(Box::new(TrainSpec::new("chair", TrainOptions::default(), 7).unwrap()));
         }
         trainings.push(house.accept(new).await.id);
         samples.push(house.accept(sample(tenant, parent.id)).await.id);

@@ -1,0 +1,102 @@
+"""Trains an EfficientNet on what pictures show: the perceptual loss's, or with `judge` the one that judges generated pictures.
+
+    python classifier.py perceptual|judge DATA TEST WORK OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from world import CLASSES, COLOURS, PATTERNS, PLACES, Clock, World, keep, resume, rng
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+HEADS = [len(CLASSES), len(COLOURS), len(COLOURS), len(PATTERNS), len(PLACES)]
+NAMES = ["class", "colour", "second", "pattern", "place"]
+ROLES = {
+    # Halved pictures, as the loss looks at them; the judge looks at whole ones and has other seeds.
+    "perceptual": {"seed": 2, "width": 0.5, "depth": 0.5, "halve": True, "steps": 3000, "batch": 48},
+    "judge": {"seed": 3, "width": 0.5, "depth": 0.5, "halve": False, "steps": 3000, "batch": 32},
+}
+MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, role):
+        super().__init__()
+        torch.manual_seed(role["seed"])
+        self.halve = role["halve"]
+        self.body = timm.models.efficientnet._gen_efficientnet("efficientnet_b0", role["width"], role["depth"], num_classes=0)
+        self.heads = torch.nn.Linear(self.body.num_features, sum(HEADS))
+
+    def forward(self, pictures):
+        """Logits of each head for pictures in -1..1."""
+        x = (pictures + 1) / 2
+        x = F.avg_pool2d(x, 2) if self.halve else x
+        return self.heads(self.body((x - MEAN) / STD)).split(HEADS, 1)
+
+
+def blurred(x, r):
+    """Now and then less sharp, as generated pictures are."""
+    if r.random() < 0.5:
+        return x
+    side = int(r.integers(40, 100))
+    return F.interpolate(F.interpolate(x, side, mode="bilinear", antialias=True), x.shape[-1], mode="bilinear")
+
+
+def score(net, world, n=500):
+    """Share of right answers of each head."""
+    net.eval()
+    right = torch.zeros(len(HEADS))
+    with torch.no_grad():
+        for i in range(0, n, 50):
+            x, _ = world.batch(range(i, i + 50))
+            wanted = world.labels(range(i, i + 50))
+            right += torch.stack([(logits.argmax(1) == wanted[:, k]).sum() for k, logits in enumerate(net(x))])
+    net.train()
+    return dict(zip(NAMES, (right / n).tolist()))
+
+
+def main(name, data, test, work, out):
+    role = ROLES[name]
+    world, unseen = World(data), World(test)
+    net = Classifier(role).train()
+    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=role["steps"] + 1)
+    path = Path(work) / f"{name}.pt"
+    begin = resume(path, net=net, optimiser=optimiser, schedule=schedule)
+    clock = Clock(role["steps"], 100)
+    print(f"{sum(p.numel() for p in net.parameters())} weights")
+    for step in range(begin, role["steps"]):
+        r = rng(role["seed"], step)
+        world = World(data) if len(world) < 20000 and step % 200 == 0 else world
+        chosen = r.choice(len(world), role["batch"], replace=False)
+        (x, _), wanted = world.batch(chosen), world.labels(chosen)
+        x = blurred(x.flip(3) if r.random() < 0.5 else x, r)
+        x = (x + 0.05 * torch.from_numpy(r.standard_normal(x.shape)).float()).clamp(-1, 1)
+        loss = sum(F.cross_entropy(logits, wanted[:, k]) for k, logits in enumerate(net(x)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        clock.tell(step + 1, loss=loss.item())
+        if (step + 1) % 500 == 0:
+            keep(path, step + 1, net=net, optimiser=optimiser, schedule=schedule)
+            print({k: round(v, 4) for k, v in score(net, unseen).items()}, flush=True)
+    if name == "perceptual":
+        out = Path(out) / name
+        out.mkdir(parents=True, exist_ok=True)
+        without = ("num_batches_tracked",)
+        tensors = {k: v.half().contiguous() for k, v in net.body.state_dict().items() if not k.endswith(without) and not k.startswith(("conv_head", "bn2."))}
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        config = {"_class_name": "EfficientNet", "width_coefficient": role["width"], "depth_coefficient": role["depth"], "padding": "symmetric", "batch_norm_eps": 1e-5, "halve": True}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print("done:", {k: round(v, 4) for k, v in score(net, unseen, 1000).items()})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

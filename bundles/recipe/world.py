@@ -1,0 +1,120 @@
+"""What the renderer draws, in words: pictures with masks, captions, and labels for classifiers."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+SIDE = 128
+CLASSES = "mug,vase,chair,lamp,bottle,robot,teapot,clock,toy car,backpack".split(",")
+COLOURS = "red,orange,yellow,green,blue,purple,white,black".split(",")
+PATTERNS = "plain,striped,checkered".split(",")
+SCENES = {
+    "table": ["on a wooden table"],
+    "beach": ["on the beach"],
+    "grass": ["in the grass"],
+    "snow": ["in the snow"],
+    "marble": ["on white marble"],
+    "brick": ["in front of a brick wall"],
+    "city": ["in a city at night"],
+    "forest": ["in the forest"],
+}
+PALETTE = "red,orange,yellow,green,teal,blue,purple,pink,brown,black,white,grey".split(",")
+PLACES = list(SCENES) + [f"plain {name}" for name in PALETTE]
+
+
+class World:
+    """Pictures [N, 128, 128, 4] on disk and what each shows."""
+
+    def __init__(self, path):
+        size = os.path.getsize(f"{path}.rgbm") // (SIDE * SIDE * 4)
+        lines = Path(f"{path}.jsonl").read_text().splitlines()
+        self.shown = [json.loads(line) for line in lines[:size] if line.endswith("}")]
+        self.pixels = np.memmap(f"{path}.rgbm", np.uint8, "r", shape=(len(self.shown), SIDE, SIDE, 4))
+
+    def __len__(self):
+        return len(self.shown)
+
+    def batch(self, indices):
+        """Pictures [B, 3, 128, 128] in -1..1 and masks [B, 1, 128, 128] in 0..1."""
+        raw = torch.from_numpy(np.ascontiguousarray(self.pixels[np.sort(indices)])).permute(0, 3, 1, 2).float()
+        return raw[:, :3] / 127.5 - 1, raw[:, 3:] / 255
+
+    def labels(self, indices):
+        """Class, first colour, second colour, pattern and place as numbers, [B, 5]."""
+        rows = []
+        for i in np.sort(indices):
+            s = self.shown[i]
+            place = PLACES.index(f"plain {s['place']}" if s["plain"] else s["place"])
+            rows.append([CLASSES.index(s["class"]), COLOURS.index(s["colour"]), COLOURS.index(s["second"]), PATTERNS.index(s["pattern"]), place])
+        return torch.tensor(rows)
+
+
+def thing(shown, r):
+    """`mug`, `red mug`, `red and white striped mug`."""
+    colour, second, pattern = shown["colour"], shown["second"], shown["pattern"]
+    if r.random() < 0.15:
+        return shown["class"]
+    if pattern == "plain":
+        words = colour if colour == second or r.random() < 0.5 else f"{colour} and {second}"
+    else:
+        words = f"{colour} and {second} {pattern}" if r.random() < 0.8 else f"{colour} {pattern}"
+    return f"{words} {shown['class']}"
+
+
+def caption(shown, r):
+    """What a person, or the method, would call the picture."""
+    words = thing(shown, r)
+    start = f"a photo of {'an' if words[0] in 'aeiou' else 'a'} " if r.random() < 0.6 else "a photo of "
+    if r.random() < 0.1:
+        return start + words
+    if shown["plain"]:
+        return f"{start}{words}, {shown['place']} background"
+    if r.random() < 0.3:
+        return f"{start}{words}, {shown['place']} background"
+    return f"{start}{words} {SCENES[shown['place']][0]}"
+
+
+class Clock:
+    """Tells every so often how far a training is; keeps it under a budget of steps."""
+
+    def __init__(self, total, every=50):
+        self.total, self.every, self.begin, self.first = total, every, time.time(), None
+
+    def tell(self, step, **numbers):
+        if self.first is None:
+            self.first = step
+        if step % self.every == 0:
+            each = (time.time() - self.begin) / max(step - self.first, 1)
+            left = each * (self.total - step) / 60
+            words = " ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            print(f"step {step} of {self.total}  {words}  {each:.2f} s a step, {left:.0f} min left", flush=True)
+
+
+def resume(path, **parts):
+    """Loads what `keep` wrote, if anything; gives the step."""
+    if not Path(path).exists():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def keep(path, step, **parts):
+    torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def rng(seed, step):
+    return np.random.default_rng([seed, step])
+
+
+def words_rng(seed, step):
+    return random.Random(seed * 1_000_003 + step)
