@@ -235,10 +235,17 @@ impl Bundle {
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
+    /// Whether there is a part of this name.
+    pub fn has(&self, part: &str) -> bool {
+        self.dir.join(part).is_dir()
+    }
+
     fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
-        let dir = self.dir.join(part);
-        if !dir.is_dir() {
-            return Err(bad(&dir, "is missing; the method that was asked for learns with it"));
+        if !self.has(part) {
+            return Err(bad(
+                &self.dir.join(part),
+                "is missing; the method that was asked for learns with it",
+            ));
         }
         read_config(&self.dir, part, check)
     }
