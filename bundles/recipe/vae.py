@@ -9,10 +9,9 @@ random ones. The learning rate follows from the step and --steps alone, so a run
 
 import argparse
 import json
-import math
 from pathlib import Path
 
-from world import SIDE, Average, Clock, Team, World, keep, photos, resume, rng
+from world import SIDE, Average, Clock, Team, World, keep, pace, photos, rate, resume, rng
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +30,6 @@ BATCH, CROP = 16, 64
 WHOLE = 0.7
 RATE, WARM = 8e-4, 50
 KL = 2e-4
-
-
-def rate(step, steps):
-    return RATE * min(1, (step + 1) / WARM) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps))))
 
 
 def some(world, r, whole):
@@ -117,10 +112,9 @@ def main():
         (reconstruction + KL * kl).backward()
         team.average(net.parameters())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, args.steps)
+        pace(optimiser, rate(step, args.steps, RATE, WARM))
         optimiser.step()
-        average.follow(net, step - begin)
+        average.follow(net, step)
         if team.first:
             clock.tell(step + 1, loss=reconstruction.item(), kl=kl.item())
             if (step + 1) % 250 == 0:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import time
@@ -97,6 +98,20 @@ class Clock:
             left = each * (self.total - step) / 60
             words = " ".join(f"{name} {value:.4f}" for name, value in numbers.items())
             print(f"step {step} of {self.total}  {words}  {each:.2f} s a step, {left:.0f} min left", flush=True)
+
+
+def rate(step, steps, peak, warm, hold=0.0, end=0.02):
+    """A learning rate that grows for `warm` steps, stays for a share `hold` of all steps, then falls like a cosine.
+
+    It follows from step and steps alone: a training that went on too long is ended by naming fewer steps.
+    """
+    fallen = max(0.0, min(1.0, step / steps) - hold) / (1 - hold)
+    return peak * min(1, (step + 1) / warm) * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def pace(optimiser, value):
+    for group in optimiser.param_groups:
+        group["lr"] = value
 
 
 def resume(path, **parts):
