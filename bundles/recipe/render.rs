@@ -420,15 +420,15 @@ fn beyond(scene: &str, ray: V, seed: u64) -> V {
         }
         "marble" => mix(V(0.64, 0.67, 0.70), V(0.56, 0.59, 0.63), up * 0.6),
         "brick" => {
-            let row = (up * 3.2).floor();
-            let (u, v) = ((across * 1.6 + row * 0.5).rem_euclid(1.0), (up * 3.2).rem_euclid(1.0));
-            let joint = u < 0.08 || v < 0.14;
-            let tone = noise((across * 1.6 + row * 0.5).floor() as i32, row as i32, seed);
-            if joint { V(0.70, 0.66, 0.62) } else { mix(V(0.52, 0.19, 0.13), V(0.70, 0.30, 0.21), tone) }
+            let row = (up * 1.8).floor();
+            let (u, v) = ((across + row * 0.5).rem_euclid(1.0), (up * 1.8).rem_euclid(1.0));
+            let joint = u < 0.06 || v < 0.15;
+            let tone = noise((across + row * 0.5).floor() as i32, row as i32, seed);
+            if joint { V(0.68, 0.58, 0.52) } else { mix(V(0.52, 0.19, 0.13), V(0.70, 0.30, 0.21), tone) }
         }
         "city" => {
-            let (column, row) = ((across * 2.2).floor(), (up * 4.5).floor());
-            let (u, v) = ((across * 2.2).rem_euclid(1.0), (up * 4.5).rem_euclid(1.0));
+            let (column, row) = ((across * 1.4).floor(), (up * 1.9).floor());
+            let (u, v) = ((across * 1.4).rem_euclid(1.0), (up * 1.9).rem_euclid(1.0));
             let window = (0.25..0.75).contains(&u) && (0.3..0.75).contains(&v);
             let lit = noise(column as i32, row as i32, seed) > 0.45;
             if window && lit { V(0.98, 0.84, 0.42) } else { V(0.05, 0.06, 0.14) }

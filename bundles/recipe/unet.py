@@ -23,15 +23,16 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 77,
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 77,
     "projection_dim": 128, "hidden_act": "quick_gelu",
 }  # fmt: skip
 UNET = {
-    "sample_size": SIDE // 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 128, "norm_num_groups": 16,
-    # Attention over 16 x 16 places costs a CPU more than all else together; at 8 x 8 it is cheap.
-    "block_out_channels": (64, 128, 192), "layers_per_block": 1, "attention_head_dim": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "sample_size": SIDE // 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 128, "norm_num_groups": 32,
+    "block_out_channels": (64, 96, 128), "layers_per_block": 1,
+    # Heads. Attention over 16 x 16 places is what costs a CPU most, and more heads cost more.
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SEED = 5
@@ -57,12 +58,18 @@ class Both(torch.nn.Module):
         texts = self.text(input_ids=ids).last_hidden_state.repeat_interleave(len(noisy) // len(ids), 0)
         return self.unet(noisy, t, encoder_hidden_states=texts).sample
 
-    def begin_with(self, bundle):
-        """Takes over the weights of a bundle of the same shape."""
-        text = CLIPTextModel.from_pretrained(Path(bundle) / "text_encoder", torch_dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(Path(bundle) / "unet", torch_dtype=torch.float32)
-        self.text.load_state_dict(text.state_dict())
+    @torch.no_grad()
+    def begin_with(self, bundle, tokenizer):
+        """Takes over the weights of a bundle of the same shape; of embeddings, those of tokens that both vocabularies have."""
+        unet = UNet2DConditionModel.from_pretrained(bundle / "unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(bundle / "text_encoder", torch_dtype=torch.float32)
         self.unet.load_state_dict(unet.state_dict())
+        theirs, ours = CLIPTokenizer.from_pretrained(bundle / "tokenizer").get_vocab(), tokenizer.get_vocab()
+        pairs = [(i, theirs[token]) for token, i in ours.items() if token in theirs]
+        embeddings = self.text.get_input_embeddings().weight.clone()
+        embeddings[[i for i, _ in pairs]] = text.get_input_embeddings().weight[[i for _, i in pairs]]
+        name = next(name for name, p in self.text.named_parameters() if p is self.text.get_input_embeddings().weight)
+        self.text.load_state_dict(text.state_dict() | {name: embeddings})
 
 
 @torch.no_grad()
@@ -118,7 +125,7 @@ def main():
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     both = Both(tokenizer)
     if args.begin:
-        both.begin_with(args.begin)
+        both.begin_with(args.begin, tokenizer)
     both.train()
     average = Average(both, 0.999)
     optimiser = torch.optim.AdamW(both.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
