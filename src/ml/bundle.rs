@@ -5,6 +5,7 @@
 //! model_index.json                                 what diffusers says of them; may be missing
 //! hypnos.json                                      what we say of them; may be missing
 //! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
+//! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
 //! ```
 //! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
@@ -25,6 +26,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::diffusion::{self, Schedule};
+use super::metrics::Backbone;
 use super::models::clip::{self, ClipText};
 use super::models::tracer::{self, Tracer};
 use super::models::unet::{self, Unet};
@@ -235,6 +237,26 @@ impl Bundle {
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
+    /// A backbone in `metrics/`, if the bundle has it: what `load` makes of its weights and its config, what `name` calls
+    /// it, and the hash of its weights.
+    pub(super) fn backbone<C: DeserializeOwned, M>(
+        &self,
+        which: &str,
+        device: &Device,
+        check: impl Fn(&C) -> Result<()>,
+        name: impl Fn(&C) -> String,
+        load: impl FnOnce(&Weights, &C) -> Result<M>,
+    ) -> Result<Option<Backbone<M>>> {
+        let part = format!("metrics/{which}");
+        if !self.dir.join(&part).is_dir() {
+            return Ok(None);
+        }
+        let config = read_config(&self.dir, &part, check)?;
+        let file = find_weights(&self.dir.join(&part))?;
+        let model = load(&Weights::open(&file, device)?, &config)?;
+        Ok(Some(Backbone { model, name: name(&config), sha256: hash_file(&file)? }))
+    }
+
     fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
         let dir = self.dir.join(part);
         if !dir.is_dir() {
@@ -348,6 +370,9 @@ fn read_config<T: DeserializeOwned>(dir: &Path, part: &str, check: impl Fn(&T) -
 fn believable(config: &Value) -> Result<(), String> {
     let Some(config) = config.as_object() else { return Err("is not a JSON object".into()) };
     for (key, value) in config {
+        if value.is_object() {
+            believable(value).map_err(|what| format!("{key}: {what}"))?;
+        }
         let one = std::slice::from_ref(value);
         let numbers = value.as_array().map_or(one, Vec::as_slice);
         let layers = key.contains("layers");
