@@ -12,6 +12,7 @@
 
 mod check;
 mod random;
+mod random_metrics;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -40,6 +41,7 @@ use super::{Error, Result};
 
 pub use check::{Finding, check};
 pub use random::{Like, random};
+pub use random_metrics::random_metrics;
 
 /// Names of a part's weight file, by preference.
 const WEIGHT_FILES: [&str; 6] = [
@@ -71,8 +73,8 @@ const SMALL_FILES: [&str; 9] = [
 const PARTS: [(&str, &str); 3] =
     [("text_encoder", "CLIPTextModel"), ("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")];
 
-/// The parts that only training needs.
-const TEACHERS: [&str; 2] = ["segmenter", "perceptual"];
+/// The parts that only training needs: what it learns with, and what decides which of its steps is served.
+const TEACHERS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
 
 /// Largest whole number believed in a model's config: a vocabulary has 49,408 entries, a layer 1,280 channels.
 const SIZE_MAX: u64 = 1_000_000;
