@@ -8,6 +8,7 @@
 //! http      requests to rows        worker    rows to results         (neither knows the other)
 //! store     the only SQL            blobs     the only object keys    photo    bytes of strangers to pixels
 //! engine    what a device can do: the seam between worker and core
+//! report    what people look at: a training as a page, tables of numbers
 //! ml        the core: models, mathematics, operations
 //! job       the nouns               config    every setting
 //! ```
@@ -22,5 +23,6 @@ pub mod job;
 pub mod memory;
 pub mod ml;
 pub mod photo;
+pub mod report;
 pub mod store;
 pub mod worker;

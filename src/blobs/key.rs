@@ -22,8 +22,12 @@ pub struct Key(String);
 pub enum Name {
     /// The fine-tuned weights: `weights.safetensors`.
     Weights,
+    /// Those of the last step, where another's are served: `weights-last.safetensors`.
+    LastWeights,
     /// All that led to a result: `report.json`.
     Report,
+    /// The same for people: `report.html`.
+    Page,
     /// A training's state after so many steps: `checkpoint-{step}.safetensors`.
     Checkpoint(u64),
     /// A picture of the result, by its place: `image-{n}.png`.
@@ -42,7 +46,9 @@ impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Weights => f.write_str("weights.safetensors"),
+            Self::LastWeights => f.write_str("weights-last.safetensors"),
             Self::Report => f.write_str("report.json"),
+            Self::Page => f.write_str("report.html"),
             Self::Checkpoint(step) => write!(f, "checkpoint-{step}.safetensors"),
             Self::Image(n, format) => write!(f, "image-{n}.{}", format.extension()),
             Self::Preview(step, format) => write!(f, "preview-{step}.{}", format.extension()),
@@ -108,6 +114,7 @@ impl Key {
             Some((_, "jpg")) => Format::Jpeg.content_type(),
             Some((_, "webp")) => Format::Webp.content_type(),
             Some((_, "json")) => "application/json",
+            Some((_, "html")) => "text/html; charset=utf-8",
             _ => "application/octet-stream",
         }
     }

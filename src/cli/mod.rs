@@ -4,9 +4,12 @@
 
 mod bench;
 mod bench_serve;
+mod compare;
+mod evaluate;
 mod keys;
 mod migrate;
 mod models;
+mod photos;
 mod sample;
 mod serve;
 mod service;
@@ -55,6 +58,10 @@ enum Command {
     Train(Box<train::Train>),
     /// Draw pictures from a bundle and words.
     Sample(Box<sample::Sample>),
+    /// Compare pictures with the photos of a product and with their prompts.
+    Evaluate(Box<evaluate::Evaluate>),
+    /// Train and judge several methods on several products with equal seeds, and set them side by side.
+    Compare(Box<compare::Compare>),
     /// Measure operations and models, side by side with PyTorch where it is given.
     Bench(bench::Args),
     /// Measure the service beside a bare handler, and how soon a job starts.
@@ -107,6 +114,8 @@ pub fn run() -> ExitCode {
         Command::Models(command) => Ok(models::run(command)?),
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => Ok(sample::run(&args)?),
+        Command::Evaluate(args) => evaluate::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::BenchServe(args) => bench_serve::run(&args),
     });

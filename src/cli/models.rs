@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{say, say_error};
 use crate::ml::Result;
-use crate::ml::bundle::{Bundle, Like, check, random};
+use crate::ml::bundle::{Bundle, Like, check, random, random_metrics};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -33,6 +33,9 @@ pub(super) struct Random {
     /// Where to write it: a new or empty directory.
     #[arg(long)]
     out: PathBuf,
+    /// Give it something that judges pictures, in metrics/, small whatever it is like.
+    #[arg(long)]
+    metrics: bool,
     /// Type of the weights in the files.
     #[arg(long, value_enum, default_value_t = DTypeName::F32)]
     dtype: DTypeName,
@@ -96,6 +99,9 @@ fn run_random(args: &Random) -> Result<ExitCode> {
         bar.set_position(n_done);
     })?;
     bar.finish_and_clear();
+    if args.metrics {
+        random_metrics(&args.out, args.seed)?;
+    }
     say(&format!("{}: written", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }

@@ -1,27 +1,23 @@
 //! `hypnos train`: photos to a model, by hand. It runs the engine that workers run, and keeps what comes out in a
 //! directory instead of a store.
 
-mod out;
-mod plot;
+pub(super) mod out;
 mod show;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Stop, say, service, warn};
+use super::{Stop, photos, say, service};
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
-use crate::job::{Method, N_PHOTOS_MAX, N_PHOTOS_MIN, TrainOptions, TrainSpec};
+use crate::job::{Invalid, Method, TrainOptions, TrainSpec};
 use crate::ml::train::Trace;
-use crate::photo::{self, Limits};
-use out::Out;
+use out::{Out, Shelf};
 use show::Show;
-
-/// Shortest side of a photo here, where it may be meant for a small model.
-const SIDE_MIN: u32 = 32;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Train {
@@ -72,7 +68,7 @@ pub(super) struct Train {
 pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
     // 1. All that can be refused, before anything is loaded or written.
     let spec = spec(args)?;
-    let photos = photos(&args.photos)?;
+    let photos = photos::of_product(&args.photos)?;
     if let Some(step) =
         args.trace_steps.iter().find(|&&step| step == 0 || step > u64::from(spec.options.steps))
     {
@@ -106,42 +102,91 @@ fn train(
 ) -> Result<ExitCode, Stop> {
     let trace = args.trace.as_deref().map(|dir| trace(dir, &args.trace_steps)).transpose()?;
     let shelf = out.class_images(args.class_images.as_deref(), &engine.class_images(spec))?;
-    let (resume, scratch) = (out.checkpoint(), out.scratch()?);
-    let input = TrainInput {
-        spec,
-        photos,
-        class_images: shelf.had(),
-        resume: resume.as_deref(),
-        scratch: scratch.path(),
-        trace: trace.as_ref(),
-    };
-    let mut show = Show::new(out, &shelf, args.checkpoint_every, stop);
-    let ending = engine.train(input, &mut |_, beat| show.hear(beat));
-    show.finish()?;
-    match ending? {
-        Ending::Trained(trained) => {
-            out.keep(&trained)?;
-            say(&out.dir().display().to_string());
-            Ok(ExitCode::SUCCESS)
+    let checkpoint_every = args.checkpoint_every;
+    let work = Work { spec, photos, out, shelf: &shelf, trace: trace.as_ref(), checkpoint_every, stop };
+    work.done_by(&mut engine, ProgressBar::new(0))?;
+    say(&out.dir().display().to_string());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One training in a directory of its own.
+pub(super) struct Work<'a> {
+    pub(super) spec: &'a TrainSpec,
+    pub(super) photos: &'a [Vec<u8>],
+    pub(super) out: &'a Out,
+    pub(super) shelf: &'a Shelf,
+    pub(super) trace: Option<&'a Trace>,
+    /// Steps between two checkpoints.
+    pub(super) checkpoint_every: u64,
+    pub(super) stop: &'a CancellationToken,
+}
+
+impl Work<'_> {
+    /// Trains, from the last checkpoint if there is one, and keeps what comes out. What ended it early is an error.
+    pub(super) fn done_by(&self, engine: &mut CandleEngine, bar: ProgressBar) -> Result<(), Stop> {
+        let (resume, scratch) = (self.out.checkpoint(), self.out.scratch()?);
+        let input = TrainInput {
+            spec: self.spec,
+            photos: self.photos,
+            class_images: self.shelf.had(),
+            resume: resume.as_deref(),
+            scratch: scratch.path(),
+            trace: self.trace,
+        };
+        let mut show = Show::new(self.out, self.shelf, self.checkpoint_every, self.stop, bar);
+        let ending = engine.train(input, &mut |_, beat| show.hear(beat));
+        let seconds = show.finish()?;
+        match ending? {
+            Ending::Trained(mut trained) => {
+                trained.report["seconds"] = seconds;
+                self.out.keep(&trained)
+            }
+            Ending::Paused(checkpoint) => {
+                let at = match checkpoint {
+                    Some((step, file)) => {
+                        self.out.keep_checkpoint(&file)?;
+                        format!("after step {step}; --resume goes on from there")
+                    }
+                    None => "before the first step".into(),
+                };
+                Err(Stop::Failed(format!("told to stop: stopped {at}")))
+            }
+            Ending::Stopped => Err(Stop::Failed("the training was stopped".into())),
         }
-        Ending::Paused(checkpoint) => {
-            let at = match checkpoint {
-                Some((step, file)) => {
-                    out.keep_checkpoint(&file)?;
-                    format!("after step {step}; --resume goes on from there")
-                }
-                None => "before the first step".into(),
-            };
-            Err(Stop::Failed(format!("told to stop: stopped {at}")))
-        }
-        Ending::Stopped => Err(Stop::Failed("the training was stopped".into())),
     }
 }
 
 /// The training that the arguments ask for.
 fn spec(args: &Train) -> Result<TrainSpec, Stop> {
+    let mut options = options(&args.set)?;
+    options.insert("method".to_owned(), json!(args.method));
+    let drawn = getrandom::u64().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
+    spec_of(&args.class_name, options, drawn).map_err(|invalid| {
+        let name = invalid.pointer.trim_start_matches('/').replace('/', ".");
+        let flag = match name.as_str() {
+            "class_name" => "--class-name".to_owned(),
+            "" => "--set".to_owned(),
+            name => format!("--set {name}"),
+        };
+        Stop::Input(format!("{flag}: {}", invalid.message))
+    })
+}
+
+/// A training of these options, which takes `drawn_seed` where they name none.
+pub(super) fn spec_of(
+    class_name: &str,
+    options: Map<String, Value>,
+    drawn_seed: u64,
+) -> Result<TrainSpec, Invalid> {
+    let options = TrainOptions::given(&Value::Object(options));
+    let options = options.map_err(|error| Invalid::new("", error.to_string()))?;
+    TrainSpec::new(class_name, options, drawn_seed)
+}
+
+/// Options as KEY=VALUE pairs name them.
+pub(super) fn options(pairs: &[String]) -> Result<Map<String, Value>, Stop> {
     let mut options = Map::new();
-    for pair in &args.set {
+    for pair in pairs {
         let Some((key, value)) = pair.split_once('=') else {
             return Err(Stop::Input(format!("--set: wanted KEY=VALUE, got {pair:?}")));
         };
@@ -149,19 +194,11 @@ fn spec(args: &Train) -> Result<TrainSpec, Stop> {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         set(&mut options, key, value).map_err(|()| Stop::Input(format!("--set: {key} is no option")))?;
     }
-    options.insert("method".to_owned(), json!(args.method));
-    let options = TrainOptions::given(&Value::Object(options));
-    let options = options.map_err(|error| Stop::Input(format!("--set: {error}")))?;
-    let drawn = getrandom::u64().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
-    TrainSpec::new(&args.class_name, options, drawn).map_err(|invalid| {
-        let name = invalid.pointer.trim_start_matches('/').replace('/', ".");
-        let flag = if name == "class_name" { "--class-name".to_owned() } else { format!("--set {name}") };
-        Stop::Input(format!("{flag}: {}", invalid.message))
-    })
+    Ok(options)
 }
 
 /// Puts a value at a dotted key.
-fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> Result<(), ()> {
+pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> Result<(), ()> {
     match key.split_once('.') {
         None => {
             options.insert(key.to_owned(), value);
@@ -172,41 +209,6 @@ fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> Result<(), 
             set(place.as_object_mut().ok_or(())?, inner, value)
         }
     }
-}
-
-/// The photos of a directory, by name, as an upload would be kept.
-fn photos(dir: &Path) -> Result<Vec<Vec<u8>>, Stop> {
-    let unread = |path: &Path, error: std::io::Error| {
-        Stop::Input(format!("{}: cannot be read: {error}", path.display()))
-    };
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|error| unread(dir, error))? {
-        let path = entry.map_err(|error| unread(dir, error))?.path();
-        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-        if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
-            files.push(path);
-        }
-    }
-    files.sort();
-    let n = files.len();
-    if !(N_PHOTOS_MIN..=N_PHOTOS_MAX).contains(&n) {
-        let (wanted, dir) = (format!("{N_PHOTOS_MIN} to {N_PHOTOS_MAX}"), dir.display());
-        return Err(Stop::Input(format!("{dir}: wanted {wanted} photos ({}), got {n}", photo::ACCEPTED)));
-    }
-    let limits = Limits { side_min: SIDE_MIN, ..Limits::default() };
-    let decoded = files.iter().map(|file| {
-        let bytes = std::fs::read(file).map_err(|error| unread(file, error))?;
-        let photo = photo::decode(&bytes, &limits);
-        let photo = photo.map_err(|refusal| Stop::Input(format!("{}: {refusal}", file.display())))?;
-        Ok((file, photo))
-    });
-    let decoded = decoded.collect::<Result<Vec<_>, Stop>>()?;
-    for (file, photo) in &decoded {
-        for warning in &photo.inspection.warnings {
-            warn(&format!("{}: is {warning}", file.display()));
-        }
-    }
-    Ok(decoded.into_iter().map(|(_, photo)| photo.png).collect())
 }
 
 fn trace(dir: &Path, steps: &[u64]) -> Result<Trace, Stop> {

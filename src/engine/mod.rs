@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::job::{Fault, Format, Progress, SampleSpec, TrainSpec};
 use crate::ml::train::{Taken, Trace};
+use crate::report::Gallery;
 
 pub use candle::{CandleEngine, Settings};
 
@@ -122,12 +123,16 @@ pub enum Ending {
 /// The result of a training.
 #[derive(Debug)]
 pub struct Trained {
-    /// The fine-tuned weights: safetensors, in the scratch directory.
+    /// The fine-tuned weights that are served: safetensors, in the scratch directory.
     pub weights: PathBuf,
-    /// Pictures drawn with them.
+    /// Those of the last step, where another's are served.
+    pub last: Option<PathBuf>,
+    /// Pictures drawn with the served ones.
     pub images: Vec<Drawn>,
-    /// A JSON object with all that led here: settings, hashes, seeds, prompts, the losses.
+    /// A JSON object with all that led here: settings, hashes, seeds, prompts, losses, and what the pictures are worth.
     pub report: Value,
+    /// Pictures of the report's page, [`crate::report::page`].
+    pub gallery: Gallery,
 }
 
 /// What a sample needs.

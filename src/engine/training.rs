@@ -1,8 +1,11 @@
 //! One training from photos to weights: find the product in its photos, draw what is missing of the class, teach the
-//! discriminator, take steps, draw the result.
+//! discriminator, take steps, try a few of them out, draw and judge the best.
 //!
 //! Between two calls of the watch lies at most one step of training, one step of a sampler, or one picture through the
 //! autoencoder. What the watch does meanwhile changes nothing: all random numbers come from the job's seed.
+
+mod evaluation;
+mod report;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -21,9 +24,11 @@ use crate::ml::perceptual::Perceptual;
 use crate::ml::picture;
 use crate::ml::sample::{self, Models, Picture, Settings};
 use crate::ml::segment::segment;
-use crate::ml::train::{self, Critic, Instance, Learner, Material, Recipe, State, Taken};
+use crate::ml::train::{self, Critic, Instance, Learner, Material, Recipe, State};
 use crate::ml::views::{self, Cut, View};
 use crate::ml::{Error, random};
+use crate::report::{Gallery, Shot};
+use evaluation::Trying;
 
 /// Steps of a class image's sampler: a quick one, for there are many of them.
 pub(super) const CLASS_IMAGE_STEPS: usize = 25;
@@ -31,22 +36,9 @@ pub(super) const CLASS_IMAGE_STEPS: usize = 25;
 /// Class images drawn at once. Part of what a seed means: the size of a batch orders sums.
 const CLASS_IMAGE_BATCH: usize = 4;
 
-/// What is drawn with a finished model, round and round until there are enough.
-///
-/// Assumption: places where shops show things, from plain to unlike any photo.
-const SCENES: [&str; 8] = [
-    "a photo of {product}",
-    "a photo of {product} on a wooden table",
-    "a photo of {product} on the beach",
-    "a photo of {product} on white marble",
-    "a photo of {product} in the snow",
-    "a photo of {product} in the grass",
-    "a photo of {product}, blue background",
-    "a painting of {product}",
-];
-
-/// Points of a curve in the report.
-const CURVE_POINTS: usize = 500;
+/// Longest side of a picture on a report's page, and how many views it shows.
+const SHOT_SIDE: u32 = 320;
+const SHOT_VIEWS: usize = 24;
 
 /// Why a training ends before its time.
 enum Halt {
@@ -81,7 +73,8 @@ pub(super) fn train(
     watch: &mut Watch<'_>,
 ) -> Result<Ending, Fault> {
     let plan = Plan::new(engine, input.spec)?;
-    match (Run { engine, input, watch, plan, n_previews: 0 }).finish() {
+    let run = Run { engine, input, watch, plan, n_previews: 0, gallery: Gallery::default(), trying: None };
+    match run.finish() {
         Ok(trained) => Ok(Ending::Trained(trained)),
         Err(Halt::Asked(ending)) => Ok(ending),
         Err(Halt::Fault(fault)) => Err(fault),
@@ -99,8 +92,11 @@ struct Plan {
     class_images: ClassImages,
     /// Steps after which a preview is drawn.
     preview_steps: BTreeSet<u64>,
+    /// Steps after which a few pictures are scored.
+    trial_steps: BTreeSet<u64>,
     preview_seed: u64,
     evaluation_seed: u64,
+    trial_seed: u64,
     warnings: Vec<String>,
     /// What is thought of each photo's mask, as JSON.
     masks: Vec<Value>,
@@ -122,13 +118,19 @@ impl Plan {
         let quarters = || [1, 2, 3].map(|quarter| spec.options.steps * quarter / 4).to_vec();
         let previews = spec.options.previews.clone().unwrap_or_else(quarters).into_iter().map(u64::from);
         let previews = previews.filter(|&step| step > 0 && spec.options.evaluation.enabled);
+        // Assumption: a model that learned too much is past its best somewhere in the second half.
+        let halves = || vec![spec.options.steps / 2, spec.options.steps * 3 / 4, spec.options.steps];
+        let trials = spec.options.evaluation.trials.clone().unwrap_or_else(halves).into_iter().map(u64::from);
+        let trials = trials.filter(|&step| step > 0 && spec.options.evaluation.enabled);
         let seed = |label: &str| random::derive(spec.seed, label) & SEED_MAX;
         Ok(Self {
             recipe,
             class_images,
             preview_steps: previews.collect(),
+            trial_steps: trials.collect(),
             preview_seed: seed("preview"),
             evaluation_seed: seed("evaluation"),
+            trial_seed: seed("trial"),
             warnings,
             masks: Vec::new(),
             learned_with,
@@ -161,6 +163,10 @@ struct Run<'a, 'w> {
     watch: &'a mut Watch<'w>,
     plan: Plan,
     n_previews: u64,
+    /// The pictures of the report's page.
+    gallery: Gallery,
+    /// What trials are scored with, once there was one.
+    trying: Option<Trying>,
 }
 
 impl Run<'_, '_> {
@@ -174,14 +180,27 @@ impl Run<'_, '_> {
         let perceptual = self.perceptual()?;
         let mut state = self.state()?;
         self.teach_critic(&mut state, &material)?;
-        self.take_steps(&mut state, &material, perceptual.as_ref())?;
+        self.take_steps(&mut state, &photos, &material, perceptual.as_ref())?;
         self.show_attention(&state, &material)?;
-        let images = self.evaluate(&state)?;
-        let weights = self.input.scratch.join("weights.safetensors");
-        let saved = state.save_weights(&weights, self.engine.bundle(), &self.plan.recipe);
-        saved.map_err(|error| unwritten(&error, &weights, "the weights"))?;
-        let report = self.report(&state, &photos, &material, &images);
-        Ok(Trained { weights, images, report })
+        let judged = self.evaluate(&state, &photos)?;
+        let weights = self.saved("weights.safetensors", &state, State::save_weights)?;
+        let last = (state.served_step() != state.n_steps())
+            .then(|| self.saved("weights-last.safetensors", &state, State::save_last_weights));
+        let report = self.report(&state, &photos, &material, &judged);
+        Ok(Trained { weights, last: last.transpose()?, images: judged.images, report, gallery: self.gallery })
+    }
+
+    /// Writes weights into the training's directory.
+    fn saved(
+        &self,
+        name: &str,
+        state: &State,
+        save: fn(&State, &Path, &str, &Recipe) -> crate::ml::Result<()>,
+    ) -> Result<PathBuf, Halt> {
+        let file = self.input.scratch.join(name);
+        let saved = save(state, &file, self.engine.bundle(), &self.plan.recipe);
+        saved.map_err(|error| unwritten(&error, &file, "the weights"))?;
+        Ok(file)
     }
 
     /// The photos, whole.
@@ -198,6 +217,7 @@ impl Run<'_, '_> {
                     i + 1
                 ));
             }
+            self.gallery.photos.push(shot(&photo, "")?);
             photos.push(photo);
         }
         if photos.is_empty() {
@@ -273,6 +293,12 @@ impl Run<'_, '_> {
 
     /// Shows a picture to the watcher.
     fn show(&mut self, what: Shown, pixels: &RgbImage, prompt: &str, seed: u64) -> Result<(), Halt> {
+        match what {
+            Shown::Mask(_) => self.gallery.masks.push(shot(pixels, prompt)?),
+            Shown::View(n) if n < SHOT_VIEWS => self.gallery.views.push(shot(pixels, prompt)?),
+            Shown::Attention(_) => self.gallery.attention.push(shot(pixels, prompt)?),
+            Shown::View(_) | Shown::Preview(_) => {}
+        }
         let (width, height) = pixels.dimensions();
         let bytes = picture::png(pixels, (width as usize, height as usize), &[])?;
         let picture = Drawn { bytes, format: Format::Png, width, height, prompt: prompt.to_owned(), seed };
@@ -364,7 +390,7 @@ impl Run<'_, '_> {
             let at = self.at(Phase::Discriminating, step as usize, total);
             keep(self.beat(Beat::Progress(at), None), &mut halted)
         });
-        ended(halted, taught)
+        ended(halted, taught).map(|_| ())
     }
 
     /// Where the discriminator looks in the first view of each photo (fig. 3b).
@@ -384,17 +410,29 @@ impl Run<'_, '_> {
     fn take_steps(
         &mut self,
         state: &mut State,
+        photos: &[RgbImage],
         material: &Material,
         perceptual: Option<&Perceptual>,
     ) -> Result<(), Halt> {
         self.beat(Beat::Progress(self.at_step(state)), Some(state))?;
         let (recipe, base) = (self.plan.recipe.clone(), Arc::clone(&self.engine.base));
         let trace = self.input.trace.cloned();
-        let mut halted = None;
-        let taken = train::train(state, material, &recipe, &base, perceptual, trace.as_ref(), &mut |state| {
-            keep(self.after_step(state), &mut halted)
-        });
-        ended(halted, taken)
+        loop {
+            if self.is_to_be_tried(state) {
+                self.try_out(state, photos)?;
+            }
+            let mut halted = None;
+            let taken =
+                train::train(state, material, &recipe, &base, perceptual, trace.as_ref(), &mut |state| {
+                    match keep(self.after_step(state), &mut halted) {
+                        ControlFlow::Continue(()) if self.is_to_be_tried(state) => ControlFlow::Break(()),
+                        flow => flow,
+                    }
+                });
+            if ended(halted, taken)? && !self.is_to_be_tried(state) {
+                return Ok(());
+            }
+        }
     }
 
     fn after_step(&mut self, state: &State) -> Result<(), Halt> {
@@ -406,53 +444,37 @@ impl Run<'_, '_> {
         if !self.plan.preview_steps.contains(&state.n_steps()) {
             return Ok(());
         }
-        let wanted = [(SCENES[0], self.plan.preview_seed)];
-        for picture in self.draw_product(state, &wanted, &at)? {
+        let wanted = [(self.plan.recipe.templates.photo.clone(), self.plan.preview_seed)];
+        let models = state.frozen(&self.engine.bundle, &self.engine.base)?;
+        for (picture, _) in self.draw_product(&models, &wanted, &at, state)? {
             self.n_previews += 1;
             self.beat(Beat::Shown { what: Shown::Preview(state.n_steps()), picture }, Some(state))?;
         }
         Ok(())
     }
 
-    /// Pictures of the finished model, for people to look at.
-    fn evaluate(&mut self, state: &State) -> Result<Vec<Drawn>, Halt> {
-        let evaluation = &self.input.spec.options.evaluation;
-        if !evaluation.enabled {
-            return Ok(Vec::new());
-        }
-        let n = evaluation.images as usize;
-        let seed = |i: usize| (self.plan.evaluation_seed + i as u64) & SEED_MAX;
-        let wanted: Vec<_> =
-            SCENES.into_iter().cycle().take(n).enumerate().map(|(i, s)| (s, seed(i))).collect();
-        let mut images = Vec::with_capacity(n);
-        for batch in wanted.chunks(self.engine.settings.batch) {
-            let at = self.at(Phase::Drawing, images.len(), n);
-            images.extend(self.draw_product(state, batch, &at)?);
-        }
-        Ok(images)
-    }
-
-    /// The product as the model draws it now, each picture with its scene and seed, as one batch.
+    /// The product as `models` draw it, each picture with its prompt and seed, as one batch: files and pixels.
     fn draw_product(
         &mut self,
-        state: &State,
-        wanted: &[(&str, u64)],
+        models: &Models,
+        wanted: &[(String, u64)],
         at: &Progress,
-    ) -> Result<Vec<Drawn>, Halt> {
+        state: &State,
+    ) -> Result<Vec<(Drawn, RgbImage)>, Halt> {
         let product = &self.plan.recipe.product;
-        let picture = |&(scene, seed): &(&str, u64)| Picture {
-            prompt: named(scene, product),
+        let picture = |(prompt, seed): &(String, u64)| Picture {
+            prompt: named(prompt, product),
             negative: String::new(),
-            seed,
+            seed: *seed,
         };
         let pictures: Vec<Picture> = wanted.iter().map(picture).collect();
-        let models = state.frozen(&self.engine.bundle, &self.engine.base)?;
         let how = self.engine.how(self.input.spec.options.evaluation.steps as usize);
-        let drawn = self.draw(&models, &pictures, &how, at, Some(state))?;
-        let files = wanted.iter().zip(&pictures).zip(drawn).map(|((&(scene, _), picture), pixels)| {
-            self.engine.encoded(scene, picture, &how, &pixels, Format::Png)
+        let drawn = self.draw(models, &pictures, &how, at, Some(state))?;
+        let files = wanted.iter().zip(&pictures).zip(drawn).map(|(((prompt, _), picture), pixels)| {
+            let file = self.engine.encoded(prompt, picture, &how, &pixels, Format::Png)?;
+            Ok((file, picture::of_pixels(pixels, (how.width, how.height))?))
         });
-        Ok(files.collect::<Result<_, _>>()?)
+        files.collect()
     }
 
     /// Pixels of `pictures`, as one batch; the watch hears `at` after each step of the sampler.
@@ -515,67 +537,13 @@ impl Run<'_, '_> {
         saved.map_err(|error| unwritten(&error, &file, "the checkpoint"))?;
         Ok(Some((step, file)))
     }
-
-    fn report(&self, state: &State, photos: &[RgbImage], material: &Material, images: &[Drawn]) -> Value {
-        let (plan, recipe) = (&self.plan, &self.plan.recipe);
-        let mut instance_prompts: Vec<&str> =
-            material.instances.iter().map(|one| one.prompt.as_str()).collect();
-        instance_prompts.sort_unstable();
-        instance_prompts.dedup();
-        let images: Vec<Value> = (images.iter())
-            .map(|image| json!({"prompt": named(&image.prompt, &recipe.product), "seed": image.seed}))
-            .collect();
-        json!({
-            "method": self.input.spec.options.method,
-            "options": self.input.spec.options,
-            "class_name": recipe.product.class_name,
-            "instance_token": recipe.product.token,
-            "background_token": recipe.views.as_ref().map(|views| &views.background_token),
-            "bundle": {"name": self.engine.bundle.manifest().name, "sha256": self.engine.bundle()},
-            "prompts": {
-                "instance": instance_prompts,
-                "class": (recipe.n_class_images > 0).then(|| recipe.class_prompt()),
-                "preview": named(SCENES[0], &recipe.product),
-            },
-            "seeds": {"training": recipe.seed, "preview": plan.preview_seed},
-            "class_images": {"settings_sha256": plan.class_images.settings, "seeds": plan.class_images.seeds},
-            "photos": photos.iter().map(|photo| json!({"width": photo.width(), "height": photo.height()})).collect::<Vec<_>>(),
-            "masks": plan.masks,
-            "resolution": self.engine.bundle.resolution(),
-            "steps": state.n_steps(),
-            "curve": curve(state.history()),
-            "images": images,
-            "warnings": plan.warnings,
-        })
-    }
 }
 
-/// Every number of the steps, each point the mean of equally many of them, named by the last; null where none of them
-/// has it.
-fn curve(history: &[Taken]) -> Value {
-    let points = history.chunks(history.len().div_ceil(CURVE_POINTS).max(1));
-    let mean = |points: &[Taken], of: fn(&Taken) -> f32| {
-        let values: Vec<f64> =
-            points.iter().map(|taken| f64::from(of(taken))).filter(|v| v.is_finite()).collect();
-        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
-    };
-    let mut last = 0;
-    let steps: Vec<usize> = (points.clone())
-        .map(|point| {
-            last += point.len();
-            last
-        })
-        .collect();
-    let column = |of: fn(&Taken) -> f32| -> Value { points.clone().map(|point| mean(point, of)).collect() };
-    let columns = Taken::COLUMNS.iter().map(|&(name, of)| (name.to_owned(), column(of)));
-    Value::Object(std::iter::once(("step".to_owned(), json!(steps))).chain(columns).collect())
-}
-
-/// Why it was stopped, or what else went wrong.
-fn ended(halted: Option<Halt>, result: crate::ml::Result<bool>) -> Result<(), Halt> {
+/// Whether all was done; else why it was stopped, or what went wrong.
+fn ended(halted: Option<Halt>, result: crate::ml::Result<bool>) -> Result<bool, Halt> {
     match halted {
         Some(halt) => Err(halt),
-        None => Ok(result.map(|_| ())?),
+        None => Ok(result?),
     }
 }
 
@@ -593,4 +561,9 @@ fn keep(told: Result<(), Halt>, halted: &mut Option<Halt>) -> ControlFlow<()> {
 /// A file of ours that could not be written: the disk's fault.
 fn unwritten(error: &Error, file: &Path, what: &str) -> Fault {
     Fault::new(FaultCode::Machine, without_path(error, file, what))
+}
+
+/// A picture for the report's page.
+fn shot(pixels: &RgbImage, caption: &str) -> Result<Shot, Error> {
+    Ok(Shot { webp: picture::thumbnail(pixels, SHOT_SIDE)?, caption: caption.to_owned() })
 }

@@ -12,13 +12,15 @@ use uuid::Uuid;
 pub use spec::{
     CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
     Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
-    SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name,
+    SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, overlay,
 };
 
 /// Name of the artifact with a training's weights.
 pub const WEIGHTS: &str = "weights.safetensors";
 /// Name of the artifact that tells what led to them.
 pub const REPORT: &str = "report.json";
+/// Name of the artifact that shows it to people.
+pub const PAGE: &str = "report.html";
 
 /// An identifier that cannot be taken for another's: UUID version 7, so that ids sort by time.
 macro_rules! id {
@@ -176,6 +178,8 @@ words!(
         Training = "training",
         /// Draws pictures.
         Drawing = "drawing",
+        /// Compares them with the photos and with their prompts.
+        Evaluating = "evaluating",
         /// Writes the result to the store.
         Storing = "storing",
     }

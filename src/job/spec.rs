@@ -247,24 +247,69 @@ impl Default for Templates {
     }
 }
 
-/// What is drawn with the finished model, for people to look at.
+/// What is drawn with the model, and how it is judged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Evaluation {
-    /// Whether anything is drawn.
+    /// Whether anything is drawn and judged.
     #[schema(default = true)]
     pub enabled: bool,
-    /// Pictures.
+    /// Pictures of the finished model. Half of them show one standard prompt, one more if they are odd; the others a prompt
+    /// each.
     #[schema(minimum = 1, maximum = 64, default = 4)]
     pub images: u32,
     /// Sampler steps of each.
     #[schema(minimum = 1, maximum = 200, default = 25)]
     pub steps: u32,
+    /// What the others show, in turn; `{product}` stands for the product. By default drawn from lists of image types,
+    /// backgrounds and styles.
+    #[schema(min_items = 1, max_items = 64, example = json!(["{product} on a beach at sunset"]))]
+    pub prompts: Option<Vec<String>>,
+    /// Pictures of the class that the finished model draws to show whether the class is still what it was. They are not
+    /// kept, and not drawn where the models hold nothing to judge them with.
+    #[schema(minimum = 0, maximum = 64, default = 2)]
+    pub class_images: u32,
+    /// Steps after which a few pictures are scored, each at most `steps`; of these the best is served. By default at half,
+    /// at three quarters and at the end; empty, or where the models hold nothing to score with, the last step is served.
+    #[schema(max_items = 10)]
+    pub trials: Option<Vec<u32>>,
+    /// Pictures that are scored each time.
+    #[schema(minimum = 2, maximum = 64, default = 4)]
+    pub trial_images: u32,
 }
 
 impl Default for Evaluation {
     fn default() -> Self {
-        Self { enabled: true, images: 4, steps: 25 }
+        Self {
+            enabled: true,
+            images: 4,
+            steps: 25,
+            prompts: None,
+            class_images: 2,
+            trials: None,
+            trial_images: 4,
+        }
+    }
+}
+
+impl Evaluation {
+    fn check(&self, steps: u32) -> Result<(), Invalid> {
+        whole("/evaluation/images", self.images, 1, 64)?;
+        whole("/evaluation/steps", self.steps, 1, 200)?;
+        whole("/evaluation/class_images", self.class_images, 0, 64)?;
+        whole("/evaluation/trial_images", self.trial_images, 2, 64)?;
+        if let Some(prompts) = &self.prompts {
+            whole("/evaluation/prompts", prompts.len(), 1, 64)?;
+            for (i, prompt) in prompts.iter().enumerate() {
+                text(&format!("/evaluation/prompts/{i}"), prompt, 1)?;
+            }
+        }
+        let trials = self.trials.as_deref().unwrap_or_default();
+        whole("/evaluation/trials", trials.len(), 0, 10)?;
+        for (i, &step) in trials.iter().enumerate() {
+            whole(&format!("/evaluation/trials/{i}"), step, 1, steps)?;
+        }
+        Ok(())
     }
 }
 
@@ -318,7 +363,7 @@ pub struct TrainOptions {
     /// Steps after which a picture is drawn for people to look at, each at most `steps`. By default at each quarter.
     #[schema(max_items = 100)]
     pub previews: Option<Vec<u32>>,
-    /// Pictures drawn at the end.
+    /// Pictures of the finished model, and what they are worth.
     pub evaluation: Evaluation,
     /// Which of one's own waiting jobs goes first: the larger.
     #[schema(minimum = -100, maximum = 100, default = 0)]
@@ -434,14 +479,13 @@ impl TrainOptions {
         for (i, &step) in previews.iter().enumerate() {
             whole(&format!("/previews/{i}"), step, 1, self.steps)?;
         }
-        whole("/evaluation/images", self.evaluation.images, 1, 64)?;
-        whole("/evaluation/steps", self.evaluation.steps, 1, 200)?;
+        self.evaluation.check(self.steps)?;
         whole("/priority", self.priority, -100, 100)
     }
 }
 
 /// Puts the values of `some` in place of those of `whole`, object by object.
-fn overlay(whole: &mut Value, some: &Value) {
+pub fn overlay(whole: &mut Value, some: &Value) {
     match (whole, some) {
         (Value::Object(whole), Value::Object(some)) => {
             for (name, value) in some {

@@ -5,12 +5,14 @@
 //! model_index.json                                 what diffusers says of them; may be missing
 //! hypnos.json                                      what we say of them; may be missing
 //! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
+//! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
 //! ```
 //! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
 
 mod check;
 mod random;
+mod random_metrics;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,6 +27,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::diffusion::{self, Schedule};
+use super::metrics::Backbone;
 use super::models::clip::{self, ClipText};
 use super::models::tracer::{self, Tracer};
 use super::models::unet::{self, Unet};
@@ -38,6 +41,7 @@ use super::{Error, Result};
 
 pub use check::{Finding, check};
 pub use random::{Like, random};
+pub use random_metrics::random_metrics;
 
 /// Names of a part's weight file, by preference.
 const WEIGHT_FILES: [&str; 6] = [
@@ -69,8 +73,8 @@ const SMALL_FILES: [&str; 9] = [
 const PARTS: [(&str, &str); 3] =
     [("text_encoder", "CLIPTextModel"), ("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")];
 
-/// The parts that only training needs.
-const TEACHERS: [&str; 2] = ["segmenter", "perceptual"];
+/// The parts that only training needs: what it learns with, and what decides which of its steps is served.
+const TEACHERS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
 
 /// Largest whole number believed in a model's config: a vocabulary has 49,408 entries, a layer 1,280 channels.
 const SIZE_MAX: u64 = 1_000_000;
@@ -240,6 +244,26 @@ impl Bundle {
         self.dir.join(part).is_dir()
     }
 
+    /// A backbone in `metrics/`, if the bundle has it: what `load` makes of its weights and its config, what `name` calls
+    /// it, and the hash of its weights.
+    pub(super) fn backbone<C: DeserializeOwned, M>(
+        &self,
+        which: &str,
+        device: &Device,
+        check: impl Fn(&C) -> Result<()>,
+        name: impl Fn(&C) -> String,
+        load: impl FnOnce(&Weights, &C) -> Result<M>,
+    ) -> Result<Option<Backbone<M>>> {
+        let part = format!("metrics/{which}");
+        if !self.has(&part) {
+            return Ok(None);
+        }
+        let config = read_config(&self.dir, &part, check)?;
+        let file = find_weights(&self.dir.join(&part))?;
+        let model = load(&Weights::open(&file, device)?, &config)?;
+        Ok(Some(Backbone { model, name: name(&config), sha256: hash_file(&file)? }))
+    }
+
     fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
         if !self.has(part) {
             return Err(bad(
@@ -355,6 +379,9 @@ fn read_config<T: DeserializeOwned>(dir: &Path, part: &str, check: impl Fn(&T) -
 fn believable(config: &Value) -> Result<(), String> {
     let Some(config) = config.as_object() else { return Err("is not a JSON object".into()) };
     for (key, value) in config {
+        if value.is_object() {
+            believable(value).map_err(|what| format!("{key}: {what}"))?;
+        }
         let one = std::slice::from_ref(value);
         let numbers = value.as_array().map_or(one, Vec::as_slice);
         let layers = key.contains("layers");

@@ -10,6 +10,8 @@ pub mod adapted;
 pub mod bundle;
 pub mod device;
 pub mod diffusion;
+pub mod evaluate;
+pub mod metrics;
 pub mod models;
 pub mod nn;
 pub mod ops;

@@ -30,16 +30,16 @@ impl Linear {
     }
 }
 
-/// Convolution with a bias.
+/// Convolution.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     weight: Param,
-    bias: Param,
+    bias: Option<Param>,
     spec: Conv2dSpec,
 }
 
 impl Conv2d {
-    /// A square kernel.
+    /// A square kernel and a bias.
     pub fn load(
         w: &Weights,
         n_in: usize,
@@ -48,12 +48,23 @@ impl Conv2d {
         spec: Conv2dSpec,
     ) -> super::Result<Self> {
         let weight = w.get("weight", &[n_out, n_in, kernel, kernel])?;
-        Ok(Self { weight, bias: w.get("bias", &[n_out])?, spec })
+        Ok(Self { weight, bias: Some(w.get("bias", &[n_out])?), spec })
+    }
+
+    /// A square kernel without a bias.
+    pub fn load_no_bias(
+        w: &Weights,
+        n_in: usize,
+        n_out: usize,
+        kernel: usize,
+        spec: Conv2dSpec,
+    ) -> super::Result<Self> {
+        Ok(Self { weight: w.get("weight", &[n_out, n_in, kernel, kernel])?, bias: None, spec })
     }
 
     /// `[B, n_in, H, W]` to `[B, n_out, H', W']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, Some(&self.bias), self.spec)
+        ops::conv2d(x, &self.weight, self.bias.as_ref(), self.spec)
     }
 }
 
@@ -270,4 +281,85 @@ pub fn to_tokens(x: &Tensor) -> Result<Tensor> {
 pub fn to_picture(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, _, c) = x.dims3()?;
     x.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))
+}
+
+/// The largest value in windows of `kernel` by `kernel`: torch's `MaxPool2d`. Differentiable.
+///
+/// `[B, C, H, W]` to `[B, C, H', W']`. What lies beyond the edge does not count; `padding` is at most half of the
+/// kernel, so that every window sees a pixel.
+pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
+    let mut x = x.clone();
+    for dim in [2, 3] {
+        let windows = Windows::new(x.dim(dim)?, kernel, stride, padding)?;
+        // A pixel beyond the edge is read as the one at the edge, which the window holds anyway.
+        let mut pooled = windows.tap(&x, dim, 0)?;
+        for tap in 1..kernel {
+            pooled = pooled.maximum(&windows.tap(&x, dim, tap)?)?;
+        }
+        x = pooled;
+    }
+    Ok(x)
+}
+
+/// The mean of windows of `kernel` by `kernel` over the pixels that are there: torch's `AvgPool2d` with
+/// `count_include_pad=False`. Differentiable.
+///
+/// `[B, C, H, W]` to `[B, C, H', W']`, `padding` as in [`max_pool2d`].
+pub fn avg_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
+    let mut x = x.clone();
+    for dim in [2, 3] {
+        let windows = Windows::new(x.dim(dim)?, kernel, stride, padding)?;
+        let shape = if dim == 2 { (1, 1, windows.n, 1) } else { (1, 1, 1, windows.n) };
+        let mut pooled: Option<Tensor> = None;
+        for tap in 0..kernel {
+            let shares = Tensor::new(windows.shares(tap), x.device())?.to_dtype(x.dtype())?.reshape(shape)?;
+            let term = windows.tap(&x, dim, tap)?.broadcast_mul(&shares)?;
+            pooled = Some(match pooled {
+                Some(before) => (before + term)?,
+                None => term,
+            });
+        }
+        x = pooled.unwrap_or(x);
+    }
+    Ok(x)
+}
+
+/// The windows of a pool along one axis.
+struct Windows {
+    size: usize,
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+    n: usize,
+}
+
+impl Windows {
+    fn new(size: usize, kernel: usize, stride: usize, padding: usize) -> Result<Self> {
+        match (size + 2 * padding).checked_sub(kernel) {
+            Some(room) if kernel > 0 && stride > 0 && 2 * padding <= kernel => {
+                Ok(Self { size, kernel, stride, padding, n: room / stride + 1 })
+            }
+            _ => candle_core::bail!("pool: windows of {kernel} with padding {padding} over {size} pixels"),
+        }
+    }
+
+    /// Whether tap `tap` of window `i` lies on a pixel.
+    fn holds(&self, i: usize, tap: usize) -> bool {
+        (self.padding..self.padding + self.size).contains(&(i * self.stride + tap))
+    }
+
+    /// Pixel `tap` of every window.
+    fn tap(&self, x: &Tensor, dim: usize, tap: usize) -> Result<Tensor> {
+        let place = |i: usize| (i * self.stride + tap).saturating_sub(self.padding).min(self.size - 1) as u32;
+        x.index_select(&Tensor::from_iter((0..self.n).map(place), x.device())?, dim)
+    }
+
+    /// What pixel `tap` counts for in the mean of each window.
+    fn shares(&self, tap: usize) -> Vec<f32> {
+        let share = |i: usize| {
+            let n_held = (0..self.kernel).filter(|&tap| self.holds(i, tap)).count();
+            if self.holds(i, tap) { 1.0 / n_held as f32 } else { 0.0 }
+        };
+        (0..self.n).map(share).collect()
+    }
 }

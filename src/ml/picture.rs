@@ -18,19 +18,37 @@ use super::{Error, Result};
 /// Quality of JPEG and WebP, of 100.
 const QUALITY: u8 = 90;
 
-/// The largest square in the middle of a photo, brought to `side` pixels. One of that size already is taken pixel for
-/// pixel.
+/// The largest square in the middle of a photo, brought to `side` pixels as [`fitted`] does.
+pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
+    fitted(photo, side as u32, side as u32)
+}
+
+/// The largest part in the middle of a photo with the proportions of `width` to `height`, brought to that size. One of that
+/// size already is taken pixel for pixel.
 ///
 /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
 /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
-pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
-    let (width, height) = photo.dimensions();
-    let cut = width.min(height);
-    let square = imageops::crop_imm(photo, (width - cut) / 2, (height - cut) / 2, cut, cut).to_image();
-    if cut as usize == side {
-        return square;
+pub fn fitted(photo: &RgbImage, width: u32, height: u32) -> RgbImage {
+    let (w, h) = photo.dimensions();
+    let scaled =
+        |side: u32, by: u32, over: u32| (u64::from(side) * u64::from(by) / u64::from(over.max(1))) as u32;
+    let cut_w = w.min(scaled(h, width, height)).max(1);
+    let cut_h = h.min(scaled(w, height, width)).max(1);
+    let cut = imageops::crop_imm(photo, (w - cut_w) / 2, (h - cut_h) / 2, cut_w, cut_h).to_image();
+    if (cut_w, cut_h) == (width, height) {
+        return cut;
     }
-    imageops::resize(&square, side as u32, side as u32, FilterType::CatmullRom)
+    imageops::resize(&cut, width, height, FilterType::CatmullRom)
+}
+
+/// A picture for a page: WebP, its longer side at most `side` pixels.
+pub fn thumbnail(pixels: &RgbImage, side: u32) -> Result<Vec<u8>> {
+    let (width, height) = pixels.dimensions();
+    let longer = width.max(height);
+    let size = |v: u32| ((u64::from(v) * u64::from(side) / u64::from(longer.max(1))) as u32).max(1);
+    let small = (longer > side).then(|| fitted(pixels, size(width), size(height)));
+    let shown = small.as_ref().unwrap_or(pixels);
+    webp(shown.as_raw(), (shown.width() as usize, shown.height() as usize))
 }
 
 /// A picture made smaller, if need be, so that neither side is longer than `side`.
@@ -48,6 +66,15 @@ pub fn within(picture: &RgbImage, side: u32) -> RgbImage {
 pub fn read_png(png: &[u8]) -> Result<RgbImage> {
     let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
     Ok(decoded.map_err(|error| Error::bad(format!("cannot be decoded: {error}")))?.into_rgb8())
+}
+
+/// A picture of pixels as [`super::sample::draw`] gives them: `height x width x 3` bytes. [`Error::Bad`] if there are more
+/// or fewer.
+pub fn of_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<RgbImage> {
+    let n = pixels.len();
+    let whole =
+        ImageBuffer::from_raw(width as u32, height as u32, pixels).filter(|_| n == width * height * 3);
+    whole.ok_or_else(|| Error::bad(format!("picture: wanted {width} x {height} pixels, got {n} bytes")))
 }
 
 /// A picture in grey with a coarse map laid over it: from nothing at the map's least to red at its most.

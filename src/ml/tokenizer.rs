@@ -100,6 +100,11 @@ impl Tokenizer {
         self.tokens(text)
     }
 
+    /// The token that stands behind every text.
+    pub fn end(&self) -> u32 {
+        self.end
+    }
+
     /// Length of every encoded text: 77.
     pub fn length(&self) -> usize {
         self.length

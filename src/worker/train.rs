@@ -18,6 +18,7 @@ use super::settle::{Content, Outcome, Refused, patiently};
 use crate::blobs::{self, Key, Name};
 use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
+use crate::report::{self, Times};
 
 impl Worker {
     /// Photos to weights.
@@ -77,8 +78,12 @@ impl Worker {
             reply: sender,
         }));
         // The watcher, and with it the sender of events, goes when the training has ended.
-        let mut n_images = 0;
+        let (mut n_images, mut times) = (0, Times::default());
         while let Some(event) = heard.recv().await {
+            if let Event::Phase(phase, since) = event {
+                times.hear(phase, since);
+                continue;
+            }
             let was_checkpoint = matches!(event, Event::Checkpoint { .. });
             self.keep(job, held, &wanted, event, &mut n_images).await;
             if was_checkpoint {
@@ -86,7 +91,11 @@ impl Worker {
             }
         }
         match reply(answer).await? {
-            Ending::Trained(trained) => self.store_result(bundle, job, held, trained, n_images).await,
+            Ending::Trained(mut trained) => {
+                // Of this attempt: earlier ones took theirs.
+                trained.report["seconds"] = times.seconds(Instant::now());
+                self.store_result(bundle, job, held, trained, n_images).await
+            }
             Ending::Stopped if held.is_canceled() => Ok(Outcome::Canceled),
             Ending::Stopped => Ok(Outcome::Lost),
             Ending::Paused(None) => Ok(Outcome::Paused),
@@ -148,6 +157,7 @@ impl Worker {
     /// Keeps what a training reports on its way. None of it is worth failing for.
     async fn keep(&self, job: &Job, held: &Held, wanted: &ClassImages, event: Event, n_images: &mut u64) {
         match event {
+            Event::Phase(..) => {} // the times are the caller's
             Event::ClassImage { index, png } => {
                 let Some(&seed) = wanted.seeds.get(index) else { return };
                 let key = Key::class_image(job.tenant, &wanted.settings, seed);
@@ -205,7 +215,7 @@ impl Worker {
         trained: Trained,
         n_previews: u64,
     ) -> Result<Outcome, Outcome> {
-        let mut storing = Progress::begin(Phase::Storing, trained.images.len() as u64 + 2);
+        let mut storing = Progress::begin(Phase::Storing, trained.images.len() as u64 + 3);
         storing.images = n_previews;
         held.progress(storing.clone());
         let mut objects = Vec::new();
@@ -220,20 +230,37 @@ impl Worker {
         let weights = self.put(job, held, Name::Weights, Content::File(&trained.weights), meta).await?;
         let result = json!({ "bundle_sha256": bundle, "weights_sha256": weights.sha256 });
         objects.push(weights);
-        let report = serde_json::to_vec_pretty(&trained.report).map_err(|error| {
+        if let Some(last) = &trained.last {
+            let meta = json!({ "bundle_sha256": bundle });
+            objects.push(self.put(job, held, Name::LastWeights, Content::File(last), meta).await?);
+        }
+        let written = serde_json::to_vec_pretty(&trained.report).map_err(|error| {
             Fault::new(FaultCode::Internal, format!("the report cannot be written: {error}"))
         })?;
-        let report = Content::Bytes(report.into());
-        objects.push(self.put(job, held, Name::Report, report, Value::Null).await?);
+        let written = Content::Bytes(written.into());
+        objects.push(self.put(job, held, Name::Report, written, Value::Null).await?);
+        let page = Content::Bytes(report::page(&trained.report, &trained.gallery).into());
+        objects.push(self.put(job, held, Name::Page, page, Value::Null).await?);
         Ok(Outcome::Done { result, objects })
     }
 }
 
 /// What the job's task does while the device goes on.
 enum Event {
-    ClassImage { index: usize, png: Vec<u8> },
-    Shown { what: Shown, picture: Drawn },
-    Checkpoint { step: u64, file: PathBuf },
+    /// A phase began.
+    Phase(Phase, Instant),
+    ClassImage {
+        index: usize,
+        png: Vec<u8>,
+    },
+    Shown {
+        what: Shown,
+        picture: Drawn,
+    },
+    Checkpoint {
+        step: u64,
+        file: PathBuf,
+    },
 }
 
 /// Hears a training's beats, on the device's thread, and decides how it goes on.
@@ -254,6 +281,9 @@ impl Watcher {
         match beat {
             Beat::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
+                if self.pace.began.is_none_or(|(phase, ..)| phase != progress.phase) {
+                    self.send(Event::Phase(progress.phase, Instant::now()));
+                }
                 progress.eta_seconds = self.pace.eta(&progress);
                 self.held.progress(progress);
             }

@@ -37,7 +37,7 @@ fn photos() -> Vec<Vec<u8>> {
 }
 
 fn spec(steps: u32, class_images: u32) -> TrainSpec {
-    let evaluation = Evaluation { enabled: false, images: 3, steps: 2 };
+    let evaluation = Evaluation { enabled: false, images: 3, steps: 2, ..Evaluation::default() };
     let dreambooth = TrainOptions::of(Method::Dreambooth);
     let options = TrainOptions { steps, class_images, learning_rate: 1e-4, evaluation, ..dreambooth };
     TrainSpec::new("mug", options, 77).expect("a specification")

@@ -16,8 +16,8 @@ use hypnos::ml::sample::{self, Models, Picture, Settings};
 use hypnos::ml::samplers::Sampler;
 use hypnos::ml::train::losses::{self, Around, Batch, LossWeights, Objective, Reconstruction, losses};
 use hypnos::ml::train::{
-    Critic, CriticRecipe, Instance, Learner, Material, PerceptualRecipe, Recipe, State, Templates, train,
-    train_critic,
+    Critic, CriticRecipe, Instance, Learner, Material, PerceptualRecipe, Recipe, State, Templates, Trial,
+    train, train_critic,
 };
 use hypnos::ml::weights::Weights;
 use hypnos::ml::{Error, picture, random};
@@ -354,6 +354,60 @@ fn goes_on_as_if_never_stopped(bench: &Bench) {
     };
     assert_eq!(bits(&unbroken), bits(&resumed));
     assert!(bench.run(&mut resumed, 9).expect("nothing left to do"));
+}
+
+#[test]
+fn the_best_that_was_tried_is_served_and_outlives_a_checkpoint() {
+    let bench = Bench::new();
+    let dir = tempfile::tempdir().expect("a directory");
+    let bytes = |save: &dyn Fn(&Path) -> hypnos::ml::Result<()>| {
+        let file = dir.path().join("file");
+        save(&file).expect("a file");
+        std::fs::read(&file).expect("bytes")
+    };
+    let served = |state: &State| bytes(&|file| state.save_weights(file, bench.hash(), &bench.recipe));
+    let last = |state: &State| bytes(&|file| state.save_last_weights(file, bench.hash(), &bench.recipe));
+    let whole = |state: &State| bytes(&|file| state.save(file, bench.hash(), &bench.recipe));
+    let (good, poor, best) = (Trial::new(2, 0.8, 0.9), Trial::new(3, 0.9, 0.1), Trial::new(4, 0.9, 0.9));
+
+    let mut state = bench.state(false);
+    bench.run(&mut state, 2).expect("steps");
+    let at_two = last(&state);
+    assert_eq!((state.served_step(), served(&state) == at_two), (2, true), "nothing was tried yet");
+    state.tried(good);
+    let just_tried = whole(&state);
+    bench.run(&mut state, 3).expect("steps");
+    state.tried(poor);
+    assert_eq!(state.served_step(), 2);
+    assert!(served(&state) == at_two && last(&state) != at_two);
+    let drawn = |models: Models| {
+        let ids = [models.tokenizer.encode("a photo of sks mug")];
+        models.text.forward(&ids).and_then(|x| x.flatten_all()?.to_vec1::<f32>()).expect("hidden states")
+    };
+    let (of_best, of_last) =
+        (state.served(&bench.bundle, &bench.base), state.frozen(&bench.bundle, &bench.base));
+    assert_ne!(drawn(of_best.expect("models")), drawn(of_last.expect("models")));
+
+    // From a checkpoint of the trial's own step and from one after it, everything goes on alike.
+    let after = whole(&state);
+    for (checkpoint, tried) in [(&just_tried, vec![good]), (&after, vec![good, poor])] {
+        let file = dir.path().join("checkpoint");
+        std::fs::write(&file, checkpoint).expect("a file");
+        let mut resumed = bench.state(false);
+        resumed.resume(&file, bench.hash(), &bench.recipe).expect("a state");
+        assert_eq!(resumed.trials(), tried);
+        assert!(whole(&resumed) == *checkpoint && served(&resumed) == at_two);
+        bench.run(&mut resumed, 3).expect("steps");
+        if tried.len() == 1 {
+            resumed.tried(poor);
+        }
+        assert!(whole(&resumed) == after);
+    }
+    bench.run(&mut state, 4).expect("steps");
+    assert!(served(&state) == at_two);
+    state.tried(best);
+    assert_eq!(state.served_step(), 4);
+    assert!(served(&state) == last(&state));
 }
 
 #[test]

@@ -5,7 +5,9 @@
 //! checkpoint.safetensors        the last checkpoint, while the training goes on
 //! log.jsonl                     what each step found
 //! masks/ views/ previews/       what it looks like on the way
-//! weights.safetensors report.json losses.svg images/
+//! weights.safetensors           the weights that are served; weights-last.safetensors beside them, if they are others
+//! report.html report.json       what led to them and what they are worth
+//! losses.svg images/
 //! ```
 
 use std::fs;
@@ -16,20 +18,21 @@ use serde_json::{Value, json};
 
 use crate::cli::Stop;
 use crate::engine::{ClassImages, Drawn, Shown, Trained};
-use crate::job::TrainSpec;
+use crate::job::{Format, PAGE, REPORT, TrainSpec, WEIGHTS};
+use crate::report;
 
 const JOB: &str = "job.json";
 const CHECKPOINT: &str = "checkpoint.safetensors";
 
 /// A directory that belongs to one training.
-pub(super) struct Out {
+pub(crate) struct Out {
     dir: PathBuf,
 }
 
 impl Out {
     /// A new directory for this training, or with `resume` the one that it was begun in. A directory that holds anything
     /// else is left alone.
-    pub(super) fn open(
+    pub(crate) fn open(
         dir: &Path,
         spec: &TrainSpec,
         bundle: &str,
@@ -55,29 +58,48 @@ impl Out {
         Ok((out, spec.clone()))
     }
 
-    pub(super) fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// The checkpoint to go on from.
-    pub(super) fn checkpoint(&self) -> Option<PathBuf> {
+    pub(crate) fn checkpoint(&self) -> Option<PathBuf> {
         Some(self.dir.join(CHECKPOINT)).filter(|file| file.exists())
     }
 
+    /// Whether everything is there already.
+    pub(crate) fn is_done(&self) -> bool {
+        self.dir.join(WEIGHTS).exists()
+    }
+
+    /// What is said of the training, once it is done.
+    pub(crate) fn report(&self) -> Result<Value, Stop> {
+        let path = self.dir.join(REPORT);
+        let bytes = fs::read(&path).map_err(|error| unread(&path, &error))?;
+        serde_json::from_slice(&bytes).map_err(|error| Stop::Input(format!("{}: {error}", path.display())))
+    }
+
+    /// The pictures that were drawn with the result, in order, as PNG.
+    pub(crate) fn images(&self) -> Result<Vec<Vec<u8>>, Stop> {
+        let n = self.report()?["images"].as_array().map_or(0, Vec::len);
+        let paths = (0..n).map(|i| self.dir.join(image_name(i, Format::Png)));
+        paths.map(|path| fs::read(&path).map_err(|error| unread(&path, &error))).collect()
+    }
+
     /// A place on the same disk, empty, gone with what it is given as.
-    pub(super) fn scratch(&self) -> Result<tempfile::TempDir, Stop> {
+    pub(crate) fn scratch(&self) -> Result<tempfile::TempDir, Stop> {
         let made = tempfile::Builder::new().prefix(".scratch-").tempdir_in(&self.dir);
         made.map_err(|error| unmade(&self.dir, &error))
     }
 
     /// Puts a checkpoint in the place of the one before.
-    pub(super) fn keep_checkpoint(&self, file: &Path) -> Result<(), Stop> {
+    pub(crate) fn keep_checkpoint(&self, file: &Path) -> Result<(), Stop> {
         let kept = fs::rename(file, self.dir.join(CHECKPOINT));
         kept.map_err(|error| Stop::Failed(format!("the checkpoint cannot be kept: {error}")))
     }
 
     /// Keeps a picture from the midst of the training.
-    pub(super) fn show(&self, what: Shown, picture: &Drawn) -> Result<(), Stop> {
+    pub(crate) fn show(&self, what: Shown, picture: &Drawn) -> Result<(), Stop> {
         let name = match what {
             Shown::Mask(n) => format!("masks/{}.png", n + 1),
             Shown::View(n) => format!("views/{n:03}.png"),
@@ -88,21 +110,24 @@ impl Out {
     }
 
     /// Keeps the result. The weights come last: where they are, everything is.
-    pub(super) fn keep(&self, trained: &Trained) -> Result<(), Stop> {
+    pub(crate) fn keep(&self, trained: &Trained) -> Result<(), Stop> {
         for (i, image) in trained.images.iter().enumerate() {
-            let name = format!("images/{i:02}.{}", image.format.extension());
-            self.write(Path::new(&name), &image.bytes)?;
+            self.write(Path::new(&image_name(i, image.format)), &image.bytes)?;
         }
-        self.write(Path::new("report.json"), to_json(&trained.report).as_bytes())?;
-        let weights = self.dir.join("weights.safetensors");
-        fs::rename(&trained.weights, &weights)
-            .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", weights.display())))?;
+        self.write(Path::new(REPORT), to_json(&trained.report).as_bytes())?;
+        self.write(Path::new(PAGE), report::page(&trained.report, &trained.gallery).as_bytes())?;
+        let last = trained.last.iter().map(|file| (file, "weights-last.safetensors"));
+        for (file, name) in last.chain([(&trained.weights, WEIGHTS)]) {
+            let path = self.dir.join(name);
+            fs::rename(file, &path)
+                .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", path.display())))?;
+        }
         let _ = fs::remove_file(self.dir.join(CHECKPOINT)); // it has done its work
         Ok(())
     }
 
     /// The shelf of class images: in `shared`, by their settings, or in this directory.
-    pub(super) fn class_images(&self, shared: Option<&Path>, wanted: &ClassImages) -> Result<Shelf, Stop> {
+    pub(crate) fn class_images(&self, shared: Option<&Path>, wanted: &ClassImages) -> Result<Shelf, Stop> {
         let dir = shared.map_or_else(|| self.dir.join("class_images"), |dir| dir.join(&wanted.settings));
         if !wanted.seeds.is_empty() {
             fs::create_dir_all(&dir).map_err(|error| unmade(&dir, &error))?;
@@ -111,7 +136,7 @@ impl Out {
     }
 
     /// Writes a file of the directory, whole or not at all.
-    pub(super) fn write(&self, name: &Path, bytes: &[u8]) -> Result<(), Stop> {
+    pub(crate) fn write(&self, name: &Path, bytes: &[u8]) -> Result<(), Stop> {
         let path = self.dir.join(name);
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(|error| unmade(parent, &error))?;
@@ -122,18 +147,18 @@ impl Out {
 }
 
 /// Class images on disk.
-pub(super) struct Shelf {
+pub(crate) struct Shelf {
     dir: PathBuf,
     seeds: Vec<u64>,
 }
 
 impl Shelf {
     /// Those that were drawn before.
-    pub(super) fn had(&self) -> Vec<Option<Vec<u8>>> {
+    pub(crate) fn had(&self) -> Vec<Option<Vec<u8>>> {
         self.seeds.iter().map(|seed| fs::read(self.dir.join(format!("{seed}.png"))).ok()).collect()
     }
 
-    pub(super) fn keep(&self, index: usize, png: &[u8]) -> Result<(), Stop> {
+    pub(crate) fn keep(&self, index: usize, png: &[u8]) -> Result<(), Stop> {
         let Some(seed) = self.seeds.get(index) else { return Ok(()) };
         let path = self.dir.join(format!("{seed}.png"));
         whole(&path, png)
@@ -181,10 +206,18 @@ fn whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
+fn image_name(i: usize, format: Format) -> String {
+    format!("images/{i:02}.{}", format.extension())
+}
+
 fn to_json(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
 fn unmade(path: &Path, error: &io::Error) -> Stop {
     Stop::Input(format!("{}: cannot be made: {error}", path.display()))
+}
+
+fn unread(path: &Path, error: &io::Error) -> Stop {
+    Stop::Failed(format!("{}: cannot be read: {error}", path.display()))
 }

@@ -9,11 +9,11 @@ use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::out::{Out, Shelf};
-use super::plot;
 use crate::cli::Stop;
 use crate::engine::{Beat, Flow};
 use crate::job::{Phase, Progress};
 use crate::ml::train::Taken;
+use crate::report::{self, Times};
 
 const LOG: &str = "log.jsonl";
 
@@ -25,6 +25,7 @@ pub(super) struct Show<'a> {
     stop: &'a CancellationToken,
     bar: ProgressBar,
     phase: Option<Phase>,
+    times: Times,
     log: Log,
     /// Steps at the last checkpoint.
     kept: u64,
@@ -38,13 +39,25 @@ impl<'a> Show<'a> {
         shelf: &'a Shelf,
         checkpoint_every: u64,
         stop: &'a CancellationToken,
+        bar: ProgressBar,
     ) -> Self {
         let style = ProgressStyle::with_template(
             "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone, {eta} left  {msg}",
         );
-        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let log = Log { path: out.dir().join(LOG), file: None, last: Instant::now() };
-        Self { out, shelf, checkpoint_every, stop, bar, phase: None, log, kept: 0, failed: None }
+        Self {
+            out,
+            shelf,
+            checkpoint_every,
+            stop,
+            bar,
+            phase: None,
+            times: Times::default(),
+            log,
+            kept: 0,
+            failed: None,
+        }
     }
 
     /// Takes a beat and says how the training goes on.
@@ -86,6 +99,7 @@ impl<'a> Show<'a> {
     }
 
     fn progress(&mut self, at: &Progress) -> Result<(), Stop> {
+        self.times.hear(at.phase, Instant::now());
         if self.phase != Some(at.phase) {
             self.phase = Some(at.phase);
             self.bar.reset();
@@ -101,19 +115,21 @@ impl<'a> Show<'a> {
         Ok(())
     }
 
-    /// Ends the bars and draws the log. An error is what ended the training.
-    pub(super) fn finish(mut self) -> Result<(), Stop> {
+    /// Ends the bars and draws the log. Gives how long each phase took; an error is what ended the training.
+    pub(super) fn finish(mut self) -> Result<Value, Stop> {
         self.bar.finish_and_clear();
         self.log.flush()?;
         if let Some(stop) = self.failed {
             return Err(stop);
         }
         let steps = self.log.read()?;
-        if steps.is_empty() {
-            return Ok(());
+        if !steps.is_empty() {
+            let curve = |name: &str| -> report::Curve {
+                steps.iter().filter_map(|line| Some((line["step"].as_f64()?, line[name].as_f64()?))).collect()
+            };
+            self.out.write("losses.svg".as_ref(), report::losses_svg(curve).as_bytes())?;
         }
-        let drawn = plot::losses(&steps).map_err(|error| Stop::Failed(format!("losses.svg: {error}")))?;
-        self.out.write("losses.svg".as_ref(), drawn.as_bytes())
+        Ok(self.times.seconds(Instant::now()))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
+use candle_core::Device;
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -10,6 +11,7 @@ use super::{
     check_index, clip, find_weights, hash_file, perceptual, read_config, read_manifest, read_schedule,
     tracer, unet, vae,
 };
+use crate::ml::metrics::{self, dino, inception, lpips};
 use crate::ml::param::Param;
 use crate::ml::tensorfile::TensorFile;
 use crate::ml::weights::differences;
@@ -60,7 +62,19 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     }
     found.teacher(dir, "segmenter", tracer::Config::check, Tracer::load);
     found.teacher(dir, "perceptual", perceptual::Config::check, |w, config| {
-        Perceptual::load(w, config, &candle_core::Device::Cpu)
+        Perceptual::load(w, config, &Device::Cpu)
+    });
+    found.teacher(dir, "metrics/dino", dino::Config::check, |w, config| {
+        dino::Dino::load(w, config, &Device::Cpu)
+    });
+    found.teacher(dir, "metrics/clip", metrics::clip::Config::check, |w, config| {
+        clip::Clip::load(w, &config.net)
+    });
+    found.teacher(dir, "metrics/inception", inception::Config::check, |w, config| {
+        inception::Inception::load(w, config, &Device::Cpu)
+    });
+    found.teacher(dir, "metrics/lpips", lpips::Config::check, |w, config| {
+        lpips::Lpips::load(w, config, &Device::Cpu)
     });
     found.fit(dir, text.as_ref(), unet.as_ref(), vae.as_ref(), tokenizer.as_ref());
     found.manifest(dir, &manifest, vae.as_ref(), tokenizer.as_ref());

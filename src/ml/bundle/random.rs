@@ -332,7 +332,7 @@ fn letters(i: usize, length: u32) -> String {
     (0..length).rev().map(|place| char::from(b'a' + (i / 26_usize.pow(place) % 26) as u8)).collect()
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_text(path, &format!("{}\n", serde_json::to_string_pretty(value).map_err(|e| odd(&e))?))
 }
 

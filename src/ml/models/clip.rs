@@ -1,13 +1,14 @@
-//! CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020): token ids to the hidden states that condition the UNet.
+//! CLIP (Radford et al. 2021, arXiv 2103.00020): its text encoder, whose hidden states condition the UNet, and the whole of it,
+//! which puts pictures and texts into one space.
 //!
-//! Ports transformers' `CLIPTextModel`. No pooled output and no projection: Stable Diffusion 1.x uses neither.
+//! Ports transformers' `CLIPTextModel` and `CLIPModel`.
 
 use candle_core::{Result, Tensor};
 use serde::Deserialize;
 
 use super::refuse;
-use crate::ml::nn::{LayerNorm, Linear};
-use crate::ml::ops::{self, Activation};
+use crate::ml::nn::{Conv2d, LayerNorm, Linear, to_tokens};
+use crate::ml::ops::{self, Activation, Conv2dSpec};
 use crate::ml::param::Param;
 use crate::ml::weights::Weights;
 
@@ -103,7 +104,7 @@ impl ClipText {
                 .pp("position_embedding")
                 .get("weight", &[config.max_position_embeddings, d])?,
             layers: (0..config.num_hidden_layers)
-                .map(|i| Layer::load(&layers.pp(i), config))
+                .map(|i| Layer::load(&layers.pp(i), &Sizes::of_text(config)))
                 .collect::<crate::ml::Result<_>>()?,
             final_layer_norm: LayerNorm::load(&w.pp("final_layer_norm"), d, config.layer_norm_eps)?,
             n_positions: config.max_position_embeddings,
@@ -120,7 +121,7 @@ impl ClipText {
         let tokens = self.tokens(&ids.concat(), &[b, l])?;
         let mut x = (tokens + ops::embedding(&places, &[b, l], &self.position_embedding)?)?; // [B, L, D]
         for layer in &self.layers {
-            x = layer.forward(&x)?;
+            x = layer.forward(&x, true)?;
         }
         self.final_layer_norm.forward(&x)
     }
@@ -165,9 +166,30 @@ impl ClipText {
     }
 }
 
+/// What a layer has to know.
+struct Sizes {
+    width: usize,
+    inner: usize,
+    n_heads: usize,
+    activation: Activation,
+    eps: f64,
+}
+
+impl Sizes {
+    fn of_text(config: &Config) -> Self {
+        Self {
+            width: config.hidden_size,
+            inner: config.intermediate_size,
+            n_heads: config.num_attention_heads,
+            activation: config.hidden_act,
+            eps: config.layer_norm_eps,
+        }
+    }
+}
+
 impl Layer {
-    fn load(w: &Weights, config: &Config) -> crate::ml::Result<Self> {
-        let (d, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+    fn load(w: &Weights, sizes: &Sizes) -> crate::ml::Result<Self> {
+        let Sizes { width: d, inner, n_heads, activation, eps } = *sizes;
         let (attention, mlp) = (w.pp("self_attn"), w.pp("mlp"));
         Ok(Self {
             layer_norm1: LayerNorm::load(&w.pp("layer_norm1"), d, eps)?,
@@ -178,17 +200,186 @@ impl Layer {
             layer_norm2: LayerNorm::load(&w.pp("layer_norm2"), d, eps)?,
             fc1: Linear::load(&mlp.pp("fc1"), d, inner)?,
             fc2: Linear::load(&mlp.pp("fc2"), inner, d)?,
-            n_heads: config.num_attention_heads,
-            activation: config.hidden_act,
+            n_heads,
+            activation,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, causal: bool) -> Result<Tensor> {
         let hidden = self.layer_norm1.forward(x)?;
         let (q, k, v) =
             (self.q_proj.forward(&hidden)?, self.k_proj.forward(&hidden)?, self.v_proj.forward(&hidden)?);
-        let x = (x + self.out_proj.forward(&ops::attention(&q, &k, &v, self.n_heads, true)?)?)?;
+        let x = (x + self.out_proj.forward(&ops::attention(&q, &k, &v, self.n_heads, causal)?)?)?;
         let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
         x + self.fc2.forward(&ops::activate(&hidden, self.activation)?)?
+    }
+}
+
+/// `config.json` of the whole; the keys are those of transformers' `CLIPConfig`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PairConfig {
+    /// The text encoder.
+    pub text_config: Config,
+    /// The picture encoder.
+    pub vision_config: VisionConfig,
+    /// Width of the space that both project to.
+    #[serde(default = "projection")]
+    pub projection_dim: usize,
+}
+
+/// The picture encoder's part of it; what is not said is as in ViT-B/32.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct VisionConfig {
+    /// Width of the tokens.
+    pub hidden_size: usize,
+    /// Width inside each feed-forward.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads of each attention.
+    pub num_attention_heads: usize,
+    /// Side of the pictures, in pixels.
+    pub image_size: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Activation of each feed-forward.
+    pub hidden_act: Activation,
+    /// Eps of each norm.
+    pub layer_norm_eps: f64,
+}
+
+impl Default for VisionConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            image_size: 224,
+            patch_size: 32,
+            hidden_act: quick_gelu(),
+            layer_norm_eps: eps(),
+        }
+    }
+}
+
+fn projection() -> usize {
+    512
+}
+
+impl PairConfig {
+    /// Refuses sizes that cannot be a model.
+    pub fn check(&self) -> crate::ml::Result<()> {
+        self.text_config.check()?;
+        let vision = &self.vision_config;
+        let positive = [self.projection_dim, vision.hidden_size, vision.intermediate_size, vision.image_size];
+        refuse(!positive.contains(&0), "a size", 0, "every size above zero")?;
+        let heads = vision.num_attention_heads;
+        let divides = heads > 0 && vision.hidden_size.is_multiple_of(heads);
+        refuse(divides, "num_attention_heads", heads, "a divisor of hidden_size")?;
+        let patch = vision.patch_size;
+        let fits = patch > 0 && vision.image_size.is_multiple_of(patch);
+        refuse(fits, "patch_size", patch, "a divisor of image_size")
+    }
+}
+
+/// Both encoders and their projections.
+#[derive(Debug)]
+pub struct Clip {
+    text: ClipText,
+    text_projection: Linear,
+    vision: ClipVision,
+    visual_projection: Linear,
+}
+
+impl Clip {
+    /// From weights named as in transformers' `CLIPModel`: `text_model`, `text_projection`, `vision_model`,
+    /// `visual_projection`.
+    pub fn load(w: &Weights, config: &PairConfig) -> crate::ml::Result<Self> {
+        config.check()?;
+        let (text, vision, shared) =
+            (config.text_config.hidden_size, config.vision_config.hidden_size, config.projection_dim);
+        Ok(Self {
+            text: ClipText::load(w, &config.text_config)?,
+            text_projection: Linear::load_no_bias(&w.pp("text_projection"), text, shared)?,
+            vision: ClipVision::load(&w.pp("vision_model"), &config.vision_config)?,
+            visual_projection: Linear::load_no_bias(&w.pp("visual_projection"), vision, shared)?,
+        })
+    }
+
+    /// Normalised pictures `[B, 3, S, S]` to `[B, P]` in the shared space, of any length.
+    pub fn pictures(&self, pictures: &Tensor) -> Result<Tensor> {
+        self.visual_projection.forward(&self.vision.forward(pictures)?)
+    }
+
+    /// Token ids as for [`ClipText::forward`] to `[B, P]` in the shared space, of any length: what stands at the first
+    /// `end` of each sequence.
+    pub fn texts(&self, ids: &[Vec<u32>], end: u32) -> Result<Tensor> {
+        let states = self.text.forward(ids)?; // [B, L, D]
+        let pooled = ids.iter().enumerate().map(|(i, ids)| {
+            let Some(place) = ids.iter().position(|id| *id == end) else {
+                candle_core::bail!("clip: a sequence has no end")
+            };
+            states.narrow(0, i, 1)?.narrow(1, place, 1)?.squeeze(1)
+        });
+        self.text_projection.forward(&Tensor::cat(&pooled.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+}
+
+/// The picture encoder: a vision transformer with a norm before its layers.
+#[derive(Debug)]
+struct ClipVision {
+    class_embedding: Param,
+    patch_embedding: Conv2d,
+    position_embedding: Param,
+    pre_layrnorm: LayerNorm, // the checkpoint's spelling
+    layers: Vec<Layer>,
+    post_layernorm: LayerNorm,
+    image_size: usize,
+}
+
+impl ClipVision {
+    fn load(w: &Weights, config: &VisionConfig) -> crate::ml::Result<Self> {
+        let (d, patch, eps) = (config.hidden_size, config.patch_size, config.layer_norm_eps);
+        let sizes = Sizes {
+            width: d,
+            inner: config.intermediate_size,
+            n_heads: config.num_attention_heads,
+            activation: config.hidden_act,
+            eps,
+        };
+        let (embeddings, layers) = (w.pp("embeddings"), w.pp("encoder").pp("layers"));
+        let n_tokens = 1 + (config.image_size / patch).pow(2);
+        let spec = Conv2dSpec::padded(patch, 0);
+        Ok(Self {
+            class_embedding: embeddings.get("class_embedding", &[d])?,
+            patch_embedding: Conv2d::load_no_bias(&embeddings.pp("patch_embedding"), 3, d, patch, spec)?,
+            position_embedding: embeddings.pp("position_embedding").get("weight", &[n_tokens, d])?,
+            pre_layrnorm: LayerNorm::load(&w.pp("pre_layrnorm"), d, eps)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| Layer::load(&layers.pp(i), &sizes))
+                .collect::<crate::ml::Result<_>>()?,
+            post_layernorm: LayerNorm::load(&w.pp("post_layernorm"), d, eps)?,
+            image_size: config.image_size,
+        })
+    }
+
+    /// `[B, 3, S, S]` to the class token behind the last norm, `[B, D]`.
+    fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
+        let (b, side) = (pictures.dim(0)?, self.image_size);
+        if pictures.dims() != [b, 3, side, side] {
+            candle_core::bail!("clip: wanted pictures [B, 3, {side}, {side}], got {:?}", pictures.dims());
+        }
+        let patches = to_tokens(&self.patch_embedding.forward(pictures)?)?; // [B, n, D]
+        let (class, places) =
+            (self.class_embedding.weight(patches.dtype())?, self.position_embedding.weight(patches.dtype())?);
+        let class = class.reshape((1, 1, class.elem_count()))?.repeat((b, 1, 1))?;
+        let x = Tensor::cat(&[class, patches], 1)?.broadcast_add(&places.unsqueeze(0)?)?;
+        let mut x = self.pre_layrnorm.forward(&x)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, false)?;
+        }
+        self.post_layernorm.forward(&x.narrow(1, 0, 1)?)?.squeeze(1)
     }
 }

@@ -1,11 +1,15 @@
 //! The models: one architecture, one file. They never import one another, but for TRACER, whose encoder is one of them.
 
+pub mod alexnet;
 pub mod clip;
 pub mod discriminator;
 pub mod efficientnet;
+pub mod inception;
 pub mod tracer;
 pub mod unet;
 pub mod vae;
+pub mod vgg;
+pub mod vit;
 
 use super::{Error, Result};
 

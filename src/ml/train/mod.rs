@@ -9,6 +9,7 @@ pub mod losses;
 mod recipe;
 mod state;
 mod trace;
+mod trial;
 
 use std::ops::ControlFlow;
 
@@ -20,6 +21,7 @@ pub use losses::{Around, Batch, Chain, LossWeights, Losses, Objective, Reconstru
 pub use recipe::{Learner, PerceptualRecipe, Recipe, Templates};
 pub use state::{Column, State, Taken};
 pub use trace::Trace;
+pub use trial::Trial;
 
 use super::models::vae::Moments;
 use super::perceptual::Perceptual;

@@ -1,6 +1,6 @@
 //! A training at some step, and how it is kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -10,6 +10,7 @@ use super::critic::Critic;
 use super::losses::{Around, Batch, Chain, Objective, losses};
 use super::recipe::Recipe;
 use super::trace::Trace;
+use super::trial::{self, Trial};
 use crate::ml::adapted::{self, EMBEDDING, Product, TEXT_ENCODER, UNET};
 use crate::ml::bundle::{Bundle, Part};
 use crate::ml::models::{clip::ClipText, unet::Unet};
@@ -25,6 +26,10 @@ const FORMAT: &str = "hypnos checkpoint 2";
 
 /// Where in a checkpoint the discriminator's tensors lie.
 const DISCRIMINATOR: &str = "discriminator";
+
+/// Where in a checkpoint the weights of the best trial lie, and what all trials found.
+const BEST: &str = "best";
+const TRIALS: [&str; 3] = ["trials.step", "trials.likeness", "trials.adherence"];
 
 /// What one step found. Losses are unweighted; one that the step did not compute is not a number.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,7 +53,7 @@ pub struct Taken {
 }
 
 /// A number of a step: its name, and where it stands.
-pub type Column = (&'static str, fn(&Taken) -> f32);
+pub(super) type Column = (&'static str, fn(&Taken) -> f32);
 
 impl Taken {
     /// Each number's name, as checkpoints, logs and reports have it, and where it stands.
@@ -69,7 +74,7 @@ impl Taken {
     }
 }
 
-/// A training at some step: weights, moments, and what each step so far found.
+/// A training at some step: weights, moments, what each step so far found, and the best that was tried.
 pub struct State {
     text: ClipText,
     unet: Unet,
@@ -78,6 +83,9 @@ pub struct State {
     optimiser: AdamW,
     critic: Option<Critic>,
     history: Vec<Taken>,
+    trials: Vec<Trial>,
+    /// The weights of the best trial, on the CPU, where steps were taken since; else they are the weights themselves.
+    best: Option<BTreeMap<String, Tensor>>,
 }
 
 impl State {
@@ -115,7 +123,16 @@ impl State {
         critic: Option<Critic>,
     ) -> Result<Self> {
         let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
-        Ok(Self { text, unet, params, optimiser, critic, history: Vec::new() })
+        Ok(Self {
+            text,
+            unet,
+            params,
+            optimiser,
+            critic,
+            history: Vec::new(),
+            trials: Vec::new(),
+            best: None,
+        })
     }
 
     /// Steps taken.
@@ -169,6 +186,7 @@ impl State {
         if let Some((trace, recipe)) = trace {
             trace.write(self, recipe, batch, &losses, norm)?;
         }
+        self.keep_best()?;
         self.optimiser.step_clipped(norm)?;
         // Assumption: the discriminator sees the guess that was judged, not one of the weights after the step.
         let critic = match (&mut self.critic, shown, &losses.z0) {
@@ -196,31 +214,84 @@ impl State {
         Ok(taken)
     }
 
+    /// Every trial so far, in order.
+    pub fn trials(&self) -> &[Trial] {
+        &self.trials
+    }
+
+    /// Takes what was found of the weights as they are now, once for each step. From the first trial on, the best one's
+    /// weights are served.
+    pub fn tried(&mut self, trial: Trial) {
+        self.trials.push(trial);
+        if self.served_step() == self.n_steps() {
+            self.best = None;
+        }
+    }
+
+    /// The step whose weights are served.
+    pub fn served_step(&self) -> u64 {
+        trial::best(&self.trials).map_or(self.n_steps(), |trial| trial.step)
+    }
+
+    /// Copies the weights away, if they are the best that was tried, before a step changes them.
+    fn keep_best(&mut self) -> Result<()> {
+        if self.trials.is_empty() || self.served_step() != self.n_steps() {
+            return Ok(());
+        }
+        let copy = |param: &Param| param.value().copy()?.to_device(&Device::Cpu);
+        let copies = self.params.iter().map(|(name, param)| Ok((name.clone(), copy(param)?)));
+        self.best = Some(copies.collect::<Result<_>>()?);
+        Ok(())
+    }
+
     /// The models as they are now, frozen, with the rest of `base`: they draw without recording a graph and without a
     /// copy of the weights, and so do not outlast the next step.
     pub fn frozen(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
         let values = self.params.iter().map(|(name, param)| (name.clone(), param.value()));
-        adapted::models(
-            &Weights::from_tensors(values.collect(), &base.device),
-            self.params.keys(),
-            bundle,
-            base,
-        )
+        self.models(values.collect(), bundle, base)
     }
 
-    /// Writes the weights alone, as [`adapted::Adapted::load`] reads them. The bytes depend on weights, bundle and
-    /// recipe only.
+    /// The models that are served, frozen, as [`State::frozen`] gives those of now.
+    pub fn served(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
+        let Some(best) = &self.best else { return self.frozen(bundle, base) };
+        let values = best.iter().map(|(name, value)| Ok((name.clone(), value.to_device(&base.device)?)));
+        self.models(values.collect::<Result<_>>()?, bundle, base)
+    }
+
+    fn models(&self, values: HashMap<String, Tensor>, bundle: &Bundle, base: &Models) -> Result<Models> {
+        adapted::models(&Weights::from_tensors(values, &base.device), self.params.keys(), bundle, base)
+    }
+
+    /// Writes the weights that are served, and nothing else, as [`adapted::Adapted::load`] reads them. The bytes depend on
+    /// weights, bundle and recipe only.
     pub fn save_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let Some(best) = &self.best else { return self.save_last_weights(path, bundle, recipe) };
+        self.write_weights(path, bundle, recipe, |name| best[name].clone())
+    }
+
+    /// Writes the weights of the last step, whichever are served.
+    pub fn save_last_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        self.write_weights(path, bundle, recipe, |name| self.params[name].value())
+    }
+
+    fn write_weights(
+        &self,
+        path: &Path,
+        bundle: &str,
+        recipe: &Recipe,
+        value: impl Fn(&str) -> Tensor,
+    ) -> Result<()> {
         let shapes = self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect();
         let metadata = adapted::metadata(adapted::FORMAT, bundle, &recipe.json());
-        save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(self.params[name].value()))
+        save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(value(name)))
     }
 
     /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
     pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let metadata = adapted::metadata(FORMAT, bundle, &recipe.json());
         let learning = self.learning();
-        save_streaming(path, &self.shapes(self.history.len()), &metadata, DType::F32, |name| {
+        let shapes = self.shapes(self.history.len(), self.trials.len(), self.best.is_some());
+        save_streaming(path, &shapes, &metadata, DType::F32, |name| {
             let moments = |name: &str| {
                 let (param, optimiser) = &learning[name];
                 optimiser.moments(param.name())
@@ -229,6 +300,8 @@ impl State {
                 Some(("m", name)) => moments(name)?.0,
                 Some(("v", name)) => moments(name)?.1,
                 Some(("history", column)) => self.column(column)?,
+                Some(("trials", column)) => self.trial_column(column)?,
+                Some((BEST, name)) if self.best.is_some() => self.best_weight(name)?,
                 _ => learning[name].0.value(),
             })
         })
@@ -245,7 +318,9 @@ impl State {
             return Err(bad(format!("was made with other settings: {what}")));
         }
         let n_steps = file.shape("history.loss").and_then(|shape| shape.first().copied()).unwrap_or(0);
-        let shapes = self.shapes(n_steps);
+        let n_trials = file.shape(TRIALS[0]).and_then(|shape| shape.first().copied()).unwrap_or(0);
+        let has_best = file.names().any(|name| name.starts_with(BEST) && name[BEST.len()..].starts_with('.'));
+        let shapes = self.shapes(n_steps, n_trials, has_best);
         let fits = |(name, shape): (&String, &Vec<usize>)| file.shape(name) == Some(shape);
         if file.names().count() != shapes.len() || !shapes.iter().all(fits) {
             return Err(bad("holds other tensors than these models have".into()));
@@ -267,6 +342,16 @@ impl State {
             rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
         }
         self.history = rows.into_iter().map(Taken::of).collect();
+        let [steps, likeness, adherence] = TRIALS.map(|column| match n_trials {
+            0 => Ok(Vec::new()),
+            _ => file.read(column),
+        });
+        let shares = likeness?.into_iter().zip(adherence?);
+        self.trials = (steps?.into_iter().zip(shares))
+            .map(|(step, (likeness, adherence))| Trial { step: step as u64, likeness, adherence })
+            .collect();
+        let best = |name: &String| Ok((name.clone(), read(&format!("{BEST}.{name}"))?));
+        self.best = has_best.then(|| self.params.keys().map(best).collect::<Result<_>>()).transpose()?;
         Ok(())
     }
 
@@ -280,14 +365,18 @@ impl State {
         own.chain(critic).collect()
     }
 
-    /// Names and shapes in a checkpoint after `n_steps` steps.
-    fn shapes(&self, n_steps: usize) -> BTreeMap<String, Vec<usize>> {
+    /// Names and shapes in a checkpoint after `n_steps` steps and `n_trials` trials, with a best one before or not.
+    fn shapes(&self, n_steps: usize, n_trials: usize, has_best: bool) -> BTreeMap<String, Vec<usize>> {
         let history = Taken::COLUMNS.iter().map(|(column, _)| (format!("history.{column}"), vec![n_steps]));
+        let trials = TRIALS.map(|column| (column.to_owned(), vec![n_trials]));
+        let trials = trials.into_iter().filter(|_| n_trials > 0);
+        let best = self.params.iter().filter(|_| has_best);
+        let best = best.map(|(name, param)| (format!("{BEST}.{name}"), param.dims()));
         let learning = self.learning();
         let weights = learning.iter().flat_map(|(name, (param, _))| {
             [name.clone(), format!("m.{name}"), format!("v.{name}")].map(|name| (name, param.dims()))
         });
-        weights.chain(history).collect()
+        weights.chain(history).chain(trials).chain(best).collect()
     }
 
     fn column(&self, name: &str) -> Result<Tensor> {
@@ -295,6 +384,21 @@ impl State {
         let of = column.ok_or_else(|| Error::bad(format!("history: no column {name}")))?;
         let values: Vec<f32> = self.history.iter().map(of).collect();
         Ok(Tensor::from_vec(values, self.history.len(), &Device::Cpu)?)
+    }
+
+    fn trial_column(&self, name: &str) -> Result<Tensor> {
+        let of = |trial: &Trial| match name {
+            "step" => trial.step as f32, // far below 2^24
+            "likeness" => trial.likeness,
+            _ => trial.adherence,
+        };
+        let values: Vec<f32> = self.trials.iter().map(of).collect();
+        Ok(Tensor::from_vec(values, self.trials.len(), &Device::Cpu)?)
+    }
+
+    fn best_weight(&self, name: &str) -> Result<Tensor> {
+        let found = self.best.as_ref().and_then(|best| best.get(name));
+        found.cloned().ok_or_else(|| Error::bad(format!("best: no weight {name}")))
     }
 }
 

@@ -9,6 +9,7 @@ use hypnos::engine::{
     Artist, Beat, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, Shown, TrainInput, Trained, Watch,
 };
 use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
+use hypnos::report::Gallery;
 use hypnos::worker::MakeEngine;
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -180,5 +181,6 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
     let weights = input.scratch.join("weights");
     std::fs::write(&weights, state).expect("scratch is there");
     let images = vec![picture("a photo of {product}", spec.seed, Format::Png)];
-    Ok(Ending::Trained(Trained { weights, images, report: json!({ "steps": total }) }))
+    let (report, gallery) = (json!({ "steps": total, "class_name": spec.class_name }), Gallery::default());
+    Ok(Ending::Trained(Trained { weights, last: None, images, report, gallery }))
 }

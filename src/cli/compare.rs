@@ -1,0 +1,222 @@
+//! `hypnos compare`: several methods on several products, trained and judged alike, as the paper's tables have them.
+//!
+//! Every cell is a training in a directory of its own, as `hypnos train` keeps it: one that is done is not done again, one
+//! that was begun goes on from its checkpoint.
+
+mod recipes;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::train::out::Out;
+use super::train::{Work, options, spec_of};
+use super::{Stop, evaluate, photos, say, service};
+use crate::engine::{CandleEngine, Engine, Settings};
+use crate::job::TrainSpec;
+use crate::ml::picture;
+use crate::report::{self, Found, Gallery, Shot};
+use recipes::Recipe;
+
+/// Longest side of a picture on the page.
+const SHOT_SIDE: u32 = 256;
+
+#[derive(Clone, Debug, Args)]
+pub(super) struct Compare {
+    /// Directory of the models, with what judges in metrics/
+    #[arg(long)]
+    bundle: PathBuf,
+    /// Methods, each METHOD[-no-PART][@RATE]: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
+    /// discriminator, views or prior; at this learning rate
+    #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
+    recipes: Vec<String>,
+    /// Directories with 3 to 5 photos of a product each, as DIR=CLASS; without =CLASS the directory is named for it
+    #[arg(long, value_name = "DIR", num_args = 1.., required = true)]
+    subjects: Vec<String>,
+    /// Directory for everything that comes out; what is done there already is not done again
+    #[arg(long)]
+    out: PathBuf,
+    /// Any option of a training by its name in the API, for all of them; what a method's name says goes first
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The seed of every training
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Pictures that each draws, half of them for each protocol
+    #[arg(long, default_value_t = 16)]
+    images: u32,
+    /// Image types, backgrounds and styles of the prompts: JSON; our own if not given
+    #[arg(long, value_name = "FILE")]
+    prompt_lists: Option<PathBuf>,
+    /// Steps between two checkpoints
+    #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoint_every: u64,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Pictures drawn at once: more is quicker for each and takes more memory
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Compute blocks again instead of keeping them: less memory for a third more time
+    #[arg(long)]
+    checkpointing: bool,
+}
+
+/// A product.
+struct Subject {
+    name: String,
+    class_name: String,
+    photos: Vec<Vec<u8>>,
+}
+
+/// One method on one product.
+struct Cell {
+    recipe: String,
+    subject: usize,
+    spec: TrainSpec,
+}
+
+pub(super) fn run(args: &Compare) -> Result<ExitCode, Stop> {
+    // 1. All that can be refused, before anything is loaded or written.
+    let recipes = args.recipes.iter().map(|text| text.parse()).collect::<Result<Vec<Recipe>, String>>();
+    let recipes = recipes.map_err(|what| Stop::Input(format!("--recipes: {what}")))?;
+    let subjects = subjects(&args.subjects)?;
+    let cells = cells(args, &recipes, &subjects)?;
+    let engine = CandleEngine::open(Settings {
+        bundle: args.bundle.clone(),
+        device: args.device.clone(),
+        batch: args.batch,
+        adapted_bytes_max: 0,
+        checkpointing: args.checkpointing,
+    })?;
+
+    // 2. The trainings, in a thread of their own, while signals are heard here.
+    let args = args.clone();
+    service::run(|stop| async move {
+        let compared = tokio::task::spawn_blocking(move || compare(&args, engine, &subjects, &cells, &stop));
+        compared.await.map_err(|error| Stop::Failed(format!("the comparison broke: {error}")))?
+    })
+}
+
+fn subjects(all: &[String]) -> Result<Vec<Subject>, Stop> {
+    let mut subjects: Vec<Subject> = Vec::new();
+    for text in all {
+        let (dir, class_name) = match text.rsplit_once('=') {
+            Some((dir, class_name)) => (Path::new(dir), Some(class_name.to_owned())),
+            None => (Path::new(text), None),
+        };
+        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.is_empty() || subjects.iter().any(|other| other.name == name) {
+            return Err(Stop::Input(format!(
+                "--subjects: {text}: wanted directories with names of their own"
+            )));
+        }
+        let class_name = class_name.unwrap_or_else(|| recipes::class_of(&name));
+        subjects.push(Subject { name, class_name, photos: photos::of_product(dir)? });
+    }
+    Ok(subjects)
+}
+
+/// Every training, methods together, as the paper's tables have them.
+fn cells(args: &Compare, recipes: &[Recipe], subjects: &[Subject]) -> Result<Vec<Cell>, Stop> {
+    let lists = args.prompt_lists.as_deref().map(evaluate::prompt_lists).transpose()?.unwrap_or_default();
+    let n_varying = args.images as usize / 2;
+    let mut common = json!({
+        // The last step of each is compared, as in the paper, and nobody looks on the way.
+        "previews": [], "evaluation": { "images": args.images, "class_images": n_varying.max(1), "trials": [] },
+    });
+    if n_varying > 0 {
+        common["evaluation"]["prompts"] = json!(lists.draw(n_varying, args.seed)?);
+    }
+    let asked = options(&args.set)?;
+    let mut cells = Vec::new();
+    for recipe in recipes {
+        for (i, subject) in subjects.iter().enumerate() {
+            let options = recipe.options(&common, &asked);
+            let spec = spec_of(&subject.class_name, options, args.seed).map_err(|invalid| {
+                let at = invalid.pointer.trim_start_matches('/').replace('/', ".");
+                Stop::Input(format!("{recipe}, {}: {at}: {}", subject.name, invalid.message))
+            })?;
+            cells.push(Cell { recipe: recipe.to_string(), subject: i, spec });
+        }
+    }
+    Ok(cells)
+}
+
+fn compare(
+    args: &Compare,
+    mut engine: CandleEngine,
+    subjects: &[Subject],
+    cells: &[Cell],
+    stop: &CancellationToken,
+) -> Result<ExitCode, Stop> {
+    let (bars, shelf) = (MultiProgress::new(), args.out.join("class_images"));
+    let style = ProgressStyle::with_template("{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone  {msg}");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let whole = bars.add(ProgressBar::new(cells.len() as u64).with_style(style).with_prefix("trainings"));
+    let mut done = Vec::new();
+    for cell in cells {
+        let subject = &subjects[cell.subject];
+        whole.set_message(format!("{}, {}", cell.recipe, subject.name));
+        let dir = args.out.join(&subject.name).join(&cell.recipe);
+        let (out, spec) = Out::open(&dir, &cell.spec, engine.bundle(), dir.exists())?;
+        if !out.is_done() {
+            let shelf = out.class_images(Some(&shelf), &engine.class_images(&spec))?;
+            let work = Work {
+                spec: &spec,
+                photos: &subject.photos,
+                out: &out,
+                shelf: &shelf,
+                trace: None,
+                checkpoint_every: args.checkpoint_every,
+                stop,
+            };
+            work.done_by(&mut engine, bars.add(ProgressBar::new(0)))?;
+        }
+        done.push((cell, out.report()?, gallery(&out)?));
+        whole.inc(1);
+    }
+    whole.finish_and_clear();
+    told(args, subjects, &done)
+}
+
+/// The pictures of a cell, for the page.
+fn gallery(out: &Out) -> Result<Gallery, Stop> {
+    let report = out.report()?;
+    let shots = out.images()?.into_iter().enumerate().map(|(i, png)| {
+        let webp = picture::thumbnail(&picture::read_png(&png)?, SHOT_SIDE)?;
+        Ok(Shot { webp, caption: report["images"][i]["prompt"].as_str().unwrap_or_default().to_owned() })
+    });
+    Ok(Gallery { pictures: shots.collect::<Result<_, Stop>>()?, ..Gallery::default() })
+}
+
+/// Both tables, on the terminal and on disk, and the page.
+fn told(args: &Compare, subjects: &[Subject], done: &[(&Cell, Value, Gallery)]) -> Result<ExitCode, Stop> {
+    let found: Vec<Found<'_>> = (done.iter())
+        .map(|(cell, report, _)| Found {
+            recipe: &cell.recipe,
+            subject: &subjects[cell.subject].name,
+            evaluation: &report["evaluation"],
+        })
+        .collect();
+    let table = |title: &str, protocol: &str| {
+        format!("{title}\n\n{}", report::comparison(protocol, &found).markdown())
+    };
+    let tables = table("Table 1: prompt-invariant", "prompt_invariant")
+        + "\n"
+        + &table("Table 2: prompt-varying", "prompt_varying");
+    say(&tables);
+    let drawn: Vec<(&Value, &Gallery)> = done.iter().map(|(_, report, gallery)| (report, gallery)).collect();
+    let page = report::comparison_page("Methods side by side", &found, &drawn);
+    for (name, text) in [("tables.md", &tables), ("comparison.html", &page)] {
+        let path = args.out.join(name);
+        std::fs::write(&path, text)
+            .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", path.display())))?;
+    }
+    say(&args.out.display().to_string());
+    Ok(ExitCode::SUCCESS)
+}

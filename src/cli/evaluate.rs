@@ -1,0 +1,227 @@
+//! `hypnos evaluate`: what pictures are worth beside the photos of a product.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::{Stop, photos, say};
+use crate::ml::adapted::Adapted;
+use crate::ml::bundle::Bundle;
+use crate::ml::evaluate::{Drawn, Generated, Judge, PRODUCT, PromptLists};
+use crate::ml::sample::{self, Models, Picture, Settings};
+use crate::ml::samplers::Sampler;
+use crate::ml::{device, picture};
+use crate::report;
+
+#[derive(Debug, Args)]
+pub(super) struct Evaluate {
+    /// Directory of the models, with what judges in metrics/
+    #[arg(long)]
+    bundle: PathBuf,
+    /// Directory with photos of the product: PNG, JPEG or WebP
+    #[arg(long)]
+    photos: PathBuf,
+    /// Directory with generated pictures, from anywhere
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "prompts",
+        conflicts_with = "model",
+        required_unless_present = "model"
+    )]
+    generated: Option<PathBuf>,
+    /// Their prompts, a line for each in the order of their names, with {product} for the product
+    #[arg(long, value_name = "FILE", requires = "generated")]
+    prompts: Option<PathBuf>,
+    /// Fine-tuned weights to draw with instead
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// What kind of thing the product is; a model knows it
+    #[arg(long, value_name = "NAME", required_unless_present = "model", conflicts_with = "model")]
+    class_name: Option<String>,
+    /// The prompt of the prompt-invariant protocol; pictures of all others are prompt-varying
+    #[arg(long, value_name = "PROMPT", default_value = "a photo of {product}")]
+    standard: String,
+    /// Pictures that a model draws for each protocol, and of the class
+    #[arg(short, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    n: u32,
+    /// Image types, backgrounds and styles of the prompts that a model is given: JSON; our own if not given
+    #[arg(long, value_name = "FILE", requires = "model")]
+    prompt_lists: Option<PathBuf>,
+    /// Where a model's prompts and noise come from
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Steps from noise to picture
+    #[arg(long, default_value_t = 25)]
+    steps: usize,
+    /// Weight of the prompt; 1 switches guidance off
+    #[arg(long, default_value_t = 7.5)]
+    guidance: f64,
+    /// Pictures drawn at once
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    batch: u32,
+    /// Directory for the pictures that a model draws; not kept if not given
+    #[arg(long, value_name = "DIR", requires = "model")]
+    out: Option<PathBuf>,
+    /// Print everything that was found, as JSON
+    #[arg(long)]
+    json: bool,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// What is judged.
+struct Pictures {
+    class_name: String,
+    /// Each with its name, the prompt-invariant ones first.
+    all: Vec<(String, Generated)>,
+    n_invariant: usize,
+    class_images: Vec<Generated>,
+}
+
+pub(super) fn run(args: &Evaluate) -> Result<ExitCode, Stop> {
+    let read = photos::pngs(&args.photos, 1..=usize::MAX)?;
+    let real = read.iter().map(|(_, png)| picture::read_png(png)).collect::<Result<Vec<_>, _>>()?;
+    let generated = args.generated.as_deref().map(|dir| from_disk(args, dir)).transpose()?;
+    let lists = args.prompt_lists.as_deref().map(prompt_lists).transpose()?.unwrap_or_default();
+    let device = device::open(&args.device)?;
+    let bundle = Bundle::open(&args.bundle)?;
+    let judge = Judge::new(&bundle, &device, real)?;
+    let pictures = match (generated, &args.model) {
+        (Some(pictures), _) => pictures,
+        (None, Some(model)) => {
+            let base = Models::load(&bundle, &device)?;
+            let adapted = Adapted::load(model, &bundle, &base)?;
+            drawn(args, &bundle, &adapted, &lists, judge.can_tell_the_class())?
+        }
+        (None, None) => return Err(Stop::Input("wanted --generated or --model".into())),
+    };
+    let found = judged(&judge, &pictures)?;
+    if args.json {
+        say(&format!("{found:#}"));
+    } else {
+        say(report::of_evaluation(&found).markdown().trim_end());
+        say("");
+        say(found["pairing"].as_str().unwrap_or_default());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Pictures from anywhere, with the prompts beside them.
+fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, Stop> {
+    let file = args.prompts.clone().unwrap_or_default();
+    let text = read_text(&file)?;
+    let prompts: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let files = photos::pngs(dir, 1..=usize::MAX)?;
+    if prompts.len() != files.len() {
+        let (n, wanted) = (prompts.len(), files.len());
+        let (file, dir) = (file.display(), dir.display());
+        return Err(Stop::Input(format!(
+            "{file}: wanted {wanted} prompts, one for each picture of {dir}, got {n}"
+        )));
+    }
+    let mut all = Vec::new();
+    for ((file, png), prompt) in files.iter().zip(prompts) {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        all.push((name, Generated { pixels: picture::read_png(png)?, prompt: prompt.to_owned() }));
+    }
+    all.sort_by_key(|(_, one)| one.prompt != args.standard); // stable: by name within a protocol
+    let n_invariant = all.iter().filter(|(_, one)| one.prompt == args.standard).count();
+    let class_name = args.class_name.clone().unwrap_or_default();
+    Ok(Pictures { class_name, all, n_invariant, class_images: Vec::new() })
+}
+
+/// Lists of a file of the user's own.
+pub(super) fn prompt_lists(file: &Path) -> Result<PromptLists, Stop> {
+    PromptLists::parse(&read_text(file)?).map_err(|error| Stop::Input(format!("{}: {error}", file.display())))
+}
+
+fn read_text(file: &Path) -> Result<String, Stop> {
+    std::fs::read_to_string(file)
+        .map_err(|error| Stop::Input(format!("{}: cannot be read: {error}", file.display())))
+}
+
+/// What a fine-tuned model draws: `n` pictures for each protocol, and as many of the class where that says anything.
+fn drawn(
+    args: &Evaluate,
+    bundle: &Bundle,
+    adapted: &Adapted,
+    lists: &PromptLists,
+    with_class: bool,
+) -> Result<Pictures, Stop> {
+    let (n, side, product) = (args.n as usize, bundle.resolution(), &adapted.product);
+    let how = Settings {
+        sampler: Sampler::Dpmpp2m,
+        steps: args.steps,
+        guidance: args.guidance,
+        width: side,
+        height: side,
+    };
+    how.check(&adapted.models)?;
+    let standard = vec![args.standard.clone(); n];
+    let of_class = vec![format!("a photo of {}", product.class_name); if with_class { n } else { 0 }];
+    let prompts: Vec<String> =
+        standard.into_iter().chain(lists.draw(n, args.seed)?).chain(of_class).collect();
+    let style = ProgressStyle::with_template("drawing {bar:40} {pos} of {len}, {elapsed} gone, {eta} left");
+    let bar = bar(style, prompts.len());
+    let mut all = Vec::new();
+    for batch in (0..prompts.len()).collect::<Vec<_>>().chunks(args.batch as usize) {
+        let pictures: Vec<Picture> = (batch.iter())
+            .map(|&i| Picture {
+                prompt: prompts[i].replace(PRODUCT, &product.words()),
+                negative: String::new(),
+                seed: args.seed.wrapping_add(i as u64),
+            })
+            .collect();
+        let go_on = &mut |_, _| ControlFlow::Continue(());
+        let Some(pixels) = sample::draw(&adapted.models, &pictures, &how, go_on)? else { break };
+        for ((&i, picture), pixels) in batch.iter().zip(&pictures).zip(pixels) {
+            let (name, prompt) = (format!("{i:04}.png"), prompts[i].clone());
+            if let Some(dir) = &args.out {
+                let model = (bundle.manifest().name.as_str(), bundle.hash()?);
+                let texts = picture::texts(picture, &how, model, false);
+                std::fs::create_dir_all(dir)
+                    .map_err(|error| Stop::Input(format!("{}: cannot be made: {error}", dir.display())))?;
+                picture::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
+            }
+            all.push((name, Generated { pixels: picture::of_pixels(pixels, (side, side))?, prompt }));
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let class_images = all.split_off(2 * n).into_iter().map(|(_, picture)| picture).collect();
+    Ok(Pictures { class_name: product.class_name.clone(), all, n_invariant: n, class_images })
+}
+
+/// The evaluation as reports have it, each picture with its name and its prompt.
+fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, Stop> {
+    let (names, generated): (Vec<&String>, Vec<Generated>) =
+        pictures.all.iter().map(|(name, one)| (name, one.clone())).unzip();
+    let (invariant, varying) = generated.split_at(pictures.n_invariant);
+    let class_images: Vec<_> = pictures.class_images.iter().map(|one| one.pixels.clone()).collect();
+    let style = ProgressStyle::with_template("judging {bar:40} {percent}%, {elapsed} gone, {eta} left");
+    let bar = bar(style, 0);
+    let drawn = Drawn { class_name: &pictures.class_name, invariant, varying, class_images: &class_images };
+    let found = judge.evaluate(&drawn, &mut |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish_and_clear();
+    let mut found = json!(found);
+    let each = found["pictures"].as_array_mut().map_or(&mut [][..], Vec::as_mut_slice);
+    for ((said, name), one) in each.iter_mut().zip(names).zip(&generated) {
+        said["name"] = json!(name);
+        said["prompt"] = json!(one.prompt);
+    }
+    Ok(found)
+}
+
+fn bar<E>(style: Result<ProgressStyle, E>, total: usize) -> ProgressBar {
+    ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}

@@ -1,0 +1,60 @@
+//! Pictures of a directory, read as an upload would be.
+
+use std::path::{Path, PathBuf};
+
+use super::{Stop, warn};
+use crate::job::{N_PHOTOS_MAX, N_PHOTOS_MIN};
+use crate::photo::{self, Limits};
+
+/// Shortest side of a picture here, where it may be meant for a small model.
+const SIDE_MIN: u32 = 32;
+
+/// The photos of one product as PNG, by the names of their files: 3 to 5.
+pub(super) fn of_product(dir: &Path) -> Result<Vec<Vec<u8>>, Stop> {
+    Ok(pngs(dir, N_PHOTOS_MIN..=N_PHOTOS_MAX)?.into_iter().map(|(_, png)| png).collect())
+}
+
+/// Every picture of a directory as PNG, with its file, by their names; as many as `n` says.
+pub(super) fn pngs(dir: &Path, n: std::ops::RangeInclusive<usize>) -> Result<Vec<(PathBuf, Vec<u8>)>, Stop> {
+    let files = files(dir)?;
+    if !n.contains(&files.len()) {
+        let wanted = match (n.start(), n.end()) {
+            (least, &usize::MAX) => format!("at least {least}"),
+            (least, most) => format!("{least} to {most}"),
+        };
+        let (dir, accepted) = (dir.display(), photo::ACCEPTED);
+        return Err(Stop::Input(format!("{dir}: wanted {wanted} photos ({accepted}), got {}", files.len())));
+    }
+    let limits = Limits { side_min: SIDE_MIN, ..Limits::default() };
+    let decoded = files.into_iter().map(|file| {
+        let bytes = std::fs::read(&file).map_err(|error| unread(&file, &error))?;
+        let photo = photo::decode(&bytes, &limits);
+        let photo = photo.map_err(|refusal| Stop::Input(format!("{}: {refusal}", file.display())))?;
+        Ok((file, photo))
+    });
+    let decoded = decoded.collect::<Result<Vec<_>, Stop>>()?;
+    for (file, photo) in &decoded {
+        for warning in &photo.inspection.warnings {
+            warn(&format!("{}: is {warning}", file.display()));
+        }
+    }
+    Ok(decoded.into_iter().map(|(file, photo)| (file, photo.png)).collect())
+}
+
+/// The files of a directory that should be pictures, by their names.
+fn files(dir: &Path) -> Result<Vec<PathBuf>, Stop> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|error| unread(dir, &error))? {
+        let path = entry.map_err(|error| unread(dir, &error))?.path();
+        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+        if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn unread(path: &Path, error: &std::io::Error) -> Stop {
+    Stop::Input(format!("{}: cannot be read: {error}", path.display()))
+}

@@ -1,0 +1,84 @@
+//! What judges pictures, with seeded random weights: it gives numbers that mean nothing, quickly.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use serde_json::{Value, json};
+
+use super::check::blueprint;
+use super::random::write_json;
+use super::{WEIGHT_FILES, Weights, read_config};
+use crate::ml::Result;
+use crate::ml::metrics::{clip, dino, inception, lpips};
+use crate::ml::models;
+use crate::ml::param::Param;
+use crate::ml::random::derive;
+use crate::ml::tensorfile::save_streaming;
+use crate::ml::tokenizer::Tokenizer;
+
+/// Writes `metrics/{dino,clip,inception,lpips}` of small sizes into the bundle in `dir`, which has a tokenizer. The bytes
+/// depend on the vocabulary's size and `seed` only. [`crate::ml::Error::Bad`] if they cannot be written.
+pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
+    let n_tokens = Tokenizer::open(&dir.join("tokenizer"))?.vocab_size();
+    for (part, config) in configs(n_tokens) {
+        write_json(&dir.join(part).join("config.json"), &config)?;
+    }
+    let cpu = &Device::Cpu;
+    let wanted = [
+        (
+            "metrics/dino",
+            blueprint(|w| dino::Dino::load(w, &read_config(dir, "metrics/dino", dino::Config::check)?, cpu))?,
+        ),
+        (
+            "metrics/clip",
+            blueprint(|w| {
+                models::clip::Clip::load(w, &read_config(dir, "metrics/clip", clip::Config::check)?.net)
+            })?,
+        ),
+        (
+            "metrics/inception",
+            blueprint(|w| {
+                inception::Inception::load(
+                    w,
+                    &read_config(dir, "metrics/inception", inception::Config::check)?,
+                    cpu,
+                )
+            })?,
+        ),
+        (
+            "metrics/lpips",
+            blueprint(|w| {
+                lpips::Lpips::load(w, &read_config(dir, "metrics/lpips", lpips::Config::check)?, cpu)
+            })?,
+        ),
+    ];
+    for (part, params) in wanted {
+        let shapes: BTreeMap<String, Vec<usize>> =
+            params.iter().map(|(name, param): (&String, &Param)| (name.clone(), param.dims())).collect();
+        let file = dir.join(part).join(WEIGHT_FILES[1]);
+        save_streaming(&file, &shapes, &BTreeMap::new(), DType::F32, |name| {
+            let tensor = Weights::random(derive(seed, part), cpu).get(name, &shapes[name])?.value();
+            // A distance's heads add up: none may take away.
+            Ok(if name.starts_with("lin") { tensor.abs()? } else { tensor })
+        })?;
+    }
+    Ok(())
+}
+
+fn configs(n_tokens: usize) -> [(&'static str, Value); 4] {
+    let small = json!({
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "image_size": 32, "patch_size": 8,
+    });
+    let mut text = small.clone();
+    text["vocab_size"] = json!(n_tokens);
+    let mut dino = small.clone();
+    dino["resize"] = json!(36);
+    [
+        ("metrics/dino", dino),
+        ("metrics/clip", json!({"text_config": text, "vision_config": small, "projection_dim": 16})),
+        ("metrics/inception", json!({"image_size": 75, "channel_divisor": 16})),
+        ("metrics/lpips", json!({"net": "alex", "channel_divisor": 16})),
+    ]
+}
