@@ -5,13 +5,13 @@
 //! kernels are spread into dense square ones when they are loaded: for these few layers zeros cost less than an operation
 //! of their own.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use serde::Deserialize;
 
 use super::efficientnet::{self, EfficientNet, Padding, Spelling};
 use super::refuse;
 use crate::ml::nn::{BatchNorm, NormedConv2d, sigmoid};
-use crate::ml::ops::{self, Conv2dSpec};
+use crate::ml::ops::{self, Conv2dSpec, upsample_bilinear};
 use crate::ml::param::Param;
 use crate::ml::weights::Weights;
 
