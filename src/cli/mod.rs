@@ -4,10 +4,13 @@
 
 mod bench;
 mod bench_serve;
+mod export;
 mod keys;
 mod migrate;
 mod models;
+mod photos;
 mod sample;
+mod segment;
 mod serve;
 mod service;
 mod sweep;
@@ -50,8 +53,12 @@ enum Command {
     /// Look after the models on disk.
     #[command(subcommand)]
     Models(models::Command),
+    /// Find the product in photos, and say whether they can be worked with.
+    Segment(segment::Segment),
     /// Make photos of a product into a model of it, without a service.
     Train(Box<train::Train>),
+    /// Write a model of a product as what other programs read.
+    Export(export::Export),
     /// Draw pictures from a bundle and words.
     Sample(Box<sample::Sample>),
     /// Measure operations and models, side by side with PyTorch where it is given.
@@ -104,7 +111,9 @@ pub fn run() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         Command::Models(command) => Ok(models::run(command)?),
+        Command::Segment(args) => segment::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Export(args) => Ok(export::run(&args)?),
         Command::Sample(args) => Ok(sample::run(&args)?),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::BenchServe(args) => bench_serve::run(&args),

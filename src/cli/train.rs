@@ -12,16 +12,14 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Stop, say, service, warn};
+use super::export::{self, FormName, WidthName};
+use super::{Stop, photos, say, service, warn};
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
 use crate::job::{Method, N_PHOTOS_MAX, N_PHOTOS_MIN, TrainOptions, TrainSpec};
 use crate::ml::train::Trace;
-use crate::photo::{self, Limits};
+use crate::photo;
 use out::Out;
 use show::Show;
-
-/// Shortest side of a photo here, where it may be meant for a small model.
-const SIDE_MIN: u32 = 32;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Train {
@@ -58,6 +56,9 @@ pub(super) struct Train {
     /// The steps to write down, counted from 1
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "trace")]
     trace_steps: Vec<u64>,
+    /// Also write the result as what other programs read; may be given for each
+    #[arg(long, value_enum, value_name = "FORM")]
+    export: Vec<FormName>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -77,6 +78,9 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
         args.trace_steps.iter().find(|&&step| step == 0 || step > u64::from(spec.options.steps))
     {
         return Err(Stop::Input(format!("--trace-steps: wanted 1 to {}, got {step}", spec.options.steps)));
+    }
+    for form in &args.export {
+        form.vacant(&args.out)?;
     }
     let engine = CandleEngine::open(Settings {
         bundle: args.bundle.clone(),
@@ -119,8 +123,10 @@ fn train(
     show.finish()?;
     match ending? {
         Ending::Trained(trained) => {
-            out.keep(&trained)?;
+            let weights = out.keep(&trained)?;
             say(&out.dir().display().to_string());
+            drop(engine); // its models take the memory that an export may need
+            export::write(&args.bundle, &weights, &args.export, WidthName::F32, out.dir())?;
             Ok(ExitCode::SUCCESS)
         }
         Ending::Paused(checkpoint) => {
@@ -173,32 +179,15 @@ fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> Result<(), 
     }
 }
 
-/// The photos of a directory, by name, as an upload would be kept.
+/// The photos of a directory, as an upload would be kept.
 fn photos(dir: &Path) -> Result<Vec<Vec<u8>>, Stop> {
-    let unread = |path: &Path, error: std::io::Error| {
-        Stop::Input(format!("{}: cannot be read: {error}", path.display()))
-    };
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|error| unread(dir, error))? {
-        let path = entry.map_err(|error| unread(dir, error))?.path();
-        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-        if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
-            files.push(path);
-        }
-    }
-    files.sort();
+    let files = photos::of_directory(dir)?;
     let n = files.len();
     if !(N_PHOTOS_MIN..=N_PHOTOS_MAX).contains(&n) {
         let (wanted, dir) = (format!("{N_PHOTOS_MIN} to {N_PHOTOS_MAX}"), dir.display());
         return Err(Stop::Input(format!("{dir}: wanted {wanted} photos ({}), got {n}", photo::ACCEPTED)));
     }
-    let limits = Limits { side_min: SIDE_MIN, ..Limits::default() };
-    let decoded = files.iter().map(|file| {
-        let bytes = std::fs::read(file).map_err(|error| unread(file, error))?;
-        let photo = photo::decode(&bytes, &limits);
-        let photo = photo.map_err(|refusal| Stop::Input(format!("{}: {refusal}", file.display())))?;
-        Ok((file, photo))
-    });
+    let decoded = files.iter().map(|file| Ok((file, photos::decoded(file)?)));
     let decoded = decoded.collect::<Result<Vec<_>, Stop>>()?;
     for (file, photo) in &decoded {
         for warning in &photo.inspection.warnings {

@@ -10,6 +10,7 @@ pub mod adapted;
 pub mod bundle;
 pub mod device;
 pub mod diffusion;
+pub mod export;
 pub mod models;
 pub mod nn;
 pub mod ops;

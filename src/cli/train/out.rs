@@ -6,6 +6,7 @@
 //! log.jsonl                     what each step found
 //! masks/ views/ previews/       what it looks like on the way
 //! weights.safetensors report.json losses.svg images/
+//! diffusers/ single-file.safetensors   what --export asks for
 //! ```
 
 use std::fs;
@@ -87,8 +88,8 @@ impl Out {
         self.write(Path::new(&name), &picture.bytes)
     }
 
-    /// Keeps the result. The weights come last: where they are, everything is.
-    pub(super) fn keep(&self, trained: &Trained) -> Result<(), Stop> {
+    /// Keeps the result, and says where its weights are. They come last: where they are, everything is.
+    pub(super) fn keep(&self, trained: &Trained) -> Result<PathBuf, Stop> {
         for (i, image) in trained.images.iter().enumerate() {
             let name = format!("images/{i:02}.{}", image.format.extension());
             self.write(Path::new(&name), &image.bytes)?;
@@ -98,7 +99,7 @@ impl Out {
         fs::rename(&trained.weights, &weights)
             .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", weights.display())))?;
         let _ = fs::remove_file(self.dir.join(CHECKPOINT)); // it has done its work
-        Ok(())
+        Ok(weights)
     }
 
     /// The shelf of class images: in `shared`, by their settings, or in this directory.
