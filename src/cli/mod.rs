@@ -13,6 +13,7 @@ mod sample;
 mod segment;
 mod serve;
 mod service;
+mod spot;
 mod sweep;
 mod train;
 mod work;

@@ -241,15 +241,20 @@ impl Bundle {
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
+    /// Whether there is a part of this name.
+    pub fn has(&self, part: &str) -> bool {
+        self.dir.join(part).is_dir()
+    }
+
     fn teacher<T: DeserializeOwned>(
         &self,
         part: &str,
         what_for: &str,
         check: impl Fn(&T) -> Result<()>,
     ) -> Result<T> {
-        let dir = self.dir.join(part);
-        if !dir.is_dir() {
-            return Err(bad(&dir, format!("is missing; {what_for} needs it, though drawing does not")));
+        if !self.has(part) {
+            let what = format!("is missing; {what_for} needs it, though drawing does not");
+            return Err(bad(&self.dir.join(part), what));
         }
         read_config(&self.dir, part, check)
     }

@@ -56,8 +56,12 @@ impl Place {
     }
 }
 
+/// A file of `tests/golden`, or the one of its name in the directory `HYPNOS_GOLDENS`, where larger ones may lie that
+/// are not committed.
 pub(crate) fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    let other = std::env::var_os("HYPNOS_GOLDENS").map(|dir| PathBuf::from(dir).join(name));
+    let committed = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    other.filter(|file| file.exists()).unwrap_or_else(committed)
 }
 
 /// One file of numbers.
