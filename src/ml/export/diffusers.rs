@@ -127,7 +127,11 @@ fn manifest(fine_tune: &FineTune<'_>, files: impl Iterator<Item = String>, out: 
         let part = path.split('/').next().unwrap_or_default();
         let licence = before.map(|before| before.licence.as_str()).or(fine_tune.licence_of(part));
         let made = Origin {
-            source: format!("fine-tuned by hypnos {} from {}", env!("CARGO_PKG_VERSION"), fine_tune.bundle_name()),
+            source: format!(
+                "fine-tuned by hypnos {} from {}",
+                env!("CARGO_PKG_VERSION"),
+                fine_tune.bundle_name()
+            ),
             revision: bundle.hash()?.to_owned(),
             sha256,
             licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known

@@ -136,7 +136,9 @@ impl<'a> FineTune<'a> {
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.licence().is_none() {
-            warnings.push("the bundle does not say what licence its weights come under; nor can an export".into());
+            warnings.push(
+                "the bundle does not say what licence its weights come under; nor can an export".into(),
+            );
         }
         if !single_file::is_sd1(self.bundle) {
             warnings.push(
@@ -155,10 +157,14 @@ impl<'a> FineTune<'a> {
     /// Every weight that has to have been learned is there.
     fn check(&self) -> Result<()> {
         let parts = PARTS.into_iter().filter(|part| self.changes(part) && self.embeddings.is_empty());
-        for (part, (name, shape)) in parts.flat_map(|part| self.parts[part].shapes.iter().map(move |s| (part, s))) {
+        for (part, (name, shape)) in
+            parts.flat_map(|part| self.parts[part].shapes.iter().map(move |s| (part, s)))
+        {
             if self.learned.shape(&format!("{part}.{name}")) != Some(shape) {
                 let file = self.learned.path().display();
-                return Err(Error::Bad(format!("{file}: tensor `{part}.{name}` of shape {shape:?} is missing")));
+                return Err(Error::Bad(format!(
+                    "{file}: tensor `{part}.{name}` of shape {shape:?} is missing"
+                )));
             }
         }
         Ok(())
@@ -218,7 +224,9 @@ fn embeddings(learned: &TensorFile, bundle: &Bundle) -> Result<Vec<(usize, Strin
     let tokenizer = bundle.tokenizer()?;
     let mut rows = Vec::new();
     for name in learned.names() {
-        let Some(token) = name.strip_prefix(EMBEDDING).and_then(|rest| rest.strip_prefix('.')) else { continue };
+        let Some(token) = name.strip_prefix(EMBEDDING).and_then(|rest| rest.strip_prefix('.')) else {
+            continue;
+        };
         let bad = |what: String| Error::Bad(format!("{}: tensor `{name}` {what}", learned.path().display()));
         let Some(id) = tokenizer.id(token) else {
             return Err(bad("is of a token that the bundle does not have".into()));

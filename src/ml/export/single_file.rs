@@ -42,7 +42,10 @@ fn metadata(fine_tune: &FineTune<'_>) -> Result<BTreeMap<String, String>> {
     let mut pairs = vec![
         ("format", "pt".to_owned()),
         ("modelspec.sai_model_spec", "1.0.1".to_owned()),
-        ("modelspec.architecture", if is_sd1(bundle) { "stable-diffusion-v1" } else { "latent-diffusion" }.to_owned()),
+        (
+            "modelspec.architecture",
+            if is_sd1(bundle) { "stable-diffusion-v1" } else { "latent-diffusion" }.to_owned(),
+        ),
         ("modelspec.implementation", "https://github.com/CompVis/stable-diffusion".to_owned()),
         ("modelspec.title", fine_tune.title()),
         ("modelspec.resolution", format!("{side}x{side}")),
