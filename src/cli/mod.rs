@@ -6,11 +6,13 @@ mod bench;
 mod bench_serve;
 mod compare;
 mod evaluate;
+mod export;
 mod keys;
 mod migrate;
 mod models;
 mod photos;
 mod sample;
+mod segment;
 mod serve;
 mod service;
 mod spot;
@@ -54,8 +56,12 @@ enum Command {
     /// Look after the models on disk.
     #[command(subcommand)]
     Models(models::Command),
+    /// Find the product in photos, and say whether they can be worked with.
+    Segment(segment::Segment),
     /// Make photos of a product into a model of it, without a service.
     Train(Box<train::Train>),
+    /// Write a model of a product as what other programs read.
+    Export(export::Export),
     /// Draw pictures from a bundle and words.
     Sample(Box<sample::Sample>),
     /// Compare pictures with the photos of a product and with their prompts.
@@ -112,7 +118,9 @@ pub fn run() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         Command::Models(command) => Ok(models::run(command)?),
+        Command::Segment(args) => segment::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Export(args) => Ok(export::run(&args)?),
         Command::Sample(args) => Ok(sample::run(&args)?),
         Command::Evaluate(args) => evaluate::run(&args),
         Command::Compare(args) => compare::run(&args),

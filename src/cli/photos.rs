@@ -1,12 +1,13 @@
-//! Pictures of a directory, read as an upload would be.
+//! Photos on this machine's disk, read as an upload would be.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::{Stop, warn};
 use crate::job::{N_PHOTOS_MAX, N_PHOTOS_MIN};
-use crate::photo::{self, Limits};
+use crate::photo::{self, Limits, Photo};
 
-/// Shortest side of a picture here, where it may be meant for a small model.
+/// Shortest side of a photo here, where it may be meant for a small model.
 const SIDE_MIN: u32 = 32;
 
 /// The photos of one product as PNG, by the names of their files: 3 to 5.
@@ -15,8 +16,8 @@ pub(super) fn of_product(dir: &Path) -> Result<Vec<Vec<u8>>, Stop> {
 }
 
 /// Every picture of a directory as PNG, with its file, by their names; as many as `n` says.
-pub(super) fn pngs(dir: &Path, n: std::ops::RangeInclusive<usize>) -> Result<Vec<(PathBuf, Vec<u8>)>, Stop> {
-    let files = files(dir)?;
+pub(super) fn pngs(dir: &Path, n: RangeInclusive<usize>) -> Result<Vec<(PathBuf, Vec<u8>)>, Stop> {
+    let files = of_directory(dir)?;
     if !n.contains(&files.len()) {
         let wanted = match (n.start(), n.end()) {
             (least, &usize::MAX) => format!("at least {least}"),
@@ -25,24 +26,18 @@ pub(super) fn pngs(dir: &Path, n: std::ops::RangeInclusive<usize>) -> Result<Vec
         let (dir, accepted) = (dir.display(), photo::ACCEPTED);
         return Err(Stop::Input(format!("{dir}: wanted {wanted} photos ({accepted}), got {}", files.len())));
     }
-    let limits = Limits { side_min: SIDE_MIN, ..Limits::default() };
-    let decoded = files.into_iter().map(|file| {
-        let bytes = std::fs::read(&file).map_err(|error| unread(&file, &error))?;
-        let photo = photo::decode(&bytes, &limits);
-        let photo = photo.map_err(|refusal| Stop::Input(format!("{}: {refusal}", file.display())))?;
-        Ok((file, photo))
-    });
+    let decoded = files.into_iter().map(|file| Ok((decoded(&file)?, file)));
     let decoded = decoded.collect::<Result<Vec<_>, Stop>>()?;
-    for (file, photo) in &decoded {
+    for (photo, file) in &decoded {
         for warning in &photo.inspection.warnings {
             warn(&format!("{}: is {warning}", file.display()));
         }
     }
-    Ok(decoded.into_iter().map(|(file, photo)| (file, photo.png)).collect())
+    Ok(decoded.into_iter().map(|(photo, file)| (file, photo.png)).collect())
 }
 
-/// The files of a directory that should be pictures, by their names.
-fn files(dir: &Path) -> Result<Vec<PathBuf>, Stop> {
+/// The files of a directory that should be photos, by their names.
+pub(super) fn of_directory(dir: &Path) -> Result<Vec<PathBuf>, Stop> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|error| unread(dir, &error))? {
         let path = entry.map_err(|error| unread(dir, &error))?.path();
@@ -53,6 +48,13 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>, Stop> {
     }
     files.sort();
     Ok(files)
+}
+
+/// A photo as an upload would be kept.
+pub(super) fn decoded(file: &Path) -> Result<Photo, Stop> {
+    let bytes = std::fs::read(file).map_err(|error| unread(file, &error))?;
+    let limits = Limits { side_min: SIDE_MIN, ..Limits::default() };
+    photo::decode(&bytes, &limits).map_err(|refusal| Stop::Input(format!("{}: {refusal}", file.display())))
 }
 
 fn unread(path: &Path, error: &std::io::Error) -> Stop {

@@ -10,6 +10,8 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::say;
+use crate::job::PRODUCT;
+use crate::ml::adapted::{Adapted, Product};
 use crate::ml::bundle::Bundle;
 use crate::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
 use crate::ml::samplers::Sampler;
@@ -24,7 +26,10 @@ pub(super) struct Sample {
     /// Directory of the models, in the diffusers layout.
     #[arg(long)]
     bundle: PathBuf,
-    /// What the pictures show.
+    /// Fine-tuned weights to draw with: `weights.safetensors` of a training from this bundle.
+    #[arg(long, value_name = "WEIGHTS")]
+    model: Option<PathBuf>,
+    /// What the pictures show; {product} stands for what the model was fine-tuned to.
     #[arg(long)]
     prompt: String,
     /// What they must not show.
@@ -74,7 +79,14 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     }
     let device = device::open(&args.device)?;
     let bundle = Bundle::open(&args.bundle)?;
-    let models = Models::load(&bundle, &device)?;
+    let mut models = Models::load(&bundle, &device)?;
+    let mut product = bundle.manifest().product.clone();
+    if let Some(file) = &args.model {
+        let adapted = Adapted::load(file, &bundle, &models)?;
+        (models, product) = (adapted.models, Some(adapted.product));
+    }
+    let prompt = named("--prompt", &args.prompt, product.as_ref())?;
+    let negative = named("--negative", &args.negative, product.as_ref())?;
     let side = bundle.resolution();
     let settings = Settings {
         sampler: args.scheduler,
@@ -84,11 +96,11 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
         height: args.height.unwrap_or(side),
     };
     settings.check(&models)?;
-    warn_of_long_prompts(args, &models);
+    warn_of_long_prompts(&prompt, &negative, &models);
     let pictures: Vec<Picture> = (0..args.n as u64)
         .map(|i| Picture {
-            prompt: args.prompt.clone(),
-            negative: args.negative.clone(),
+            prompt: prompt.clone(),
+            negative: negative.clone(),
             seed: args.seed.wrapping_add(i),
         })
         .collect();
@@ -138,9 +150,20 @@ fn draw(
     Ok(ExitCode::SUCCESS)
 }
 
-fn warn_of_long_prompts(args: &Sample, models: &Models) {
+/// A prompt with the product's words in its place.
+fn named(option: &str, prompt: &str, product: Option<&Product>) -> Result<String> {
+    match product {
+        Some(product) => Ok(product.named(prompt)),
+        None if prompt.contains(PRODUCT) => {
+            Err(Error::bad(format!("{option}: asks for {PRODUCT}, but the bundle has none; --model has one")))
+        }
+        None => Ok(prompt.to_owned()),
+    }
+}
+
+fn warn_of_long_prompts(prompt: &str, negative: &str, models: &Models) {
     let room = models.tokenizer.length() - 2;
-    for (name, text) in [("--prompt", &args.prompt), ("--negative", &args.negative)] {
+    for (name, text) in [("--prompt", prompt), ("--negative", negative)] {
         let n_tokens = models.tokenizer.count(text);
         if n_tokens > room {
             super::warn(&format!("{name} has {n_tokens} tokens; all after the first {room} are not seen"));

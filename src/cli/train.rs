@@ -12,6 +12,7 @@ use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::export::{self, FormName, WidthName};
 use super::{Stop, photos, say, service};
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec};
@@ -54,6 +55,9 @@ pub(super) struct Train {
     /// The steps to write down, counted from 1
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "trace")]
     trace_steps: Vec<u64>,
+    /// Also write the result as what other programs read; may be given for each
+    #[arg(long, value_enum, value_name = "FORM")]
+    export: Vec<FormName>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -73,6 +77,9 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
         args.trace_steps.iter().find(|&&step| step == 0 || step > u64::from(spec.options.steps))
     {
         return Err(Stop::Input(format!("--trace-steps: wanted 1 to {}, got {step}", spec.options.steps)));
+    }
+    for form in &args.export {
+        form.vacant(&args.out)?;
     }
     let engine = CandleEngine::open(Settings {
         bundle: args.bundle.clone(),
@@ -104,8 +111,10 @@ fn train(
     let shelf = out.class_images(args.class_images.as_deref(), &engine.class_images(spec))?;
     let checkpoint_every = args.checkpoint_every;
     let work = Work { spec, photos, out, shelf: &shelf, trace: trace.as_ref(), checkpoint_every, stop };
-    work.done_by(&mut engine, ProgressBar::new(0))?;
+    let weights = work.done_by(&mut engine, ProgressBar::new(0))?;
     say(&out.dir().display().to_string());
+    drop(engine); // its models take the memory that an export may need
+    export::write(&args.bundle, &weights, &args.export, WidthName::F32, out.dir())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -122,8 +131,9 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Trains, from the last checkpoint if there is one, and keeps what comes out. What ended it early is an error.
-    pub(super) fn done_by(&self, engine: &mut CandleEngine, bar: ProgressBar) -> Result<(), Stop> {
+    /// Trains, from the last checkpoint if there is one, and keeps what comes out; says where the weights are. What ended it
+    /// early is an error.
+    pub(super) fn done_by(&self, engine: &mut CandleEngine, bar: ProgressBar) -> Result<PathBuf, Stop> {
         let (resume, scratch) = (self.out.checkpoint(), self.out.scratch()?);
         let input = TrainInput {
             spec: self.spec,

@@ -47,6 +47,11 @@ impl Product {
     pub fn words(&self) -> String {
         if self.with_class { format!("{} {}", self.token, self.class_name) } else { self.token.clone() }
     }
+
+    /// A prompt with the product's words where it says `{product}`.
+    pub fn named(&self, prompt: &str) -> String {
+        prompt.replace("{product}", &self.words())
+    }
 }
 
 /// Models that draw a product.
@@ -62,17 +67,22 @@ impl Adapted {
     /// Loads fine-tuned weights on the device of `base`, the models of the bundle that they were trained from.
     /// [`Error::Bad`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
     pub fn load(file: &Path, bundle: &Bundle, base: &Models) -> Result<Self> {
-        let header = TensorFile::open(file)?;
-        let metadata = header.metadata().clone();
-        let bad = |what: String| Error::Bad(format!("{}: {what}", file.display()));
-        check(&metadata, FORMAT, bundle.hash()?).map_err(bad)?;
-        let product = metadata.get("recipe").map_or("null", String::as_str);
-        let product =
-            serde_json::from_str(product).map_err(|e| bad(format!("names no product in its recipe: {e}")))?;
+        let (header, product) = open(file, bundle)?;
         let names: Vec<String> = header.names().map(str::to_owned).collect();
         let models = models(&Weights::open(file, &base.device)?, names.iter(), bundle, base)?;
         Ok(Self { product, models })
     }
+}
+
+/// A file of fine-tuned weights, its header read and found to be of this bundle, and the product that it is of.
+pub(crate) fn open(file: &Path, bundle: &Bundle) -> Result<(TensorFile, Product)> {
+    let header = TensorFile::open(file)?;
+    let bad = |what: String| Error::Bad(format!("{}: {what}", file.display()));
+    check(header.metadata(), FORMAT, bundle.hash()?).map_err(bad)?;
+    let recipe = header.metadata().get("recipe").map_or("null", String::as_str);
+    let product =
+        serde_json::from_str(recipe).map_err(|e| bad(format!("names no product in its recipe: {e}")))?;
+    Ok((header, product))
 }
 
 /// The models of `base` with what was learned, frozen. `names` are all tensors of `learned`.

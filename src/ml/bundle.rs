@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::adapted::Product;
 use super::diffusion::{self, Schedule};
 use super::metrics::Backbone;
 use super::models::clip::{self, ClipText};
@@ -39,8 +40,10 @@ use super::tokenizer::Tokenizer;
 use super::weights::Weights;
 use super::{Error, Result};
 
+use check::blueprint;
 pub use check::{Finding, check};
 pub use random::{Like, random};
+pub(crate) use random::{model_index, write_json};
 pub use random_metrics::random_metrics;
 
 /// Names of a part's weight file, by preference.
@@ -100,6 +103,9 @@ pub struct Manifest {
     /// Words of one token each that mean next to nothing, to be given a meaning.
     #[serde(default)]
     pub rare_tokens: Vec<String>,
+    /// What it was fine-tuned to draw, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub product: Option<Product>,
     /// Where each file came from, by its path in the bundle.
     #[serde(default)]
     pub files: BTreeMap<String, Origin>,
@@ -229,13 +235,13 @@ impl Bundle {
 
     /// What finds the product in a photo. [`Error::Bad`] if the bundle has none; so for [`Bundle::perceptual`].
     pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
-        let config = self.teacher("segmenter", tracer::Config::check)?;
+        let config = self.teacher("segmenter", "finding the product in a photo", tracer::Config::check)?;
         Tracer::load(&self.weights("segmenter", device)?, &config)
     }
 
     /// What the perceptual loss looks with.
     pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
-        let config = self.teacher("perceptual", perceptual::Config::check)?;
+        let config = self.teacher("perceptual", "the perceptual loss", perceptual::Config::check)?;
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
@@ -264,12 +270,15 @@ impl Bundle {
         Ok(Some(Backbone { model, name: name(&config), sha256: hash_file(&file)? }))
     }
 
-    fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
+    fn teacher<T: DeserializeOwned>(
+        &self,
+        part: &str,
+        what_for: &str,
+        check: impl Fn(&T) -> Result<()>,
+    ) -> Result<T> {
         if !self.has(part) {
-            return Err(bad(
-                &self.dir.join(part),
-                "is missing; the method that was asked for learns with it",
-            ));
+            let what = format!("is missing; {what_for} needs it, though drawing does not");
+            return Err(bad(&self.dir.join(part), what));
         }
         read_config(&self.dir, part, check)
     }
@@ -293,17 +302,42 @@ impl Bundle {
         if let Some(hash) = self.hash.get() {
             return Ok(hash);
         }
-        let mut paths: Vec<PathBuf> = SMALL_FILES.iter().map(PathBuf::from).collect();
-        paths.retain(|path| self.dir.join(path).exists());
+        let mut paths = self.small_files();
         for (part, _) in PARTS {
-            let file = find_weights(&self.dir.join(part))?;
-            paths.extend(file.strip_prefix(&self.dir).map(Path::to_owned));
+            paths.push(self.weight_file(part)?);
         }
         let mut all = Sha256::new();
         for path in paths {
             all.update(format!("{}\0{}\n", path.display(), hash_file(&self.dir.join(&path))?));
         }
         Ok(self.hash.get_or_init(|| hex(&all.finalize())))
+    }
+
+    /// The small files that are there of those that decide what it draws, by their paths in the bundle.
+    pub(crate) fn small_files(&self) -> Vec<PathBuf> {
+        SMALL_FILES.iter().map(PathBuf::from).filter(|path| self.dir.join(path).exists()).collect()
+    }
+
+    /// The weight file of a part, by its path in the bundle.
+    pub(crate) fn weight_file(&self, part: &str) -> Result<PathBuf> {
+        let file = find_weights(&self.dir.join(part))?;
+        Ok(file.strip_prefix(&self.dir).map_or_else(|_| file.clone(), Path::to_owned))
+    }
+
+    /// Names and shapes of the weights that a part's model reads, in their current spelling. No weight is read.
+    pub(crate) fn shapes(&self, part: &str) -> Result<BTreeMap<String, Vec<usize>>> {
+        let params = match part {
+            "text_encoder" => blueprint(|w| ClipText::load(w, &self.text))?,
+            "unet" => blueprint(|w| Unet::load(w, &self.unet))?,
+            "vae" => blueprint(|w| Vae::load(w, &self.vae))?,
+            _ => return Err(Error::bad(format!("{part}: is no part that draws"))),
+        };
+        Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
+    }
+
+    /// The configs of text encoder, UNet and VAE.
+    pub(crate) fn configs(&self) -> (&clip::Config, &unet::Config, &vae::Config) {
+        (&self.text, &self.unet, &self.vae)
     }
 
     fn part<M>(
@@ -351,6 +385,11 @@ fn read_text(path: &Path) -> Result<String> {
     }
 }
 
+/// Any JSON file.
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    serde_json::from_str(&read_text(path)?).map_err(|e| bad(path, format!("is not JSON: {e}")))
+}
+
 fn bad(path: &Path, what: impl std::fmt::Display) -> Error {
     Error::Bad(format!("{}: {what}", path.display()))
 }
@@ -367,10 +406,8 @@ fn at(path: &Path, error: Error) -> Error {
 /// A part's `config.json`, checked.
 fn read_config<T: DeserializeOwned>(dir: &Path, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
     let path = dir.join(part).join("config.json");
-    let text = read_text(&path)?;
-    let value: Value = serde_json::from_str(&text).map_err(|e| bad(&path, format!("is not JSON: {e}")))?;
-    believable(&value).map_err(|what| bad(&path, what))?;
-    let config: T = serde_json::from_str(&text).map_err(|e| bad(&path, e))?;
+    believable(&read_json(&path)?).map_err(|what| bad(&path, what))?;
+    let config: T = serde_json::from_str(&read_text(&path)?).map_err(|e| bad(&path, e))?;
     check(&config).map_err(|e| at(&path, e))?;
     Ok(config)
 }
@@ -422,8 +459,7 @@ fn check_index(dir: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let index: Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| bad(&path, format!("is not JSON: {e}")))?;
+    let index = read_json(&path)?;
     for (part, class) in PARTS.into_iter().chain([("tokenizer", "CLIPTokenizer")]) {
         let found = &index[part][1];
         let fits = found.as_str().is_some_and(|name| name.trim_end_matches("Fast") == class);
@@ -434,7 +470,7 @@ fn check_index(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn hash_file(path: &Path) -> Result<String> {
+pub(crate) fn hash_file(path: &Path) -> Result<String> {
     let failed = |e: std::io::Error| bad(path, format!("cannot be read: {}", io_words(&e)));
     let mut file = File::open(path).map_err(failed)?;
     let mut hash = Sha256::new();

@@ -12,6 +12,7 @@ pub mod device;
 pub mod diffusion;
 pub mod evaluate;
 pub mod metrics;
+pub mod export;
 pub mod models;
 pub mod nn;
 pub mod ops;

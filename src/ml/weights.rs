@@ -152,11 +152,7 @@ impl Weights {
     fn make(&self, name: &str, shape: &[usize]) -> Result<Param> {
         let device = &self.root.device;
         let value = match &self.root.source {
-            Source::File(file) => {
-                let found = find(name, shape, |n| file.shape(n), file.names());
-                let found = found.map_err(|what| Error::Bad(format!("{}: {what}", file.path().display())))?;
-                Tensor::from_vec(file.read(&found)?, shape, device)?
-            }
+            Source::File(file) => read(file, name, shape)?.to_device(device)?,
             Source::Tensors(tensors) => {
                 let names = tensors.keys().map(String::as_str);
                 let found = find(name, shape, |n| tensors.get(n).map(Tensor::dims), names);
@@ -180,6 +176,13 @@ impl Source {
             Source::Blueprint => "blueprint".into(),
         }
     }
+}
+
+/// One weight out of a file, in f32 on the CPU, as [`Weights::get`] finds it; nothing is remembered.
+pub(crate) fn read(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let found = find(name, shape, |n| file.shape(n), file.names());
+    let found = found.map_err(|what| Error::Bad(format!("{}: {what}", file.path().display())))?;
+    Ok(Tensor::from_vec(file.read(&found)?, shape, &Device::Cpu)?)
 }
 
 /// The name under which a source holds the wanted tensor, or why it does not serve.

@@ -10,20 +10,20 @@ use image::{Rgb, RgbImage};
 use serde_json::Value;
 use tempfile::TempDir;
 
-fn bundle() -> PathBuf {
+pub(crate) fn bundle() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
 }
 
-fn demo_photos() -> PathBuf {
+pub(crate) fn demo_photos() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/photos")
 }
 
-fn scratch() -> TempDir {
+pub(crate) fn scratch() -> TempDir {
     tempfile::tempdir().expect("a directory")
 }
 
 /// The command, a few cheap steps long; later options win over these.
-fn train(photos: &Path, out: &Path, more: &[&str]) -> Command {
+pub(crate) fn train(photos: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
     command.arg("train").arg("--bundle").arg(bundle()).arg("--photos").arg(photos).arg("--out").arg(out);
     if !more.contains(&"--class-name") {
@@ -43,14 +43,15 @@ fn run(command: &mut Command) -> Output {
 }
 
 #[track_caller]
-fn succeeds(command: &mut Command) {
+pub(crate) fn succeeds(command: &mut Command) -> String {
     let out = run(command);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).expect("text")
 }
 
 /// The one line of a refusal by its exit code.
 #[track_caller]
-fn refused(command: &mut Command, code: i32) -> String {
+pub(crate) fn refused(command: &mut Command, code: i32) -> String {
     let out = run(command);
     let words = String::from_utf8(out.stderr).expect("text");
     let line = words.lines().last().unwrap_or_default().to_owned();

@@ -17,6 +17,9 @@ mod samplers;
 mod train;
 
 mod by_hand;
+mod exports;
+mod segment;
+
 mod engine;
 
 mod bundles;

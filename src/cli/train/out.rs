@@ -8,6 +8,7 @@
 //! weights.safetensors           the weights that are served; weights-last.safetensors beside them, if they are others
 //! report.html report.json       what led to them and what they are worth
 //! losses.svg images/
+//! diffusers/ single-file.safetensors   what --export asks for
 //! ```
 
 use std::fs;
@@ -109,8 +110,8 @@ impl Out {
         self.write(Path::new(&name), &picture.bytes)
     }
 
-    /// Keeps the result. The weights come last: where they are, everything is.
-    pub(crate) fn keep(&self, trained: &Trained) -> Result<(), Stop> {
+    /// Keeps the result, and says where its weights are. They come last: where they are, everything is.
+    pub(crate) fn keep(&self, trained: &Trained) -> Result<PathBuf, Stop> {
         for (i, image) in trained.images.iter().enumerate() {
             self.write(Path::new(&image_name(i, image.format)), &image.bytes)?;
         }
@@ -123,7 +124,7 @@ impl Out {
                 .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", path.display())))?;
         }
         let _ = fs::remove_file(self.dir.join(CHECKPOINT)); // it has done its work
-        Ok(())
+        Ok(self.dir.join(WEIGHTS))
     }
 
     /// The shelf of class images: in `shared`, by their settings, or in this directory.

@@ -163,6 +163,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
         kind: sizes.kind.into(),
         resolution: Some(sizes.unet_side << (sizes.vae_channels.len() - 1)),
         rare_tokens: RARE_TOKENS.map(str::to_owned).to_vec(),
+        product: None,
         files,
     })
 }
@@ -170,7 +171,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
 /// Every JSON file but the tokenizer's and `hypnos.json`.
 fn configs(s: &Sizes) -> [(&'static str, Value); 5] {
     [
-        ("model_index.json", model_index(s)),
+        ("model_index.json", model_index(s.scheduler)),
         ("scheduler/scheduler_config.json", scheduler(s)),
         ("text_encoder/config.json", text_encoder(s)),
         ("unet/config.json", unet_config(s)),
@@ -178,13 +179,14 @@ fn configs(s: &Sizes) -> [(&'static str, Value); 5] {
     ]
 }
 
-fn model_index(s: &Sizes) -> Value {
+/// `model_index.json` of a bundle of ours.
+pub(crate) fn model_index(scheduler: &str) -> Value {
     json!({
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [null, null],
         "requires_safety_checker": false,
         "safety_checker": [null, null],
-        "scheduler": ["diffusers", s.scheduler],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -332,7 +334,8 @@ fn letters(i: usize, length: u32) -> String {
     (0..length).rev().map(|place| char::from(b'a' + (i / 26_usize.pow(place) % 26) as u8)).collect()
 }
 
-pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+/// Writes a JSON file, whole or not at all, and the directories that it lies in.
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_text(path, &format!("{}\n", serde_json::to_string_pretty(value).map_err(|e| odd(&e))?))
 }
 

@@ -214,6 +214,16 @@ impl Config {
         Ok(())
     }
 
+    /// Residual blocks of a level on the way down.
+    pub(crate) fn n_layers(&self, level: usize) -> usize {
+        self.layers_per_block.at(level)
+    }
+
+    /// Whether block `i` on the way up, the deepest being the first, attends to the text.
+    pub(crate) fn attends_up(&self, i: usize) -> bool {
+        self.up_block_types[i].starts_with("CrossAttn")
+    }
+
     fn heads(&self) -> &PerLevel {
         self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim)
     }
@@ -461,7 +471,7 @@ impl UpBlock {
                 (if j == 0 { from_below } else { n_out } + skip, n_out)
             })
             .collect();
-        let attends = config.up_block_types[i].starts_with("CrossAttn");
+        let attends = config.attends_up(i);
         let up =
             || Conv2d::load(&w.pp("upsamplers").pp(0).pp("conv"), n_out, n_out, 3, Conv2dSpec::padded(1, 1));
         Ok(Self {

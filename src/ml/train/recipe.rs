@@ -138,7 +138,7 @@ impl Recipe {
     }
 
     fn filled(&self, template: &str, background: &str) -> String {
-        template.replace("{product}", &self.product.words()).replace("{background}", background)
+        self.product.named(template).replace("{background}", background)
     }
 
     pub(super) fn json(&self) -> String {

@@ -1,0 +1,148 @@
+//! A directory that diffusers loads: the bundle's, with the parts that learned in place of its own.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{FineTune, PARTS, Width};
+use crate::ml::bundle::{Bundle, Manifest, Origin, hash_file, model_index, read_json, write_json};
+use crate::ml::tensorfile::{io_words, save_streaming, write_atomically};
+use crate::ml::{Error, Result};
+
+const INDEX: &str = "model_index.json";
+
+/// What diffusers and transformers call the file of a part's weights.
+fn weight_file(part: &str) -> String {
+    let name = if part == "text_encoder" { "model" } else { "diffusion_pytorch_model" };
+    format!("{part}/{name}.safetensors")
+}
+
+/// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and what to
+/// call the product.
+///
+/// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `width` is.
+pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+    let mut part = out.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    let part = PathBuf::from(part);
+    let written = fill(fine_tune, width, &part).and_then(|()| {
+        fs::rename(&part, out)
+            .map_err(|e| Error::Bad(format!("{}: cannot be made: {}", out.display(), io_words(&e))))
+    });
+    written.map_err(|error| {
+        let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
+        match error {
+            // People asked for another name than the one that it has while it is written.
+            Error::Bad(words) => {
+                Error::Bad(words.replace(&part.display().to_string(), &out.display().to_string()))
+            }
+            other => other,
+        }
+    })
+}
+
+fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+    let bundle = fine_tune.bundle;
+    // 1. What stays as it is.
+    let (mut copied, mut made) = (bundle.small_files(), Vec::new());
+    copied.retain(|path| path != Path::new(INDEX));
+    for part in PARTS.into_iter().filter(|part| !fine_tune.changes(part)) {
+        copied.push(bundle.weight_file(part)?);
+    }
+    for path in &copied {
+        copy(&bundle.dir().join(path), &out.join(path))?;
+    }
+    // 2. What was learned.
+    let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it
+    for part in PARTS.into_iter().filter(|part| fine_tune.changes(part)) {
+        let file = weight_file(part);
+        save_streaming(&out.join(&file), &fine_tune.parts[part].shapes, &format, width.dtype(), |name| {
+            fine_tune.tensor(part, name)
+        })?;
+        made.push(file);
+    }
+    typed(&out.join("text_encoder/config.json"), width)?;
+    // 3. What it is. This comes last: a directory without it is no bundle.
+    write_json(&out.join(INDEX), &index(bundle)?)?;
+    made.push(INDEX.to_owned());
+    let copied = copied.iter().map(|path| path.to_string_lossy().into_owned());
+    let manifest = manifest(fine_tune, copied.chain(made), out)?;
+    write_json(&out.join("hypnos.json"), &json!(manifest))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)
+            .map_err(|e| Error::Bad(format!("{}: cannot be made: {}", parent.display(), io_words(&e))))?;
+    }
+    write_atomically(to, |out| {
+        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
+        copied.map_err(|e| Error::Bad(format!("{}: cannot be written: {}", to.display(), io_words(&e))))?;
+        Ok(())
+    })
+}
+
+/// A config that names the type of its weights has to name the right one: transformers would round them to the other.
+fn typed(config: &Path, width: Width) -> Result<()> {
+    let mut value = read_json(config)?;
+    let mut changed = false;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(word) = value.get_mut(key).filter(|word| **word != width.word()) {
+            *word = width.word().into();
+            changed = true;
+        }
+    }
+    if changed { write_json(config, &value) } else { Ok(()) }
+}
+
+/// `model_index.json`: as the bundle has it, without parts that are not here, such as a safety checker.
+fn index(bundle: &Bundle) -> Result<Value> {
+    let class = bundle.schedule().config().class_name.as_deref().unwrap_or("PNDMScheduler");
+    let mut index = model_index(class);
+    let path = bundle.dir().join(INDEX);
+    let theirs = if path.exists() { read_json(&path)? } else { json!({}) };
+    for (key, value) in index.as_object_mut().into_iter().flatten() {
+        let here = key.starts_with('_') || !value[1].is_null();
+        if let Some(own) = theirs.get(key).filter(|own| here && own[1].is_string() | own.is_string()) {
+            *value = own.clone();
+        }
+    }
+    Ok(index)
+}
+
+/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from.
+fn manifest(fine_tune: &FineTune<'_>, files: impl Iterator<Item = String>, out: &Path) -> Result<Manifest> {
+    let (bundle, product) = (fine_tune.bundle, &fine_tune.product);
+    let theirs = bundle.manifest();
+    let mut origins = BTreeMap::new();
+    for path in files {
+        let (sha256, before) = (hash_file(&out.join(&path))?, theirs.files.get(&path));
+        if let Some(before) = before.filter(|before| before.sha256 == sha256) {
+            origins.insert(path, before.clone());
+            continue;
+        }
+        let part = path.split('/').next().unwrap_or_default();
+        let licence = before.map(|before| before.licence.as_str()).or(fine_tune.licence_of(part));
+        let made = Origin {
+            source: format!(
+                "fine-tuned by hypnos {} from {}",
+                env!("CARGO_PKG_VERSION"),
+                fine_tune.bundle_name()
+            ),
+            revision: bundle.hash()?.to_owned(),
+            sha256,
+            licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known
+        };
+        origins.insert(path, made);
+    }
+    Ok(Manifest {
+        name: fine_tune.title(),
+        rare_tokens: theirs.rare_tokens.iter().filter(|token| **token != product.token).cloned().collect(),
+        product: Some(product.clone()),
+        files: origins,
+        ..theirs.clone()
+    })
+}

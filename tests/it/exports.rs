@@ -1,0 +1,310 @@
+//! A fine-tune as what other programs read: their names, all of its weights, and nothing half-written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use hypnos::ml::export::ldm_names::LdmNames;
+use hypnos::ml::models::clip::ClipText;
+use hypnos::ml::models::unet::{self, Unet};
+use hypnos::ml::models::vae::{self, Vae};
+use hypnos::ml::tensorfile::TensorFile;
+use hypnos::ml::weights::Weights;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::by_hand::{bundle, demo_photos, refused, scratch, succeeds, train};
+
+/// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there.
+#[derive(Debug, Deserialize)]
+struct Named(String, String, String, Vec<usize>);
+
+/// Configs and tensors of a golden.
+fn golden(name: &str) -> (Value, Vec<Named>) {
+    let path = crate::golden::path("ldm_names").join(format!("{name}.jsonl"));
+    let text = fs::read_to_string(path).expect("the golden is committed");
+    let (head, rows) = text.split_once('\n').expect("lines");
+    let rows = rows.lines().map(|line| serde_json::from_str(line).expect("a tensor"));
+    (serde_json::from_str(head).expect("configs"), rows.collect())
+}
+
+fn config<T: serde::de::DeserializeOwned>(configs: &Value, part: &str) -> T {
+    serde_json::from_value(configs[part].clone()).expect("a config")
+}
+
+/// Name and shape of every weight that our models of these configs read, by part.
+fn ours(configs: &Value) -> Vec<(&'static str, String, Vec<usize>)> {
+    let parts = ["text_encoder", "unet", "vae"].map(|part| (part, Weights::blueprint()));
+    ClipText::load(&parts[0].1, &config(configs, "text_encoder")).expect("a text encoder");
+    Unet::load(&parts[1].1, &config(configs, "unet")).expect("a UNet");
+    Vae::load(&parts[2].1, &config(configs, "vae")).expect("an autoencoder");
+    let all = parts.iter().flat_map(|(part, weights)| {
+        weights.params().into_iter().map(move |(name, param)| (*part, name, param.dims()))
+    });
+    all.collect()
+}
+
+#[test]
+fn every_weight_has_the_name_and_the_shape_that_diffusers_converts_back() {
+    for (name, n_wanted) in [("sd15", 1130), ("odd", 954), ("miniature", 550)] {
+        let (configs, rows) = golden(name);
+        let (unet, vae): (unet::Config, vae::Config) = (config(&configs, "unet"), config(&configs, "vae"));
+        let names = LdmNames::new(&unet, &vae);
+        let wanted: BTreeSet<_> = rows
+            .iter()
+            .map(|Named(part, a, b, shape)| (part.as_str(), a.clone(), b.clone(), shape.clone()))
+            .collect();
+        let found: BTreeSet<_> = ours(&configs)
+            .into_iter()
+            .map(|(part, name, shape)| {
+                let (theirs, shape) = names.of(part, &name, &shape);
+                (part, name, theirs, shape)
+            })
+            .collect();
+        let difference: Vec<_> = found.symmetric_difference(&wanted).take(4).collect();
+        assert!(difference.is_empty(), "{name}: {difference:#?}");
+        let theirs: BTreeSet<&String> = found.iter().map(|(_, _, theirs, _)| theirs).collect();
+        assert_eq!((found.len(), theirs.len()), (n_wanted, n_wanted), "{name}: no name twice");
+    }
+}
+
+/// The program with these words.
+fn hypnos(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in Unicode")
+}
+
+fn export(model: &Path, out: &Path, more: &[&str]) -> Command {
+    let bundle = bundle();
+    let words = ["export", "--bundle", text(&bundle), "--model", text(model), "--out", text(out)];
+    hypnos(&[&words, more].concat())
+}
+
+/// The pixels of a picture of the product that `more` draws.
+fn drawn(more: &[&str]) -> Vec<u8> {
+    let out = scratch();
+    let words = ["sample", "--steps", "3", "--guidance", "2", "--seed", "5", "--out", text(out.path())];
+    succeeds(&mut hypnos(&[&words, more].concat()));
+    let file = fs::File::open(out.path().join("5.png")).expect("a picture");
+    let mut reader = png::Decoder::new(std::io::BufReader::new(file)).read_info().expect("a PNG");
+    let mut pixels = vec![0; reader.output_buffer_size().expect("a size")];
+    reader.next_frame(&mut pixels).expect("pixels");
+    pixels
+}
+
+fn bits(values: Vec<f32>) -> Vec<u32> {
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+const DREAMBOOTH: [&str; 4] = ["--method", "dreambooth", "--set", "steps=2"];
+const BOTH: [&str; 4] = ["--as", "diffusers", "--as", "single-file"];
+const PROMPT: [&str; 2] = ["--prompt", "a photo of {product}"];
+
+#[test]
+fn a_training_exports_all_of_its_weights_in_both_forms() {
+    let dir = scratch();
+    let (out, again, small) = (dir.path().join("mug"), dir.path().join("again"), dir.path().join("small"));
+    let forms = ["--export", "diffusers", "--export", "single-file"];
+    succeeds(&mut train(&demo_photos(), &out, &[&DREAMBOOTH[..], &forms].concat()));
+    let (weights, single) = (out.join("weights.safetensors"), out.join("single-file.safetensors"));
+    let diffusers = out.join("diffusers");
+
+    // 1. The directory is a bundle, and draws what the weights draw.
+    let said = succeeds(&mut hypnos(&["models", "check", text(&diffusers)]));
+    assert!(said.contains("a sound bundle for 64x64 pixels"), "{said}");
+    let bundle = bundle();
+    let of_weights = drawn(&[&["--bundle", text(&bundle), "--model", text(&weights)], &PROMPT[..]].concat());
+    let of_export = drawn(&[&["--bundle", text(&diffusers)], &PROMPT[..]].concat());
+    assert!(of_weights == of_export, "the export draws another picture");
+    let by_words = ["--prompt", "a photo of sks mug"];
+    assert!(of_export == drawn(&[&["--bundle", text(&diffusers)], &by_words[..]].concat()));
+    assert!(
+        of_export != drawn(&[&["--bundle", text(&bundle)], &by_words[..]].concat()),
+        "nothing was learned"
+    );
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(diffusers.join("hypnos.json")).expect("a file")).expect("JSON");
+    assert_eq!(
+        (&manifest["product"]["token"], &manifest["product"]["class_name"]),
+        (&"sks".into(), &"mug".into())
+    );
+    assert_eq!(manifest["files"]["unet/diffusion_pytorch_model.safetensors"]["licence"], "MIT OR Apache-2.0");
+    assert!(
+        !manifest["rare_tokens"].as_array().expect("tokens").contains(&"sks".into()),
+        "it has a meaning now"
+    );
+
+    // 2. The single file, by the reference's names, has each weight to the bit.
+    let file = TensorFile::open(&single).expect("a file");
+    let learned = TensorFile::open(&weights).expect("a file");
+    let vae = TensorFile::open(&bundle.join("vae/diffusion_pytorch_model.safetensors")).expect("a file");
+    let (_, rows) = golden("miniature");
+    assert_eq!(file.names().count(), rows.len());
+    for Named(part, name, theirs, shape) in &rows {
+        assert_eq!(file.shape(theirs), Some(shape.as_slice()), "{theirs}");
+        let wanted = if part == "vae" { vae.read(name) } else { learned.read(&format!("{part}.{name}")) };
+        let found = file.read(theirs).expect("a tensor");
+        assert!(bits(found) == bits(wanted.expect("a tensor")), "{theirs} is another");
+    }
+    for (key, wanted) in [
+        ("modelspec.sai_model_spec", "1.0.1"),
+        ("modelspec.architecture", "latent-diffusion"),
+        ("modelspec.implementation", "https://github.com/CompVis/stable-diffusion"),
+        ("modelspec.title", "mug (sks), from miniature"),
+        ("modelspec.resolution", "64x64"),
+        ("modelspec.prediction_type", "epsilon"),
+        ("modelspec.trigger_phrase", "sks mug"),
+        ("modelspec.license", "MIT OR Apache-2.0"),
+        ("hypnos.class_name", "mug"),
+    ] {
+        assert_eq!(file.metadata().get(key).map(String::as_str), Some(wanted), "{key}");
+    }
+    assert_eq!(file.metadata()["hypnos.bundle_sha256"], learned.metadata()["bundle"]);
+    assert!(!file.metadata().contains_key("modelspec.date"), "there is no clock");
+
+    // 3. The verb writes the same bytes, and does not write over them.
+    let said = succeeds(&mut export(&weights, &again, &BOTH));
+    assert_eq!(
+        said.lines().collect::<Vec<_>>(),
+        [text(&again.join("diffusers")), text(&again.join("single-file.safetensors"))]
+    );
+    for name in [
+        "single-file.safetensors",
+        "diffusers/unet/diffusion_pytorch_model.safetensors",
+        "diffusers/hypnos.json",
+    ] {
+        assert!(
+            fs::read(out.join(name)).expect("a file") == fs::read(again.join(name)).expect("a file"),
+            "{name}"
+        );
+    }
+    let line = refused(&mut export(&weights, &again, &BOTH), 2);
+    assert_eq!(
+        line,
+        format!("{}: is there already; a new place is wanted", again.join("diffusers").display())
+    );
+
+    // 4. Half the width, half the size, rounded as f16 rounds.
+    succeeds(&mut export(&weights, &small, &["--as", "single-file", "--dtype", "f16"]));
+    let narrow = TensorFile::open(&small.join("single-file.safetensors")).expect("a file");
+    let name = "model.diffusion_model.out.2.weight";
+    let rounded = |v: f32| half::f16::from_f32(v).to_f32();
+    let wanted = file.read(name).expect("a tensor").into_iter().map(rounded).collect();
+    assert!(bits(narrow.read(name).expect("a tensor")) == bits(wanted));
+}
+
+#[test]
+fn a_learned_embedding_stands_in_the_row_of_its_token_and_all_else_is_the_bundle_s() {
+    let dir = scratch();
+    let out = dir.path().join("mug");
+    let more = ["--method", "textual_inversion", "--set", "steps=2", "--export", "diffusers"];
+    succeeds(&mut train(&demo_photos(), &out, &more));
+    let (weights, diffusers, bundle) = (out.join("weights.safetensors"), out.join("diffusers"), bundle());
+    for part in ["unet", "vae"] {
+        let name = format!("{part}/diffusion_pytorch_model.safetensors");
+        let read = |dir: &Path| fs::read(dir.join(&name)).expect("a file");
+        assert!(read(&diffusers) == read(&bundle), "{part} is another");
+    }
+    let tensors = |dir: &Path| {
+        let file = TensorFile::open(&dir.join("text_encoder/model.safetensors")).expect("a file");
+        let read = |name: &str| (name.to_owned(), bits(file.read(name).expect("a tensor")));
+        file.names().map(read).collect::<BTreeMap<_, _>>()
+    };
+    let (before, after) = (tensors(&bundle), tensors(&diffusers));
+    let changed: Vec<&String> = before.keys().filter(|name| before[*name] != after[*name]).collect();
+    assert_eq!(changed, ["text_model.embeddings.token_embedding.weight"]);
+    let learned = TensorFile::open(&weights).expect("a file");
+    let row = bits(learned.read("embedding.sks").expect("an embedding"));
+    let rows = |tensors: &BTreeMap<String, Vec<u32>>| -> Vec<Vec<u32>> {
+        tensors[changed[0]].chunks(row.len()).map(<[u32]>::to_vec).collect()
+    };
+    let others: Vec<(Vec<u32>, Vec<u32>)> =
+        rows(&before).into_iter().zip(rows(&after)).filter(|(before, after)| before != after).collect();
+    assert!(others.len() == 1 && others[0].1 == row, "{} rows are others", others.len());
+    let of_weights = drawn(&[&["--bundle", text(&bundle), "--model", text(&weights)], &PROMPT[..]].concat());
+    assert!(of_weights == drawn(&[&["--bundle", text(&diffusers)], &PROMPT[..]].concat()));
+}
+
+#[test]
+fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
+    let dir = scratch();
+    let out = dir.path().join("mug");
+    succeeds(&mut train(&demo_photos(), &out, &DREAMBOOTH));
+    let (weights, place) = (out.join("weights.safetensors"), dir.path().join("place"));
+    let refuse = |mut command: Command, wanted: &str| {
+        let line = refused(&mut command, 2);
+        assert!(line.contains(wanted), "{line}");
+        assert!(!place.exists(), "{wanted}: left something");
+    };
+    let place = dir.path().join("place");
+    let other = scratch();
+    succeeds(&mut hypnos(&[
+        "models",
+        "random",
+        "--like",
+        "miniature",
+        "--seed",
+        "1",
+        "--out",
+        text(other.path()),
+    ]));
+    let of_other = [
+        "export",
+        "--bundle",
+        text(other.path()),
+        "--model",
+        text(&weights),
+        "--out",
+        text(&place),
+        "--as",
+        "diffusers",
+    ];
+    refuse(hypnos(&of_other), "was trained from another bundle");
+    let bundle = bundle();
+    refuse(
+        export(&bundle.join("unet/diffusion_pytorch_model.safetensors"), &place, &BOTH),
+        "is of format \"nothing\"",
+    );
+    refuse(export(&dir.path().join("nowhere"), &place, &BOTH), "nowhere: cannot be opened: no such file");
+
+    // A tensor less.
+    let file = TensorFile::open(&weights).expect("a file");
+    let cpu = candle_core::Device::Cpu;
+    let tensors: BTreeMap<_, _> = file
+        .names()
+        .filter(|name| *name != "unet.conv_in.bias")
+        .map(|name| {
+            let (values, shape) = (file.read(name).expect("a tensor"), file.shape(name).expect("a shape"));
+            (name.to_owned(), candle_core::Tensor::from_vec(values, shape, &cpu).expect("a tensor"))
+        })
+        .collect();
+    let less = dir.path().join("less.safetensors");
+    hypnos::ml::weights::save(&less, &tensors, file.metadata(), candle_core::DType::F32).expect("a file");
+    refuse(
+        export(&less, &place, &BOTH),
+        "less.safetensors: tensor `unet.conv_in.bias` of shape [64] is missing",
+    );
+
+    // A file may grow to 8 MiB, less than the UNet has: that write fails as on a full disk, with another word.
+    for form in ["diffusers", "single-file"] {
+        let plain = export(&weights, &place, &["--as", form]);
+        let mut limited = Command::new("sh");
+        limited.args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$@\"", "sh"]);
+        limited.arg(plain.get_program()).args(plain.get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        refuse(limited, &format!("place/{form}"));
+    }
+}
+
+#[test]
+fn a_place_for_the_product_is_refused_where_there_is_none() {
+    let (out, bundle) = (scratch(), bundle());
+    let words = ["sample", "--bundle", text(&bundle), "--out", text(out.path()), "--prompt", "a {product}"];
+    let line = refused(&mut hypnos(&words), 2);
+    assert_eq!(line, "--prompt: asks for {product}, but the bundle has none; --model has one");
+}
