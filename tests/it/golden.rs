@@ -56,8 +56,12 @@ impl Place {
     }
 }
 
+/// Where a golden lies: in the directory that `HYPNOS_GOLDENS` names, for sizes too large to be committed, or else with the
+/// committed ones.
 pub(crate) fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    let committed = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let other = std::env::var_os("HYPNOS_GOLDENS").map(|dir| PathBuf::from(dir).join(name));
+    other.filter(|path| path.exists()).unwrap_or(committed)
 }
 
 /// One file of numbers.
