@@ -31,6 +31,9 @@ const TEXT_PREFIX: &str = "text_model.";
 /// Tensors in files that are no weights: old transformers saved the numbers 0 to 76, torch counts the batches of a norm.
 const NO_WEIGHTS: [&str; 2] = ["embeddings.position_ids", "num_batches_tracked"];
 
+/// What files of classifiers hold beyond the trunk that the metrics look with: their heads, and CLIP's temperature.
+const HEADS: [&str; 4] = ["fc.", "head.", "classifier.", "logit_scale"];
+
 /// Standard deviation of random embeddings, the reference's `initializer_range`.
 const EMBEDDING_STD: f32 = 0.02;
 
@@ -259,7 +262,9 @@ pub fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<S
             lines.push(what);
         }
     }
-    let extra = |n: &&str| !used.contains(*n) && !NO_WEIGHTS.iter().any(|no| n.ends_with(no));
+    let unread =
+        |n: &str| NO_WEIGHTS.iter().any(|no| n.ends_with(no)) || HEADS.iter().any(|head| n.starts_with(head));
+    let extra = |n: &&str| !used.contains(*n) && !unread(n);
     lines.extend(
         file.names()
             .filter(extra)

@@ -9,7 +9,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{models, ops, train};
+use crate::{metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -98,4 +98,15 @@ fn the_unet_and_the_autoencoder_on_the_gpu_in_bf16_agree_with_diffusers() {
 #[test]
 fn the_whole_step_on_the_gpu_agrees_with_torch() {
     in_f32(&[models::whole_step, models::optimiser_steps, train::dreambooth_loop]);
+}
+
+#[test]
+fn the_metrics_on_the_gpu_agree_with_their_references() {
+    in_f32(&[
+        metrics::pools,
+        metrics::dino_golden,
+        metrics::clip_golden,
+        metrics::inception_golden,
+        metrics::lpips_golden,
+    ]);
 }

@@ -64,7 +64,7 @@ impl Features {
     fn width(&self, of: &str, n: usize) -> Result<usize> {
         let found = self.values.len();
         if found < n {
-            return Err(Error::bad(format!("{of}: wanted at least {n} pictures, got {found}")));
+            return Err(Error::bad(format!("{of}: wanted at least {n}, got {found}")));
         }
         let width = self.values.first().map_or(0, Vec::len);
         if let Some(row) = self.values.iter().find(|row| row.len() != width || row.is_empty()) {

@@ -15,10 +15,10 @@ const RANGE: f64 = 255.0;
 
 /// Structural similarity (Wang et al. 2004, eq. 13, and the mean of eq. 17), -1..1, 1 for equal pictures.
 ///
-/// With the paper's settings: windows of 11 by 11 pixels weighted by a Gaussian of 1.5, those that lie inside the picture; `K1` 0.01,
-/// `K2` 0.03, range 255, moments over n. The mean of the three channels. Equal to scikit-image's `structural_similarity(a, b,
-/// gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1)` and to torchmetrics'
-/// `structural_similarity_index_measure(a, b, data_range=255)`.
+/// With the paper's settings: windows of 11 by 11 pixels weighted by a Gaussian of 1.5, those that lie inside the picture;
+/// `K1` 0.01, `K2` 0.03, range 255, moments over n. The mean of the three channels. Equal to scikit-image's
+/// `structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255,
+/// channel_axis=-1)`. torchmetrics 1.9 gives another number: it mirrors the picture at its edges and counts the windows there too.
 ///
 /// [`Error::Bad`] if the sizes differ or a side is below 11.
 pub fn ssim(a: &RgbImage, b: &RgbImage) -> Result<f64> {

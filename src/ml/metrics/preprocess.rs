@@ -14,13 +14,14 @@ pub const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 /// Their standard deviations.
 pub const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 
-/// Whose integers a resize of bytes computes with, and whose middle a crop takes. The filters are the same.
+/// Whose integers a resize of bytes computes with, and where a crop goes whose middle falls on half a pixel. The filters are the
+/// same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
-    /// Pillow behind torchvision's transforms: weights of 22 bits (`Resample.c`).
+    /// Pillow behind torchvision's transforms: weights of 22 bits (`Resample.c`); to the even pixel.
     Pillow,
     /// torch behind transformers' processors: weights of 16 bits, the point as far left as they allow
-    /// (`UpSampleKernel.cpp`).
+    /// (`UpSampleKernel.cpp`); to the lower pixel.
     Torch,
 }
 
@@ -34,8 +35,8 @@ pub fn middle(photo: &RgbImage, resize: usize, crop: usize, library: Library) ->
     let (w, h) = (photo.width() as usize, photo.height() as usize);
     let long = |short: usize, long: usize| (resize as f64 * long as f64 / short as f64) as usize;
     let (width, height) = if w <= h { (resize, long(w, h)) } else { (long(h, w), resize) };
-    let (columns, rows) =
-        (Taps::bicubic(w, width, library).middle(crop), Taps::bicubic(h, height, library).middle(crop));
+    let columns = Taps::middle(w, width, crop, library);
+    let rows = Taps::middle(h, height, crop, library);
     // 1. Every row to the columns of the square.
     let mut narrow = Vec::with_capacity(h * crop * 3);
     for row in photo.as_raw().chunks_exact(w * 3) {
@@ -54,48 +55,37 @@ struct Taps {
     /// For each output the first input, and the weights from there on.
     outputs: Vec<(usize, Vec<i32>)>,
     precision: u32,
-    library: Library,
 }
 
 impl Taps {
-    fn bicubic(n_in: usize, n_out: usize, library: Library) -> Self {
+    /// For the `n` outputs in the middle of `n_out`, from `n_in` inputs.
+    fn middle(n_in: usize, n_out: usize, n: usize, library: Library) -> Self {
         let scale = n_in as f64 / n_out as f64;
         let wide = scale.max(1.0);
         let support = 2.0 * wide;
-        let outputs: Vec<(usize, Vec<f64>)> = (0..n_out)
-            .map(|i| {
-                let center = (i as f64 + 0.5) * scale;
-                let first = (center - support + 0.5).max(0.0) as usize;
-                let end = ((center + support + 0.5) as usize).min(n_in);
-                let weights: Vec<f64> =
-                    (first..end).map(|j| cubic((j as f64 - center + 0.5) / wide)).collect();
-                let sum: f64 = weights.iter().sum();
-                (first, weights.into_iter().map(|w| if sum == 0.0 { w } else { w / sum }).collect())
-            })
-            .collect();
-        let largest = outputs.iter().flat_map(|(_, weights)| weights).copied().fold(0.0, f64::max);
-        let precision = match library {
-            Library::Pillow => 22,
-            Library::Torch => (0..22)
-                .find(|bits| (0.5 + largest * f64::from(1 << (bits + 1))) as i32 >= 1 << 15)
-                .unwrap_or(22),
+        let weights = |i: usize| {
+            let center = (i as f64 + 0.5) * scale;
+            let first = (center - support + 0.5).max(0.0) as usize;
+            let end = ((center + support + 0.5) as usize).min(n_in);
+            let weights: Vec<f64> = (first..end).map(|j| cubic((j as f64 - center + 0.5) / wide)).collect();
+            let sum: f64 = weights.iter().sum();
+            (first, weights.into_iter().map(move |w| if sum == 0.0 { w } else { w / sum }))
+        };
+        let half = n_out.saturating_sub(n) as f64 / 2.0;
+        let (precision, start) = match library {
+            Library::Pillow => (22, half.round_ties_even() as usize),
+            Library::Torch => {
+                let largest = (0..n_out).flat_map(|i| weights(i).1).fold(0.0, f64::max);
+                let full = |bits: &u32| (0.5 + largest * f64::from(2 << bits)) as i32 >= 1 << 15;
+                ((0..22).find(full).unwrap_or(22), half as usize)
+            }
         };
         let whole = |w: f64| (w * f64::from(1 << precision) + 0.5_f64.copysign(w)) as i32;
-        let outputs = outputs.into_iter().map(|(first, w)| (first, w.into_iter().map(whole).collect()));
-        Self { outputs: outputs.collect(), precision, library }
-    }
-
-    /// Those of the `n` outputs in the middle. Where that falls on half a pixel, torchvision goes to the even one,
-    /// transformers to the lower one.
-    fn middle(mut self, n: usize) -> Self {
-        let half = self.outputs.len().saturating_sub(n) as f64 / 2.0;
-        let start = match self.library {
-            Library::Pillow => half.round_ties_even(),
-            Library::Torch => half.floor(),
-        };
-        self.outputs = self.outputs.split_off(start as usize);
-        self.outputs.truncate(n);
-        self
+        let outputs = (start..start + n).map(|i| {
+            let (first, weights) = weights(i);
+            (first, weights.map(whole).collect())
+        });
+        Self { outputs: outputs.collect(), precision }
     }
 
     fn pixel<'a>(&self, i: usize, at: impl Fn(usize) -> &'a [u8]) -> [u8; 3] {
