@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 unet.py ...       # the same on two cores
 
 Wants OUT/vae and OUT/tokenizer. Goes on from WORK/unet.pt if it is there; else begins with the weights in --from (a bundle),
-else with random ones. Writes OUT/unet, OUT/text_encoder and what a diffusers pipeline needs beside them, every 1,000 steps.
+else with random ones. Writes OUT/unet, OUT/text_encoder and what a diffusers pipeline needs beside them, every 100 steps.
 The learning rate follows from the step and --steps alone, so a run may be cut short by naming fewer steps.
 """
 
@@ -38,7 +38,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 SEED = 5
 # Pictures of a step, and how often each is looked at with another noise: texts are encoded once.
 PICTURES, LOOKS = 24, 2
-RATE, WARM = 1e-3, 200
+WARM = 200
 WITHOUT_CAPTION = 0.1
 # Hang et al. 2023, arXiv 2303.09556: the weight of a timestep is min(SNR, GAMMA) / SNR.
 GAMMA = 5.0
@@ -73,14 +73,14 @@ class Both(torch.nn.Module):
 
 
 @torch.no_grad()
-def encoded(world, out, work, team):
-    """Latents of all pictures [N, 4, 16, 16], scaled; each process encodes a part of them, once."""
+def encoded(world, n, out, work, team):
+    """Latents of the first `n` pictures [n, 4, 16, 16], scaled; each process encodes a part of them, once."""
     vae = AutoencoderKL.from_pretrained(Path(out) / "vae", torch_dtype=torch.float32).eval()
-    path = lambda part, n: Path(work) / f"latents.{len(world)}.{part}-of-{n}.npy"
-    found = next((n for n in range(1, 17) if all(path(part, n).exists() for part in range(n))), None)
+    path = lambda part, size: Path(work) / f"latents.{n}.{part}-of-{size}.npy"
+    found = next((size for size in range(1, 17) if all(path(part, size).exists() for part in range(size))), None)
     if found is None:
-        found, mine = team.size, np.array_split(np.arange(len(world)), team.size)[team.rank]
-        clock, latents = Clock(len(mine), 1600), []
+        found, mine = team.size, np.array_split(np.arange(n), team.size)[team.rank]
+        clock, latents = Clock(len(mine), 160), []
         for i in range(0, len(mine), 16):
             latents.append(vae.encode(world.batch(mine[i : i + 16])[0]).latent_dist.mean.half().numpy())
             if team.first:
@@ -118,6 +118,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("data"), parser.add_argument("work"), parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--pictures", type=int, default=20000, metavar="N", help="learn from the first N")
     parser.add_argument("--from", dest="begin", type=Path)
     args = parser.parse_args()
     team = Team()
@@ -128,15 +130,15 @@ def main():
         both.begin_with(args.begin, tokenizer)
     both.train()
     average = Average(both, 0.999)
-    optimiser = torch.optim.AdamW(both.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(both.parameters(), args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     path = Path(args.work) / "unet.pt"
     begin = resume(path, net=both, average=average, optimiser=optimiser)
     world = World(args.data)
-    latents = encoded(world, args.out, args.work, team)
+    latents = encoded(world, min(args.pictures, len(world)), args.out, args.work, team)
     kept = torch.cumprod(1 - torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000) ** 2, 0)
     weights = (kept / (1 - kept)).clamp(max=GAMMA) * (1 - kept) / kept
     weights = weights / weights.mean()
-    clock, mean = Clock(args.steps), None
+    clock, mean = Clock(args.steps, 20), None
     if team.first:
         sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in both.named_children()}
         print(f"{sizes}; latents of {len(latents)} pictures, std {latents.std():.3f}; step {begin}", flush=True)
@@ -154,13 +156,13 @@ def main():
         (error * weights[t]).mean().backward()
         team.average(both.parameters())
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        pace(optimiser, rate(step, args.steps, RATE, WARM, hold=0.33, end=0.03))
+        pace(optimiser, rate(step, args.steps, args.rate, WARM, hold=0.33, end=0.03))
         optimiser.step()
         average.follow(both, step)
         mean = error.mean().item() if mean is None else 0.99 * mean + 0.01 * error.mean().item()
         if team.first:
             clock.tell(step + 1, error=mean)
-            if (step + 1) % 1000 == 0 or step + 1 == args.steps:
+            if (step + 1) % 100 == 0 or step + 1 == args.steps:
                 keep(path, step + 1, net=both, average=average, optimiser=optimiser)
                 export(average.net, args.out, tokenizer)
     print("done")

@@ -85,15 +85,18 @@ def score(net, x, masks, demo):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("data"), parser.add_argument("test"), parser.add_argument("work"), parser.add_argument("out")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--from", dest="begin", type=Path)
     parser.add_argument("--demo", type=Path)
+    parser.add_argument("--decoder", action="store_true", help="leave the latents as they are: only the way back learns")
     args = parser.parse_args()
     team = Team()
     torch.manual_seed(SEED)
     net = AutoencoderKL.from_pretrained(args.begin, torch_dtype=torch.float32) if args.begin else AutoencoderKL(**CONFIG)
     net.train()
     average = Average(net, 0.998)
+    for part in [net.encoder, net.quant_conv] if args.decoder else []:
+        part.requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     path = Path(args.work) / "vae.pt"
     begin = resume(path, net=net, average=average, optimiser=optimiser)
