@@ -176,6 +176,7 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     let mut form = Form::new().text("class_name", "mug").text(
         "options",
         json!({ "steps": 40, "learning_rate": 1e-4, "class_images": 4, "seed": 5,
+                "views": { "n": 12 }, "discriminator": { "steps": 20, "batch": 4 },
                 "evaluation": { "images": 1, "steps": 5 } })
         .to_string(),
     );
