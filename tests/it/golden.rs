@@ -1,7 +1,7 @@
 //! Reads the references' numbers and compares with them. `tests/golden/make.py` says what each file holds.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use hypnos::ml::param::Param;
@@ -56,12 +56,15 @@ impl Place {
     }
 }
 
-/// A file of `tests/golden`, or the one of its name in the directory `HYPNOS_GOLDENS`, where larger ones may lie that
-/// are not committed.
+/// Where a golden lies: in the directory that `HYPNOS_GOLDENS` names, for sizes too large to be committed, or else with the
+/// committed ones.
 pub(crate) fn path(name: &str) -> PathBuf {
     let other = std::env::var_os("HYPNOS_GOLDENS").map(|dir| PathBuf::from(dir).join(name));
-    let committed = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    other.filter(|file| file.exists()).unwrap_or_else(committed)
+    other.filter(|path| path.exists()).unwrap_or_else(|| committed(name))
+}
+
+fn committed(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
 /// One file of numbers.
@@ -73,11 +76,19 @@ pub(crate) struct Golden {
 
 impl Golden {
     pub(crate) fn open(name: &str) -> Self {
-        let file = path(&format!("{name}.safetensors"));
-        let bytes = std::fs::read(&file).expect("the golden is committed");
+        Self::read(name, &path(&format!("{name}.safetensors")))
+    }
+
+    /// The committed one, for what does not ask how well it agrees.
+    pub(crate) fn committed(name: &str) -> Self {
+        Self::read(name, &committed(&format!("{name}.safetensors")))
+    }
+
+    fn read(name: &str, file: &Path) -> Self {
+        let bytes = std::fs::read(file).expect("the golden is committed");
         let (_, header) = SafeTensors::read_metadata(&bytes).expect("a safetensors file");
         let metadata = header.metadata().clone().unwrap_or_default();
-        let tensors = candle_core::safetensors::load(&file, &Device::Cpu).expect("a safetensors file");
+        let tensors = candle_core::safetensors::load(file, &Device::Cpu).expect("a safetensors file");
         Self { name: name.into(), tensors, metadata }
     }
 
@@ -167,6 +178,7 @@ pub(crate) fn assert_close(what: &str, actual: &Tensor, wanted: &Tensor, toleran
     let difference: Vec<f64> = actual.iter().zip(&wanted).map(|(a, w)| a - w).collect();
     let (of_norm, of_largest) =
         (norm(&difference) / norm(&wanted).max(1e-30), largest(&difference) / largest(&wanted).max(1e-30));
+    eprintln!("{what}: off by {of_norm:.2e} of the norm"); // the runner keeps it unless it is asked
     assert!(
         of_norm <= tolerance && of_largest <= tolerance,
         "{what}: off by {of_norm:.2e} of the norm and {of_largest:.2e} of the largest element, allowed {tolerance:.0e}"

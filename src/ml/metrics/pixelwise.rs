@@ -37,13 +37,12 @@ pub fn ssim(a: &RgbImage, b: &RgbImage) -> Result<f64> {
         let (mean_a, mean_b) = (blurred(&a), blurred(&b));
         let (aa, bb, ab) = (blurred(&times(&a, &a)), blurred(&times(&b, &b)), blurred(&times(&a, &b)));
         let (c1, c2) = ((K1 * RANGE).powi(2), (K2 * RANGE).powi(2));
-        for i in 0..mean_a.len() {
+        let similarity = |i: usize| {
             let (x, y) = (mean_a[i], mean_b[i]);
             let (var_x, var_y, covariance) = (aa[i] - x * x, bb[i] - y * y, ab[i] - x * y);
-            sum += (2.0 * x * y + c1) * (2.0 * covariance + c2)
-                / ((x * x + y * y + c1) * (var_x + var_y + c2))
-                / mean_a.len() as f64;
-        }
+            (2.0 * x * y + c1) * (2.0 * covariance + c2) / ((x * x + y * y + c1) * (var_x + var_y + c2))
+        };
+        sum += (0..mean_a.len()).map(similarity).sum::<f64>() / mean_a.len() as f64;
     }
     Ok(sum / 3.0)
 }
