@@ -17,6 +17,7 @@ mod samplers;
 mod train;
 
 mod engine;
+mod evaluate;
 
 mod bundles;
 mod tokenizer;
