@@ -15,12 +15,12 @@ use crate::ml::evaluate::METRICS;
 const PROTOCOLS: [(&str, &str, &str); 2] = [
     (
         "prompt_invariant",
-        "One standard prompt",
+        "One standard prompt (prompt-invariant)",
         "The product as it is: what it looks like, not where it stands.",
     ),
     (
         "prompt_varying",
-        "A prompt each",
+        "A prompt each (prompt-varying)",
         "The product elsewhere: whether it stays itself and the prompt is heard.",
     ),
 ];
