@@ -8,18 +8,19 @@ use serde_json::Value;
 use super::plot::{Curve, losses, panel};
 use super::table::{Found, comparison, of_evaluation, shown};
 use super::{Gallery, Shot};
+use crate::job::Phase;
 use crate::ml::evaluate::METRICS;
 
 /// Titles of the protocols, by their names in a report.
 const PROTOCOLS: [(&str, &str, &str); 2] = [
     (
         "prompt_invariant",
-        "One standard prompt",
+        "One standard prompt (prompt-invariant)",
         "The product as it is: what it looks like, not where it stands.",
     ),
     (
         "prompt_varying",
-        "A prompt each",
+        "A prompt each (prompt-varying)",
         "The product elsewhere: whether it stays itself and the prompt is heard.",
     ),
 ];
@@ -266,17 +267,11 @@ fn curves(curve: &Value) -> Markup {
 
 /// Settings, hashes, seeds, prompts, times: everything of the report that is not shown elsewhere.
 fn facts(report: &Value) -> Markup {
-    let mut rows = Vec::new();
-    for key in [
-        "seconds",
-        "bundle",
-        "seeds",
-        "prompts",
-        "instance_token",
-        "background_token",
-        "class_images",
-        "hypnos",
-    ] {
+    let seconds = |phase: &Phase| report["seconds"][phase.as_str()].as_f64();
+    let took = |phase: &Phase| Some((format!("time, {phase}"), format!("{:.1} s", seconds(phase)?)));
+    let mut rows: Vec<(String, String)> = Phase::ALL.iter().filter_map(took).collect();
+    for key in ["bundle", "seeds", "prompts", "instance_token", "background_token", "class_images", "hypnos"]
+    {
         flat(key, &report[key], &mut rows);
     }
     let mut options = Vec::new();
@@ -377,7 +372,8 @@ mod tests {
             "mean of 8 pairs; -1 to 1; dino_vits16, weights 0123456789ab; indicative: 2 pictures",
             "width:75%",
             "views.n",
-            "seconds.training",
+            "time, training",
+            "12.5 s",
             "small photos",
             "every one",
         ] {

@@ -66,18 +66,18 @@ pub(super) fn panel(title: &str, curve: &[(f64, f64)]) -> Markup {
         svg class="plot" role="img" aria-label=(title) viewBox={ "0 0 " (PANEL.0) " " (PANEL.1) } {
             text x=(left) y="18" { (title) }
             @for tick in y.ticks() {
-                line class="rule" x1=(left) x2=(right) y1=(up(tick)) y2=(up(tick));
+                line class="rule" x1=(left) x2=(right) y1=(up(tick)) y2=(up(tick)) {}
                 text x=(left - 6.0) y=(up(tick) + 4.0) text-anchor="end" { (number(tick)) }
             }
             @for tick in x.ticks() {
                 text x=(across(tick)) y=(bottom + 18.0) text-anchor="middle" { (number(tick)) }
             }
             @if curve.len() > 8 {
-                polyline class="raw" points=(line(curve));
-                polyline class="mean" points=(line(&smooth(curve)));
+                polyline class="raw" points=(line(curve)) {}
+                polyline class="mean" points=(line(&smooth(curve))) {}
             } @else {
-                polyline class="mean" points=(line(curve));
-                @for point in curve { circle class="dot" cx=(across(point.0)) cy=(up(point.1)) r="4"; }
+                polyline class="mean" points=(line(curve)) {}
+                @for point in curve { circle class="dot" cx=(across(point.0)) cy=(up(point.1)) r="4" {} }
             }
         }
     }

@@ -17,12 +17,9 @@ pub struct Times {
 impl Times {
     /// Hears that the training is at `phase`.
     pub fn hear(&mut self, phase: Phase, now: Instant) {
-        match self.since {
-            Some((before, _)) if before == phase => {}
-            _ => {
-                self.close(now);
-                self.since = Some((phase, now));
-            }
+        if self.since.is_none_or(|(before, _)| before != phase) {
+            self.close(now);
+            self.since = Some((phase, now));
         }
     }
 

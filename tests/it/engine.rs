@@ -270,7 +270,7 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
             step_seen = progress.step;
         }
     }
-    assert_eq!((step_seen, last_phase), (8, Phase::Drawing));
+    assert_eq!((step_seen, last_phase), (8, Phase::Evaluating));
     let previews =
         attempt.beats.iter().filter(|beat| matches!(beat, Beat::Shown { what: Shown::Preview(_), .. }));
     assert_eq!(previews.count(), 3);
@@ -282,6 +282,10 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
     assert_eq!(report["photos"][0], serde_json::json!({"width": 96, "height": 80}));
     assert_eq!(report["curve"]["step"].as_array().map(Vec::len), Some(8));
     assert!(report["curve"]["loss"][7].as_f64().expect("a loss") > 0.0);
+    let protocols: Vec<&Value> =
+        report["images"].as_array().expect("images").iter().map(|image| &image["protocol"]).collect();
+    assert_eq!(protocols, ["prompt_invariant", "prompt_invariant", "prompt_varying"]);
+    assert!(report["evaluation"]["prompt_varying"]["ssim"]["value"].is_number(), "{report:#}");
     assert!(report["warnings"][0].as_str().expect("a warning").contains("no class images"));
 }
 

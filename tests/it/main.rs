@@ -22,6 +22,7 @@ mod exports;
 mod segment;
 
 mod engine;
+mod evaluate;
 
 mod bundles;
 mod tokenizer;

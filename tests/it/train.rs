@@ -397,8 +397,8 @@ fn the_best_that_was_tried_is_served_and_outlives_a_checkpoint() {
         resumed.resume(&file, bench.hash(), &bench.recipe).expect("a state");
         assert_eq!(resumed.trials(), tried);
         assert!(whole(&resumed) == *checkpoint && served(&resumed) == at_two);
-        bench.run(&mut resumed, 3).expect("steps");
         if tried.len() == 1 {
+            bench.run(&mut resumed, 3).expect("steps");
             resumed.tried(poor);
         }
         assert!(whole(&resumed) == after);

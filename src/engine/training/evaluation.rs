@@ -18,6 +18,9 @@ use crate::ml::{Error, random};
 /// which weights are served.
 const TRIAL_BATCH: usize = 4;
 
+/// Prompts and seeds of pictures.
+type Wanted = Vec<(String, u64)>;
+
 /// What trials are scored with. It is the same for all of them, and for one that goes on from a checkpoint.
 pub(super) struct Trying {
     judge: Judge,
@@ -67,10 +70,11 @@ impl Run<'_, '_> {
         for batch in varying.chunks(TRIAL_BATCH) {
             heard.extend(self.generated(&models, batch, &at, state)?.into_iter().map(|(_, picture)| picture));
         }
-        let class_name = &self.plan.recipe.product.class_name;
-        let likeness = trying.judge.likeness(&alike)?;
-        let adherence = trying.judge.adherence(class_name, &heard)? / trying.adherence;
-        state.tried(Trial::new(state.n_steps(), likeness, adherence));
+        let class_name = self.plan.recipe.product.class_name.clone();
+        let likeness = self.or_warning(trying.judge.likeness(&alike))?;
+        let adherence = self.or_warning(trying.judge.adherence(&class_name, &heard))?;
+        let (likeness, adherence) = (likeness.unwrap_or(f64::NAN), adherence.unwrap_or(f64::NAN));
+        state.tried(Trial::new(state.n_steps(), likeness, adherence / trying.adherence));
         self.trying = Some(trying);
         Ok(())
     }
@@ -79,7 +83,7 @@ impl Run<'_, '_> {
     fn adherence_of_base(&mut self, judge: &Judge, at: &Progress, state: &State) -> Result<f64, Halt> {
         let class_name = self.plan.recipe.product.class_name.clone();
         let (_, varying) = self.trial_prompts()?;
-        let of_class: Vec<(String, u64)> = (varying.into_iter())
+        let of_class: Wanted = (varying.into_iter())
             .map(|(prompt, seed)| (prompt.replace(evaluate::PRODUCT, &class_name), seed))
             .collect();
         let base = Arc::clone(&self.engine.base);
@@ -87,24 +91,25 @@ impl Run<'_, '_> {
         for batch in of_class.chunks(TRIAL_BATCH) {
             heard.extend(self.generated(&base, batch, at, state)?.into_iter().map(|(_, picture)| picture));
         }
-        Ok(judge.adherence(&class_name, &heard)?)
+        let adherence = judge.adherence(&class_name, &heard);
+        Ok(self.or_warning(adherence)?.unwrap_or(f64::NAN))
     }
 
     /// Prompts and seeds of a trial: half of the pictures show the standard prompt, half a prompt each.
-    fn trial_prompts(&self) -> Result<(Vec<(String, u64)>, Vec<(String, u64)>), Halt> {
+    fn trial_prompts(&self) -> Result<(Wanted, Wanted), Halt> {
         let n = self.input.spec.options.evaluation.trial_images as usize;
         self.prompts(n, self.plan.trial_seed)
     }
 
     /// Prompts and seeds of `n` pictures, the first half of the standard prompt, the others of a prompt each.
-    fn prompts(&self, n: usize, seed: u64) -> Result<(Vec<(String, u64)>, Vec<(String, u64)>), Halt> {
+    fn prompts(&self, n: usize, seed: u64) -> Result<(Wanted, Wanted), Halt> {
         let n_varying = n / 2;
         let varying = match &self.input.spec.options.evaluation.prompts {
             Some(prompts) => prompts.iter().cycle().take(n_varying).cloned().collect(),
             None => PromptLists::default().draw(n_varying, random::derive(seed, "prompts"))?,
         };
         let standard = std::iter::repeat_n(self.plan.recipe.templates.photo.clone(), n - n_varying);
-        let mut all: Vec<(String, u64)> = (standard.chain(varying).enumerate())
+        let mut all: Wanted = (standard.chain(varying).enumerate())
             .map(|(i, prompt)| (prompt, (seed + i as u64) & SEED_MAX))
             .collect();
         let varying = all.split_off(n - n_varying);
@@ -143,7 +148,7 @@ impl Run<'_, '_> {
         let invariant = draw(self, &standard)?;
         let varying = draw(self, &varying)?;
         let seed = random::derive(self.plan.evaluation_seed, "class") & SEED_MAX;
-        let of_class: Vec<(String, u64)> = (0..n_class_images as u64)
+        let of_class: Wanted = (0..n_class_images as u64)
             .map(|i| (self.plan.recipe.class_prompt(), (seed + i) & SEED_MAX))
             .collect();
         let of_class = draw(self, &of_class)?;

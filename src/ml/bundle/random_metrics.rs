@@ -17,6 +17,10 @@ use crate::ml::random::derive;
 use crate::ml::tensorfile::save_streaming;
 use crate::ml::tokenizer::Tokenizer;
 
+/// The biases of the norms before the features.
+const LAST_NORMS: [&str; 3] =
+    ["norm.bias", "vision_model.post_layernorm.bias", "text_model.final_layer_norm.bias"];
+
 /// Writes `metrics/{dino,clip,inception,lpips}` of small sizes into the bundle in `dir`, which has a tokenizer. The bytes
 /// depend on the vocabulary's size and `seed` only. [`crate::ml::Error::Bad`] if they cannot be written.
 pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
@@ -59,8 +63,13 @@ pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
         let file = dir.join(part).join(WEIGHT_FILES[1]);
         save_streaming(&file, &shapes, &BTreeMap::new(), DType::F32, |name| {
             let tensor = Weights::random(derive(seed, part), cpu).get(name, &shapes[name])?.value();
-            // A distance's heads add up: none may take away.
-            Ok(if name.starts_with("lin") { tensor.abs()? } else { tensor })
+            Ok(match name {
+                // A distance's heads add up: none may take away.
+                name if name.starts_with("lin") => tensor.abs()?,
+                // Pictures have more in common than not, as they have to real networks.
+                name if LAST_NORMS.contains(&name) => (tensor + 2.0)?,
+                _ => tensor,
+            })
         })?;
     }
     Ok(())

@@ -175,7 +175,7 @@ mod tests {
             format!(r#"{{"backgrounds": [{backgrounds}], "image_types": {types}}}"#)
         };
         for (json, wanted) in [
-            ("[1", "prompt lists: EOF"),
+            ("{", "prompt lists: EOF"),
             (r#"{"backgrounds": ["a"]}"#, "missing field `image_types`"),
             (&lists("", &types(r#""a""#)), "backgrounds: wanted one entry at least"),
             (&lists(r#""a""#, "[]"), "image_types: wanted one entry at least"),

@@ -53,11 +53,16 @@ async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without
     let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
     let names: Vec<_> =
         files["data"].as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["image-0.png", "preview-1.png", "report.json", "weights.safetensors"]);
+    assert_eq!(names, ["image-0.png", "preview-1.png", "report.html", "report.json", "weights.safetensors"]);
+    let page = house.client.get(files["data"][2]["url"].as_str().unwrap()).send().await.unwrap();
+    assert_eq!(page.headers()["content-type"], "text/html; charset=utf-8");
+    let may = page.headers()["content-security-policy"].to_str().unwrap();
+    assert_eq!(may, "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox");
+    assert!(page.text().await.unwrap().starts_with("<!DOCTYPE html>"));
     let weights = house.get(&format!("/v1/jobs/{trained}/artifacts/weights.safetensors")).await;
     assert_eq!(weights.status(), 307);
     let report: Value = house.get(&format!("/v1/jobs/{trained}/report")).await.json().await.unwrap();
-    assert!(report.is_object());
+    assert!(report["seconds"]["training"].is_number(), "{report}");
     assert_eq!(refusal(house.get(&format!("/v1/jobs/{trained}/artifacts/other")).await).await.0, 404);
 
     let of_training: Value = house.get(&format!("/v1/samples?job_id={trained}")).await.json().await.unwrap();
@@ -73,7 +78,7 @@ async fn a_signed_url_opens_one_file_for_a_while() {
     let house = House::start().await;
     let trained = house.trained().await;
     let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
-    let (report, weights) = (&files["data"][2], &files["data"][3]);
+    let (report, weights) = (&files["data"][3], &files["data"][4]);
     let url = report["url"].as_str().unwrap();
     let fetch = |url: String| house.client.get(url).send();
     let whole = fetch(url.into()).await.unwrap().bytes().await.unwrap();
