@@ -40,7 +40,7 @@ use super::{Error, Result};
 use check::blueprint;
 pub use check::{Finding, check};
 pub use random::{Like, random};
-pub(crate) use random::{model_index, write_json};
+pub(crate) use random::{model_index, weight_file, write_json};
 
 /// Names of a part's weight file, by preference.
 const WEIGHT_FILES: [&str; 6] = [
