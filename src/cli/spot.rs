@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use candle_core::Device;
 use tracing::info;
 
 use super::Stop;
@@ -14,19 +13,22 @@ use crate::http::{Spotted, Spotter};
 use crate::ml::bundle::Bundle;
 use crate::ml::models::tracer::Tracer;
 use crate::ml::segment::segment;
-use crate::ml::{Result, picture};
+use crate::ml::{Result, device, picture};
 
 /// Longer side of a preview, in pixels.
 const PREVIEW: u32 = 256;
 
-/// The segmenter of the bundle in `dir`, on the CPU; none if there is no bundle, as where only workers have one, or it has
+/// Where it computes: a server of requests need not have more.
+const DEVICE: &str = "cpu";
+
+/// The segmenter of the bundle in `dir`; none if there is no bundle, as where only workers have one, or it has
 /// no segmenter.
 pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, Stop> {
     if !dir.join("segmenter").is_dir() {
         info!("photos are inspected without looking for the product: {} has no segmenter", dir.display());
         return Ok(None);
     }
-    let tracer = Bundle::open(dir)?.segmenter(&Device::Cpu)?;
+    let tracer = Bundle::open(dir)?.segmenter(&device::open(DEVICE)?)?;
     Ok(Some(Arc::new(Segmenter(tracer))))
 }
 
@@ -41,7 +43,7 @@ impl Spotter for Segmenter {
 impl Segmenter {
     fn look(&self, png: &[u8]) -> Result<Spotted> {
         let photo = picture::read_png(png)?;
-        let (mask, judgement) = segment(&self.0, &photo, &Device::Cpu)?.cleaned();
+        let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
         let preview = picture::within(&mask.cut_out(&photo), PREVIEW);
         let (width, height) = preview.dimensions();
         let preview = picture::png(preview.as_raw(), (width as usize, height as usize), &[])?;

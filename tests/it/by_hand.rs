@@ -202,7 +202,7 @@ fn what_cannot_work_is_refused_in_one_line_and_nothing_is_written() {
     refuse(&["--set", "sigma=0"], &["sigma", "wanted 0.1 to 100, got 0"]);
     refuse(&["--class-name", "  "], &["--class-name", "wanted 1 to 64 characters"]);
     refuse(&["--class-name", "mug\u{202e}"], &["--class-name", "U+202E"]);
-    refuse(&["--class-name", "?!*"], &["--class-name", "has no letter"]);
+    refuse(&["--class-name", "?!*"], &["class_name: wanted words, \"?!*\" has no letter"]);
     refuse(&["--trace", "t", "--trace-steps", "7"], &["--trace-steps: wanted 1 to 6, got 7"]);
     // What only the model can know.
     refuse(
