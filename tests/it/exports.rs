@@ -261,7 +261,7 @@ fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
     let bundle = bundle();
     refuse(
         export(&bundle.join("unet/diffusion_pytorch_model.safetensors"), &place, &BOTH),
-        "is of format \"nothing\"",
+        "is of format \"pt\"",
     );
     refuse(export(&dir.path().join("nowhere"), &place, &BOTH), "nowhere: cannot be opened: no such file");
 
