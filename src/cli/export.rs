@@ -1,5 +1,6 @@
 //! `hypnos export`: a fine-tune as files that other programs read.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -78,9 +79,8 @@ pub(super) fn write(
     }
     let bundle = Bundle::open(bundle)?;
     let fine_tune = FineTune::open(model, &bundle)?;
-    for warning in fine_tune.warnings() {
-        warn(&warning);
-    }
+    let warnings: BTreeSet<String> = forms.iter().flat_map(|form| fine_tune.warnings(form.form())).collect();
+    warnings.iter().for_each(|warning| warn(warning));
     let width = match width {
         WidthName::F32 => Width::F32,
         WidthName::F16 => Width::F16,

@@ -43,7 +43,7 @@ use super::{Error, Result};
 use check::blueprint;
 pub use check::{Finding, check};
 pub use random::{Like, random};
-pub(crate) use random::{model_index, write_json};
+pub(crate) use random::{model_index, weight_file, write_json};
 pub use random_metrics::random_metrics;
 
 /// Names of a part's weight file, by preference.

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,9 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
+use super::bundle::hex;
 use super::{Error, Result};
 
 /// Headers above this are refused: the real SD 1.5 UNet needs 0.1 MiB.
@@ -248,11 +250,38 @@ pub fn save_streaming(
     shapes: &BTreeMap<String, Vec<usize>>,
     metadata: &BTreeMap<String, String>,
     dtype: DType,
+    tensor: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    stream(path, shapes, metadata, None, dtype, tensor)
+}
+
+/// As [`save_streaming`], and says in the metadata, as `key`, what all that follows the header hashes to: SHA-256 in
+/// lower-case hexadecimal after `0x`.
+pub fn save_streaming_hashed(
+    path: &Path,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    metadata: &BTreeMap<String, String>,
+    key: &str,
+    dtype: DType,
+    tensor: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let mut metadata = metadata.clone();
+    metadata.insert(key.to_owned(), format!("0x{}", "0".repeat(64))); // as long as what will stand there
+    stream(path, shapes, &metadata, Some(key), dtype, tensor)
+}
+
+fn stream(
+    path: &Path,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    metadata: &BTreeMap<String, String>,
+    hashed: Option<&str>,
+    dtype: DType,
     mut tensor: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<()> {
     let header = header(shapes, metadata, dtype)
         .ok_or_else(|| Error::Bad(format!("{}: weights are saved as f32, f16 or bf16", path.display())))?;
     write_atomically(path, |out| {
+        let mut hash = Sha256::new();
         let failed = |e: std::io::Error| {
             Error::Bad(format!("{}: cannot be written: {}", path.display(), io_words(&e)))
         };
@@ -266,11 +295,26 @@ pub fn save_streaming(
             let values =
                 tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
             for chunk in values.chunks(CHUNK) {
-                out.write_all(&narrow(chunk, dtype).map_err(bad)?).map_err(failed)?;
+                let bytes = narrow(chunk, dtype).map_err(bad)?;
+                if hashed.is_some() {
+                    hash.update(&bytes);
+                }
+                out.write_all(&bytes).map_err(failed)?;
             }
+        }
+        if let Some(place) = hashed.and_then(|key| place_of(key, &header)) {
+            out.seek(SeekFrom::Start(place)).map_err(failed)?;
+            out.write_all(hex(&hash.finalize()).as_bytes()).map_err(failed)?;
         }
         Ok(())
     })
+}
+
+/// Where in a header the digits of the hash begin that it gives as `key`.
+fn place_of(key: &str, header: &[u8]) -> Option<u64> {
+    let before = format!("{}:\"0x", json!(key)).into_bytes();
+    let begin = header.windows(before.len()).position(|bytes| bytes == before)?;
+    Some((begin + before.len()) as u64)
 }
 
 /// Length and JSON of the header, padded with spaces to a multiple of eight; `None` for a type that is not written.

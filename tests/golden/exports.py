@@ -38,7 +38,7 @@ SD15 = {  # the sizes of Stable Diffusion 1.5; all else is the classes' default
     "unet": {"cross_attention_dim": 768, "sample_size": 64},
     "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
     | {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder": {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 ODD = {  # attention where SD 1 has none, and the reverse; three layers a level, transformers of two
     "unet": {"block_out_channels": [32, 64, 32], "layers_per_block": 3, "cross_attention_dim": 24}

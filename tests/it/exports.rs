@@ -5,15 +5,19 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use candle_core::{DType, Device, Tensor};
+use hypnos::ml::bundle::Bundle;
 use hypnos::ml::export::ldm_names::LdmNames;
 use hypnos::ml::models::clip::ClipText;
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
 use hypnos::ml::tensorfile::TensorFile;
-use hypnos::ml::weights::Weights;
+use hypnos::ml::weights::{Weights, save};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
+use crate::bundles::copy;
 use crate::by_hand::{bundle, demo_photos, refused, scratch, succeeds, train};
 
 /// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there.
@@ -81,8 +85,11 @@ fn text(path: &Path) -> &str {
 }
 
 fn export(model: &Path, out: &Path, more: &[&str]) -> Command {
-    let bundle = bundle();
-    let words = ["export", "--bundle", text(&bundle), "--model", text(model), "--out", text(out)];
+    export_of(&bundle(), model, out, more)
+}
+
+fn export_of(bundle: &Path, model: &Path, out: &Path, more: &[&str]) -> Command {
+    let words = ["export", "--bundle", text(bundle), "--model", text(model), "--out", text(out)];
     hypnos(&[&words, more].concat())
 }
 
@@ -167,6 +174,11 @@ fn a_training_exports_all_of_its_weights_in_both_forms() {
     }
     assert_eq!(file.metadata()["hypnos.bundle_sha256"], learned.metadata()["bundle"]);
     assert!(!file.metadata().contains_key("modelspec.date"), "there is no clock");
+    let bytes = fs::read(&single).expect("a file");
+    let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let hash = Sha256::digest(&bytes[8 + header..]);
+    let digits: Vec<String> = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(file.metadata()["modelspec.hash_sha256"], format!("0x{}", digits.concat()));
 
     // 3. The verb writes the same bytes, and does not write over them.
     let said = succeeds(&mut export(&weights, &again, &BOTH));
@@ -242,56 +254,26 @@ fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
         assert!(line.contains(wanted), "{line}");
         assert!(!place.exists(), "{wanted}: left something");
     };
-    let place = dir.path().join("place");
     let other = scratch();
-    succeeds(&mut hypnos(&[
-        "models",
-        "random",
-        "--like",
-        "miniature",
-        "--seed",
-        "1",
-        "--out",
-        text(other.path()),
-    ]));
-    let of_other = [
-        "export",
-        "--bundle",
-        text(other.path()),
-        "--model",
-        text(&weights),
-        "--out",
-        text(&place),
-        "--as",
-        "diffusers",
-    ];
-    refuse(hypnos(&of_other), "was trained from another bundle");
+    let random = "models random --like miniature --seed 1 --out".split(' ').chain([text(other.path())]);
+    succeeds(&mut hypnos(&random.collect::<Vec<_>>()));
+    refuse(export_of(other.path(), &weights, &place, &BOTH), "was trained from another bundle");
     let bundle = bundle();
     refuse(
         export(&bundle.join("unet/diffusion_pytorch_model.safetensors"), &place, &BOTH),
-        "is of format \"nothing\"",
+        "is of format \"pt\"",
     );
     refuse(export(&dir.path().join("nowhere"), &place, &BOTH), "nowhere: cannot be opened: no such file");
 
-    // A tensor less.
-    let file = TensorFile::open(&weights).expect("a file");
-    let cpu = candle_core::Device::Cpu;
-    let tensors: BTreeMap<_, _> = file
-        .names()
-        .filter(|name| *name != "unet.conv_in.bias")
-        .map(|name| {
-            let (values, shape) = (file.read(name).expect("a tensor"), file.shape(name).expect("a shape"));
-            (name.to_owned(), candle_core::Tensor::from_vec(values, shape, &cpu).expect("a tensor"))
-        })
-        .collect();
     let less = dir.path().join("less.safetensors");
-    hypnos::ml::weights::save(&less, &tensors, file.metadata(), candle_core::DType::F32).expect("a file");
+    rewrite(&weights, &less, |tensors, _| drop(tensors.remove("unet.conv_in.bias")));
     refuse(
         export(&less, &place, &BOTH),
         "less.safetensors: tensor `unet.conv_in.bias` of shape [64] is missing",
     );
 
-    // A file may grow to 8 MiB, less than the UNet has: that write fails as on a full disk, with another word.
+    // A file may grow to 8 MiB, or 16 by the shell, less than the UNet has: that write fails as on a full disk, with another
+    // word.
     for form in ["diffusers", "single-file"] {
         let plain = export(&weights, &place, &["--as", form]);
         let mut limited = Command::new("sh");
@@ -299,6 +281,65 @@ fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
         limited.arg(plain.get_program()).args(plain.get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
         refuse(limited, &format!("place/{form}"));
     }
+}
+
+/// Writes a file of weights again, changed.
+fn rewrite(
+    from: &Path,
+    to: &Path,
+    change: impl FnOnce(&mut BTreeMap<String, Tensor>, &mut BTreeMap<String, String>),
+) {
+    let file = TensorFile::open(from).expect("a file");
+    let read = |name: &str| {
+        let (values, shape) = (file.read(name).expect("a tensor"), file.shape(name).expect("a shape"));
+        (name.to_owned(), Tensor::from_vec(values, shape, &Device::Cpu).expect("a tensor"))
+    };
+    let (mut tensors, mut metadata) = (file.names().map(read).collect(), file.metadata().clone());
+    change(&mut tensors, &mut metadata);
+    save(to, &tensors, &metadata, DType::F32).expect("a file");
+}
+
+#[test]
+fn a_bundle_of_which_little_is_known_is_exported_too() {
+    let (dir, plain) = (scratch(), scratch());
+    copy(&bundle(), plain.path());
+    fs::remove_file(plain.path().join("hypnos.json")).expect("a file");
+    let edit = |path: &str, pairs: &[(&str, Value)]| {
+        let path = plain.path().join(path);
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
+        pairs.iter().for_each(|(key, value)| config[*key] = value.clone());
+        fs::write(path, config.to_string()).expect("a file");
+    };
+    let checker = json!(["stable_diffusion", "StableDiffusionSafetyChecker"]);
+    edit("model_index.json", &[("safety_checker", checker), ("requires_safety_checker", true.into())]);
+    edit("text_encoder/config.json", &[("dtype", "float16".into())]);
+    let (out, theirs) = (dir.path().join("mug"), dir.path().join("theirs.safetensors"));
+    succeeds(&mut train(&demo_photos(), &out, &DREAMBOOTH));
+    let hash = Bundle::open(plain.path()).and_then(|b| Ok(b.hash()?.to_owned())).expect("a hash");
+    rewrite(&out.join("weights.safetensors"), &theirs, |_, about| drop(about.insert("bundle".into(), hash)));
+
+    let place = dir.path().join("place");
+    let done = export_of(plain.path(), &theirs, &place, &BOTH).output().expect("the program runs");
+    let errors = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.success(), "{errors}");
+    assert!(errors.contains("warning: the bundle does not say what licence"), "{errors}");
+    let json = |name: &str| -> Value {
+        let bytes = fs::read(place.join("diffusers").join(name)).expect("a file");
+        serde_json::from_slice(&bytes).expect("JSON")
+    };
+    let index = json("model_index.json");
+    assert_eq!(
+        (&index["safety_checker"], &index["requires_safety_checker"]),
+        (&json!([null, null]), &json!(false))
+    );
+    assert_eq!(index["scheduler"], json!(["diffusers", "DDIMScheduler"]));
+    assert_eq!(json("text_encoder/config.json")["dtype"], "float32", "or transformers would round them");
+    let files = json("hypnos.json")["files"].clone();
+    assert_eq!(files["unet/diffusion_pytorch_model.safetensors"]["licence"], "NOASSERTION");
+    assert!(files.get("tokenizer/vocab.json").is_none(), "nobody knows where it comes from");
+    succeeds(&mut hypnos(&["models", "check", text(&place.join("diffusers"))]));
+    let single = TensorFile::open(&place.join("single-file.safetensors")).expect("a file");
+    assert!(!single.metadata().contains_key("modelspec.license"));
 }
 
 #[test]

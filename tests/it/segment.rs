@@ -23,7 +23,10 @@ fn segmenting(raised: f64) -> TempDir {
     let dir = scratch();
     copy(&bundle(), dir.path());
     let part = dir.path().join("segmenter");
-    fs::create_dir_all(&part).expect("a directory");
+    if part.exists() {
+        fs::remove_dir_all(&part).expect("a directory");
+    }
+    fs::create_dir(&part).expect("a directory");
     let config: Value = Golden::open("tracer").metadata("config");
     fs::write(part.join("config.json"), config.to_string()).expect("a config");
     let all = candle_core::safetensors::load(path("tracer.safetensors"), &Device::Cpu).expect("a golden");

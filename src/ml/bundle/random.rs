@@ -142,7 +142,7 @@ fn write_weights(out: &Path, seed: u64, dtype: DType, progress: &mut dyn FnMut(u
 }
 
 /// transformers and diffusers name their files differently.
-fn weight_file(part: &str) -> &'static str {
+pub(crate) fn weight_file(part: &str) -> &'static str {
     if part == "text_encoder" { WEIGHT_FILES[1] } else { WEIGHT_FILES[0] }
 }
 

@@ -8,17 +8,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::{FineTune, PARTS, Width};
-use crate::ml::bundle::{Bundle, Manifest, Origin, hash_file, model_index, read_json, write_json};
+use crate::ml::bundle::{
+    Bundle, Manifest, Origin, hash_file, model_index, read_json, weight_file, write_json,
+};
 use crate::ml::tensorfile::{io_words, save_streaming, write_atomically};
 use crate::ml::{Error, Result};
 
 const INDEX: &str = "model_index.json";
-
-/// What diffusers and transformers call the file of a part's weights.
-fn weight_file(part: &str) -> String {
-    let name = if part == "text_encoder" { "model" } else { "diffusion_pytorch_model" };
-    format!("{part}/{name}.safetensors")
-}
 
 /// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and what to
 /// call the product.
@@ -49,7 +45,7 @@ fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
     // 1. What stays as it is.
     let (mut copied, mut made) = (bundle.small_files(), Vec::new());
     copied.retain(|path| path != Path::new(INDEX));
-    for part in PARTS.into_iter().filter(|part| !fine_tune.changes(part)) {
+    for part in PARTS.into_iter().filter(|part| !fine_tune.changed(part)) {
         copied.push(bundle.weight_file(part)?);
     }
     for path in &copied {
@@ -57,8 +53,8 @@ fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
     }
     // 2. What was learned.
     let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it
-    for part in PARTS.into_iter().filter(|part| fine_tune.changes(part)) {
-        let file = weight_file(part);
+    for part in PARTS.into_iter().filter(|part| fine_tune.changed(part)) {
+        let file = format!("{part}/{}", weight_file(part));
         save_streaming(&out.join(&file), &fine_tune.parts[part].shapes, &format, width.dtype(), |name| {
             fine_tune.tensor(part, name)
         })?;
@@ -68,9 +64,8 @@ fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
     // 3. What it is. This comes last: a directory without it is no bundle.
     write_json(&out.join(INDEX), &index(bundle)?)?;
     made.push(INDEX.to_owned());
-    let copied = copied.iter().map(|path| path.to_string_lossy().into_owned());
-    let manifest = manifest(fine_tune, copied.chain(made), out)?;
-    write_json(&out.join("hypnos.json"), &json!(manifest))
+    let copied = copied.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    write_json(&out.join("hypnos.json"), &json!(manifest(fine_tune, copied, made, out)?))
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
@@ -105,44 +100,46 @@ fn index(bundle: &Bundle) -> Result<Value> {
     let path = bundle.dir().join(INDEX);
     let theirs = if path.exists() { read_json(&path)? } else { json!({}) };
     for (key, value) in index.as_object_mut().into_iter().flatten() {
-        let here = key.starts_with('_') || !value[1].is_null();
-        if let Some(own) = theirs.get(key).filter(|own| here && own[1].is_string() | own.is_string()) {
+        let of_a_class = |own: &&Value| own.is_string() || own[1].is_string() && !value[1].is_null();
+        if let Some(own) = theirs.get(key).filter(of_a_class) {
             *value = own.clone();
         }
     }
     Ok(index)
 }
 
-/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from.
-fn manifest(fine_tune: &FineTune<'_>, files: impl Iterator<Item = String>, out: &Path) -> Result<Manifest> {
+/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from, if that is known.
+fn manifest(
+    fine_tune: &FineTune<'_>,
+    copied: Vec<String>,
+    made: Vec<String>,
+    out: &Path,
+) -> Result<Manifest> {
     let (bundle, product) = (fine_tune.bundle, &fine_tune.product);
     let theirs = bundle.manifest();
-    let mut origins = BTreeMap::new();
-    for path in files {
+    let known = copied.into_iter().filter(|path| theirs.files.contains_key(path));
+    let mut files = BTreeMap::new();
+    for path in known.chain(made) {
         let (sha256, before) = (hash_file(&out.join(&path))?, theirs.files.get(&path));
-        if let Some(before) = before.filter(|before| before.sha256 == sha256) {
-            origins.insert(path, before.clone());
-            continue;
-        }
         let part = path.split('/').next().unwrap_or_default();
         let licence = before.map(|before| before.licence.as_str()).or(fine_tune.licence_of(part));
-        let made = Origin {
-            source: format!(
-                "fine-tuned by hypnos {} from {}",
-                env!("CARGO_PKG_VERSION"),
-                fine_tune.bundle_name()
-            ),
-            revision: bundle.hash()?.to_owned(),
-            sha256,
-            licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known
+        let origin = match before.filter(|before| before.sha256 == sha256) {
+            Some(before) => before.clone(),
+            None => Origin {
+                source: format!("fine-tuned from {} by hypnos", fine_tune.bundle_name()),
+                revision: bundle.hash()?.to_owned(),
+                sha256,
+                licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known
+            },
         };
-        origins.insert(path, made);
+        files.insert(path, origin);
     }
+    let rare_tokens = theirs.rare_tokens.iter().filter(|token| **token != product.token).cloned().collect();
     Ok(Manifest {
         name: fine_tune.title(),
-        rare_tokens: theirs.rare_tokens.iter().filter(|token| **token != product.token).cloned().collect(),
+        rare_tokens,
         product: Some(product.clone()),
-        files: origins,
+        files,
         ..theirs.clone()
     })
 }

@@ -132,39 +132,42 @@ impl<'a> FineTune<'a> {
         written.map(|()| path)
     }
 
-    /// What may surprise whoever reads its exports with another program.
-    pub fn warnings(&self) -> Vec<String> {
+    /// What may surprise whoever reads it in this form.
+    pub fn warnings(&self, form: Form) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.licence().is_none() {
-            warnings.push(
-                "the bundle does not say what licence its weights come under; nor can an export".into(),
-            );
+            let what =
+                "the bundle does not say what licence its weights come under, so the export does not either";
+            warnings.push(what.into());
         }
-        if !single_file::is_sd1(self.bundle) {
-            warnings.push(
-                "the bundle has other sizes than Stable Diffusion 1; programs that take them for granted cannot draw with it"
-                    .into(),
-            );
+        if form == Form::SingleFile && !single_file::is_sd1(self.bundle) {
+            let name = form.name();
+            warnings.push(format!(
+                "{name}: the bundle has not the sizes of Stable Diffusion 1, which its readers expect"
+            ));
         }
         warnings
     }
 
-    /// Whether a part is another than the bundle's.
-    fn changes(&self, part: &str) -> bool {
-        if self.embeddings.is_empty() { part != VAE } else { part == TEXT_ENCODER }
+    /// Whether all of a part was trained.
+    fn trained(&self, part: &str) -> bool {
+        self.embeddings.is_empty() && part != VAE
     }
 
-    /// Every weight that has to have been learned is there.
+    /// Whether a part is another than the bundle's.
+    fn changed(&self, part: &str) -> bool {
+        self.trained(part) || part == TEXT_ENCODER
+    }
+
+    /// Every weight of a trained part is there.
     fn check(&self) -> Result<()> {
-        let parts = PARTS.into_iter().filter(|part| self.changes(part) && self.embeddings.is_empty());
-        for (part, (name, shape)) in
-            parts.flat_map(|part| self.parts[part].shapes.iter().map(move |s| (part, s)))
-        {
-            if self.learned.shape(&format!("{part}.{name}")) != Some(shape) {
-                let file = self.learned.path().display();
-                return Err(Error::Bad(format!(
-                    "{file}: tensor `{part}.{name}` of shape {shape:?} is missing"
-                )));
+        for part in PARTS.into_iter().filter(|part| self.trained(part)) {
+            for (name, shape) in &self.parts[part].shapes {
+                let name = format!("{part}.{name}");
+                if self.learned.shape(&name) != Some(shape) {
+                    let file = self.learned.path().display();
+                    return Err(Error::Bad(format!("{file}: tensor `{name}` of shape {shape:?} is missing")));
+                }
             }
         }
         Ok(())
@@ -174,12 +177,12 @@ impl<'a> FineTune<'a> {
     fn tensor(&self, part: &str, name: &str) -> Result<Tensor> {
         let Part { file, shapes } = &self.parts[part];
         let shape = shapes[name].as_slice();
-        if self.embeddings.is_empty() && self.changes(part) {
+        if self.trained(part) {
             let values = self.learned.read(&format!("{part}.{name}"))?;
             return Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
         }
         let tensor = weights::read(file, name, shape)?;
-        if part != TEXT_ENCODER || name != TOKENS {
+        if (part, name) != (TEXT_ENCODER, TOKENS) {
             return Ok(tensor);
         }
         let (width, mut rows) = (shape[1], tensor.flatten_all()?.to_vec1::<f32>()?);
@@ -220,7 +223,7 @@ impl<'a> FineTune<'a> {
 
 /// The rows of the token table that a file replaces.
 fn embeddings(learned: &TensorFile, bundle: &Bundle) -> Result<Vec<(usize, String)>> {
-    let width = bundle.configs().0.hidden_size;
+    let (text, _, _) = bundle.configs();
     let tokenizer = bundle.tokenizer()?;
     let mut rows = Vec::new();
     for name in learned.names() {
@@ -228,12 +231,14 @@ fn embeddings(learned: &TensorFile, bundle: &Bundle) -> Result<Vec<(usize, Strin
             continue;
         };
         let bad = |what: String| Error::Bad(format!("{}: tensor `{name}` {what}", learned.path().display()));
-        let Some(id) = tokenizer.id(token) else {
+        let Some(row) = tokenizer.id(token).map(|id| id as usize).filter(|&row| row < text.vocab_size) else {
             return Err(bad("is of a token that the bundle does not have".into()));
         };
-        match learned.shape(name) {
-            Some([1, found]) if *found == width => rows.push((id as usize, name.to_owned())),
-            shape => return Err(bad(format!("is {:?}, wanted [1, {width}]", shape.unwrap_or_default()))),
+        match (learned.shape(name), text.hidden_size) {
+            (Some([1, found]), width) if *found == width => rows.push((row, name.to_owned())),
+            (found, width) => {
+                return Err(bad(format!("is {:?}, wanted [1, {width}]", found.unwrap_or_default())));
+            }
         }
     }
     Ok(rows)

@@ -1,8 +1,7 @@
 //! The single file of Stable Diffusion 1: every weight under its original name, and metadata as ModelSpec 1.0.1 has them
 //! (<https://github.com/Stability-AI/ModelSpec>), which say how to draw with it and what to call the product.
 //!
-//! Departure: without the date, which nothing here knows. Without the hash of all tensors, which would stand before them and
-//! have them read twice.
+//! Departure: without the date, which nothing here knows.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +11,7 @@ use super::{FineTune, PARTS, Width};
 use crate::ml::Result;
 use crate::ml::bundle::Bundle;
 use crate::ml::diffusion::Prediction;
-use crate::ml::tensorfile::save_streaming;
+use crate::ml::tensorfile::save_streaming_hashed;
 
 /// Writes the file `out`.
 pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
@@ -26,7 +25,8 @@ pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Resul
             sources.insert(theirs, (part, name));
         }
     }
-    save_streaming(out, &shapes, &metadata(fine_tune)?, width.dtype(), |theirs| {
+    let (metadata, hash) = (metadata(fine_tune)?, "modelspec.hash_sha256");
+    save_streaming_hashed(out, &shapes, &metadata, hash, width.dtype(), |theirs| {
         let (part, name) = sources[theirs];
         Ok(fine_tune.tensor(part, name)?.reshape(shapes[theirs].as_slice())?)
     })

@@ -53,7 +53,7 @@ pub struct Taken {
 }
 
 /// A number of a step: its name, and where it stands.
-pub(super) type Column = (&'static str, fn(&Taken) -> f32);
+pub type Column = (&'static str, fn(&Taken) -> f32);
 
 impl Taken {
     /// Each number's name, as checkpoints, logs and reports have it, and where it stands.
