@@ -169,8 +169,8 @@ class Step:
 class Model:
     """Forward; with backward to the parameters (or the latents); with a step after it."""
 
-    def __init__(self, model, forward, loss, trained, fused=None):
-        self.forward, self.loss, self.trained = forward, loss, trained
+    def __init__(self, model, forward, loss, trained, fused=None, after=None):
+        self.forward, self.loss, self.trained, self.after = forward, loss, trained, after
         self.params = list(model.parameters())
         for param in self.params:
             param.requires_grad_(False)
@@ -190,6 +190,8 @@ class Model:
         if self.optimiser is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.optimiser.step()
+        if self.after is not None:
+            self.after()
 
     def check(self):
         assert all(leaf.grad is not None for leaf in self.trained), "a weight got no gradient"
@@ -234,22 +236,99 @@ def vae_decode(work, passing):
     return Model(model, lambda: model.decode(x / scale).sample, lambda y: y.backward(upstream), trained)
 
 
+class Discriminator(torch.nn.Module):
+    """Three convolutions, then three layers of a ViT."""
+
+    def __init__(self, channels, side, width=192, heads=3):
+        super().__init__()
+        sizes = [(channels, width // 4, 1), (width // 4, width // 2, 2), (width // 2, width, 2)]
+        stem = [(torch.nn.Conv2d(a, b, 3, stride, 1), torch.nn.GroupNorm(8, b), torch.nn.SiLU()) for a, b, stride in sizes]
+        self.stem = torch.nn.Sequential(*(part for parts in stem for part in parts))
+        self.first = torch.nn.Parameter(normal(1, 1, width, std=0.02))
+        self.places = torch.nn.Parameter(normal(1 + (side // 4) ** 2, width, std=0.02))
+        shape = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layers = (torch.nn.TransformerEncoderLayer(width, heads, 4 * width, **shape) for _ in range(3))
+        self.layers = torch.nn.Sequential(*layers)
+        self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, 1)
+
+    def forward(self, z):
+        x = self.stem(z).flatten(2).transpose(1, 2)
+        x = self.layers(torch.cat([self.first.expand(len(z), 1, -1), x], 1) + self.places)
+        return torch.sigmoid(self.head(self.norm(x[:, 0])))
+
+
+def classifier(config):
+    """EfficientNet's features at five strides of a halved picture."""
+    from timm.models.efficientnet import _gen_efficientnet
+
+    net = _gen_efficientnet("efficientnet_b0", config["width_coefficient"], config["depth_coefficient"], num_classes=0)
+    net.eval().requires_grad_(False)
+
+    def features(pictures):
+        x, found = net.bn1(net.conv_stem(F.avg_pool2d((pictures + 1) / 2, 2) / 0.225)), []
+        for i, stage in enumerate(net.blocks):
+            x = stage(x)
+            if i in (0, 1, 2, 4, 6):
+                found.append(x)
+        return found
+
+    return features
+
+
 def train(work, passing):
-    """An instance and a class image through text encoder and UNet, both trained, and AdamW."""
-    from diffusers import UNet2DConditionModel
+    """An instance and a class image through text encoder and UNet, both trained, and AdamW; and what HYPNOS adds."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    latents = work["latents"]
+    latents, looks = work["latents"], work["perceptual"]
     words, model = CLIPTextModel(CLIPTextConfig(**work["text"])), UNet2DConditionModel(**work["config"])
     if work["checkpointing"]:
         model.enable_gradient_checkpointing()  # only while training
         model.train()
     ids = torch.randint(work["text"]["vocab_size"], (latents[0], 77))
     x, noise, t = normal(*latents), normal(*latents), torch.tensor([321, 810])
+    kept = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod[t].view(-1, 1, 1, 1)
     both = torch.nn.ModuleList([words, model])
-    predict = lambda: model(x, t, words(input_ids=ids).last_hidden_state).sample
-    lower = lambda y: (F.mse_loss(y[:1], noise[:1]) + F.mse_loss(y[1:], noise[1:])).backward()
-    return Model(both, predict, lower, list(both.parameters()), fused=False)
+    strides = (1.0, 0.5, 0.25, 0.125, 0.0625)
+    if looks:
+        vae, features = AutoencoderKL(**looks["vae"]).eval().requires_grad_(False), classifier(looks["classifier"])
+        scale = looks["vae"]["scaling_factor"]
+        factor = 2 ** (len(looks["vae"]["block_out_channels"]) - 1)
+        reference = normal(1, 3, latents[2] * factor, latents[3] * factor, std=0.5)
+    critic = Discriminator(latents[1], latents[2]) if work["discriminator"] else None
+    critic_optimiser = critic and torch.optim.AdamW(critic.parameters(), lr=1e-4, weight_decay=1e-2)
+    shown = [normal(8, *latents[1:]) for _ in range(2)]
+    seen = {}
+
+    def predict():
+        noisy = kept.sqrt() * x + (1 - kept).sqrt() * noise
+        seen["noisy"] = noisy
+        return model(noisy, t, words(input_ids=ids).last_hidden_state).sample
+
+    def lower(y):
+        prior = F.mse_loss(y[1:], noise[1:])
+        if not looks and not critic:
+            return (F.mse_loss(y[:1], noise[:1]) + prior).backward()
+        loss = prior + 3.464 * (((y[:1] - noise[:1]) ** 2 / 3.82).clamp(max=20).exp() - 1).mean()
+        z0 = (seen["noisy"][:1] - (1 - kept[:1]).sqrt() * y[:1]) / kept[:1].sqrt()
+        if looks:
+            pairs = zip(strides, features(vae.decode(z0 / scale).sample), features(reference))
+            loss = loss + 0.003 * sum(weight * F.mse_loss(a, b) for weight, a, b in pairs)
+        if critic:
+            critic.requires_grad_(False)
+            loss = loss + 0.5 * ((1 - critic(z0)) ** 2).mean()
+        loss.backward()
+        seen["z0"] = z0.detach()
+
+    def teach():
+        critic.requires_grad_(True)
+        scores = critic(torch.cat([*shown, seen["z0"]]))
+        critic_optimiser.zero_grad()
+        (((scores[:8] - 1) ** 2).mean() + (scores[8:] ** 2).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        critic_optimiser.step()
+
+    return Model(both, predict, lower, list(both.parameters()), fused=False, after=teach if critic else None)
 
 
 WHOLE = {"adamw": adamw, "text": text, "unet": unet, "vae_decode": vae_decode, "train": train}

@@ -1,13 +1,13 @@
 """Trains an EfficientNet on what pictures show: the perceptual loss's, or with `judge` the one that judges generated pictures.
 
-    python classifier.py perceptual|judge DATA TEST WORK OUT
+    python classifier.py perceptual|judge DATA TEST WORK OUT [--steps N]    # goes on from WORK if it was there before
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
-from world import CLASSES, COLOURS, PATTERNS, PLACES, Clock, World, keep, resume, rng
+from world import CLASSES, COLOURS, PATTERNS, PLACES, Clock, World, keep, pace, rate, resume, rng
 
 import timm
 import torch
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 HEADS = [len(CLASSES), len(COLOURS), len(COLOURS), len(PATTERNS), len(PLACES)]
 NAMES = ["class", "colour", "second", "pattern", "place"]
+RATE, WARM = 4e-3, 100
 ROLES = {
     # Halved pictures, as the loss looks at them; the judge looks at whole ones and has other seeds.
-    "perceptual": {"seed": 2, "width": 0.5, "depth": 0.5, "halve": True, "steps": 3000, "batch": 48},
-    "judge": {"seed": 3, "width": 0.5, "depth": 0.5, "halve": False, "steps": 3000, "batch": 32},
+    "perceptual": {"seed": 2, "width": 0.5, "depth": 0.5, "halve": True, "batch": 48},
+    "judge": {"seed": 3, "width": 0.5, "depth": 0.5, "halve": False, "batch": 32},
 }
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -60,19 +61,22 @@ def score(net, world, n=500):
     return dict(zip(NAMES, (right / n).tolist()))
 
 
-def main(name, data, test, work, out):
-    role = ROLES[name]
-    world, unseen = World(data), World(test)
-    net = Classifier(role).train()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=role["steps"] + 1)
-    path = Path(work) / f"{name}.pt"
-    begin = resume(path, net=net, optimiser=optimiser, schedule=schedule)
-    clock = Clock(role["steps"], 100)
-    print(f"{sum(p.numel() for p in net.parameters())} weights")
-    for step in range(begin, role["steps"]):
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=ROLES)
+    parser.add_argument("data"), parser.add_argument("test"), parser.add_argument("work"), parser.add_argument("out")
+    parser.add_argument("--steps", type=int, default=3000)
+    args = parser.parse_args()
+    name, steps, role = args.name, args.steps, ROLES[args.name]
+    world, unseen = World(args.data), World(args.test)
+    net = Classifier(role).train().to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.02)
+    path = Path(args.work) / f"{name}.pt"
+    begin = resume(path, net=net, optimiser=optimiser)
+    clock = Clock(steps)
+    print(f"{sum(p.numel() for p in net.parameters())} weights; at step {begin}", flush=True)
+    for step in range(begin, steps):
         r = rng(role["seed"], step)
-        world = World(data) if len(world) < 20000 and step % 200 == 0 else world
         chosen = r.choice(len(world), role["batch"], replace=False)
         (x, _), wanted = world.batch(chosen), world.labels(chosen)
         x = blurred(x.flip(3) if r.random() < 0.5 else x, r)
@@ -80,14 +84,15 @@ def main(name, data, test, work, out):
         loss = sum(F.cross_entropy(logits, wanted[:, k]) for k, logits in enumerate(net(x)))
         optimiser.zero_grad()
         loss.backward()
+        pace(optimiser, rate(step, steps, RATE, WARM))
         optimiser.step()
-        schedule.step()
         clock.tell(step + 1, loss=loss.item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            keep(path, step + 1, net=net, optimiser=optimiser)
         if (step + 1) % 500 == 0:
-            keep(path, step + 1, net=net, optimiser=optimiser, schedule=schedule)
             print({k: round(v, 4) for k, v in score(net, unseen).items()}, flush=True)
     if name == "perceptual":
-        out = Path(out) / name
+        out = Path(args.out) / name
         out.mkdir(parents=True, exist_ok=True)
         without = ("num_batches_tracked",)
         tensors = {k: v.half().contiguous() for k, v in net.body.state_dict().items() if not k.endswith(without) and not k.startswith(("conv_head", "bn2."))}
@@ -99,4 +104,4 @@ def main(name, data, test, work, out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    main()

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::ops::{Add, Mul, Sub};
+use std::thread;
 
 /// Side of a picture.
 const SIDE: usize = 128;
@@ -48,9 +49,6 @@ impl V {
     fn cross(self, o: V) -> V {
         V(self.1 * o.2 - self.2 * o.1, self.2 * o.0 - self.0 * o.2, self.0 * o.1 - self.1 * o.0)
     }
-    fn times(self, o: V) -> V {
-        V(self.0 * o.0, self.1 * o.1, self.2 * o.2)
-    }
 }
 
 fn mix(a: V, b: V, t: f32) -> V {
@@ -78,9 +76,55 @@ impl Dice {
     }
 }
 
-const CLASSES: [&str; 10] = ["mug", "vase", "chair", "lamp", "bottle", "robot", "teapot", "clock", "toy car", "backpack"];
-/// Shapes of demo products only.
-const UNSEEN: [&str; 2] = ["lighthouse", "camera"];
+/// What a thing is. The last two are demo products only.
+#[derive(Clone, Copy, Debug)]
+enum Class {
+    Mug,
+    Vase,
+    Chair,
+    Lamp,
+    Bottle,
+    Robot,
+    Teapot,
+    Clock,
+    ToyCar,
+    Backpack,
+    Lighthouse,
+    Camera,
+}
+
+/// What training pictures show.
+const CLASSES: [Class; 10] = [
+    Class::Mug,
+    Class::Vase,
+    Class::Chair,
+    Class::Lamp,
+    Class::Bottle,
+    Class::Robot,
+    Class::Teapot,
+    Class::Clock,
+    Class::ToyCar,
+    Class::Backpack,
+];
+
+impl Class {
+    fn name(self) -> &'static str {
+        match self {
+            Class::Mug => "mug",
+            Class::Vase => "vase",
+            Class::Chair => "chair",
+            Class::Lamp => "lamp",
+            Class::Bottle => "bottle",
+            Class::Robot => "robot",
+            Class::Teapot => "teapot",
+            Class::Clock => "clock",
+            Class::ToyCar => "toy car",
+            Class::Backpack => "backpack",
+            Class::Lighthouse => "lighthouse",
+            Class::Camera => "camera",
+        }
+    }
+}
 
 const COLOURS: [(&str, V); 8] = [
     ("red", V(0.80, 0.10, 0.10)),
@@ -93,10 +137,8 @@ const COLOURS: [(&str, V); 8] = [
     ("black", V(0.09, 0.09, 0.10)),
 ];
 
+/// What training pictures wear; demo products may be dotted or banded as well.
 const PATTERNS: [&str; 3] = ["plain", "striped", "checkered"];
-/// Patterns of demo products only.
-const UNSEEN_PATTERNS: [&str; 2] = ["dotted", "banded"];
-
 const SCENES: [&str; 8] = ["table", "beach", "grass", "snow", "marble", "brick", "city", "forest"];
 
 /// The plain backgrounds, by the names and values that views of photos have.
@@ -117,7 +159,7 @@ const PALETTE: [(&str, [u8; 3]); 12] = [
 
 /// What a picture shows and how.
 struct Picture {
-    class: &'static str,
+    class: Class,
     colours: [usize; 2],
     pattern: &'static str,
     /// A scene, or else a colour of the palette.
@@ -125,7 +167,8 @@ struct Picture {
     plain: usize,
     /// Whether the thing throws a shadow on a plain ground.
     shadow: bool,
-    yaw: f32,
+    /// Sine and cosine of how far the thing is turned.
+    turn: (f32, f32),
     pitch: f32,
     distance: f32,
     /// Where the camera looks, beside the middle of the thing.
@@ -173,7 +216,7 @@ fn cone(p: V, a: f32, b: f32, h: f32) -> f32 {
 
 /// Distance to a thing of this class, standing on y = 0, about two high, and which part of it is nearest: 0 wears the
 /// pattern, 1 the second colour, 2 is dark.
-fn shape(class: &str, p: V) -> (f32, u8) {
+fn shape(class: Class, p: V) -> (f32, u8) {
     let at = |x: f32, y: f32, z: f32| p - V(x, y, z);
     let mut best = (f32::MAX, 0);
     let mut part = |d: f32, kind: u8| {
@@ -182,48 +225,48 @@ fn shape(class: &str, p: V) -> (f32, u8) {
         }
     };
     match class {
-        "mug" => {
+        Class::Mug => {
             let hollow = -cylinder(at(0.0, 1.0, 0.0), 0.56, 0.80);
             part(cylinder(at(-0.05, 0.8, 0.0), 0.68, 0.8).max(hollow), 0);
             part(ring(at(0.72, 0.82, 0.0), 0.40, 0.10), 1);
         }
-        "vase" => {
+        Class::Vase => {
             let (r, y) = ((p.0 * p.0 + p.2 * p.2).sqrt(), p.1.clamp(0.0, 2.0));
             let wide = 0.34 + 0.34 * (1.6 * y + 0.4).sin().max(-0.55);
             let side = (r - wide) * 0.62;
             part(side.max(p.1 - 2.0).max(-p.1), 0);
             part(ring(V(p.0, p.2, p.1 - 2.0), 0.22, 0.07), 1);
         }
-        "chair" => {
+        Class::Chair => {
             part(brick(at(0.0, 0.92, 0.0), V(0.62, 0.10, 0.58), 0.05), 0);
             part(brick(at(0.0, 1.55, -0.52), V(0.60, 0.58, 0.08), 0.05), 0);
             let leg = V(p.0.abs() - 0.52, p.1 - 0.45, p.2.abs() - 0.48);
             part(brick(leg, V(0.08, 0.46, 0.08), 0.02), 1);
         }
-        "lamp" => {
+        Class::Lamp => {
             part(cone(at(0.0, 1.55, 0.0), 0.72, 0.36, 0.45), 0);
             part(cylinder(at(0.0, 0.7, 0.0), 0.07, 0.7), 1);
             part(cylinder(at(0.0, 0.07, 0.0), 0.46, 0.07) - 0.02, 1);
         }
-        "bottle" => {
+        Class::Bottle => {
             part(capsule(p, V(0.0, 0.42, 0.0), V(0.0, 1.05, 0.0), 0.42), 0);
             part(cylinder(at(0.0, 1.62, 0.0), 0.15, 0.30), 0);
             part(cylinder(at(0.0, 1.96, 0.0), 0.19, 0.10), 1);
         }
-        "robot" => {
+        Class::Robot => {
             part(brick(at(0.0, 0.92, 0.0), V(0.48, 0.44, 0.34), 0.05), 0);
             part(brick(at(0.0, 1.66, 0.0), V(0.36, 0.28, 0.30), 0.05), 1);
             part(capsule(V(p.0.abs(), p.1, p.2), V(0.60, 1.20, 0.0), V(0.72, 0.62, 0.1), 0.11), 1);
             part(brick(V(p.0.abs() - 0.24, p.1 - 0.24, p.2), V(0.15, 0.25, 0.17), 0.03), 1);
             part(sphere(V(p.0.abs() - 0.15, p.1 - 1.70, p.2 - 0.30), 0.09), 2);
         }
-        "teapot" => {
+        Class::Teapot => {
             part(sphere(V(p.0, (p.1 - 0.72) * 1.12, p.2), 0.72) * 0.88, 0);
             part(capsule(p, V(0.55, 0.62, 0.0), V(1.08, 1.12, 0.0), 0.13), 1);
             part(ring(at(-0.72, 0.78, 0.0), 0.38, 0.09), 1);
             part(sphere(at(0.0, 1.46, 0.0), 0.14), 1);
         }
-        "clock" => {
+        Class::Clock => {
             let round = V(p.0, p.2, p.1 - 1.0);
             part(cylinder(round, 0.92, 0.20), 0);
             part(cylinder(V(p.0, p.2 - 0.17, p.1 - 1.0), 0.70, 0.06), 1);
@@ -231,24 +274,24 @@ fn shape(class: &str, p: V) -> (f32, u8) {
             part(capsule(p, V(0.0, 1.0, 0.26), V(0.34, 0.86, 0.26), 0.05), 2);
             part(capsule(V(p.0.abs(), p.1, p.2), V(0.45, 0.30, 0.0), V(0.58, 0.06, 0.0), 0.08), 1);
         }
-        "toy car" => {
+        Class::ToyCar => {
             part(brick(at(0.0, 0.52, 0.0), V(1.08, 0.26, 0.50), 0.12), 0);
             part(brick(at(-0.08, 0.98, 0.0), V(0.56, 0.26, 0.42), 0.12), 1);
             let wheel = V(p.0.abs() - 0.66, p.2.abs() - 0.50, p.1 - 0.27);
             part(cylinder(wheel, 0.27, 0.10), 2);
         }
-        "backpack" => {
+        Class::Backpack => {
             part(brick(at(0.0, 0.92, 0.0), V(0.66, 0.90, 0.36), 0.26), 0);
             part(brick(at(0.0, 0.58, 0.34), V(0.46, 0.38, 0.16), 0.12), 1);
             part(ring(at(0.0, 1.86, 0.0), 0.20, 0.06), 1);
         }
-        "lighthouse" => {
+        Class::Lighthouse => {
             part(cone(at(0.0, 0.78, 0.0), 0.52, 0.34, 0.78), 0);
             part(cylinder(at(0.0, 1.60, 0.0), 0.46, 0.06), 2);
             part(cylinder(at(0.0, 1.78, 0.0), 0.26, 0.16), 1);
             part(cone(at(0.0, 2.06, 0.0), 0.36, 0.02, 0.14), 1);
         }
-        _ => {
+        Class::Camera => {
             part(brick(at(0.0, 0.70, 0.0), V(0.86, 0.56, 0.30), 0.10), 0);
             part(cylinder(V(p.0 - 0.12, p.2 - 0.40, p.1 - 0.66), 0.40, 0.26), 1);
             part(cylinder(V(p.0 - 0.12, p.2 - 0.62, p.1 - 0.66), 0.28, 0.08), 2);
@@ -256,6 +299,49 @@ fn shape(class: &str, p: V) -> (f32, u8) {
         }
     }
     best
+}
+
+/// A box around a thing, and how much `shape` grows at least for each step away from the box: some shapes are bounds from
+/// below.
+struct Bounds {
+    low: V,
+    high: V,
+    growth: f32,
+}
+
+fn bounds(class: Class) -> Bounds {
+    let of = |low: V, high: V, growth: f32| Bounds { low, high, growth };
+    match class {
+        Class::Mug => of(V(-0.73, 0.0, -0.68), V(1.22, 1.6, 0.68), 1.0),
+        Class::Vase => of(V(-0.68, 0.0, -0.68), V(0.68, 2.07, 0.68), 0.5),
+        Class::Chair => of(V(-0.62, -0.01, -0.60), V(0.62, 2.13, 0.58), 1.0),
+        Class::Lamp => of(V(-0.72, -0.02, -0.72), V(0.72, 2.0, 0.72), 0.65),
+        Class::Bottle => of(V(-0.42, 0.0, -0.42), V(0.42, 2.06, 0.42), 1.0),
+        Class::Robot => of(V(-0.83, -0.01, -0.34), V(0.83, 1.94, 0.39), 1.0),
+        Class::Teapot => of(V(-1.19, 0.07, -0.72), V(1.21, 1.6, 0.72), 0.85),
+        Class::Clock => of(V(-0.92, -0.02, -0.20), V(0.92, 1.92, 0.31), 1.0),
+        Class::ToyCar => of(V(-1.08, 0.0, -0.60), V(1.08, 1.24, 0.60), 1.0),
+        Class::Backpack => of(V(-0.66, 0.02, -0.36), V(0.66, 2.12, 0.50), 1.0),
+        Class::Lighthouse => of(V(-0.52, 0.0, -0.52), V(0.52, 2.2, 0.52), 0.5),
+        Class::Camera => of(V(-0.86, 0.14, -0.30), V(0.86, 1.44, 0.70), 1.0),
+    }
+}
+
+impl Bounds {
+    /// Where a ray, in the thing's own coordinates, enters the box widened by `margin` and where it leaves it.
+    fn crossing(&self, from: V, ray: V, margin: f32) -> Option<(f32, f32)> {
+        let axis = |from: f32, ray: f32, low: f32, high: f32| {
+            let (a, b) = ((low - margin - from) / ray, (high + margin - from) / ray);
+            (a.min(b), a.max(b))
+        };
+        let (x, y, z) = (
+            axis(from.0, ray.0, self.low.0, self.high.0),
+            axis(from.1, ray.1, self.low.1, self.high.1),
+            axis(from.2, ray.2, self.low.2, self.high.2),
+        );
+        let (enter, leave) = (x.0.max(y.0).max(z.0).max(0.0), x.1.min(y.1).min(z.1));
+        (enter <= leave).then_some((enter, leave))
+    }
 }
 
 /// The colour of a point of the thing, before light.
@@ -334,15 +420,15 @@ fn beyond(scene: &str, ray: V, seed: u64) -> V {
         }
         "marble" => mix(V(0.64, 0.67, 0.70), V(0.56, 0.59, 0.63), up * 0.6),
         "brick" => {
-            let row = (up * 3.2).floor();
-            let (u, v) = ((across * 1.6 + row * 0.5).rem_euclid(1.0), (up * 3.2).rem_euclid(1.0));
-            let joint = u < 0.08 || v < 0.14;
-            let tone = noise((across * 1.6 + row * 0.5).floor() as i32, row as i32, seed);
-            if joint { V(0.70, 0.66, 0.62) } else { mix(V(0.52, 0.19, 0.13), V(0.70, 0.30, 0.21), tone) }
+            let row = (up * 1.8).floor();
+            let (u, v) = ((across + row * 0.5).rem_euclid(1.0), (up * 1.8).rem_euclid(1.0));
+            let joint = u < 0.06 || v < 0.15;
+            let tone = noise((across + row * 0.5).floor() as i32, row as i32, seed);
+            if joint { V(0.68, 0.58, 0.52) } else { mix(V(0.52, 0.19, 0.13), V(0.70, 0.30, 0.21), tone) }
         }
         "city" => {
-            let (column, row) = ((across * 2.2).floor(), (up * 4.5).floor());
-            let (u, v) = ((across * 2.2).rem_euclid(1.0), (up * 4.5).rem_euclid(1.0));
+            let (column, row) = ((across * 1.4).floor(), (up * 1.9).floor());
+            let (u, v) = ((across * 1.4).rem_euclid(1.0), (up * 1.9).rem_euclid(1.0));
             let window = (0.25..0.75).contains(&u) && (0.3..0.75).contains(&v);
             let lit = noise(column as i32, row as i32, seed) > 0.45;
             if window && lit { V(0.98, 0.84, 0.42) } else { V(0.05, 0.06, 0.14) }
@@ -357,38 +443,52 @@ fn beyond(scene: &str, ray: V, seed: u64) -> V {
 
 // ------------------------------------------------------------------------------------------------------------ light
 
-fn turned(p: V, yaw: f32) -> V {
-    let (s, c) = yaw.sin_cos();
+fn turned(p: V, (s, c): (f32, f32)) -> V {
     V(c * p.0 - s * p.2, p.1, s * p.0 + c * p.2)
 }
 
-/// Where a ray first meets the thing.
-fn march(picture: &Picture, from: V, ray: V, far: f32) -> Option<f32> {
-    let mut t = 0.0;
+/// Where a ray first meets the thing. Outside its box there is nothing to meet.
+fn march(picture: &Picture, from: V, ray: V) -> Option<f32> {
+    let (from, ray) = (turned(from, picture.turn), turned(ray, picture.turn));
+    let (mut t, leave) = bounds(picture.class).crossing(from, ray, 0.02)?;
     for _ in 0..90 {
-        let (d, _) = shape(picture.class, turned(from + ray * t, picture.yaw));
+        let (d, _) = shape(picture.class, from + ray * t);
         if d < 0.0015 {
             return Some(t);
         }
         t += d * 0.85;
-        if t > far {
+        if t > leave {
             break;
         }
     }
     None
 }
 
+/// How far from the lamp's ray, in lengths of the way to it, the thing's shadow ends.
+const PENUMBRA: f32 = 1.0 / 7.0;
+/// How far shadows reach.
+const SHADOW: f32 = 5.0;
+
 /// How much of the lamp reaches a point: 0 in the shadow, 1 outside it.
 fn lit(picture: &Picture, from: V) -> f32 {
+    let (from, ray) = (turned(from, picture.turn), turned(picture.light, picture.turn));
+    // Beyond `last` the ray is too far from the thing's box for any shade; two looks narrow that down.
+    let (bounds, mut last) = (bounds(picture.class), SHADOW);
+    for _ in 0..3 {
+        match bounds.crossing(from, ray, last * PENUMBRA / bounds.growth) {
+            Some((_, leave)) => last = last.min(leave),
+            None => return 1.0,
+        }
+    }
     let (mut t, mut light) = (0.03, 1.0f32);
     for _ in 0..24 {
-        let (d, _) = shape(picture.class, turned(from + picture.light * t, picture.yaw));
-        light = light.min(7.0 * d / t);
+        let (d, _) = shape(picture.class, from + ray * t);
+        light = light.min(d / (t * PENUMBRA));
         if light < 0.01 {
             return 0.0;
         }
         t += d.clamp(0.04, 0.5);
-        if t > 5.0 {
+        if t > last {
             break;
         }
     }
@@ -397,15 +497,16 @@ fn lit(picture: &Picture, from: V) -> f32 {
 
 /// Colour of a ray, and whether it met the thing.
 fn trace(picture: &Picture, from: V, ray: V) -> (V, bool) {
-    let far = picture.distance + 4.0;
-    if let Some(t) = march(picture, from, ray, far) {
+    if let Some(t) = march(picture, from, ray) {
         let p = from + ray * t;
-        let local = turned(p, picture.yaw);
+        let local = turned(p, picture.turn);
         let (d, kind) = shape(picture.class, local);
         let slope = |dx: f32, dy: f32, dz: f32| shape(picture.class, local + V(dx, dy, dz)).0 - d;
         let e = 0.003;
-        let normal = turned(V(slope(e, 0.0, 0.0), slope(0.0, e, 0.0), slope(0.0, 0.0, e)).unit(), -picture.yaw);
-        let diffuse = normal.dot(picture.light).max(0.0) * (0.35 + 0.65 * lit(picture, p + normal * 0.02));
+        let back = (-picture.turn.0, picture.turn.1);
+        let normal = turned(V(slope(e, 0.0, 0.0), slope(0.0, e, 0.0), slope(0.0, 0.0, e)).unit(), back);
+        let facing = normal.dot(picture.light);
+        let diffuse = if facing > 0.0 { facing * (0.35 + 0.65 * lit(picture, p + normal * 0.02)) } else { 0.0 };
         let shine = (normal.dot((picture.light - ray).unit())).max(0.0).powi(24) * 0.18;
         let colour = paint(picture, local, kind) * (0.48 + 0.16 * normal.1 + 0.56 * diffuse);
         return (colour * picture.brightness + V(shine, shine, shine), true);
@@ -445,7 +546,7 @@ fn render(picture: &Picture) -> Vec<u8> {
                 let (u, v) = (place(x, sub % 2), place(y, sub / 2));
                 let ray = (ahead * 1.55 + right * u - up * v).unit();
                 let (colour, hit) = trace(picture, from, ray);
-                sum = sum + colour.times(V(1.0, 1.0, 1.0));
+                sum = sum + colour;
                 hits += i32::from(hit);
             }
             let byte = |v: f32| (v / 4.0 * 255.0).round().clamp(0.0, 255.0) as u8;
@@ -468,7 +569,7 @@ fn random_picture(dice: &mut Dice) -> Picture {
 }
 
 /// A camera and a lamp for a thing in a place.
-fn seen(dice: &mut Dice, class: &'static str, colours: [usize; 2], pattern: &'static str, scene: Option<usize>) -> Picture {
+fn seen(dice: &mut Dice, class: Class, colours: [usize; 2], pattern: &'static str, scene: Option<usize>) -> Picture {
     let light = V(dice.between(-0.9, 0.9), dice.between(0.8, 1.4), dice.between(0.3, 1.0)).unit();
     Picture {
         class,
@@ -477,7 +578,7 @@ fn seen(dice: &mut Dice, class: &'static str, colours: [usize; 2], pattern: &'st
         scene,
         plain: dice.below(PALETTE.len()),
         shadow: dice.unit() < 0.4,
-        yaw: dice.between(-0.7, 0.7),
+        turn: dice.between(-0.7, 0.7).sin_cos(),
         pitch: dice.between(0.12, 0.42),
         distance: dice.between(4.1, 5.6),
         aim: (dice.between(-0.3, 0.3), dice.between(-0.22, 0.22)),
@@ -495,19 +596,30 @@ fn describe(picture: &Picture) -> String {
     };
     format!(
         "{{\"class\": \"{}\", \"colour\": \"{one}\", \"second\": \"{other}\", \"pattern\": \"{}\", \"place\": \"{place}\", \"plain\": {plain}}}",
-        picture.class, picture.pattern
+        picture.class.name(),
+        picture.pattern
     )
 }
 
 fn train(out: &str, count: usize, seed: u64) -> std::io::Result<()> {
     let mut pixels = BufWriter::new(File::create(format!("{out}.rgbm"))?);
     let mut words = BufWriter::new(File::create(format!("{out}.jsonl"))?);
-    for i in 0..count {
-        let picture = random_picture(&mut Dice(seed.wrapping_mul(1_000_003).wrapping_add(i as u64)));
-        pixels.write_all(&render(&picture))?;
-        writeln!(words, "{}", describe(&picture))?;
-        if i % 1000 == 999 {
-            eprintln!("{} of {count}", i + 1);
+    let picture = |i: usize| random_picture(&mut Dice(seed.wrapping_mul(1_000_003).wrapping_add(i as u64)));
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    for start in (0..count).step_by(100) {
+        let pictures: Vec<Picture> = (start..count.min(start + 100)).map(picture).collect();
+        let drawn: Vec<Vec<u8>> = thread::scope(|scope| {
+            let parts = pictures.chunks(pictures.len().div_ceil(threads));
+            let parts = parts.map(|part| scope.spawn(move || part.iter().map(render).collect::<Vec<_>>()));
+            let parts: Vec<_> = parts.collect();
+            parts.into_iter().flat_map(|part| part.join().expect("drawn")).collect()
+        });
+        for (picture, drawn) in pictures.iter().zip(drawn) {
+            pixels.write_all(&drawn)?;
+            writeln!(words, "{}", describe(picture))?;
+        }
+        if start % 1000 == 900 {
+            eprintln!("{} of {count}", start + 100);
         }
     }
     pixels.flush()?;
@@ -515,31 +627,29 @@ fn train(out: &str, count: usize, seed: u64) -> std::io::Result<()> {
 }
 
 /// A dozen products that no training picture shows: other combinations, other patterns, and two other shapes.
-const PRODUCTS: [(&str, &str, [usize; 2], &str); 12] = [
-    ("dotted-mug", "mug", [6, 0], "dotted"),
-    ("banded-vase", "vase", [4, 2], "banded"),
-    ("checkered-teapot", "teapot", [2, 5], "checkered"),
-    ("banded-bottle", "bottle", [3, 6], "banded"),
-    ("dotted-backpack", "backpack", [5, 2], "dotted"),
-    ("striped-lamp", "lamp", [1, 4], "striped"),
-    ("banded-robot", "robot", [0, 6], "banded"),
-    ("checkered-chair", "chair", [6, 4], "checkered"),
-    ("dotted-car", "toy car", [2, 0], "dotted"),
-    ("banded-clock", "clock", [5, 1], "banded"),
-    ("lighthouse", "lighthouse", [6, 0], "striped"),
-    ("camera", "camera", [7, 1], "plain"),
+const PRODUCTS: [(&str, Class, [usize; 2], &'static str); 12] = [
+    ("dotted-mug", Class::Mug, [6, 0], "dotted"),
+    ("banded-vase", Class::Vase, [4, 2], "banded"),
+    ("checkered-teapot", Class::Teapot, [2, 5], "checkered"),
+    ("banded-bottle", Class::Bottle, [3, 6], "banded"),
+    ("dotted-backpack", Class::Backpack, [5, 2], "dotted"),
+    ("striped-lamp", Class::Lamp, [1, 4], "striped"),
+    ("banded-robot", Class::Robot, [0, 6], "banded"),
+    ("checkered-chair", Class::Chair, [6, 4], "checkered"),
+    ("dotted-car", Class::ToyCar, [2, 0], "dotted"),
+    ("banded-clock", Class::Clock, [5, 1], "banded"),
+    ("lighthouse", Class::Lighthouse, [6, 0], "striped"),
+    ("camera", Class::Camera, [7, 1], "plain"),
 ];
 
 /// Four photos of each product, in four places.
 fn demo(dir: &str) -> std::io::Result<()> {
-    let known = |name: &str| CLASSES.iter().chain(&UNSEEN).find(|class| **class == name).copied().unwrap_or("mug");
-    let worn = |name: &str| PATTERNS.iter().chain(&UNSEEN_PATTERNS).find(|p| **p == name).copied().unwrap_or("plain");
     for (i, (name, class, colours, pattern)) in PRODUCTS.iter().enumerate() {
         fs::create_dir_all(format!("{dir}/{name}"))?;
         for photo in 0..4 {
             let mut dice = Dice(7_000 + 10 * i as u64 + photo);
             let scene = Some((i + 2 * photo as usize) % SCENES.len());
-            let picture = seen(&mut dice, known(class), *colours, worn(pattern), scene);
+            let picture = seen(&mut dice, *class, *colours, pattern, scene);
             let pixels = render(&picture);
             let mut file = BufWriter::new(File::create(format!("{dir}/{name}/{}.ppm", photo + 1))?);
             write!(file, "P6 {SIDE} {SIDE} 255\n")?;

@@ -1,6 +1,8 @@
 """What the renderer draws, in words: pictures with masks, captions, and labels for classifiers."""
 
+import copy
 import json
+import math
 import os
 import random
 import time
@@ -10,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 SIDE = 128
 CLASSES = "mug,vase,chair,lamp,bottle,robot,teapot,clock,toy car,backpack".split(",")
@@ -97,6 +100,20 @@ class Clock:
             print(f"step {step} of {self.total}  {words}  {each:.2f} s a step, {left:.0f} min left", flush=True)
 
 
+def rate(step, steps, peak, warm, hold=0.0, end=0.02):
+    """A learning rate that grows for `warm` steps, stays for a share `hold` of all steps, then falls like a cosine.
+
+    It follows from step and steps alone: a training that went on too long is ended by naming fewer steps.
+    """
+    fallen = max(0.0, min(1.0, step / steps) - hold) / (1 - hold)
+    return peak * min(1, (step + 1) / warm) * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def pace(optimiser, value):
+    for group in optimiser.param_groups:
+        group["lr"] = value
+
+
 def resume(path, **parts):
     """Loads what `keep` wrote, if anything; gives the step."""
     if not Path(path).exists():
@@ -118,3 +135,51 @@ def rng(seed, step):
 
 def words_rng(seed, step):
     return random.Random(seed * 1_000_003 + step)
+
+
+class Team:
+    """The processes that train together, one thread each: `torchrun` starts several, else there is one.
+
+    Never two threads in one process on a machine that does other things: they wait for each other at every operation.
+    """
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        if self.size > 1:
+            dist.init_process_group("gloo")
+
+    def average(self, parameters):
+        """Gives every process the mean of all gradients."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / self.size).split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+class Average:
+    """An exponential moving average of a network's weights."""
+
+    def __init__(self, net, decay):
+        self.net, self.decay = copy.deepcopy(net).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def follow(self, net, step):
+        decay = min(self.decay, (step + 1) / (step + 20))
+        torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+
+    def state_dict(self):
+        return self.net.state_dict()
+
+    def load_state_dict(self, state):
+        self.net.load_state_dict(state)
+
+
+def photos(folder):
+    """The demo products' photos [N, 3, 128, 128] in -1..1."""
+    raw = [path.read_bytes()[-SIDE * SIDE * 3 :] for path in sorted(Path(folder).glob("*/*.ppm"))]
+    pixels = np.stack([np.frombuffer(bytes, np.uint8).reshape(SIDE, SIDE, 3) for bytes in raw])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -10,6 +10,7 @@ mod models;
 mod sample;
 mod serve;
 mod service;
+mod spot;
 mod sweep;
 mod train;
 mod work;

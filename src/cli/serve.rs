@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::service::{self, Log};
-use super::{Stop, say};
+use super::{Stop, say, spot};
 use crate::blobs::Links;
 use crate::config::{Serving, Storage, Working, seconds};
 use crate::http::{self, Auth, Front, Patience};
@@ -82,8 +82,9 @@ async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToke
         url_time: Duration::from_secs(serving.url_secs),
         ..http::Settings::default()
     };
+    let spotter = spot::open(&args.working.bundle)?;
     let decoder = Decoder::new(limits, n_parallel, DECODE);
-    let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone());
+    let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone(), spotter);
     let patience = Patience {
         head: seconds("HYPNOS_HEADER_SECS", serving.header_secs)?,
         drain: seconds("HYPNOS_DRAIN_SECS", serving.drain_secs)?,

@@ -85,6 +85,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
         adapted_bytes_max: 0,
         checkpointing: args.checkpointing,
     })?;
+    engine.check(&spec)?;
     let (out, spec) = Out::open(&args.out, &spec, engine.bundle(), args.resume)?;
 
     // 2. The training, in a thread of its own, while signals are heard here.

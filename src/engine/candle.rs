@@ -56,6 +56,11 @@ impl CandleEngine {
         Ok(Self { settings, bundle: Arc::new(bundle), base: Arc::new(base), hash, adapted })
     }
 
+    /// Whether a training of `spec` can begin, as far as words and settings tell.
+    pub fn check(&self, spec: &TrainSpec) -> Result<(), Fault> {
+        training::check(self, spec)
+    }
+
     /// The models of these weights, loaded unless they are still here.
     fn adapted(&mut self, file: &Path, sha256: &str) -> Result<Arc<Adapted>, Fault> {
         if let Some(adapted) = self.adapted.get(sha256) {

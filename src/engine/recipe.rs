@@ -14,6 +14,7 @@ pub(super) fn recipe(
     spec: &TrainSpec,
     n_class_images: usize,
 ) -> Result<Recipe, Fault> {
+    check_class_name(&spec.class_name)?;
     let options = &spec.options;
     let embedding = options.method == Method::TextualInversion;
     let own = &engine.bundle.manifest().rare_tokens;
@@ -76,7 +77,24 @@ pub(super) fn recipe(
         seed: spec.seed,
     };
     recipe.check().map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
+    for (wanted, part, without) in [
+        (recipe.views.is_some(), "segmenter", "views.enabled=false"),
+        (recipe.has_perceptual(), "perceptual", "loss_weights.perceptual=0"),
+    ] {
+        if wanted && !engine.bundle.has(part) {
+            let message = format!("method: this model has no {part}/ to learn with; {without} goes without");
+            return Err(Fault::new(FaultCode::Input, message));
+        }
+    }
     Ok(recipe)
+}
+
+/// Refuses a class name in which there is nothing to read.
+fn check_class_name(name: &str) -> Result<(), Fault> {
+    if name.chars().any(char::is_alphanumeric) {
+        return Ok(());
+    }
+    Err(Fault::new(FaultCode::Input, format!("class_name: wanted words, \"{name}\" has no letter")))
 }
 
 /// The prompts that a training is asked to use.

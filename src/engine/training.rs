@@ -88,6 +88,11 @@ pub(super) fn train(
     }
 }
 
+/// Refuses what [`train`] would refuse before it computes anything.
+pub(super) fn check(engine: &CandleEngine, spec: &TrainSpec) -> Result<(), Fault> {
+    Plan::new(engine, spec).map(|_| ())
+}
+
 /// All that is decided before anything is computed.
 struct Plan {
     recipe: Recipe,

@@ -47,6 +47,7 @@ use crate::blobs::Blobs;
 use crate::photo::Decoder;
 use crate::store::Store;
 pub use document::openapi;
+pub use photos::{Spotted, Spotter};
 pub use problem::{Kind as ProblemKind, Problem};
 pub use serve::{Patience, serve};
 
@@ -122,6 +123,7 @@ pub struct Shared {
     uploads: Semaphore,
     streams: Arc<Semaphore>,
     probe: health::Probe,
+    spotter: Option<Arc<dyn Spotter>>,
 }
 
 impl Deref for Front {
@@ -133,7 +135,8 @@ impl Deref for Front {
 }
 
 impl Front {
-    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end.
+    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. Without a `spotter`
+    /// photos are inspected without looking for the product.
     pub fn new(
         store: Store,
         blobs: Blobs,
@@ -141,6 +144,7 @@ impl Front {
         settings: Settings,
         metrics: PrometheusHandle,
         closing: CancellationToken,
+        spotter: Option<Arc<dyn Spotter>>,
     ) -> Self {
         Self(Arc::new(Shared {
             keys: keys::Keys::new(store.clone(), settings.key_time),
@@ -154,6 +158,7 @@ impl Front {
             settings,
             metrics,
             closing,
+            spotter,
         }))
     }
 

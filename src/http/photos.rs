@@ -1,5 +1,7 @@
 //! `/v1/photos/inspect`: what would become of photos, before anything is queued.
 
+use std::error::Error;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -41,6 +43,33 @@ struct Inspected {
     problem: Option<Refused>,
     /// What can be seen of it; null if it cannot be decoded.
     inspection: Option<Inspection>,
+    /// Where the product is in it; null if it cannot be decoded, or this server has no model to look with.
+    product: Option<Spotted>,
+}
+
+/// Where the product is in a photo, as a training that makes views of it would see it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = Product)]
+pub struct Spotted {
+    /// Why such a training would refuse the photo; null if it would not.
+    pub refusal: Option<String>,
+    /// What is odd about it: it touches an edge, is not alone, is small, has a vague outline.
+    pub warnings: Vec<String>,
+    /// Share of the photo that it covers.
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    pub area: f64,
+    /// How certain its outline is: 1 where every pixel is.
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    pub confidence: f64,
+    /// It alone, on grey, at most 256 pixels long: a `data:` URL of a PNG.
+    #[schema(pattern = "^data:image/png;base64,")]
+    pub preview: String,
+}
+
+/// Finds the product in photos.
+pub trait Spotter: Send + Sync {
+    /// Where it is in a photo that is given as PNG. May take seconds.
+    fn spot(&self, png: &[u8]) -> Result<Spotted, Box<dyn Error + Send + Sync>>;
 }
 
 /// Why a photo would not be taken.
@@ -55,8 +84,8 @@ struct Refused {
 
 /// Looks at photos without keeping them
 ///
-/// Says of each photo whether a job would take it, and what is odd about it: too dark, of one colour, blurry, twice the
-/// same. Nothing is stored or queued.
+/// Says of each photo whether a job would take it, what is odd about it (too dark, of one colour, blurry, twice the same),
+/// and where the product was found in it. Nothing is stored or queued.
 #[utoipa::path(
     post, path = "/v1/photos/inspect", tag = "photos",
     request_body(content = PhotosForm, content_type = "multipart/form-data"),
@@ -78,12 +107,17 @@ pub(super) async fn inspect_photos(
     let mut photos = Vec::new();
     for image in upload.images {
         photos.push(match front.decoder.decode(image).await {
-            Ok(photo) => Inspected { accepted: true, problem: None, inspection: Some(photo.inspection) },
+            Ok(photo) => Inspected {
+                accepted: true,
+                problem: None,
+                inspection: Some(photo.inspection),
+                product: spot(&front, photo.png).await?,
+            },
             Err(refusal) if refusal.status == 503 => return Err(refusal.into()),
             Err(refusal) => {
                 let r#type = format!("{TYPE_PREFIX}{}", refusal.code);
                 let problem = Some(Refused { r#type, detail: refusal.message });
-                Inspected { accepted: false, problem, inspection: None }
+                Inspected { accepted: false, problem, inspection: None, product: None }
             }
         });
     }
@@ -91,4 +125,12 @@ pub(super) async fn inspect_photos(
         photos.iter().enumerate().filter_map(|(n, photo)| Some((n, photo.inspection.clone()?))).unzip();
     let duplicates = duplicates(&seen).into_iter().map(|(a, b)| (places[a], places[b])).collect();
     Ok(Json(Inspections { photos, duplicates }))
+}
+
+/// Where the product is, off the threads that serve.
+async fn spot(front: &Front, png: Vec<u8>) -> Result<Option<Spotted>, Problem> {
+    let Some(spotter) = front.spotter.clone() else { return Ok(None) };
+    let spotted = tokio::task::spawn_blocking(move || spotter.spot(&png)).await;
+    let spotted = spotted.map_err(|error| Problem::internal(&error))?;
+    spotted.map(Some).map_err(|error| Problem::internal(&*error))
 }

@@ -237,6 +237,11 @@ impl Bundle {
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
+    /// Whether there is a part of this name.
+    pub fn has(&self, part: &str) -> bool {
+        self.dir.join(part).is_dir()
+    }
+
     /// A backbone in `metrics/`, if the bundle has it: what `load` makes of its weights and its config, what `name` calls
     /// it, and the hash of its weights.
     pub(super) fn backbone<C: DeserializeOwned, M>(
@@ -248,7 +253,7 @@ impl Bundle {
         load: impl FnOnce(&Weights, &C) -> Result<M>,
     ) -> Result<Option<Backbone<M>>> {
         let part = format!("metrics/{which}");
-        if !self.dir.join(&part).is_dir() {
+        if !self.has(&part) {
             return Ok(None);
         }
         let config = read_config(&self.dir, &part, check)?;
@@ -258,9 +263,11 @@ impl Bundle {
     }
 
     fn teacher<T: DeserializeOwned>(&self, part: &str, check: impl Fn(&T) -> Result<()>) -> Result<T> {
-        let dir = self.dir.join(part);
-        if !dir.is_dir() {
-            return Err(bad(&dir, "is missing; the method that was asked for learns with it"));
+        if !self.has(part) {
+            return Err(bad(
+                &self.dir.join(part),
+                "is missing; the method that was asked for learns with it",
+            ));
         }
         read_config(&self.dir, part, check)
     }

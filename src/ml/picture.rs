@@ -33,6 +33,17 @@ pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
     imageops::resize(&square, side as u32, side as u32, FilterType::CatmullRom)
 }
 
+/// A picture made smaller, if need be, so that neither side is longer than `side`.
+pub fn within(picture: &RgbImage, side: u32) -> RgbImage {
+    let (width, height) = picture.dimensions();
+    let longer = width.max(height);
+    if longer <= side {
+        return picture.clone();
+    }
+    let fit = |length: u32| (f64::from(length) * f64::from(side) / f64::from(longer)).round().max(1.0) as u32;
+    imageops::resize(picture, fit(width), fit(height), FilterType::Triangle)
+}
+
 /// The pixels of a PNG file. [`Error::Bad`] if the bytes are none.
 pub fn read_png(png: &[u8]) -> Result<RgbImage> {
     let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);

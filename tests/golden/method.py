@@ -3,14 +3,17 @@
     pip install --no-deps timm==1.0.31 torchvision==0.29.2 carvekit==4.1.2   # beside what make.py names
     python tests/golden/method.py            # all of them
     python tests/golden/method.py critic     # only this
+    python tests/golden/method.py --full DIR # TRACER-B7 and EfficientNet-B1 at full size, too large to be committed
+
+What `--full` writes has the names of the small goldens: `HYPNOS_GOLDENS=DIR cargo nextest run -E 'test(/^method::the_(perc|segm)/)'` holds
+the same tests to it.
 
 The file format, the packages and the rules are make.py's; models that stand there begin with the same weights.
 """
 
 import copy
-import json
+import functools
 import math
-import os
 import sys
 import types
 from pathlib import Path
@@ -25,7 +28,6 @@ from carvekit.ml.arch.tracerb7.effi_utils import create_block_args, round_repeat
 from carvekit.ml.arch.tracerb7.efficientnet import EfficientEncoderB7
 from carvekit.ml.arch.tracerb7.tracer import TracerDecoder
 from carvekit.ml.wrap.tracer_b7 import TracerUniversalB7
-from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import make
@@ -159,6 +161,9 @@ def features(net, pictures, halve=True):
 
 
 STRIDES = [1.0, 0.5, 0.25, 0.125, 0.0625]
+# EfficientNet's width and depth, and the pictures' height and width.
+CLASSIFIER = {"width": 0.25, "depth": 0.5, "height": 96, "side": 64}
+CLASSIFIER_B1 = {"width": 1.0, "depth": 1.1, "height": 512, "side": 512}
 
 
 def perceptual_loss(a, b):
@@ -172,12 +177,12 @@ def state(module, prefix="", without=("num_batches_tracked", "conv_head", "bn2."
 
 
 @golden
-def perceptual():
+def perceptual(width, depth, height, side):
     """EfficientNet's features of a picture, halved, and eq. 5 against another: value, and gradient to the first."""
-    net = efficientnet(110, 0.25, 0.5)
+    net = efficientnet(110, width, depth)
     cases = Cases("", torch.nn.Module())
     cases.tensors = state(net)
-    x, y = normal(112, 1, 3, 96, 64).clamp(-1, 1), normal(113, 1, 3, 96, 64).clamp(-1, 1)
+    x, y = (normal(seed, 1, 3, height, side).clamp(-1, 1) for seed in (112, 113))
 
     def run(dtype):
         n, a = copy.deepcopy(net).to(dtype), x.to(dtype).requires_grad_()
@@ -187,7 +192,7 @@ def perceptual():
         return {f"feature.{i}": f for i, f in enumerate(found)} | {"loss": loss}, {"x": grad}
 
     cases.add("all", {"x": x, "y": y}, run)
-    config = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "batch_norm_eps": 1e-5}
+    config = {"width_coefficient": width, "depth_coefficient": depth, "batch_norm_eps": 1e-5}
     write("perceptual", cases.tensors, config=config, strides=STRIDES, **cases.metadata)
 
 
@@ -296,17 +301,20 @@ def tracer_net(seed, width, depth, image_size, rfb):
     return statistics(net, seed + 1).eval()
 
 
+SEGMENTER = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 60, "input_size": 64, "rfb_channels": [8, 8, 16]}
+SEGMENTER_B7 = {"width_coefficient": 2.0, "depth_coefficient": 3.1, "image_size": 600, "input_size": 640, "rfb_channels": [32, 64, 128]}
+
+
 @golden
-def tracer():
+def tracer(**config):
     """The segmenter on a photo that is no square, from its bytes: what comes to the network, its five features, its map."""
-    config = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 60, "input_size": 64, "rfb_channels": [8, 8, 16]}
-    net = tracer_net(120, 0.25, 0.5, 60, config["rfb_channels"])
+    net = tracer_net(120, config["width_coefficient"], config["depth_coefficient"], config["image_size"], config["rfb_channels"])
     cases = Cases("", torch.nn.Module())
     cases.tensors = state(net, without=("num_batches_tracked",))
     photo = torch.randint(0, 256, (75, 101, 3), generator=torch.Generator().manual_seed(122), dtype=torch.uint8)
     photo[20:60, 30:80] //= 3
     prepare = TracerUniversalB7.data_preprocessing
-    size = torchvision.transforms.Resize((64, 64))
+    size = torchvision.transforms.Resize((config["input_size"],) * 2)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     steps = [torchvision.transforms.ToTensor(), size, torchvision.transforms.Normalize(mean, std)]
     holder = types.SimpleNamespace(transform=torchvision.transforms.Compose(steps))
@@ -325,34 +333,17 @@ def tracer():
     write("tracer", cases.tensors, config=config, **cases.metadata)
 
 
-@golden
-def full_size():
-    """Not written here: B7 and B1 at full size, random weights, into the directory FULL_SIZE; `tests/it/full_size.rs` compares."""
-    out = os.environ.get("FULL_SIZE")
-    if not out:
-        return
-    out = Path(out)
-    net = tracer_net(130, 2.0, 3.1, 600, (32, 64, 128))
-    x = normal(131, 1, 3, 640, 640)
-    classifier = efficientnet(132, 1.0, 1.1)
-    y = normal(133, 1, 3, 512, 512).requires_grad_()
-    with torch.no_grad():
-        found = net(x)
-    loss = perceptual_loss(features(classifier, y), features(classifier, normal(134, 1, 3, 512, 512)))
-    (grad,) = torch.autograd.grad(loss, y)
-    for part, module, more in (("segmenter", net, ("num_batches_tracked",)), ("perceptual", classifier, None)):
-        (out / part).mkdir(parents=True, exist_ok=True)
-        tensors = state(module, without=more) if more else state(module)
-        save_file({name[7:]: t.contiguous() for name, t in tensors.items()}, out / part / "model.safetensors")
-    b7 = {"width_coefficient": 2.0, "depth_coefficient": 3.1, "image_size": 600, "input_size": 640, "rfb_channels": [32, 64, 128]}
-    b1 = {"width_coefficient": 1.0, "depth_coefficient": 1.1}
-    (out / "segmenter" / "config.json").write_text(json.dumps(b7))
-    (out / "perceptual" / "config.json").write_text(json.dumps(b1))
-    wanted = {"x": x, "map": found, "y": y.detach(), "other": normal(134, 1, 3, 512, 512), "loss": loss.detach(), "grad": grad}
-    save_file({name: t.contiguous() for name, t in wanted.items()}, out / "wanted.safetensors")
-    print(f"full_size: map {found.mean():.4f} +- {found.std():.4f}, {sum(p.numel() for p in net.parameters())} weights")
-
+for name, small in (("perceptual", CLASSIFIER), ("tracer", SEGMENTER)):
+    make.GOLDENS[name] = functools.partial(make.GOLDENS[name], **small)
+FULL = {"perceptual": CLASSIFIER_B1, "tracer": SEGMENTER_B7}
 
 if __name__ == "__main__":
     mine = [name for name in make.GOLDENS if name not in OURS]
-    make.main(sys.argv[1:] or mine)
+    match sys.argv[1:]:
+        case ["--full", place]:
+            make.HERE = Path(place)
+            make.HERE.mkdir(parents=True, exist_ok=True)
+            make.GOLDENS |= {name: functools.partial(make.GOLDENS[name], **large) for name, large in FULL.items()}
+            make.main(list(FULL))
+        case names:
+            make.main(names or mine)

@@ -17,6 +17,7 @@ mod sample;
 mod samplers;
 mod train;
 
+mod by_hand;
 mod engine;
 
 mod bundles;

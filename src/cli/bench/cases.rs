@@ -101,7 +101,18 @@ pub(super) enum Work {
         config: Value,
         latents: [usize; 4],
         checkpointing: bool,
+        /// The perceptual loss, through this autoencoder's decoder and this classifier.
+        perceptual: Option<Looks>,
+        /// The discriminator's loss, and its own step after.
+        discriminator: bool,
     },
+}
+
+/// What the perceptual loss looks through.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Looks {
+    pub vae: Value,
+    pub classifier: Value,
 }
 
 impl Work {
@@ -128,8 +139,14 @@ impl Work {
             Self::Text { tokens, .. } => format!("1x{tokens} tokens"),
             Self::Unet { latents, .. } => format!("{}, text 1x77", by(latents)),
             Self::VaeDecode { latents, .. } => by(latents),
-            Self::Train { latents, checkpointing, .. } => {
-                format!("{}, text 2x77{}", by(latents), if *checkpointing { ", checkpointing" } else { "" })
+            Self::Train { latents, checkpointing, perceptual, discriminator, .. } => {
+                let also = [
+                    (*checkpointing, ", checkpointing"),
+                    (perceptual.is_some(), ", perceptual"),
+                    (*discriminator, ", discriminator"),
+                ];
+                let also: String = also.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
+                format!("{}, text 2x77{also}", by(latents))
             }
         }
     }
@@ -215,6 +232,24 @@ fn models() -> Vec<Case> {
         config: json(UNET),
         latents: [2, 4, side, side],
         checkpointing,
+        perceptual: None,
+        discriminator: false,
+    };
+    let hypnos = || Work::Train {
+        text: json(TEXT),
+        config: json(UNET),
+        latents: [2, 4, 16, 16],
+        checkpointing: false,
+        perceptual: Some(Looks { vae: json(VAE), classifier: json(CLASSIFIER) }),
+        discriminator: true,
+    };
+    let small = |looks: bool, discriminator| Work::Train {
+        text: json(SMALL_TEXT),
+        config: json(SMALL_UNET),
+        latents: [2, 4, 16, 16],
+        checkpointing: false,
+        perceptual: looks.then(|| Looks { vae: json(SMALL_VAE), classifier: json(SMALL_CLASSIFIER) }),
+        discriminator,
     };
     let vae = Work::VaeDecode { config: json(VAE), latents: [1, 4, 32, 32] };
     vec![
@@ -226,6 +261,11 @@ fn models() -> Vec<Case> {
         case("unet-32/fwd+bwd", Pass::Backward, unet(false), 9.0),
         case("unet-32/fwd+bwd+adamw", Pass::Step, unet(false), 15.5),
         case("unet-32/fwd+bwd+adamw-fused", Pass::Step, unet(true), 15.5),
+        case("train-small", Pass::Step, small(false, false), 0.5),
+        case("hypnos-small-no-perceptual", Pass::Step, small(false, true), 0.5),
+        case("hypnos-small-no-discriminator", Pass::Step, small(true, false), 0.5),
+        case("hypnos-small", Pass::Step, small(true, true), 0.5),
+        case("hypnos-128", Pass::Step, hypnos(), 19.0),
         case("train-256", Pass::Step, train(32, false), 19.0),
         case("train-512-checkpointing", Pass::Step, train(64, true), 20.0),
     ]
@@ -254,6 +294,34 @@ const VAE: &str = r#"{
     "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
 }"#;
+
+/// EfficientNet-B1.
+const CLASSIFIER: &str = r#"{ "width_coefficient": 1.0, "depth_coefficient": 1.1 }"#;
+
+// Models of a few million weights for pictures of 128 x 128, such as a CPU trains in minutes.
+
+const SMALL_TEXT: &str = r#"{
+    "vocab_size": 902, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5
+}"#;
+
+const SMALL_UNET: &str = r#"{
+    "in_channels": 4, "out_channels": 4, "sample_size": 16, "block_out_channels": [64, 96, 128],
+    "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 128, "norm_num_groups": 16,
+    "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": true, "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+}"#;
+
+const SMALL_VAE: &str = r#"{
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 128,
+    "block_out_channels": [32, 48, 64, 96], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
+    "scaling_factor": 0.4,
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
+}"#;
+
+const SMALL_CLASSIFIER: &str = r#"{ "width_coefficient": 0.5, "depth_coefficient": 0.5 }"#;
 
 #[cfg(test)]
 mod tests {

@@ -7,15 +7,17 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::cases::{Pass, Work};
+use super::cases::{Looks, Pass, Work};
+use crate::ml::bundle::Part;
 use crate::ml::diffusion::{self, Schedule};
 use crate::ml::models::clip::ClipText;
 use crate::ml::models::unet::Unet;
 use crate::ml::models::vae::Vae;
 use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use crate::ml::param::Param;
+use crate::ml::perceptual::Perceptual;
 use crate::ml::random;
-use crate::ml::train::{Around, Batch, Chain, Objective, losses};
+use crate::ml::train::{Around, Batch, Critic, Objective, Reconstruction, State};
 use crate::ml::weights::Weights;
 use crate::ml::{self, Error};
 
@@ -38,8 +40,8 @@ impl Ready {
             Work::Text { config, tokens } => text(config, *tokens, pass),
             Work::Unet { config, latents, .. } => unet(config, latents, pass),
             Work::VaeDecode { config, latents } => vae_decode(config, latents, pass),
-            Work::Train { text, config, latents, checkpointing } => {
-                train(text, config, latents, *checkpointing)
+            Work::Train { text, config, latents, checkpointing, perceptual, discriminator } => {
+                train([text, config], latents, *checkpointing, perceptual.as_ref(), *discriminator)
             }
             op => Ok(operation(op, pass)?),
         }
@@ -285,32 +287,59 @@ fn unet(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
     }))
 }
 
-/// An instance and a class image through text encoder and UNet, both trained, and AdamW.
-fn train(text: &Value, json: &Value, latents: &[usize; 4], checkpointing: bool) -> ml::Result<Ready> {
-    let weights = || Weights::random(SEED, &Device::Cpu).trainable(true);
-    let (text_weights, unet_weights) = (weights(), weights());
+/// An instance and a class image through text encoder and UNet, both trained, and what `looks` and `discriminator` add.
+fn train(
+    [text, unet]: [&Value; 2],
+    latents: &[usize; 4],
+    checkpointing: bool,
+    looks: Option<&Looks>,
+    discriminator: bool,
+) -> ml::Result<Ready> {
+    // 1. What learns.
     let text_config = config::<crate::ml::models::clip::Config>(text)?;
-    let text = ClipText::load(&text_weights, &text_config)?;
-    let mut unet = Unet::load(&unet_weights, &config(json)?)?;
-    unet.checkpointing = checkpointing;
+    let text_weights = Weights::random(SEED, &Device::Cpu).trainable(true);
+    let text = Part { model: ClipText::load(&text_weights, &text_config)?, params: text_weights.params() };
+    let unet_weights = Weights::random(SEED, &Device::Cpu).trainable(true);
+    let model = Unet::load(&unet_weights, &config(unet)?)?;
+    let mut unet = Part { model, params: unet_weights.params() };
+    unet.model.checkpointing = checkpointing;
+    let [_, channels, side, _] = *latents;
+    let critic = discriminator.then(|| Critic::new(channels, side, 1e-4, SEED, &Device::Cpu)).transpose()?;
+    let mut state = State::new(text, unet, AdamWConfig::default().lr, critic)?;
+
+    // 2. What stands around.
     let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;
+    let load = |looks: &Looks| -> ml::Result<(Vae, Perceptual)> {
+        let weights = || Weights::random(SEED, &Device::Cpu);
+        let vae = Vae::load(&weights(), &config(&looks.vae)?)?;
+        Ok((vae, Perceptual::load(&weights(), &config(&looks.classifier)?, &Device::Cpu)?))
+    };
+    let looks = looks.map(load).transpose()?;
+
+    // 3. What is looked at.
+    let reference = |factor| normal("reference", &[1, 3, side * factor, side * factor], 0.5);
     let batch = Batch {
         latents: normal("latents", latents, 1.0)?,
         noise: normal("noise", latents, 1.0)?,
         t: vec![321, 810],
         ids: (0..2).map(|_| token_ids(77, text_config.vocab_size)).collect(),
-        reference: None,
+        reference: looks.as_ref().map(|(vae, _)| reference(vae.factor())).transpose()?,
         crop: None,
     };
-    let params = [params_of(&text_weights), params_of(&unet_weights)].concat();
-    let mut optimiser = AdamW::new(params.clone(), AdamWConfig::default())?;
-    let objective = Objective::dreambooth(1.0);
-    Ok(Ready::of(params, move || {
-        let around = Around { schedule: &schedule, vae: None, perceptual: None };
-        let chain = Chain { text: &text, unet: &unet, around, discriminator: None };
-        let found = losses(&chain, &batch, &objective).map_err(candle_core::Error::wrap)?;
-        found.total.backward()?;
-        Ok(Box::new(optimiser.step()?))
+    let shown = || normal("shown", &[8, channels, side, side], 1.0);
+    let shown = discriminator.then(|| Ok::<_, candle_core::Error>((shown()?, shown()?))).transpose()?;
+    let mut objective = Objective::dreambooth(1.0);
+    if looks.is_some() || discriminator {
+        objective.reconstruction = Reconstruction::InverseGaussian { sigma: 1.382, exponent_max: 20.0 };
+        objective.weights.perceptual = if looks.is_some() { 0.003 } else { 0.0 };
+        objective.weights.discriminator = if discriminator { 0.5 } else { 0.0 };
+        objective.strides = [1.0, 0.5, 0.25, 0.125, 0.0625];
+    }
+    Ok(Ready::of(Vec::new(), move || {
+        let (vae, perceptual) = looks.as_ref().map(|(vae, net)| (vae, net)).unzip();
+        let around = Around { schedule: &schedule, vae, perceptual };
+        let taken = state.step(around, &batch, &objective, shown.clone(), None);
+        Ok(Box::new(taken.map_err(candle_core::Error::wrap)?))
     }))
 }
 

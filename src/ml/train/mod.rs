@@ -18,7 +18,7 @@ use image::RgbImage;
 pub use critic::{Critic, CriticRecipe};
 pub use losses::{Around, Batch, Chain, LossWeights, Losses, Objective, Reconstruction, losses};
 pub use recipe::{Learner, PerceptualRecipe, Recipe, Templates};
-pub use state::{State, Taken};
+pub use state::{Column, State, Taken};
 pub use trace::Trace;
 
 use super::models::vae::Moments;

@@ -1,11 +1,12 @@
 //! The whole house on a loopback port: a floor, a front, and a client with keys.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hypnos::blobs::{Blobs, BlobsConfig, Links, Place};
 use hypnos::http::keys::make_key;
-use hypnos::http::{Auth, Front, Patience, Settings, serve};
+use hypnos::http::{Auth, Front, Patience, Settings, Spotter, serve};
 use hypnos::job::{Job, JobId, Kind, Spec, State, TenantId};
 use hypnos::photo::{Decoder, Limits};
 use hypnos::store::{NewKey, Scope};
@@ -32,13 +33,15 @@ pub(super) struct Plan {
     pub(super) connections_max: usize,
     /// Another way to the objects than the directory itself.
     pub(super) blobs: Option<Blobs>,
+    pub(super) spotter: Option<Arc<dyn Spotter>>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
         let settings = Settings { auth: Auth::Keys, photo_bytes_max: 1 << 20, ..Settings::default() };
         let limits = Limits { side_min: 32, ..Limits::default() };
-        Self { settings, patience: Patience::default(), limits, connections_max: 256, blobs: None }
+        let patience = Patience::default();
+        Self { settings, patience, limits, connections_max: 256, blobs: None, spotter: None }
     }
 }
 
@@ -82,8 +85,15 @@ impl House {
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let front =
-            Front::new(floor.store.clone(), blobs.clone(), decoder, plan.settings, handle, closing.clone());
+        let front = Front::new(
+            floor.store.clone(),
+            blobs.clone(),
+            decoder,
+            plan.settings,
+            handle,
+            closing.clone(),
+            plan.spotter,
+        );
         let served = serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
         let served = tokio::spawn(served);
         let tenant = floor.store.ensure_tenant("first").await.unwrap();

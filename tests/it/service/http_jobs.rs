@@ -1,8 +1,10 @@
 //! Trainings over HTTP: what is accepted, what is refused, and that nothing stays of what is refused.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hypnos::blobs::{Blobs, Scope};
+use hypnos::http::{Spotted, Spotter};
 use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
@@ -432,6 +434,39 @@ async fn photos_are_looked_at_without_being_kept() {
         house.ask(Method::POST, "/v1/photos/inspect").multipart(Form::new().text("x", "y")).send().await;
     assert_eq!(refusal(none.unwrap()).await.0, 422);
     house.is_clean().await;
+    house.stop().await;
+}
+
+/// Finds a product that fills half of every photo, the first time; then it breaks.
+#[derive(Default)]
+struct HalfOfIt(AtomicBool);
+
+impl Spotter for HalfOfIt {
+    fn spot(&self, png: &[u8]) -> Result<Spotted, Box<dyn std::error::Error + Send + Sync>> {
+        assert!(png.starts_with(b"\x89PNG"));
+        if self.0.swap(true, Ordering::Relaxed) {
+            return Err("a secret of the model".into());
+        }
+        let warnings = vec!["touches the left edge".to_owned()];
+        let preview = "data:image/png;base64,AAAA".to_owned();
+        Ok(Spotted { refusal: None, warnings, area: 0.5, confidence: 0.9, preview })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_inspects_photos_sees_where_the_product_was_found() {
+    let house = House::build(Plan { spotter: Some(Arc::new(HalfOfIt::default())), ..Plan::default() }).await;
+    let inspect = async |files: &[Vec<u8>]| {
+        let form = files.iter().fold(Form::new(), |form, bytes| form.part("images", file(bytes.clone())));
+        house.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap()
+    };
+    let seen: Value = inspect(&[photo(1), b"no photo".to_vec()]).await.json().await.unwrap();
+    let found = json!({"refusal": null, "warnings": ["touches the left edge"], "area": 0.5, "confidence": 0.9,
+        "preview": "data:image/png;base64,AAAA"});
+    assert_eq!((&seen["photos"][0]["product"], &seen["photos"][1]["product"]), (&found, &Value::Null));
+    let answer = inspect(&[photo(1)]).await;
+    assert_eq!(answer.status(), 500);
+    assert!(!answer.text().await.unwrap().contains("secret"));
     house.stop().await;
 }
 

@@ -1,0 +1,58 @@
+//! Finding the product in photos that the front is asked to inspect: the model's segmenter, lent to the front.
+
+use std::error::Error;
+use std::path::Path;
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use tracing::info;
+
+use super::Stop;
+use crate::http::{Spotted, Spotter};
+use crate::ml::bundle::Bundle;
+use crate::ml::models::tracer::Tracer;
+use crate::ml::segment::segment;
+use crate::ml::{Result, device, picture};
+
+/// Longer side of a preview, in pixels.
+const PREVIEW: u32 = 256;
+
+/// Where it computes: a server of requests need not have more.
+const DEVICE: &str = "cpu";
+
+/// The segmenter of the bundle in `dir`; none if there is no bundle, as where only workers have one, or it has
+/// no segmenter.
+pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, Stop> {
+    if !dir.join("segmenter").is_dir() {
+        info!("photos are inspected without looking for the product: {} has no segmenter", dir.display());
+        return Ok(None);
+    }
+    let tracer = Bundle::open(dir)?.segmenter(&device::open(DEVICE)?)?;
+    Ok(Some(Arc::new(Segmenter(tracer))))
+}
+
+struct Segmenter(Tracer);
+
+impl Spotter for Segmenter {
+    fn spot(&self, png: &[u8]) -> std::result::Result<Spotted, Box<dyn Error + Send + Sync>> {
+        Ok(self.look(png)?)
+    }
+}
+
+impl Segmenter {
+    fn look(&self, png: &[u8]) -> Result<Spotted> {
+        let photo = picture::read_png(png)?;
+        let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
+        let preview = picture::within(&mask.cut_out(&photo), PREVIEW);
+        let (width, height) = preview.dimensions();
+        let preview = picture::png(preview.as_raw(), (width as usize, height as usize), &[])?;
+        Ok(Spotted {
+            refusal: judgement.refusal(),
+            warnings: judgement.warnings(),
+            area: judgement.area,
+            confidence: judgement.confidence,
+            preview: format!("data:image/png;base64,{}", STANDARD.encode(preview)),
+        })
+    }
+}
