@@ -43,9 +43,15 @@ const SHOT_VIEWS: usize = 24;
 /// Why a training ends before its time.
 enum Halt {
     /// The watcher asked for it.
-    Asked(Ending),
+    Asked(Box<Ending>),
     /// It cannot go on.
     Fault(Fault),
+}
+
+impl Halt {
+    fn asked(ending: Ending) -> Self {
+        Self::Asked(Box::new(ending))
+    }
 }
 
 impl From<Fault> for Halt {
@@ -76,7 +82,7 @@ pub(super) fn train(
     let run = Run { engine, input, watch, plan, n_previews: 0, gallery: Gallery::default(), trying: None };
     match run.finish() {
         Ok(trained) => Ok(Ending::Trained(trained)),
-        Err(Halt::Asked(ending)) => Ok(ending),
+        Err(Halt::Asked(ending)) => Ok(*ending),
         Err(Halt::Fault(fault)) => Err(fault),
     }
 }
@@ -515,14 +521,14 @@ impl Run<'_, '_> {
     fn beat(&mut self, beat: Beat, state: Option<&State>) -> Result<(), Halt> {
         match (self.watch)(self.engine, beat) {
             Flow::Continue => Ok(()),
-            Flow::Stop => Err(Halt::Asked(Ending::Stopped)),
-            Flow::Pause => Err(Halt::Asked(Ending::Paused(self.checkpoint(state)?))),
+            Flow::Stop => Err(Halt::asked(Ending::Stopped)),
+            Flow::Pause => Err(Halt::asked(Ending::Paused(self.checkpoint(state)?))),
             Flow::Checkpoint => {
                 let Some((step, file)) = self.checkpoint(state)? else { return Ok(()) };
                 match (self.watch)(self.engine, Beat::Checkpoint { step, file }) {
                     Flow::Continue | Flow::Checkpoint => Ok(()), // it has one of this very step
-                    Flow::Stop => Err(Halt::Asked(Ending::Stopped)),
-                    Flow::Pause => Err(Halt::Asked(Ending::Paused(self.checkpoint(state)?))),
+                    Flow::Stop => Err(Halt::asked(Ending::Stopped)),
+                    Flow::Pause => Err(Halt::asked(Ending::Paused(self.checkpoint(state)?))),
                 }
             }
         }

@@ -48,17 +48,16 @@ impl Run<'_, '_> {
     /// Draws a few pictures with the weights as they are now and scores them.
     pub(super) fn try_out(&mut self, state: &mut State, photos: &[RgbImage]) -> Result<(), Halt> {
         let at = self.at_step(state);
-        let trying = match self.trying.take() {
-            Some(trying) => trying,
-            None => {
-                let judge = Judge::new(&self.engine.bundle, &self.engine.base.device, photos.to_vec());
-                let Some(judge) = self.or_warning(judge)?.filter(Judge::can_try) else {
-                    self.plan.trial_steps.clear(); // nothing to score with: the last step is served
-                    return Ok(());
-                };
-                let adherence = self.adherence_of_base(&judge, &at, state)?;
-                Trying { judge, adherence }
-            }
+        let trying = if let Some(trying) = self.trying.take() {
+            trying
+        } else {
+            let judge = Judge::new(&self.engine.bundle, &self.engine.base.device, photos.to_vec());
+            let Some(judge) = self.or_warning(judge)?.filter(Judge::can_try) else {
+                self.plan.trial_steps.clear(); // nothing to score with: the last step is served
+                return Ok(());
+            };
+            let adherence = self.adherence_of_base(&judge, &at, state)?;
+            Trying { judge, adherence }
         };
         let (standard, varying) = self.trial_prompts()?;
         let models = state.frozen(&self.engine.bundle, &self.engine.base)?;
