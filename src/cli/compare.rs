@@ -93,6 +93,7 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, Stop> {
         adapted_bytes_max: 0,
         checkpointing: args.checkpointing,
     })?;
+    cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
 
     // 2. The trainings, in a thread of their own, while signals are heard here.
     let args = args.clone();

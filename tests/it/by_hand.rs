@@ -150,6 +150,7 @@ fn a_training_leaves_all_that_can_be_looked_at() {
         "previews/00003.png",
         "images/01.png",
         "losses.svg",
+        "report.html",
         "report.json",
         "weights.safetensors",
     ] {
