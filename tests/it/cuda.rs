@@ -9,7 +9,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{metrics, models, ops, train};
+use crate::{method, metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -98,6 +98,11 @@ fn the_unet_and_the_autoencoder_on_the_gpu_in_bf16_agree_with_diffusers() {
 #[test]
 fn the_whole_step_on_the_gpu_agrees_with_torch() {
     in_f32(&[models::whole_step, models::optimiser_steps, train::dreambooth_loop]);
+}
+
+#[test]
+fn the_method_on_the_gpu_agrees_with_its_references() {
+    in_f32(&[method::critic, method::perceptual_golden, method::tracer_golden, train::hypnos_step]);
 }
 
 #[test]
