@@ -6,7 +6,6 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
-use image::{Rgb, RgbImage};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -24,8 +23,12 @@ pub(crate) fn scratch() -> TempDir {
 
 /// The command, a few cheap steps long; later options win over these.
 pub(crate) fn train(photos: &Path, out: &Path, more: &[&str]) -> Command {
+    train_from(&bundle(), photos, out, more)
+}
+
+fn train_from(bundle: &Path, photos: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
-    command.arg("train").arg("--bundle").arg(bundle()).arg("--photos").arg(photos).arg("--out").arg(out);
+    command.arg("train").arg("--bundle").arg(bundle).arg("--photos").arg(photos).arg("--out").arg(out);
     if !more.contains(&"--class-name") {
         command.args(["--class-name", "mug"]);
     }
@@ -242,19 +245,10 @@ fn three_to_five_photos_are_wanted_and_each_must_be_one() {
 
 #[test]
 fn a_photo_without_a_product_is_refused_by_its_number() {
-    let dir = scratch();
-    let photos = dir.path().join("photos");
-    fs::create_dir(&photos).expect("a directory");
-    for n in 1..=2 {
-        fs::copy(demo_photos().join(format!("mug-{n}.jpg")), photos.join(format!("{n}.jpg")))
-            .expect("a copy");
-    }
-    RgbImage::from_pixel(128, 128, Rgb([128, 128, 128]))
-        .save(photos.join("3.png"))
-        .expect("a photo of nothing");
+    let (dir, blind) = (scratch(), crate::segment::segmenting(-100.0));
     let out = dir.path().join("out");
-    let line = refused(&mut train(&photos, &out, &[]), 2);
-    assert!(line.contains("photo 3: no product was found"), "{line}");
+    let line = refused(&mut train_from(blind.path(), &demo_photos(), &out, &[]), 2);
+    assert!(line.contains("photo 1: no product was found"), "{line}");
     assert!(!out.join("weights.safetensors").exists() && !out.join("checkpoint.safetensors").exists());
 }
 

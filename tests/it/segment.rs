@@ -19,7 +19,7 @@ use crate::by_hand::{bundle, scratch};
 use crate::golden::{Golden, path};
 
 /// The miniature with the golden's segmenter, its last bias raised by `raised`.
-fn segmenting(raised: f64) -> TempDir {
+pub(crate) fn segmenting(raised: f64) -> TempDir {
     let dir = scratch();
     copy(&bundle(), dir.path());
     let part = dir.path().join("segmenter");
