@@ -30,7 +30,7 @@ pub(super) struct Compare {
     /// Directory of the models, with what judges in metrics/
     #[arg(long)]
     bundle: PathBuf,
-    /// Methods, each METHOD[-no-PART][@RATE]: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
+    /// Methods, each `METHOD[-no-PART][@RATE]`: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
     /// discriminator, views or prior; at this learning rate
     #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
     recipes: Vec<String>,

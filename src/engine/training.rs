@@ -87,7 +87,7 @@ pub(super) fn train(
     }
 }
 
-/// Refuses what [`train`] would refuse before it computes anything.
+/// Refuses what [`train()`] would refuse before it computes anything.
 pub(super) fn check(engine: &CandleEngine, spec: &TrainSpec) -> Result<(), Fault> {
     Plan::new(engine, spec).map(|_| ())
 }

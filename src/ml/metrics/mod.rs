@@ -6,7 +6,7 @@
 //! | PRES | [`dino`] of class pictures and real ones | [`mean_pairwise_cosine`] | -1..1, lower |
 //! | CLIP-I | [`clip`] of generated and real pictures | [`mean_pairwise_cosine`] | -1..1, higher |
 //! | CLIP-T | [`clip`] of pictures and of their prompts | [`mean_paired_cosine`] | -1..1, higher |
-//! | FID | [`inception`] of generated and real pictures | [`frechet`] | 0.., lower |
+//! | FID | [`inception`] of generated and real pictures | [`frechet()`] | 0.., lower |
 //! | LPIPS | [`lpips`], pair by pair | its own | 0.., lower |
 //! | DIV | [`lpips`] among the pictures of one prompt | their mean | 0.., higher |
 //! | SSIM, PSNR | none | [`ssim`], [`psnr`], pair by pair | -1..1 and 0.., higher |
