@@ -1,4 +1,4 @@
-"""What a document cannot say: how many pixels a photo has, and that a request's name names one request."""
+"""What a document cannot say: how many pixels a photo has, that a request's name names one request, that a step is one of the steps."""
 
 import re
 import struct
@@ -32,3 +32,23 @@ def before_call(context, case, kwargs):
     for name in [name for name in headers if name.lower() == "idempotency-key"]:
         if re.fullmatch("[!-~]{1,255}", headers[name]):
             headers[name] = str(uuid.uuid4())
+    options = case.body.get("options") if isinstance(case.body, dict) else None
+    if isinstance(options, dict):
+        within_steps(options)
+
+
+def within_steps(options):
+    """Steps that are whole numbers and only beyond the last one become the last one; all else stays as it is."""
+    last = options.get("steps", 3000 if options.get("method") == "textual_inversion" else 800)
+    if not isinstance(last, int) or not 1 <= last <= 10_000:
+        return
+
+    def within(step, most):
+        return last if isinstance(step, int) and last < step <= most else step
+
+    if "s_p" in options:
+        options["s_p"] = within(options["s_p"], 10_000)
+    evaluation = options.get("evaluation")
+    for holder, name in ((options, "previews"), (evaluation, "trials")):
+        if isinstance(holder, dict) and isinstance(holder.get(name), list):
+            holder[name] = [within(step, 2**31 - 1) for step in holder[name]]

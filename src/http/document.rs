@@ -8,7 +8,7 @@ use utoipa::OpenApi;
 
 use super::problem::{self, Document, Kind};
 use super::{about, api};
-use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN};
+use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, template_pattern};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -192,8 +192,15 @@ fn describe_texts(document: &mut Value) {
     schemas["NewJob"]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();
     let prompt = json!({ "type": "string", "minLength": 1, "maxLength": 1000, "pattern": PROMPT_PATTERN });
     let sample = &mut schemas["SampleSpec"]["properties"];
-    sample["prompts"]["items"] = prompt;
+    sample["prompts"]["items"] = prompt.clone();
     sample["negative_prompt"]["pattern"] = format!("^$|{PROMPT_PATTERN}").into();
+    schemas["Evaluation"]["properties"]["prompts"]["items"] = prompt;
+    for (template, word) in [("photo", "product"), ("view", "product"), ("class", "class")] {
+        schemas["Templates"]["properties"][template]["pattern"] = template_pattern(word).into();
+    }
+    for (schema, list) in [("Evaluation", "trials"), ("TrainOptions", "previews")] {
+        schemas[schema]["properties"][list]["items"]["minimum"] = 1.into();
+    }
     for path in ["/v1/jobs", "/v1/samples"] {
         let parameters = document["paths"][path]["get"]["parameters"].as_array_mut().expect("parameters");
         let name =

@@ -51,6 +51,12 @@ pub const CLASS_NAME_PATTERN: &str = pattern!("\\u0000-\\u001f");
 /// What a prompt looks like: the same, but line breaks and tabs may stand.
 pub const PROMPT_PATTERN: &str = pattern!("\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f");
 
+/// What a prompt in which a word is open looks like, with `{word}` among it.
+pub fn template_pattern(word: &str) -> String {
+    let seen = concat!("[^\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f", unseen!(), "]*");
+    format!("^{seen}\\{{{word}\\}}{seen}$")
+}
+
 const PROMPT_CHARS_MAX: usize = 1000;
 const N_PROMPTS_MAX: usize = 16;
 
