@@ -244,11 +244,11 @@ fn three_to_five_photos_are_wanted_and_each_must_be_one() {
 }
 
 #[test]
-fn a_photo_without_a_product_is_refused_by_its_number() {
-    let (dir, blind) = (scratch(), crate::segment::segmenting(-100.0));
+fn a_photo_that_cannot_be_cut_is_refused_by_its_number() {
+    let (dir, blind) = (scratch(), crate::segment::segmenting(60.0)); // it sees the product everywhere
     let out = dir.path().join("out");
     let line = refused(&mut train_from(blind.path(), &demo_photos(), &out, &[]), 2);
-    assert!(line.contains("photo 1: no product was found"), "{line}");
+    assert!(line.contains("photo 1: no background was found"), "{line}");
     assert!(!out.join("weights.safetensors").exists() && !out.join("checkpoint.safetensors").exists());
 }
 
