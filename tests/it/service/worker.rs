@@ -28,7 +28,8 @@ async fn a_training_ends_with_weights_a_report_and_pictures_in_the_store() {
     assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60));
     assert!(floor.artifact(&job, REPORT).await.starts_with(b"{"));
     floor.nothing_is_left_over(&job).await;
-    assert_eq!(floor.stored(&job).await, ["image-0.png", "preview-30.png", REPORT, WEIGHTS]);
+    let stored = ["image-0.png", "preview-30.png", "report.html", REPORT, WEIGHTS];
+    assert_eq!(floor.stored(&job).await, stored);
     worker.stop().await;
 }
 
