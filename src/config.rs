@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::blobs::{Bucket, Place};
+use crate::ml::bundle::{MINIATURE_NAME, miniature};
 
 /// What a setting is wrong about, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -300,8 +301,8 @@ impl Serving {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Working")]
 pub struct Working {
-    /// Directory of the models, in the diffusers layout
-    #[arg(long, env = "HYPNOS_BUNDLE", value_name = "DIR", default_value = "bundles/miniature")]
+    /// Directory of the models, in the diffusers layout; `miniature` is the small one that is in the program
+    #[arg(long, env = "HYPNOS_BUNDLE", value_name = "DIR", default_value = MINIATURE_NAME, value_parser = bundle)]
     pub bundle: PathBuf,
     /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
     #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
@@ -354,6 +355,16 @@ impl Working {
     pub fn devices(&self, n: usize) -> Vec<String> {
         self.devices.iter().cycle().take(n).cloned().collect()
     }
+}
+
+/// The directory of a bundle. The miniature is written to the user's cache when it is asked for first.
+pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
+    if name != MINIATURE_NAME {
+        return Ok(name.into());
+    }
+    let set = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    miniature(&cache.unwrap_or_else(std::env::temp_dir).join("hypnos")).map_err(|error| error.to_string())
 }
 
 /// Seconds of a setting.

@@ -73,13 +73,13 @@ class Both(torch.nn.Module):
 
 
 @torch.no_grad()
-def encoded(world, n, out, work, team):
-    """Latents of the first `n` pictures [n, 4, 16, 16], scaled; each process encodes a part of them, once."""
+def encoded(world, chosen, out, work, team):
+    """Latents of these pictures [N, 4, 16, 16], scaled; each process encodes a part of them, once."""
     vae = AutoencoderKL.from_pretrained(Path(out) / "vae", torch_dtype=torch.float32).eval()
-    path = lambda part, size: Path(work) / f"latents.{n}.{part}-of-{size}.npy"
+    path = lambda part, size: Path(work) / f"latents.{len(chosen)}.{part}-of-{size}.npy"
     found = next((size for size in range(1, 17) if all(path(part, size).exists() for part in range(size))), None)
     if found is None:
-        found, mine = team.size, np.array_split(np.arange(n), team.size)[team.rank]
+        found, mine = team.size, np.array_split(chosen, team.size)[team.rank]
         clock, latents = Clock(len(mine), 160), []
         for i in range(0, len(mine), 16):
             latents.append(vae.encode(world.batch(mine[i : i + 16])[0]).latent_dist.mean.half().numpy())
@@ -134,7 +134,8 @@ def main():
     path = Path(args.work) / "unet.pt"
     begin = resume(path, net=both, average=average, optimiser=optimiser)
     world = World(args.data)
-    latents = encoded(world, min(args.pictures, len(world)), args.out, args.work, team)
+    drawn = world.drawn()[: args.pictures]
+    latents = encoded(world, drawn, args.out, args.work, team)
     kept = torch.cumprod(1 - torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000) ** 2, 0)
     weights = (kept / (1 - kept)).clamp(max=GAMMA) * (1 - kept) / kept
     weights = weights / weights.mean()
@@ -145,7 +146,7 @@ def main():
     for step in range(begin, args.steps):
         r, words = rng(SEED + 100 * team.rank, step), words_rng(SEED + 100 * team.rank, step)
         chosen = np.sort(r.choice(len(latents), PICTURES, replace=False))
-        texts = ["" if words.random() < WITHOUT_CAPTION else caption(world.shown[i], words) for i in chosen]
+        texts = ["" if words.random() < WITHOUT_CAPTION else caption(world.shown[drawn[i]], words) for i in chosen]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         z = latents[chosen].repeat_interleave(LOOKS, 0)
         t = torch.from_numpy(r.integers(0, 1000, len(z)))

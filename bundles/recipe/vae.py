@@ -28,7 +28,7 @@ SEED = 4
 BATCH, CROP = 16, 64
 # From this share of the steps on whole pictures are looked at, fewer at a time.
 WHOLE = 0.7
-RATE, WARM = 8e-4, 50
+WARM = 50
 KL = 2e-4
 # Unseen pictures that are looked at on the way, and in the end.
 SOME, MANY = 48, 400
@@ -88,6 +88,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("data"), parser.add_argument("test"), parser.add_argument("work"), parser.add_argument("out")
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--from", dest="begin", type=Path)
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--decoder", action="store_true", help="leave the latents as they are: only the way back learns")
@@ -99,7 +100,7 @@ def main():
     average = Average(net, 0.998)
     for part in [net.encoder, net.quant_conv] if args.decoder else []:
         part.requires_grad_(False)
-    optimiser = torch.optim.AdamW(net.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     path = Path(args.work) / "vae.pt"
     begin = resume(path, net=net, average=average, optimiser=optimiser)
     world, unseen = World(args.data), World(args.test)
@@ -117,12 +118,12 @@ def main():
         (reconstruction + KL * kl).backward()
         team.average(net.parameters())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        pace(optimiser, rate(step, args.steps, RATE, WARM))
+        pace(optimiser, rate(step, args.steps, args.rate, WARM))
         optimiser.step()
         average.follow(net, step)
         if team.first:
             clock.tell(step + 1, loss=reconstruction.item(), kl=kl.item())
-            if (step + 1) % 250 == 0:
+            if (step + 1) % 200 == 0:
                 keep(path, step + 1, net=net, average=average, optimiser=optimiser)
                 print(told(score(average.net, x, masks, demo)), flush=True)
     if team.first:

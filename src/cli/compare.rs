@@ -16,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
 use super::{Stop, evaluate, photos, say, service};
+use crate::config;
 use crate::engine::{CandleEngine, Engine, Settings};
 use crate::job::TrainSpec;
+use crate::ml::bundle::MINIATURE_NAME;
 use crate::ml::picture;
 use crate::report::{self, Found, Gallery, Shot};
 use recipes::Recipe;
@@ -28,7 +30,7 @@ const SHOT_SIDE: u32 = 256;
 #[derive(Clone, Debug, Args)]
 pub(super) struct Compare {
     /// Directory of the models, with what judges in metrics/
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Methods, each `METHOD[-no-PART][@RATE]`: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
     /// discriminator, views or prior; at this learning rate

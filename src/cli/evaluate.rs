@@ -9,8 +9,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::{Stop, photos, say};
+use crate::config;
 use crate::ml::adapted::Adapted;
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{MINIATURE_NAME, Bundle};
 use crate::ml::evaluate::{Drawn, Generated, Judge, PRODUCT, PromptLists};
 use crate::ml::sample::{self, Models, Picture, Settings};
 use crate::ml::samplers::Sampler;
@@ -20,7 +21,7 @@ use crate::report;
 #[derive(Debug, Args)]
 pub(super) struct Evaluate {
     /// Directory of the models, with what judges in metrics/
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Directory with photos of the product: PNG, JPEG or WebP
     #[arg(long)]

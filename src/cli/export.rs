@@ -7,14 +7,15 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use super::{say, warn};
+use crate::config;
 use crate::ml::Result;
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{MINIATURE_NAME, Bundle};
 use crate::ml::export::{FineTune, Form, Width};
 
 #[derive(Debug, Args)]
 pub(super) struct Export {
     /// Directory of the models that it was trained from
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// The fine-tuned weights: `weights.safetensors` of a training
     #[arg(long, value_name = "WEIGHTS")]

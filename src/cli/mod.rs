@@ -5,6 +5,7 @@
 mod bench;
 mod bench_serve;
 mod compare;
+mod demo;
 mod evaluate;
 mod export;
 mod keys;
@@ -40,6 +41,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// See it all: start the service, train on a product that is in the program, draw it.
+    Demo(Box<demo::Demo>),
     /// Answer requests; with --workers, do the work as well.
     Serve(Box<serve::Serve>),
     /// Do the work: train and draw what is in the queue.
@@ -108,6 +111,7 @@ impl From<Fault> for Stop {
 pub fn run() -> ExitCode {
     let cli = Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
     let done = check_environment().and_then(|()| match cli.command {
+        Command::Demo(args) => demo::run(*args),
         Command::Serve(args) => serve::run(&args),
         Command::Work(args) => work::run(&args),
         Command::Migrate(args) => migrate::run(&args),

@@ -10,9 +10,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::say;
+use crate::config;
 use crate::job::PRODUCT;
 use crate::ml::adapted::{Adapted, Product};
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{MINIATURE_NAME, Bundle};
 use crate::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
 use crate::ml::samplers::Sampler;
 use crate::ml::tensorfile::{TensorFile, save};
@@ -24,7 +25,7 @@ const LATENTS: &str = "latents";
 #[derive(Debug, Args)]
 pub(super) struct Sample {
     /// Directory of the models, in the diffusers layout.
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Fine-tuned weights to draw with: `weights.safetensors` of a training from this bundle.
     #[arg(long, value_name = "WEIGHTS")]

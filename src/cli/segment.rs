@@ -8,7 +8,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Stop, photos, say, say_error, warn};
-use crate::ml::bundle::{Bundle, write_json};
+use crate::config;
+use crate::ml::bundle::{MINIATURE_NAME, Bundle, write_json};
 use crate::ml::device;
 use crate::ml::picture::{read_png, save_png};
 use crate::ml::segment::{Judgement, segment};
@@ -16,7 +17,7 @@ use crate::ml::segment::{Judgement, segment};
 #[derive(Debug, Args)]
 pub(super) struct Segment {
     /// Directory of the models; it needs a segmenter
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Photos, PNG, JPEG or WebP, and directories of photos
     #[arg(long, required = true, num_args = 1.., value_name = "DIR|FILE")]

@@ -30,18 +30,18 @@ const DECODE: Duration = Duration::from_secs(5);
 pub(super) struct Serve {
     /// Workers in this process, each with the next of the devices; 0 leaves the work to `hypnos work`
     #[arg(long, env = "HYPNOS_WORKERS", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
-    workers: u16,
+    pub(super) workers: u16,
     /// Bring the database up to date first; always done for a SQLite file
     #[arg(long, env = "HYPNOS_MIGRATE")]
-    migrate: bool,
+    pub(super) migrate: bool,
     #[command(flatten)]
-    storage: Storage,
+    pub(super) storage: Storage,
     #[command(flatten)]
-    serving: Serving,
+    pub(super) serving: Serving,
     #[command(flatten)]
-    working: Working,
+    pub(super) working: Working,
     #[command(flatten)]
-    log: Log,
+    pub(super) log: Log,
 }
 
 pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
@@ -56,7 +56,7 @@ pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToken) -> Result<(), Stop> {
+pub(super) async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToken) -> Result<(), Stop> {
     let (storage, serving) = (&args.storage, &args.serving);
     let listener = bind("HYPNOS_LISTEN", serving.listen).await?;
     let bound = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
@@ -80,6 +80,7 @@ async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToke
         queue_max: serving.queue_max.into(),
         attempts_max: serving.attempts_max.into(),
         url_time: Duration::from_secs(serving.url_secs),
+        suggested: spot::suggested(&args.working.bundle)?,
         ..http::Settings::default()
     };
     let spotter = spot::open(&args.working.bundle)?;

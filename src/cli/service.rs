@@ -41,6 +41,12 @@ pub(super) struct Log {
 }
 
 impl Log {
+    /// Only what is odd, unless more was asked for.
+    pub(super) fn quieter(self) -> Self {
+        let log = if self.log == "info" { "warn".into() } else { self.log };
+        Self { log, ..self }
+    }
+
     /// Starts the log, on the standard error stream.
     pub(super) fn start(&self) -> Result<(), Stop> {
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log)

@@ -1,11 +1,13 @@
-//! Finding the product in photos that the front is asked to inspect: the model's segmenter, lent to the front.
+//! What the front knows of the models: the segmenter, for photos that it is asked to inspect, and options that suit them.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
 use tracing::info;
 
 use super::Stop;
@@ -30,6 +32,11 @@ pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, 
     }
     let tracer = Bundle::open(dir)?.segmenter(&device::open(DEVICE)?)?;
     Ok(Some(Arc::new(Segmenter(tracer))))
+}
+
+/// The training options that suit the bundle in `dir`, by method; none if there is no bundle.
+pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, Stop> {
+    Ok(if dir.is_dir() { Bundle::open(dir)?.manifest().training.clone() } else { BTreeMap::new() })
 }
 
 struct Segmenter(Tracer);

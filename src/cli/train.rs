@@ -14,8 +14,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::export::{self, FormName, WidthName};
 use super::{Stop, photos, say, service};
+use crate::config;
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec};
+use crate::ml::bundle::MINIATURE_NAME;
 use crate::ml::train::Trace;
 use out::{Out, Shelf};
 use show::Show;
@@ -23,7 +25,7 @@ use show::Show;
 #[derive(Clone, Debug, Args)]
 pub(super) struct Train {
     /// Directory of the models, in the diffusers layout
-    #[arg(long)]
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Directory with 3 to 5 photos of the product: PNG, JPEG or WebP
     #[arg(long)]

@@ -8,7 +8,7 @@ use utoipa::OpenApi;
 
 use super::problem::{self, Document, Kind};
 use super::{about, api};
-use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, template_pattern};
+use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -186,7 +186,7 @@ fn describe_forms(document: &mut Value) {
     }
 }
 
-/// What a text may hold: a pattern that a macro's literal cannot name, and one for the texts of a list.
+/// What a text may hold: a pattern that a macro's literal cannot name; and what each entry of a list may be.
 fn describe_texts(document: &mut Value) {
     let schemas = &mut document["components"]["schemas"];
     schemas["NewJob"]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();
@@ -199,8 +199,11 @@ fn describe_texts(document: &mut Value) {
         schemas["Templates"]["properties"][template]["pattern"] = template_pattern(word).into();
     }
     for (schema, list) in [("Evaluation", "trials"), ("TrainOptions", "previews")] {
-        schemas[schema]["properties"][list]["items"]["minimum"] = 1.into();
+        let step = &mut schemas[schema]["properties"][list]["items"];
+        (step["minimum"], step["maximum"]) = (1.into(), STEPS_MAX.into());
     }
+    let weight = &mut schemas["Perceptual"]["properties"]["strides"]["items"];
+    (weight["minimum"], weight["maximum"]) = (0.into(), 100.into());
     for path in ["/v1/jobs", "/v1/samples"] {
         let parameters = document["paths"][path]["get"]["parameters"].as_array_mut().expect("parameters");
         let name =

@@ -11,8 +11,8 @@ use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use super::Front;
 use super::problem::{self, Kind, Problem};
+use super::{Front, keys};
 
 /// By which a request is found in logs.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -115,22 +115,27 @@ pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
     Problem::new(Kind::Internal, "something went wrong on our side").into_response()
 }
 
-/// More requests at once than can be served are refused at once.
-pub(super) async fn shed(State(front): State<Front>, request: Request, next: Next) -> Response {
-    match front.requests.try_acquire() {
-        Ok(_place) => next.run(request).await,
-        Err(_) => Problem::new(Kind::Overloaded, "too many requests at once").into_response(),
+/// The door of the API: a place among the requests that are served at once, no page of another site, no packed body. One
+/// layer for all of them, for each one costs every request.
+pub(super) async fn admit(State(front): State<Front>, request: Request, next: Next) -> Response {
+    let Ok(_place) = front.requests.try_acquire() else {
+        return Problem::new(Kind::Overloaded, "too many requests at once").into_response();
+    };
+    let refused = keys::guard_local(&front, &request).and_then(|()| refuse_encodings(request.headers()));
+    match refused {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
     }
 }
 
 /// Bodies come as they are: a small one that unpacks to a large one is not read.
-pub(super) async fn refuse_encodings(request: Request, next: Next) -> Response {
-    let encoded =
-        request.headers().get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
-    if encoded {
-        return Problem::new(Kind::MediaType, "a body must come without Content-Encoding").into_response();
+fn refuse_encodings(headers: &HeaderMap) -> Result<(), Problem> {
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(encoding) if encoding != "identity" => {
+            Err(Problem::new(Kind::MediaType, "a body must come without Content-Encoding"))
+        }
+        _ => Ok(()),
     }
-    next.run(request).await
 }
 
 /// An answer takes half a minute at most, beside the time that its client is willing to wait.

@@ -6,12 +6,10 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Uri, header};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -191,17 +189,16 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 /// A server without keys has no other wall against a page in its user's browser than these two questions: was it asked
 /// for by its own name (DNS rebinding), and did a page of another site ask?
-pub(super) async fn guard_local(State(front): State<Front>, request: Request, next: Next) -> Response {
+pub(super) fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
     if front.settings.auth == Auth::None {
         if !is_own_host(host(request.uri(), request.headers()), &front.settings.public_url) {
-            return Problem::new(Kind::Host, "wanted a loopback name or the public URL's").into_response();
+            return Err(Problem::new(Kind::Host, "wanted a loopback name or the public URL's"));
         }
         if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
-            return Problem::new(Kind::CrossSite, "the request comes from a page of another site")
-                .into_response();
+            return Err(Problem::new(Kind::CrossSite, "the request comes from a page of another site"));
         }
     }
-    next.run(request).await
+    Ok(())
 }
 
 /// The host and port that the client asked for.

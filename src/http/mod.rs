@@ -8,9 +8,10 @@
 //! body      bytes in, within bounds      form      parts of a form                upload    forms to photos to objects
 //! jobs samples photos files health       events    a job as it changes            submit    the door of the queue
 //! reading   ids, pages, waiting          view      what a client sees of a row    problem   errors to statuses, once
-//! document  the handlers, described      page      the same for people
+//! document  the handlers, described      page      the same for people           app       the page at `/`
 //! ```
 
+mod app;
 mod body;
 mod document;
 mod edge;
@@ -30,6 +31,7 @@ mod submit;
 mod upload;
 mod view;
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,6 +87,8 @@ pub struct Settings {
     pub url_time: Duration,
     /// How long a key that was looked up is believed: one that is revoked works no longer than this.
     pub key_time: Duration,
+    /// For each method, training options that suit the models of the workers, as the page offers them.
+    pub suggested: BTreeMap<String, serde_json::Value>,
 }
 
 impl Default for Settings {
@@ -102,6 +106,7 @@ impl Default for Settings {
             attempts_max: 3,
             url_time: Duration::from_hours(1),
             key_time: Duration::from_secs(30),
+            suggested: BTreeMap::new(),
         }
     }
 }
@@ -164,11 +169,8 @@ impl Front {
 
     /// All the service.
     pub fn router(&self) -> Router {
-        let api = Router::from(api())
-            .layer(from_fn(edge::refuse_encodings))
-            .layer(from_fn_with_state(self.clone(), keys::guard_local))
-            .layer(from_fn_with_state(self.clone(), edge::shed));
-        dressed(api.merge(Router::from(about())).merge(page::routes()).with_state(self.clone()))
+        let api = Router::from(api()).layer(from_fn_with_state(self.clone(), edge::admit));
+        dressed(api.merge(Router::from(about())).merge(app::routes()).merge(page::routes()).with_state(self.clone()))
     }
 
     /// What operators ask for, without keys, for a listener of its own.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use axum::Router;
 use axum::extract::Path;
 use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse, Redirect, Response};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use serde_json::Value;
 
@@ -19,7 +19,6 @@ const METHODS: [&str; 3] = ["post", "get", "delete"];
 
 pub(super) fn routes() -> Router<Front> {
     Router::new()
-        .route("/", get(|| async { Redirect::temporary("/docs") }))
         .route("/docs", get(docs))
         .route("/openapi.json", get(json))
         .route(&format!("{TYPE_PREFIX}{{slug}}"), get(explain))

@@ -12,7 +12,8 @@ use uuid::Uuid;
 pub use spec::{
     CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
     Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
-    SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, overlay, template_pattern,
+    STEPS_MAX, SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, overlay,
+    template_pattern,
 };
 
 /// Name of the artifact with a training's weights.

@@ -442,7 +442,7 @@ impl TrainOptions {
 
     /// Refuses what is out of range, by its JSON pointer.
     pub fn check(&self) -> Result<(), Invalid> {
-        whole("/steps", self.steps, 1, 10_000)?;
+        whole("/steps", self.steps, 1, STEPS_MAX)?;
         rate("/learning_rate", self.learning_rate)?;
         check_seed(self.seed)?;
         check_token("/instance_token", self.instance_token.as_ref())?;
@@ -501,6 +501,9 @@ pub fn overlay(whole: &mut Value, some: &Value) {
         (whole, some) => *whole = some.clone(),
     }
 }
+
+/// Most steps of a training.
+pub const STEPS_MAX: u32 = 10_000;
 
 /// A training, complete.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

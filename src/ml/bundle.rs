@@ -11,6 +11,7 @@
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
 
 mod check;
+mod embedded;
 mod random;
 mod random_metrics;
 
@@ -42,6 +43,7 @@ use super::{Error, Result};
 
 use check::blueprint;
 pub use check::{Finding, check};
+pub use embedded::{MINIATURE_NAME, miniature};
 pub use random::{Like, random};
 pub(crate) use random::{model_index, weight_file, write_json};
 pub use random_metrics::random_metrics;
@@ -103,6 +105,9 @@ pub struct Manifest {
     /// Words of one token each that mean next to nothing, to be given a meaning.
     #[serde(default)]
     pub rare_tokens: Vec<String>,
+    /// For each method, the training options that suit it where the defaults do not: those are for Stable Diffusion 1.5.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub training: BTreeMap<String, Value>,
     /// What it was fine-tuned to draw, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub product: Option<Product>,

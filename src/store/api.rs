@@ -12,7 +12,7 @@ const IDEMPOTENCY: Duration = Duration::from_hours(24);
 
 macro_rules! job_columns {
     () => {
-        "id, tenant, parent, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
+        "id, tenant, parent, kind, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
          checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms"
     };
 }
@@ -298,22 +298,30 @@ pub(super) fn job(row: &Row) -> Result<Job> {
             Some(_) => Some(row.word("parent")?),
             None => None,
         },
-        spec: parse("spec", &row.text("spec")?)?,
-        photos: parse("photos", &row.text("photos")?)?,
+        spec: spec(row)?,
+        photos: parse("photos", row.text("photos")?)?,
         state: row.word("state")?,
         run_lease: row.int("run_lease")?,
         attempt: row.int("attempt")?,
         max_attempts: row.int("max_attempts")?,
         cancel_requested: row.flag("cancel_requested")?,
-        checkpoint: document("checkpoint")?.map(|text| parse("checkpoint", &text)).transpose()?,
-        progress: document("progress")?.map(|text| parse("progress", &text)).transpose()?,
-        result: document("result")?.map(|text| parse("result", &text)).transpose()?,
-        error: document("error")?.map(|text| parse("error", &text)).transpose()?,
+        checkpoint: document("checkpoint")?.map(|text| parse("checkpoint", text)).transpose()?,
+        progress: document("progress")?.map(|text| parse("progress", text)).transpose()?,
+        result: document("result")?.map(|text| parse("result", text)).transpose()?,
+        error: document("error")?.map(|text| parse("error", text)).transpose()?,
         version: row.int("version")?,
         created_ms: row.int("created_ms")?,
         started_ms: row.int_or_none("started_ms")?,
         finished_ms: row.int_or_none("finished_ms")?,
     })
+}
+
+/// What it is to do. An enum with a tag is parsed twice, and a training's is long and looked at most: its kind is known.
+fn spec(row: &Row) -> Result<Spec> {
+    match row.word("kind")? {
+        Kind::Train => parse("spec", row.text("spec")?).map(Spec::Train),
+        Kind::Sample => parse("spec", row.text("spec")?),
+    }
 }
 
 #[cfg(test)]

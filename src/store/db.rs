@@ -135,8 +135,8 @@ macro_rules! column {
 impl Row {
     column!(int, i64);
     column!(int_or_none, Option<i64>);
-    column!(text, String);
-    column!(text_or_none, Option<String>);
+    column!(text, &str);
+    column!(text_or_none, Option<&str>);
 
     pub(super) fn flag(&self, column: &str) -> Result<bool> {
         self.int(column).map(|value| value != 0)

@@ -91,7 +91,7 @@ impl Store {
     pub async fn tenants(&self) -> Result<Vec<Tenant>> {
         let rows = self.db.read("select id, name, created_ms from tenant order by id", &[]).await?;
         let tenant = |row: &Row| {
-            Ok(Tenant { id: row.word("id")?, name: row.text("name")?, created_ms: row.int("created_ms")? })
+            Ok(Tenant { id: row.word("id")?, name: row.text("name")?.to_owned(), created_ms: row.int("created_ms")? })
         };
         rows.iter().map(tenant).collect()
     }
@@ -127,10 +127,10 @@ impl Store {
 
 fn key(row: &Row) -> Result<Key> {
     Ok(Key {
-        id: row.text("id")?,
+        id: row.text("id")?.to_owned(),
         tenant: row.word("tenant")?,
-        name: row.text("name")?,
-        hash: row.text("hash")?,
+        name: row.text("name")?.to_owned(),
+        hash: row.text("hash")?.to_owned(),
         scope: row.word("scope")?,
         created_ms: row.int("created_ms")?,
         expires_ms: row.int_or_none("expires_ms")?,

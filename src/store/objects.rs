@@ -71,11 +71,11 @@ impl Store {
 
 pub(super) fn object(row: &Row) -> Result<Object> {
     Ok(Object {
-        name: row.text("name")?,
-        key: row.text("key")?,
+        name: row.text("name")?.to_owned(),
+        key: row.text("key")?.to_owned(),
         size: row.int("size")? as u64,
-        sha256: row.text("sha256")?,
-        content_type: row.text("content_type")?,
-        meta: parse("meta", &row.text("meta")?)?,
+        sha256: row.text("sha256")?.to_owned(),
+        content_type: row.text("content_type")?.to_owned(),
+        meta: parse("meta", row.text("meta")?)?,
     })
 }

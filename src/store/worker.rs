@@ -145,7 +145,7 @@ impl Store {
         let row = tx.row(select, args![lease.job, lease.run_lease]).await?.ok_or(Error::LeaseLost)?;
         held(tx.run(update, args![lease.job, lease.run_lease, json(checkpoint)]).await?)?;
         tx.commit().await?;
-        row.text_or_none("checkpoint")?.map(|text| parse("checkpoint", &text)).transpose()
+        row.text_or_none("checkpoint")?.map(|text| parse("checkpoint", text)).transpose()
     }
 
     /// Shows an object of a running job. One of that name from an earlier attempt is replaced.
@@ -248,7 +248,7 @@ impl Store {
     pub async fn spent_checkpoints(&self, limit: u32) -> Result<Vec<(JobId, Checkpoint)>> {
         let select = "select id, checkpoint from job where checkpoint is not null and finished_ms is not null limit $1";
         let rows = self.db.read(select, args![i64::from(limit)]).await?;
-        rows.iter().map(|row| Ok((row.word("id")?, parse("checkpoint", &row.text("checkpoint")?)?))).collect()
+        rows.iter().map(|row| Ok((row.word("id")?, parse("checkpoint", row.text("checkpoint")?)?))).collect()
     }
 
     /// The object of an ended job's checkpoint is gone.

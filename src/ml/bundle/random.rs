@@ -163,6 +163,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
         kind: sizes.kind.into(),
         resolution: Some(sizes.unet_side << (sizes.vae_channels.len() - 1)),
         rare_tokens: RARE_TOKENS.map(str::to_owned).to_vec(),
+        training: BTreeMap::new(),
         product: None,
         files,
     })

@@ -1,0 +1,144 @@
+//! `hypnos demo`: the whole service on this machine, with a product that is in the program.
+//!
+//! It starts what `hypnos serve --workers 1` starts. All else is a client's part, by HTTP as any other would do it: upload,
+//! follow, draw, and lay photos and pictures on one sheet.
+
+mod client;
+mod products;
+mod sheet;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+
+use super::serve::{self, Serve};
+use super::service::{self, Log};
+use super::{Stop, say};
+use crate::config::{Serving, Storage, Working};
+use crate::job::Method;
+use crate::ml::bundle::Bundle;
+use client::Client;
+use products::Product;
+
+/// Where the product is drawn.
+const PROMPTS: [&str; 8] = [
+    "a photo of {product} on a wooden table",
+    "a photo of {product} on the beach",
+    "a photo of {product} in the grass",
+    "a photo of {product} in the snow",
+    "a photo of {product} on white marble",
+    "a photo of {product} in front of a brick wall",
+    "a photo of {product} in a city at night",
+    "a photo of {product} in the forest",
+];
+
+/// Weight of the prompts: a small model wants little.
+const GUIDANCE: f64 = 4.0;
+
+#[derive(Debug, Args)]
+pub(super) struct Demo {
+    /// The product; `list` names all
+    #[arg(long, value_name = "NAME", default_value = products::FIRST)]
+    product: String,
+    /// hypnos, dreambooth or textual_inversion
+    #[arg(long, default_value = "hypnos")]
+    method: Method,
+    /// Where the photos and the pictures are put side by side
+    #[arg(long, value_name = "FILE", default_value = "hypnos-demo.png")]
+    sheet: PathBuf,
+    /// End when the pictures are there, instead of serving on
+    #[arg(long)]
+    exit: bool,
+    #[command(flatten)]
+    storage: Storage,
+    #[command(flatten)]
+    serving: Serving,
+    #[command(flatten)]
+    working: Working,
+    #[command(flatten)]
+    log: Log,
+}
+
+pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
+    if args.product == "list" {
+        products::all().iter().for_each(|product| say(&format!("{} ({})", product.name, product.class_name)));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let product = products::find(&args.product).map_err(Stop::Input)?;
+    if args.serving.keys_wanted()? {
+        return Err(Stop::Input("the demo runs without keys; HYPNOS_AUTH wants them".into()));
+    }
+    let bundle = Bundle::open(&args.working.bundle)?;
+    let options = bundle.manifest().training.get(args.method.as_str()).cloned().unwrap_or_default();
+    let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
+    let serve = Serve { workers: 1, migrate: true, storage, serving, working, log: log.quieter() };
+    serve.log.start()?;
+    let work = service::worker(&serve.storage, &serve.working, 1)?;
+    service::run(|stop| async move {
+        let client = Client::new(format!("http://{}", serve.serving.listen))?;
+        let show = async {
+            client.is_ready(&stop).await?;
+            let drawn = draw(&client, product, method, options).await?;
+            sheet::write(&sheet, &drawn)?;
+            say(&format!("sheet      {}", sheet.display()));
+            if exit {
+                stop.cancel();
+            } else {
+                say("The service runs on; Ctrl-C ends it.");
+            }
+            Ok(())
+        };
+        // Whichever fails ends both.
+        tokio::try_join!(ending(serve::serve(&serve, Some(work), stop.clone()), &stop), ending(show, &stop))?;
+        Ok(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tells the other side when this one failed.
+async fn ending(work: impl Future<Output = Result<(), Stop>>, stop: &CancellationToken) -> Result<(), Stop> {
+    let done = work.await;
+    if done.is_err() {
+        stop.cancel();
+    }
+    done
+}
+
+/// What is on the sheet, as files.
+struct Drawn {
+    photos: Vec<Vec<u8>>,
+    pictures: Vec<Vec<u8>>,
+}
+
+/// Photos to pictures, told line by line.
+async fn draw(
+    client: &Client,
+    product: Product,
+    method: Method,
+    mut options: serde_json::Value,
+) -> Result<Drawn, Stop> {
+    if let Some(options) = options.as_object_mut() {
+        options.insert("method".into(), method.as_str().into());
+    } else {
+        options = serde_json::json!({ "method": method });
+    }
+    say(&format!("product    {}, {} photos; {method}", product.name, product.photos.len()));
+    let job = client.upload(&product, &options).await?;
+    let id = job["id"].as_str().unwrap_or_default().to_owned();
+    say(&format!("watch      {}/#job={id}", client.url()));
+    client.follow(&job).await?;
+    for name in ["report.html", "weights.safetensors"] {
+        say(&format!("{:10} {}/v1/jobs/{id}/artifacts/{name}", name.split('.').next().unwrap_or(name), client.url()));
+    }
+    let prompts: Vec<_> = PROMPTS.into_iter().filter(|prompt| !prompt.ends_with(&product.place)).collect();
+    let sample = client.draw(&id, &prompts, GUIDANCE).await?;
+    let mut pictures = Vec::new();
+    for (image, prompt) in sample["images"].as_array().into_iter().flatten().zip(&prompts) {
+        let url = image["url"].as_str().unwrap_or_default();
+        say(&format!("picture    {} {url}", prompt.trim_start_matches("a photo of {product} ")));
+        pictures.push(client.fetch(url).await?);
+    }
+    Ok(Drawn { photos: product.photos, pictures })
+}

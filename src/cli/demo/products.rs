@@ -1,0 +1,65 @@
+//! The demo's products: `examples/products`, in the program itself.
+
+use include_dir::{Dir, include_dir};
+use serde::Deserialize;
+
+static FILES: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/examples/products");
+
+/// The one that is taken if none is named.
+pub(super) const FIRST: &str = "banded-robot";
+
+/// A product and its photos.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Product {
+    /// By which it is chosen.
+    pub(super) name: String,
+    /// What kind of thing it is.
+    pub(super) class_name: String,
+    /// Where it stands in its photos, as a prompt says it.
+    pub(super) place: String,
+    /// The files, JPEG.
+    #[serde(skip)]
+    pub(super) photos: Vec<Vec<u8>>,
+}
+
+/// All of them, with their photos.
+pub(super) fn all() -> Vec<Product> {
+    let list = FILES.get_file("products.json").expect("the list is there");
+    let mut products: Vec<Product> = serde_json::from_slice(list.contents()).expect("the list is sound");
+    for product in &mut products {
+        let dir = FILES.get_dir(&product.name).expect("a directory for each product");
+        let mut files: Vec<_> = dir.files().collect();
+        files.sort_by_key(|file| file.path());
+        product.photos = files.iter().map(|file| file.contents().to_vec()).collect();
+    }
+    products
+}
+
+/// The product of that name; else one line that names all.
+pub(super) fn find(name: &str) -> Result<Product, String> {
+    let all = all();
+    let names: Vec<_> = all.iter().map(|product| product.name.clone()).collect();
+    let found = all.into_iter().find(|product| product.name == name);
+    found.ok_or_else(|| format!("--product: wanted one of {}, got {name:?}", names.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::photo::{Limits, decode};
+
+    #[test]
+    fn a_dozen_products_have_four_good_photos_each() {
+        let all = all();
+        assert_eq!(all.len(), 12);
+        for product in &all {
+            assert_eq!(product.photos.len(), 4, "{}", product.name);
+            for photo in &product.photos {
+                let photo = decode(photo, &Limits::default()).unwrap();
+                assert!(photo.inspection.warnings.is_empty(), "{}: {:?}", product.name, photo.inspection.warnings);
+            }
+        }
+        assert!(find(FIRST).is_ok());
+        assert!(find("nothing").unwrap_err().contains("banded-robot"));
+    }
+}

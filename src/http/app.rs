@@ -1,0 +1,37 @@
+//! The page at `/`: a client of the API for people, made of three files that need no building.
+
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
+
+use super::Front;
+use crate::job::Method;
+
+/// Pictures come from the store, which may be another host; all else comes from here.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+    img-src 'self' data: blob: http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+pub(super) fn routes() -> Router<Front> {
+    Router::new()
+        .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("app/index.html")) }))
+        .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("app/app.css")) }))
+        .route("/app.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("app/app.js")) }))
+        .route("/app.json", get(about))
+}
+
+fn file(content_type: &'static str, text: &'static str) -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, content_type),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, text).into_response()
+}
+
+/// What the page cannot know by itself: the methods, and the options that suit this server's models.
+async fn about(State(front): State<Front>) -> Response {
+    Json(json!({ "methods": Method::ALL, "options": front.settings.suggested })).into_response()
+}
