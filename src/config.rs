@@ -362,7 +362,8 @@ pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
     if name != MINIATURE_NAME {
         return Ok(name.into());
     }
-    let set = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set =
+        |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
     miniature(&cache.unwrap_or_else(std::env::temp_dir).join("hypnos")).map_err(|error| error.to_string())
 }

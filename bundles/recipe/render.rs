@@ -165,6 +165,8 @@ struct Picture {
     /// A scene, or else a colour of the palette.
     scene: Option<usize>,
     plain: usize,
+    /// Whether the thing is away, and the place is all there is.
+    empty: bool,
     /// Whether the thing throws a shadow on a plain ground.
     shadow: bool,
     /// Sine and cosine of how far the thing is turned.
@@ -449,6 +451,9 @@ fn turned(p: V, (s, c): (f32, f32)) -> V {
 
 /// Where a ray first meets the thing. Outside its box there is nothing to meet.
 fn march(picture: &Picture, from: V, ray: V) -> Option<f32> {
+    if picture.empty {
+        return None;
+    }
     let (from, ray) = (turned(from, picture.turn), turned(ray, picture.turn));
     let (mut t, leave) = bounds(picture.class).crossing(from, ray, 0.02)?;
     for _ in 0..90 {
@@ -471,6 +476,9 @@ const SHADOW: f32 = 5.0;
 
 /// How much of the lamp reaches a point: 0 in the shadow, 1 outside it.
 fn lit(picture: &Picture, from: V) -> f32 {
+    if picture.empty {
+        return 1.0;
+    }
     let (from, ray) = (turned(from, picture.turn), turned(picture.light, picture.turn));
     // Beyond `last` the ray is too far from the thing's box for any shade; two looks narrow that down.
     let (bounds, mut last) = (bounds(picture.class), SHADOW);
@@ -577,6 +585,7 @@ fn seen(dice: &mut Dice, class: Class, colours: [usize; 2], pattern: &'static st
         pattern,
         scene,
         plain: dice.below(PALETTE.len()),
+        empty: false,
         shadow: dice.unit() < 0.4,
         turn: dice.between(-0.7, 0.7).sin_cos(),
         pitch: dice.between(0.12, 0.42),
@@ -601,10 +610,13 @@ fn describe(picture: &Picture) -> String {
     )
 }
 
-fn train(out: &str, count: usize, seed: u64) -> std::io::Result<()> {
+fn train(out: &str, count: usize, seed: u64, empty: bool) -> std::io::Result<()> {
     let mut pixels = BufWriter::new(File::create(format!("{out}.rgbm"))?);
     let mut words = BufWriter::new(File::create(format!("{out}.jsonl"))?);
-    let picture = |i: usize| random_picture(&mut Dice(seed.wrapping_mul(1_000_003).wrapping_add(i as u64)));
+    let picture = |i: usize| {
+        let dice = &mut Dice(seed.wrapping_mul(1_000_003).wrapping_add(i as u64));
+        Picture { empty, ..random_picture(dice) }
+    };
     let threads = thread::available_parallelism().map_or(1, usize::from);
     for start in (0..count).step_by(100) {
         let pictures: Vec<Picture> = (start..count.min(start + 100)).map(picture).collect();
@@ -669,13 +681,13 @@ fn main() -> std::io::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["train", out, count, seed] => {
+        [what @ ("train" | "empty"), out, count, seed] => {
             let number = |text: &str| text.parse().expect("COUNT and SEED are numbers");
-            train(out, number(count) as usize, number(seed))
+            train(out, number(count) as usize, number(seed), what == "empty")
         }
         ["demo", dir] => demo(dir),
         _ => {
-            eprintln!("wanted: render train OUT COUNT SEED, or render demo DIR");
+            eprintln!("wanted: render train|empty OUT COUNT SEED, or render demo DIR");
             std::process::exit(2)
         }
     }

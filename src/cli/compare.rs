@@ -177,6 +177,7 @@ fn compare(
                 trace: None,
                 checkpoint_every: args.checkpoint_every,
                 stop,
+                again: "the same command",
             };
             work.done_by(&mut engine, bars.add(ProgressBar::new(0)))?;
         }

@@ -5,7 +5,6 @@
 
 mod client;
 mod products;
-mod sheet;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,6 +18,7 @@ use super::{Stop, say};
 use crate::config::{Serving, Storage, Working};
 use crate::job::Method;
 use crate::ml::bundle::Bundle;
+use crate::ml::{picture, sheet};
 use client::Client;
 use products::Product;
 
@@ -33,6 +33,11 @@ const PROMPTS: [&str; 8] = [
     "a photo of {product} in a city at night",
     "a photo of {product} in the forest",
 ];
+
+/// Pictures in a row of the sheet.
+const COLUMNS: usize = 4;
+/// Their side on it, in pixels.
+const SIDE: u32 = 256;
 
 /// Weight of the prompts: a small model wants little.
 const GUIDANCE: f64 = 4.0;
@@ -80,8 +85,9 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
-            let drawn = draw(&client, product, method, options).await?;
-            sheet::write(&sheet, &drawn)?;
+            let laid = sheet::sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
+            let size = (laid.width() as usize, laid.height() as usize);
+            picture::save_png(&sheet, laid.as_raw(), size, &[])?;
             say(&format!("sheet      {}", sheet.display()));
             if exit {
                 stop.cancel();
@@ -106,19 +112,13 @@ async fn ending(work: impl Future<Output = Result<(), Stop>>, stop: &Cancellatio
     done
 }
 
-/// What is on the sheet, as files.
-struct Drawn {
-    photos: Vec<Vec<u8>>,
-    pictures: Vec<Vec<u8>>,
-}
-
-/// Photos to pictures, told line by line.
+/// Photos to pictures, told line by line; both as files.
 async fn draw(
     client: &Client,
     product: Product,
     method: Method,
     mut options: serde_json::Value,
-) -> Result<Drawn, Stop> {
+) -> Result<[Vec<Vec<u8>>; 2], Stop> {
     if let Some(options) = options.as_object_mut() {
         options.insert("method".into(), method.as_str().into());
     } else {
@@ -130,7 +130,11 @@ async fn draw(
     say(&format!("watch      {}/#job={id}", client.url()));
     client.follow(&job).await?;
     for name in ["report.html", "weights.safetensors"] {
-        say(&format!("{:10} {}/v1/jobs/{id}/artifacts/{name}", name.split('.').next().unwrap_or(name), client.url()));
+        say(&format!(
+            "{:10} {}/v1/jobs/{id}/artifacts/{name}",
+            name.split('.').next().unwrap_or(name),
+            client.url()
+        ));
     }
     let prompts: Vec<_> = PROMPTS.into_iter().filter(|prompt| !prompt.ends_with(&product.place)).collect();
     let sample = client.draw(&id, &prompts, GUIDANCE).await?;
@@ -140,5 +144,5 @@ async fn draw(
         say(&format!("picture    {} {url}", prompt.trim_start_matches("a photo of {product} ")));
         pictures.push(client.fetch(url).await?);
     }
-    Ok(Drawn { photos: product.photos, pictures })
+    Ok([product.photos, pictures])
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{Stop, photos, say};
 use crate::config;
 use crate::ml::adapted::Adapted;
-use crate::ml::bundle::{MINIATURE_NAME, Bundle};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME};
 use crate::ml::evaluate::{Drawn, Generated, Judge, PRODUCT, PromptLists};
 use crate::ml::sample::{self, Models, Picture, Settings};
 use crate::ml::samplers::Sampler;

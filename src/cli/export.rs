@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::{say, warn};
 use crate::config;
 use crate::ml::Result;
-use crate::ml::bundle::{MINIATURE_NAME, Bundle};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME};
 use crate::ml::export::{FineTune, Form, Width};
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use super::say;
 use crate::config;
 use crate::job::PRODUCT;
 use crate::ml::adapted::{Adapted, Product};
-use crate::ml::bundle::{MINIATURE_NAME, Bundle};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME};
 use crate::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
 use crate::ml::samplers::Sampler;
 use crate::ml::tensorfile::{TensorFile, save};

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{Stop, photos, say, say_error, warn};
 use crate::config;
-use crate::ml::bundle::{MINIATURE_NAME, Bundle, write_json};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME, write_json};
 use crate::ml::device;
 use crate::ml::picture::{read_png, save_png};
 use crate::ml::segment::{Judgement, segment};

@@ -56,7 +56,11 @@ pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn serve(args: &Serve, work: Option<service::Work>, stop: CancellationToken) -> Result<(), Stop> {
+pub(super) async fn serve(
+    args: &Serve,
+    work: Option<service::Work>,
+    stop: CancellationToken,
+) -> Result<(), Stop> {
     let (storage, serving) = (&args.storage, &args.serving);
     let listener = bind("HYPNOS_LISTEN", serving.listen).await?;
     let bound = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;

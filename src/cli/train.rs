@@ -112,7 +112,16 @@ fn train(
     let trace = args.trace.as_deref().map(|dir| trace(dir, &args.trace_steps)).transpose()?;
     let shelf = out.class_images(args.class_images.as_deref(), &engine.class_images(spec))?;
     let checkpoint_every = args.checkpoint_every;
-    let work = Work { spec, photos, out, shelf: &shelf, trace: trace.as_ref(), checkpoint_every, stop };
+    let work = Work {
+        spec,
+        photos,
+        out,
+        shelf: &shelf,
+        trace: trace.as_ref(),
+        checkpoint_every,
+        stop,
+        again: "--resume",
+    };
     let weights = work.done_by(&mut engine, ProgressBar::new(0))?;
     say(&out.dir().display().to_string());
     drop(engine); // its models take the memory that an export may need
@@ -130,6 +139,8 @@ pub(super) struct Work<'a> {
     /// Steps between two checkpoints.
     pub(super) checkpoint_every: u64,
     pub(super) stop: &'a CancellationToken,
+    /// What goes on where it was stopped.
+    pub(super) again: &'static str,
 }
 
 impl Work<'_> {
@@ -157,7 +168,7 @@ impl Work<'_> {
                 let at = match checkpoint {
                     Some((step, file)) => {
                         self.out.keep_checkpoint(&file)?;
-                        format!("after step {step}; --resume goes on from there")
+                        format!("after step {step}; {} goes on from there", self.again)
                     }
                     None => "before the first step".into(),
                 };

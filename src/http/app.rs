@@ -18,7 +18,10 @@ pub(super) fn routes() -> Router<Front> {
     Router::new()
         .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("app/index.html")) }))
         .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("app/app.css")) }))
-        .route("/app.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("app/app.js")) }))
+        .route(
+            "/app.js",
+            get(|| async { file("text/javascript; charset=utf-8", include_str!("app/app.js")) }),
+        )
         .route("/app.json", get(about))
 }
 

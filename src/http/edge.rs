@@ -1,7 +1,9 @@
 //! What every request passes: its id, its log line, its metrics, its time limit, the headers of every answer.
 
 use std::any::Any;
-use std::time::{Duration, Instant};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
@@ -68,7 +70,19 @@ fn request_id(headers: &HeaderMap) -> String {
         (1..=REQUEST_ID_CHARS_MAX).contains(&id.len()) && plain
     };
     let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(harmless);
-    given.map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
+    given.map_or_else(|| new_id().to_string(), ToOwned::to_owned)
+}
+
+/// A UUID of version 7 whose random part is this process's, with a count: the system is not asked for random numbers with
+/// every request.
+fn new_id() -> Uuid {
+    static PROCESS: LazyLock<u128> = LazyLock::new(|| Uuid::now_v7().as_u128());
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = u128::from(COUNT.fetch_add(1, Ordering::Relaxed));
+    let bytes = PROCESS.wrapping_add(count).to_be_bytes();
+    let rest: &[u8; 10] = bytes.last_chunk().expect("of sixteen bytes");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    uuid::Builder::from_unix_timestamp_millis(now.as_millis() as u64, rest).into_uuid()
 }
 
 /// Problems get their body, and every answer the headers that keep browsers from guessing.

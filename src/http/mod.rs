@@ -170,7 +170,12 @@ impl Front {
     /// All the service.
     pub fn router(&self) -> Router {
         let api = Router::from(api()).layer(from_fn_with_state(self.clone(), edge::admit));
-        dressed(api.merge(Router::from(about())).merge(app::routes()).merge(page::routes()).with_state(self.clone()))
+        dressed(
+            api.merge(Router::from(about()))
+                .merge(app::routes())
+                .merge(page::routes())
+                .with_state(self.clone()),
+        )
     }
 
     /// What operators ask for, without keys, for a listener of its own.

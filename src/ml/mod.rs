@@ -23,6 +23,7 @@ pub mod random;
 pub mod sample;
 pub mod samplers;
 pub mod segment;
+pub mod sheet;
 pub mod tensorfile;
 pub mod tokenizer;
 pub mod train;

@@ -95,8 +95,8 @@ impl Store {
     /// What became of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
     /// the key is free. A quick look, before objects are written; [`Store::submit`] looks again.
     pub async fn replay(&self, tenant: TenantId, idempotency: &Idempotency) -> Result<Option<Submitted>> {
-        let rows = self.db.read(RECALL, &recall_args(tenant, idempotency)).await?;
-        rows.first().map(|row| recalled(row, idempotency)).transpose()
+        let row = self.db.row(RECALL, &recall_args(tenant, idempotency)).await?;
+        row.map(|row| recalled(&row, idempotency)).transpose()
     }
 
     /// One job of that kind.
@@ -106,8 +106,7 @@ impl Store {
             job_columns!(),
             " from job where tenant = $1 and id = $2 and kind = $3 and deleting = 0"
         );
-        let rows = self.db.read(sql, args![tenant, id, kind.as_str()]).await?;
-        rows.first().map(job).transpose()
+        self.db.row(sql, args![tenant, id, kind.as_str()]).await?.as_ref().map(job).transpose()
     }
 
     /// Jobs, the newest first, at most `limit`, those before `before` if it is given.
@@ -147,8 +146,7 @@ impl Store {
     /// A job's version: whether there is anything new to see.
     pub async fn version(&self, tenant: TenantId, id: JobId) -> Result<Option<i64>> {
         let sql = "select version from job where tenant = $1 and id = $2 and deleting = 0";
-        let rows = self.db.read(sql, args![tenant, id]).await?;
-        rows.first().map(|row| row.int("version")).transpose()
+        self.db.row(sql, args![tenant, id]).await?.map(|row| row.int("version")).transpose()
     }
 
     /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts
@@ -161,8 +159,8 @@ impl Store {
             select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
                 and (priority > me.priority or (priority = me.priority and id < me.id))) as own
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
-        let rows = self.db.read(ahead, args![job.tenant, job.id]).await?;
-        let Some(own) = rows.first().map(|row| row.int("own")).transpose()? else { return Ok(None) };
+        let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
+        let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
         let turns = self.db.read(TURNS, args![job.spec.kind().as_str()]).await?;
         let turns = turns.iter().map(|row| Ok((row.word("tenant")?, row.int("jobs")?)));
         Ok(Some(position(job.tenant, own, &turns.collect::<Result<Vec<_>>>()?)))

@@ -240,6 +240,23 @@ impl Db {
         .await
     }
 
+    /// The first row, if there is one. Unlike all rows of a statement with one, it comes without another word of the database's
+    /// that there are no more: on SQLite that is a change of threads.
+    pub(super) async fn row(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Option<Row>> {
+        let sql = sql.into();
+        answer(async {
+            Ok(match self {
+                Self::Sqlite { read, .. } => {
+                    bound!(sql.sqlite, args).fetch_optional(read).await?.map(Row::Sqlite)
+                }
+                Self::Postgres { pool, .. } => {
+                    bound!(sql.postgres, args).fetch_optional(pool).await?.map(Row::Postgres)
+                }
+            })
+        })
+        .await
+    }
+
     /// Begins to write. On SQLite this waits until nobody else does.
     pub(super) async fn begin(&self) -> Result<Tx> {
         answer(async {

@@ -91,7 +91,11 @@ impl Store {
     pub async fn tenants(&self) -> Result<Vec<Tenant>> {
         let rows = self.db.read("select id, name, created_ms from tenant order by id", &[]).await?;
         let tenant = |row: &Row| {
-            Ok(Tenant { id: row.word("id")?, name: row.text("name")?.to_owned(), created_ms: row.int("created_ms")? })
+            Ok(Tenant {
+                id: row.word("id")?,
+                name: row.text("name")?.to_owned(),
+                created_ms: row.int("created_ms")?,
+            })
         };
         rows.iter().map(tenant).collect()
     }
@@ -107,8 +111,8 @@ impl Store {
 
     /// The key of that public part, live or not.
     pub async fn find_key(&self, id: &str) -> Result<Option<Key>> {
-        let rows = self.db.read(concat!(key_select!(), " where id = $1"), args![id]).await?;
-        rows.first().map(key).transpose()
+        let row = self.db.row(concat!(key_select!(), " where id = $1"), args![id]).await?;
+        row.as_ref().map(key).transpose()
     }
 
     /// Every key, live or not, by tenant.

@@ -82,7 +82,7 @@ impl Store {
 
     /// Whether the database answers.
     pub async fn ping(&self) -> Result<()> {
-        self.db.read("select 1", &[]).await.map(drop)
+        self.db.row("select 1", &[]).await.map(drop)
     }
 
     /// Hears of jobs to claim and of cancels, from this process and, on Postgres, from others. A hint only: whoever

@@ -22,8 +22,7 @@ impl Store {
     /// One thing that a job has to show.
     pub async fn artifact(&self, tenant: TenantId, id: JobId, name: &str) -> Result<Option<Object>> {
         let sql = concat!(artifact_select!(), " and artifact.name = $3");
-        let rows = self.db.read(sql, args![tenant, id, name]).await?;
-        rows.first().map(object).transpose()
+        self.db.row(sql, args![tenant, id, name]).await?.as_ref().map(object).transpose()
     }
 
     /// Class images drawn before with these settings: seeds and pictures.
@@ -65,7 +64,7 @@ impl Store {
                    or checkpoint like '%/j/' || id || '/a/' || $3 || '/%' \
                    or exists (select 1 from artifact where job = job.id and key like '%/a/' || $3 || '/%'))";
         let lease = run_lease.map(|lease| lease.to_string());
-        Ok(!self.db.read(sql, args![id, run_lease, lease]).await?.is_empty())
+        Ok(self.db.row(sql, args![id, run_lease, lease]).await?.is_some())
     }
 }
 

@@ -99,7 +99,7 @@ impl Store {
         // Most looks find nothing, and need not wait for those who write.
         let look =
             "select id from job where state = 'queued' and not_before_ms <= (select ms from clock) limit 1";
-        if self.db.read(look, &[]).await?.is_empty() {
+        if self.db.row(look, &[]).await?.is_none() {
             return Ok(None);
         }
         let mut tx = self.db.begin().await?;

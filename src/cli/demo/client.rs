@@ -34,7 +34,13 @@ impl Client {
     /// Waits until the service takes requests, or ends.
     pub(super) async fn is_ready(&self, stop: &CancellationToken) -> Result<(), Stop> {
         let ready = async {
-            while !self.http.get(format!("{}/readyz", self.url)).send().await.is_ok_and(|a| a.status().is_success()) {
+            while !self
+                .http
+                .get(format!("{}/readyz", self.url))
+                .send()
+                .await
+                .is_ok_and(|a| a.status().is_success())
+            {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
@@ -43,7 +49,8 @@ impl Client {
 
     /// Queues a training.
     pub(super) async fn upload(&self, product: &Product, options: &Value) -> Result<Value, Stop> {
-        let mut form = Form::new().text("class_name", product.class_name.clone()).text("options", options.to_string());
+        let mut form =
+            Form::new().text("class_name", product.class_name.clone()).text("options", options.to_string());
         for (i, photo) in product.photos.iter().enumerate() {
             form = form.part("images", Part::bytes(photo.clone()).file_name(format!("{i}.jpg")));
         }
@@ -65,7 +72,11 @@ impl Client {
             etag = answer.headers().get(ETAG).cloned().unwrap_or(etag);
             let job = good(answer).await?;
             let state = job["state"].as_str().unwrap_or_default();
-            let now = job["progress"]["phase"].as_str().unwrap_or(if state == "queued" { "waiting" } else { state });
+            let now = job["progress"]["phase"].as_str().unwrap_or(if state == "queued" {
+                "waiting"
+            } else {
+                state
+            });
             if now != phase.name {
                 bar.suspend(|| say(&phase.told()));
                 phase = Phase::begin(now);
@@ -126,7 +137,8 @@ impl Phase {
         bar.set_prefix(self.name.replace('_', " "));
         bar.set_length(self.total);
         bar.set_position(progress["step"].as_u64().unwrap_or(0));
-        let left = progress["eta_seconds"].as_f64().map(|seconds| format!("about {seconds:.0} s left in all"));
+        let left =
+            progress["eta_seconds"].as_f64().map(|seconds| format!("about {seconds:.0} s left in all"));
         bar.set_message(left.unwrap_or_default());
     }
 

@@ -56,7 +56,12 @@ mod tests {
             assert_eq!(product.photos.len(), 4, "{}", product.name);
             for photo in &product.photos {
                 let photo = decode(photo, &Limits::default()).unwrap();
-                assert!(photo.inspection.warnings.is_empty(), "{}: {:?}", product.name, photo.inspection.warnings);
+                assert!(
+                    photo.inspection.warnings.is_empty(),
+                    "{}: {:?}",
+                    product.name,
+                    photo.inspection.warnings
+                );
             }
         }
         assert!(find(FIRST).is_ok());

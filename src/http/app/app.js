@@ -170,7 +170,7 @@ let open = null; // { id, stop, losses, images }
 
 async function follow(id) {
   open?.stop.abort();
-  const here = (open = { id, stop: new AbortController(), losses: [], shown: -1 });
+  const here = (open = { id, stop: new AbortController(), losses: [], shown: null });
   ["shown-pictures", "images", "files-list", "drawn", "plot"].forEach((name) => $(name).replaceChildren());
   ["curve", "shown", "result", "draw", "draw-bar"].forEach((name) => show(name, false));
   note("fault");
@@ -226,9 +226,10 @@ async function paintJob(here, job) {
     here.losses.push([progress.step, progress.loss]);
     plot(here.losses, job.options.steps);
   }
-  const pictures = progress?.images ?? 0;
-  if (ended || pictures !== here.shown) {
-    here.shown = pictures;
+  // Files are there when a phase is done, and when one more picture is.
+  const seen = `${progress?.phase} ${progress?.images}`;
+  if (ended || seen !== here.shown) {
+    here.shown = seen;
     await paintFiles(here, job);
   }
   if (ended) list();

@@ -123,7 +123,7 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_keeps_browsers_from_guessing() {
     let house = House::start().await;
-    for path in ["/v1/jobs", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
+    for path in ["/v1/jobs", "/", "/app.json", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
         let answer = house.get(path).await;
         assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{path}");
         assert!(
@@ -135,8 +135,18 @@ async fn every_answer_keeps_browsers_from_guessing() {
     for word in ["create_sample", "idempotency-key-reused", "TrainOptions", "At most"] {
         assert!(page.contains(word) || page.contains(&word.to_lowercase()), "{word}");
     }
-    let root = house.get("/").await;
-    assert_eq!((root.status().as_u16(), &root.headers()["location"]), (307, &"/docs".parse().unwrap()));
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/app.js", "text/javascript"),
+        ("/app.css", "text/css"),
+        ("/app.json", "application/json"),
+    ] {
+        let answer = house.get(path).await;
+        assert_eq!(answer.status(), 200, "{path}");
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with(kind), "{path}");
+    }
+    let policy = house.get("/").await.headers()["content-security-policy"].to_str().unwrap().to_owned();
+    assert!(policy.contains("script-src 'self'") && !policy.contains("unsafe"), "{policy}");
     let why = house.get("/problems/queue-full").await;
     assert_eq!(why.headers()["location"], "/docs#problem-queue-full");
     house.stop().await;

@@ -1,5 +1,6 @@
 //! The service: real databases, real stores, real HTTP; engines that compute nothing.
 
+mod browser;
 mod chaos;
 mod floor;
 mod house;
@@ -15,6 +16,7 @@ mod http_events;
 mod http_jobs;
 mod http_keys;
 mod http_samples;
+mod page;
 mod photos;
 mod settings;
 mod store;

@@ -78,9 +78,18 @@ pub(super) fn expected_weights(seed: u64, steps: u64) -> Vec<u8> {
     (0..steps).fold([0; 32], |state, step| next(state, seed, step)).to_vec()
 }
 
+/// A picture of its own for every prompt and seed: a colour.
 fn picture(prompt: &str, seed: u64, format: Format) -> Drawn {
-    let bytes = format!("a picture of {prompt} from seed {seed}").into_bytes();
-    Drawn { bytes, format, width: 64, height: 64, prompt: prompt.into(), seed }
+    let hash = Sha256::digest(format!("{prompt} from seed {seed}"));
+    let pixels = image::RgbImage::from_pixel(64, 64, image::Rgb([hash[0], hash[1], hash[2]]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    let written = match format {
+        Format::Png => image::ImageFormat::Png,
+        Format::Jpeg => image::ImageFormat::Jpeg,
+        Format::Webp => image::ImageFormat::WebP,
+    };
+    pixels.write_to(&mut bytes, written).unwrap();
+    Drawn { bytes: bytes.into_inner(), format, width: 64, height: 64, prompt: prompt.into(), seed }
 }
 
 impl Artist for Scripted {
