@@ -9,6 +9,7 @@ from pathlib import Path
 
 from world import CLASSES, COLOURS, PATTERNS, PLACES, Clock, World, keep, pace, rate, resume, rng
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ HEADS = [len(CLASSES), len(COLOURS), len(COLOURS), len(PATTERNS), len(PLACES)]
 NAMES = ["class", "colour", "second", "pattern", "place"]
 RATE, WARM = 4e-3, 100
 ROLES = {
-    # Halved pictures, as the loss looks at them; the judge looks at whole ones and has other seeds.
+    # Halved pictures; the judge has other seeds, and is asked for nothing but what the UNet learns.
     "perceptual": {"seed": 2, "width": 0.5, "depth": 0.5, "halve": True, "batch": 48},
-    "judge": {"seed": 3, "width": 0.5, "depth": 0.5, "halve": False, "batch": 32},
+    "judge": {"seed": 3, "width": 0.5, "depth": 0.5, "halve": True, "batch": 48, "drawn": True},
 }
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -48,17 +49,16 @@ def blurred(x, r):
     return F.interpolate(F.interpolate(x, side, mode="bilinear", antialias=True), x.shape[-1], mode="bilinear")
 
 
-def score(net, world, n=500):
+def score(net, world, shown):
     """Share of right answers of each head."""
     net.eval()
     right = torch.zeros(len(HEADS))
     with torch.no_grad():
-        for i in range(0, n, 50):
-            x, _ = world.batch(range(i, i + 50))
-            wanted = world.labels(range(i, i + 50))
+        for part in np.array_split(shown, max(1, len(shown) // 50)):
+            (x, _), wanted = world.batch(part), world.labels(part)
             right += torch.stack([(logits.argmax(1) == wanted[:, k]).sum() for k, logits in enumerate(net(x))])
     net.train()
-    return dict(zip(NAMES, (right / n).tolist()))
+    return dict(zip(NAMES, (right / len(shown)).tolist()))
 
 
 def main():
@@ -75,9 +75,10 @@ def main():
     begin = resume(path, net=net, optimiser=optimiser)
     clock = Clock(steps)
     print(f"{sum(p.numel() for p in net.parameters())} weights; at step {begin}", flush=True)
+    shown, tested = (w.drawn() if role.get("drawn") else np.arange(len(w)) for w in (world, unseen))
     for step in range(begin, steps):
         r = rng(role["seed"], step)
-        chosen = r.choice(len(world), role["batch"], replace=False)
+        chosen = r.choice(shown, role["batch"], replace=False)
         (x, _), wanted = world.batch(chosen), world.labels(chosen)
         x = blurred(x.flip(3) if r.random() < 0.5 else x, r)
         x = (x + 0.05 * torch.from_numpy(r.standard_normal(x.shape)).float()).clamp(-1, 1)
@@ -90,7 +91,7 @@ def main():
         if (step + 1) % 100 == 0 or step + 1 == steps:
             keep(path, step + 1, net=net, optimiser=optimiser)
         if (step + 1) % 500 == 0:
-            print({k: round(v, 4) for k, v in score(net, unseen).items()}, flush=True)
+            print({k: round(v, 4) for k, v in score(net, unseen, tested[:300]).items()}, flush=True)
     if name == "perceptual":
         out = Path(args.out) / name
         out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def main():
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         config = {"_class_name": "EfficientNet", "width_coefficient": role["width"], "depth_coefficient": role["depth"], "padding": "symmetric", "batch_norm_eps": 1e-5, "halve": True}
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print("done:", {k: round(v, 4) for k, v in score(net, unseen, 1000).items()})
+    print("done:", {k: round(v, 4) for k, v in score(net, unseen, tested).items()})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from world import CLASSES, COLOURS, PATTERNS, PLACES, SCENES, SIDE
+from world import CLASSES, COLOURS, DRAWN_CLASSES, DRAWN_COLOURS, PATTERNS, PLACES, SCENES, SIDE
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,13 +20,15 @@ COLUMNS = 10
 
 
 def wanted():
-    """Class, first colour, second colour, pattern and place of each prompt: every place thrice, every class six times."""
+    """Class, first colour, second colour, pattern and place of each prompt: every place thrice, every class ten times, of
+    what the UNet learns."""
+    classes, colours = [CLASSES.index(name) for name in DRAWN_CLASSES], [COLOURS.index(name) for name in DRAWN_COLOURS]
     rows = []
     for i in range(60):
-        colour = (i * 3 + i // 8) % len(COLOURS)
-        second = (colour + 1 + i % (len(COLOURS) - 1)) % len(COLOURS)
+        colour = (i + i // 6) % len(colours)
+        second = (colour + 1 + i % (len(colours) - 1)) % len(colours)
         pattern = (i // 20) % len(PATTERNS) if i % 2 else 0
-        rows.append((i * 7 % len(CLASSES), colour, second, pattern, (i + i // 20 * 3) % len(PLACES)))
+        rows.append((classes[i % len(classes)], colours[colour], colours[second], pattern, (i + i // 20 * 3) % len(PLACES)))
     return rows
 
 
