@@ -40,8 +40,9 @@ SEED = 5
 PICTURES, LOOKS = 24, 2
 WARM = 200
 WITHOUT_CAPTION = 0.1
-# Hang et al. 2023, arXiv 2303.09556: the weight of a timestep is min(SNR, GAMMA) / SNR.
-GAMMA = 5.0
+# Hang et al. 2023, arXiv 2303.09556: the weight of a timestep is min(SNR, GAMMA) / SNR; from FLAT of all steps on it is 1, for
+# it is the last steps of drawing that leave pictures grainy.
+GAMMA, FLAT = 5.0, 0.67
 
 
 class Both(torch.nn.Module):
@@ -154,7 +155,7 @@ def main():
         a = kept[t].view(-1, 1, 1, 1)
         error = (both(a.sqrt() * z + (1 - a).sqrt() * noise, t, ids) - noise).pow(2).mean((1, 2, 3))
         optimiser.zero_grad()
-        (error * weights[t]).mean().backward()
+        (error * (weights[t] if step < FLAT * args.steps else 1)).mean().backward()
         team.average(both.parameters())
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         pace(optimiser, rate(step, args.steps, args.rate, WARM, hold=0.33, end=0.03))

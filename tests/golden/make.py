@@ -5,7 +5,7 @@
     python tests/golden/make.py clip ops   # only these
 
 Nothing is downloaded: every model is tiny, its weights are drawn here from fixed seeds. A second run on the same
-machine writes the same bytes. The only input is `bundles/miniature`.
+machine writes the same bytes. The only input is `tests/bundle`.
 
 A `.safetensors` golden names its tensors `weight.<name in the state dict>`, `input.<case>.<what>`,
 `output.<case>.<what>` and `grad.<case>.<name>`; all are f32 unless said otherwise (ids and timesteps of models: i64).

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
 fn miniature() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
 }
 
 /// A copy of the miniature to break. Without `hypnos.json`, so that hashes say nothing about it.

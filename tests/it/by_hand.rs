@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub(crate) fn bundle() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
 }
 
 pub(crate) fn demo_photos() -> PathBuf {

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 fn settings() -> Settings {
     Settings {
-        bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature"),
+        bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle"),
         device: "cpu".into(),
         batch: 2,
         adapted_bytes_max: 1 << 30,

@@ -33,7 +33,7 @@ use crate::golden::{Golden, OUTPUT, Place, assert_close, variable};
 const PAIRS: [(usize, usize); 2] = [(0, 1), (2, 3)];
 
 fn miniature() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
 }
 
 fn tokenizer() -> Tokenizer {

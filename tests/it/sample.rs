@@ -12,7 +12,7 @@ use hypnos::ml::samplers::{self, Sampler};
 use crate::golden::{Golden, OUTPUT, assert_close};
 
 fn miniature() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
 }
 
 fn models() -> Models {

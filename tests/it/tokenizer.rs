@@ -41,7 +41,7 @@ fn hold(tokenizer: &Tokenizer, wanted: impl Iterator<Item = (String, Vec<u32>)>,
 
 #[test]
 fn every_text_has_the_ids_of_the_reference() {
-    let tokenizer = Tokenizer::open(&at("bundles/miniature/tokenizer")).unwrap();
+    let tokenizer = Tokenizer::open(&at("tests/bundle/tokenizer")).unwrap();
     let rows = lines("tests/golden/tokenizer.jsonl");
     let wanted = rows.iter().map(|row| (row["text"].as_str().unwrap().to_owned(), ids(&row["ids"])));
     assert!(hold(&tokenizer, wanted, 901) >= 2200);
@@ -61,7 +61,7 @@ fn a_wider_vocabulary_gives_the_ids_of_the_reference() {
 
 #[test]
 fn the_count_tells_what_will_be_cut_off() {
-    let tokenizer = Tokenizer::open(&at("bundles/miniature/tokenizer")).unwrap();
+    let tokenizer = Tokenizer::open(&at("tests/bundle/tokenizer")).unwrap();
     assert_eq!(tokenizer.count(""), 0);
     let long = "x".repeat(100);
     assert_eq!(tokenizer.count(&long), 100);
@@ -71,7 +71,7 @@ fn the_count_tells_what_will_be_cut_off() {
 
 #[test]
 fn rare_tokens_are_single_and_other_words_are_not() {
-    let tokenizer = Tokenizer::open(&at("bundles/miniature/tokenizer")).unwrap();
+    let tokenizer = Tokenizer::open(&at("tests/bundle/tokenizer")).unwrap();
     for word in ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"] {
         assert!(tokenizer.is_single_token(word), "{word}");
     }
@@ -84,7 +84,7 @@ fn rare_tokens_are_single_and_other_words_are_not() {
 fn with(file: &str, text: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for name in ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"] {
-        std::fs::copy(at("bundles/miniature/tokenizer").join(name), dir.path().join(name)).unwrap();
+        std::fs::copy(at("tests/bundle/tokenizer").join(name), dir.path().join(name)).unwrap();
     }
     std::fs::write(dir.path().join(file), text).unwrap();
     dir

@@ -187,7 +187,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature");
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle");
         let bundle = Bundle::open(&dir).expect("a bundle");
         let base = Models::load(&bundle, &Device::Cpu).expect("models");
         let encode = |colour: &str, seed| {

@@ -29,7 +29,7 @@ const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
 pub enum Like {
     /// Stable Diffusion 1.5: 512 pixels, 1066 million weights.
     Sd15,
-    /// The miniature: 64 pixels, 6.6 million weights.
+    /// The bundle of the tests, `tests/bundle`: 64 pixels, 6.6 million weights.
     Miniature,
 }
 

@@ -144,6 +144,7 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
         ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
         ("HYPNOS_S3_ACCESS_KEY", bucket.access_key.clone()),
         ("HYPNOS_S3_SECRET_KEY", secrecy::ExposeSecret::expose_secret(&bucket.secret_key).to_owned()),
+        ("HYPNOS_BUNDLE", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle").display().to_string()),
         ("HYPNOS_LEASE_SECS", "3".into()),
         ("HYPNOS_BEAT_SECS", "0.2".into()),
         ("HYPNOS_CHECKPOINT_SECS", "2".into()),
