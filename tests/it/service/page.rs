@@ -63,7 +63,7 @@ async fn a_person_drops_photos_trains_draws_and_downloads() {
     browser.until("document.querySelector('#new-note').textContent.includes('/options/steps')").await;
     browser.run("document.querySelector('#options').value = ''").await;
     browser
-        .type_into("#options", "{\"steps\": 60, \"class_images\": 2, \"evaluation\": {\"images\": 1}}")
+        .type_into("#options", "{\"steps\": 300, \"class_images\": 2, \"evaluation\": {\"images\": 1}}")
         .await;
     browser.click("#start").await;
 
