@@ -123,7 +123,7 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     assert!(!pictures.is_empty(), "{said}");
     for picture in pictures {
         let decoded = image::open(picture).unwrap();
-        assert_eq!((decoded.width(), decoded.height()), (64, 64));
+        assert_eq!((decoded.width(), decoded.height()), (128, 128));
     }
     serve.signal("-TERM");
     assert!(serve.ended().await, "{}", serve.log());
