@@ -139,9 +139,11 @@ async fn draw(
     let prompts: Vec<_> = PROMPTS.into_iter().filter(|prompt| !prompt.ends_with(&product.place)).collect();
     let sample = client.draw(&id, &prompts, GUIDANCE).await?;
     let mut pictures = Vec::new();
-    for (image, prompt) in sample["images"].as_array().into_iter().flatten().zip(&prompts) {
-        let url = image["url"].as_str().unwrap_or_default();
-        say(&format!("picture    {} {url}", prompt.trim_start_matches("a photo of {product} ")));
+    let drawn = sample["id"].as_str().unwrap_or_default();
+    for (i, (image, prompt)) in sample["images"].as_array().into_iter().flatten().zip(&prompts).enumerate() {
+        let (url, place) =
+            (image["url"].as_str().unwrap_or_default(), prompt.trim_start_matches("a photo of {product} "));
+        say(&format!("picture    {}/v1/samples/{drawn}/images/{i}  {place}", client.url()));
         pictures.push(client.fetch(url).await?);
     }
     Ok([product.photos, pictures])
