@@ -75,6 +75,11 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     if args.serving.keys_wanted()? {
         return Err(Stop::Input("the demo runs without keys; HYPNOS_AUTH wants them".into()));
     }
+    if args.serving.listen.port() == 0 {
+        return Err(Stop::Input(
+            "HYPNOS_LISTEN: the demo is its own client and wants a port that it knows, got 0".into(),
+        ));
+    }
     let bundle = Bundle::open(&args.working.bundle)?;
     let options = bundle.manifest().training.get(args.method.as_str()).cloned().unwrap_or_default();
     let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
