@@ -10,7 +10,7 @@ from pathlib import Path
 from world import CLASSES, COLOURS, DRAWN_CLASSES, DRAWN_COLOURS, PATTERNS, PLACES, SCENES, SIDE
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from classifier import ROLES, Classifier
@@ -43,6 +43,7 @@ def prompt(row):
 def drawn(bundle, prompts):
     """Pictures [N, 3, 128, 128] in -1..1, each from noise of its own seed."""
     pipe = StableDiffusionPipeline.from_pretrained(bundle, torch_dtype=torch.float32)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for i in range(0, len(prompts), 12):

@@ -62,12 +62,12 @@ fn mac(secret: &SecretString, object: &Object, expires: i64) -> Hmac<Sha256> {
 }
 
 /// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .flat_map(|byte| [byte >> 4, byte & 15])
-        .map(|nibble| b"0123456789abcdef"[nibble as usize] as char)
-        .collect()
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(2 * bytes.len());
+    for nibble in bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]) {
+        text.push(char::from(b"0123456789abcdef"[usize::from(nibble)]));
+    }
+    text
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {

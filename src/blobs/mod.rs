@@ -34,6 +34,7 @@ use uuid::Uuid;
 pub use error::Error;
 pub use key::{Key, Name, Scope};
 pub use link::BadLink;
+pub(crate) use link::hex;
 
 use crate::job::{JobId, Object};
 
@@ -195,7 +196,7 @@ impl Blobs {
     /// Writes a small object. Once it returns, a power cut does not lose it.
     pub async fn put(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<Object, Error> {
         let bytes = bytes.into();
-        let object = key.object(bytes.len() as u64, link::hex(&Sha256::digest(&bytes)));
+        let object = key.object(bytes.len() as u64, hex(&Sha256::digest(&bytes)));
         let sent = self.within(self.store.put(&self.path(key.as_str()), bytes.into())).await;
         sent.map_err(Error::while_writing)?;
         Ok(object)
@@ -272,7 +273,7 @@ impl Blobs {
             sent(arrived);
         }
         self.within(upload.complete()).await?;
-        Ok((size, link::hex(&hash.finalize())))
+        Ok((size, hex(&hash.finalize())))
     }
 
     /// The object's bytes, verified.
@@ -291,7 +292,7 @@ impl Blobs {
             return Err(Error::Damaged);
         }
         let bytes = self.within(found.bytes()).await?;
-        let whole = bytes.len() as u64 == object.size && link::hex(&Sha256::digest(&bytes)) == object.sha256;
+        let whole = bytes.len() as u64 == object.size && hex(&Sha256::digest(&bytes)) == object.sha256;
         if whole { Ok(bytes) } else { Err(Error::Damaged) }
     }
 
@@ -322,7 +323,7 @@ impl Blobs {
             sink.write_all(&part).await?;
         }
         sink.flush().await?;
-        if size != object.size || link::hex(&hash.finalize()) != object.sha256 {
+        if size != object.size || hex(&hash.finalize()) != object.sha256 {
             return Err(Error::Damaged);
         }
         staging.persist(file).map_err(|error| error.error)?;
@@ -354,7 +355,7 @@ impl Blobs {
                             if let Some(ready) = held.replace(chunk) {
                                 return Ok(Some((ready, (chunks, hash, n_bytes, held, false))));
                             }
-                        } else if n_bytes != size || link::hex(&hash.clone().finalize()) != sha256 {
+                        } else if n_bytes != size || hex(&hash.clone().finalize()) != sha256 {
                             return Err(Error::Damaged);
                         } else {
                             let last = held.take();

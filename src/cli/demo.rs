@@ -17,7 +17,7 @@ use super::service::{self, Log};
 use super::{Stop, say};
 use crate::config::{Serving, Storage, Working};
 use crate::job::Method;
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{Bundle, Drawing};
 use crate::ml::{picture, sheet};
 use client::Client;
 use products::Product;
@@ -38,9 +38,6 @@ const PROMPTS: [&str; 8] = [
 const COLUMNS: usize = 4;
 /// Their side on it, in pixels.
 const SIDE: u32 = 256;
-
-/// Weight of the prompts: a small model wants little.
-const GUIDANCE: f64 = 4.0;
 
 #[derive(Debug, Args)]
 pub(super) struct Demo {
@@ -82,6 +79,7 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     }
     let bundle = Bundle::open(&args.working.bundle)?;
     let options = bundle.manifest().training.get(args.method.as_str()).cloned().unwrap_or_default();
+    let drawing = bundle.manifest().drawing;
     let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, log: log.quieter() };
     serve.log.start()?;
@@ -90,7 +88,7 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
-            let laid = sheet::sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
+            let laid = sheet::sheet(&draw(&client, product, method, options, drawing).await?, COLUMNS, SIDE)?;
             let size = (laid.width() as usize, laid.height() as usize);
             picture::save_png(&sheet, laid.as_raw(), size, &[])?;
             say(&format!("sheet      {}", sheet.display()));
@@ -123,6 +121,7 @@ async fn draw(
     product: Product,
     method: Method,
     mut options: serde_json::Value,
+    drawing: Drawing,
 ) -> Result<[Vec<Vec<u8>>; 2], Stop> {
     if let Some(options) = options.as_object_mut() {
         options.insert("method".into(), method.as_str().into());
@@ -142,7 +141,7 @@ async fn draw(
         ));
     }
     let prompts: Vec<_> = PROMPTS.into_iter().filter(|prompt| !prompt.ends_with(&product.place)).collect();
-    let sample = client.draw(&id, &prompts, GUIDANCE).await?;
+    let sample = client.draw(&id, &prompts, drawing).await?;
     let mut pictures = Vec::new();
     let drawn = sample["id"].as_str().unwrap_or_default();
     for (i, (image, prompt)) in sample["images"].as_array().into_iter().flatten().zip(&prompts).enumerate() {

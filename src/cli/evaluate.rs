@@ -11,10 +11,9 @@ use serde_json::{Value, json};
 use super::{Stop, photos, say};
 use crate::config;
 use crate::ml::adapted::Adapted;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
 use crate::ml::evaluate::{Drawn, Generated, Judge, PRODUCT, PromptLists};
 use crate::ml::sample::{self, Models, Picture, Settings};
-use crate::ml::samplers::Sampler;
 use crate::ml::{device, picture};
 use crate::report;
 
@@ -59,9 +58,9 @@ pub(super) struct Evaluate {
     /// Steps from noise to picture
     #[arg(long, default_value_t = 25)]
     steps: usize,
-    /// Weight of the prompt; 1 switches guidance off
-    #[arg(long, default_value_t = 7.5)]
-    guidance: f64,
+    /// Weight of the prompt, by default what suits the bundle; 1 switches guidance off
+    #[arg(long)]
+    guidance: Option<f64>,
     /// Pictures drawn at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     batch: u32,
@@ -156,10 +155,11 @@ fn drawn(
     with_class: bool,
 ) -> Result<Pictures, Stop> {
     let (n, side, product) = (args.n as usize, bundle.resolution(), &adapted.product);
+    let Drawing { scheduler, guidance } = bundle.manifest().drawing;
     let how = Settings {
-        sampler: Sampler::Dpmpp2m,
+        sampler: scheduler,
         steps: args.steps,
-        guidance: args.guidance,
+        guidance: args.guidance.unwrap_or(guidance),
         width: side,
         height: side,
     };

@@ -39,12 +39,12 @@ pub(super) struct Sample {
     /// Steps from noise to picture.
     #[arg(long, default_value_t = 25)]
     steps: usize,
-    /// Weight of the prompt against the negative prompt; 1 switches guidance off.
-    #[arg(long, default_value_t = 7.5)]
-    guidance: f64,
-    /// ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler or euler-a.
-    #[arg(long, default_value = "dpmpp-2m")]
-    scheduler: Sampler,
+    /// Weight of the prompt against the negative prompt, by default what suits the bundle; 1 switches guidance off.
+    #[arg(long)]
+    guidance: Option<f64>,
+    /// ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler or euler-a; by default what suits the bundle.
+    #[arg(long)]
+    scheduler: Option<Sampler>,
     /// Seed of the first picture; each further one takes the next.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -88,11 +88,11 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     }
     let prompt = named("--prompt", &args.prompt, product.as_ref())?;
     let negative = named("--negative", &args.negative, product.as_ref())?;
-    let side = bundle.resolution();
+    let (side, own) = (bundle.resolution(), bundle.manifest().drawing);
     let settings = Settings {
-        sampler: args.scheduler,
+        sampler: args.scheduler.unwrap_or(own.scheduler),
         steps: args.steps,
-        guidance: args.guidance,
+        guidance: args.guidance.unwrap_or(own.guidance),
         width: args.width.unwrap_or(side),
         height: args.height.unwrap_or(side),
     };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tracing::info;
 
 use super::Stop;
@@ -34,9 +34,13 @@ pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, 
     Ok(Some(Arc::new(Segmenter(tracer))))
 }
 
-/// The training options that suit the bundle in `dir`, by method; none if there is no bundle.
-pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, Stop> {
-    Ok(if dir.is_dir() { Bundle::open(dir)?.manifest().training.clone() } else { BTreeMap::new() })
+/// What suits the bundle in `dir`: training options by method, and how it draws. Nothing if there is no bundle.
+pub(super) fn suggested(dir: &Path) -> std::result::Result<(BTreeMap<String, Value>, Value), Stop> {
+    if !dir.is_dir() {
+        return Ok((BTreeMap::new(), Value::Null));
+    }
+    let bundle = Bundle::open(dir)?;
+    Ok((bundle.manifest().training.clone(), json!(bundle.manifest().drawing)))
 }
 
 struct Segmenter(Tracer);

@@ -16,8 +16,8 @@ use super::export::{self, FormName, WidthName};
 use super::{Stop, photos, say, service};
 use crate::config;
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
-use crate::job::{Invalid, Method, TrainOptions, TrainSpec};
-use crate::ml::bundle::MINIATURE_NAME;
+use crate::job::{Invalid, Method, TrainOptions, TrainSpec, overlay};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME};
 use crate::ml::train::Trace;
 use out::{Out, Shelf};
 use show::Show;
@@ -181,7 +181,10 @@ impl Work<'_> {
 
 /// The training that the arguments ask for.
 fn spec(args: &Train) -> Result<TrainSpec, Stop> {
-    let mut options = options(&args.set)?;
+    let suited = Bundle::open(&args.bundle)?.manifest().training.get(args.method.as_str()).cloned();
+    let mut all = suited.unwrap_or_else(|| json!({}));
+    overlay(&mut all, &Value::Object(options(&args.set)?));
+    let mut options = all.as_object().cloned().unwrap_or_default();
     options.insert("method".to_owned(), json!(args.method));
     let drawn = getrandom::u64().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
     spec_of(&args.class_name, options, drawn).map_err(|invalid| {

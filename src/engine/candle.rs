@@ -13,7 +13,7 @@ use super::{
 };
 use crate::job::{Fault, FaultCode, Format, PRODUCT, SampleSpec, Scheduler, TrainSpec};
 use crate::ml::adapted::{self, Adapted, Product};
-use crate::ml::bundle::{Bundle, hex};
+use crate::ml::bundle::{Bundle, Drawing, hex};
 use crate::ml::sample::{self, Models, Picture};
 use crate::ml::samplers::Sampler;
 use crate::ml::{self, Error, device, picture};
@@ -80,8 +80,9 @@ impl CandleEngine {
 
     /// How pictures of the bundle's own size are drawn by default, in `steps` steps.
     pub(super) fn how(&self, steps: usize) -> sample::Settings {
-        let side = self.bundle.resolution();
-        sample::Settings { sampler: Sampler::Dpmpp2m, steps, guidance: 7.5, width: side, height: side }
+        let (side, Drawing { scheduler, guidance }) =
+            (self.bundle.resolution(), self.bundle.manifest().drawing);
+        sample::Settings { sampler: scheduler, steps, guidance, width: side, height: side }
     }
 
     /// The file of a picture that was asked for as `prompt`, with the product's place open.

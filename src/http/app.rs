@@ -34,7 +34,9 @@ fn file(content_type: &'static str, text: &'static str) -> Response {
     (headers, text).into_response()
 }
 
-/// What the page cannot know by itself: the methods, and the options that suit this server's models.
+/// What the page cannot know by itself: the methods, and what suits this server's models.
 async fn about(State(front): State<Front>) -> Response {
-    Json(json!({ "methods": Method::ALL, "options": front.settings.suggested })).into_response()
+    let settings = &front.settings;
+    Json(json!({ "methods": Method::ALL, "options": settings.suggested, "drawing": settings.drawing }))
+        .into_response()
 }

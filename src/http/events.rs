@@ -127,7 +127,7 @@ impl Watch {
 
     async fn event(&self, job: &Job) -> Option<Event> {
         let place = self.front.store.queue_position(job).await.ok()?;
-        let view = JobView::of(job, place, &self.front.settings.public_url)?;
+        let view = JobView::of(job, place, &self.front.settings.public_url).ok()?;
         let json = serde_json::to_string(&view).ok()?;
         Some(Event::default().event("job").id(job.version.to_string()).data(json))
     }

@@ -172,16 +172,15 @@ async fn discard(front: &Front, tenant: TenantId, id: JobId) {
     }
 }
 
-fn view(front: &Front, job: &Job, queue_position: Option<u64>) -> Result<JobView, Problem> {
-    let view = JobView::of(job, queue_position, &front.settings.public_url);
-    view.ok_or_else(|| Problem::not_found("job"))
+fn view<'a>(front: &Front, job: &'a Job, queue_position: Option<u64>) -> Result<JobView<'a>, Problem> {
+    JobView::of(job, queue_position, &front.settings.public_url)
 }
 
 /// A page of trainings, the newest first.
 #[derive(Serialize, ToSchema)]
-pub(super) struct JobPage {
+pub(super) struct JobPage<'a> {
     /// The trainings.
-    data: Vec<JobView>,
+    data: Vec<JobView<'a>>,
     /// Where the next page begins; null on the last.
     next_cursor: Option<String>,
 }

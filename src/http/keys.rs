@@ -16,6 +16,7 @@ use subtle::ConstantTimeEq;
 
 use super::problem::{Kind, Problem};
 use super::{Auth, Front};
+use crate::blobs::hex;
 use crate::job::TenantId;
 pub use crate::store::Scope;
 use crate::store::{self, Store};
@@ -72,7 +73,7 @@ fn checksum(text: &str) -> String {
 }
 
 fn hash(secret: &str) -> String {
-    format!("{:x}", Sha256::digest(secret))
+    hex(&Sha256::digest(secret))
 }
 
 /// The id and the secret of a key whose checksum is right.

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -17,6 +16,7 @@ use uuid::Uuid;
 use super::Front;
 use super::edge::preferred_wait;
 use super::problem::{Kind as ProblemKind, Problem};
+use super::view::{json, time};
 use crate::job::{Job, JobId, Kind, Object, State, TenantId};
 use crate::store::Filter;
 
@@ -177,7 +177,7 @@ impl Page {
         base: &str,
         body: impl Serialize,
     ) -> Response {
-        let mut response = Json(body).into_response();
+        let mut response = json(&body);
         if let Some(cursor) = next_cursor {
             let link = format!("<{}>; rel=\"next\"", query.next_url(base, cursor));
             if let Ok(link) = HeaderValue::from_str(&link) {
@@ -230,7 +230,7 @@ pub(super) async fn wait(
             break;
         }
         if front.store.version(job.tenant, job.id).await? != Some(job.version) {
-            job = find(front, job.tenant, job.id, job.spec.kind()).await?;
+            job = find(front, job.tenant, job.id, job.kind).await?;
         }
     }
     Ok(job)
@@ -259,11 +259,8 @@ pub(super) fn row(
     body: impl Serialize,
 ) -> Response {
     let etag = etag(job, queue_position);
-    let mut response = if has(headers, &etag) {
-        StatusCode::NOT_MODIFIED.into_response()
-    } else {
-        Json(body).into_response()
-    };
+    let mut response =
+        if has(headers, &etag) { StatusCode::NOT_MODIFIED.into_response() } else { json(&body) };
     let headers = response.headers_mut();
     if let Ok(etag) = HeaderValue::from_str(&etag) {
         headers.insert(header::ETAG, etag);
@@ -280,7 +277,7 @@ pub(super) async fn signed(front: &Front, object: &Object) -> Result<(String, St
     let (now, life) = (Timestamp::now(), front.settings.url_time);
     let url = front.blobs.sign(object, life, now).await?;
     let expires_ms = now.as_millisecond().saturating_add_unsigned(life.as_millis() as u64);
-    Ok((url, super::view::time(expires_ms)))
+    Ok((url, time(expires_ms)))
 }
 
 /// Sends the client to an object.

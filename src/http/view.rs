@@ -1,11 +1,26 @@
 //! What a client sees of a row. Never a lease, a tenant, or a key of the store.
 
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
+use super::problem::Problem;
 use crate::job::{Fault, Job, JobId, Kind, Object, Progress, SampleSpec, Spec, State, TrainOptions};
+
+/// A document as an answer, as `axum::Json` makes it, but into a buffer that is large enough from the beginning.
+pub(super) fn json(document: &impl Serialize) -> Response {
+    let mut text = Vec::with_capacity(4096);
+    match serde_json::to_writer(&mut text, document) {
+        Ok(()) => {
+            ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text).into_response()
+        }
+        Err(error) => Problem::internal(&error).into_response(),
+    }
+}
 
 /// A time as we write it.
 pub(super) fn time(ms: i64) -> String {
@@ -15,7 +30,7 @@ pub(super) fn time(ms: i64) -> String {
 /// A training.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Job)]
-pub(super) struct JobView {
+pub(super) struct JobView<'a> {
     /// Names it from now on.
     id: JobId,
     /// Always `train`.
@@ -28,7 +43,8 @@ pub(super) struct JobView {
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
     /// How it is trained, complete.
-    options: TrainOptions,
+    #[schema(value_type = TrainOptions)]
+    options: &'a RawValue,
     /// Where all its random numbers come from: asked for, or drawn.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     seed: u64,
@@ -43,10 +59,10 @@ pub(super) struct JobView {
     #[schema(minimum = 0)]
     attempt: i64,
     /// Why it failed; null unless it did.
-    error: Option<Fault>,
+    error: Option<&'a Fault>,
     /// Facts about the result; null unless it succeeded.
     #[schema(value_type = Option<Object>)]
-    result: Option<Value>,
+    result: Option<&'a Value>,
     /// When it was accepted.
     #[schema(format = DateTime, example = "2026-11-24T09:00:00.123Z")]
     created_at: String,
@@ -98,12 +114,21 @@ pub(super) struct JobLinks {
     sample: String,
 }
 
-impl JobView {
-    /// None if the row is of the other kind.
-    pub(super) fn of(job: &Job, queue_position: Option<u64>, public_url: &str) -> Option<Self> {
-        let Spec::Train(spec) = &job.spec else { return None };
+/// What is shown of a training's specification. The options are as long as all the rest, and are not looked into.
+#[derive(Deserialize)]
+struct Shown<'a> {
+    class_name: String,
+    #[serde(borrow)]
+    options: &'a RawValue,
+    seed: u64,
+}
+
+impl<'a> JobView<'a> {
+    /// A training as its owner sees it.
+    pub(super) fn of(job: &'a Job, queue_position: Option<u64>, public_url: &str) -> Result<Self, Problem> {
+        let spec: Shown = serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
         let this = format!("{public_url}/v1/jobs/{}", job.id);
-        let beside = |name: &str| format!("{this}/{name}");
+        let beside = |name: &str| [&this, "/", name].concat();
         let links = JobLinks {
             cancel: beside("cancel"),
             events: beside("events"),
@@ -112,20 +137,20 @@ impl JobView {
             sample: beside("sample"),
             this: this.clone(),
         };
-        Some(Self {
+        Ok(Self {
             id: job.id,
-            kind: Kind::Train,
+            kind: job.kind,
             state: job.state,
             cancel_requested: job.cancel_requested,
-            class_name: spec.class_name.clone(),
-            options: spec.options.clone(),
+            class_name: spec.class_name,
+            options: spec.options,
             seed: spec.seed,
             photos: job.photos.iter().map(PhotoView::of).collect(),
             progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
             queue_position,
             attempt: job.attempt,
-            error: job.error.clone(),
-            result: job.result.clone(),
+            error: job.error.as_ref(),
+            result: job.result.as_ref(),
             created_at: time(job.created_ms),
             started_at: job.started_ms.map(time),
             finished_at: job.finished_ms.map(time),
@@ -241,7 +266,7 @@ impl SampleView {
         queue_position: Option<u64>,
         public_url: &str,
     ) -> Option<Self> {
-        let (Spec::Sample(spec), Some(parent)) = (&job.spec, job.parent) else { return None };
+        let (Ok(Spec::Sample(spec)), Some(parent)) = (job.spec(), job.parent) else { return None };
         let this = format!("{public_url}/v1/samples/{}", job.id);
         let cancel = format!("{this}/cancel");
         let links = SampleLinks { this, cancel, job: format!("{public_url}/v1/jobs/{parent}") };
@@ -251,7 +276,7 @@ impl SampleView {
             job_id: parent,
             state: job.state,
             cancel_requested: job.cancel_requested,
-            spec: spec.clone(),
+            spec,
             images,
             progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
             queue_position,

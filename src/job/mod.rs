@@ -52,7 +52,8 @@ macro_rules! id {
             /// The hyphenated form in lower case, as we write it, and no other.
             fn from_str(text: &str) -> Result<Self, String> {
                 let parsed = Uuid::try_parse(text).ok().map(Self);
-                parsed.filter(|id| id.to_string() == text).ok_or_else(|| "not an id".into())
+                let ours = |id: &Self| id.0.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text;
+                parsed.filter(ours).ok_or_else(|| "not an id".into())
             }
         }
     };
@@ -320,8 +321,10 @@ pub struct Job {
     pub tenant: TenantId,
     /// The training that a sample draws with.
     pub parent: Option<JobId>,
-    /// What it is to do.
-    pub spec: Spec,
+    /// Its kind.
+    pub kind: Kind,
+    /// What it is to do, as JSON: most who look at a row do not want to know. See [`Job::spec`].
+    pub spec_json: String,
     /// The photos of a training, in order; empty for a sample.
     pub photos: Vec<Object>,
     /// Where it stands.
@@ -353,6 +356,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// What it is to do; an error if no program of ours wrote that.
+    pub fn spec(&self) -> serde_json::Result<Spec> {
+        serde_json::from_str(&self.spec_json)
+    }
+
     /// The claim that a worker writes under.
     pub fn lease(&self) -> Lease {
         Lease { job: self.id, run_lease: self.run_lease }

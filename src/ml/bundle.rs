@@ -36,6 +36,7 @@ use super::models::unet::{self, Unet};
 use super::models::vae::{self, Vae};
 use super::param::Param;
 use super::perceptual::{self, Perceptual};
+use super::samplers::Sampler;
 use super::tensorfile::io_words;
 use super::tokenizer::Tokenizer;
 use super::weights::Weights;
@@ -108,12 +109,31 @@ pub struct Manifest {
     /// For each method, the training options that suit it where the defaults do not: those are for Stable Diffusion 1.5.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub training: BTreeMap<String, Value>,
+    /// How it draws where nothing else is asked for.
+    #[serde(default)]
+    pub drawing: Drawing,
     /// What it was fine-tuned to draw, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub product: Option<Product>,
     /// Where each file came from, by its path in the bundle.
     #[serde(default)]
     pub files: BTreeMap<String, Origin>,
+}
+
+/// How a bundle draws where nothing else is asked for.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct Drawing {
+    /// The way from noise to latents, by its name.
+    pub scheduler: Sampler,
+    /// Weight of the prompt against the negative prompt.
+    pub guidance: f64,
+}
+
+impl Default for Drawing {
+    /// What suits Stable Diffusion 1.5.
+    fn default() -> Self {
+        Self { scheduler: Sampler::Dpmpp2m, guidance: 7.5 }
+    }
 }
 
 /// Where a file came from.

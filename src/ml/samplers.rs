@@ -15,6 +15,7 @@ use std::ops::ControlFlow;
 use std::str::FromStr;
 
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::plan::Plan;
@@ -32,7 +33,8 @@ pub type StepNoise<'a> = dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a;
 pub type Observe<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
 
 /// A way from noise to latents. `Display` and `FromStr` use the names of the command line and the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Sampler {
     /// `ddim`, with η = 0.
     Ddim,
@@ -121,6 +123,20 @@ impl FromStr for Sampler {
             let names = Self::ALL.map(Self::name).join(", ");
             Error::Bad(format!("there is no sampler {name:?}; there are {names}"))
         })
+    }
+}
+
+impl TryFrom<String> for Sampler {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
+    }
+}
+
+impl From<Sampler> for String {
+    fn from(sampler: Sampler) -> Self {
+        sampler.name().to_owned()
     }
 }
 

@@ -161,7 +161,7 @@ impl Store {
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
         let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
         let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
-        let turns = self.db.read(TURNS, args![job.spec.kind().as_str()]).await?;
+        let turns = self.db.read(TURNS, args![job.kind.as_str()]).await?;
         let turns = turns.iter().map(|row| Ok((row.word("tenant")?, row.int("jobs")?)));
         Ok(Some(position(job.tenant, own, &turns.collect::<Result<Vec<_>>>()?)))
     }
@@ -296,7 +296,8 @@ pub(super) fn job(row: &Row) -> Result<Job> {
             Some(_) => Some(row.word("parent")?),
             None => None,
         },
-        spec: spec(row)?,
+        kind: row.word("kind")?,
+        spec_json: row.text("spec")?.to_owned(),
         photos: parse("photos", row.text("photos")?)?,
         state: row.word("state")?,
         run_lease: row.int("run_lease")?,
@@ -312,14 +313,6 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         started_ms: row.int_or_none("started_ms")?,
         finished_ms: row.int_or_none("finished_ms")?,
     })
-}
-
-/// What it is to do. An enum with a tag is parsed twice, and a training's is long and looked at most: its kind is known.
-fn spec(row: &Row) -> Result<Spec> {
-    match row.word("kind")? {
-        Kind::Train => parse("spec", row.text("spec")?).map(Spec::Train),
-        Kind::Sample => parse("spec", row.text("spec")?),
-    }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::blobs::Blobs;
-use crate::job::{Fault, Job, Kind, Spec};
+use crate::job::{Fault, FaultCode, Job, Kind, Spec};
 use crate::store::Store;
 use cache::WeightsCache;
 use device::Device;
@@ -145,7 +145,7 @@ impl Worker {
                 },
             };
             if let Some(job) = claimed {
-                match job.spec.kind() {
+                match job.kind {
                     Kind::Train => n_trainings += 1,
                     Kind::Sample => n_samples += 1,
                 }
@@ -176,14 +176,15 @@ impl Worker {
 
     /// One job from its claim to its last row.
     async fn run(self, device: Device, bundle: String, job: Job, asked: Instant) -> Kind {
-        let kind = job.spec.kind();
+        let kind = job.kind;
         let span = info_span!("job", job = %job.id, kind = %kind, attempt = job.attempt);
         let holding = self.heart.hold(job.lease(), asked);
         async {
             info!("claimed");
-            let outcome = match &job.spec {
-                Spec::Train(spec) => self.train(&device, &bundle, &job, spec, &holding.held).await,
-                Spec::Sample(spec) => self.sample(&device, &job, spec, &holding.held).await,
+            let outcome = match job.spec() {
+                Ok(Spec::Train(spec)) => self.train(&device, &bundle, &job, &spec, &holding.held).await,
+                Ok(Spec::Sample(spec)) => self.sample(&device, &job, &spec, &holding.held).await,
+                Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
             };
             self.settle(&job, &holding.held, outcome).await;
         }

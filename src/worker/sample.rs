@@ -78,7 +78,7 @@ impl Worker {
         let parent = job.parent.ok_or_else(gone)?;
         let row =
             self.write(held, || self.store.find(job.tenant, parent, Kind::Train)).await?.ok_or_else(gone)?;
-        let Spec::Train(train) = row.spec else { return Err(gone().into()) };
+        let Ok(Spec::Train(train)) = row.spec() else { return Err(gone().into()) };
         let weights = self.write(held, || self.store.artifact(job.tenant, parent, WEIGHTS)).await?;
         Ok((*train, weights.ok_or_else(gone)?))
     }

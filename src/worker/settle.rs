@@ -79,7 +79,7 @@ impl Worker {
         match ended {
             Ok(state) => {
                 info!("now {state}");
-                let labels = [("kind", job.spec.kind().as_str()), ("state", state.as_str())];
+                let labels = [("kind", job.kind.as_str()), ("state", state.as_str())];
                 metrics::counter!("hypnos_attempts_total", &labels).increment(1);
             }
             Err(refused) => {
@@ -143,7 +143,7 @@ impl Worker {
 
     /// Removes what this attempt stored and the row does not name.
     async fn remove_unnamed(&self, job: &Job) -> Result<(), janitor::Error> {
-        let row = self.store.find(job.tenant, job.id, job.spec.kind()).await?;
+        let row = self.store.find(job.tenant, job.id, job.kind).await?;
         let checkpoint = row.and_then(|row| row.checkpoint).map(|checkpoint| checkpoint.object);
         let named = self.store.artifacts(job.tenant, job.id).await?;
         for entry in self.blobs.list(&Scope::attempt(job.tenant, job.lease())).await? {

@@ -1,5 +1,6 @@
 //! Names of methods and their ablations, and what they stand for.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -54,9 +55,16 @@ impl fmt::Display for Recipe {
 }
 
 impl Recipe {
-    /// The options of a training: `common` below what was `asked` for, and over both what the name says.
-    pub(super) fn options(&self, common: &Value, asked: &Map<String, Value>) -> Map<String, Value> {
-        let mut all = common.clone();
+    /// The options of a training, from below: what suits the bundle for this method, what is `common` to all, what was `asked`
+    /// for, and what the name says.
+    pub(super) fn options(
+        &self,
+        suited: &BTreeMap<String, Value>,
+        common: &Value,
+        asked: &Map<String, Value>,
+    ) -> Map<String, Value> {
+        let mut all = suited.get(self.method.as_str()).cloned().unwrap_or_else(|| json!({}));
+        overlay(&mut all, common);
         overlay(&mut all, &Value::Object(asked.clone()));
         let mut all = all.as_object().cloned().unwrap_or_default();
         all.insert("method".to_owned(), json!(self.method));
@@ -89,7 +97,9 @@ mod tests {
 
     fn options(recipe: &str, common: &Value, asked: &Value) -> Map<String, Value> {
         let recipe: Recipe = recipe.parse().expect("a recipe");
-        recipe.options(common, asked.as_object().expect("an object"))
+        let suited = json!({"dreambooth": {"steps": 30, "learning_rate": 1e-4, "class_images": 7}});
+        let suited = serde_json::from_value(suited).expect("options by method");
+        recipe.options(&suited, common, asked.as_object().expect("an object"))
     }
 
     #[test]
@@ -104,6 +114,9 @@ mod tests {
         assert_eq!(Value::Object(found), wanted);
         let found = options("hypnos-no-s_p", &json!({}), &json!({}));
         assert_eq!(found["s_p"], 800, "the method's own steps");
+        let found = options("dreambooth@2e-4", &common, &json!({"steps": 40}));
+        let suited = [&found["class_images"], &found["steps"], &found["learning_rate"]].map(Value::to_string);
+        assert_eq!(suited, ["7", "40", "0.0002"], "what suits the bundle lies below all else");
     }
 
     #[test]

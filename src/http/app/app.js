@@ -166,6 +166,7 @@ $("new").addEventListener("submit", (event) => {
 
 // --- One training
 
+let drawing = {}; // what suits this server's models
 let open = null; // { id, stop, losses, images }
 
 async function follow(id) {
@@ -347,7 +348,7 @@ $("draw").addEventListener("submit", (event) => {
   const here = open;
   attempt("draw-note", async () => {
     const prompts = $("prompts").value.split("\n").map((line) => line.trim()).filter(Boolean);
-    const spec = { prompts, n: Number($("n").value), guidance: Number($("guidance").value) };
+    const spec = { ...drawing, prompts, n: Number($("n").value), guidance: Number($("guidance").value) };
     if ($("seed").value) spec.seed = Number($("seed").value);
     let sample = await post(`/v1/jobs/${here.id}/sample`, spec);
     show("draw-bar", true);
@@ -409,6 +410,8 @@ $("key").addEventListener("submit", (event) => {
 
 async function begin() {
   const about = await (await fetch("/app.json")).json();
+  drawing = about.drawing ?? {};
+  if (drawing.guidance) $("guidance").value = drawing.guidance;
   $("method").append(...about.methods.map((name) => element("option", { value: name, textContent: words(name) })));
   const suggest = () => ($("options").value = about.options[$("method").value] ? JSON.stringify(about.options[$("method").value], null, 1) : "");
   $("method").addEventListener("change", suggest);

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::check::blueprint;
 use super::{
-    ClipText, Manifest, Origin, PARTS, SMALL_FILES, Unet, Vae, WEIGHT_FILES, Weights, bad, clip, hash_file,
-    read_config, unet, vae,
+    ClipText, Drawing, Manifest, Origin, PARTS, SMALL_FILES, Unet, Vae, WEIGHT_FILES, Weights, bad, clip,
+    hash_file, read_config, unet, vae,
 };
 use crate::ml::random::derive;
 use crate::ml::tensorfile::{io_words, save_streaming, write_atomically};
@@ -164,6 +164,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
         resolution: Some(sizes.unet_side << (sizes.vae_channels.len() - 1)),
         rare_tokens: RARE_TOKENS.map(str::to_owned).to_vec(),
         training: BTreeMap::new(),
+        drawing: Drawing::default(),
         product: None,
         files,
     })

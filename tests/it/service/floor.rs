@@ -140,7 +140,7 @@ impl Floor {
     }
 
     pub(super) async fn find(&self, job: &Job) -> Option<Job> {
-        self.store.find(TENANT, job.id, job.spec.kind()).await.unwrap()
+        self.store.find(TENANT, job.id, job.kind).await.unwrap()
     }
 
     /// The job once it is as `wanted`.

@@ -168,7 +168,7 @@ impl House {
         let store = &self.floor.store;
         let day = Duration::from_hours(24);
         let claimed = store.claim(uuid::Uuid::now_v7(), &[Kind::Train], day, day).await.unwrap().unwrap();
-        assert!(claimed.id == id && matches!(claimed.spec, Spec::Train(_)));
+        assert!(claimed.id == id && matches!(claimed.spec(), Ok(Spec::Train(_))));
         store.finish(claimed.lease(), &serde_json::json!({}), &[]).await.unwrap();
         id
     }

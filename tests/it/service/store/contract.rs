@@ -56,8 +56,8 @@ async fn a_job_comes_back_as_it_was_accepted(house: House) {
     let new = NewJob { priority: 3, ..training(tenant) };
     let job = house.accept(new.clone()).await;
     assert_eq!(
-        (job.id, job.tenant, job.parent, &job.spec, &job.photos),
-        (new.id, tenant, None, &new.spec, &new.photos)
+        (job.id, job.tenant, job.parent, job.spec().ok(), &job.photos),
+        (new.id, tenant, None, Some(new.spec.clone()), &new.photos)
     );
     assert_eq!((job.state, job.attempt, job.max_attempts, job.run_lease), (State::Queued, 0, 3, 0));
     assert_eq!((job.started_ms, job.finished_ms, job.cancel_requested), (None, None, false));
@@ -258,7 +258,7 @@ async fn a_worker_gets_the_kinds_that_it_asks_for(house: House) {
     assert_eq!(claim(&[Kind::Sample]).await, None);
     assert_eq!(claim(&[]).await, None);
     let drawn = house.accept(sample(tenant, parent)).await;
-    assert_eq!(claim(&[Kind::Train]).await.unwrap().spec.kind(), Kind::Train);
+    assert_eq!(claim(&[Kind::Train]).await.unwrap().kind, Kind::Train);
     assert_eq!(claim(&[Kind::Sample]).await.unwrap().id, drawn.id);
 }
 
@@ -713,7 +713,7 @@ async fn another_tenants_rows_are_not_there(house: House) {
         let forged = Job { tenant: stranger, ..job.clone() };
         assert_eq!(store.queue_position(&forged).await.unwrap(), None);
         assert_eq!(
-            store.find(owner, job.id, job.spec.kind()).await.unwrap().as_ref(),
+            store.find(owner, job.id, job.kind).await.unwrap().as_ref(),
             Some(job),
             "it was left alone"
         );
