@@ -2,8 +2,8 @@
 
     python follow.py COMPARISON WORK         # WORK/judge.pt is what `classifier.py judge` wrote
 
-Of every recipe: the share of pictures in the place that was asked for, in the photos' own place although another was asked for,
-and of the product's class, over all pictures whose prompt names a place.
+Of every recipe, over the pictures whose prompt names a place: the share in that place, in the photos' own place although another was
+asked for, and of the product's class. Over those whose prompt names none: the share in the photos' place, which has leaked.
 """
 
 import json
@@ -38,18 +38,21 @@ def main(comparison, work):
     net = Classifier(ROLES["judge"])
     net.load_state_dict(torch.load(Path(work) / "judge.pt", weights_only=True)["net"])
     net.eval()
-    counts = defaultdict(lambda: np.zeros(4, int))
+    counts = defaultdict(lambda: np.zeros(6, int))
     for report in sorted(Path(comparison).glob("*/*/report.json")):
         product = products[report.parts[-3]]
         home, kind = place(product["place"]), CLASSES.index(product["class_name"]) if product["class_name"] in CLASSES else None
         for i, image in enumerate(json.loads(report.read_text())["images"]):
             asked = place(image["prompt"])
-            if asked is None:
-                continue
             seen = [logits.argmax(1).item() for logits in net(picture(report.parent / f"images/{i:02}.png")[None])]
-            counts[report.parts[-2]] += [1, seen[4] == asked, asked != home and seen[4] == home, seen[0] == kind]
-    for recipe, (n, follows, leaks, right) in counts.items():
-        print(f"{recipe:24} {n:3} pictures: place {follows / n:.2f}, the photos' place instead {leaks / n:.2f}, class {right / n:.2f}")
+            if asked is None:
+                counts[report.parts[-2]] += [0, 0, 0, 0, 1, seen[4] == home]
+            else:
+                counts[report.parts[-2]] += [1, seen[4] == asked, asked != home and seen[4] == home, seen[0] == kind, 0, 0]
+    for recipe, (n, follows, instead, right, n_free, leaked) in counts.items():
+        share = lambda part, whole: f"{part / max(whole, 1):.2f}"
+        told = f"place {share(follows, n)}, the photos' place instead {share(instead, n)}, class {share(right, n)}"
+        print(f"{recipe:20} of {n} with a place: {told}; of {n_free} without: the photos' place {share(leaked, n_free)}")
 
 
 if __name__ == "__main__":
