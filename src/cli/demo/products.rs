@@ -6,7 +6,7 @@ use serde::Deserialize;
 static FILES: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/examples/products");
 
 /// The one that is taken if none is named.
-pub(super) const FIRST: &str = "banded-robot";
+pub(super) const FIRST: &str = "dotted-teapot";
 
 /// A product and its photos.
 #[derive(Clone, Debug, Deserialize)]
