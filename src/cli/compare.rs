@@ -5,7 +5,6 @@
 
 mod recipes;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -20,7 +19,7 @@ use super::{Stop, evaluate, photos, say, service};
 use crate::config;
 use crate::engine::{CandleEngine, Engine, Settings};
 use crate::job::TrainSpec;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::bundle::{Bundle, MINIATURE_NAME, Manifest};
 use crate::ml::picture;
 use crate::report::{self, Found, Gallery, Shot};
 use recipes::Recipe;
@@ -88,7 +87,7 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, Stop> {
     let recipes = args.recipes.iter().map(|text| text.parse()).collect::<Result<Vec<Recipe>, String>>();
     let recipes = recipes.map_err(|what| Stop::Input(format!("--recipes: {what}")))?;
     let subjects = subjects(&args.subjects)?;
-    let cells = cells(args, &recipes, &subjects, &Bundle::open(&args.bundle)?.manifest().training)?;
+    let cells = cells(args, &recipes, &subjects, Bundle::open(&args.bundle)?.manifest())?;
     let engine = CandleEngine::open(Settings {
         bundle: args.bundle.clone(),
         device: args.device.clone(),
@@ -130,7 +129,7 @@ fn cells(
     args: &Compare,
     recipes: &[Recipe],
     subjects: &[Subject],
-    suited: &BTreeMap<String, Value>,
+    bundle: &Manifest,
 ) -> Result<Vec<Cell>, Stop> {
     let lists = args.prompt_lists.as_deref().map(evaluate::prompt_lists).transpose()?.unwrap_or_default();
     let n_varying = args.images as usize / 2;
@@ -145,7 +144,7 @@ fn cells(
     let mut cells = Vec::new();
     for recipe in recipes {
         for (i, subject) in subjects.iter().enumerate() {
-            let options = recipe.options(suited, &common, &asked);
+            let options = recipe.options(bundle, &common, &asked);
             let spec = spec_of(&subject.class_name, options, args.seed).map_err(|invalid| {
                 let at = invalid.pointer.trim_start_matches('/').replace('/', ".");
                 Stop::Input(format!("{recipe}, {}: {at}: {}", subject.name, invalid.message))

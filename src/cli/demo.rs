@@ -78,7 +78,8 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
         ));
     }
     let bundle = Bundle::open(&args.working.bundle)?;
-    let options = bundle.manifest().training.get(args.method.as_str()).cloned().unwrap_or_default();
+    let mut options = bundle.manifest().suited(args.method.as_str());
+    options["method"] = args.method.as_str().into();
     let drawing = bundle.manifest().drawing;
     let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, log: log.quieter() };
@@ -120,14 +121,9 @@ async fn draw(
     client: &Client,
     product: Product,
     method: Method,
-    mut options: serde_json::Value,
+    options: serde_json::Value,
     drawing: Drawing,
 ) -> Result<[Vec<Vec<u8>>; 2], Stop> {
-    if let Some(options) = options.as_object_mut() {
-        options.insert("method".into(), method.as_str().into());
-    } else {
-        options = serde_json::json!({ "method": method });
-    }
     say(&format!("product    {}, {} photos; {method}", product.name, product.photos.len()));
     let job = client.upload(&product, &options).await?;
     let id = job["id"].as_str().unwrap_or_default().to_owned();

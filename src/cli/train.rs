@@ -181,11 +181,10 @@ impl Work<'_> {
 
 /// The training that the arguments ask for.
 fn spec(args: &Train) -> Result<TrainSpec, Stop> {
-    let suited = Bundle::open(&args.bundle)?.manifest().training.get(args.method.as_str()).cloned();
-    let mut all = suited.unwrap_or_else(|| json!({}));
+    let mut all = Bundle::open(&args.bundle)?.manifest().suited(args.method.as_str());
     overlay(&mut all, &Value::Object(options(&args.set)?));
-    let mut options = all.as_object().cloned().unwrap_or_default();
-    options.insert("method".to_owned(), json!(args.method));
+    overlay(&mut all, &json!({ "method": args.method }));
+    let options = all.as_object().cloned().unwrap_or_default();
     let drawn = getrandom::u64().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
     spec_of(&args.class_name, options, drawn).map_err(|invalid| {
         let name = invalid.pointer.trim_start_matches('/').replace('/', ".");

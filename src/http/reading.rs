@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -16,7 +17,7 @@ use uuid::Uuid;
 use super::Front;
 use super::edge::preferred_wait;
 use super::problem::{Kind as ProblemKind, Problem};
-use super::view::{json, time};
+use super::view::time;
 use crate::job::{Job, JobId, Kind, Object, State, TenantId};
 use crate::store::Filter;
 
@@ -177,7 +178,7 @@ impl Page {
         base: &str,
         body: impl Serialize,
     ) -> Response {
-        let mut response = json(&body);
+        let mut response = Json(body).into_response();
         if let Some(cursor) = next_cursor {
             let link = format!("<{}>; rel=\"next\"", query.next_url(base, cursor));
             if let Ok(link) = HeaderValue::from_str(&link) {
@@ -259,8 +260,11 @@ pub(super) fn row(
     body: impl Serialize,
 ) -> Response {
     let etag = etag(job, queue_position);
-    let mut response =
-        if has(headers, &etag) { StatusCode::NOT_MODIFIED.into_response() } else { json(&body) };
+    let mut response = if has(headers, &etag) {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        Json(body).into_response()
+    };
     let headers = response.headers_mut();
     if let Ok(etag) = HeaderValue::from_str(&etag) {
         headers.insert(header::ETAG, etag);

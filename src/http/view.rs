@@ -1,7 +1,5 @@
 //! What a client sees of a row. Never a lease, a tenant, or a key of the store.
 
-use axum::http::{HeaderValue, header};
-use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -10,17 +8,6 @@ use utoipa::ToSchema;
 
 use super::problem::Problem;
 use crate::job::{Fault, Job, JobId, Kind, Object, Progress, SampleSpec, Spec, State, TrainOptions};
-
-/// A document as an answer, as `axum::Json` makes it, but into a buffer that is large enough from the beginning.
-pub(super) fn json(document: &impl Serialize) -> Response {
-    let mut text = Vec::with_capacity(4096);
-    match serde_json::to_writer(&mut text, document) {
-        Ok(()) => {
-            ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text).into_response()
-        }
-        Err(error) => Problem::internal(&error).into_response(),
-    }
-}
 
 /// A time as we write it.
 pub(super) fn time(ms: i64) -> String {

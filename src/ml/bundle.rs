@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::adapted::Product;
@@ -118,6 +118,13 @@ pub struct Manifest {
     /// Where each file came from, by its path in the bundle.
     #[serde(default)]
     pub files: BTreeMap<String, Origin>,
+}
+
+impl Manifest {
+    /// The training options that suit it for this method, a JSON object; empty where the defaults do.
+    pub fn suited(&self, method: &str) -> Value {
+        self.training.get(method).cloned().unwrap_or_else(|| json!({}))
+    }
 }
 
 /// How a bundle draws where nothing else is asked for.

@@ -1,6 +1,5 @@
 //! Names of methods and their ablations, and what they stand for.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -8,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::train::set;
 use crate::job::{Method, TrainOptions, overlay};
+use crate::ml::bundle::Manifest;
 
 /// What may be left out of a method (section 4.2 of arXiv 2410.14265), and how.
 const PARTS: [&str; 5] = ["s_p", "perceptual", "discriminator", "views", "prior"];
@@ -55,15 +55,15 @@ impl fmt::Display for Recipe {
 }
 
 impl Recipe {
-    /// The options of a training, from below: what suits the bundle for this method, what is `common` to all, what was `asked`
+    /// The options of a training, from below: what suits the `bundle` for this method, what is `common` to all, what was `asked`
     /// for, and what the name says.
     pub(super) fn options(
         &self,
-        suited: &BTreeMap<String, Value>,
+        bundle: &Manifest,
         common: &Value,
         asked: &Map<String, Value>,
     ) -> Map<String, Value> {
-        let mut all = suited.get(self.method.as_str()).cloned().unwrap_or_else(|| json!({}));
+        let mut all = bundle.suited(self.method.as_str());
         overlay(&mut all, common);
         overlay(&mut all, &Value::Object(asked.clone()));
         let mut all = all.as_object().cloned().unwrap_or_default();
@@ -97,9 +97,10 @@ mod tests {
 
     fn options(recipe: &str, common: &Value, asked: &Value) -> Map<String, Value> {
         let recipe: Recipe = recipe.parse().expect("a recipe");
-        let suited = json!({"dreambooth": {"steps": 30, "learning_rate": 1e-4, "class_images": 7}});
-        let suited = serde_json::from_value(suited).expect("options by method");
-        recipe.options(&suited, common, asked.as_object().expect("an object"))
+        let suited =
+            json!({"training": {"dreambooth": {"steps": 30, "learning_rate": 1e-4, "class_images": 7}}});
+        let bundle: Manifest = serde_json::from_value(suited).expect("a manifest");
+        recipe.options(&bundle, common, asked.as_object().expect("an object"))
     }
 
     #[test]

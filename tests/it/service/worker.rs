@@ -7,6 +7,7 @@ use std::time::Duration;
 use hypnos::blobs::{Blobs, Scope};
 use hypnos::janitor;
 use hypnos::job::{FaultCode, REPORT, State, WEIGHTS};
+use sqlx::{Connection, SqliteConnection};
 use tokio_util::sync::CancellationToken;
 
 use super::chaos::{Chaos, What};
@@ -15,6 +16,21 @@ use super::scripted::{Did, Script, expected_weights};
 
 const QUICK: Duration = Duration::from_millis(1);
 const SLOW: Duration = Duration::from_millis(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_does_not_say_what_to_do_fails_and_the_next_one_runs() {
+    let floor = Floor::new().await;
+    let (broken, sound) = (floor.train("mug", 5).await, floor.train("mug", 5).await);
+    let mut database = SqliteConnection::connect(&floor.settings.database).await.unwrap();
+    let spoil = sqlx::query("update job set spec = '{}' where id = $1").bind(broken.id.to_string());
+    assert_eq!(spoil.execute(&mut database).await.unwrap().rows_affected(), 1);
+    let worker = floor.work(&Script::new(QUICK));
+    let broken = floor.ended(&broken).await;
+    let error = broken.error.as_ref().unwrap();
+    assert_eq!((broken.state, error.code, error.retryable), (State::Failed, FaultCode::Internal, false));
+    assert_eq!(floor.ended(&sound).await.state, State::Succeeded);
+    worker.stop().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_ends_with_weights_a_report_and_pictures_in_the_store() {
