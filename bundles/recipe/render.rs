@@ -137,8 +137,10 @@ const COLOURS: [(&str, V); 8] = [
     ("black", V(0.09, 0.09, 0.10)),
 ];
 
-/// What training pictures wear; demo products may be dotted or banded as well.
+/// What training pictures wear.
 const PATTERNS: [&str; 3] = ["plain", "striped", "checkered"];
+/// What demo products wear; of a bundle's parts the VAE alone learns from such pictures.
+const OTHER_PATTERNS: [&str; 2] = ["dotted", "banded"];
 const SCENES: [&str; 8] = ["table", "beach", "grass", "snow", "marble", "brick", "city", "forest"];
 
 /// The plain backgrounds, by the names and values that views of photos have.
@@ -361,8 +363,8 @@ fn paint(picture: &Picture, p: V, kind: u8) -> V {
         "striped" => even(p.1 * 3.2),
         "checkered" => even(p.1 * 2.6) == even(around * 8.0 + 0.5),
         "dotted" => {
-            let (u, v) = ((around * 6.0).rem_euclid(1.0) - 0.5, (p.1 * 1.8).rem_euclid(1.0) - 0.5);
-            u.hypot(v) > 0.34
+            let (u, v) = ((around * 5.0).rem_euclid(1.0) - 0.5, (p.1 * 1.2).rem_euclid(1.0) - 0.5);
+            u.hypot(v) > 0.3
         }
         "banded" => !(0.55..1.05).contains(&p.1),
         _ => true,
@@ -566,8 +568,8 @@ fn render(picture: &Picture, side: usize) -> Vec<u8> {
 
 // ------------------------------------------------------------------------------------------------------------ what
 
-fn random_picture(dice: &mut Dice) -> Picture {
-    let pattern = PATTERNS[dice.below(PATTERNS.len())];
+fn random_picture(dice: &mut Dice, patterns: &[&'static str]) -> Picture {
+    let pattern = patterns[dice.below(patterns.len())];
     let one = dice.below(COLOURS.len());
     // A plain thing is of one colour more often than not; a patterned one has two.
     let other = if pattern == "plain" && dice.unit() < 0.5 { one } else { (one + 1 + dice.below(COLOURS.len() - 1)) % COLOURS.len() };
@@ -610,12 +612,27 @@ fn describe(picture: &Picture) -> String {
     )
 }
 
-fn train(out: &str, count: usize, seed: u64, empty: bool) -> std::io::Result<()> {
+/// One that wears another pattern than training pictures do, and is no demo product.
+fn other_picture(dice: &mut Dice) -> Picture {
+    loop {
+        let picture = random_picture(dice, &OTHER_PATTERNS);
+        let is_it = |product: &Product| product.1.name() == picture.class.name() && product.2 == picture.colours && product.3 == picture.pattern;
+        if !PRODUCTS.iter().any(is_it) {
+            return picture;
+        }
+    }
+}
+
+fn train(what: &str, out: &str, count: usize, seed: u64) -> std::io::Result<()> {
     let mut pixels = BufWriter::new(File::create(format!("{out}.rgbm"))?);
     let mut words = BufWriter::new(File::create(format!("{out}.jsonl"))?);
     let picture = |i: usize| {
         let dice = &mut Dice(seed.wrapping_mul(1_000_003).wrapping_add(i as u64));
-        Picture { empty, ..random_picture(dice) }
+        match what {
+            "other" => other_picture(dice),
+            "empty" => Picture { empty: true, ..random_picture(dice, &PATTERNS) },
+            _ => random_picture(dice, &PATTERNS),
+        }
     };
     let threads = thread::available_parallelism().map_or(1, usize::from);
     for start in (0..count).step_by(100) {
@@ -638,8 +655,9 @@ fn train(out: &str, count: usize, seed: u64, empty: bool) -> std::io::Result<()>
     words.flush()
 }
 
+type Product = (&'static str, Class, [usize; 2], &'static str);
 /// A dozen products that no training picture shows: two other patterns, and two other shapes.
-const PRODUCTS: [(&str, Class, [usize; 2], &'static str); 12] = [
+const PRODUCTS: [Product; 12] = [
     ("dotted-mug", Class::Mug, [6, 0], "dotted"),
     ("banded-vase", Class::Vase, [4, 2], "banded"),
     ("banded-robot", Class::Robot, [6, 0], "banded"),
@@ -681,13 +699,13 @@ fn main() -> std::io::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        [what @ ("train" | "empty"), out, count, seed] => {
+        [what @ ("train" | "empty" | "other"), out, count, seed] => {
             let number = |text: &str| text.parse().expect("COUNT and SEED are numbers");
-            train(out, number(count) as usize, number(seed), what == "empty")
+            train(what, out, number(count) as usize, number(seed))
         }
         ["demo", dir] => demo(dir),
         _ => {
-            eprintln!("wanted: render train|empty OUT COUNT SEED, or render demo DIR");
+            eprintln!("wanted: render train|empty|other OUT COUNT SEED, or render demo DIR");
             std::process::exit(2)
         }
     }

@@ -2,7 +2,7 @@
 
     python segmenter.py DATA TEST WORK OUT [--steps N] [--empty PLACES]   # goes on from WORK/segmenter.pt if it is there
 
-A twelfth of the pictures comes from PLACES, in which there is nothing to find.
+A sixth of the pictures comes from PLACES, in which there is nothing to find.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main():
         r, is_halved = rng(1, step), step < args.halved
         x, mask = world.batch(r.choice(len(world), BATCH if is_halved else WHOLE_BATCH, replace=False))
         if empty:
-            n = len(x) // 12
+            n = len(x) // 6
             x[:n], mask[:n] = empty.batch(r.choice(len(empty), n, replace=False))
         if is_halved:
             x, mask = F.avg_pool2d(x, 2), F.avg_pool2d(mask, 2)

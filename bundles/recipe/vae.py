@@ -1,6 +1,6 @@
 """Trains the miniature's VAE: pictures of 128 pixels to latents [4, 16, 16] and back.
 
-    python vae.py DATA TEST WORK OUT --steps 4000 [--from DIR] [--demo DIR]
+    python vae.py DATA TEST WORK OUT --steps 4000 [--from DIR] [--demo DIR] [--also OTHER]
     torchrun --nproc-per-node 2 vae.py ...        # the same on two cores
 
 Goes on from WORK/vae.pt if it is there; else begins with the weights in --from (a folder as diffusers writes it), else with
@@ -8,6 +8,7 @@ random ones. The learning rate follows from the step and --steps alone, so a run
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -47,16 +48,16 @@ def some(world, r, whole):
     return x.contiguous(), mask
 
 
-def losses(net, x, mask, noise):
-    """Reconstruction, the thing counting double, and how far the latents are from a normal distribution."""
+def losses(net, x, mask, noise, square):
+    """Reconstruction with the squares' weight, the thing counting double, how far the latents are from a normal distribution, and the latents."""
     mean, log_var = net.quant_conv(net.encoder(x)).chunk(2, 1)
     log_var = log_var.clamp(-30, 20)
     y = net.decoder(net.post_quant_conv(mean + noise * (0.5 * log_var).exp()))
     d, weight = y - x, (1 + mask) / (1 + mask.mean())
     edges = (d[:, :, 1:] - d[:, :, :-1]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
     tone = F.avg_pool2d(d, 8).abs().mean()
-    reconstruction = (weight * d.abs()).mean() + 2 * (weight * d * d).mean() + 0.3 * edges + 0.5 * tone
-    return reconstruction, 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
+    reconstruction = (weight * d.abs()).mean() + square * (weight * d * d).mean() + 0.3 * edges + 0.5 * tone
+    return reconstruction, 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean(), mean
 
 
 @torch.no_grad()
@@ -89,21 +90,24 @@ def main():
     parser.add_argument("data"), parser.add_argument("test"), parser.add_argument("work"), parser.add_argument("out")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--square", type=float, default=2.0, metavar="WEIGHT", help="of squared errors, beside 1 for absolute ones")
     parser.add_argument("--from", dest="begin", type=Path)
     parser.add_argument("--demo", type=Path)
+    parser.add_argument("--also", metavar="OTHER", help="pictures of other patterns, for every second step")
     parser.add_argument("--decoder", action="store_true", help="leave the latents as they are: only the way back learns")
+    parser.add_argument("--stay", type=float, default=0.0, metavar="WEIGHT", help="keep the latents of DATA near those of --from")
     args = parser.parse_args()
     team = Team()
     torch.manual_seed(SEED)
     net = AutoencoderKL.from_pretrained(args.begin, torch_dtype=torch.float32) if args.begin else AutoencoderKL(**CONFIG)
     net.train()
-    average = Average(net, 0.998)
+    average, before = Average(net, 0.998), copy.deepcopy(net).eval().requires_grad_(False)
     for part in [net.encoder, net.quant_conv] if args.decoder else []:
         part.requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     path = Path(args.work) / "vae.pt"
     begin = resume(path, net=net, average=average, optimiser=optimiser)
-    world, unseen = World(args.data), World(args.test)
+    world, unseen, other = World(args.data), World(args.test), World(args.also) if args.also else None
     x, masks = unseen.batch(range(SOME))
     demo = photos(args.demo) if args.demo else None
     clock = Clock(args.steps)
@@ -111,18 +115,23 @@ def main():
         print(f"{sum(p.numel() for p in net.parameters())} weights; at step {begin}: {told(score(average.net, x, masks, demo))}", flush=True)
     for step in range(begin, args.steps):
         r = rng(SEED + 100 * team.rank, step)
-        pictures, mask = some(world, r, step >= WHOLE * args.steps)
+        is_other = other is not None and step % 2 == 0
+        pictures, mask = some(other if is_other else world, r, step >= WHOLE * args.steps)
         noise = torch.from_numpy(r.standard_normal((len(pictures), 4, pictures.shape[2] // 8, pictures.shape[3] // 8))).float()
-        reconstruction, kl = losses(net, pictures, mask, noise)
+        reconstruction, kl, latents = losses(net, pictures, mask, noise, args.square)
+        moved = torch.zeros(())
+        if args.stay and not is_other:
+            was = before.encode(pictures).latent_dist.mean
+            moved = (latents - was).pow(2).mean() / was.var()
         optimiser.zero_grad()
-        (reconstruction + KL * kl).backward()
+        (reconstruction + KL * kl + args.stay * moved).backward()
         team.average(net.parameters())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         pace(optimiser, rate(step, args.steps, args.rate, WARM))
         optimiser.step()
         average.follow(net, step)
         if team.first:
-            clock.tell(step + 1, loss=reconstruction.item(), kl=kl.item())
+            clock.tell(step + 1, loss=reconstruction.item(), kl=kl.item(), moved=moved.item())
             if (step + 1) % 200 == 0:
                 keep(path, step + 1, net=net, average=average, optimiser=optimiser)
                 print(told(score(average.net, x, masks, demo)), flush=True)

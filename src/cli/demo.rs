@@ -17,7 +17,7 @@ use super::service::{self, Log};
 use super::{Stop, say};
 use crate::config::{Serving, Storage, Working};
 use crate::job::Method;
-use crate::ml::bundle::{Bundle, Drawing};
+use crate::ml::bundle::Bundle;
 use crate::ml::{picture, sheet};
 use client::Client;
 use products::Product;
@@ -80,7 +80,6 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     let bundle = Bundle::open(&args.working.bundle)?;
     let mut options = bundle.manifest().suited(args.method.as_str());
     options["method"] = args.method.as_str().into();
-    let drawing = bundle.manifest().drawing;
     let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, log: log.quieter() };
     serve.log.start()?;
@@ -89,7 +88,7 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
-            let laid = sheet::sheet(&draw(&client, product, method, options, drawing).await?, COLUMNS, SIDE)?;
+            let laid = sheet::sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
             let size = (laid.width() as usize, laid.height() as usize);
             picture::save_png(&sheet, laid.as_raw(), size, &[])?;
             say(&format!("sheet      {}", sheet.display()));
@@ -122,7 +121,6 @@ async fn draw(
     product: Product,
     method: Method,
     options: serde_json::Value,
-    drawing: Drawing,
 ) -> Result<[Vec<Vec<u8>>; 2], Stop> {
     say(&format!("product    {}, {} photos; {method}", product.name, product.photos.len()));
     let job = client.upload(&product, &options).await?;
@@ -137,7 +135,7 @@ async fn draw(
         ));
     }
     let prompts: Vec<_> = PROMPTS.into_iter().filter(|prompt| !prompt.ends_with(&product.place)).collect();
-    let sample = client.draw(&id, &prompts, drawing).await?;
+    let sample = client.draw(&id, &prompts).await?;
     let mut pictures = Vec::new();
     let drawn = sample["id"].as_str().unwrap_or_default();
     for (i, (image, prompt)) in sample["images"].as_array().into_iter().flatten().zip(&prompts).enumerate() {

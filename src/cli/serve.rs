@@ -75,7 +75,7 @@ pub(super) async fn serve(
     let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
     let n_parallel = std::thread::available_parallelism().map_or(1, usize::from).min(DECODERS_MAX);
-    let (suggested, drawing) = spot::suggested(&args.working.bundle)?;
+    let suggested = spot::suggested(&args.working.bundle)?;
     let settings = http::Settings {
         public_url: public_url.clone(),
         auth: if keys { Auth::Keys } else { Auth::None },
@@ -86,7 +86,6 @@ pub(super) async fn serve(
         attempts_max: serving.attempts_max.into(),
         url_time: Duration::from_secs(serving.url_secs),
         suggested,
-        drawing,
         ..http::Settings::default()
     };
     let spotter = spot::open(&args.working.bundle)?;

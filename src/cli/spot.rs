@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tracing::info;
 
 use super::Stop;
@@ -34,13 +34,12 @@ pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, 
     Ok(Some(Arc::new(Segmenter(tracer))))
 }
 
-/// What suits the bundle in `dir`: training options by method, and how it draws. Nothing if there is no bundle.
-pub(super) fn suggested(dir: &Path) -> std::result::Result<(BTreeMap<String, Value>, Value), Stop> {
+/// The training options that suit the bundle in `dir`, by method; none if there is no bundle.
+pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, Stop> {
     if !dir.is_dir() {
-        return Ok((BTreeMap::new(), Value::Null));
+        return Ok(BTreeMap::new());
     }
-    let bundle = Bundle::open(dir)?;
-    Ok((bundle.manifest().training.clone(), json!(bundle.manifest().drawing)))
+    Ok(Bundle::open(dir)?.manifest().training.clone())
 }
 
 struct Segmenter(Tracer);

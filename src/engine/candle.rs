@@ -175,16 +175,16 @@ impl Engine for CandleEngine {
 fn drawing(spec: &SampleSpec, own: sample::Settings) -> sample::Settings {
     let side = |asked: Option<u32>, own: usize| asked.map_or(own, |side| side as usize);
     sample::Settings {
-        sampler: match spec.scheduler {
+        sampler: spec.scheduler.map_or(own.sampler, |scheduler| match scheduler {
             Scheduler::Ddim => Sampler::Ddim,
             Scheduler::Pndm => Sampler::Pndm,
             Scheduler::Dpmpp2m => Sampler::Dpmpp2m,
             Scheduler::Dpmpp2mKarras => Sampler::Dpmpp2mKarras,
             Scheduler::Euler => Sampler::Euler,
             Scheduler::EulerA => Sampler::EulerAncestral,
-        },
+        }),
         steps: spec.steps as usize,
-        guidance: spec.guidance,
+        guidance: spec.guidance.unwrap_or(own.guidance),
         width: side(spec.width, own.width),
         height: side(spec.height, own.height),
     }

@@ -36,7 +36,5 @@ fn file(content_type: &'static str, text: &'static str) -> Response {
 
 /// What the page cannot know by itself: the methods, and what suits this server's models.
 async fn about(State(front): State<Front>) -> Response {
-    let settings = &front.settings;
-    Json(json!({ "methods": Method::ALL, "options": settings.suggested, "drawing": settings.drawing }))
-        .into_response()
+    Json(json!({ "methods": Method::ALL, "options": front.settings.suggested })).into_response()
 }

@@ -89,8 +89,6 @@ pub struct Settings {
     pub key_time: Duration,
     /// For each method, training options that suit the models of the workers, as the page offers them.
     pub suggested: BTreeMap<String, serde_json::Value>,
-    /// Scheduler and guidance that suit them, as a sample takes them; null if that is not known.
-    pub drawing: serde_json::Value,
 }
 
 impl Default for Settings {
@@ -109,7 +107,6 @@ impl Default for Settings {
             url_time: Duration::from_hours(1),
             key_time: Duration::from_secs(30),
             suggested: BTreeMap::new(),
-            drawing: serde_json::Value::Null,
         }
     }
 }

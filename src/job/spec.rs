@@ -570,13 +570,14 @@ pub struct SampleSpec {
     #[serde(default = "twenty_five")]
     #[schema(minimum = 1, maximum = 200, default = 25)]
     pub steps: u32,
-    /// Weight of the prompt against the negative prompt; 1 switches guidance off.
-    #[serde(default = "seven_and_a_half")]
-    #[schema(minimum = 0.0, maximum = 30.0, default = 7.5)]
-    pub guidance: f64,
-    /// The way from noise to picture.
+    /// Weight of the prompt against the negative prompt; 1 switches guidance off. The model's own if not given: 7.5
+    /// for Stable Diffusion 1.5.
     #[serde(default)]
-    pub scheduler: Scheduler,
+    #[schema(minimum = 0.0, maximum = 30.0)]
+    pub guidance: Option<f64>,
+    /// The way from noise to picture; the model's own if not given, `dpmpp-2m` for Stable Diffusion 1.5.
+    #[serde(default)]
+    pub scheduler: Option<Scheduler>,
     /// Pixels, a multiple of 8; the model's own size if not given.
     #[serde(default)]
     #[schema(minimum = 64, maximum = 1024, multiple_of = 8)]
@@ -609,13 +610,6 @@ words!(
     }
 );
 
-#[allow(clippy::derivable_impls)] // the macro makes the enum
-impl Default for Scheduler {
-    fn default() -> Self {
-        Self::Dpmpp2m
-    }
-}
-
 impl SampleSpec {
     /// Refuses what is out of range, brings texts to NFC, and takes `drawn_seed` if none is named.
     pub fn complete(mut self, drawn_seed: u64) -> Result<Self, Invalid> {
@@ -632,7 +626,9 @@ impl SampleSpec {
         check_seed(self.seed)?;
         self.seed.get_or_insert(drawn_seed & SEED_MAX);
         whole("/steps", self.steps, 1, 200)?;
-        real("/guidance", self.guidance, 0.0, 30.0)?;
+        if let Some(guidance) = self.guidance {
+            real("/guidance", guidance, 0.0, 30.0)?;
+        }
         for (pointer, side) in [("/width", self.width), ("/height", self.height)] {
             if let Some(side) = side {
                 whole(pointer, side, 64, 1024)?;
@@ -721,10 +717,6 @@ fn one() -> u32 {
 
 fn twenty_five() -> u32 {
     25
-}
-
-fn seven_and_a_half() -> f64 {
-    7.5
 }
 
 fn png() -> Format {

@@ -11,7 +11,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::products::Product;
 use crate::cli::{Stop, say};
-use crate::ml::bundle::Drawing;
 
 /// How long an answer may wait for a change, in seconds.
 const WAIT: &str = "wait=20";
@@ -97,9 +96,8 @@ impl Client {
     }
 
     /// Draws, and waits for the pictures.
-    pub(super) async fn draw(&self, job: &str, prompts: &[&str], drawing: Drawing) -> Result<Value, Stop> {
-        let Drawing { scheduler, guidance } = drawing;
-        let spec = json!({ "prompts": prompts, "scheduler": scheduler, "guidance": guidance, "seed": 1 });
+    pub(super) async fn draw(&self, job: &str, prompts: &[&str]) -> Result<Value, Stop> {
+        let spec = json!({ "prompts": prompts, "seed": 1 });
         let begun = Instant::now();
         let asked = self.http.post(format!("{}/v1/jobs/{job}/sample", self.url)).json(&spec);
         let mut sample = json_of(asked.header("Prefer", WAIT)).await?;

@@ -166,7 +166,6 @@ $("new").addEventListener("submit", (event) => {
 
 // --- One training
 
-let drawing = {}; // what suits this server's models
 let open = null; // { id, stop, losses, images }
 
 async function follow(id) {
@@ -348,8 +347,8 @@ $("draw").addEventListener("submit", (event) => {
   const here = open;
   attempt("draw-note", async () => {
     const prompts = $("prompts").value.split("\n").map((line) => line.trim()).filter(Boolean);
-    const spec = { ...drawing, prompts, n: Number($("n").value), guidance: Number($("guidance").value) };
-    if ($("seed").value) spec.seed = Number($("seed").value);
+    const spec = { prompts, n: Number($("n").value) };
+    for (const name of ["guidance", "seed"]) if ($(name).value) spec[name] = Number($(name).value);
     let sample = await post(`/v1/jobs/${here.id}/sample`, spec);
     show("draw-bar", true);
     while (!["succeeded", "failed", "canceled"].includes(sample.state) && open === here) {
@@ -410,8 +409,6 @@ $("key").addEventListener("submit", (event) => {
 
 async function begin() {
   const about = await (await fetch("/app.json")).json();
-  drawing = about.drawing ?? {};
-  if (drawing.guidance) $("guidance").value = drawing.guidance;
   $("method").append(...about.methods.map((name) => element("option", { value: name, textContent: words(name) })));
   const suggest = () => ($("options").value = about.options[$("method").value] ? JSON.stringify(about.options[$("method").value], null, 1) : "");
   $("method").addEventListener("change", suggest);

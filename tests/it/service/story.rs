@@ -1,6 +1,8 @@
 //! The whole story with nothing scripted: the program itself, its miniature, real processes that are killed.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -124,6 +126,11 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     for picture in pictures {
         let decoded = image::open(picture).unwrap();
         assert_eq!((decoded.width(), decoded.height()), (128, 128));
+        let reader = png::Decoder::new(BufReader::new(File::open(picture).unwrap())).read_info().unwrap();
+        let texts: Vec<String> =
+            reader.info().utf8_text.iter().map(|chunk| chunk.get_text().unwrap()).collect();
+        let own = "Sampler: euler-a, CFG scale: 4,";
+        assert!(texts.iter().any(|text| text.contains(own)), "what suits the model: {texts:?}");
     }
     serve.signal("-TERM");
     assert!(serve.ended().await, "{}", serve.log());
