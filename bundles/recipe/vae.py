@@ -138,8 +138,10 @@ def main():
     if team.first:
         keep(path, max(begin, args.steps), net=net, average=average, optimiser=optimiser)
         found = score(average.net, *unseen.batch(range(min(MANY, len(unseen)))), demo)
-        average.net.register_to_config(scaling_factor=1 / found["std"])
+        if not args.decoder and not args.stay:  # else there is a UNet that knows the old factor
+            average.net.register_to_config(scaling_factor=1 / found["std"])
         out = Path(args.out) / "vae"
+        average.net.register_to_config(_name_or_path="miniature")  # not a path of this machine
         average.net.half().save_pretrained(out)
         (out / "score.json").write_text(json.dumps(found) + "\n")
         print(f"done: {told(found)}")
