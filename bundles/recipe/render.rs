@@ -77,7 +77,7 @@ impl Dice {
 }
 
 /// What a thing is. The last two are demo products only.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Class {
     Mug,
     Vase,
@@ -616,7 +616,7 @@ fn describe(picture: &Picture) -> String {
 fn other_picture(dice: &mut Dice) -> Picture {
     loop {
         let picture = random_picture(dice, &OTHER_PATTERNS);
-        let is_it = |product: &Product| product.1.name() == picture.class.name() && product.2 == picture.colours && product.3 == picture.pattern;
+        let is_it = |&(_, class, colours, pattern): &Product| (class, colours, pattern) == (picture.class, picture.colours, picture.pattern);
         if !PRODUCTS.iter().any(is_it) {
             return picture;
         }

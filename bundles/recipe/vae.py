@@ -94,16 +94,15 @@ def main():
     parser.add_argument("--from", dest="begin", type=Path)
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--also", metavar="OTHER", help="pictures of other patterns, for every second step")
-    parser.add_argument("--decoder", action="store_true", help="leave the latents as they are: only the way back learns")
     parser.add_argument("--stay", type=float, default=0.0, metavar="WEIGHT", help="keep the latents of DATA near those of --from")
     args = parser.parse_args()
+    if args.stay and not args.begin:
+        parser.error("--stay: near what? it wants --from")
     team = Team()
     torch.manual_seed(SEED)
     net = AutoencoderKL.from_pretrained(args.begin, torch_dtype=torch.float32) if args.begin else AutoencoderKL(**CONFIG)
     net.train()
     average, before = Average(net, 0.998), copy.deepcopy(net).eval().requires_grad_(False)
-    for part in [net.encoder, net.quant_conv] if args.decoder else []:
-        part.requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     path = Path(args.work) / "vae.pt"
     begin = resume(path, net=net, average=average, optimiser=optimiser)
@@ -138,7 +137,7 @@ def main():
     if team.first:
         keep(path, max(begin, args.steps), net=net, average=average, optimiser=optimiser)
         found = score(average.net, *unseen.batch(range(min(MANY, len(unseen)))), demo)
-        if not args.decoder and not args.stay:  # else there is a UNet that knows the old factor
+        if not args.stay:  # else there is a UNet that knows the old factor
             average.net.register_to_config(scaling_factor=1 / found["std"])
         out = Path(args.out) / "vae"
         average.net.register_to_config(_name_or_path="miniature")  # not a path of this machine
