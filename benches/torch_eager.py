@@ -1,6 +1,7 @@
-"""PyTorch's side of `hypnos bench`: f32, eager, on the CPU.
+"""PyTorch's side of `hypnos bench`: eager, on the CPU or a GPU.
 
-Started by the command with the number of threads as its argument. It obeys one line at a time and answers each with
+Started by the command with the number of threads, the device and f32 or bf16 as its arguments. In bf16 what only computes
+has bf16 weights, and what trains has f32 weights under autocast. It obeys one line at a time and answers each with
 one line of JSON:
 
     setup CASE   builds the case that CASE, an object of JSON, describes; drops the one before
@@ -25,6 +26,22 @@ try:
 except ImportError as error:
     print(json.dumps({"error": str(error)}))
     sys.exit()
+
+
+DEVICE = torch.device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
+DTYPE = torch.bfloat16 if sys.argv[3:] == ["bf16"] else torch.float32
+torch.set_default_device(DEVICE)
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def autocast():
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE is torch.bfloat16)
+
+
+def wait():
+    """A GPU runs behind."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def normal(*shape, std=1.0):
@@ -115,12 +132,12 @@ class Operation:
     """Forward, or forward and backward from a fixed gradient."""
 
     def __init__(self, leaves, function, backward):
-        self.leaves, self.function = leaves, function
+        self.leaves, self.function = [leaf.to(DTYPE) for leaf in leaves], function
         self.backward = backward
-        for leaf in leaves:
+        for leaf in self.leaves:
             leaf.requires_grad_(backward)
         with torch.no_grad():
-            self.upstream = normal(*function(*leaves).shape)
+            self.upstream = normal(*function(*self.leaves).shape).to(DTYPE)
 
     def before(self):
         for leaf in self.leaves:
@@ -170,6 +187,8 @@ class Model:
     """Forward; with backward to the parameters (or the latents); with a step after it."""
 
     def __init__(self, model, forward, loss, trained, fused=None, after=None):
+        if not trained:
+            model.to(DTYPE)
         self.forward, self.loss, self.trained, self.after = forward, loss, trained, after
         self.params = list(model.parameters())
         for param in self.params:
@@ -186,7 +205,9 @@ class Model:
         if not self.trained:
             with torch.no_grad():
                 return self.forward()
-        self.loss(self.forward())
+        with autocast():
+            y = self.forward()
+        self.loss(y)
         if self.optimiser is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.optimiser.step()
@@ -217,11 +238,12 @@ def unet(work, passing):
 
     config, latents = work["config"], work["latents"]
     model = UNet2DConditionModel(**config).eval()
-    x, noise = normal(*latents), normal(*latents)
-    words, t = normal(latents[0], 77, config["cross_attention_dim"]), torch.full((latents[0],), 500)
+    kind = DTYPE if passing == "forward" else torch.float32
+    x, noise = normal(*latents).to(kind), normal(*latents)
+    words, t = normal(latents[0], 77, config["cross_attention_dim"]).to(kind), torch.full((latents[0],), 500)
     trained = [] if passing == "forward" else list(model.parameters())
     fused = work["fused"] if passing == "step" else None
-    return Model(model, lambda: model(x, t, words).sample, lambda y: F.mse_loss(y, noise).backward(), trained, fused)
+    return Model(model, lambda: model(x, t, words).sample, lambda y: F.mse_loss(y.float(), noise).backward(), trained, fused)
 
 
 def vae_decode(work, passing):
@@ -229,6 +251,9 @@ def vae_decode(work, passing):
     from diffusers import AutoencoderKL
 
     model, x = AutoencoderKL(**work["config"]).eval(), normal(*work["latents"])
+    if passing == "forward":
+        x = x.to(DTYPE)
+        model.to(DTYPE)
     scale = work["config"]["scaling_factor"]
     with torch.no_grad():
         upstream = normal(*model.decode(x / scale).sample.shape)
@@ -303,7 +328,7 @@ def train(work, passing):
     def predict():
         noisy = kept.sqrt() * x + (1 - kept).sqrt() * noise
         seen["noisy"] = noisy
-        return model(noisy, t, words(input_ids=ids).last_hidden_state).sample
+        return model(noisy, t, words(input_ids=ids).last_hidden_state).sample.float()
 
     def lower(y):
         prior = F.mse_loss(y[1:], noise[1:])
@@ -312,23 +337,27 @@ def train(work, passing):
         loss = prior + 3.464 * (((y[:1] - noise[:1]) ** 2 / 3.82).clamp(max=20).exp() - 1).mean()
         z0 = (seen["noisy"][:1] - (1 - kept[:1]).sqrt() * y[:1]) / kept[:1].sqrt()
         if looks:
-            pairs = zip(strides, features(vae.decode(z0 / scale).sample), features(reference))
-            loss = loss + 0.003 * sum(weight * F.mse_loss(a, b) for weight, a, b in pairs)
+            with autocast():
+                pairs = zip(strides, features(vae.decode(z0 / scale).sample), features(reference))
+            loss = loss + 0.003 * sum(weight * F.mse_loss(a.float(), b.float()) for weight, a, b in pairs)
         if critic:
             critic.requires_grad_(False)
-            loss = loss + 0.5 * ((1 - critic(z0)) ** 2).mean()
+            with autocast():
+                score = critic(z0).float()
+            loss = loss + 0.5 * ((1 - score) ** 2).mean()
         loss.backward()
         seen["z0"] = z0.detach()
 
     def teach():
         critic.requires_grad_(True)
-        scores = critic(torch.cat([*shown, seen["z0"]]))
+        with autocast():
+            scores = critic(torch.cat([*shown, seen["z0"]])).float()
         critic_optimiser.zero_grad()
         (((scores[:8] - 1) ** 2).mean() + (scores[8:] ** 2).mean()).backward()
         torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
         critic_optimiser.step()
 
-    return Model(both, predict, lower, list(both.parameters()), fused=False, after=teach if critic else None)
+    return Model(both, predict, lower, list(both.parameters()), fused=DEVICE.type == "cuda", after=teach if critic else None)
 
 
 WHOLE = {"adamw": adamw, "text": text, "unet": unet, "vae_decode": vae_decode, "train": train}
@@ -350,8 +379,10 @@ def run(case, n):
     seconds = 0.0
     for _ in range(n):
         case.before()
+        wait()
         start = time.perf_counter()
         kept = case.run()
+        wait()
         seconds += time.perf_counter() - start
         del kept
     case.check()
@@ -360,6 +391,8 @@ def run(case, n):
 
 def give_memory_back():
     gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -368,6 +401,8 @@ def give_memory_back():
 
 def about():
     answer = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if DEVICE.type == "cuda":
+        answer["card"] = torch.cuda.get_device_name(DEVICE)
     for library in ("diffusers", "transformers"):
         try:
             answer[library] = importlib.metadata.version(library)

@@ -1,4 +1,4 @@
-//! `hypnos bench`: how fast our operations and models are, side by side with PyTorch f32 eager on the same machine.
+//! `hypnos bench`: how fast our operations and models are, side by side with PyTorch eager on the same device.
 //!
 //! Method. Each side runs in a process of its own, PyTorch's in a child that is given by `--python`. Both have as many
 //! threads as rayon. A case is built on both sides from the same description, with seeded normal numbers; the upstream
@@ -18,6 +18,10 @@
 //! Departure: our backward begins with candle's store adding the upstream gradient to zeros, one pass over the output
 //! that PyTorch has no need of. It is counted as ours. Fresh memory that is zero already is paid for by who writes it
 //! first: the rows of an embedding's gradient that no token picked cost us nothing until the optimiser reads them.
+//!
+//! On a GPU both sides wait for it before they look at the clock, and there are cases at Stable Diffusion 1.5's own size.
+//! In bf16 PyTorch has bf16 weights where a model only computes, and autocast over f32 weights where it trains, as
+//! diffusers' training scripts do; in f32 it never uses TF32. Neither do we.
 
 mod cases;
 mod load;
@@ -30,17 +34,18 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use self::cases::Case;
 use self::load::Load;
-use self::ours::Ready;
+use self::ours::{Place, Ready};
 use self::table::{Measured, Outcome};
 use self::torch::Torch;
 use super::say;
 use crate::memory::giving_back;
-use crate::ml::{Error, Result};
+use crate::ml::{Error, Result, device};
 
 /// Idle time before each measurement.
 const QUIET: Duration = Duration::from_millis(50);
@@ -59,6 +64,15 @@ pub(super) struct Args {
     /// A Python with torch, diffusers and transformers to measure against; without it only our times are taken.
     #[arg(long)]
     python: Option<String>,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// What our side computes in; what has no bf16 yet is left out
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// What PyTorch's side computes in, if not the same
+    #[arg(long, value_enum)]
+    torch_precision: Option<Precision>,
     /// Measure only cases that have one of these in their names.
     #[arg(long, value_name = "SUBSTRING", num_args = 1..)]
     only: Vec<String>,
@@ -73,8 +87,28 @@ pub(super) struct Args {
     list: bool,
 }
 
+/// What is computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Precision {
+    F32,
+    Bf16,
+}
+
+impl Precision {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let chosen = chosen(&args.only)?;
+    let place = Place { device: device::open(&args.device)?, dtype: args.precision.dtype() };
+    if place.device.is_cpu() && place.dtype != DType::F32 {
+        return Err(Error::bad("--precision bf16: only a GPU computes in it"));
+    }
+    let chosen = chosen(&args.only, place.device.is_cuda())?;
     if args.list {
         for case in &chosen {
             say(&case.name);
@@ -82,8 +116,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let n_threads = rayon::current_num_threads();
-    let mut torch = args.python.as_ref().map(|python| Torch::start(python, n_threads)).transpose()?;
-    let about = about(n_threads, args.repeats, torch.as_ref());
+    let theirs = args.torch_precision.unwrap_or(args.precision);
+    let start = |python: &String| Torch::start(python, n_threads, &args.device, theirs.dtype().as_str());
+    let mut torch = args.python.as_ref().map(start).transpose()?;
+    let about = about(n_threads, args, torch.as_ref());
     say(&format!("{}\n", about_words(&about)));
     for line in table::head(torch.is_some()) {
         say(line);
@@ -93,7 +129,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for case in &chosen {
         bar.set_message(case.name.clone());
         bar.tick();
-        let outcome = measure(case, torch.as_mut(), args.repeats as usize)?;
+        let outcome = measure(case, &place, torch.as_mut(), args.repeats as usize);
+        // On a GPU a case may be too large for the card, or without bf16: the others go on.
+        let outcome = match outcome {
+            Err(error) if place.device.is_cuda() => Outcome::Skipped(format!("left out: {error}")),
+            outcome => outcome?,
+        };
         bar.suspend(|| say(&table::row(case, &outcome, torch.is_some())));
         bar.inc(1);
         entries.push(table::entry(case, &outcome));
@@ -108,9 +149,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn chosen(only: &[String]) -> Result<Vec<Case>> {
+fn chosen(only: &[String], on_gpu: bool) -> Result<Vec<Case>> {
     let wanted = |case: &Case| only.is_empty() || only.iter().any(|part| case.name.contains(part.as_str()));
-    let chosen: Vec<Case> = cases::all().into_iter().filter(wanted).collect();
+    let chosen: Vec<Case> = cases::all(on_gpu).into_iter().filter(wanted).collect();
     if chosen.is_empty() {
         let only = only.join(" ");
         return Err(Error::bad(format!(
@@ -121,13 +162,15 @@ fn chosen(only: &[String]) -> Result<Vec<Case>> {
 }
 
 /// Whatever a reader of the figures must know to compare them.
-fn about(n_threads: usize, repeats: u32, torch: Option<&Torch>) -> Value {
+fn about(n_threads: usize, args: &Args, torch: Option<&Torch>) -> Value {
     json!({
         "hypnos": env!("CARGO_PKG_VERSION"),
         "build": if cfg!(debug_assertions) { "dev" } else { "release" },
         "cpu": first_line_value("/proc/cpuinfo", "model name"),
         "threads": n_threads,
-        "repeats": repeats,
+        "repeats": args.repeats,
+        "device": args.device,
+        "precision": args.precision.dtype().as_str(),
         "torch": torch.map(|torch| &torch.about),
     })
 }
@@ -139,11 +182,13 @@ fn about_words(about: &Value) -> String {
         .filter_map(|&library| Some(format!(" {library} {}.", about["torch"][library].as_str()?)));
     let versions: String = versions.collect();
     format!(
-        "hypnos {} ({} build), {} threads each, {} repeats, CPU {}. Times: min / median / max.{versions}",
+        "hypnos {} ({} build), {} threads each, {} repeats, {} on {}, CPU {}. Times: min / median / max.{versions}",
         text(&about["hypnos"]),
         text(&about["build"]),
         about["threads"],
         about["repeats"],
+        text(&about["precision"]),
+        text(&about["torch"]["card"].as_str().map_or(about["device"].clone(), Value::from)),
         text(&about["cpu"]),
     )
 }
@@ -170,8 +215,12 @@ fn write(file: &Path, value: &Value) -> Result<()> {
     fs::write(file, text).map_err(|error| Error::bad(format!("--json {}: {error}", file.display())))
 }
 
-fn measure(case: &Case, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {
-    let free = available_gib().map_or(f64::INFINITY, |gib| gib - SPARE_GIB);
+fn measure(case: &Case, place: &Place, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {
+    let free = match device::free_bytes(&place.device)? {
+        Some(bytes) => Some(bytes as f64 / f64::from(1 << 30)),
+        None => available_gib(),
+    };
+    let free = free.map_or(f64::INFINITY, |gib| gib - SPARE_GIB);
     if case.gib > free {
         let why = format!("left out: needs {:.1} GiB, {:.1} GiB are free", case.gib, free.max(0.0));
         return Ok(Outcome::Skipped(why));
@@ -180,24 +229,24 @@ fn measure(case: &Case, torch: Option<&mut Torch>, repeats: usize) -> Result<Out
     processes.extend(torch.as_ref().map(|torch| torch.id()));
     let before = Load::now(&processes);
     let measured = match torch {
-        None => alone(case, repeats)?,
-        Some(torch) if 2.0 * case.gib <= free => in_turns(case, torch, repeats)?,
-        Some(torch) => in_blocks(case, torch, repeats)?,
+        None => alone(case, place, repeats)?,
+        Some(torch) if 2.0 * case.gib <= free => in_turns(case, place, torch, repeats)?,
+        Some(torch) => in_blocks(case, place, torch, repeats)?,
     };
     let others = Load::now(&processes).zip(before).map(|(now, before)| now.others_since(before));
     Ok(Outcome::Measured(Measured { others, ..measured }))
 }
 
-fn alone(case: &Case, repeats: usize) -> Result<Measured> {
-    let mut ready = Ready::new(&case.work, case.pass)?;
+fn alone(case: &Case, place: &Place, repeats: usize) -> Result<Measured> {
+    let mut ready = Ready::new(&case.work, case.pass, place)?;
     let n_runs = n_runs(warm_up(|| ready.measure(1))?);
     let ours = (0..repeats).map(|_| quietly(|| ready.measure(n_runs))).collect::<Result<_>>()?;
-    giving_back(|| drop(ready));
+    give_back(ready, place)?;
     Ok(Measured { ours, theirs: Vec::new(), how: "alone", others: None })
 }
 
-fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> {
-    let mut ready = Ready::new(&case.work, case.pass)?;
+fn in_turns(case: &Case, place: &Place, torch: &mut Torch, repeats: usize) -> Result<Measured> {
+    let mut ready = Ready::new(&case.work, case.pass, place)?;
     torch.set_up(case)?;
     let slower_start = warm_up(|| ready.measure(1))?.min(warm_up(|| torch.measure(1))?);
     let n_runs = n_runs(slower_start);
@@ -206,20 +255,20 @@ fn in_turns(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> 
         ours.push(quietly(|| ready.measure(n_runs))?);
         theirs.push(quietly(|| torch.measure(n_runs))?);
     }
-    giving_back(|| drop(ready));
+    give_back(ready, place)?;
     torch.drop_case()?;
     Ok(Measured { ours, theirs, how: "in turns", others: None })
 }
 
-fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured> {
+fn in_blocks(case: &Case, place: &Place, torch: &mut Torch, repeats: usize) -> Result<Measured> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..2 {
-        let mut ready = Ready::new(&case.work, case.pass)?;
+        let mut ready = Ready::new(&case.work, case.pass, place)?;
         ready.measure(1)?;
         for _ in 0..repeats.div_ceil(2) {
             ours.push(quietly(|| ready.measure(1))?);
         }
-        giving_back(|| drop(ready));
+        give_back(ready, place)?;
         torch.set_up(case)?;
         torch.measure(1)?;
         for _ in 0..repeats.div_ceil(2) {
@@ -228,6 +277,12 @@ fn in_blocks(case: &Case, torch: &mut Torch, repeats: usize) -> Result<Measured>
         torch.drop_case()?;
     }
     Ok(Measured { ours, theirs, how: "in blocks", others: None })
+}
+
+/// Frees a case and hands its memory to whoever wants it next.
+fn give_back(ready: Ready, place: &Place) -> Result<()> {
+    giving_back(|| drop(ready));
+    device::release(&place.device)
 }
 
 fn quietly(measure: impl FnOnce() -> Result<f64>) -> Result<f64> {

@@ -53,3 +53,21 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
         .map_err(|error| explain(format!("its driver cannot run our kernels: {}", Error::from(error))))?;
     Ok(device)
 }
+
+/// Bytes that are free on a GPU; none for a CPU, whose memory is the system's.
+pub fn free_bytes(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => Ok(Some(super::ops::cuda::free_bytes(cuda)?)),
+        _ => Ok(None),
+    }
+}
+
+/// Hands memory of a GPU that was freed, and that we keep for our own next use, back to whoever wants it.
+pub fn release(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => Ok(super::ops::cuda::release(cuda)?),
+        _ => Ok(()),
+    }
+}

@@ -137,7 +137,7 @@ impl Work {
                 format!("{:.1} M weights, {} tensors", n as f64 / 1e6, shapes.len())
             }
             Self::Text { tokens, .. } => format!("1x{tokens} tokens"),
-            Self::Unet { latents, .. } => format!("{}, text 1x77", by(latents)),
+            Self::Unet { latents, .. } => format!("{}, text {}x77", by(latents), latents[0]),
             Self::VaeDecode { latents, .. } => by(latents),
             Self::Train { latents, checkpointing, perceptual, discriminator, .. } => {
                 let also = [
@@ -156,8 +156,8 @@ fn by(sizes: &[usize]) -> String {
     sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join("x")
 }
 
-/// Every case, the small ones first.
-pub(super) fn all() -> Vec<Case> {
+/// Every case, the small ones first. Those of real size are for GPUs.
+pub(super) fn all(on_gpu: bool) -> Vec<Case> {
     let both = |(name, work): (&str, Work)| {
         [(Pass::Forward, "fwd"), (Pass::Backward, "fwd+bwd")]
             .map(|(pass, suffix)| case(format!("{name}/{suffix}"), pass, work.clone(), 0.5))
@@ -166,7 +166,8 @@ pub(super) fn all() -> Vec<Case> {
         let name = format!("adamw-25m/{}", if fused { "fused" } else { "default" });
         case(name, Pass::Step, Work::Adamw { shapes: shapes_of_25m(), fused }, 0.6)
     });
-    operations().into_iter().flat_map(both).chain(steps).chain(models()).collect()
+    let real = if on_gpu { real_models() } else { Vec::new() };
+    operations().into_iter().flat_map(both).chain(steps).chain(models()).chain(real).collect()
 }
 
 fn case(name: impl Into<String>, pass: Pass, work: Work, gib: f64) -> Case {
@@ -271,6 +272,29 @@ fn models() -> Vec<Case> {
     ]
 }
 
+/// Stable Diffusion 1.5 at its own size, 512 pixels.
+fn real_models() -> Vec<Case> {
+    let json = |text| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let unet = Work::Unet { config: json(UNET), latents: [2, 4, 64, 64], fused: true };
+    let vae = Work::VaeDecode { config: json(VAE), latents: [1, 4, 64, 64] };
+    let train = |method: bool| Work::Train {
+        text: json(TEXT),
+        config: json(UNET),
+        latents: [2, 4, 64, 64],
+        checkpointing: false,
+        perceptual: method.then(|| Looks { vae: json(VAE), classifier: json(CLASSIFIER) }),
+        discriminator: method,
+    };
+    vec![
+        case("unet-512-b2/fwd", Pass::Forward, unet.clone(), 6.0),
+        case("unet-512-b2/fwd+bwd", Pass::Backward, unet, 20.0),
+        case("vae-decode-512/fwd", Pass::Forward, vae.clone(), 6.0),
+        case("vae-decode-512/fwd+bwd", Pass::Backward, vae, 12.0),
+        case("dreambooth-512", Pass::Step, train(false), 30.0),
+        case("hypnos-512", Pass::Step, train(true), 40.0),
+    ]
+}
+
 /// The text encoder of Stable Diffusion 1.5, CLIP ViT-L/14's.
 const TEXT: &str = r#"{
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -331,7 +355,7 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_fit_a_command_line() {
-        let cases = all();
+        let cases = all(true);
         let names: BTreeSet<&str> = cases.iter().map(|case| case.name.as_str()).collect();
         assert_eq!(names.len(), cases.len());
         let plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-+/".contains(&b));
@@ -347,7 +371,7 @@ mod tests {
 
     #[test]
     fn every_operation_has_its_counterpart_in_pytorch() {
-        for case in all() {
+        for case in all(true) {
             let work = serde_json::to_value(&case.work).expect("a case is plain data");
             let op = work["op"].as_str().expect("the name of an operation");
             assert!(super::super::torch::PROGRAM.contains(&format!("\ndef {op}(")), "{op}");

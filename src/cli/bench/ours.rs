@@ -3,7 +3,8 @@
 use std::any::Any;
 use std::time::Instant;
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, Var};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -24,8 +25,17 @@ use crate::ml::{self, Error};
 /// All data are drawn from it.
 const SEED: u64 = 15;
 
+/// Where and in which numbers a case is computed.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub device: Device,
+    /// Of what flows through operations and models; weights, statistics and gradients of weights are f32 throughout.
+    pub dtype: DType,
+}
+
 /// A case whose inputs lie ready.
 pub(super) struct Ready {
+    device: Device,
     params: Vec<Param>,
     /// Done before each run, outside of the time.
     before: Box<dyn FnMut() -> Result<()>>,
@@ -34,16 +44,16 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    pub(super) fn new(work: &Work, pass: Pass) -> ml::Result<Self> {
+    pub(super) fn new(work: &Work, pass: Pass, on: &Place) -> ml::Result<Self> {
         match work {
-            Work::Adamw { shapes, .. } => Ok(adamw(shapes)?),
-            Work::Text { config, tokens } => text(config, *tokens, pass),
-            Work::Unet { config, latents, .. } => unet(config, latents, pass),
-            Work::VaeDecode { config, latents } => vae_decode(config, latents, pass),
+            Work::Adamw { shapes, .. } => Ok(adamw(shapes, on)?),
+            Work::Text { config, tokens } => text(config, *tokens, pass, on),
+            Work::Unet { config, latents, .. } => unet(config, latents, pass, on),
+            Work::VaeDecode { config, latents } => vae_decode(config, latents, pass, on),
             Work::Train { text, config, latents, checkpointing, perceptual, discriminator } => {
-                train([text, config], latents, *checkpointing, perceptual.as_ref(), *discriminator)
+                train([text, config], latents, *checkpointing, perceptual.as_ref(), *discriminator, on)
             }
-            op => Ok(operation(op, pass)?),
+            op => Ok(operation(op, pass, on)?),
         }
     }
 
@@ -52,8 +62,10 @@ impl Ready {
         let mut seconds = 0.0;
         for _ in 0..n {
             (self.before)()?;
+            self.device.synchronize()?; // a GPU runs behind
             let start = Instant::now();
             let kept = (self.run)()?;
+            self.device.synchronize()?;
             seconds += start.elapsed().as_secs_f64();
             drop(kept);
             for param in &self.params {
@@ -63,15 +75,40 @@ impl Ready {
         Ok(seconds / n as f64)
     }
 
-    fn of(params: Vec<Param>, run: impl FnMut() -> Result<Box<dyn Any>> + 'static) -> Self {
-        Self { params, before: Box::new(|| Ok(())), run: Box::new(run) }
+    fn of(on: &Place, params: Vec<Param>, run: impl FnMut() -> Result<Box<dyn Any>> + 'static) -> Self {
+        Self { device: on.device.clone(), params, before: Box::new(|| Ok(())), run: Box::new(run) }
     }
 }
 
-/// Seeded normal numbers of the given standard deviation.
-fn normal(label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
-    let values = random::normal(random::derive(SEED, label), 0, dims.iter().product());
-    Tensor::from_vec(values.into_iter().map(|v| v * std).collect::<Vec<_>>(), dims, &Device::Cpu)
+impl Place {
+    /// Seeded normal numbers of the given standard deviation, f32.
+    fn normal(&self, label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
+        let values = random::normal(random::derive(SEED, label), 0, dims.iter().product());
+        Tensor::from_vec(values.into_iter().map(|v| v * std).collect::<Vec<_>>(), dims, &self.device)
+    }
+
+    /// The same in the dtype of the computation.
+    fn input(&self, label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
+        self.normal(label, dims, std)?.to_dtype(self.dtype)
+    }
+
+    /// The gradient that comes from above: fixed, and different everywhere.
+    fn upstream(&self, dims: &[usize]) -> Result<Tensor> {
+        self.input("upstream", dims, 1.0)
+    }
+
+    /// Random weights of a model.
+    fn weights(&self, trained: bool) -> Weights {
+        Weights::random(SEED, &self.device).trainable(trained)
+    }
+
+    /// Refuses what computes in f32 alone.
+    fn wants_f32(&self, what: &str) -> Result<()> {
+        match self.dtype {
+            DType::F32 => Ok(()),
+            other => candle_core::bail!("{what} computes in f32 alone, not in {}", other.as_str()),
+        }
+    }
 }
 
 type Apply = dyn Fn(&[Tensor], &[Param]) -> Result<Tensor>;
@@ -151,24 +188,24 @@ fn token_ids(n: usize, n_rows: usize) -> Vec<u32> {
     (0..n as u64).map(|i| random::below(seed, 0, i, n_rows) as u32).collect()
 }
 
-fn operation(work: &Work, pass: Pass) -> Result<Ready> {
+fn operation(work: &Work, pass: Pass, on: &Place) -> Result<Ready> {
     let Operation { inputs, params, apply } = Operation::of(work)?;
-    let inputs = inputs.iter().enumerate().map(|(i, dims)| normal(&format!("input {i}"), dims, 1.0));
+    let inputs = inputs.iter().enumerate().map(|(i, dims)| on.input(&format!("input {i}"), dims, 1.0));
     let inputs = inputs.collect::<Result<Vec<_>>>()?;
     let trained = pass == Pass::Backward;
     let params = params.iter().enumerate().map(|(i, dims)| {
         let fan_in: usize = dims[1..].iter().product();
-        let value = normal(&format!("weight {i}"), dims, 1.0 / (fan_in as f32).sqrt())?;
+        let value = on.normal(&format!("weight {i}"), dims, 1.0 / (fan_in as f32).sqrt())?;
         Param::new(format!("weight {i}"), value, trained)
     });
     let params = params.collect::<Result<Vec<_>>>()?;
     let weights = params.clone();
     if !trained {
-        return Ok(Ready::of(params, move || Ok(Box::new(apply(&inputs, &weights)?))));
+        return Ok(Ready::of(on, params, move || Ok(Box::new(apply(&inputs, &weights)?))));
     }
-    let upstream = upstream(apply(&inputs, &weights)?.dims())?;
+    let upstream = on.upstream(apply(&inputs, &weights)?.dims())?;
     let variables = inputs.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
-    Ok(Ready::of(params, move || {
+    Ok(Ready::of(on, params, move || {
         let inputs: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
         let grads = meet(&apply(&inputs, &weights)?, &upstream)?.backward()?;
         if let Some(missing) = variables.iter().position(|v| grads.get(v).is_none()) {
@@ -185,11 +222,6 @@ fn expect_grads(params: &[Param]) -> Result<()> {
         Some(param) => candle_core::bail!("{} got no gradient", param.name()),
         None => Ok(()),
     }
-}
-
-/// The gradient that comes from above: fixed, and different everywhere.
-fn upstream(dims: &[usize]) -> Result<Tensor> {
-    normal("upstream", dims, 1.0)
 }
 
 /// A scalar whose gradient in `y` is `upstream`, as PyTorch's `y.backward(upstream)` has it.
@@ -209,19 +241,26 @@ impl CustomOp1 for Upstream {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, DType::F32)?, scalar))
+    }
+
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(self.0.clone()))
     }
 }
 
-fn adamw(shapes: &[[usize; 2]]) -> Result<Ready> {
-    let tensor = |what: &str, i: usize| normal(&format!("{what} {i}"), &shapes[i], 0.02);
+fn adamw(shapes: &[[usize; 2]], on: &Place) -> Result<Ready> {
+    on.wants_f32("AdamW")?;
+    let tensor = |what: &str, i: usize| on.normal(&format!("{what} {i}"), &shapes[i], 0.02);
     let params = (0..shapes.len()).map(|i| Param::new(format!("weight {i}"), tensor("weight", i)?, true));
     let params = params.collect::<Result<Vec<_>>>()?;
     let grads = (0..shapes.len()).map(|i| tensor("gradient", i)).collect::<Result<Vec<_>>>()?;
     let mut optimiser = AdamW::new(params.clone(), AdamWConfig::default())?;
     let weights = params.clone();
     Ok(Ready {
+        device: on.device.clone(),
         params,
         before: Box::new(move || weights.iter().zip(&grads).try_for_each(|(w, grad)| give_grad(w, grad))),
         run: Box::new(move || Ok(Box::new(optimiser.step()?))),
@@ -245,38 +284,39 @@ fn params_of(weights: &Weights) -> Vec<Param> {
     weights.params().into_values().collect()
 }
 
-fn text(json: &Value, n_tokens: usize, pass: Pass) -> ml::Result<Ready> {
+fn text(json: &Value, n_tokens: usize, pass: Pass, on: &Place) -> ml::Result<Ready> {
+    on.wants_f32("the text encoder")?;
     let trained = pass == Pass::Backward;
-    let weights = Weights::random(SEED, &Device::Cpu).trainable(trained);
+    let weights = on.weights(trained);
     let config = config::<crate::ml::models::clip::Config>(json)?;
     let model = ClipText::load(&weights, &config)?;
     let ids = [token_ids(n_tokens, config.vocab_size)];
     let params = params_of(&weights);
     if !trained {
-        return Ok(Ready::of(params, move || Ok(Box::new(model.forward(&ids)?))));
+        return Ok(Ready::of(on, params, move || Ok(Box::new(model.forward(&ids)?))));
     }
-    let (upstream, weights) = (upstream(&[1, n_tokens, config.hidden_size])?, params.clone());
-    Ok(Ready::of(params, move || {
+    let (upstream, weights) = (on.upstream(&[1, n_tokens, config.hidden_size])?, params.clone());
+    Ok(Ready::of(on, params, move || {
         let grads = meet(&model.forward(&ids)?, &upstream)?.backward()?;
         expect_grads(&weights)?;
         Ok(Box::new(grads))
     }))
 }
 
-fn unet(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
-    let weights = Weights::random(SEED, &Device::Cpu).trainable(pass != Pass::Forward);
+fn unet(json: &Value, latents: &[usize; 4], pass: Pass, on: &Place) -> ml::Result<Ready> {
+    let weights = on.weights(pass != Pass::Forward);
     let config = config::<crate::ml::models::unet::Config>(json)?;
     let model = Unet::load(&weights, &config)?;
-    let (x, noise) = (normal("latents", latents, 1.0)?, normal("noise", latents, 1.0)?);
-    let text = normal("text", &[latents[0], 77, config.cross_attention_dim], 1.0)?;
+    let (x, noise) = (on.input("latents", latents, 1.0)?, on.input("noise", latents, 1.0)?);
+    let text = on.input("text", &[latents[0], 77, config.cross_attention_dim], 1.0)?;
     let t = vec![500.0; latents[0]];
     let params = params_of(&weights);
     if pass == Pass::Forward {
-        return Ok(Ready::of(params, move || Ok(Box::new(model.forward(&x, &t, &text)?))));
+        return Ok(Ready::of(on, params, move || Ok(Box::new(model.forward(&x, &t, &text)?))));
     }
     let stepping = (pass == Pass::Step).then(|| AdamW::new(params.clone(), AdamWConfig::default()));
     let (mut optimiser, weights) = (stepping.transpose()?, params.clone());
-    Ok(Ready::of(params, move || {
+    Ok(Ready::of(on, params, move || {
         let loss = (model.forward(&x, &t, &text)? - &noise)?.sqr()?.mean_all()?;
         let grads = loss.backward()?;
         expect_grads(&weights)?;
@@ -294,39 +334,40 @@ fn train(
     checkpointing: bool,
     looks: Option<&Looks>,
     discriminator: bool,
+    on: &Place,
 ) -> ml::Result<Ready> {
+    on.wants_f32("a training")?;
     // 1. What learns.
     let text_config = config::<crate::ml::models::clip::Config>(text)?;
-    let text_weights = Weights::random(SEED, &Device::Cpu).trainable(true);
+    let text_weights = on.weights(true);
     let text = Part { model: ClipText::load(&text_weights, &text_config)?, params: text_weights.params() };
-    let unet_weights = Weights::random(SEED, &Device::Cpu).trainable(true);
+    let unet_weights = on.weights(true);
     let model = Unet::load(&unet_weights, &config(unet)?)?;
     let mut unet = Part { model, params: unet_weights.params() };
     unet.model.checkpointing = checkpointing;
     let [_, channels, side, _] = *latents;
-    let critic = discriminator.then(|| Critic::new(channels, side, 1e-4, SEED, &Device::Cpu)).transpose()?;
+    let critic = discriminator.then(|| Critic::new(channels, side, 1e-4, SEED, &on.device)).transpose()?;
     let mut state = State::new(text, unet, AdamWConfig::default().lr, critic)?;
 
     // 2. What stands around.
     let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;
     let load = |looks: &Looks| -> ml::Result<(Vae, Perceptual)> {
-        let weights = || Weights::random(SEED, &Device::Cpu);
-        let vae = Vae::load(&weights(), &config(&looks.vae)?)?;
-        Ok((vae, Perceptual::load(&weights(), &config(&looks.classifier)?, &Device::Cpu)?))
+        let vae = Vae::load(&on.weights(false), &config(&looks.vae)?)?;
+        Ok((vae, Perceptual::load(&on.weights(false), &config(&looks.classifier)?, &on.device)?))
     };
     let looks = looks.map(load).transpose()?;
 
     // 3. What is looked at.
-    let reference = |factor| normal("reference", &[1, 3, side * factor, side * factor], 0.5);
+    let reference = |factor| on.normal("reference", &[1, 3, side * factor, side * factor], 0.5);
     let batch = Batch {
-        latents: normal("latents", latents, 1.0)?,
-        noise: normal("noise", latents, 1.0)?,
+        latents: on.normal("latents", latents, 1.0)?,
+        noise: on.normal("noise", latents, 1.0)?,
         t: vec![321, 810],
         ids: (0..2).map(|_| token_ids(77, text_config.vocab_size)).collect(),
         reference: looks.as_ref().map(|(vae, _)| reference(vae.factor())).transpose()?,
         crop: None,
     };
-    let shown = || normal("shown", &[8, channels, side, side], 1.0);
+    let shown = || on.normal("shown", &[8, channels, side, side], 1.0);
     let shown = discriminator.then(|| Ok::<_, candle_core::Error>((shown()?, shown()?))).transpose()?;
     let mut objective = Objective::dreambooth(1.0);
     if looks.is_some() || discriminator {
@@ -335,7 +376,7 @@ fn train(
         objective.weights.discriminator = if discriminator { 0.5 } else { 0.0 };
         objective.strides = [1.0, 0.5, 0.25, 0.125, 0.0625];
     }
-    Ok(Ready::of(Vec::new(), move || {
+    Ok(Ready::of(on, Vec::new(), move || {
         let (vae, perceptual) = looks.as_ref().map(|(vae, net)| (vae, net)).unzip();
         let around = Around { schedule: &schedule, vae, perceptual };
         let taken = state.step(around, &batch, &objective, shown.clone(), None);
@@ -350,16 +391,16 @@ const SCHEDULE: &str = r#"{
 }"#;
 
 /// Weights frozen, gradient to the latents, as a loss on pictures needs it.
-fn vae_decode(json: &Value, latents: &[usize; 4], pass: Pass) -> ml::Result<Ready> {
-    let weights = Weights::random(SEED, &Device::Cpu);
+fn vae_decode(json: &Value, latents: &[usize; 4], pass: Pass, on: &Place) -> ml::Result<Ready> {
+    let weights = on.weights(false);
     let model = Vae::load(&weights, &config(json)?)?;
-    let (latents, params) = (normal("latents", latents, 1.0)?, params_of(&weights));
+    let (latents, params) = (on.input("latents", latents, 1.0)?, params_of(&weights));
     if pass == Pass::Forward {
-        return Ok(Ready::of(params, move || Ok(Box::new(model.decode(&latents)?))));
+        return Ok(Ready::of(on, params, move || Ok(Box::new(model.decode(&latents)?))));
     }
-    let upstream = upstream(model.decode(&latents)?.dims())?;
+    let upstream = on.upstream(model.decode(&latents)?.dims())?;
     let latents = Var::from_tensor(&latents)?;
-    Ok(Ready::of(params, move || {
+    Ok(Ready::of(on, params, move || {
         let grads = meet(&model.decode(&latents)?, &upstream)?.backward()?;
         if grads.get(&latents).is_none() {
             candle_core::bail!("the latents got no gradient");

@@ -21,10 +21,11 @@ pub(super) struct Torch {
 }
 
 impl Torch {
-    /// Starts `python` with PyTorch on `n_threads` threads. [`Error::Bad`] if it cannot be started or lacks torch.
-    pub(super) fn start(python: &str, n_threads: usize) -> Result<Self> {
+    /// Starts `python` with PyTorch on `n_threads` threads, for work on `device` in `dtype`. [`Error::Bad`] if it cannot be
+    /// started or lacks torch.
+    pub(super) fn start(python: &str, n_threads: usize, device: &str, dtype: &str) -> Result<Self> {
         let mut child = Command::new(python)
-            .args(["-c", PROGRAM, &n_threads.to_string()])
+            .args(["-c", PROGRAM, &n_threads.to_string(), device, dtype])
             .env("HF_HUB_OFFLINE", "1") // configurations only: nothing is to be fetched
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

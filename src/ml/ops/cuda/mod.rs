@@ -72,6 +72,23 @@ pub(in crate::ml) fn prepare(device: &CudaDevice) -> Result<()> {
     }
 }
 
+/// Bytes that are free on the device, by its driver; what [`prepare`] has it keep is not among them.
+pub(in crate::ml) fn free_bytes(device: &CudaDevice) -> Result<u64> {
+    device.cuda_stream().context().bind_to_thread().w()?;
+    Ok(result::mem_get_info().w()?.0 as u64)
+}
+
+/// Hands back what was freed and kept, once all that was launched has run.
+pub(in crate::ml) fn release(device: &CudaDevice) -> Result<()> {
+    device.synchronize()?;
+    let gpu = device.cuda_stream().context().cu_device();
+    // SAFETY: the context keeps `gpu` valid, and what is in use stays.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(gpu).w()?;
+        result::mem_pool::trim_to(pool, 0).w()
+    }
+}
+
 /// A contiguous tensor on a GPU and where it lies. As long as it lives the tensor's memory does.
 struct View<'a> {
     _storage: StorageRef<'a>,
