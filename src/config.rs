@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::blobs::{Bucket, Place};
+use crate::blobs::{Bucket, Credentials, Place};
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
 
 /// What a setting is wrong about, in one line.
@@ -80,6 +80,10 @@ pub struct Storage {
     /// Region of the bucket
     #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
     pub s3_region: String,
+    /// Who we are to the S3 service: keys, web-identity (a role taken with the token in a file, as on EKS), container (the
+    /// agent beside a container, as on ECS) or instance (the virtual machine's metadata)
+    #[arg(long, env = "HYPNOS_S3_CREDENTIALS", value_name = "HOW", default_value = "keys")]
+    pub s3_credentials: S3Credentials,
     /// Access key id
     #[arg(long, env = "HYPNOS_S3_ACCESS_KEY", value_name = "ID")]
     pub s3_access_key: Option<String>,
@@ -89,11 +93,66 @@ pub struct Storage {
     /// File that holds the secret access key
     #[arg(long, env = "HYPNOS_S3_SECRET_KEY_FILE", value_name = "FILE")]
     pub s3_secret_key_file: Option<PathBuf>,
+    /// Token that temporary keys come with
+    #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub s3_session_token: Option<SecretString>,
+    /// File that holds it
+    #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN_FILE", value_name = "FILE")]
+    pub s3_session_token_file: Option<PathBuf>,
+    /// With web-identity: the role; by default the platform's AWS_ROLE_ARN
+    #[arg(long, env = "HYPNOS_S3_ROLE_ARN", value_name = "ARN")]
+    pub s3_role_arn: Option<String>,
+    /// With web-identity: what the session is called in the service's logs; by default the platform's
+    /// AWS_ROLE_SESSION_NAME, else hypnos
+    #[arg(long, env = "HYPNOS_S3_ROLE_SESSION", value_name = "NAME")]
+    pub s3_role_session: Option<String>,
+    /// With web-identity: file with the token, read again as it is renewed; by default the platform's
+    /// AWS_WEB_IDENTITY_TOKEN_FILE
+    #[arg(long, env = "HYPNOS_S3_WEB_IDENTITY_FILE", value_name = "FILE")]
+    pub s3_web_identity_file: Option<PathBuf>,
+    /// With web-identity: https:// URL of the service where the role is taken; by default the platform's
+    /// AWS_ENDPOINT_URL_STS, else Amazon's in the region
+    #[arg(long, env = "HYPNOS_S3_STS_ENDPOINT", value_name = "URL")]
+    pub s3_sts_endpoint: Option<String>,
+    /// With container: path on the agent of ECS, or whole URL of another; by default the platform's
+    /// AWS_CONTAINER_CREDENTIALS_RELATIVE_URI or AWS_CONTAINER_CREDENTIALS_FULL_URI
+    #[arg(long, env = "HYPNOS_S3_CONTAINER_CREDENTIALS", value_name = "PLACE")]
+    pub s3_container_credentials: Option<String>,
+    /// With container: file with what the agent is shown, which a whole URL wants; by default the platform's
+    /// AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE
+    #[arg(long, env = "HYPNOS_S3_CONTAINER_TOKEN_FILE", value_name = "FILE")]
+    pub s3_container_token_file: Option<PathBuf>,
+    /// With instance: URL of the metadata service; by default http://169.254.169.254
+    #[arg(long, env = "HYPNOS_S3_METADATA_ENDPOINT", value_name = "URL")]
+    pub s3_metadata_endpoint: Option<String>,
+}
+
+/// Who we are to the S3 service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum S3Credentials {
+    /// Keys that are given here.
+    Keys,
+    /// A role that is taken with the token in a file.
+    WebIdentity,
+    /// What the agent beside the container hands out.
+    Container,
+    /// What the virtual machine's metadata service hands out.
+    Instance,
 }
 
 impl Storage {
     /// URL of the database. Its directory is made if it is ours to make.
     pub fn database_url(&self) -> Result<SecretString> {
+        if self.database.is_none() && self.database_file.is_none() {
+            std::fs::create_dir_all(&self.data).map_err(|error| {
+                Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
+            })?;
+        }
+        self.existing_database_url()
+    }
+
+    /// The same, but makes nothing.
+    pub fn existing_database_url(&self) -> Result<SecretString> {
         if let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())? {
             let shown = url.expose_secret();
             if shown.starts_with("sqlite:")
@@ -105,30 +164,19 @@ impl Storage {
             let scheme = shown.split(':').next().unwrap_or_default().to_owned();
             return wrong(format!("HYPNOS_DATABASE: wanted sqlite:… or postgres://…, got {scheme:?}"));
         }
-        std::fs::create_dir_all(&self.data).map_err(|error| {
-            Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
-        })?;
         Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
     }
 
     /// Whether the database is a file of this machine.
     pub fn is_sqlite(&self) -> Result<bool> {
-        Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
+        Ok(self.existing_database_url()?.expose_secret().starts_with("sqlite:"))
     }
 
     /// Where objects are.
     pub fn place(&self) -> Result<Place> {
         let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
-        let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
-        let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
         let Some(bucket) = place.strip_prefix("s3://") else {
-            let given = [
-                ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
-                ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
-                ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
-                ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
-            ];
-            if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
+            if let Some(name) = self.s3_given().into_iter().next() {
                 return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
             }
             let dir = place.strip_prefix("file://").unwrap_or(&place);
@@ -143,24 +191,131 @@ impl Storage {
         if name.is_empty() {
             return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
         }
-        match (self.s3_access_key.clone(), secret_key) {
-            (Some(access_key), Some(secret_key)) => Ok(Place::Bucket(Bucket {
-                name: name.into(),
-                prefix: prefix.trim_matches('/').into(),
-                endpoint: self.s3_endpoint.clone(),
-                public_endpoint: self.s3_public_endpoint.clone(),
-                region: self.s3_region.clone(),
-                access_key,
-                secret_key,
-            })),
-            (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
-            (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+        Ok(Place::Bucket(Bucket {
+            name: name.into(),
+            prefix: prefix.trim_matches('/').into(),
+            endpoint: self.s3_endpoint.clone(),
+            public_endpoint: self.s3_public_endpoint.clone(),
+            region: self.s3_region.clone(),
+            credentials: self.credentials(&platform)?,
+        }))
+    }
+
+    /// Settings of an S3 service that are set.
+    fn s3_given(&self) -> Vec<&'static str> {
+        let places = [
+            ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+            ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
+            ("HYPNOS_S3_CREDENTIALS", self.s3_credentials != S3Credentials::Keys),
+        ];
+        let places = places.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
+        places.chain(self.s3_credentials_given().into_iter().map(|(_, name)| name)).collect()
+    }
+
+    /// Settings of who we are to it that are set, and with which way of being somebody each goes.
+    fn s3_credentials_given(&self) -> Vec<(S3Credentials, &'static str)> {
+        use S3Credentials::{Container, Instance, Keys, WebIdentity};
+        let all = [
+            (Keys, "HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+            (Keys, "HYPNOS_S3_SECRET_KEY", self.s3_secret_key.is_some()),
+            (Keys, "HYPNOS_S3_SECRET_KEY_FILE", self.s3_secret_key_file.is_some()),
+            (Keys, "HYPNOS_S3_SESSION_TOKEN", self.s3_session_token.is_some()),
+            (Keys, "HYPNOS_S3_SESSION_TOKEN_FILE", self.s3_session_token_file.is_some()),
+            (WebIdentity, "HYPNOS_S3_ROLE_ARN", self.s3_role_arn.is_some()),
+            (WebIdentity, "HYPNOS_S3_ROLE_SESSION", self.s3_role_session.is_some()),
+            (WebIdentity, "HYPNOS_S3_WEB_IDENTITY_FILE", self.s3_web_identity_file.is_some()),
+            (WebIdentity, "HYPNOS_S3_STS_ENDPOINT", self.s3_sts_endpoint.is_some()),
+            (Container, "HYPNOS_S3_CONTAINER_CREDENTIALS", self.s3_container_credentials.is_some()),
+            (Container, "HYPNOS_S3_CONTAINER_TOKEN_FILE", self.s3_container_token_file.is_some()),
+            (Instance, "HYPNOS_S3_METADATA_ENDPOINT", self.s3_metadata_endpoint.is_some()),
+        ];
+        all.into_iter().filter(|(_, _, given)| *given).map(|(how, name, _)| (how, name)).collect()
+    }
+
+    /// Who we are to the S3 service. `platform` reads a variable that the platform sets for the way that was chosen; without
+    /// that choice none is read.
+    fn credentials(&self, platform: &dyn Fn(&str) -> Option<String>) -> Result<Credentials> {
+        let how = self.s3_credentials;
+        let chosen = how.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        if let Some((_, name)) = self.s3_credentials_given().into_iter().find(|(of, _)| *of != how) {
+            return wrong(format!(
+                "{name} is set, but HYPNOS_S3_CREDENTIALS is {chosen}, which does not use it"
+            ));
+        }
+        let either = |own: &Option<String>, variable: &str| own.clone().or_else(|| platform(variable));
+        let path = |own: &Option<PathBuf>, variable: &str| {
+            own.clone().or_else(|| platform(variable).map(PathBuf::from))
+        };
+        let missing = |own: &str, variable: &str| {
+            wrong(format!("HYPNOS_S3_CREDENTIALS is {chosen}, but neither {own} nor {variable} is set"))
+        };
+        let readable = |own: &str, file: PathBuf| match std::fs::read_to_string(&file) {
+            Ok(_) => Ok(file),
+            Err(error) => wrong(format!("{own}: {} cannot be read: {}", file.display(), error.kind())),
+        };
+        match how {
+            S3Credentials::Keys => {
+                let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
+                let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
+                let (token, file) = (self.s3_session_token.as_ref(), self.s3_session_token_file.as_deref());
+                let session_token = secret("HYPNOS_S3_SESSION_TOKEN", token, file)?;
+                match (self.s3_access_key.clone(), secret_key) {
+                    (Some(access_key), Some(secret_key)) => {
+                        Ok(Credentials::Keys { access_key, secret_key, session_token })
+                    }
+                    (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
+                    (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+                }
+            }
+            S3Credentials::WebIdentity => {
+                let Some(role_arn) = either(&self.s3_role_arn, "AWS_ROLE_ARN") else {
+                    return missing("HYPNOS_S3_ROLE_ARN", "AWS_ROLE_ARN");
+                };
+                let Some(file) = path(&self.s3_web_identity_file, "AWS_WEB_IDENTITY_TOKEN_FILE") else {
+                    return missing("HYPNOS_S3_WEB_IDENTITY_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE");
+                };
+                let sts_endpoint = either(&self.s3_sts_endpoint, "AWS_ENDPOINT_URL_STS");
+                if let Some(url) = sts_endpoint.as_ref().filter(|url| !url.starts_with("https://")) {
+                    return wrong(format!("HYPNOS_S3_STS_ENDPOINT: wanted https://HOST, got {url:?}"));
+                }
+                let session_name = either(&self.s3_role_session, "AWS_ROLE_SESSION_NAME");
+                Ok(Credentials::WebIdentity {
+                    token_file: readable("HYPNOS_S3_WEB_IDENTITY_FILE", file)?,
+                    role_arn,
+                    session_name: session_name.unwrap_or_else(|| "hypnos".into()),
+                    sts_endpoint,
+                })
+            }
+            S3Credentials::Container => {
+                let relative = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI";
+                let place = either(&self.s3_container_credentials, relative)
+                    .or_else(|| platform("AWS_CONTAINER_CREDENTIALS_FULL_URI"));
+                let Some(place) = place else { return missing("HYPNOS_S3_CONTAINER_CREDENTIALS", relative) };
+                let whole = place.starts_with("http://") || place.starts_with("https://");
+                if !whole && !place.starts_with('/') {
+                    return wrong(format!(
+                        "HYPNOS_S3_CONTAINER_CREDENTIALS: wanted /PATH or http(s)://HOST/PATH, got {place:?}"
+                    ));
+                }
+                let file = path(&self.s3_container_token_file, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE");
+                let token_file =
+                    file.map(|file| readable("HYPNOS_S3_CONTAINER_TOKEN_FILE", file)).transpose()?;
+                if whole && token_file.is_none() {
+                    return wrong(
+                        "HYPNOS_S3_CONTAINER_CREDENTIALS is a whole URL, but HYPNOS_S3_CONTAINER_TOKEN_FILE is not set",
+                    );
+                }
+                Ok(Credentials::Container { place, token_file })
+            }
+            S3Credentials::Instance => {
+                Ok(Credentials::Instance { endpoint: self.s3_metadata_endpoint.clone() })
+            }
         }
     }
 
     /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
     pub fn check_local(&self) -> Result<()> {
-        let url = self.database_url()?;
+        let url = self.existing_database_url()?;
         let Some(path) = url.expose_secret().strip_prefix("sqlite:") else { return Ok(()) };
         let path = Path::new(path.trim_start_matches("//").split('?').next().unwrap_or_default());
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -382,6 +537,11 @@ pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
         return Ok((value * f64::from(1 << 30)) as u64);
     }
     wrong(format!("{name}: wanted GiB from 0 on, got {value}"))
+}
+
+/// A variable that the platform sets, not we; read only where a setting says so by name.
+fn platform(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok().filter(|value| !value.is_empty())
 }
 
 /// A secret that is given itself, or by the file that holds it, but not by both.

@@ -230,7 +230,7 @@ pub(super) trait Passing {
 
 impl Passing for blobs::Error {
     fn is_passing(&self) -> bool {
-        matches!(self, Self::Away(_) | Self::Full)
+        matches!(self, Self::Away(_) | Self::Full | Self::Refused(_))
     }
 
     fn is_lost(&self) -> bool {

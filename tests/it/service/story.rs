@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::floor::eventually;
 use super::postgres::Postgres;
-use super::s3::{Garage, http};
+use super::s3::{ACCESS_KEY, Garage, SECRET_KEY, http};
 
 /// A process of ours, killed with this value.
 struct Process {
@@ -149,8 +149,8 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
         ("HYPNOS_DATA", dir.path().join("serve").display().to_string()),
         ("HYPNOS_OBJECTS", format!("s3://{}/story", bucket.name)),
         ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
-        ("HYPNOS_S3_ACCESS_KEY", bucket.access_key.clone()),
-        ("HYPNOS_S3_SECRET_KEY", secrecy::ExposeSecret::expose_secret(&bucket.secret_key).to_owned()),
+        ("HYPNOS_S3_ACCESS_KEY", ACCESS_KEY.to_owned()),
+        ("HYPNOS_S3_SECRET_KEY", SECRET_KEY.to_owned()),
         ("HYPNOS_BUNDLE", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle").display().to_string()),
         ("HYPNOS_LEASE_SECS", "3".into()),
         ("HYPNOS_BEAT_SECS", "0.2".into()),
