@@ -16,6 +16,7 @@
 pub mod blobs;
 pub mod cli;
 pub mod config;
+pub mod deployment;
 pub mod engine;
 pub mod http;
 pub mod janitor;
@@ -25,4 +26,5 @@ pub mod ml;
 pub mod photo;
 pub mod report;
 pub mod store;
+pub mod sweep;
 pub mod worker;

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
+mod backup;
 mod bench;
 mod bench_serve;
 mod compare;
@@ -11,6 +12,7 @@ mod export;
 mod keys;
 mod migrate;
 mod models;
+mod pair;
 mod photos;
 mod sample;
 mod segment;
@@ -51,6 +53,10 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Find objects that no row names, and remove them with --remove.
     Sweep(sweep::Sweep),
+    /// Copy the SQLite file while the service runs.
+    Backup(backup::Backup),
+    /// Say that a database and an object store belong together.
+    Pair(pair::Pair),
     /// Say who may call.
     #[command(subcommand)]
     Keys(keys::Command),
@@ -73,7 +79,7 @@ enum Command {
     Compare(Box<compare::Compare>),
     /// Measure operations and models, side by side with PyTorch where it is given.
     Bench(bench::Args),
-    /// Measure the service beside a bare handler, and how soon a job starts.
+    /// Measure the service beside a bare handler, how soon a job starts, and how fast jobs are deleted.
     BenchServe(bench_serve::BenchServe),
 }
 
@@ -116,6 +122,8 @@ pub fn run() -> ExitCode {
         Command::Work(args) => work::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
+        Command::Backup(args) => backup::run(&args),
+        Command::Pair(args) => pair::run(&args),
         Command::Keys(command) => keys::run(&command),
         Command::Openapi => {
             say(crate::http::openapi().trim_end());

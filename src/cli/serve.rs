@@ -70,6 +70,7 @@ pub(super) async fn serve(
     let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
     let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
     let blobs = service::open_blobs(storage, Some(links)).await?;
+    service::pair(&store, &blobs, &stop).await?;
     let metrics =
         PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
     let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;

@@ -10,8 +10,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Stop;
-use crate::blobs::{Blobs, BlobsConfig, Links};
+use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
 use crate::config::{Storage, Working, gigabytes, seconds};
+use crate::deployment;
 use crate::engine::{self, CandleEngine, Engine};
 use crate::job::{Fault, FaultCode};
 use crate::store::{self, Store};
@@ -124,6 +125,71 @@ pub(super) async fn open_store(
             () = tokio::time::sleep(wait) => {}
         }
         wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// The database, which must be there and up to date already, for what only looks or tidies.
+pub(super) async fn open_existing_store(storage: &Storage) -> Result<Store, Stop> {
+    let url = storage.existing_database_url()?;
+    storage.check_local()?;
+    let opened = async {
+        let store = Store::connect_existing(url.expose_secret(), storage.database_connections).await?;
+        store.check_schema().await?;
+        Ok(store)
+    };
+    opened.await.map_err(|error| match error {
+        store::Error::Away(why) => Stop::Failed(format!("the database cannot be reached: {why}")),
+        error => Stop::Input(format!("HYPNOS_DATABASE: {error}")),
+    })
+}
+
+/// The objects' store of a deployment that is there already: a directory is not made.
+pub(super) async fn open_existing_blobs(storage: &Storage) -> Result<Blobs, Stop> {
+    if let Place::Directory(directory) = storage.place()?
+        && !directory.is_dir()
+    {
+        return Err(Stop::Input(format!("HYPNOS_OBJECTS: there is no directory {}", directory.display())));
+    }
+    open_blobs(storage, None).await
+}
+
+/// Sees to it that database and object store belong together, waiting for an object store that is not up yet.
+pub(super) async fn pair(store: &Store, blobs: &Blobs, stop: &CancellationToken) -> Result<(), Stop> {
+    let mut wait = Duration::from_millis(200);
+    loop {
+        match deployment::pair(store, blobs).await {
+            Ok(_) => return Ok(()),
+            // An accepted job needs room, the marker can wait.
+            Err(deployment::Error::Blobs(blobs::Error::Full)) => {
+                warn!("the object store is full: the deployment's marker is left to the next start");
+                return Ok(());
+            }
+            Err(deployment::Error::Store(store::Error::Away(why))) => {
+                warn!("the database cannot be reached: {why}");
+            }
+            Err(deployment::Error::Blobs(blobs::Error::Away(why))) => {
+                warn!("the object store cannot be reached yet: {why}");
+            }
+            Err(error) => return Err(apart(error)),
+        }
+        tokio::select! {
+            () = stop.cancelled() => {
+                return Err(Stop::Failed("told to stop before the object store could be reached".into()));
+            }
+            () = tokio::time::sleep(wait) => {}
+        }
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// Why database and object store cannot be worked with, with all that the object store said.
+pub(super) fn apart(error: deployment::Error) -> Stop {
+    match error {
+        deployment::Error::Blobs(blobs::Error::Refused(refusal)) => {
+            Stop::Input(format!("HYPNOS_OBJECTS: the object store refuses: {}", refusal.in_full()))
+        }
+        deployment::Error::Apart(_) => Stop::Input(error.to_string()),
+        _ => Stop::Failed(error.to_string()),
     }
 }
 

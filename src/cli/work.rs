@@ -31,6 +31,7 @@ pub(super) fn run(args: &Work) -> Result<ExitCode, Stop> {
         let sqlite = args.storage.is_sqlite()?;
         let store = service::open_store(&args.storage, sqlite, &stop).await?;
         let blobs = service::open_blobs(&args.storage, None).await?;
+        service::pair(&store, &blobs, &stop).await?;
         let pause = service::janitor_pause(settings.lease);
         tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
         let worked = worker::run(settings, store, blobs, engines, stop).await;

@@ -208,6 +208,7 @@ impl Store {
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
+        self.wakes.deleted();
         Ok(true)
     }
 

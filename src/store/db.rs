@@ -9,8 +9,8 @@ use sqlx::pool::PoolOptions;
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, PgPool, Postgres, Row as _, SqlSafeStr, SqlStr, Sqlite, SqlitePool,
-    Transaction,
+    AssertSqlSafe, ConnectOptions, Connection, PgPool, Postgres, Row as _, SqlSafeStr, SqlStr, Sqlite,
+    SqlitePool, Transaction,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -160,23 +160,37 @@ pub(super) enum Db {
 
 impl Db {
     pub(super) async fn connect(url: &str, pool_max: u32) -> Result<Self> {
+        Self::open(url, pool_max, true).await
+    }
+
+    /// The same, but makes no file.
+    pub(super) async fn connect_existing(url: &str, pool_max: u32) -> Result<Self> {
+        Self::open(url, pool_max, false).await
+    }
+
+    async fn open(url: &str, pool_max: u32, create: bool) -> Result<Self> {
         match url.split_once(':') {
-            Some(("sqlite", path)) => Self::sqlite(path.strip_prefix("//").unwrap_or(path), pool_max).await,
+            Some(("sqlite", path)) => {
+                Self::sqlite(path.strip_prefix("//").unwrap_or(path), pool_max, create).await
+            }
             Some(("postgres" | "postgresql", _)) => Self::postgres(url, pool_max).await,
             _ => Err(Error::Bad("the database's address: wanted sqlite:PATH or postgres://…".into())),
         }
     }
 
-    async fn sqlite(path: &str, readers: u32) -> Result<Self> {
+    async fn sqlite(path: &str, readers: u32, create: bool) -> Result<Self> {
         if path.is_empty() || path == ":memory:" {
             return Err(Error::Bad("the database's address: sqlite wants a file".into()));
+        }
+        if !create && !std::path::Path::new(path).is_file() {
+            return Err(Error::Bad("the database's file is not there, and is not made for this".into()));
         }
         let common =
             SqliteConnectOptions::new().filename(path).foreign_keys(true).disable_statement_logging();
         let reading = common.clone().read_only(true).busy_timeout(BUSY);
         let writing = common
             .busy_timeout(Duration::ZERO) // see `patiently`
-            .create_if_missing(true)
+            .create_if_missing(create)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
         // An idle connection costs nothing, and the last one to go would take the log with it. A file does not hang up,
@@ -274,6 +288,22 @@ impl Db {
         let count = tx.run(sql, args).await?;
         tx.commit().await?;
         Ok(count)
+    }
+
+    /// Copies SQLite's file. However long it takes, nobody waits for it: it reads.
+    pub(super) async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
+        let Self::Sqlite { read, .. } = self else {
+            return Err(Error::Bad("only a SQLite file can be copied".into()));
+        };
+        let mut connection = read.acquire().await.map_err(fault)?;
+        let copied = sqlx::query("vacuum into ?").bind(file.to_string_lossy()).execute(&mut *connection);
+        copied.await.map_err(fault)?;
+        let options = SqliteConnectOptions::new().filename(file).read_only(true).disable_statement_logging();
+        let mut copy = options.connect().await.map_err(fault)?;
+        let check: String =
+            sqlx::query_scalar("pragma integrity_check(1)").fetch_one(&mut copy).await.map_err(fault)?;
+        copy.close().await.map_err(fault)?;
+        if check == "ok" { Ok(()) } else { Err(Error::Corrupt(check.into())) }
     }
 
     pub(super) async fn close(&self) {

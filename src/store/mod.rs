@@ -8,11 +8,13 @@
 //! ```text
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
 //! keys      tenants and API keys                                  objects   artifacts and class images
+//! deployment  which object store goes with it, what rows name there
 //! db        the two databases as one: text, numbers, rows         schema    migrations
 //! ```
 
 mod api;
 mod db;
+mod deployment;
 mod keys;
 mod objects;
 mod schema;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 
 use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
 
+pub use deployment::{Deployment, Named};
 pub use keys::{Key, NewKey, Scope, Tenant};
 pub use wakes::Wakes;
 pub use worker::{Renewal, Rescued};
@@ -70,6 +73,12 @@ impl Store {
         Ok(Self { db, wakes: Arc::default() })
     }
 
+    /// The same, but a SQLite file that is not there is refused.
+    pub async fn connect_existing(url: &str, pool_max: u32) -> Result<Self> {
+        let db = Db::connect_existing(url, pool_max.max(1)).await?;
+        Ok(Self { db, wakes: Arc::default() })
+    }
+
     /// Brings the schema up to this program. Of two that do so at once, one waits.
     pub async fn migrate(&self) -> Result<()> {
         schema::migrate(&self.db).await
@@ -89,6 +98,17 @@ impl Store {
     /// waits for it looks once a second all the same. Call it within a runtime.
     pub fn wakes(&self) -> Wakes {
         self.wakes.listen(&self.db)
+    }
+
+    /// Waits until a job was deleted, or a deleted one ended, in this process: there may be something to erase. A hint
+    /// only; for one who waits.
+    pub async fn deletion(&self) {
+        self.wakes.deletion().await;
+    }
+
+    /// Copies a SQLite database as it is at this moment to a file that is not there yet, and checks the copy.
+    pub async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
+        self.db.copy_to(file).await
     }
 
     /// Ends every connection, after what they are at.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::{PgConnectOptions, PgListener};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::db::{CHANNEL, Db};
@@ -18,11 +18,12 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct Hub {
     sender: watch::Sender<()>,
     relay: Mutex<Option<JoinHandle<()>>>,
+    deleted: Notify,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self { sender: watch::Sender::new(()), relay: Mutex::default() }
+        Self { sender: watch::Sender::new(()), relay: Mutex::default(), deleted: Notify::new() }
     }
 }
 
@@ -42,6 +43,15 @@ impl Wakes {
 impl Hub {
     pub(super) fn wake(&self) {
         self.sender.send_replace(());
+    }
+
+    /// Says that a deleted job may be erased.
+    pub(super) fn deleted(&self) {
+        self.deleted.notify_one();
+    }
+
+    pub(super) async fn deletion(&self) {
+        self.deleted.notified().await;
     }
 
     pub(super) fn listen(&self, db: &Db) -> Wakes {

@@ -215,6 +215,9 @@ impl Store {
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
+        if state == State::Canceled {
+            self.wakes.deleted(); // it may have been canceled by being deleted
+        }
         Ok(state)
     }
 
@@ -243,11 +246,17 @@ impl Store {
         Ok(rescued)
     }
 
-    /// Jobs that have ended and still name a checkpoint, which nobody will read: its object can go, and then
-    /// [`Store::forget_checkpoint`].
-    pub async fn spent_checkpoints(&self, limit: u32) -> Result<Vec<(JobId, Checkpoint)>> {
-        let select = "select id, checkpoint from job where checkpoint is not null and finished_ms is not null limit $1";
-        let rows = self.db.read(select, args![i64::from(limit)]).await?;
+    /// Jobs that have ended and still name a checkpoint, which nobody will read, in the order of their ids, those after
+    /// `after` if it is given: the checkpoint's object can go, and then [`Store::forget_checkpoint`].
+    pub async fn spent_checkpoints(
+        &self,
+        after: Option<JobId>,
+        limit: u32,
+    ) -> Result<Vec<(JobId, Checkpoint)>> {
+        let select = "select id, checkpoint from job where checkpoint is not null and finished_ms is not null \
+                      and id > $1 order by id limit $2";
+        let after = after.map_or(String::new(), |after| after.to_string());
+        let rows = self.db.read(select, args![after, i64::from(limit)]).await?;
         rows.iter().map(|row| Ok((row.word("id")?, parse("checkpoint", row.text("checkpoint")?)?))).collect()
     }
 
@@ -257,17 +266,36 @@ impl Store {
         self.db.write(update, args![id]).await.map(drop)
     }
 
-    /// Deleted jobs whose objects can go: they do not run, and no sample of theirs is left.
-    pub async fn erasable(&self, limit: u32) -> Result<Vec<(TenantId, JobId)>> {
-        let select = concat!("select tenant, id from job gone where ", erasable!(), " limit $1");
-        let rows = self.db.read(select, args![i64::from(limit)]).await?;
+    /// Deleted jobs whose objects can go, in the order of their ids, those after `after` if it is given: they do not run,
+    /// and no sample of theirs is left.
+    pub async fn erasable(&self, after: Option<JobId>, limit: u32) -> Result<Vec<(TenantId, JobId)>> {
+        let select = concat!(
+            "select tenant, id from job gone where ",
+            erasable!(),
+            " and id > $1 order by id limit $2"
+        );
+        let after = after.map_or(String::new(), |after| after.to_string());
+        let rows = self.db.read(select, args![after, i64::from(limit)]).await?;
         rows.iter().map(|row| Ok((row.word("tenant")?, row.word("id")?))).collect()
     }
 
-    /// The objects of an erasable job are gone: so is its row.
-    pub async fn erased(&self, id: JobId) -> Result<()> {
+    /// The objects of erasable jobs are gone: so are their rows.
+    pub async fn erased(&self, ids: &[JobId]) -> Result<()> {
         let delete = concat!("delete from job as gone where id = $1 and ", erasable!());
-        self.db.write(delete, args![id]).await.map(drop)
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.db.begin().await?;
+        for id in ids {
+            tx.run(delete, args![*id]).await?;
+        }
+        tx.commit().await
+    }
+
+    /// How many deleted jobs are not erased yet.
+    pub async fn n_deleting(&self) -> Result<u64> {
+        let row = self.db.row("select count(*) as jobs from job where deleting = 1", &[]).await?;
+        row.map_or(Ok(0), |row| row.int("jobs")).map(|jobs| jobs as u64)
     }
 }
 

@@ -147,7 +147,7 @@ impl Postgres {
 }
 
 /// The directory with Postgres' programs: of those on the path, or of Debian's newest.
-fn find_programs() -> PathBuf {
+pub(crate) fn find_programs() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut places: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
         .map(|versions| versions.flatten().map(|version| version.path().join("bin")).collect())

@@ -2,6 +2,7 @@
 
 mod contract;
 mod crash;
+mod deployment;
 mod walk;
 
 use std::time::Duration;

@@ -41,7 +41,6 @@ on_both! {
     a_deleted_training_takes_no_more_samples,
     spent_checkpoints_are_named_until_they_are_forgotten,
     the_first_class_image_stays,
-    what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named,
     lists_are_filtered_and_turned_page_by_page,
     another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
@@ -132,7 +131,7 @@ async fn a_key_is_free_again_when_its_job_is_deleted(house: House) {
     assert!(house.store.delete(tenant, job.id).await.unwrap());
     assert_eq!(house.store.replay(tenant, &named("order-1", "abc")).await.unwrap(), None);
     let next = house.accept(request()).await;
-    house.store.erased(job.id).await.unwrap();
+    house.store.erased(&[job.id]).await.unwrap();
     let now = house.store.submit(request()).await.unwrap();
     assert_eq!(now, Submitted::Replayed(next), "the first job's end does not take the second's key");
 }
@@ -567,16 +566,16 @@ async fn a_running_job_that_is_deleted_vanishes_and_is_erased_after_its_end(hous
     assert!(!house.store.delete(tenant, id).await.unwrap(), "there is nothing any more");
     assert_eq!(house.store.list(tenant, &Filter::default(), None, 9).await.unwrap(), []);
 
-    assert_eq!(house.store.erasable(9).await.unwrap(), [], "its worker still writes objects");
-    house.store.erased(id).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [], "its worker still writes objects");
+    house.store.erased(&[id]).await.unwrap();
     let renewal = house.store.renew(lease, LONG, None).await.unwrap();
     assert_eq!(renewal, Renewal::Held { cancel_requested: true }, "its row is still there");
     assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Canceled);
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)]);
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)], "until it is erased");
-    house.store.erased(id).await.unwrap();
-    house.store.erased(id).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, id)]);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, id)], "until it is erased");
+    house.store.erased(&[id]).await.unwrap();
+    house.store.erased(&[id]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), []);
 }
 
 // case 51
@@ -591,16 +590,16 @@ async fn a_training_is_erased_after_the_samples_drawn_with_it(house: House) {
         assert_eq!(house.store.find(tenant, id, Kind::Sample).await.unwrap(), None);
     }
     assert_eq!(house.claim().await, None, "the waiting one is canceled");
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, waiting)]);
-    house.store.erased(waiting).await.unwrap();
-    house.store.erased(parent).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [], "one still reads the weights");
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, waiting)]);
+    house.store.erased(&[waiting]).await.unwrap();
+    house.store.erased(&[parent]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [], "one still reads the weights");
     house.store.cancelled(lease).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, running)]);
-    house.store.erased(running).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, parent)]);
-    house.store.erased(parent).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, running)]);
+    house.store.erased(&[running]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, parent)]);
+    house.store.erased(&[parent]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), []);
 }
 
 async fn a_deleted_training_takes_no_more_samples(house: House) {
@@ -627,27 +626,36 @@ async fn spent_checkpoints_are_named_until_they_are_forgotten(house: House) {
     let id = house.accept(training(tenant)).await.id;
     let lease = house.claim().await.unwrap().lease();
     house.store.commit_checkpoint(lease, &checkpoint(5)).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), []);
     house.store.forget_checkpoint(id).await.unwrap();
     house.store.release(lease).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [], "a further attempt needs it");
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), [], "a further attempt needs it");
     house.store.cancel(tenant, id).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [(id, checkpoint(5))]);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), [(id, checkpoint(5))]);
     house.store.forget_checkpoint(id).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), []);
 }
 
 async fn the_first_class_image_stays(house: House) {
     let [tenant, other] = [house.tenant("a").await, house.tenant("b").await];
     let [first, second] = [object("first"), object("second")];
     let top = u64::MAX;
-    assert!(house.store.add_class_image(tenant, "s", top, &first).await.unwrap());
-    assert!(!house.store.add_class_image(tenant, "s", top, &second).await.unwrap());
-    assert!(house.store.add_class_image(tenant, "s", 1, &second).await.unwrap());
-    assert!(house.store.add_class_image(tenant, "t", 1, &second).await.unwrap());
+    let add = async |settings: &str, seed: u64, object: &Object, instead_of: Option<&Object>| {
+        house.store.add_class_image(tenant, settings, seed, object, instead_of).await.unwrap()
+    };
+    assert_eq!(add("s", top, &first, None).await, first.key);
+    assert_eq!(add("s", top, &second, None).await, first.key);
+    assert_eq!(add("s", 1, &second, None).await, second.key);
+    assert_eq!(add("t", 1, &second, None).await, second.key);
     let mut found = house.store.class_images(tenant, "s").await.unwrap();
     found.sort_by_key(|(seed, _)| *seed);
-    assert_eq!(found, [(1, second), (top, first)]);
+    assert_eq!(found, [(1, second.clone()), (top, first.clone())]);
+    // Unless it is the one that the store no longer has whole.
+    assert_eq!(add("s", top, &second, Some(&second)).await, first.key);
+    let damaged = Object { sha256: "11".repeat(32), ..first.clone() };
+    assert_eq!(add("s", top, &second, Some(&damaged)).await, first.key, "it was replaced meanwhile");
+    assert_eq!(add("s", top, &second, Some(&first)).await, second.key);
+    assert_eq!(add("s", top, &second, Some(&first)).await, second.key, "again, its answer was lost");
     assert_eq!(house.store.class_images(other, "s").await.unwrap(), []);
 }
 
@@ -699,7 +707,7 @@ async fn another_tenants_rows_are_not_there(house: House) {
     let drawn = house.accept(sample(owner, done.id)).await;
     let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(owner) };
     let waiting = house.accept(new.clone()).await;
-    house.store.add_class_image(owner, "s", 1, &object("class")).await.unwrap();
+    house.store.add_class_image(owner, "s", 1, &object("class"), None).await.unwrap();
     let store = &house.store;
     for job in [&done, &drawn, &waiting] {
         for kind in Kind::ALL {
@@ -797,6 +805,7 @@ async fn a_submission_wakes_who_waits(house: House) {
 // case 53
 async fn two_migrations_at_once_are_one(house: House) {
     house.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
+    house.sql("drop table deployment").await;
     house.sql("drop table api_key; drop table tenant; drop view clock; drop table _sqlx_migrations").await;
     let mut racers = JoinSet::new();
     for _ in 0..8 {
@@ -835,23 +844,4 @@ async fn a_schema_of_another_version_is_refused(house: House) {
     assert!(refusal().await.contains("older than this program: run `hypnos migrate`"), "{}", refusal().await);
     house.sql("drop table _sqlx_migrations").await;
     assert!(refusal().await.contains("hypnos migrate"), "{}", refusal().await);
-}
-
-// case 54, 55: what a sweep may take
-async fn what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named(house: House) {
-    let tenant = house.tenant("shop").await;
-    let job = house.accept(training(tenant)).await;
-    let keeps = async |lease| house.store.keeps(job.id, lease).await.unwrap();
-    assert!(keeps(None).await, "its photos");
-    assert!(!keeps(Some(1)).await);
-    let held = house.claim().await.unwrap().lease();
-    assert!(keeps(Some(held.run_lease)).await && !keeps(Some(held.run_lease + 1)).await);
-    let key = format!("t/{tenant}/j/{}/a/{}/preview-0.png", job.id, held.run_lease);
-    house.store.add_artifact(held, &Object { key, ..object("preview-0.png") }).await.unwrap();
-    house.store.release(held).await.unwrap();
-    assert!(keeps(Some(held.run_lease)).await, "its preview is shown");
-    let again = house.claim().await.unwrap().lease();
-    house.store.release(again).await.unwrap();
-    assert!(!keeps(Some(again.run_lease)).await, "nothing of it is named");
-    assert!(!house.store.keeps(JobId::new(), None).await.unwrap());
 }

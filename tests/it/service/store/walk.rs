@@ -248,7 +248,7 @@ impl Walk<'_> {
                 }
             }
             Step::Erase => {
-                let mut erasable = store.erasable(1000).await.unwrap();
+                let mut erasable = store.erasable(None, 1000).await.unwrap();
                 erasable.sort();
                 let gone = |(id, known): &(&JobId, &Known)| {
                     let left = self.jobs.values().any(|other| other.parent == Some(**id));
@@ -259,7 +259,7 @@ impl Walk<'_> {
                 wanted.sort();
                 prop_assert_eq!(&erasable, &wanted);
                 for (_, id) in wanted {
-                    store.erased(id).await.unwrap();
+                    store.erased(&[id]).await.unwrap();
                     self.jobs.remove(&id);
                 }
             }
