@@ -9,9 +9,12 @@
 //!
 //! How soon a job starts: on an idle worker whose engine does nothing, `--starts` trainings are sent in by HTTP, one
 //! after the other; counted are milliseconds from the row's creation to its claim, by the database's clock.
+//!
+//! How many deletions a second: `bench_serve/deletions.rs`.
 
 mod bare;
 mod client;
+mod deletions;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -54,6 +57,9 @@ pub(super) struct BenchServe {
     /// Trainings sent in to see how soon they start
     #[arg(long, default_value_t = 200)]
     starts: usize,
+    /// Trainings with their objects that are deleted to the last of them
+    #[arg(long, default_value_t = 300)]
+    deletions: usize,
 }
 
 pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
@@ -85,7 +91,11 @@ async fn bench(args: &BenchServe) -> Result<(), Stop> {
     for (name, ours, theirs) in &cases {
         house.compare(args, name, ours, bare, theirs).await?;
     }
-    starts(args, &house).await
+    starts(args, &house).await?;
+    if args.deletions > 0 {
+        deletions::deletions(&house, args.deletions, args.clients).await?;
+    }
+    Ok(())
 }
 
 /// The service as `serve` runs it, with a key.

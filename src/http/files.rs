@@ -8,7 +8,8 @@ use jiff::Timestamp;
 
 use super::Front;
 use super::problem::Problem;
-use crate::job::PAGE;
+use crate::blobs::Key;
+use crate::job::{Object, PAGE};
 
 /// Fetches a file by a signed URL
 ///
@@ -17,7 +18,7 @@ use crate::job::PAGE;
     get, path = "/v1/files/{*key}", tag = "files",
     params(("key" = String, Path, description = "From the URL, which is to be taken as it is; holds slashes")),
     responses((status = 200, description = "The file", body = String, content_type = "application/octet-stream")),
-    extensions(("x-problems" = json!(["url-forged", "url-expired", "artifact-missing", "artifact-damaged"]))),
+    extensions(("x-problems" = json!(["url-forged", "url-expired", "not-found", "artifact-missing", "artifact-damaged"]))),
     security(()),
 )]
 pub(super) async fn get_file(
@@ -26,6 +27,10 @@ pub(super) async fn get_file(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Problem> {
     let object = front.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
+    // A link ends with its job: what is deleted may still lie in the directory for a moment.
+    if !is_named(&front, &object).await? {
+        return Err(Problem::not_found("file"));
+    }
     let bytes = front.blobs.stream(&object).await?;
     let mut response = Body::from_stream(bytes).into_response();
     // Names and types of objects are ours, never a client's.
@@ -41,6 +46,15 @@ pub(super) async fn get_file(
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, max-age=3600, immutable"));
     headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("none"));
     Ok(response)
+}
+
+/// Whether a job still has this object to show.
+async fn is_named(front: &Front, object: &Object) -> Result<bool, Problem> {
+    let Some((tenant, job, _)) = Key::parse(&object.key).and_then(|key| key.owner()) else {
+        return Ok(false);
+    };
+    let named = front.store.artifact(tenant, job, &object.name).await?;
+    Ok(named.is_some_and(|named| named.key == object.key))
 }
 
 /// What a browser lets a file do: nothing; a report may show the pictures and the style that are in it.

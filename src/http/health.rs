@@ -81,6 +81,7 @@ async fn figures(front: &Front) -> Result<Response, Problem> {
         metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels)
             .set(gauge.oldest_queued_ms as f64 / 1e3);
     }
+    metrics::gauge!("hypnos_jobs_deleting").set(front.store.n_deleting().await? as f64);
     front.metrics.run_upkeep();
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], front.metrics.render())
         .into_response())

@@ -16,12 +16,13 @@ mod sample;
 mod settle;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
@@ -35,6 +36,12 @@ use lease::Heart;
 
 /// Samples that one device has claimed at once: one being drawn, one being fetched.
 const SAMPLES_MAX: usize = 2;
+
+/// How often weights of deleted products are looked for on the disk.
+const FORGET_EVERY: Duration = Duration::from_secs(10);
+
+/// How the name of a scratch directory ends while it is being made.
+const MAKING: &str = "making";
 
 /// How a worker goes about its work.
 #[derive(Clone, Debug)]
@@ -98,6 +105,7 @@ pub async fn run(
         scratch: scratch.clone(),
         drain,
     };
+    let _forgetting = AbortOnDropHandle::new(tokio::spawn(worker.clone().forget_deleted()));
     let mut drivers = JoinSet::new();
     for (name, make) in engines {
         let (device, bundle) = Device::start(&name, make).await?;
@@ -113,6 +121,27 @@ pub async fn run(
 }
 
 impl Worker {
+    /// Removes from the disk the weights of deleted products, as they are deleted, and what processes that have died left.
+    async fn forget_deleted(self) {
+        let mut failing = false;
+        loop {
+            match self.try_forget_deleted().await {
+                Ok(()) => failing = false,
+                Err(error) if !failing => {
+                    failing = true; // said once, until it goes well
+                    warn!("what is left of deleted products on the disk stays for now: {error}");
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(FORGET_EVERY).await;
+        }
+    }
+
+    async fn try_forget_deleted(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.weights.retain(&self.store).await?;
+        Ok(remove_abandoned(&self.settings.scratch.join("runs"))?)
+    }
+
     /// Claims and runs jobs until told to drain, then waits for those that it holds.
     async fn drive(self, device: Device, bundle: String) {
         let identity = Uuid::now_v7(); // fresh with every start: names of machines come again
@@ -196,22 +225,37 @@ impl Worker {
 
 /// A directory of this process below `scratch`, and the lock that says it is in use. Those of processes that have died
 /// are removed.
-fn own_scratch(scratch: &std::path::Path) -> std::io::Result<(PathBuf, std::fs::File)> {
+fn own_scratch(scratch: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
     use fs4::FileExt;
     let runs = scratch.join("runs");
     std::fs::create_dir_all(&runs)?;
-    for entry in std::fs::read_dir(&runs)?.flatten() {
+    remove_abandoned(&runs)?;
+    let own = runs.join(Uuid::now_v7().to_string());
+    // It gets its name when it is locked: whoever sees it before could take it for abandoned.
+    let making = own.with_extension(MAKING);
+    std::fs::create_dir(&making)?;
+    let lock = std::fs::File::create(making.join("lock"))?;
+    FileExt::lock(&lock)?;
+    std::fs::rename(&making, &own)?;
+    Ok((own, lock))
+}
+
+/// Removes the directories of processes that have died, with what they hold of products.
+fn remove_abandoned(runs: &Path) -> std::io::Result<()> {
+    use fs4::FileExt;
+    for entry in std::fs::read_dir(runs)?.flatten() {
+        let is_being_made = entry.path().extension().is_some_and(|end| end == MAKING);
         let abandoned = match std::fs::File::open(entry.path().join("lock")) {
-            Ok(lock) => FileExt::try_lock(&lock).is_ok(),
-            Err(_) => false, // just being made, or not ours
+            Ok(lock) if !is_being_made => FileExt::try_lock(&lock).is_ok(),
+            _ => false, // or not ours
         };
-        if abandoned {
-            std::fs::remove_dir_all(entry.path())?;
+        if abandoned
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+            && error.kind() != std::io::ErrorKind::NotFound
+        // another process did it
+        {
+            return Err(error);
         }
     }
-    let own = runs.join(Uuid::now_v7().to_string());
-    std::fs::create_dir(&own)?;
-    let lock = std::fs::File::create(own.join("lock"))?;
-    FileExt::lock(&lock)?;
-    Ok((own, lock))
+    Ok(())
 }

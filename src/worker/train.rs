@@ -50,7 +50,7 @@ impl Worker {
             photos.push(self.get(held, photo).await?.to_vec());
         }
         let wanted = device.class_images(spec).await?;
-        let class_images = self.class_images_had(job, held, &wanted).await?;
+        let (class_images, unreadable) = self.class_images_had(job, held, &wanted).await?;
         let resume = match &job.checkpoint {
             Some(checkpoint) => self.checkpoint(held, checkpoint, scratch.path()).await?,
             None => None,
@@ -85,7 +85,7 @@ impl Worker {
                 continue;
             }
             let was_checkpoint = matches!(event, Event::Checkpoint { .. });
-            self.keep(job, held, &wanted, event, &mut n_images).await;
+            self.keep(job, held, (&wanted, &unreadable), event, &mut n_images).await;
             if was_checkpoint {
                 storing.store(false, Ordering::Release);
             }
@@ -113,26 +113,35 @@ impl Worker {
         })
     }
 
-    /// The class images that earlier trainings drew. One that cannot be read is drawn again.
+    /// The class images that earlier trainings drew, and the rows of those that the store no longer has whole: these are
+    /// drawn again.
     async fn class_images_had(
         &self,
         job: &Job,
         held: &Held,
         wanted: &ClassImages,
-    ) -> Result<Vec<Option<Vec<u8>>>, Outcome> {
+    ) -> Result<(Vec<Option<Vec<u8>>>, HashMap<u64, Object>), Outcome> {
+        let (mut had, mut unreadable) = (Vec::new(), HashMap::new());
         if wanted.seeds.is_empty() {
-            return Ok(Vec::new());
+            return Ok((had, unreadable));
         }
         let rows = self.write(held, || self.store.class_images(job.tenant, &wanted.settings)).await?;
         let mut rows: HashMap<u64, Object> = rows.into_iter().collect();
-        let mut had = Vec::new();
         for seed in &wanted.seeds {
-            had.push(match rows.remove(seed) {
-                Some(object) => self.get(held, &object).await.ok().map(|bytes| bytes.to_vec()),
-                None => None,
-            });
+            let Some(object) = rows.remove(seed) else {
+                had.push(None);
+                continue;
+            };
+            match patiently(held, || self.blobs.get(&object)).await {
+                Ok(bytes) => had.push(Some(bytes.to_vec())),
+                Err(Refused::Error(blobs::Error::Missing | blobs::Error::Damaged)) => {
+                    had.push(None);
+                    unreadable.insert(*seed, object);
+                }
+                Err(refused) => return Err(refused.into()),
+            }
         }
-        Ok(had)
+        Ok((had, unreadable))
     }
 
     /// The file of the checkpoint to go on from; none if the store no longer has it whole: then from the beginning.
@@ -155,16 +164,27 @@ impl Worker {
     }
 
     /// Keeps what a training reports on its way. None of it is worth failing for.
-    async fn keep(&self, job: &Job, held: &Held, wanted: &ClassImages, event: Event, n_images: &mut u64) {
+    async fn keep(
+        &self,
+        job: &Job,
+        held: &Held,
+        (wanted, unreadable): (&ClassImages, &HashMap<u64, Object>),
+        event: Event,
+        n_images: &mut u64,
+    ) {
         match event {
             Event::Phase(..) => {} // the times are the caller's
             Event::ClassImage { index, png } => {
                 let Some(&seed) = wanted.seeds.get(index) else { return };
-                let key = Key::class_image(job.tenant, &wanted.settings, seed);
+                let key = Key::class_image(job.tenant, &wanted.settings, seed, held.lease);
+                let (settings, old) = (&wanted.settings, unreadable.get(&seed));
                 let kept = async {
                     let object = patiently(held, || self.blobs.put(&key, png.clone())).await?;
-                    let add = || self.store.add_class_image(job.tenant, &wanted.settings, seed, &object);
-                    self.write(held, add).await?;
+                    let add = || self.store.add_class_image(job.tenant, settings, seed, &object, old);
+                    if self.write(held, add).await? != object.key {
+                        // Another training was first, and its row stays. Nobody else writes or names this key.
+                        patiently(held, || self.blobs.delete(&key)).await?;
+                    }
                     Ok::<(), Outcome>(())
                 };
                 if let Err(outcome) = kept.await {

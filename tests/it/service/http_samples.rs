@@ -128,6 +128,35 @@ async fn a_signed_url_opens_one_file_for_a_while() {
     house.stop().await;
 }
 
+// attack 12: nobody tidies here, so that the objects are still there
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_url_ends_with_its_job() {
+    let house = House::start().await;
+    let trained = house.trained().await;
+    let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
+    let urls: Vec<&str> =
+        files["data"].as_array().unwrap().iter().map(|file| file["url"].as_str().unwrap()).collect();
+    assert!(urls.len() > 3);
+    for url in &urls {
+        assert_eq!(house.client.get(*url).send().await.unwrap().status(), 200, "{url}");
+    }
+    let deleted = house.ask(Method::DELETE, &format!("/v1/jobs/{trained}")).send().await.unwrap();
+    assert_eq!(deleted.status(), 204);
+    let scope = hypnos::blobs::Scope::job(house.tenant, trained);
+    assert!(!house.blobs.list(&scope).await.unwrap().is_empty());
+    for url in urls {
+        assert_eq!(refusal(house.client.get(url).send().await.unwrap()).await, (404, "not-found".into()));
+    }
+    // One whose object a later attempt has replaced ends too.
+    let again = house.trained().await;
+    let object = house.floor.store.artifact(house.tenant, again, "report.json").await.unwrap().unwrap();
+    let key = object.key.replace("/a/1/", "/a/7/");
+    let replaced = hypnos::job::Object { key, ..object };
+    let url = house.blobs.sign(&replaced, Duration::from_mins(1), jiff::Timestamp::now()).await.unwrap();
+    assert_eq!(refusal(house.client.get(url).send().await.unwrap()).await.0, 404);
+    house.stop().await;
+}
+
 // cases 51, 83
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_training_that_succeeded_is_drawn_with() {
