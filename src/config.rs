@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::blobs::{Bucket, Place};
+use crate::http;
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
 
 /// What a setting is wrong about, in one line.
@@ -199,7 +200,7 @@ pub struct Serving {
     /// URL under which clients reach the service, for the links that they are given; by default the listening address
     #[arg(long, env = "HYPNOS_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
-    /// Who may call: keys, or none (without keys, on loopback only); by default none on loopback, else keys
+    /// Who may call: keys, or none (without keys, on this machine only); by default none where address and public URL are loopback, else keys
     #[arg(long, env = "HYPNOS_AUTH", value_name = "WHO")]
     pub auth: Option<Auth>,
     /// Address of a second listener for /metrics, /healthz and /readyz, without keys
@@ -226,10 +227,13 @@ pub struct Serving {
     /// Attempts that a job may have
     #[arg(long, env = "HYPNOS_ATTEMPTS_MAX", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub attempts_max: u32,
+    /// Uploads at most that are on their way or wait for their turn; each has up to five photos in the scratch directory
+    #[arg(long, env = "HYPNOS_UPLOADS_MAX", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub uploads_max: u32,
     /// Connections at most
     #[arg(long, env = "HYPNOS_CONNECTIONS_MAX", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections_max: u32,
-    /// Event streams at most
+    /// Event streams and downloads at most; tenants share them, as they do all places
     #[arg(long, env = "HYPNOS_STREAMS_MAX", value_name = "N", default_value_t = 1000)]
     pub streams_max: u32,
     /// How long a request's head may take to arrive, in seconds
@@ -252,16 +256,21 @@ impl Serving {
         seconds("HYPNOS_DRAIN_SECS", self.drain_secs).map(drop)
     }
 
-    /// Whether keys are asked for. None are on loopback; elsewhere nobody is let in without.
+    /// Whether keys are asked for. None are where only this machine calls; elsewhere nobody is let in without. A public URL
+    /// that is not loopback means others, whatever address is listened on: a proxy passes on what they ask.
     pub fn keys_wanted(&self) -> Result<bool> {
-        let loopback = self.listen.ip().is_loopback();
-        match self.auth {
-            Some(Auth::None) if !loopback => wrong(format!(
-                "HYPNOS_AUTH is none, but HYPNOS_LISTEN is {}, which others reach; wanted a loopback address or keys",
-                self.listen
+        let elsewhere = self.public_url.as_deref().filter(|url| !host(url).is_some_and(http::is_loopback));
+        let reached = match elsewhere {
+            _ if !self.listen.ip().to_canonical().is_loopback() => Some(format!("HYPNOS_LISTEN is {}", self.listen)),
+            Some(url) => Some(format!("HYPNOS_PUBLIC_URL is {url}")),
+            None => None,
+        };
+        match (self.auth, reached) {
+            (Some(Auth::None), Some(reached)) => wrong(format!(
+                "HYPNOS_AUTH is none, but {reached}, which others reach; wanted HYPNOS_AUTH=keys, or a loopback address and URL"
             )),
-            Some(auth) => Ok(auth == Auth::Keys),
-            None => Ok(!loopback),
+            (Some(auth), _) => Ok(auth == Auth::Keys),
+            (None, reached) => Ok(reached.is_some()),
         }
     }
 
@@ -275,9 +284,8 @@ impl Serving {
                 _ => Ok(format!("http://{bound}")),
             };
         };
-        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
-        match rest {
-            Some(rest) if !rest.is_empty() && !rest.contains(['?', '#', ' ']) => {
+        match host(url) {
+            Some(host) if !host.is_empty() && !url.contains(['?', '#', ' ']) => {
                 Ok(url.trim_end_matches('/').to_owned())
             }
             _ => wrong(format!("HYPNOS_PUBLIC_URL: wanted http(s)://HOST[/PATH], got {url:?}")),
@@ -294,6 +302,21 @@ impl Serving {
             Some(secret) => Ok(secret),
             None => kept_secret(&data.join("url-secret")),
         }
+    }
+}
+
+/// The host of an `http(s)://` URL, without its port; none of what is no such URL. One with a user's name in it is none: what
+/// stands before the `@` looks like a host to people.
+fn host(url: &str) -> Option<&str> {
+    let lower = url.to_ascii_lowercase();
+    let scheme = ["https://", "http://"].into_iter().find(|scheme| lower.starts_with(scheme))?;
+    let authority = url[scheme.len()..].split(['/', '?', '#', '\\']).next()?;
+    if authority.contains('@') {
+        return None;
+    }
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => Some(host),
+        _ => Some(authority),
     }
 }
 
@@ -443,6 +466,37 @@ mod tests {
             "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 21 0:40 / /srv/share rw shared:1 - nfs4 host:/x rw\n";
         assert_eq!(file_system(mounts, Path::new("/srv/share/data")), Some("nfs4"));
         assert_eq!(file_system(mounts, Path::new("/srv/shared")), Some("ext4"));
+    }
+
+    /// What `serve` with these flags makes of its callers.
+    fn keys_wanted(flags: &[&str]) -> Result<bool> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            serving: Serving,
+        }
+        let line = <Line as clap::Parser>::parse_from(["serve"].iter().chain(flags));
+        line.serving.keys_wanted()
+    }
+
+    #[test]
+    fn whoever_others_reach_asks_for_keys() {
+        let here = ["http://localhost:8080", "http://127.0.0.1/hypnos", "http://[::1]:80", "HTTP://LOCALHOST", "https://a.localhost"];
+        for url in here {
+            assert_eq!(keys_wanted(&["--public-url", url]), Ok(false), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--auth", "none"]), Ok(false), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--auth", "keys"]), Ok(true), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--listen", "0.0.0.0:80"]), Ok(true), "{url}");
+        }
+        let elsewhere = ["https://hypnos.example", "http://10.0.0.1:8080", "https://localhost.example", "http://127.0.0.1@x.example", "http://127.0.0.1.example", "http://x\\@localhost"];
+        for url in elsewhere {
+            assert_eq!(keys_wanted(&["--public-url", url]), Ok(true), "{url}");
+            let error = keys_wanted(&["--public-url", url, "--auth", "none"]).unwrap_err().to_string();
+            assert!(error.contains(url) && error.contains("HYPNOS_AUTH") && !error.contains('\n'), "{error}");
+        }
+        assert_eq!(keys_wanted(&[]), Ok(false));
+        assert_eq!(keys_wanted(&["--listen", "[::ffff:127.0.0.1]:80"]), Ok(false));
+        assert!(keys_wanted(&["--listen", "192.0.2.1:80", "--auth", "none"]).is_err());
     }
 
     #[test]

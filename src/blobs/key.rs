@@ -119,6 +119,12 @@ impl Key {
         }
     }
 
+    /// Whose it is.
+    pub fn tenant(&self) -> TenantId {
+        let tenant = self.0.split('/').nth(1).and_then(|id| id.parse().ok());
+        tenant.expect("every key begins with its tenant")
+    }
+
     /// Whose it is: the tenant, the job, and the claim that wrote it; no claim for a photo. `None` for a class image,
     /// which belongs to no job.
     pub fn owner(&self) -> Option<(TenantId, JobId, Option<i64>)> {
@@ -202,6 +208,7 @@ mod tests {
         for key in [&weights, &photo, &class] {
             assert_eq!(Key::parse(key.as_str()).as_ref(), Some(key));
         }
+        assert_eq!([weights.tenant(), photo.tenant(), class.tenant()], [tenant; 3]);
         assert_eq!(weights.owner(), Some((tenant, job, Some(7))));
         assert_eq!(photo.owner(), Some((tenant, job, None)));
         assert_eq!(class.owner(), None);

@@ -28,7 +28,7 @@ pub(super) struct Create {
     /// What it is for, for people
     #[arg(long, default_value = "")]
     name: String,
-    /// read, or write, which may read as well
+    /// read; write, which may read as well; or admin, which may write as well and see the server's figures
     #[arg(long, default_value = "write")]
     scope: Scope,
     /// Days until it ends; without it, it does not

@@ -7,7 +7,7 @@ use clap::Args;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::service::{self, Log};
 use super::{Stop, say, spot};
@@ -68,6 +68,9 @@ pub(super) async fn serve(
     let keys = serving.keys_wanted()?;
 
     let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
+    if keys && !store.list_keys().await.map_err(|error| Stop::Failed(error.to_string()))?.iter().any(|key| key.live) {
+        warn!("whoever calls needs a key, and there is none: make one with `hypnos keys create --tenant NAME`");
+    }
     let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
     let blobs = service::open_blobs(storage, Some(links)).await?;
     let metrics =
@@ -81,6 +84,8 @@ pub(super) async fn serve(
         auth: if keys { Auth::Keys } else { Auth::None },
         photo_bytes_max: (serving.photo_mb as usize) << 20,
         upload_time: seconds("HYPNOS_BODY_SECS", serving.body_secs)?,
+        uploads_max: serving.uploads_max as usize,
+        spool: args.working.scratch.clone().unwrap_or_else(|| storage.scratch()),
         streams_max: serving.streams_max as usize,
         queue_max: serving.queue_max.into(),
         attempts_max: serving.attempts_max.into(),

@@ -29,8 +29,9 @@ struct Frame;
 
 /// Answers that any operation may give.
 const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
-/// And any that asks for a key. The two of a server without keys are among them.
-const KEYED: [Kind; 4] = [Kind::KeyInQuery, Kind::Unauthorized, Kind::Host, Kind::CrossSite];
+/// And any that asks for a key. The three of a server without keys are among them.
+const KEYED: [Kind; 6] =
+    [Kind::KeyInQuery, Kind::Unauthorized, Kind::Proxied, Kind::Host, Kind::CrossSite, Kind::TooMany];
 
 /// The document, pretty and stable.
 pub fn openapi() -> String {
@@ -89,9 +90,6 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         if method != "get" {
             kinds.push(Kind::Scope);
         }
-    }
-    if method == "post" {
-        kinds.push(Kind::MediaType);
     }
     kinds.sort_by_key(|kind| kind.slug());
     kinds.dedup();

@@ -10,7 +10,7 @@ use axum::routing::get;
 use tokio::sync::Mutex;
 
 use super::Front;
-use super::keys::Reader;
+use super::keys::Operator;
 use super::problem::{Kind, Problem};
 use crate::blobs;
 
@@ -46,7 +46,8 @@ pub(super) async fn healthz() -> &'static str {
 
 /// Says whether the server can serve
 ///
-/// Database, schema and object store answer, and the server is not about to end.
+/// Database, schema and object store answer, and the server is not about to end. An object store that is full only takes no
+/// uploads; the answer says so.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", security(()),
     responses((status = 200, description = "It can", body = String, content_type = "text/plain")),
@@ -58,18 +59,23 @@ pub(super) async fn readyz(State(front): State<Front>) -> Result<&'static str, P
     }
     front.store.ping().await?;
     front.store.check_schema().await?;
-    front.probe.ask(&front).await?;
-    Ok("ok\n")
+    match front.probe.ask(&front).await {
+        Ok(()) => Ok("ok\n"),
+        // What is there can be read and deleted, which is what makes room.
+        Err(blobs::Error::Full) => Ok("ok, but the object store is full: uploads are refused\n"),
+        Err(error) => Err(Problem::away("object store", &error)),
+    }
 }
 
 /// Reads the server's figures
 ///
-/// In the text format of Prometheus.
+/// In the text format of Prometheus. They tell of all tenants: a key needs the scope `admin`.
 #[utoipa::path(
     get, path = "/metrics", tag = "operations",
     responses((status = 200, description = "The figures", body = String, content_type = "text/plain")),
+    extensions(("x-problems" = json!(["scope"]))),
 )]
-pub(super) async fn metrics(State(front): State<Front>, _reader: Reader) -> Result<Response, Problem> {
+pub(super) async fn metrics(State(front): State<Front>, _operator: Operator) -> Result<Response, Problem> {
     figures(&front).await
 }
 

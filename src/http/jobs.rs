@@ -1,7 +1,7 @@
 //! `/v1/jobs`: trainings.
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -13,8 +13,10 @@ use super::Front;
 use super::keys::{Reader, Writer};
 use super::problem::{Kind as ProblemKind, Problem};
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
-use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
-use super::upload::{Fields, Upload, place, read, store};
+use super::line::Turn;
+use super::spool::Spooled;
+use super::submit::{Accepted, RequestHash, answer, drawn_seed, idempotency_key, replay, submit};
+use super::upload::{Fields, Upload, receive, store};
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
 use crate::job::{
@@ -60,21 +62,28 @@ pub(super) struct JobForm {
 )]
 pub(super) async fn create_job(
     State(front): State<Front>,
-    writer: Writer,
+    mut writer: Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let _place = place(&front)?;
-    let upload = read(&front, &headers, body, Fields::Job).await?;
-    let idempotency = idempotency(&headers, upload.hashed())?;
-    // What came whole is dealt with to its end, whether or not the client still listens: between the objects and the
-    // row nothing may be dropped.
-    let work = {
-        let front = front.clone();
-        async move { create(&front, writer.tenant, upload, idempotency).await }
+    let (upload, admitted) = receive(&front, &mut writer, &headers, body, Fields::Job).await?;
+    let idempotency = upload.idempotency(&headers).await?;
+    // A quick look, before it stands in the line; it may be accepted while it does.
+    let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
+        before
+    } else {
+        let spec = upload.spec()?;
+        let turn = admitted.turn(upload.bytes()).await?;
+        // What came whole and has its turn is dealt with to its end, whether or not the client still listens: between the
+        // objects and the row nothing may be dropped.
+        let work = {
+            let (front, tenant) = (front.clone(), writer.tenant);
+            async move { create(&front, tenant, spec, upload.images, idempotency, turn).await }
+        };
+        let accepted = tokio::spawn(work.in_current_span()).await;
+        accepted.map_err(|error| Problem::internal(&error))??
     };
-    let accepted = tokio::spawn(work.in_current_span()).await;
-    let Accepted { job, replayed } = accepted.map_err(|error| Problem::internal(&error))??;
+    let Accepted { job, replayed } = accepted;
     let view = view(&front, &job, None)?;
     Ok(answer(
         StatusCode::ACCEPTED,
@@ -85,11 +94,17 @@ pub(super) async fn create_job(
 }
 
 impl Upload {
-    /// All that is asked for, in a fixed order, for an idempotency key's hash.
-    fn hashed(&self) -> impl Iterator<Item = &[u8]> {
-        let fields = [&self.class_name, &self.options];
-        let fields = fields.into_iter().map(|field| field.as_deref().unwrap_or_default());
-        fields.chain(self.images.iter().map(|image| &image[..]))
+    /// The request's own name, with a hash of all that is asked for, in a fixed order.
+    async fn idempotency(&self, headers: &HeaderMap) -> Result<Option<Idempotency>, Problem> {
+        let Some(key) = idempotency_key(headers)? else { return Ok(None) };
+        let mut request = RequestHash::default();
+        for field in [&self.class_name, &self.options] {
+            request.add(field.as_deref().unwrap_or_default());
+        }
+        for image in &self.images {
+            request = image.hashed(request).await?;
+        }
+        Ok(Some(request.named(key)))
     }
 
     fn spec(&self) -> Result<TrainSpec, Problem> {
@@ -120,15 +135,16 @@ impl Upload {
 async fn create(
     front: &Front,
     tenant: TenantId,
-    upload: Upload,
+    spec: TrainSpec,
+    images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
+    turn: Turn,
 ) -> Result<Accepted, Problem> {
     if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
         return Ok(before);
     }
-    let spec = upload.spec()?;
     let id = JobId::new();
-    let settled = store_and_submit(front, tenant, id, spec, upload.images, idempotency).await;
+    let settled = store_and_submit(front, tenant, id, spec, images, idempotency, turn).await;
     if !settled.as_ref().is_ok_and(|accepted| accepted.job.id == id) {
         discard(front, tenant, id).await;
     }
@@ -140,10 +156,11 @@ async fn store_and_submit(
     tenant: TenantId,
     id: JobId,
     spec: TrainSpec,
-    images: Vec<Bytes>,
+    images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
+    mut turn: Turn,
 ) -> Result<Accepted, Problem> {
-    let photos = store(front, tenant, id, images).await?;
+    let photos = store(front, tenant, id, images, &mut turn).await?;
     let job = NewJob {
         id,
         tenant,
@@ -207,13 +224,13 @@ pub(super) async fn list_jobs(
 /// Looks at a training
 ///
 /// With `If-None-Match` an unchanged one is answered with 304. With `Prefer: wait=N` the answer waits up to N seconds:
-/// for a change if there is an `If-None-Match`, else for the training's end.
+/// for a change if there is an `If-None-Match`, else for the training's end. While too many wait, it waits less long.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}", tag = "jobs",
     params(
         ("id" = Uuid, Path, description = "The training"),
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
     ),
     responses(
         (status = 200, description = "The training", body = JobView, headers(
@@ -225,11 +242,11 @@ pub(super) async fn list_jobs(
 )]
 pub(super) async fn get_job(
     State(front): State<Front>,
-    reader: Reader,
+    mut reader: Reader,
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, reader.tenant, id, Kind::Train, &headers).await?;
+    let (job, place) = look(&front, &mut reader, id, Kind::Train, &headers).await?;
     Ok(row(&headers, &job, place, view(&front, &job, place)?))
 }
 

@@ -5,9 +5,11 @@
 //!
 //! ```text
 //! serve     connections                  edge      what every request passes      keys      who asks
+//! shares    places for what is at once   line      uploads, one after the other   spool     bytes until they are worked on
 //! body      bytes in, within bounds      form      parts of a form                upload    forms to photos to objects
 //! jobs samples photos files health       events    a job as it changes            submit    the door of the queue
 //! reading   ids, pages, waiting          view      what a client sees of a row    problem   errors to statuses, once
+//! position  a place in the queue, followed
 //! document  the handlers, described      page      the same for people           app       the page at `/`
 //! ```
 
@@ -21,25 +23,29 @@ mod form;
 mod health;
 mod jobs;
 pub mod keys;
+mod line;
 mod page;
 mod photos;
+mod position;
 mod problem;
 mod reading;
 mod samples;
 mod serve;
+mod shares;
+mod spool;
 mod submit;
 mod upload;
 mod view;
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::OpenApiRouter;
@@ -49,6 +55,7 @@ use crate::blobs::Blobs;
 use crate::photo::Decoder;
 use crate::store::Store;
 pub use document::openapi;
+pub(crate) use keys::is_loopback;
 pub use photos::{Spotted, Spotter};
 pub use problem::{Kind as ProblemKind, Problem};
 pub use serve::{Patience, serve};
@@ -73,11 +80,15 @@ pub struct Settings {
     pub photo_bytes_max: usize,
     /// How long an upload may take to arrive.
     pub upload_time: Duration,
-    /// Uploads at once; each holds up to five photos in memory.
+    /// Uploads that are on their way or wait for their turn; each has up to five photos on disk.
     pub uploads_max: usize,
-    /// Requests at once.
+    /// Where they lie until they are worked on: a directory, made if it is not there.
+    pub spool: PathBuf,
+    /// Requests answered at once.
     pub requests_max: usize,
-    /// Event streams at once.
+    /// Requests that wait for a change.
+    pub waits_max: usize,
+    /// Event streams and downloads at once.
     pub streams_max: usize,
     /// Waiting jobs of one tenant.
     pub queue_max: u64,
@@ -99,8 +110,10 @@ impl Default for Settings {
             auth: Auth::None,
             photo_bytes_max: 15 << 20,
             upload_time: Duration::from_mins(1),
-            uploads_max: 8,
-            requests_max: 512,
+            uploads_max: 64,
+            spool: tempfile::env::temp_dir(),
+            requests_max: 256,
+            waits_max: 512,
             streams_max: 1000,
             queue_max: 10_000,
             attempts_max: 3,
@@ -124,9 +137,9 @@ pub struct Shared {
     metrics: PrometheusHandle,
     closing: CancellationToken,
     keys: keys::Keys,
-    requests: Semaphore,
-    uploads: Semaphore,
-    streams: Arc<Semaphore>,
+    shares: shares::Shares,
+    line: line::Line,
+    followers: position::Followers,
     probe: health::Probe,
     spotter: Option<Arc<dyn Spotter>>,
 }
@@ -153,9 +166,9 @@ impl Front {
     ) -> Self {
         Self(Arc::new(Shared {
             keys: keys::Keys::new(store.clone(), settings.key_time),
-            requests: Semaphore::new(settings.requests_max),
-            uploads: Semaphore::new(settings.uploads_max),
-            streams: Arc::new(Semaphore::new(settings.streams_max)),
+            shares: shares::Shares::new(settings.requests_max, settings.waits_max, settings.streams_max),
+            line: line::Line::new(settings.uploads_max, decoder.n_parallel()),
+            followers: position::Followers::default(),
             probe: health::Probe::default(),
             store,
             blobs,

@@ -3,6 +3,8 @@
 //! A handler returns a [`Problem`]; the outermost layer writes it down with the request's id. What went wrong inside
 //! is logged here, once, and never shown.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -60,9 +62,11 @@ kinds! {
     Unauthorized = "unauthorized", UNAUTHORIZED, "A valid API key is needed",
         "Send `Authorization: Bearer hyp_...`. A key that is missing, mistyped, revoked or expired is answered alike.";
     Scope = "scope", FORBIDDEN, "The key may not do this",
-        "Use a key with the scope `write`.";
+        "`detail` says which scope is wanted. Keys are made by `hypnos keys create --scope`.";
+    Proxied = "proxied", FORBIDDEN, "A proxy passed the request on",
+        "A server without keys answers its own machine only. Start it with `--auth keys` or with the `--public-url` that clients use, and make a key with `hypnos keys create`.";
     Host = "host", FORBIDDEN, "The Host header is not this server's",
-        "A server without keys answers to loopback names and to its public URL only.";
+        "A server without keys answers to names of its own machine only.";
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
         "A server without keys answers no pages of other sites.";
     UrlForged = "url-forged", FORBIDDEN, "The URL is not one that we signed",
@@ -103,6 +107,8 @@ kinds! {
         "Send the whole file.";
     KeyReused = "idempotency-key-reused", UNPROCESSABLE_ENTITY, "The Idempotency-Key was used for another request",
         "Use a new key for each new request.";
+    TooMany = "too-many-requests", TOO_MANY_REQUESTS, "The tenant has its share of what is under way at once",
+        "Try again after `Retry-After` seconds, with fewer at once.";
     QueueFull = "queue-full", TOO_MANY_REQUESTS, "Too many jobs are waiting",
         "Try again after `Retry-After` seconds.";
     Internal = "internal", INTERNAL_SERVER_ERROR, "A fault of ours",
@@ -134,18 +140,26 @@ pub struct Problem {
     kind: Kind,
     detail: String,
     pointer: Option<String>,
+    retry_after: Option<Duration>,
 }
 
 impl Problem {
     /// A problem; `detail` says in one line what came and what is wanted.
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
-        Self { kind, detail: detail.into(), pointer: None }
+        Self { kind, detail: detail.into(), pointer: None, retry_after: None }
     }
 
     /// The same, about the value at a JSON pointer into the body.
     #[must_use]
     pub fn at(mut self, pointer: impl Into<String>) -> Self {
         self.pointer = Some(pointer.into());
+        self
+    }
+
+    /// The same, with the time after which it is worth another try.
+    #[must_use]
+    pub(super) fn after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
         self
     }
 
@@ -168,6 +182,11 @@ impl Problem {
     /// A fault of ours: logged with its causes, shown without.
     pub(super) fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request failed");
+        Self::internal_said()
+    }
+
+    /// The same, where it was logged already.
+    pub(super) fn internal_said() -> Self {
         Self::new(Kind::Internal, "something went wrong on our side")
     }
 
@@ -248,8 +267,13 @@ impl IntoResponse for Problem {
             Kind::Unauthorized => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"hypnos\""));
             }
-            Kind::Unavailable | Kind::Overloaded | Kind::DecoderBusy | Kind::QueueFull => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECS));
+            Kind::Unavailable
+            | Kind::Overloaded
+            | Kind::DecoderBusy
+            | Kind::TooMany
+            | Kind::QueueFull => {
+                let secs = self.retry_after.map_or(RETRY_AFTER_SECS, |wait| wait.as_secs());
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(secs));
             }
             _ => {}
         }

@@ -26,7 +26,7 @@ use crate::store::NewJob;
     post, path = "/v1/jobs/{id}/sample", tag = "samples",
     params(
         ("id" = Uuid, Path, description = "The training"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
         ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
@@ -44,12 +44,14 @@ use crate::store::NewJob;
 )]
 pub(super) async fn create_sample(
     State(front): State<Front>,
-    writer: Writer,
+    mut writer: Writer,
     Id(parent): Id,
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Problem> {
-    let (spec, bytes) = body::json::<SampleSpec>(request).await?;
+    writer.step_aside();
+    let (spec, bytes) = body::json::<SampleSpec>(&front, writer.tenant, request).await?;
+    writer.step_in(&front).await?;
     let name = parent.to_string();
     let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
     let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
@@ -70,7 +72,7 @@ pub(super) async fn create_sample(
     };
     let Accepted { mut job, replayed } = accepted;
     if let Some(time) = preferred_wait(&headers) {
-        job = wait(&front, job, time, |job| job.state.is_terminal()).await?;
+        job = wait(&front, &mut writer, job, time, |job, _| job.state.is_terminal()).await?;
     }
     let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
@@ -136,7 +138,7 @@ pub(super) async fn list_samples(
     params(
         ("id" = Uuid, Path, description = "The sample"),
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
     ),
     responses(
         (status = 200, description = "The sample", body = SampleView, headers(
@@ -148,11 +150,11 @@ pub(super) async fn list_samples(
 )]
 pub(super) async fn get_sample(
     State(front): State<Front>,
-    reader: Reader,
+    mut reader: Reader,
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, reader.tenant, id, Kind::Sample, &headers).await?;
+    let (job, place) = look(&front, &mut reader, id, Kind::Sample, &headers).await?;
     Ok(row(&headers, &job, place, view(&front, &job, place).await?))
 }
 

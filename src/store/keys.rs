@@ -11,8 +11,17 @@ words!(
         Read = "read",
         /// Look, submit, cancel and delete.
         Write = "write",
+        /// The same, and see what concerns all tenants: the server's figures.
+        Admin = "admin",
     }
 );
+
+impl Scope {
+    /// Whether a key of this scope may do what `wanted` may.
+    pub fn covers(self, wanted: Self) -> bool {
+        self as u8 >= wanted as u8
+    }
+}
 
 /// Whose things there are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +70,8 @@ pub struct Key {
     pub expires_ms: Option<i64>,
     /// When it was revoked.
     pub revoked_ms: Option<i64>,
+    /// How long it is good from when it was read, in milliseconds by the database's clock; for ever if none.
+    pub left_ms: Option<i64>,
     /// Whether it was neither revoked nor expired when it was read, by the database's clock.
     pub live: bool,
 }
@@ -68,7 +79,7 @@ pub struct Key {
 macro_rules! key_select {
     () => {
         "select id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms, \
-         cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
+         expires_ms - ms as left_ms, cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
          from api_key cross join clock"
     };
 }
@@ -139,6 +150,7 @@ fn key(row: &Row) -> Result<Key> {
         created_ms: row.int("created_ms")?,
         expires_ms: row.int_or_none("expires_ms")?,
         revoked_ms: row.int_or_none("revoked_ms")?,
+        left_ms: row.int_or_none("left_ms")?,
         live: row.flag("live")?,
     })
 }

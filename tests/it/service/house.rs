@@ -126,6 +126,14 @@ impl House {
         self.ask(Method::GET, path).send().await.unwrap()
     }
 
+    /// The figures, as an operator sees them.
+    pub(super) async fn figures(&self) -> String {
+        let operator = self.new_key(self.tenant, Scope::Admin, None).await;
+        let answer = self.ask_as(&operator, Method::GET, "/metrics").send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        answer.text().await.unwrap()
+    }
+
     /// Sends a form of a job.
     pub(super) async fn post_job(&self, form: Form) -> Response {
         self.ask(Method::POST, "/v1/jobs").multipart(form).send().await.unwrap()

@@ -169,6 +169,29 @@ fn by_hand(house: &House, content_type: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
+// case 25, attack 15
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_s_name_may_be_in_any_code_page() {
+    let house = House::start().await;
+    let names: [&[u8]; 5] =
+        [b"Gr\xf6\xdfe.jpg", b"\x83\x5c\x95\x5c", b"\xa4\xe9\xa5\xbb.png", b"\xff\xfe\x00x", "日本.png".as_bytes()];
+    for file_name in names {
+        for name_first in [true, false] {
+            let file = [b"; filename=\"", file_name, b"\""].concat();
+            let (before, after) = if name_first { (&b""[..], &file[..]) } else { (&file[..], &b""[..]) };
+            let mut body = b"--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n".to_vec();
+            for n in 0..3 {
+                let head = [b"--b\r\nContent-Disposition: form-data", before, b"; name=\"images\"", after];
+                body.extend([&head.concat()[..], b"\r\nContent-Type: image/png\r\n\r\n", &photo(n), b"\r\n"].concat());
+            }
+            body.extend_from_slice(b"--b--\r\n");
+            let answer = house.raw(&by_hand(&house, "multipart/form-data; boundary=b", &body)).await;
+            assert!(answer.starts_with("HTTP/1.1 202"), "{}: {answer}", file_name.escape_ascii());
+        }
+    }
+    house.stop().await;
+}
+
 // case 26
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_that_is_none_is_refused_within_bounds() {

@@ -45,6 +45,28 @@ impl House {
         Self { url, store, dir: None }
     }
 
+    /// Another database of the same kind, as the first schema left it, with these rows; not migrated since.
+    async fn of_the_first_schema(&self, rows: &str) -> Self {
+        let migrations = tempfile::tempdir().unwrap();
+        let (url, kind) = match &self.dir {
+            Some(dir) => (format!("sqlite:{}/first.db", dir.path().display()), "sqlite"),
+            None => (Postgres::database().await, "postgres"),
+        };
+        let all = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
+        std::fs::copy(all.join("0001_queue.sql"), migrations.path().join("0001_queue.sql")).unwrap();
+        let first = sqlx::migrate::Migrator::new(migrations.path()).await.unwrap();
+        // Whoever connects makes the file, as it did then.
+        let store = Store::connect(&url, 4).await.unwrap();
+        if kind == "sqlite" {
+            first.run(&mut SqliteConnection::connect(&url).await.unwrap()).await.unwrap();
+        } else {
+            first.run(&mut PgConnection::connect(&url).await.unwrap()).await.unwrap();
+        }
+        let house = Self { url, store, dir: None };
+        house.sql(rows).await;
+        house
+    }
+
     /// As another process would have it.
     async fn another(&self) -> Store {
         Store::connect(&self.url, 16).await.unwrap()

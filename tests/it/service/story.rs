@@ -293,6 +293,49 @@ fn hex(bytes: &[u8]) -> String {
     format!("{:x}", sha2::Sha256::digest(bytes))
 }
 
+// attack 3
+#[tokio::test(flavor = "multi_thread")]
+async fn a_public_url_that_others_reach_means_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let url = format!("http://{address}");
+    let settings = BTreeMap::from([
+        ("HYPNOS_DATA", dir.path().join("data").display().to_string()),
+        ("HYPNOS_LISTEN", address.to_string()),
+        ("HYPNOS_PUBLIC_URL", "https://hypnos.example".to_owned()),
+    ]);
+    let serve = Process::start(dir.path(), "serve", &["serve"], &settings);
+    is_ready(&url).await;
+    let client = http();
+    for host in ["hypnos.example", "localhost"] {
+        let ask = client.get(format!("{url}/v1/jobs")).header("host", host);
+        let answer = ask.header("x-forwarded-for", "192.0.2.60").send().await.unwrap();
+        assert_eq!(answer.status(), 401, "{host}");
+    }
+    assert!(serve.log().contains("hypnos keys create"), "nobody can call yet: {}", serve.log());
+}
+
+// attack 8, 15
+#[tokio::test(flavor = "multi_thread")]
+async fn many_uploads_at_once_are_accepted_or_told_a_wait_that_holds_and_memory_goes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let seen = dir.path().join("seen.json");
+    let mut load = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/load-uploads"));
+    load.arg(env!("CARGO_BIN_EXE_hypnos")).args(["--uploads", "12", "--photos", "3", "--settle", "2"]);
+    load.args(["--directory", dir.path().to_str().unwrap(), "--json", seen.to_str().unwrap()]);
+    let ran = tokio::task::spawn_blocking(move || load.output().unwrap()).await.unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{said}");
+    let seen: Value = serde_json::from_str(&std::fs::read_to_string(&seen).unwrap()).unwrap();
+    let seen = &seen[0];
+    let told: Vec<_> = ["accepted", "timed_out", "told_again"].iter().map(|name| &seen[name]).collect();
+    assert_eq!(told, [&json!(12), &json!(0), &json!(0)], "{said}");
+    let megabytes = |name: &str| seen[name].as_f64().unwrap();
+    // All twelve together are 526 MB: in memory are those that are being decoded, and afterwards none.
+    assert!(megabytes("peak_mb") < megabytes("idle_mb") + 500.0, "{said}");
+    assert!(megabytes("after_mb") < megabytes("idle_mb") + 60.0, "{said}");
+}
+
 /// Arguments, settings, and what the program says of them.
 type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 
@@ -301,13 +344,19 @@ type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 fn settings_that_cannot_work_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
-    let cases: [Case; 9] = [
+    let cases: [Case; 11] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
         (
             &["serve", "--listen", "0.0.0.0:0", "--auth", "none"],
             &[],
             "HYPNOS_AUTH is none, but HYPNOS_LISTEN is",
         ),
+        (
+            &["serve", "--listen", "127.0.0.1:0", "--auth", "none", "--public-url", "https://hypnos.example"],
+            &[],
+            "HYPNOS_AUTH is none, but HYPNOS_PUBLIC_URL is https://hypnos.example, which others reach; wanted HYPNOS_AUTH=keys",
+        ),
+        (&["serve"], &[("HYPNOS_PUBLIC_URL", "https://a@b")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
         (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
         (&["serve"], &[("HYPNOS_OBJECTS", "s3://bucket")], "HYPNOS_S3_ACCESS_KEY is not set"),
         (&["serve"], &[("HYPNOS_S3_ENDPOINT", "http://x")], "HYPNOS_OBJECTS is not s3://BUCKET"),

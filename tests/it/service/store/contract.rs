@@ -45,6 +45,7 @@ on_both! {
     lists_are_filtered_and_turned_page_by_page,
     another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
+    keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made,
     gauges_count_what_waits_and_what_runs,
     a_submission_wakes_who_waits,
     two_migrations_at_once_are_one,
@@ -757,6 +758,54 @@ async fn keys_open_until_they_expire_or_are_revoked(house: House) {
         house.store.tenants().await.unwrap().into_iter().map(|tenant| tenant.name).collect();
     assert_eq!(names, ["local", "shop"]);
     assert_eq!(house.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
+}
+
+// attack 15
+async fn keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made(house: House) {
+    let tenant = TenantId::new();
+    let rows = format!(
+        "insert into tenant (id, name, created_ms) values ('{tenant}', 'shop', 5);
+        insert into api_key (id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms) values
+            ('k1', '{tenant}', 'front', 'h1', 'read', 6, null, null),
+            ('k2', '{tenant}', 'back', 'h2', 'write', 7, 8, 9),
+            ('k3', '{tenant}', '', 'h3', 'write', 10, {}, null);",
+        i64::MAX
+    );
+    let old = house.of_the_first_schema(&rows).await;
+    assert!(matches!(old.store.check_schema().await, Err(Error::Schema(line)) if line.contains("older")));
+    old.store.migrate().await.unwrap();
+    old.store.check_schema().await.unwrap();
+    let keys = old.store.list_keys().await.unwrap();
+    let seen: Vec<_> = keys
+        .iter()
+        .map(|key| (key.id.as_str(), key.name.as_str(), key.hash.as_str(), key.scope, key.created_ms, key.expires_ms, key.revoked_ms))
+        .collect();
+    let wanted = [
+        ("k1", "front", "h1", Scope::Read, 6, None, None),
+        ("k2", "back", "h2", Scope::Write, 7, Some(8), Some(9)),
+        ("k3", "", "h3", Scope::Write, 10, Some(i64::MAX), None),
+    ];
+    assert_eq!(seen, wanted);
+    assert!(keys.iter().all(|key| key.tenant == tenant));
+    assert_eq!(keys.iter().map(|key| key.live).collect::<Vec<_>>(), [true, false, true]);
+    let operator = NewKey {
+        id: "k4".into(),
+        tenant,
+        name: "prometheus".into(),
+        hash: "h4".into(),
+        scope: Scope::Admin,
+        expires_ms: None,
+    };
+    old.store.create_key(&operator).await.unwrap();
+    let found = old.store.find_key("k4").await.unwrap().unwrap();
+    assert!(found.scope.covers(Scope::Write) && found.left_ms.is_none());
+    let stranger = NewKey { id: "k5".into(), tenant: TenantId::new(), ..operator };
+    assert!(old.store.create_key(&stranger).await.is_err(), "a key is a tenant's");
+    let scopes = Scope::ALL;
+    for (n, scope) in scopes.iter().enumerate() {
+        let covered: Vec<_> = scopes.iter().filter(|wanted| scope.covers(**wanted)).collect();
+        assert_eq!(covered, scopes[..=n].iter().collect::<Vec<_>>());
+    }
 }
 
 async fn gauges_count_what_waits_and_what_runs(house: House) {
