@@ -24,5 +24,6 @@ pub mod memory;
 pub mod ml;
 pub mod photo;
 pub mod report;
+pub mod retry;
 pub mod store;
 pub mod worker;

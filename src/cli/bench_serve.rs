@@ -28,7 +28,7 @@ use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow,
 use crate::http::{self, Auth, Front, Patience, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
 use crate::photo::{Decoder, Limits};
-use crate::store::{NewJob, NewKey, Scope, Store, Submitted};
+use crate::store::{NewJob, NewKey, Origin, Scope, Store, Submitted};
 use crate::worker;
 
 /// Connections of each server to the database.
@@ -151,6 +151,7 @@ impl House {
             max_attempts: 1,
             idempotency: None,
             queue_max: u64::MAX >> 1,
+            origin: Origin::default(),
         };
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job.id),

@@ -30,7 +30,8 @@ struct Frame;
 /// Answers that any operation may give.
 const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
 /// And any that asks for a key. The two of a server without keys are among them.
-const KEYED: [Kind; 4] = [Kind::KeyInQuery, Kind::Unauthorized, Kind::Host, Kind::CrossSite];
+const KEYED: [Kind; 5] =
+    [Kind::KeyInQuery, Kind::Unauthorized, Kind::TenantDisabled, Kind::Host, Kind::CrossSite];
 
 /// The document, pretty and stable.
 pub fn openapi() -> String {

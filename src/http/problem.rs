@@ -61,6 +61,8 @@ kinds! {
         "Send `Authorization: Bearer hyp_...`. A key that is missing, mistyped, revoked or expired is answered alike.";
     Scope = "scope", FORBIDDEN, "The key may not do this",
         "Use a key with the scope `write`.";
+    TenantDisabled = "tenant-disabled", FORBIDDEN, "The tenant is not served",
+        "Its operator has disabled it; ask there.";
     Host = "host", FORBIDDEN, "The Host header is not this server's",
         "A server without keys answers to loopback names and to its public URL only.";
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
@@ -163,6 +165,11 @@ impl Problem {
     /// Nothing of this caller's has that name.
     pub(super) fn not_found(what: &str) -> Self {
         Self::new(Kind::NotFound, format!("no such {what}"))
+    }
+
+    /// Whose key it is is not served any more.
+    pub(super) fn tenant_disabled() -> Self {
+        Self::new(Kind::TenantDisabled, "the operator of this service has disabled this key's tenant")
     }
 
     /// A fault of ours: logged with its causes, shown without.

@@ -10,7 +10,7 @@ use hypnos::blobs::{Blobs, Key, Scope};
 use hypnos::job::{
     Evaluation, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::store::{NewJob, Origin, Store, Submitted};
 use hypnos::worker::{self, Settings};
 use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
@@ -129,6 +129,7 @@ impl Floor {
             max_attempts: 3,
             idempotency: None,
             queue_max: 1000,
+            origin: Origin::default(),
         }
     }
 

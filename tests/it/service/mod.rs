@@ -18,6 +18,7 @@ mod http_keys;
 mod http_samples;
 mod page;
 mod photos;
+mod retry;
 mod settings;
 mod store;
 mod story;
