@@ -25,10 +25,11 @@ use tokio_util::sync::CancellationToken;
 use super::{Stop, say};
 use crate::blobs::{Blobs, BlobsConfig, Place};
 use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
+use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
 use crate::photo::{Decoder, Limits};
-use crate::store::{NewJob, NewKey, Scope, Store, Submitted};
+use crate::store::{NewJob, NewKey, Origin, Scope, Store, Submitted};
 use crate::worker;
 
 /// Connections of each server to the database.
@@ -151,6 +152,7 @@ impl House {
             max_attempts: 1,
             idempotency: None,
             queue_max: u64::MAX >> 1,
+            origin: Origin::default(),
         };
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job.id),
@@ -207,7 +209,8 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
     };
     let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
     let engines = vec![("idle".to_owned(), make)];
-    let work = worker::run(settings, house.store.clone(), house.blobs.clone(), engines, drain.clone());
+    let (store, blobs, stop) = (house.store.clone(), house.blobs.clone(), drain.clone());
+    let work = async move { worker::run(settings, store, blobs, engines, &Health::default(), stop).await };
     let work = tokio::spawn(work);
     // First what was put there to be looked at; then one after the other.
     let mut waited: Vec<f64> = Vec::new();

@@ -13,6 +13,7 @@ use super::service::{self, Log};
 use super::{Stop, say, spot};
 use crate::blobs::Links;
 use crate::config::{Serving, Storage, Working, seconds};
+use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience};
 use crate::photo::{Decoder, Limits};
 use crate::{janitor, worker};
@@ -116,9 +117,12 @@ pub(super) async fn serve(
     };
     let pause = service::janitor_pause(seconds("HYPNOS_LEASE_SECS", args.working.lease_secs)?);
     tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
+    let health = Health::default();
     let work = async {
         let worked = match work {
-            Some((settings, engines)) => worker::run(settings, store, blobs, engines, stop.clone()).await,
+            Some((settings, engines)) => {
+                worker::run(settings, store, blobs, engines, &health, stop.clone()).await
+            }
             None => Ok(()),
         };
         if worked.is_err() {

@@ -7,6 +7,7 @@ use clap::Args;
 use super::Stop;
 use super::service::{self, Log};
 use crate::config::{Storage, Working};
+use crate::health::Health;
 use crate::janitor;
 use crate::worker;
 
@@ -33,7 +34,8 @@ pub(super) fn run(args: &Work) -> Result<ExitCode, Stop> {
         let blobs = service::open_blobs(&args.storage, None).await?;
         let pause = service::janitor_pause(settings.lease);
         tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
-        let worked = worker::run(settings, store, blobs, engines, stop).await;
+        let health = Health::default();
+        let worked = worker::run(settings, store, blobs, engines, &health, stop).await;
         worked.map_err(Stop::from)
     })?;
     Ok(ExitCode::SUCCESS)

@@ -30,8 +30,15 @@ struct Frame;
 /// Answers that any operation may give.
 const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
 /// And any that asks for a key. The three of a server without keys are among them.
-const KEYED: [Kind; 6] =
-    [Kind::KeyInQuery, Kind::Unauthorized, Kind::Proxied, Kind::Host, Kind::CrossSite, Kind::TooMany];
+const KEYED: [Kind; 7] = [
+    Kind::KeyInQuery,
+    Kind::Unauthorized,
+    Kind::TenantDisabled,
+    Kind::Proxied,
+    Kind::Host,
+    Kind::CrossSite,
+    Kind::TooMany,
+];
 
 /// The document, pretty and stable.
 pub fn openapi() -> String {

@@ -23,7 +23,7 @@ use crate::job::{
     Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
     TrainOptions, TrainSpec,
 };
-use crate::store::{Idempotency, NewJob};
+use crate::store::{Idempotency, NewJob, Origin};
 
 /// The form of a new training.
 #[derive(ToSchema)]
@@ -171,6 +171,7 @@ async fn store_and_submit(
         max_attempts: front.settings.attempts_max,
         idempotency,
         queue_max: front.settings.queue_max,
+        origin: Origin::default(),
     };
     submit(front, job).await
 }

@@ -65,6 +65,8 @@ kinds! {
         "`detail` says which scope is wanted. Keys are made by `hypnos keys create --scope`.";
     Proxied = "proxied", FORBIDDEN, "A proxy passed the request on",
         "A server without keys answers its own machine only. Start it with `--auth keys` or with the `--public-url` that clients use, and make a key with `hypnos keys create`.";
+    TenantDisabled = "tenant-disabled", FORBIDDEN, "The tenant is not served",
+        "Its operator has disabled it; ask there.";
     Host = "host", FORBIDDEN, "The Host header is not this server's",
         "A server without keys answers to names of its own machine only.";
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
@@ -177,6 +179,11 @@ impl Problem {
     /// Nothing of this caller's has that name.
     pub(super) fn not_found(what: &str) -> Self {
         Self::new(Kind::NotFound, format!("no such {what}"))
+    }
+
+    /// Whose key it is is not served any more.
+    pub(super) fn tenant_disabled() -> Self {
+        Self::new(Kind::TenantDisabled, "the operator of this service has disabled this key's tenant")
     }
 
     /// A fault of ours: logged with its causes, shown without.

@@ -16,7 +16,7 @@ use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, r
 use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
-use crate::store::NewJob;
+use crate::store::{NewJob, Origin};
 
 /// Draws pictures with a finished training
 ///
@@ -67,6 +67,7 @@ pub(super) async fn create_sample(
             max_attempts: front.settings.attempts_max,
             idempotency,
             queue_max: front.settings.queue_max,
+            origin: Origin::default(),
         };
         submit(&front, new).await?
     };

@@ -100,6 +100,7 @@ fn accepted(submitted: Submitted) -> Result<Accepted, Problem> {
             Err(Problem::new(Kind::KeyReused, "this Idempotency-Key was sent with another request before"))
         }
         Submitted::QueueFull => Err(Problem::new(Kind::QueueFull, "as many jobs are waiting as may wait")),
+        Submitted::Disabled => Err(Problem::tenant_disabled()),
         Submitted::NoParent(None) => Err(Problem::not_found("job")),
         Submitted::NoParent(Some(state)) => {
             Err(Problem::new(Kind::WrongState, format!("the job is {state}; wanted succeeded")))

@@ -13,7 +13,7 @@ const IDEMPOTENCY: Duration = Duration::from_hours(24);
 macro_rules! job_columns {
     () => {
         "id, tenant, parent, kind, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
-         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms"
+         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms, retry_of, trace"
     };
 }
 pub(super) use job_columns;
@@ -52,9 +52,10 @@ impl Store {
     pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
         let mut tx = self.db.begin().await?;
         // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
-        let tenant = locking!("select id from tenant where id = $1"; "for no key update");
+        let tenant =
+            locking!("select id from tenant where id = $1 and state = 'active'"; "for no key update");
         if tx.row(tenant, args![new.tenant]).await?.is_none() {
-            return Err(Error::Corrupt("a submission for no tenant".into()));
+            return Ok(Submitted::Disabled);
         }
         if let Some(idempotency) = &new.idempotency {
             forget(&mut tx, new.tenant, &idempotency.key).await?;
@@ -254,8 +255,9 @@ async fn forget(tx: &mut Tx, tenant: TenantId, key: &str) -> Result<()> {
 
 async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
     let insert = concat!(
-        "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, not_before_ms, \
-         created_ms) select $1, $2, $3, $4, $5, $6, $7, $8, $9, ms, ms from clock returning ",
+        "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, retry_of, \
+         trace, not_before_ms, created_ms) \
+         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, ms, ms from clock returning ",
         job_columns!()
     );
     let class_name = match &new.spec {
@@ -272,6 +274,8 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
         json(&new.photos),
         i64::from(new.priority),
         new.max_attempts,
+        new.origin.retry_of,
+        new.origin.trace.as_deref(),
     ];
     let row = tx.row(insert, values).await?;
     job(&row.expect("an insert of one row returns it"))
@@ -292,10 +296,7 @@ pub(super) fn job(row: &Row) -> Result<Job> {
     Ok(Job {
         id: row.word("id")?,
         tenant: row.word("tenant")?,
-        parent: match row.text_or_none("parent")? {
-            Some(_) => Some(row.word("parent")?),
-            None => None,
-        },
+        parent: row.word_or_none("parent")?,
         kind: row.word("kind")?,
         spec_json: row.text("spec")?.to_owned(),
         photos: parse("photos", row.text("photos")?)?,
@@ -312,6 +313,8 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         created_ms: row.int("created_ms")?,
         started_ms: row.int_or_none("started_ms")?,
         finished_ms: row.int_or_none("finished_ms")?,
+        retry_of: row.word_or_none("retry_of")?,
+        trace: document("trace")?.map(ToOwned::to_owned),
     })
 }
 

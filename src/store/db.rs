@@ -147,6 +147,11 @@ impl Row {
         let text = self.text(column)?;
         text.parse().map_err(|_| Error::Corrupt(format!("column {column} is not what it should be").into()))
     }
+
+    /// The same of a column that may be null.
+    pub(super) fn word_or_none<T: FromStr>(&self, column: &str) -> Result<Option<T>> {
+        self.text_or_none(column)?.map(|_| self.word(column)).transpose()
+    }
 }
 
 /// The connections.

@@ -118,6 +118,17 @@ pub struct NewJob {
     pub idempotency: Option<Idempotency>,
     /// Most waiting jobs of this kind that the tenant may have, this one among them.
     pub queue_max: u64,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+/// Where a job came from, beside its request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The job that it does again.
+    pub retry_of: Option<JobId>,
+    /// W3C `traceparent` of the request, so that the worker's spans belong to its trace.
+    pub trace: Option<String>,
 }
 
 /// A request's own name, kept for a day.
@@ -142,6 +153,8 @@ pub enum Submitted {
     QueueFull,
     /// The training to draw with is not there, or there but not succeeded.
     NoParent(Option<State>),
+    /// The tenant is not served: an operator disabled or deleted it.
+    Disabled,
 }
 
 /// Which jobs to list; what is none does not matter.

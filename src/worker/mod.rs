@@ -26,6 +26,7 @@ use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::blobs::Blobs;
+use crate::health::{Health, Reporter};
 use crate::job::{Fault, FaultCode, Job, Kind, Spec};
 use crate::store::Store;
 use cache::WeightsCache;
@@ -71,7 +72,7 @@ struct Worker {
 }
 
 /// Works until `drain` is called and what is held has been finished or given back. One driver for each engine, by the
-/// name of its device.
+/// name of its device; `health` hears how each is doing.
 ///
 /// Fails before the first claim if an engine cannot be made, and later only if every device's thread has died.
 pub async fn run(
@@ -79,6 +80,7 @@ pub async fn run(
     store: Store,
     blobs: Blobs,
     engines: Vec<(String, MakeEngine)>,
+    health: &Health,
     drain: CancellationToken,
 ) -> Result<(), Fault> {
     let machine =
@@ -98,12 +100,13 @@ pub async fn run(
         scratch: scratch.clone(),
         drain,
     };
+    let engines: Vec<_> = engines.into_iter().map(|(name, make)| (health.add(&name), name, make)).collect();
     let mut drivers = JoinSet::new();
-    for (name, make) in engines {
+    for (reporter, name, make) in engines {
         let (device, bundle) = Device::start(&name, make).await?;
         info!(device = name, bundle, "ready");
         let span = info_span!("worker", device = name);
-        drivers.spawn(worker.clone().drive(device, bundle).instrument(span));
+        drivers.spawn(worker.clone().drive(device, bundle, reporter).instrument(span));
     }
     drivers.join_all().await;
     if let Err(error) = std::fs::remove_dir_all(&scratch) {
@@ -114,7 +117,8 @@ pub async fn run(
 
 impl Worker {
     /// Claims and runs jobs until told to drain, then waits for those that it holds.
-    async fn drive(self, device: Device, bundle: String) {
+    async fn drive(self, device: Device, bundle: String, reporter: Reporter) {
+        reporter.working();
         let identity = Uuid::now_v7(); // fresh with every start: names of machines come again
         let mut wakes = self.store.wakes();
         let mut jobs: JoinSet<Kind> = JoinSet::new();

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hypnos::blobs::{Blobs, Key, Scope};
+use hypnos::health::Health;
 use hypnos::job::{
     Evaluation, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::store::{NewJob, Origin, Store, Submitted};
 use hypnos::worker::{self, Settings};
 use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
@@ -77,8 +78,11 @@ impl Floor {
     pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
         let drain = CancellationToken::new();
         let engines = vec![("scripted".to_owned(), script.engine())];
-        let run = worker::run(self.settings.clone(), self.store.clone(), blobs, engines, drain.clone());
-        Worker { drain, task: tokio::spawn(async { run.await.unwrap() }) }
+        let health = Health::default();
+        let (settings, store, seen, stop) =
+            (self.settings.clone(), self.store.clone(), health.clone(), drain.clone());
+        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
+        Worker { drain, health, task: tokio::spawn(run) }
     }
 
     /// A training of `steps` steps, with its photos in place.
@@ -129,6 +133,7 @@ impl Floor {
             max_attempts: 3,
             idempotency: None,
             queue_max: 1000,
+            origin: Origin::default(),
         }
     }
 
@@ -193,6 +198,7 @@ fn directory(dir: &Path) -> LocalFileSystem {
 /// A worker that is running.
 pub(super) struct Worker {
     drain: CancellationToken,
+    pub(super) health: Health,
     task: JoinHandle<()>,
 }
 

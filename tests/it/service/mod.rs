@@ -21,6 +21,7 @@ mod http_samples;
 mod http_shares;
 mod page;
 mod photos;
+mod retry;
 mod settings;
 mod store;
 mod story;

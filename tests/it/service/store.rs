@@ -10,7 +10,7 @@ use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Store, Submitted, Wakes};
+use hypnos::store::{Idempotency, NewJob, Origin, Store, Submitted, Wakes};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
@@ -135,6 +135,7 @@ fn training(tenant: TenantId) -> NewJob {
         max_attempts: 3,
         idempotency: None,
         queue_max: u64::MAX,
+        origin: Origin::default(),
     }
 }
 
