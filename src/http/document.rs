@@ -156,18 +156,22 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
         };
         Some(operations.iter().map(link).collect::<Map<_, _>>().into())
     };
+    const SAMPLE: [(&str, &str); 4] =
+        [("get", "get_sample"), ("cancel", "cancel_sample"), ("retry", "retry_sample"), ("delete", "delete_sample")];
     match (method, path, status) {
-        ("post", "/v1/jobs", "202") => to(&[
+        ("post", "/v1/jobs" | "/v1/jobs/{id}/retry", "202") => to(&[
             ("get", "get_job"),
             ("cancel", "cancel_job"),
+            ("retry", "retry_job"),
             ("delete", "delete_job"),
             ("sample", "create_sample"),
             ("artifacts", "list_artifacts"),
             ("report", "get_report"),
         ]),
         ("post", "/v1/jobs/{id}/sample", "200" | "202") => {
-            to(&[("get", "get_sample"), ("cancel", "cancel_sample"), ("delete", "delete_sample")])
+            to(&SAMPLE)
         }
+        ("post", "/v1/samples/{id}/retry", "202") => to(&SAMPLE),
         _ => None,
     }
 }

@@ -15,7 +15,7 @@ use super::problem::{Kind as ProblemKind, Problem};
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
 use super::line::Turn;
 use super::spool::Spooled;
-use super::submit::{Accepted, RequestHash, answer, drawn_seed, idempotency_key, replay, submit};
+use super::submit::{Accepted, RequestHash, again, answer, drawn_seed, idempotency_key, replay, submit};
 use super::upload::{Fields, Upload, receive, store};
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
@@ -287,6 +287,37 @@ pub(super) async fn cancel_job(
     find(&front, writer.tenant, id, Kind::Train).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None)?)).into_response())
+}
+
+/// Does a training again
+///
+/// One that failed or was canceled is queued once more: as a new training, for what has ended never changes. Class name,
+/// options and seed are the same, and so are the photos, which are not sent again. Each of the two can be deleted without the
+/// other.
+#[utoipa::path(
+    post, path = "/v1/jobs/{id}/retry", tag = "jobs",
+    params(
+        ("id" = Uuid, Path, description = "The training that failed or was canceled"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    responses((status = 202, description = "The new training", body = JobView, headers(
+        ("Location" = String, description = "The new training"),
+        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
+    ))),
+    extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full",
+        "artifact-missing", "artifact-damaged", "storage-full"]))),
+)]
+pub(super) async fn retry_job(
+    State(front): State<Front>,
+    mut writer: Writer,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Train, &headers).await?;
+    let location = format!("{}/v1/jobs/{}", front.settings.public_url, job.id);
+    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None)?))
 }
 
 /// Reads a training's report

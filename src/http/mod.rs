@@ -214,11 +214,13 @@ fn api() -> OpenApiRouter<Front> {
         .routes(routes!(samples::list_samples))
         .routes(routes!(samples::get_sample, samples::delete_sample))
         .routes(routes!(samples::cancel_sample))
+        .routes(routes!(samples::retry_sample))
         .routes(routes!(samples::get_image))
         .routes(routes!(health::metrics))
         .layer(from_fn(edge::hurry));
     let uploads = OpenApiRouter::new()
         .routes(routes!(jobs::create_job))
+        .routes(routes!(jobs::retry_job))
         .routes(routes!(photos::inspect_photos))
         .layer(from_fn(body::linger));
     let streams = OpenApiRouter::new().routes(routes!(events::job_events)).routes(routes!(files::get_file));

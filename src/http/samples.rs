@@ -13,7 +13,7 @@ use super::edge::preferred_wait;
 use super::keys::{Reader, Writer};
 use super::problem::Problem;
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed, wait};
-use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
+use super::submit::{Accepted, again, answer, drawn_seed, idempotency, replay, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
 use crate::store::{NewJob, Origin};
@@ -215,4 +215,32 @@ pub(super) async fn cancel_sample(
     find(&front, writer.tenant, id, Kind::Sample).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None).await?)).into_response())
+}
+
+/// Draws a sample again
+///
+/// One that failed or was canceled is queued once more, as a new sample with the same prompts and seeds.
+#[utoipa::path(
+    post, path = "/v1/samples/{id}/retry", tag = "samples",
+    params(
+        ("id" = Uuid, Path, description = "The sample that failed or was canceled"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    responses((status = 202, description = "The new sample", body = SampleView, headers(
+        ("Location" = String, description = "The new sample"),
+        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
+    ))),
+    extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full"]))),
+)]
+pub(super) async fn retry_sample(
+    State(front): State<Front>,
+    mut writer: Writer,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Sample, &headers).await?;
+    let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
+    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None).await?))
 }

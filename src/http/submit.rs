@@ -5,11 +5,15 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use tracing::Instrument;
 
 use super::Front;
-use super::problem::{Kind, Problem};
-use super::reading::RETRY_AFTER_SECS;
-use crate::job::{Job, TenantId};
+use super::keys::Caller;
+use super::problem::{Kind as ProblemKind, Problem};
+use super::reading::{RETRY_AFTER_SECS, find};
+use crate::blobs;
+use crate::job::{Job, JobId, Kind, State, TenantId};
+use crate::retry::{self, Retried, Terms, retry};
 use crate::store::{Idempotency, NewJob, Submitted};
 
 const KEY_CHARS_MAX: usize = 255;
@@ -26,7 +30,7 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Probl
         return Ok(Some(text));
     }
     let detail = format!("Idempotency-Key: wanted one, of 1 to {KEY_CHARS_MAX} visible ASCII characters");
-    Err(Problem::new(Kind::BadParameter, detail))
+    Err(Problem::new(ProblemKind::BadParameter, detail))
 }
 
 /// What makes the same request, sent twice, one job; none without an `Idempotency-Key`. `parts` are all that is asked
@@ -92,18 +96,73 @@ pub(super) async fn submit(front: &Front, job: NewJob) -> Result<Accepted, Probl
     accepted(front.store.submit(job).await?)
 }
 
+/// Does a job of that kind again that failed or was canceled. Its photos are copied with a place in the line of uploads, for
+/// they are in memory meanwhile.
+pub(super) async fn again(
+    front: &Front,
+    caller: &mut Caller,
+    id: JobId,
+    kind: Kind,
+    headers: &HeaderMap,
+) -> Result<Accepted, Problem> {
+    let tenant = caller.tenant;
+    let idempotency = idempotency(headers, [&b"retry"[..], id.to_string().as_bytes()])?;
+    if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
+        return Ok(before);
+    }
+    let job = find(front, tenant, id, kind).await?;
+    may_be_done_again(job.state)?;
+    caller.step_aside();
+    let bytes = job.photos.iter().map(|photo| photo.size).sum();
+    let turn = front.line.admit(tenant, bytes).await?.turn(bytes).await?;
+    let terms = Terms {
+        max_attempts: front.settings.attempts_max,
+        queue_max: front.settings.queue_max,
+        idempotency,
+        trace: None,
+    };
+    // To its end, whether or not the client still listens: between the copies and the row nothing may be dropped.
+    let work = {
+        let front = front.clone();
+        async move {
+            let retried = retry(&front.store, &front.blobs, &job, terms).await;
+            drop(turn);
+            retried
+        }
+    };
+    let retried = tokio::spawn(work.in_current_span()).await.map_err(|error| Problem::internal(&error))?;
+    match retried {
+        Ok(Retried::Submitted(submitted)) => accepted(submitted),
+        Ok(Retried::WrongState(state)) => Err(may_be_done_again(state).err().unwrap_or_else(|| Problem::not_found("job"))),
+        Err(retry::Error::Store(error)) => Err(error.into()),
+        // Whoever deletes a job takes its photos first.
+        Err(retry::Error::Blobs(blobs::Error::Missing)) => {
+            find(front, tenant, id, kind).await?;
+            Err(blobs::Error::Missing.into())
+        }
+        Err(retry::Error::Blobs(error)) => Err(error.into()),
+    }
+}
+
+fn may_be_done_again(state: State) -> Result<(), Problem> {
+    if matches!(state, State::Failed | State::Canceled) {
+        return Ok(());
+    }
+    Err(Problem::new(ProblemKind::WrongState, format!("the job is {state}; wanted failed or canceled")))
+}
+
 fn accepted(submitted: Submitted) -> Result<Accepted, Problem> {
     match submitted {
         Submitted::New(job) => Ok(Accepted { job, replayed: false }),
         Submitted::Replayed(job) => Ok(Accepted { job, replayed: true }),
         Submitted::OtherRequest => {
-            Err(Problem::new(Kind::KeyReused, "this Idempotency-Key was sent with another request before"))
+            Err(Problem::new(ProblemKind::KeyReused, "this Idempotency-Key was sent with another request before"))
         }
-        Submitted::QueueFull => Err(Problem::new(Kind::QueueFull, "as many jobs are waiting as may wait")),
+        Submitted::QueueFull => Err(Problem::new(ProblemKind::QueueFull, "as many jobs are waiting as may wait")),
         Submitted::Disabled => Err(Problem::tenant_disabled()),
         Submitted::NoParent(None) => Err(Problem::not_found("job")),
         Submitted::NoParent(Some(state)) => {
-            Err(Problem::new(Kind::WrongState, format!("the job is {state}; wanted succeeded")))
+            Err(Problem::new(ProblemKind::WrongState, format!("the job is {state}; wanted succeeded")))
         }
     }
 }
