@@ -80,13 +80,18 @@ pub(super) async fn serve(
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
     let n_parallel = std::thread::available_parallelism().map_or(1, usize::from).min(DECODERS_MAX);
     let suggested = spot::suggested(&args.working.bundle)?;
+    let spool = args.working.scratch.clone().unwrap_or_else(|| storage.scratch());
+    let writable = std::fs::create_dir_all(&spool).and_then(|()| tempfile::tempfile_in(&spool));
+    writable.map_err(|error| {
+        Stop::Input(format!("HYPNOS_SCRATCH: {} cannot be written to: {}", spool.display(), error.kind()))
+    })?;
     let settings = http::Settings {
         public_url: public_url.clone(),
         auth: if keys { Auth::Keys } else { Auth::None },
         photo_bytes_max: (serving.photo_mb as usize) << 20,
         upload_time: seconds("HYPNOS_BODY_SECS", serving.body_secs)?,
         uploads_max: serving.uploads_max as usize,
-        spool: args.working.scratch.clone().unwrap_or_else(|| storage.scratch()),
+        spool,
         streams_max: serving.streams_max as usize,
         queue_max: serving.queue_max.into(),
         attempts_max: serving.attempts_max.into(),

@@ -54,7 +54,7 @@ pub(super) async fn job_events(
     reader.step_aside();
     let place = front.shares.streams.take(reader.tenant).await?;
     let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
-    let (wakes, position) = (front.store.wakes(), Position::follow(&front));
+    let (wakes, position) = (front.store.wakes(), Position::follow(&front, None));
     let job = Some(job);
     let watch = Watch { wakes, position, front, reader, id, job, seen, next: Next::Greet, place };
     let events = Sse::new(follow(watch)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
@@ -96,7 +96,7 @@ fn follow(watch: Watch) -> impl Stream<Item = Result<Event, Infallible>> {
             match watch.next {
                 Next::Greet => {
                     watch.next = Next::Look;
-                    return Some((Ok(Event::default().retry(RETRY).comment("open")), watch));
+                    return Some((Ok(Event::default().comment("open").retry(RETRY)), watch));
                 }
                 Next::Look => {
                     if let Some(event) = watch.look().await {

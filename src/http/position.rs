@@ -39,10 +39,10 @@ pub(super) struct Position {
 }
 
 impl Position {
-    /// Knows nothing yet.
-    pub(super) fn follow(front: &Front) -> Self {
+    /// Begins with what is known.
+    pub(super) fn follow(front: &Front, known: Option<u64>) -> Self {
         front.followers.number.fetch_add(1, Ordering::Relaxed);
-        Self { front: front.clone(), known: None, asked: None }
+        Self { front: front.clone(), known, asked: known.map(|_| Instant::now()) }
     }
 
     /// Where the job stands, as far as is known: asked now, or a moment ago.
@@ -52,7 +52,8 @@ impl Position {
             self.known = None;
         } else if self.asked.is_none_or(|asked| asked.elapsed() >= followers.pause()) {
             let began = Instant::now();
-            self.known = self.front.store.queue_position(job).await?;
+            // One that has none any more has changed, and its row will tell.
+            self.known = self.front.store.queue_position(job).await?.or(self.known);
             self.asked = Some(Instant::now());
             followers.micros.store(began.elapsed().as_micros() as u64, Ordering::Relaxed);
         }

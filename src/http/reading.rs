@@ -215,7 +215,7 @@ pub(super) async fn look(
     }
     let seen = version(&job, place);
     let enough = |job: &Job, place| job.state.is_terminal() || (known && version(job, place) != seen);
-    let job = wait(front, caller, job, time, enough).await?;
+    let job = wait(front, caller, (job, place), time, enough).await?;
     let place = front.store.queue_position(&job).await?;
     Ok((job, place))
 }
@@ -225,7 +225,7 @@ pub(super) async fn look(
 pub(super) async fn wait(
     front: &Front,
     caller: &mut Caller,
-    mut job: Job,
+    (mut job, place): (Job, Option<u64>),
     time: Duration,
     enough: impl Fn(&Job, Option<u64>) -> bool,
 ) -> Result<Job, Problem> {
@@ -237,8 +237,8 @@ pub(super) async fn wait(
         return Ok(job);
     }
     caller.step_aside();
+    let mut position = Position::follow(front, place);
     let Ok(place) = front.shares.waits.take(caller.tenant).await else { return Ok(job) };
-    let mut position = Position::follow(front);
     while !enough(&job, position.of(&job).await?) && Instant::now() < deadline {
         tokio::select! {
             () = sleep_until(deadline.min(Instant::now() + LOOK)) => {}

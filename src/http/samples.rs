@@ -73,7 +73,7 @@ pub(super) async fn create_sample(
     };
     let Accepted { mut job, replayed } = accepted;
     if let Some(time) = preferred_wait(&headers) {
-        job = wait(&front, &mut writer, job, time, |job, _| job.state.is_terminal()).await?;
+        job = wait(&front, &mut writer, (job, None), time, |job, _| job.state.is_terminal()).await?;
     }
     let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
