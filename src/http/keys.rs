@@ -19,7 +19,7 @@ use super::{Auth, Front};
 use crate::blobs::hex;
 use crate::job::TenantId;
 pub use crate::store::Scope;
-use crate::store::{self, Store};
+use crate::store::{self, Store, TenantState};
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const PREFIX: &str = "hyp_";
@@ -112,7 +112,11 @@ impl Keys {
             key
         };
         let right = bool::from(hash(secret).as_bytes().ct_eq(key.hash.as_bytes()));
-        if right { Ok(key) } else { Err(unauthorized()) }
+        match key.tenant_state {
+            _ if !right => Err(unauthorized()),
+            TenantState::Active => Ok(key),
+            TenantState::Disabled | TenantState::Deleting => Err(Problem::tenant_disabled()),
+        }
     }
 }
 
@@ -137,9 +141,9 @@ impl Reader {
     /// Whether the key that opened a long answer is still good.
     pub(super) async fn still(&self, front: &Front) -> bool {
         match &self.key {
-            Some(key) => {
-                !matches!(front.keys.check(key).await, Err(problem) if problem.kind() == Kind::Unauthorized)
-            }
+            Some(key) => !front.keys.check(key).await.is_err_and(|problem| {
+                matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)
+            }),
             None => true,
         }
     }
