@@ -1,5 +1,6 @@
 //! What operators ask: does the process live, can it serve, how is it doing.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -7,32 +8,109 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
-use super::Front;
 use super::keys::Reader;
 use super::problem::{Kind, Problem};
-use crate::blobs;
+use super::{Front, dressed};
+use crate::blobs::{self, Blobs};
+use crate::health::Health;
+use crate::store::{self, Store};
 
 /// How long an answer of the object store is believed, so that questions do not become load.
 const BELIEVED: Duration = Duration::from_secs(5);
 
-/// The object store's last answer.
-#[derive(Default)]
-pub(super) struct Probe(Mutex<Option<(Instant, Result<(), blobs::Error>)>>);
+/// What operators ask of a process, whether or not it answers clients too.
+pub struct Operations {
+    store: Store,
+    blobs: Blobs,
+    figures: PrometheusHandle,
+    closing: CancellationToken,
+    probe: Mutex<Option<(Instant, Result<(), blobs::Error>)>>,
+    devices: Option<Health>,
+}
 
-impl Probe {
-    async fn ask(&self, front: &Front) -> Result<(), blobs::Error> {
-        let mut last = self.0.lock().await; // who comes meanwhile hears the same answer
+impl Operations {
+    /// Of a process that answers clients: it is ready when it can serve, and its figures have the queue's.
+    pub fn of_front(store: Store, blobs: Blobs, figures: PrometheusHandle, closing: CancellationToken) -> Self {
+        Self { store, blobs, figures, closing, probe: Mutex::default(), devices: None }
+    }
+
+    /// Of a process that only works: it is ready when one of its `devices` takes jobs. The queue's figures are left to the
+    /// fronts, or they would be summed once for every worker.
+    pub fn of_worker(
+        store: Store,
+        blobs: Blobs,
+        figures: PrometheusHandle,
+        closing: CancellationToken,
+        devices: Health,
+    ) -> Self {
+        Self { devices: Some(devices), ..Self::of_front(store, blobs, figures, closing) }
+    }
+
+    /// All of it, without keys, for a listener that only operators reach.
+    pub fn router(self: Arc<Self>) -> Router {
+        let ready = |State(own): State<Arc<Self>>| async move { own.ready().await };
+        let figures = |State(own): State<Arc<Self>>| async move { own.figures().await };
+        let routes = Router::new()
+            .route("/healthz", get(healthz))
+            .route("/readyz", get(ready))
+            .route("/metrics", get(figures));
+        dressed(routes.with_state(self))
+    }
+
+    /// Whether the process can do what it is for, and the condition of each device.
+    async fn ready(&self) -> Result<String, Problem> {
+        if self.closing.is_cancelled() {
+            return Err(Problem::new(Kind::Unavailable, "the server is about to end"));
+        }
+        self.store.ping().await?;
+        self.store.check_schema().await?;
+        self.probe().await?;
+        let Some(devices) = &self.devices else { return Ok("ok\n".into()) };
+        let lines: Vec<String> = devices.devices().iter().map(ToString::to_string).collect();
+        if !lines.is_empty() && devices.is_ready() {
+            return Ok(format!("ok\n{}\n", lines.join("\n")));
+        }
+        let conditions = if lines.is_empty() { "starting".into() } else { lines.join("; ") };
+        Err(Problem::new(Kind::Unavailable, format!("no device takes jobs: {conditions}")))
+    }
+
+    /// The object store's answer, or its last one if that is fresh.
+    async fn probe(&self) -> Result<(), blobs::Error> {
+        let mut last = self.probe.lock().await; // who comes meanwhile hears the same answer
         if let Some((at, answer)) = &*last
             && at.elapsed() < BELIEVED
         {
             return answer.clone();
         }
-        let answer = front.blobs.probe().await;
+        let answer = self.blobs.probe().await;
         *last = Some((Instant::now(), answer.clone()));
         answer
     }
+
+    async fn figures(&self) -> Result<Response, Problem> {
+        if self.devices.is_none() {
+            count_queue(&self.store).await?;
+        }
+        self.figures.run_upkeep();
+        let text = "text/plain; version=0.0.4; charset=utf-8";
+        Ok(([(header::CONTENT_TYPE, text)], self.figures.render()).into_response())
+    }
+}
+
+/// Brings the figures of the queue up to date. Whoever asks for `/metrics` has it done; who pushes figures has to.
+pub async fn count_queue(store: &Store) -> store::Result<()> {
+    for gauge in store.gauges().await?.kinds {
+        let labels = [("kind", gauge.kind.as_str())];
+        metrics::gauge!("hypnos_jobs_queued", &labels).set(gauge.queued as f64);
+        metrics::gauge!("hypnos_jobs_running", &labels).set(gauge.running as f64);
+        metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels)
+            .set(gauge.oldest_queued_ms as f64 / 1e3);
+    }
+    Ok(())
 }
 
 /// Says that the process lives
@@ -52,14 +130,8 @@ pub(super) async fn healthz() -> &'static str {
     responses((status = 200, description = "It can", body = String, content_type = "text/plain")),
     extensions(("x-problems" = json!([]))),
 )]
-pub(super) async fn readyz(State(front): State<Front>) -> Result<&'static str, Problem> {
-    if front.closing.is_cancelled() {
-        return Err(Problem::new(Kind::Unavailable, "the server is about to end"));
-    }
-    front.store.ping().await?;
-    front.store.check_schema().await?;
-    front.probe.ask(&front).await?;
-    Ok("ok\n")
+pub(super) async fn readyz(State(front): State<Front>) -> Result<String, Problem> {
+    front.operations.ready().await
 }
 
 /// Reads the server's figures
@@ -70,27 +142,5 @@ pub(super) async fn readyz(State(front): State<Front>) -> Result<&'static str, P
     responses((status = 200, description = "The figures", body = String, content_type = "text/plain")),
 )]
 pub(super) async fn metrics(State(front): State<Front>, _reader: Reader) -> Result<Response, Problem> {
-    figures(&front).await
-}
-
-async fn figures(front: &Front) -> Result<Response, Problem> {
-    for gauge in front.store.gauges().await?.kinds {
-        let labels = [("kind", gauge.kind.as_str())];
-        metrics::gauge!("hypnos_jobs_queued", &labels).set(gauge.queued as f64);
-        metrics::gauge!("hypnos_jobs_running", &labels).set(gauge.running as f64);
-        metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels)
-            .set(gauge.oldest_queued_ms as f64 / 1e3);
-    }
-    front.metrics.run_upkeep();
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], front.metrics.render())
-        .into_response())
-}
-
-/// The same for a listener that only operators reach.
-pub(super) fn open_routes() -> Router<Front> {
-    let open_metrics = |State(front): State<Front>| async move { figures(&front).await };
-    Router::new()
-        .route("/healthz", get(healthz))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(open_metrics))
+    front.operations.figures().await
 }

@@ -49,6 +49,7 @@ use crate::blobs::Blobs;
 use crate::photo::Decoder;
 use crate::store::Store;
 pub use document::openapi;
+pub use health::{Operations, count_queue};
 pub use photos::{Spotted, Spotter};
 pub use problem::{Kind as ProblemKind, Problem};
 pub use serve::{Patience, serve};
@@ -121,13 +122,12 @@ pub struct Shared {
     blobs: Blobs,
     decoder: Decoder,
     settings: Settings,
-    metrics: PrometheusHandle,
+    operations: Arc<Operations>,
     closing: CancellationToken,
     keys: keys::Keys,
     requests: Semaphore,
     uploads: Semaphore,
     streams: Arc<Semaphore>,
-    probe: health::Probe,
     spotter: Option<Arc<dyn Spotter>>,
 }
 
@@ -151,17 +151,17 @@ impl Front {
         closing: CancellationToken,
         spotter: Option<Arc<dyn Spotter>>,
     ) -> Self {
+        let operations = Operations::of_front(store.clone(), blobs.clone(), metrics, closing.clone());
         Self(Arc::new(Shared {
+            operations: Arc::new(operations),
             keys: keys::Keys::new(store.clone(), settings.key_time),
             requests: Semaphore::new(settings.requests_max),
             uploads: Semaphore::new(settings.uploads_max),
             streams: Arc::new(Semaphore::new(settings.streams_max)),
-            probe: health::Probe::default(),
             store,
             blobs,
             decoder,
             settings,
-            metrics,
             closing,
             spotter,
         }))
@@ -180,7 +180,7 @@ impl Front {
 
     /// What operators ask for, without keys, for a listener of its own.
     pub fn operations(&self) -> Router {
-        dressed(health::open_routes().with_state(self.clone()))
+        self.operations.clone().router()
     }
 }
 

@@ -16,6 +16,8 @@ mod http_events;
 mod http_jobs;
 mod http_keys;
 mod http_samples;
+mod monitoring;
+mod operators;
 mod page;
 mod photos;
 mod retry;
