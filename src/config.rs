@@ -113,7 +113,8 @@ impl Storage {
 
     /// The file of a database that is one, whether it is there or not.
     pub fn sqlite_file(&self) -> Result<Option<PathBuf>> {
-        let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())? else {
+        let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())?
+        else {
             return Ok(Some(self.data.join("hypnos.db")));
         };
         let path = url.expose_secret().strip_prefix("sqlite:").map(|path| path.trim_start_matches("//"));
@@ -330,12 +331,15 @@ impl Signals {
     /// What `variable` asks for: a signal is sent where it has an endpoint, unless it is turned off. How it is sent is read
     /// from the other variables by OpenTelemetry's own library; what that cannot do is refused here.
     fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let set = |name: &str| variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
+        let set = |name: &str| {
+            variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+        };
         if set("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
             return Ok(Self::default());
         }
         let asked = |signal: &str| {
-            let names = [format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
             let Some((endpoint, name)) = names.into_iter().find_map(|name| Some((set(&name)?, name))) else {
                 return Ok(false);
             };
@@ -348,11 +352,12 @@ impl Signals {
                 Some("none") => return Ok(false),
                 Some(other) => return wrong(format!("{exporter}: wanted otlp or none, got {other:?}")),
             }
-            let names = [format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"), "OTEL_EXPORTER_OTLP_PROTOCOL".into()];
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"), "OTEL_EXPORTER_OTLP_PROTOCOL".into()];
             match names.into_iter().find_map(|name| Some((set(&name)?, name))) {
-                Some((protocol, name)) if protocol != "http/protobuf" => {
-                    wrong(format!("{name}: wanted http/protobuf, which is all that is spoken here, got {protocol:?}"))
-                }
+                Some((protocol, name)) if protocol != "http/protobuf" => wrong(format!(
+                    "{name}: wanted http/protobuf, which is all that is spoken here, got {protocol:?}"
+                )),
                 _ => Ok(true),
             }
         };
@@ -524,7 +529,9 @@ mod tests {
         let read = |given: &[(&str, &str)]| {
             let given: Vec<(String, String)> =
                 given.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
-            Signals::read(|name| given.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()))
+            Signals::read(|name| {
+                given.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+            })
         };
         let (all, none) = (Signals { traces: true, metrics: true }, Signals::default());
         let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318");
@@ -532,11 +539,17 @@ mod tests {
         assert_eq!(read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", " ")]), Ok(none));
         assert_eq!(read(&[endpoint]), Ok(all));
         assert_eq!(read(&[endpoint, ("OTEL_SDK_DISABLED", "TRUE")]), Ok(none));
-        assert_eq!(read(&[endpoint, ("OTEL_METRICS_EXPORTER", "none")]), Ok(Signals { traces: true, ..none }));
+        assert_eq!(
+            read(&[endpoint, ("OTEL_METRICS_EXPORTER", "none")]),
+            Ok(Signals { traces: true, ..none })
+        );
         let metrics = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "https://collector/v1/metrics");
         assert_eq!(read(&[metrics]), Ok(Signals { metrics: true, ..none }));
         let refused = [
-            (("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"), "wanted http(s)://HOST:PORT, got \"collector:4317\""),
+            (
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
+                "wanted http(s)://HOST:PORT, got \"collector:4317\"",
+            ),
             (("OTEL_TRACES_EXPORTER", "zipkin"), "OTEL_TRACES_EXPORTER: wanted otlp or none, got \"zipkin\""),
             (("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf"),
         ];

@@ -103,7 +103,10 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
             Ok(())
         };
         // Whichever fails ends both.
-        tokio::try_join!(ending(serve::serve(&serve, Some(work), watch, stop.clone()), &stop), ending(show, &stop))?;
+        tokio::try_join!(
+            ending(serve::serve(&serve, Some(work), watch, stop.clone()), &stop),
+            ending(show, &stop)
+        )?;
         Ok(())
     })?;
     Ok(ExitCode::SUCCESS)

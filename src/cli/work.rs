@@ -65,7 +65,8 @@ async fn work_on(
         }
     };
     let work = async {
-        let worked = worker::run(settings, store.clone(), blobs.clone(), engines, &health, stop).await;
+        let worked =
+            worker::run(settings, store.clone(), blobs.clone(), engines, &health, stop.clone()).await;
         ended.cancel();
         worked
     };

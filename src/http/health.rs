@@ -34,7 +34,12 @@ pub struct Operations {
 
 impl Operations {
     /// Of a process that answers clients: it is ready when it can serve, and its figures have the queue's.
-    pub fn of_front(store: Store, blobs: Blobs, figures: PrometheusHandle, closing: CancellationToken) -> Self {
+    pub fn of_front(
+        store: Store,
+        blobs: Blobs,
+        figures: PrometheusHandle,
+        closing: CancellationToken,
+    ) -> Self {
         Self { store, blobs, figures, closing, probe: Mutex::default(), devices: None }
     }
 

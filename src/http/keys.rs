@@ -141,9 +141,11 @@ impl Reader {
     /// Whether the key that opened a long answer is still good.
     pub(super) async fn still(&self, front: &Front) -> bool {
         match &self.key {
-            Some(key) => !front.keys.check(key).await.is_err_and(|problem| {
-                matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)
-            }),
+            Some(key) => !front
+                .keys
+                .check(key)
+                .await
+                .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
             None => true,
         }
     }

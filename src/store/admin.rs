@@ -117,7 +117,11 @@ impl Store {
             conditions.push("not exists (select 1 from job again where again.retry_of = job.id)".into());
         }
         values.push(i64::from(limit).into());
-        let all = if conditions.is_empty() { String::new() } else { format!(" where {}", conditions.join(" and ")) };
+        let all = if conditions.is_empty() {
+            String::new()
+        } else {
+            format!(" where {}", conditions.join(" and "))
+        };
         let sql = format!("{}{all} order by id desc limit ${}", admin_select!(), values.len());
         self.db.read(sql, &values).await?.iter().map(admin_job).collect()
     }
@@ -162,7 +166,8 @@ impl Store {
 
     /// Ends one pause, named as it was made. Whether there was one.
     pub async fn resume(&self, tenant: Option<TenantId>, kind: Option<Kind>) -> Result<bool> {
-        let delete = "delete from pause where tenant is not distinct from $1 and kind is not distinct from $2";
+        let delete =
+            "delete from pause where tenant is not distinct from $1 and kind is not distinct from $2";
         let mut tx = self.db.begin().await?;
         let resumed = tx.run(delete, args![tenant, kind.map(Kind::as_str)]).await? > 0;
         tx.notify().await?;

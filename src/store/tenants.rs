@@ -85,7 +85,8 @@ impl Store {
             (select count(*) from job where tenant = $1 and state = 'running') as running, \
             (select count(*) from job where tenant = $1) as jobs from clock";
         let row = self.db.row(select, args![id]).await?;
-        let number = |column: &str| row.as_ref().map_or(Ok(0), |row| row.int(column)).map(|n| n.max(0) as u64);
+        let number =
+            |column: &str| row.as_ref().map_or(Ok(0), |row| row.int(column)).map(|n| n.max(0) as u64);
         Ok(Holdings {
             keys: number("live_keys")?,
             queued: number("queued")?,

@@ -77,7 +77,9 @@ impl HttpClient for Client {
         };
         match refusal {
             Some(why) if !self.away.swap(true, Ordering::Relaxed) => {
-                warn!("OpenTelemetry's collector cannot be reached: {why}; all else goes on, and this is said once");
+                warn!(
+                    "OpenTelemetry's collector cannot be reached: {why}; all else goes on, and this is said once"
+                );
             }
             None if self.away.swap(false, Ordering::Relaxed) => info!("OpenTelemetry's collector is back"),
             _ => {}
@@ -126,7 +128,8 @@ fn named(mut span: SpanData) -> SpanData {
     };
     match span.name.as_ref() {
         "request" => {
-            (span.name, span.span_kind) = (format!("{} {}", word("method"), word("route")).into(), SpanKind::Server);
+            (span.name, span.span_kind) =
+                (format!("{} {}", word("method"), word("route")).into(), SpanKind::Server);
         }
         "job" => (span.name, span.span_kind) = (format!("job {}", word("kind")).into(), SpanKind::Consumer),
         "phase" => span.name = word("phase").into(),

@@ -108,7 +108,8 @@ impl Storage<Key> for Instruments {
     }
 
     fn histogram(&self, key: &Key) -> Self::Histogram {
-        let instrument = self.0.f64_histogram(key.name().to_owned()).with_boundaries(LATENCIES.to_vec()).build();
+        let instrument =
+            self.0.f64_histogram(key.name().to_owned()).with_boundaries(LATENCIES.to_vec()).build();
         Arc::new(Distribution { instrument, attributes: attributes(key) })
     }
 }

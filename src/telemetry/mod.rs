@@ -134,7 +134,8 @@ fn resource(role: &'static str) -> Resource {
 
 /// Makes a span that has just begun part of the trace that a W3C `traceparent` names, or the first of a trace of its own.
 pub fn adopt(span: &Span, traceparent: Option<&str>) {
-    let parent = traceparent.map(|text| TraceContextPropagator::new().extract_with_context(&Context::new(), &Carrier(text)));
+    let parent = traceparent
+        .map(|text| TraceContextPropagator::new().extract_with_context(&Context::new(), &Carrier(text)));
     let _ = span.set_parent(parent.unwrap_or_default()); // refused where nobody hears spans
 }
 
@@ -142,9 +143,8 @@ pub fn adopt(span: &Span, traceparent: Option<&str>) {
 pub fn traceparent(span: &Span) -> Option<String> {
     let context = span.context();
     let own = context.span().span_context().clone();
-    own.is_valid().then(|| {
-        format!("00-{}-{}-{:02x}", own.trace_id(), own.span_id(), own.trace_flags().to_u8())
-    })
+    own.is_valid()
+        .then(|| format!("00-{}-{}-{:02x}", own.trace_id(), own.span_id(), own.trace_flags().to_u8()))
 }
 
 /// Says how a request was answered.

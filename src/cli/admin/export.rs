@@ -52,12 +52,13 @@ pub(super) async fn export(
     stop: &CancellationToken,
 ) -> Result<ExitCode, Stop> {
     if tenant.state == TenantState::Active {
-        warn("the tenant is served meanwhile: what comes from now on may be missing; `hypnos admin tenants disable` ends that");
+        warn(
+            "the tenant is served meanwhile: what comes from now on may be missing; `hypnos admin tenants disable` ends that",
+        );
     }
     prepare(out, tenant)?;
-    let style = ProgressStyle::with_template(
-        "{bar:32} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left, {msg}",
-    );
+    let style =
+        ProgressStyle::with_template("{bar:32} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left, {msg}");
     let bytes = store.bytes_of(tenant.id).await.map_err(failed)?;
     let bar = ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut export = Export { store, blobs, out, bar, sums: BTreeMap::new(), missing: 0 };
@@ -246,7 +247,8 @@ impl Export<'_> {
 
     /// The hashes, what it is all about, and the end of being incomplete.
     fn finish(self, tenant: &Tenant, n_jobs: usize) -> Result<ExitCode, Stop> {
-        let sums: String = self.sums.iter().map(|(key, sha256)| format!("{sha256}  objects/{key}\n")).collect();
+        let sums: String =
+            self.sums.iter().map(|(key, sha256)| format!("{sha256}  objects/{key}\n")).collect();
         write(&self.out.join(SUMS), sums.as_bytes())?;
         let about = json!({
             "id": tenant.id, "name": tenant.name, "state": tenant.state, "created_at": time(tenant.created_ms),

@@ -15,7 +15,7 @@ use crate::retry::{self, Retried, Terms};
 use crate::store::{AdminJob, Requeued, Store, Submitted};
 
 #[derive(Debug, Subcommand)]
-pub(super) enum Command {
+pub(in crate::cli) enum Command {
     /// List jobs, the newest first.
     List(List),
     /// Show all that is known of a job.
@@ -35,7 +35,7 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct List {
+pub(in crate::cli) struct List {
     #[command(flatten)]
     conditions: Conditions,
     /// At most so many
@@ -49,7 +49,7 @@ pub(super) struct List {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Show {
+pub(in crate::cli) struct Show {
     /// Its id
     id: JobId,
     /// With what it is to do, which holds the client's own words: prompts, templates
@@ -63,7 +63,7 @@ pub(super) struct Show {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Act {
+pub(in crate::cli) struct Act {
     #[command(flatten)]
     selection: Selection,
     /// A JSON object for each, a line each
@@ -74,7 +74,7 @@ pub(super) struct Act {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Hold {
+pub(in crate::cli) struct Hold {
     /// Only of the tenant of this name
     #[arg(long, value_name = "NAME")]
     tenant: Option<String>,
@@ -89,7 +89,7 @@ pub(super) struct Hold {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Resume {
+pub(in crate::cli) struct Resume {
     /// The pause of the tenant of this name
     #[arg(long, value_name = "NAME")]
     tenant: Option<String>,
@@ -101,7 +101,7 @@ pub(super) struct Resume {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Paused {
+pub(in crate::cli) struct Paused {
     /// A JSON object for each, a line each
     #[arg(long)]
     json: bool,
@@ -200,7 +200,8 @@ async fn show(args: &Show, store: Store) -> Result<ExitCode, Stop> {
     let job = job.ok_or_else(|| Stop::Input(unknown(args.id)))?;
     let mut shown = described(&job);
     let artifacts = store.artifacts(job.job.tenant, job.job.id).await.map_err(failed)?;
-    let artifact = |object: &Object| json!({ "name": object.name, "size": object.size, "sha256": object.sha256 });
+    let artifact =
+        |object: &Object| json!({ "name": object.name, "size": object.size, "sha256": object.sha256 });
     shown["artifacts"] = artifacts.iter().map(artifact).collect();
     if args.spec {
         shown["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
@@ -215,7 +216,9 @@ async fn show(args: &Show, store: Store) -> Result<ExitCode, Stop> {
             Value::Null => {}
             Value::String(text) => say(&format!("{name} {}", plain(text))),
             Value::Array(all) if all.is_empty() => {}
-            Value::Array(all) => all.iter().for_each(|one| say(&format!("{name} {}", plain(&one.to_string())))),
+            Value::Array(all) => {
+                all.iter().for_each(|one| say(&format!("{name} {}", plain(&one.to_string()))))
+            }
             other => say(&format!("{name} {}", plain(&other.to_string()))),
         }
     }
@@ -378,7 +381,8 @@ async fn paused(args: &Paused, store: Store) -> Result<ExitCode, Stop> {
             .to_string());
         } else {
             let what = what(pause.tenant_name.as_deref(), pause.kind);
-            say(format!("{what}, for {}: {}", age(pause.created_ms), plain(&pause.reason)).trim_end_matches(": "));
+            say(format!("{what}, for {}: {}", age(pause.created_ms), plain(&pause.reason))
+                .trim_end_matches(": "));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -65,7 +65,9 @@ impl Place {
 /// The tenant that somebody named.
 async fn tenant_named(store: &Store, name: &str) -> Result<Tenant, Stop> {
     let tenant = store.tenant_named(name).await.map_err(failed)?;
-    tenant.ok_or_else(|| Stop::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` has all")))
+    tenant.ok_or_else(|| {
+        Stop::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` has all"))
+    })
 }
 
 fn failed(error: store::Error) -> Stop {

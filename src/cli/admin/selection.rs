@@ -121,7 +121,11 @@ impl Selection {
         loop {
             let left = self.limit.map_or(PAGE, |limit| PAGE.min(limit - jobs.len() as u32));
             let before = jobs.last().map(|job| job.job.id);
-            let page = if left == 0 { Vec::new() } else { store.all_jobs(&filter, before, left).await.map_err(failed)? };
+            let page = if left == 0 {
+                Vec::new()
+            } else {
+                store.all_jobs(&filter, before, left).await.map_err(failed)?
+            };
             if page.is_empty() {
                 break;
             }

@@ -21,7 +21,7 @@ use crate::store::{Holdings, Store, Tenant, TenantState};
 const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Subcommand)]
-pub(super) enum Command {
+pub(in crate::cli) enum Command {
     /// List tenants and how much they have.
     List(List),
     /// Serve a tenant no more: its keys are answered with 403, its waiting jobs stay where they are. What runs goes on to
@@ -36,7 +36,7 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct List {
+pub(in crate::cli) struct List {
     /// A JSON object for each, a line each
     #[arg(long)]
     json: bool,
@@ -45,7 +45,7 @@ pub(super) struct List {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Named {
+pub(in crate::cli) struct Named {
     /// The tenant's name
     name: String,
     #[command(flatten)]
@@ -53,7 +53,7 @@ pub(super) struct Named {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Export {
+pub(in crate::cli) struct Export {
     /// The tenant's name
     name: String,
     /// Directory to write into: a new one, or one of an export that was broken off, which then goes on
@@ -64,7 +64,7 @@ pub(super) struct Export {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Delete {
+pub(in crate::cli) struct Delete {
     /// The tenant's name
     name: String,
     /// The name again, instead of typing it when asked
@@ -136,7 +136,8 @@ async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<
         store.delete_tenant(tenant.id).await.map_err(failed)?;
     }
     let style = ProgressStyle::with_template("{bar:32} {pos} of {len} jobs, {per_sec}, {eta} left");
-    let bar = ProgressBar::new(holdings.jobs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar =
+        ProgressBar::new(holdings.jobs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut left = holdings.jobs;
     loop {
         // This process is one more of those that tidy up; what it does not come to, they do.
@@ -183,7 +184,8 @@ fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), St
             line.trim_end_matches(['\r', '\n']).to_owned()
         }
         None => {
-            let wanted = format!("this would erase {:?} for good; say --yes-delete {:?}", tenant.name, tenant.name);
+            let wanted =
+                format!("this would erase {:?} for good; say --yes-delete {:?}", tenant.name, tenant.name);
             return Err(Stop::Input(format!("{wanted} if that is meant")));
         }
     };

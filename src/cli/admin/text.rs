@@ -9,7 +9,9 @@ use crate::cli::say;
 /// Prints rows under a head, each column as wide as its widest cell.
 pub(super) fn print_table(head: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..head.len())
-        .map(|i| rows.iter().map(|row| row[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0))
+        .map(|i| {
+            rows.iter().map(|row| row[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0)
+        })
         .collect();
     let line = |cells: Vec<&str>| {
         let padded = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
@@ -54,7 +56,11 @@ pub(super) fn span(text: &str) -> Result<Duration, String> {
         _ => return Err(wanted()),
     };
     let number: u64 = text[..text.len() - unit.len_utf8()].parse().map_err(|_| wanted())?;
-    number.checked_mul(secs).filter(|&secs| secs <= 100 * 365 * 86_400).map(Duration::from_secs).ok_or_else(wanted)
+    number
+        .checked_mul(secs)
+        .filter(|&secs| secs <= 100 * 365 * 86_400)
+        .map(Duration::from_secs)
+        .ok_or_else(wanted)
 }
 
 #[cfg(test)]

@@ -143,7 +143,8 @@ async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
     let ended = ended.await;
     assert_eq!(ended["state"], "succeeded", "{ended}\n{}", process.log());
     let sample = client.post(format!("{job}/sample")).header("prefer", "wait=60");
-    let sample = sample.json(&json!({ "prompts": ["{product} unmentionable"], "steps": 2 })).send().await.unwrap();
+    let sample =
+        sample.json(&json!({ "prompts": ["{product} unmentionable"], "steps": 2 })).send().await.unwrap();
     assert_eq!(sample.status(), 200, "{}", process.log());
     let shown = client.get(format!("http://{operators}/metrics")).send().await.unwrap().text().await.unwrap();
     process.signal("-TERM");
@@ -152,22 +153,34 @@ async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
     // The request, the job and its phases are one trace, below the caller's span.
     let spans = collector.spans();
     let ours: Vec<&Span> = spans.iter().filter(|span| hex(&span.trace_id) == trace).collect();
-    let find = |name: &str| *ours.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("{name}: {ours:?}"));
+    let find = |name: &str| {
+        *ours.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("{name}: {ours:?}"))
+    };
     let request = find("POST /v1/jobs");
     assert_eq!((hex(&request.parent_span_id).as_str(), request.kind), (caller, 2), "a server's");
     let said = texts(&request.attributes);
-    assert_eq!((said["http.route"].as_str(), said["http.response.status_code"].as_str()), ("/v1/jobs", "202"));
+    assert_eq!(
+        (said["http.route"].as_str(), said["http.response.status_code"].as_str()),
+        ("/v1/jobs", "202")
+    );
     let work = find("job train");
     assert_eq!((&work.parent_span_id, work.kind), (&request.span_id, 5), "a consumer's");
     assert_eq!(texts(&work.attributes)["hypnos.job.id"], ended["id"].as_str().unwrap());
     for phase in ["preparing", "class_images", "discriminating", "training", "storing"] {
         let span = find(phase);
         assert_eq!(span.parent_span_id, work.span_id, "{phase}");
-        assert!(work.start_time_unix_nano <= span.start_time_unix_nano && span.end_time_unix_nano <= work.end_time_unix_nano);
+        assert!(
+            work.start_time_unix_nano <= span.start_time_unix_nano
+                && span.end_time_unix_nano <= work.end_time_unix_nano
+        );
     }
     let drawn = spans.iter().find(|span| span.name == "job sample").expect("the sample's");
     assert_ne!(hex(&drawn.trace_id), trace, "its request named no trace");
-    assert!(spans.iter().any(|span| span.name == "POST /v1/jobs/{id}/sample" && span.span_id == drawn.parent_span_id));
+    assert!(
+        spans
+            .iter()
+            .any(|span| span.name == "POST /v1/jobs/{id}/sample" && span.span_id == drawn.parent_span_id)
+    );
     assert!(spans.iter().all(|span| span.name != "worker"), "that one has no end");
 
     // Nothing of what a client wrote is sent, and no attribute that nobody thought of.
@@ -181,8 +194,15 @@ async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
     let pushed = collector.figures();
     let names = shown.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
     let names: BTreeSet<String> = names.map(ToOwned::to_owned).collect();
-    assert!(names.contains("hypnos_jobs_queued") && names.contains("hypnos_http_request_seconds"), "{names:?}");
-    assert_eq!(names.difference(&pushed).collect::<Vec<_>>(), [""; 0].iter().collect::<Vec<_>>(), "{pushed:?}");
+    assert!(
+        names.contains("hypnos_jobs_queued") && names.contains("hypnos_http_request_seconds"),
+        "{names:?}"
+    );
+    assert_eq!(
+        names.difference(&pushed).collect::<Vec<_>>(),
+        [""; 0].iter().collect::<Vec<_>>(),
+        "{pushed:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -230,8 +250,14 @@ fn opentelemetry_s_variables_that_cannot_work_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
     for (given, wanted) in [
-        (vec![("OTEL_EXPORTER_OTLP_ENDPOINT", "127.0.0.1:4318")], "wanted http(s)://HOST:PORT, got \"127.0.0.1:4318\""),
-        (vec![endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")], "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf"),
+        (
+            vec![("OTEL_EXPORTER_OTLP_ENDPOINT", "127.0.0.1:4318")],
+            "wanted http(s)://HOST:PORT, got \"127.0.0.1:4318\"",
+        ),
+        (
+            vec![endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
+            "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf",
+        ),
         (vec![endpoint, ("OTEL_EXPORTER_OTLP_COMPRESSION", "snappy")], "OTEL_*"),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
@@ -239,7 +265,10 @@ fn opentelemetry_s_variables_that_cannot_work_are_refused_in_one_line() {
         let ended = command.envs(given.iter().copied()).output().unwrap();
         let said = String::from_utf8_lossy(&ended.stderr);
         assert_eq!(ended.status.code(), Some(2), "{given:?}: {said}");
-        assert!(said.lines().count() == 1 && said.starts_with("error: ") && said.contains(wanted), "{given:?}: {said}");
+        assert!(
+            said.lines().count() == 1 && said.starts_with("error: ") && said.contains(wanted),
+            "{given:?}: {said}"
+        );
     }
 }
 
@@ -268,7 +297,10 @@ async fn a_worker_answers_operators_on_a_listener_of_its_own() {
     let mut second = Process::start(dir.path(), "second", &["work"], &settings);
     assert!(!second.ended().await);
     let last = second.log().lines().last().unwrap_or_default().to_owned();
-    assert!(last.starts_with("error: HYPNOS_METRICS_LISTEN: ") && last.contains("cannot be listened on"), "{last}");
+    assert!(
+        last.starts_with("error: HYPNOS_METRICS_LISTEN: ") && last.contains("cannot be listened on"),
+        "{last}"
+    );
     drop(taken);
 }
 
@@ -299,7 +331,10 @@ async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_tak
     assert!(status == 200 && said.starts_with("ok\ncuda:0: working\ncuda:1: dead since "), "{said}");
     first.resting("out of memory", Duration::from_secs(5));
     let (status, said) = ready().await;
-    assert!(status == 503 && said.contains("cuda:0: resting since ") && said.contains("out of memory"), "{said}");
+    assert!(
+        status == 503 && said.contains("cuda:0: resting since ") && said.contains("out of memory"),
+        "{said}"
+    );
     first.working();
     assert_eq!(ready().await.0, 200);
     floor.store.close().await;

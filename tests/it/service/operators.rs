@@ -9,7 +9,7 @@ use hypnos::http::ProblemKind;
 use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Object, Spec, State, TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{NewJob, NewKey, Origin, Scope as KeyScope, Store, Submitted, TenantState};
+use hypnos::store::{NewJob, NewKey, Origin, Renewal, Scope as KeyScope, Store, Submitted, TenantState};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -76,7 +76,8 @@ impl Site {
 
     /// Runs `hypnos admin ARGS` without a terminal.
     async fn admin(&self, args: &[&str]) -> Ran {
-        let settings = [("HYPNOS_DATABASE", self.url.clone()), ("HYPNOS_DATA", self.dir.path().display().to_string())];
+        let settings =
+            [("HYPNOS_DATABASE", self.url.clone()), ("HYPNOS_DATA", self.dir.path().display().to_string())];
         run(args, &settings).await
     }
 
@@ -84,10 +85,12 @@ impl Site {
         let id = JobId::new();
         let mut photos = Vec::new();
         for n in 0..3 {
-            photos.push(self.blobs.put(&Key::photo(tenant, id, n), format!("photo {n} of {id}")).await.unwrap());
+            photos.push(
+                self.blobs.put(&Key::photo(tenant, id, n), format!("photo {n} of {id}")).await.unwrap(),
+            );
         }
         let mut options = TrainOptions::default();
-        options.evaluation.prompts = vec![SECRET.into()];
+        options.evaluation.prompts = Some(vec![SECRET.into()]);
         let new = NewJob {
             id,
             tenant,
@@ -124,7 +127,8 @@ impl Site {
     async fn trained(&self, tenant: TenantId) -> Job {
         let job = self.train(tenant).await;
         let lease = self.claim().await.lease();
-        let weights = self.blobs.put(&Key::artifact(tenant, lease, Name::Weights), vec![7; 100_000]).await.unwrap();
+        let weights =
+            self.blobs.put(&Key::artifact(tenant, lease, Name::Weights), vec![7; 100_000]).await.unwrap();
         self.store.finish(lease, &json!({}), &[weights]).await.unwrap();
         let seed = job.created_ms as u64;
         let image = self.blobs.put(&Key::class_image(tenant, "00ff", seed), "a mug").await.unwrap();
@@ -137,7 +141,13 @@ impl Site {
     }
 
     async fn objects(&self, tenant: TenantId) -> Vec<String> {
-        self.blobs.list(&Scope::tenant(tenant)).await.unwrap().iter().map(|entry| entry.key.to_string()).collect()
+        self.blobs
+            .list(&Scope::tenant(tenant))
+            .await
+            .unwrap()
+            .iter()
+            .map(|entry| entry.key.to_string())
+            .collect()
     }
 }
 
@@ -146,7 +156,11 @@ async fn run(args: &[&str], settings: &[(&str, String)]) -> Ran {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_")) {
         command.env_remove(name);
     }
-    command.arg("admin").args(args).envs(settings.iter().map(|(name, value)| (name, value))).stdin(Stdio::null());
+    command
+        .arg("admin")
+        .args(args)
+        .envs(settings.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null());
     let ended = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Ran { code: ended.status.code(), out: text(ended.stdout), err: text(ended.stderr) }
@@ -185,12 +199,14 @@ on_both! {
 }
 
 async fn jobs_are_listed_and_shown_without_what_a_client_wrote(site: Site) {
-    let [shop, other] = [site.store.ensure_tenant("shop").await.unwrap(), site.store.ensure_tenant("other").await.unwrap()];
+    let [shop, other] =
+        [site.store.ensure_tenant("shop").await.unwrap(), site.store.ensure_tenant("other").await.unwrap()];
     let failed = site.failed(shop).await.id;
     let waits = site.train(other).await.id;
 
     let listed = site.admin(&["jobs", "list", "--json"]).await.json();
-    let seen: Vec<_> = listed.iter().map(|job| (job["id"].as_str().unwrap(), job["tenant"].as_str().unwrap())).collect();
+    let seen: Vec<_> =
+        listed.iter().map(|job| (job["id"].as_str().unwrap(), job["tenant"].as_str().unwrap())).collect();
     assert_eq!(seen, [(&*waits.to_string(), "other"), (&*failed.to_string(), "shop")]);
     assert_eq!((&listed[1]["error"]["code"], &listed[1]["attempt"]), (&json!("machine"), &json!(1)));
     for (args, wanted) in [
@@ -206,11 +222,17 @@ async fn jobs_are_listed_and_shown_without_what_a_client_wrote(site: Site) {
     assert_eq!(site.admin(&["jobs", "list", "--json", "--older-than", "1h"]).await.json(), [json!(null); 0]);
     let table = site.admin(&["jobs", "list"]).await.ok();
     assert_eq!(table.lines().count(), 3);
-    assert!(table.starts_with("ID ") && table.contains(&waits.to_string()) && table.contains("1/3"), "{table}");
+    assert!(
+        table.starts_with("ID ") && table.contains(&waits.to_string()) && table.contains("1/3"),
+        "{table}"
+    );
 
     let id = failed.to_string();
     let shown = site.admin(&["jobs", "show", &id, "--json"]).await.json().remove(0);
-    assert_eq!((&shown["state"], &shown["photos"], &shown["class_name"]), (&json!("failed"), &json!(3), &json!("mug")));
+    assert_eq!(
+        (&shown["state"], &shown["photos"], &shown["class_name"]),
+        (&json!("failed"), &json!(3), &json!("mug"))
+    );
     let text = site.admin(&["jobs", "show", &id]).await.ok();
     assert!(text.contains("out of memory") && !text.contains("logo"), "{text}");
     let spec = site.admin(&["jobs", "show", &id, "--spec", "--json"]).await.json().remove(0);
@@ -224,7 +246,9 @@ async fn jobs_are_listed_and_shown_without_what_a_client_wrote(site: Site) {
     let unknown = JobId::new();
     let line = site.admin(&["jobs", "show", &unknown.to_string()]).await.refused(2);
     assert_eq!(line, format!("{unknown}: there is no such job"));
-    for (args, wanted) in [(["jobs", "show", "7"], "not an id"), (["jobs", "list", "--older-than=7"], "such as 2h")] {
+    for (args, wanted) in
+        [(["jobs", "show", "7"], "not an id"), (["jobs", "list", "--older-than=7"], "such as 2h")]
+    {
         let ran = site.admin(&args).await;
         assert!(ran.code == Some(2) && ran.err.contains(wanted), "{}", ran.err);
     }
@@ -263,10 +287,13 @@ async fn jobs_are_retried_requeued_and_canceled_and_refused_in_a_line_each(site:
     let ran = site.admin(&["jobs", "requeue", &unknown, &queued, &running.id.to_string()]).await;
     assert_eq!(ran.code, Some(2));
     let lines: Vec<&str> = ran.err.lines().collect();
-    assert_eq!(lines, [
-        format!("error: {unknown}: there is no such job"),
-        format!("error: {queued}: it is failed; wanted running"),
-    ]);
+    assert_eq!(
+        lines,
+        [
+            format!("error: {unknown}: there is no such job"),
+            format!("error: {queued}: it is failed; wanted running"),
+        ]
+    );
     assert_eq!(ran.out, format!("{} queued\n", running.id));
     assert_eq!(site.state(running.id).await, State::Queued);
     assert!(site.store.finish(running.lease(), &json!({}), &[]).await.is_err(), "it is another's now");
@@ -292,26 +319,52 @@ async fn claims_are_paused_and_resumed(site: Site) {
     site.train(shop).await;
     let claim = async || site.store.claim(Uuid::now_v7(), Kind::ALL, DAY, DAY).await.unwrap();
     assert_eq!(site.admin(&["jobs", "paused"]).await.ok(), "");
-    let said = site.admin(&["jobs", "pause", "--tenant", "shop", "--kind", "train", "--reason", "bad drivers"]).await.ok();
+    let said = site
+        .admin(&["jobs", "pause", "--tenant", "shop", "--kind", "train", "--reason", "bad drivers"])
+        .await
+        .ok();
     assert_eq!(said, "paused: train jobs of shop\n");
     assert!(claim().await.is_none());
     assert!(site.admin(&["jobs", "list"]).await.ok().contains("queued, paused"));
     let paused = site.admin(&["jobs", "paused", "--json"]).await.json();
-    assert_eq!((&paused[0]["tenant"], &paused[0]["kind"], &paused[0]["reason"]), (&json!("shop"), &json!("train"), &json!("bad drivers")));
+    assert_eq!(
+        (&paused[0]["tenant"], &paused[0]["kind"], &paused[0]["reason"]),
+        (&json!("shop"), &json!("train"), &json!("bad drivers"))
+    );
     let line = site.admin(&["jobs", "resume"]).await.refused(2);
     assert_eq!(line, "there is no pause of all jobs of every tenant; `hypnos admin jobs paused` has all");
-    assert_eq!(site.admin(&["jobs", "resume", "--tenant", "shop", "--kind", "train"]).await.ok(), "resumed: train jobs of shop\n");
+    assert_eq!(
+        site.admin(&["jobs", "resume", "--tenant", "shop", "--kind", "train"]).await.ok(),
+        "resumed: train jobs of shop\n"
+    );
     assert!(claim().await.is_some());
 }
 
 async fn tenants_are_listed_disabled_and_enabled(site: Site) {
     let shop = site.store.ensure_tenant("shop").await.unwrap();
     site.train(shop).await;
-    let key = NewKey { id: "k".into(), tenant: shop, name: String::new(), hash: "00".into(), scope: KeyScope::Read, expires_ms: None };
+    let key = NewKey {
+        id: "k".into(),
+        tenant: shop,
+        name: String::new(),
+        hash: "00".into(),
+        scope: KeyScope::Read,
+        expires_ms: None,
+    };
     site.store.create_key(&key).await.unwrap();
-    let list = async || site.admin(&["tenants", "list", "--json"]).await.json().into_iter().find(|one| one["name"] == "shop").unwrap();
+    let list = async || {
+        site.admin(&["tenants", "list", "--json"])
+            .await
+            .json()
+            .into_iter()
+            .find(|one| one["name"] == "shop")
+            .unwrap()
+    };
     let before = list().await;
-    assert_eq!((&before["state"], &before["keys"], &before["queued"], &before["jobs"]), (&json!("active"), &json!(1), &json!(1), &json!(1)));
+    assert_eq!(
+        (&before["state"], &before["keys"], &before["queued"], &before["jobs"]),
+        (&json!("active"), &json!(1), &json!(1), &json!(1))
+    );
     site.admin(&["tenants", "disable", "shop"]).await.ok();
     assert_eq!(list().await["state"], "disabled");
     assert!(site.store.claim(Uuid::now_v7(), Kind::ALL, DAY, DAY).await.unwrap().is_none());
@@ -319,7 +372,12 @@ async fn tenants_are_listed_disabled_and_enabled(site: Site) {
     assert_eq!(list().await["state"], "active");
     let line = site.admin(&["tenants", "disable", "local"]).await.refused(2);
     assert!(line.contains("a service without keys"), "{line}");
-    assert!(site.admin(&["tenants", "disable", "shpo"]).await.refused(2).starts_with("there is no tenant \"shpo\""));
+    assert!(
+        site.admin(&["tenants", "disable", "shpo"])
+            .await
+            .refused(2)
+            .starts_with("there is no tenant \"shpo\"")
+    );
     site.store.delete_tenant(shop).await.unwrap();
     let line = site.admin(&["tenants", "enable", "shop"]).await.refused(2);
     assert_eq!(line, "\"shop\" is being deleted, and cannot be enabled");
@@ -333,7 +391,10 @@ fn lines(out: &Path, name: &str) -> Vec<Value> {
 
 /// Whether the hashes of an export hold, by the program that its reader has.
 fn sums_hold(out: &Path) -> bool {
-    let checked = Command::new("sha256sum").args(["--check", "--strict", "--quiet", "SHA256SUMS"]).current_dir(out).output();
+    let checked = Command::new("sha256sum")
+        .args(["--check", "--strict", "--quiet", "SHA256SUMS"])
+        .current_dir(out)
+        .output();
     checked.unwrap().status.success()
 }
 
@@ -349,7 +410,8 @@ async fn an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off(site:
     let held = site.train(shop).await;
     let lease = site.claim().await.lease();
     assert_eq!(lease.job, held.id);
-    let object = site.blobs.put(&Key::artifact(shop, lease, Name::Checkpoint(5)), "five steps").await.unwrap();
+    let object =
+        site.blobs.put(&Key::artifact(shop, lease, Name::Checkpoint(5)), "five steps").await.unwrap();
     site.store.commit_checkpoint(lease, &Checkpoint { step: 5, object }).await.unwrap();
     let stranger = site.store.ensure_tenant("other").await.unwrap();
     site.train(stranger).await;
@@ -372,7 +434,9 @@ async fn an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off(site:
         let checkpoint: Option<Checkpoint> = serde_json::from_value(job["checkpoint"].clone()).unwrap();
         named.extend(checkpoint.map(|checkpoint| checkpoint.object));
     }
-    named.extend(lines(&out, "class_images.jsonl").into_iter().map(|line| serde_json::from_value(line).unwrap()));
+    named.extend(
+        lines(&out, "class_images.jsonl").into_iter().map(|line| serde_json::from_value(line).unwrap()),
+    );
     assert_eq!(named.len(), 12);
     for object in &named {
         let file = std::fs::read(out.join("objects").join(&object.key)).unwrap();
@@ -388,14 +452,20 @@ async fn an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off(site:
     let marker = format!("tenant {shop}\n");
     std::fs::write(out.join("INCOMPLETE"), &marker).unwrap();
     std::fs::remove_file(out.join("jobs.jsonl")).unwrap();
-    let weights = out.join("objects").join(&named.iter().find(|object| object.name == "weights.safetensors").unwrap().key);
+    let weights = out
+        .join("objects")
+        .join(&named.iter().find(|object| object.name == "weights.safetensors").unwrap().key);
     std::fs::write(&weights, "cut short").unwrap();
     let kept = out.join("objects").join(&named[0].key);
     let before = std::fs::metadata(&kept).unwrap().modified().unwrap();
     site.admin(&["tenants", "export", "shop", "--out", &place]).await.ok();
     assert!(sums_hold(&out) && !out.join("INCOMPLETE").exists());
     assert_eq!(lines(&out, "jobs.jsonl"), jobs);
-    assert_eq!(std::fs::metadata(&kept).unwrap().modified().unwrap(), before, "what was whole is not fetched again");
+    assert_eq!(
+        std::fs::metadata(&kept).unwrap().modified().unwrap(),
+        before,
+        "what was whole is not fetched again"
+    );
 
     std::fs::write(out.join("INCOMPLETE"), &marker).unwrap();
     let line = site.admin(&["tenants", "export", "other", "--out", &place]).await.refused(2);
@@ -414,7 +484,8 @@ async fn an_export_says_what_the_store_has_lost(site: Site) {
 }
 
 async fn a_deleted_tenant_leaves_nothing(site: Site) {
-    let [shop, other] = [site.store.ensure_tenant("shop").await.unwrap(), site.store.ensure_tenant("other").await.unwrap()];
+    let [shop, other] =
+        [site.store.ensure_tenant("shop").await.unwrap(), site.store.ensure_tenant("other").await.unwrap()];
     let trained = site.trained(shop).await;
     for _ in 0..3 {
         site.failed(shop).await;
@@ -437,16 +508,19 @@ async fn a_deleted_tenant_leaves_nothing(site: Site) {
     assert_eq!(running.tenant, shop);
     let store = site.store.clone();
     let worker = tokio::spawn(async move {
-        let heard = eventually("the worker hears of the end", async || {
+        loop {
             match store.renew(running.lease(), DAY, None).await.unwrap() {
-                hypnos::store::Renewal::Held { cancel_requested } => cancel_requested.then_some(()),
-                hypnos::store::Renewal::Lost => panic!("its lease is lost"),
+                Renewal::Held { cancel_requested: true } => break,
+                Renewal::Held { .. } => tokio::time::sleep(Duration::from_millis(20)).await,
+                Renewal::Lost => panic!("its lease is lost"),
             }
-        });
-        heard.await;
+        }
         store.cancelled(running.lease()).await.unwrap();
     });
-    assert_eq!(site.admin(&["tenants", "delete", "shop", "--yes-delete", "shop"]).await.ok(), "\"shop\" is erased\n");
+    assert_eq!(
+        site.admin(&["tenants", "delete", "shop", "--yes-delete", "shop"]).await.ok(),
+        "\"shop\" is erased\n"
+    );
     worker.await.unwrap();
     assert_eq!(site.objects(shop).await, [""; 0]);
     assert_eq!(site.store.tenant_named("shop").await.unwrap(), None);
@@ -469,7 +543,10 @@ async fn a_deletion_that_was_killed_is_finished_by_the_janitor() {
     let stop = tokio_util::sync::CancellationToken::new();
     let pause = Duration::from_millis(10);
     tokio::spawn(hypnos::janitor::run(site.store.clone(), site.blobs.clone(), pause, stop.clone()));
-    eventually("the tenant is gone", async || site.store.tenant_named("shop").await.unwrap().is_none().then_some(())).await;
+    eventually("the tenant is gone", async || {
+        site.store.tenant_named("shop").await.unwrap().is_none().then_some(())
+    })
+    .await;
     assert_eq!(site.objects(shop).await, [""; 0]);
     stop.cancel();
 }
@@ -478,7 +555,9 @@ async fn a_deletion_that_was_killed_is_finished_by_the_janitor() {
 async fn no_database_is_made_by_who_only_looks_at_one() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("slip-of-the-pen");
-    for args in [&["jobs", "list"][..], &["tenants", "list"], &["tenants", "delete", "shop", "--yes-delete", "shop"]] {
+    for args in
+        [&["jobs", "list"][..], &["tenants", "list"], &["tenants", "delete", "shop", "--yes-delete", "shop"]]
+    {
         let line = run(args, &[("HYPNOS_DATA", data.display().to_string())]).await.refused(2);
         assert!(line.starts_with("there is no database at ") && line.contains("HYPNOS_DATA"), "{line}");
         assert!(!data.exists(), "{args:?}");
@@ -515,6 +594,7 @@ async fn the_keys_of_a_disabled_tenant_are_answered_with_403_within_their_time()
     assert!(objects.iter().all(|entry| entry.key.to_string().contains(&job)), "{objects:?}");
 
     assert!(house.floor.store.serve_tenant(house.tenant, true).await.unwrap());
-    eventually("it is served again", async || (house.get("/v1/jobs").await.status() == 200).then_some(())).await;
+    eventually("it is served again", async || (house.get("/v1/jobs").await.status() == 200).then_some(()))
+        .await;
     house.stop().await;
 }
