@@ -112,6 +112,16 @@ impl Storage {
         Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
     }
 
+    /// The file of a database that is one, whether it is there or not.
+    pub fn sqlite_file(&self) -> Result<Option<PathBuf>> {
+        let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())?
+        else {
+            return Ok(Some(self.data.join("hypnos.db")));
+        };
+        let path = url.expose_secret().strip_prefix("sqlite:").map(|path| path.trim_start_matches("//"));
+        Ok(path.map(|path| path.split('?').next().unwrap_or_default().into()))
+    }
+
     /// Whether the database is a file of this machine.
     pub fn is_sqlite(&self) -> Result<bool> {
         Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
@@ -203,9 +213,6 @@ pub struct Serving {
     /// Who may call: keys, or none (without keys, on this machine only); by default none where address and public URL are loopback, else keys
     #[arg(long, env = "HYPNOS_AUTH", value_name = "WHO")]
     pub auth: Option<Auth>,
-    /// Address of a second listener for /metrics, /healthz and /readyz, without keys
-    #[arg(long, env = "HYPNOS_METRICS_LISTEN", value_name = "ADDRESS")]
-    pub metrics_listen: Option<SocketAddr>,
     /// Secret that signs links to objects in a directory; by default drawn once and kept in DATA
     #[arg(long, env = "HYPNOS_URL_SECRET", value_name = "SECRET", hide_env_values = true)]
     pub url_secret: Option<SecretString>,
@@ -317,6 +324,67 @@ fn host(url: &str) -> Option<&str> {
     match authority.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => Some(host),
         _ => Some(authority),
+    }
+}
+
+/// How the process is watched.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Monitoring")]
+pub struct Monitoring {
+    /// Address of a listener for /metrics, /healthz and /readyz, without keys
+    #[arg(long, env = "HYPNOS_METRICS_LISTEN", value_name = "ADDRESS")]
+    pub metrics_listen: Option<SocketAddr>,
+}
+
+/// What is sent to a collector of OpenTelemetry's, as its own variables ask for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Signals {
+    /// Spans of requests and jobs.
+    pub traces: bool,
+    /// The figures of `/metrics`.
+    pub metrics: bool,
+}
+
+impl Signals {
+    /// What the environment asks for.
+    pub fn from_environment() -> Result<Self> {
+        Self::read(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    /// What `variable` asks for: a signal is sent where it has an endpoint, unless it is turned off. How it is sent is read
+    /// from the other variables by OpenTelemetry's own library; what that cannot do is refused here.
+    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let set = |name: &str| {
+            variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+        };
+        if set("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
+            return Ok(Self::default());
+        }
+        let asked = |signal: &str| {
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
+            let Some((endpoint, name)) = names.into_iter().find_map(|name| Some((set(&name)?, name))) else {
+                return Ok(false);
+            };
+            if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+                return wrong(format!("{name}: wanted http(s)://HOST:PORT, got {endpoint:?}"));
+            }
+            let exporter = format!("OTEL_{signal}_EXPORTER");
+            match set(&exporter).as_deref() {
+                None | Some("otlp") => {}
+                Some("none") => return Ok(false),
+                Some(other) => return wrong(format!("{exporter}: wanted otlp or none, got {other:?}")),
+            }
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"), "OTEL_EXPORTER_OTLP_PROTOCOL".into()];
+            match names.into_iter().find_map(|name| Some((set(&name)?, name))) {
+                Some((protocol, name)) if protocol != "http/protobuf" => wrong(format!(
+                    "{name}: wanted http/protobuf, which is all that is spoken here, got {protocol:?}"
+                )),
+                _ => Ok(true),
+            }
+        };
+        Ok(Self { traces: asked("TRACES")?, metrics: asked("METRICS")? })
     }
 }
 
@@ -508,6 +576,41 @@ mod tests {
         assert_eq!(check("PATH"), Ok(()));
         let error = check("HYPNOS_DATABSE").unwrap_err();
         assert_eq!(error.to_string(), "HYPNOS_DATABSE is set, but there is no such setting");
+    }
+
+    #[test]
+    fn opentelemetry_s_own_variables_say_what_is_sent() {
+        let read = |given: &[(&str, &str)]| {
+            let given: Vec<(String, String)> =
+                given.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            Signals::read(|name| {
+                given.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+            })
+        };
+        let (all, none) = (Signals { traces: true, metrics: true }, Signals::default());
+        let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318");
+        assert_eq!(read(&[]), Ok(none));
+        assert_eq!(read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", " ")]), Ok(none));
+        assert_eq!(read(&[endpoint]), Ok(all));
+        assert_eq!(read(&[endpoint, ("OTEL_SDK_DISABLED", "TRUE")]), Ok(none));
+        assert_eq!(
+            read(&[endpoint, ("OTEL_METRICS_EXPORTER", "none")]),
+            Ok(Signals { traces: true, ..none })
+        );
+        let metrics = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "https://collector/v1/metrics");
+        assert_eq!(read(&[metrics]), Ok(Signals { metrics: true, ..none }));
+        let refused = [
+            (
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
+                "wanted http(s)://HOST:PORT, got \"collector:4317\"",
+            ),
+            (("OTEL_TRACES_EXPORTER", "zipkin"), "OTEL_TRACES_EXPORTER: wanted otlp or none, got \"zipkin\""),
+            (("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf"),
+        ];
+        for (given, wanted) in refused {
+            let line = read(&[given, endpoint]).unwrap_err().to_string();
+            assert!(line.contains(wanted), "{line}");
+        }
     }
 
     #[test]

@@ -35,15 +35,35 @@ pub async fn run(store: Store, blobs: Blobs, pause: Duration, stop: Cancellation
     }
 }
 
-async fn round(store: &Store, blobs: &Blobs) -> Result<(), Error> {
+/// One round of all of it.
+pub async fn round(store: &Store, blobs: &Blobs) -> Result<(), Error> {
     let Rescued { requeued, failed, canceled } = store.rescue().await?;
     if requeued + failed + canceled > 0 {
         info!(requeued, failed, canceled, "jobs whose worker was not heard of");
         metrics::counter!("hypnos_rescued_total").increment(requeued + failed + canceled);
     }
     remove_spent_checkpoints(store, blobs).await?;
+    let tenants = store.deleting_tenants().await?;
+    for &tenant in &tenants {
+        store.delete_jobs_of(tenant, ROUND_MAX).await?;
+    }
     for (tenant, job) in store.erasable(ROUND_MAX).await? {
         erase(store, blobs, tenant, job).await?;
+    }
+    for tenant in tenants {
+        finish_tenant(store, blobs, tenant).await?;
+    }
+    Ok(())
+}
+
+/// Erases what is left of a deleted tenant when its last job is gone: class images, whatever no row names, its rows.
+async fn finish_tenant(store: &Store, blobs: &Blobs, tenant: TenantId) -> Result<(), Error> {
+    if store.holdings(tenant).await?.jobs > 0 {
+        return Ok(());
+    }
+    blobs.delete_all(&Scope::tenant(tenant)).await?;
+    if store.forget_tenant(tenant).await? {
+        info!(%tenant, "a deleted tenant is erased");
     }
     Ok(())
 }

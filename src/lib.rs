@@ -27,4 +27,5 @@ pub mod photo;
 pub mod report;
 pub mod retry;
 pub mod store;
+pub mod telemetry;
 pub mod worker;

@@ -122,7 +122,8 @@ impl House {
         let settings =
             http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
-        let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone(), None);
+        let (rows, objects, health) = (store.clone(), blobs.clone(), Health::default());
+        let front = Front::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
         let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
         let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;

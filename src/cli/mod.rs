@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
+mod admin;
 mod bench;
 mod bench_serve;
 mod compare;
@@ -54,6 +55,9 @@ enum Command {
     /// Say who may call.
     #[command(subcommand)]
     Keys(keys::Command),
+    /// Look after jobs and tenants, on the database itself.
+    #[command(subcommand)]
+    Admin(admin::Command),
     /// Print the OpenAPI document of the service.
     Openapi,
     /// Look after the models on disk.
@@ -84,6 +88,8 @@ enum Stop {
     Input(String),
     /// The machine failed.
     Failed(String),
+    /// Told to stop for the second time.
+    AtOnce,
 }
 
 impl From<ml::Error> for Stop {
@@ -117,6 +123,7 @@ pub fn run() -> ExitCode {
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
         Command::Keys(command) => keys::run(&command),
+        Command::Admin(command) => admin::run(&command),
         Command::Openapi => {
             say(crate::http::openapi().trim_end());
             Ok(ExitCode::SUCCESS)
@@ -135,6 +142,7 @@ pub fn run() -> ExitCode {
         let (line, code) = match stop {
             Stop::Input(line) => (line, 2),
             Stop::Failed(line) => (line, 1),
+            Stop::AtOnce => ("told to stop for the second time: stopped at once".into(), 1),
         };
         say_error(&line);
         ExitCode::from(code)

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::problem::{self, Kind, Problem};
 use super::{Front, keys};
+use crate::telemetry;
 
 /// By which a request is found in logs.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -32,12 +33,15 @@ pub(super) async fn finish(request: Request, next: Next) -> Response {
     let headless = request.method() == Method::HEAD;
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!("request", request.id = %id, method, route);
+    let caller = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+    telemetry::adopt(&span, caller);
     let running = Running::begin();
     let response = next.run(request).instrument(span.clone()).await;
     drop(running);
 
     let mut response = dress(response, &id, headless);
     let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
+    telemetry::answered(&span, status);
     span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
     let labels = [("method", method.to_owned()), ("route", route), ("status", status.to_string())];
     metrics::counter!("hypnos_http_requests_total", &labels).increment(1);

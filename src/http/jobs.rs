@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use utoipa::ToSchema;
 
 use super::Front;
@@ -24,6 +24,7 @@ use crate::job::{
     TrainOptions, TrainSpec,
 };
 use crate::store::{Idempotency, NewJob, Origin};
+use crate::telemetry;
 
 /// The form of a new training.
 #[derive(ToSchema)]
@@ -171,7 +172,7 @@ async fn store_and_submit(
         max_attempts: front.settings.attempts_max,
         idempotency,
         queue_max: front.settings.queue_max,
-        origin: Origin::default(),
+        origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
     };
     submit(front, job).await
 }

@@ -23,7 +23,7 @@ use super::{Auth, Front};
 use crate::blobs::hex;
 use crate::job::TenantId;
 pub use crate::store::Scope;
-use crate::store::{self, Store};
+use crate::store::{self, Store, TenantState};
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const PREFIX: &str = "hyp_";
@@ -132,7 +132,11 @@ impl Keys {
         };
         let right = bool::from(hash(secret).as_bytes().ct_eq(found.key.hash.as_bytes()));
         let over = found.ends.is_some_and(|ends| ends <= Instant::now());
-        if right && !over { Ok(found) } else { Err(unauthorized()) }
+        match found.key.tenant_state {
+            _ if !right || over => Err(unauthorized()),
+            TenantState::Active => Ok(found),
+            TenantState::Disabled | TenantState::Deleting => Err(Problem::tenant_disabled()),
+        }
     }
 }
 
@@ -161,9 +165,11 @@ impl Caller {
     /// Whether the key that opened a long answer is still good.
     pub(super) async fn still(&self, front: &Front) -> bool {
         match &self.key {
-            Some(key) => {
-                !matches!(front.keys.check(key).await, Err(problem) if problem.kind() == Kind::Unauthorized)
-            }
+            Some(key) => !front
+                .keys
+                .check(key)
+                .await
+                .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
             None => true,
         }
     }

@@ -52,9 +52,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::blobs::Blobs;
+use crate::health::Health;
 use crate::photo::Decoder;
 use crate::store::Store;
 pub use document::openapi;
+pub use health::{Operations, count_queue};
 pub(crate) use keys::is_loopback;
 pub use photos::{Spotted, Spotter};
 pub use problem::{Kind as ProblemKind, Problem};
@@ -134,13 +136,12 @@ pub struct Shared {
     blobs: Blobs,
     decoder: Decoder,
     settings: Settings,
-    metrics: PrometheusHandle,
+    operations: Arc<Operations>,
     closing: CancellationToken,
     keys: keys::Keys,
     shares: shares::Shares,
     line: line::Line,
     followers: position::Followers,
-    probe: health::Probe,
     spotter: Option<Arc<dyn Spotter>>,
 }
 
@@ -153,8 +154,9 @@ impl Deref for Front {
 }
 
 impl Front {
-    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. Without a `spotter`
-    /// photos are inspected without looking for the product.
+    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. `devices` are those
+    /// of the workers in the same process, if there are some. Without a `spotter` photos are inspected without looking for
+    /// the product.
     pub fn new(
         store: Store,
         blobs: Blobs,
@@ -162,19 +164,21 @@ impl Front {
         settings: Settings,
         metrics: PrometheusHandle,
         closing: CancellationToken,
+        devices: Health,
         spotter: Option<Arc<dyn Spotter>>,
     ) -> Self {
+        let (rows, objects, end) = (store.clone(), blobs.clone(), closing.clone());
+        let operations = Operations::of_front(rows, objects, metrics, end, devices);
         Self(Arc::new(Shared {
+            operations: Arc::new(operations),
             keys: keys::Keys::new(store.clone(), settings.key_time),
             shares: shares::Shares::new(settings.requests_max, settings.waits_max, settings.streams_max),
             line: line::Line::new(settings.uploads_max, decoder.n_parallel()),
             followers: position::Followers::default(),
-            probe: health::Probe::default(),
             store,
             blobs,
             decoder,
             settings,
-            metrics,
             closing,
             spotter,
         }))
@@ -193,7 +197,7 @@ impl Front {
 
     /// What operators ask for, without keys, for a listener of its own.
     pub fn operations(&self) -> Router {
-        dressed(health::open_routes().with_state(self.clone()))
+        self.operations.clone().router()
     }
 }
 

@@ -5,6 +5,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tracing::Span;
 use utoipa::ToSchema;
 
 use super::Front;
@@ -17,6 +18,7 @@ use super::submit::{Accepted, again, answer, drawn_seed, idempotency, replay, su
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
 use crate::store::{NewJob, Origin};
+use crate::telemetry;
 
 /// Draws pictures with a finished training
 ///
@@ -67,7 +69,7 @@ pub(super) async fn create_sample(
             max_attempts: front.settings.attempts_max,
             idempotency,
             queue_max: front.settings.queue_max,
-            origin: Origin::default(),
+            origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
         };
         submit(&front, new).await?
     };

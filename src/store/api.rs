@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::db::{Arg, Row, Tx, args, locking};
-use super::{Error, Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use super::{Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
 use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
 
 /// How long a client's name for a request is kept.
@@ -26,6 +26,7 @@ macro_rules! end {
          state = case when state = 'queued' then 'canceled' else state end, version = version + 1"
     };
 }
+pub(super) use end;
 
 /// What became of the request `$2`, if it is younger than `$3`.
 const RECALL: &str = concat!(
@@ -36,13 +37,14 @@ const RECALL: &str = concat!(
     join job on id = accepted where deleting = 0"
 );
 
-/// Tenants with jobs of the kind `$1` to claim, in the order of their turns, and how many each has: who has fewer
+/// Tenants with jobs of the kind `$1` to claim that nobody holds back, in the order of their turns, and how many each has: who has fewer
 /// running comes first, then who was served longer ago, then who waits longer.
 pub(super) const TURNS: &str = "
     select waiting.tenant, waiting.jobs from (
         select tenant, count(*) as jobs, min(id) as oldest from job
         where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant
     ) waiting
+    where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)
     order by (select count(*) from job where job.tenant = waiting.tenant and state = 'running'),
         (select coalesce(max(claimed_ms), 0) from job where job.tenant = waiting.tenant), waiting.oldest";
 

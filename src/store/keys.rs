@@ -1,7 +1,7 @@
-//! Tenants and API keys. A key's secret never comes here, only its public id and a hash.
+//! API keys. A key's secret never comes here, only its public id and a hash.
 
 use super::db::{Row, args};
-use super::{Result, Store};
+use super::{Result, Store, TenantState};
 use crate::job::{TenantId, words};
 
 words!(
@@ -21,17 +21,6 @@ impl Scope {
     pub fn covers(self, wanted: Self) -> bool {
         self as u8 >= wanted as u8
     }
-}
-
-/// Whose things there are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenant {
-    /// Its id.
-    pub id: TenantId,
-    /// What the operator calls it.
-    pub name: String,
-    /// When it was made.
-    pub created_ms: i64,
 }
 
 /// A key to be made.
@@ -74,43 +63,21 @@ pub struct Key {
     pub left_ms: Option<i64>,
     /// Whether it was neither revoked nor expired when it was read, by the database's clock.
     pub live: bool,
+    /// Whether its tenant was served then.
+    pub tenant_state: TenantState,
 }
 
 macro_rules! key_select {
     () => {
         "select id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms, \
-         expires_ms - ms as left_ms, cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
+         expires_ms - ms as left_ms, \
+         (select state from tenant where tenant.id = api_key.tenant) as tenant_state, \
+         cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
          from api_key cross join clock"
     };
 }
 
 impl Store {
-    /// The tenant of that name, made if there is none.
-    pub async fn ensure_tenant(&self, name: &str) -> Result<TenantId> {
-        let mut tx = self.db.begin().await?;
-        tx.run(
-            "insert into tenant (id, name, created_ms) select $1, $2, ms from clock where true on conflict (name) do nothing",
-            args![TenantId::new(), name],
-        )
-        .await?;
-        let row = tx.row("select id from tenant where name = $1", args![name]).await?;
-        tx.commit().await?;
-        row.expect("made or there before").word("id")
-    }
-
-    /// Every tenant, the oldest first.
-    pub async fn tenants(&self) -> Result<Vec<Tenant>> {
-        let rows = self.db.read("select id, name, created_ms from tenant order by id", &[]).await?;
-        let tenant = |row: &Row| {
-            Ok(Tenant {
-                id: row.word("id")?,
-                name: row.text("name")?.to_owned(),
-                created_ms: row.int("created_ms")?,
-            })
-        };
-        rows.iter().map(tenant).collect()
-    }
-
     /// Makes a key. Its tenant must be there, and its id must be new.
     pub async fn create_key(&self, key: &NewKey) -> Result<()> {
         let insert = "insert into api_key (id, tenant, name, hash, scope, expires_ms, created_ms) \
@@ -152,5 +119,6 @@ fn key(row: &Row) -> Result<Key> {
         revoked_ms: row.int_or_none("revoked_ms")?,
         left_ms: row.int_or_none("left_ms")?,
         live: row.flag("live")?,
+        tenant_state: row.word("tenant_state")?,
     })
 }

@@ -7,15 +7,18 @@
 //!
 //! ```text
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
-//! keys      tenants and API keys                                  objects   artifacts and class images
+//! admin     what an operator does: look at all, requeue, pause    tenants   serve, disable, erase
+//! keys      API keys                                              objects   artifacts and class images
 //! db        the two databases as one: text, numbers, rows         schema    migrations
 //! ```
 
+mod admin;
 mod api;
 mod db;
 mod keys;
 mod objects;
 mod schema;
+mod tenants;
 mod wakes;
 mod worker;
 
@@ -23,7 +26,9 @@ use std::sync::Arc;
 
 use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
 
-pub use keys::{Key, NewKey, Scope, Tenant};
+pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
+pub use keys::{Key, NewKey, Scope};
+pub use tenants::{Holdings, Tenant, TenantState};
 pub use wakes::Wakes;
 pub use worker::{Renewal, Rescued};
 

@@ -55,6 +55,7 @@ macro_rules! let_go {
         "worker = null, lease_until_ms = null, deadline_ms = null, version = version + 1"
     };
 }
+pub(super) use let_go;
 
 /// A deleted row, called `gone`, that nothing hangs on any more.
 macro_rules! erasable {

@@ -22,17 +22,19 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, Span, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::blobs::Blobs;
 use crate::health::{Health, Reporter};
 use crate::job::{Fault, FaultCode, Job, Kind, Spec};
 use crate::store::Store;
+use crate::telemetry;
 use cache::WeightsCache;
 use device::Device;
 pub use device::MakeEngine;
 use lease::Heart;
+use settle::Outcome;
 
 /// Samples that one device has claimed at once: one being drawn, one being fetched.
 const SAMPLES_MAX: usize = 2;
@@ -182,6 +184,7 @@ impl Worker {
     async fn run(self, device: Device, bundle: String, job: Job, asked: Instant) -> Kind {
         let kind = job.kind;
         let span = info_span!("job", job = %job.id, kind = %kind, attempt = job.attempt);
+        telemetry::adopt(&span, job.trace.as_deref());
         let holding = self.heart.hold(job.lease(), asked);
         async {
             info!("claimed");
@@ -190,6 +193,9 @@ impl Worker {
                 Ok(Spec::Sample(spec)) => self.sample(&device, &job, &spec, &holding.held).await,
                 Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
             };
+            if let Outcome::Failed(fault) = &outcome {
+                telemetry::failed(&Span::current(), fault.code.as_str());
+            }
             self.settle(&job, &holding.held, outcome).await;
         }
         .instrument(span)

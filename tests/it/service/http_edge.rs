@@ -429,6 +429,31 @@ async fn a_store_that_is_full_takes_no_server_out_of_service_and_one_that_is_awa
     house.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
+    let devices = hypnos::health::Health::default();
+    let house = House::build(Plan { devices: devices.clone(), ..Plan::default() }).await;
+    assert_eq!(house.get("/readyz").await.text().await.unwrap(), "ok\n");
+    let (first, second) = (devices.add("cuda:0"), devices.add("cuda:1"));
+    for (say, ready) in [
+        (&(|| first.working()) as &dyn Fn(), true),
+        (&|| second.dead("a secret of the machine"), true),
+        (&|| first.resting("a secret of the machine", Duration::from_secs(5)), false),
+        (&|| first.working(), true),
+    ] {
+        say();
+        let answer = house.get("/readyz").await;
+        if ready {
+            assert_eq!(answer.text().await.unwrap(), "ok\n");
+        } else {
+            let (status, slug, body) = problem(answer).await;
+            assert_eq!((status, slug.as_str()), (503, "unavailable"));
+            assert!(!body["detail"].as_str().unwrap().contains("secret"), "that is for operators: {body}");
+        }
+    }
+    house.stop().await;
+}
+
 // attack 15
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_without_a_body_may_say_how_it_is_packed() {

@@ -19,6 +19,8 @@ mod http_keys;
 mod http_proxies;
 mod http_samples;
 mod http_shares;
+mod monitoring;
+mod operators;
 mod page;
 mod photos;
 mod retry;

@@ -1,9 +1,11 @@
 //! The store's contract: one suite, run against both databases.
 
+mod admin;
 mod contract;
 mod crash;
 mod walk;
 
+use std::path::Path;
 use std::time::Duration;
 
 use hypnos::job::{
@@ -81,6 +83,40 @@ impl House {
         } else {
             let mut connection = PgConnection::connect(&self.url).await.unwrap();
             text.execute(&mut connection).await.unwrap();
+        }
+    }
+
+    /// Rows of two texts.
+    async fn pairs(&self, text: &str) -> Vec<(String, String)> {
+        if self.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
+        } else {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
+        }
+    }
+
+    /// Empties the database and gives it the schema of migration 0001, as the first release left it.
+    async fn back_to_the_first_schema(&self) {
+        let sqlite = self.url.starts_with("sqlite:");
+        if sqlite {
+            let all = "select type, name from sqlite_master where type in ('view', 'table') and name not like 'sqlite_%' \
+                       order by type = 'table', rowid desc";
+            for (kind, name) in self.pairs(all).await {
+                self.sql(&format!("drop {kind} {name}")).await;
+            }
+        } else {
+            self.sql("drop schema public cascade; create schema public").await;
+        }
+        let dir = format!("{}/migrations", env!("CARGO_MANIFEST_DIR"));
+        let dir = Path::new(&dir).join(if sqlite { "sqlite" } else { "postgres" });
+        let mut first = sqlx::migrate::Migrator::new(dir).await.unwrap();
+        first.migrations.to_mut().retain(|migration| migration.version == 1);
+        if sqlite {
+            first.run(&mut SqliteConnection::connect(&self.url).await.unwrap()).await.unwrap();
+        } else {
+            first.run(&mut PgConnection::connect(&self.url).await.unwrap()).await.unwrap();
         }
     }
 

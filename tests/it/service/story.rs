@@ -15,14 +15,14 @@ use super::postgres::Postgres;
 use super::s3::{Garage, http};
 
 /// A process of ours, killed with this value.
-struct Process {
-    child: Child,
+pub(super) struct Process {
+    pub(super) child: Child,
     log: PathBuf,
 }
 
 impl Process {
     /// Runs `hypnos ARGS` in the repository, with these settings and no others.
-    fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
+    pub(super) fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
         let log = dir.join(format!("{name}.log"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_"))
@@ -41,17 +41,17 @@ impl Process {
         Self { child, log }
     }
 
-    fn signal(&self, signal: &str) {
+    pub(super) fn signal(&self, signal: &str) {
         let done = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         assert!(done.success());
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
     /// Waits until it has ended by itself; whether well.
-    async fn ended(&mut self) -> bool {
+    pub(super) async fn ended(&mut self) -> bool {
         let ended = eventually("the process ends", async || self.child.try_wait().unwrap());
         ended.await.success()
     }
@@ -64,15 +64,15 @@ impl Drop for Process {
     }
 }
 
-fn free_address() -> SocketAddr {
+pub(super) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-fn photo(n: usize) -> PathBuf {
+pub(super) fn photo(n: usize) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/photos/mug-{n}.jpg"))
 }
 
-async fn is_ready(url: &str) {
+pub(super) async fn is_ready(url: &str) {
     let client = http();
     eventually("the service is ready", async || {
         client.get(format!("{url}/readyz")).send().await.ok().filter(|answer| answer.status().is_success())
