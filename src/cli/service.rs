@@ -14,7 +14,7 @@ use crate::blobs::{Blobs, BlobsConfig, Links};
 use crate::config::{Storage, Working, gigabytes, seconds};
 use crate::engine::{self, CandleEngine, Engine};
 use crate::job::{Fault, FaultCode};
-use crate::store::{self, Store};
+use crate::store::{self, Sessions, Store};
 use crate::worker::{self, MakeEngine};
 
 /// Longest wait between two tries to reach the database at the start.
@@ -102,12 +102,14 @@ pub(super) async fn open_store(
     migrate: bool,
     stop: &CancellationToken,
 ) -> Result<Store, Stop> {
-    let url = storage.database_url()?;
+    let (url, direct) = (storage.database_url()?, storage.database_direct()?);
     storage.check_local()?;
     let mut wait = Duration::from_millis(200);
     loop {
         let opened = async {
-            let store = Store::connect(url.expose_secret(), storage.database_connections).await?;
+            let direct = direct.as_ref().map(ExposeSecret::expose_secret);
+            let store =
+                Store::connect_past(url.expose_secret(), direct, storage.database_connections).await?;
             if migrate {
                 store.migrate().await?;
             }
@@ -115,8 +117,21 @@ pub(super) async fn open_store(
             Ok(store)
         };
         match opened.await {
-            Ok(store) => return Ok(store),
-            Err(store::Error::Away(why)) => warn!("the database cannot be reached yet: {why}"),
+            Ok(store) => {
+                if store.sessions() == Some(Sessions::Shared) {
+                    let hints = match direct {
+                        Some(_) => "hints are heard at HYPNOS_DATABASE_DIRECT",
+                        None => "without HYPNOS_DATABASE_DIRECT jobs are looked for every HYPNOS_POLL_SECS",
+                    };
+                    info!(
+                        "the database is behind a pooler that gives every transaction another session; {hints}"
+                    );
+                }
+                return Ok(store);
+            }
+            Err(store::Error::Away(why) | store::Error::Unknown(why)) => {
+                warn!("the database cannot be reached yet: {why}");
+            }
             Err(error) => return Err(Stop::Input(error.to_string())),
         }
         tokio::select! {

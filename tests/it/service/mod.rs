@@ -2,11 +2,13 @@
 
 mod browser;
 mod chaos;
+mod disk;
 mod floor;
 mod house;
 mod postgres;
 mod s3;
 mod scripted;
+mod wire;
 
 mod blobs;
 mod cases;
@@ -21,4 +23,5 @@ mod photos;
 mod settings;
 mod store;
 mod story;
+mod unknown;
 mod worker;
