@@ -66,6 +66,12 @@ pub struct Storage {
     /// File that holds the URL of the database
     #[arg(long, env = "HYPNOS_DATABASE_FILE", value_name = "FILE")]
     pub database_file: Option<PathBuf>,
+    /// Second URL of the same Postgres that leads past a pooler in transaction mode, to hear of jobs at once; without it they are looked for
+    #[arg(long, env = "HYPNOS_DATABASE_DIRECT", value_name = "URL", hide_env_values = true)]
+    pub database_direct: Option<SecretString>,
+    /// File that holds it
+    #[arg(long, env = "HYPNOS_DATABASE_DIRECT_FILE", value_name = "FILE")]
+    pub database_direct_file: Option<PathBuf>,
     /// Connections to Postgres at most
     #[arg(long, env = "HYPNOS_DATABASE_CONNECTIONS", value_name = "N", default_value_t = 16)]
     pub database_connections: u32,
@@ -120,6 +126,18 @@ impl Storage {
         };
         let path = url.expose_secret().strip_prefix("sqlite:").map(|path| path.trim_start_matches("//"));
         Ok(path.map(|path| path.split('?').next().unwrap_or_default().into()))
+    }
+
+    /// URL of the database past a pooler, if there is one.
+    pub fn database_direct(&self) -> Result<Option<SecretString>> {
+        let (url, file) = (self.database_direct.as_ref(), self.database_direct_file.as_deref());
+        let Some(url) = secret("HYPNOS_DATABASE_DIRECT", url, file)? else { return Ok(None) };
+        let shown = url.expose_secret();
+        if shown.starts_with("postgres://") || shown.starts_with("postgresql://") {
+            return Ok(Some(url));
+        }
+        let scheme = shown.split(':').next().unwrap_or_default();
+        wrong(format!("HYPNOS_DATABASE_DIRECT: wanted postgres://…, got {scheme:?}"))
     }
 
     /// Whether the database is a file of this machine.

@@ -30,7 +30,8 @@ pub enum Retried {
 /// Why nothing can be said.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The database does not answer. The new job may be there or not, and its photos stay for whoever collects orphans.
+    /// The database does not answer. After [`store::Error::Unknown`] the new job may be there or not, and its photos stay for
+    /// whoever collects orphans; after any other there is none.
     #[error(transparent)]
     Store(#[from] store::Error),
     /// A photo could not be read or copied; there is no new job.
@@ -69,11 +70,12 @@ pub async fn retry(store: &Store, blobs: &Blobs, of: &Job, terms: Terms) -> Resu
         queue_max: terms.queue_max,
         origin: Origin { retry_of: Some(of.id), trace: terms.trace },
     };
-    let submitted = store.submit(new).await?; // an error does not say that the row is not there
-    if !matches!(&submitted, Submitted::New(_)) {
+    let submitted = store.submit(new).await;
+    // Only where the outcome is not known the row may be there in spite of an error: then it needs its photos.
+    if !matches!(&submitted, Ok(Submitted::New(_)) | Err(store::Error::Unknown(_))) {
         discard(blobs, of, id).await;
     }
-    Ok(Retried::Submitted(submitted))
+    Ok(Retried::Submitted(submitted?))
 }
 
 /// The photos of `of` under the new job's keys, verified on their way.

@@ -22,7 +22,7 @@ use crate::config::{Signals, Storage, Working, gigabytes, seconds};
 use crate::engine::{self, CandleEngine, Engine};
 use crate::http;
 use crate::job::{Fault, FaultCode};
-use crate::store::{self, Store};
+use crate::store::{self, Sessions, Store};
 use crate::telemetry::{LATENCIES, Telemetry};
 use crate::worker::{self, MakeEngine};
 
@@ -31,6 +31,9 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// How often figures of the queue that are pushed are counted.
 const COUNT_QUEUE: Duration = Duration::from_secs(15);
+
+/// How often measured values are sorted into their buckets.
+const KEEP_UP: Duration = Duration::from_secs(5);
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -127,11 +130,23 @@ impl Watch {
         self,
         work: impl AsyncFnOnce(&Self, CancellationToken) -> Result<T, Stop>,
     ) -> Result<T, Stop> {
-        let done = run(|stop| work(&self, stop));
+        let this = &self;
+        let done = run(|stop| async move {
+            tokio::spawn(keep_up(this.figures.clone()));
+            work(this, stop).await
+        });
         if let Some(telemetry) = self.telemetry.filter(|_| !matches!(&done, Err(Stop::AtOnce))) {
             telemetry.flush();
         }
         done
+    }
+}
+
+/// Sorts what was measured into its buckets. Until then every single value is kept, and nobody may ever ask for `/metrics`.
+async fn keep_up(figures: PrometheusHandle) {
+    loop {
+        tokio::time::sleep(KEEP_UP).await;
+        figures.run_upkeep();
     }
 }
 
@@ -182,12 +197,14 @@ pub(super) async fn open_store(
     migrate: bool,
     stop: &CancellationToken,
 ) -> Result<Store, Stop> {
-    let url = storage.database_url()?;
+    let (url, direct) = (storage.database_url()?, storage.database_direct()?);
     storage.check_local()?;
     let mut wait = Duration::from_millis(200);
     loop {
         let opened = async {
-            let store = Store::connect(url.expose_secret(), storage.database_connections).await?;
+            let direct = direct.as_ref().map(ExposeSecret::expose_secret);
+            let store =
+                Store::connect_past(url.expose_secret(), direct, storage.database_connections).await?;
             if migrate {
                 store.migrate().await?;
             }
@@ -195,8 +212,21 @@ pub(super) async fn open_store(
             Ok(store)
         };
         match opened.await {
-            Ok(store) => return Ok(store),
-            Err(store::Error::Away(why)) => warn!("the database cannot be reached yet: {why}"),
+            Ok(store) => {
+                if store.sessions() == Some(Sessions::Shared) {
+                    let hints = match direct {
+                        Some(_) => "hints are heard at HYPNOS_DATABASE_DIRECT",
+                        None => "without HYPNOS_DATABASE_DIRECT jobs are looked for every HYPNOS_POLL_SECS",
+                    };
+                    info!(
+                        "the database is behind a pooler that gives every transaction another session; {hints}"
+                    );
+                }
+                return Ok(store);
+            }
+            Err(store::Error::Away(why) | store::Error::Unknown(why)) => {
+                warn!("the database cannot be reached yet: {why}");
+            }
             Err(error) => return Err(Stop::Input(error.to_string())),
         }
         tokio::select! {

@@ -98,6 +98,9 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             kinds.push(Kind::Scope);
         }
     }
+    if keyed && method != "get" && path != "/v1/photos/inspect" {
+        kinds.push(Kind::OutcomeUnknown);
+    }
     kinds.sort_by_key(|kind| kind.slug());
     kinds.dedup();
     let responses = operation["responses"].as_object_mut().expect("responses");

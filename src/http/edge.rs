@@ -152,9 +152,11 @@ pub(super) async fn admit(State(front): State<Front>, request: Request, next: Ne
 /// An answer takes half a minute at most, beside the time that its client is willing to wait.
 pub(super) async fn hurry(request: Request, next: Next) -> Response {
     let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
+    // What was to change something may have done so, and only the answer is missing.
+    let kind = if request.method().is_safe() { Kind::Overloaded } else { Kind::OutcomeUnknown };
     match tokio::time::timeout(time, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Problem::new(Kind::Overloaded, "the answer took too long").into_response(),
+        Err(_) => Problem::new(kind, "the answer took too long").into_response(),
     }
 }
 

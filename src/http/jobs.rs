@@ -145,11 +145,16 @@ async fn create(
         return Ok(before);
     }
     let id = JobId::new();
-    let settled = store_and_submit(front, tenant, id, spec, images, idempotency, turn).await;
-    if !settled.as_ref().is_ok_and(|accepted| accepted.job.id == id) {
-        discard(front, tenant, id).await;
+    let accepted = store_and_submit(front, tenant, id, spec, images, idempotency, turn).await;
+    match &accepted {
+        Ok(accepted) if accepted.job.id == id => {}
+        // The row may be there, or may yet be: then it needs its photos.
+        Err(problem) if problem.kind() == ProblemKind::OutcomeUnknown => {
+            tracing::warn!(job.id = %id, "not known whether it was accepted; its photos stay, for the sweep if it was not");
+        }
+        _ => discard(front, tenant, id).await,
     }
-    settled
+    accepted
 }
 
 async fn store_and_submit(
@@ -177,17 +182,10 @@ async fn store_and_submit(
     submit(front, job).await
 }
 
-/// Takes the photos of a refused job away, unless its row is there after all: an answer of the database may have been
-/// lost on its way. Where that cannot be told they stay, for whoever collects orphans.
+/// Takes the photos of a job away that was surely not accepted.
 async fn discard(front: &Front, tenant: TenantId, id: JobId) {
-    match front.store.find(tenant, id, Kind::Train).await {
-        Ok(None) => {
-            if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
-                tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
-            }
-        }
-        Ok(Some(_)) => tracing::warn!(job.id = %id, "accepted, but its answer was lost"),
-        Err(_) => tracing::warn!(job.id = %id, "photos of a refused job may stay behind"),
+    if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
+        tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
     }
 }
 

@@ -121,6 +121,9 @@ kinds! {
         "Try again; if it stays, tell us the `request_id`.";
     Unavailable = "unavailable", SERVICE_UNAVAILABLE, "The database or the object store is away",
         "Try again after `Retry-After` seconds.";
+    OutcomeUnknown = "outcome-unknown", SERVICE_UNAVAILABLE, "Whether the request was done is not known",
+        "It may have been. Send the same request with the same Idempotency-Key after `Retry-After` seconds: the answer \
+         tells. Without a key, look whether it was done before sending it again.";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "The server has too much to do",
         "Try again after `Retry-After` seconds.";
     DecoderBusy = "decoder-busy", SERVICE_UNAVAILABLE, "Too many photos are being decoded",
@@ -234,6 +237,13 @@ impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::Away(_) | store::Error::Schema(_) => Self::away("database", &error),
+            store::Error::Unknown(_) => {
+                tracing::warn!(error = %chain(&error), "the outcome of a request is not known");
+                Self::new(
+                    Kind::OutcomeUnknown,
+                    "the database did not say whether it was done; the same request with the same Idempotency-Key will tell",
+                )
+            }
             store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
                 Self::internal(&error)
             }
@@ -275,6 +285,7 @@ impl IntoResponse for Problem {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"hypnos\""));
             }
             Kind::Unavailable
+            | Kind::OutcomeUnknown
             | Kind::Overloaded
             | Kind::DecoderBusy
             | Kind::TooMany

@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::Front;
 use super::keys::Caller;
@@ -15,6 +15,7 @@ use crate::blobs;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 use crate::retry::{self, Retried, Terms, retry};
 use crate::store::{Idempotency, NewJob, Submitted};
+use crate::telemetry;
 
 const KEY_CHARS_MAX: usize = 255;
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
@@ -119,7 +120,7 @@ pub(super) async fn again(
         max_attempts: front.settings.attempts_max,
         queue_max: front.settings.queue_max,
         idempotency,
-        trace: None,
+        trace: telemetry::traceparent(&Span::current()),
     };
     // To its end, whether or not the client still listens: between the copies and the row nothing may be dropped.
     let work = {

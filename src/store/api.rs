@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use super::db::{Arg, Row, Tx, args, locking};
-use super::{Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use super::settle::settle;
+use super::{Error, Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
 use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
 
 /// How long a client's name for a request is kept.
@@ -51,7 +52,13 @@ pub(super) const TURNS: &str = "
 impl Store {
     /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
     /// undo it. A key whose job was deleted, or that is older than a day, is free again.
+    ///
+    /// After [`Error::Unknown`], and no other error, the job may be there: the objects that it names must stay.
     pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
+        settle(|| self.submit_once(&new), || self.submitted(&new)).await
+    }
+
+    async fn submit_once(&self, new: &NewJob) -> Result<Submitted> {
         let mut tx = self.db.begin().await?;
         // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
         let tenant =
@@ -83,7 +90,7 @@ impl Store {
         if waiting.map_or(Ok(0), |row| row.int("jobs"))? as u64 >= new.queue_max {
             return Ok(Submitted::QueueFull);
         }
-        let job = insert(&mut tx, &new).await?;
+        let job = insert(&mut tx, new).await?;
         if let Some(Idempotency { key, request_hash }) = &new.idempotency {
             let insert = "insert into idempotency (tenant, key, request_hash, job, created_ms) \
                           select $1, $2, $3, $4, ms from clock";
@@ -93,6 +100,24 @@ impl Store {
         tx.commit().await?;
         self.wakes.wake();
         Ok(Submitted::New(job))
+    }
+
+    /// What came of a submission whose commit was not answered. It holds its tenant's row until that is decided. It is not
+    /// repeated instead: the job may have been there, seen, and deleted with its objects.
+    async fn submitted(&self, new: &NewJob) -> Result<Option<Submitted>> {
+        let tenant = (
+            "update tenant set name = name where id = $1",
+            "select id from tenant where id = $1 for no key update",
+        );
+        let select = concat!("select ", job_columns!(), " from job where id = $1");
+        let mut tx = self.db.begin().await?;
+        tx.run(tenant, args![new.tenant]).await?;
+        let row = tx.row(select, args![new.id]).await?;
+        tx.end_look().await?;
+        if row.is_some() {
+            self.wakes.wake();
+        }
+        row.map(|row| job(&row).map(Submitted::New)).transpose()
     }
 
     /// What became of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
@@ -172,13 +197,18 @@ impl Store {
     /// Ends a job that waits at once, and asks for the end of one that runs: it will not succeed any more. One that
     /// has ended stays as it is. The job as it is then.
     pub async fn cancel(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
+        settle(|| self.cancel_once(tenant, id), async || self.cancel_once(tenant, id).await.map(Some)).await
+    }
+
+    async fn cancel_once(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
         let update = concat!(
             "update job set ",
             end!(),
             " where tenant = $1 and id = $2 and deleting = 0 and cancel_requested = 0 and finished_ms is null"
         );
-        let select =
-            concat!("select ", job_columns!(), " from job where tenant = $1 and id = $2 and deleting = 0");
+        let select = locking!(
+            "select ", job_columns!(), " from job where tenant = $1 and id = $2 and deleting = 0"; "for no key update"
+        );
         let mut tx = self.db.begin().await?;
         if tx.run(update, args![tenant, id]).await? > 0 {
             tx.notify().await?;
@@ -192,6 +222,15 @@ impl Store {
     /// Deletes a job, and with a training the samples drawn with it: from now on no reader sees them, and what runs is
     /// canceled. Their objects go later, see [`Store::erasable`]. Whether there was one.
     pub async fn delete(&self, tenant: TenantId, id: JobId) -> Result<bool> {
+        // There was one: else there had been nothing to commit. Said again it is gone, whoever it was.
+        settle(
+            || self.delete_once(tenant, id),
+            async || self.delete_once(tenant, id).await.map(|_| Some(true)),
+        )
+        .await
+    }
+
+    async fn delete_once(&self, tenant: TenantId, id: JobId) -> Result<bool> {
         let mut tx = self.db.begin().await?;
         // The training first: whoever submits a sample of it holds or waits for its row.
         let update = concat!(

@@ -84,7 +84,20 @@ impl Store {
                       select $1, $2, $3, $4, $5, $6, ms from clock";
         let NewKey { id, tenant, name, hash, scope, expires_ms } = key;
         let values = args![id.as_str(), *tenant, name.as_str(), hash.as_str(), scope.as_str(), *expires_ms];
-        self.db.write(insert, values).await.map(drop)
+        settle(async || self.db.write(insert, values).await.map(drop), || self.created(key)).await
+    }
+
+    /// Whether a key is there whose commit was not answered. Until that is decided it holds its tenant's row, as every row
+    /// does that names another.
+    async fn created(&self, key: &NewKey) -> Result<Option<()>> {
+        let tenant =
+            ("update tenant set name = name where id = $1", "select id from tenant where id = $1 for update");
+        let mut tx = self.db.begin().await?;
+        tx.run(tenant, args![key.tenant]).await?;
+        let select = "select id from api_key where id = $1 and hash = $2";
+        let row = tx.row(select, args![key.id.as_str(), key.hash.as_str()]).await?;
+        tx.end_look().await?;
+        Ok(row.map(drop))
     }
 
     /// The key of that public part, live or not.
@@ -101,9 +114,13 @@ impl Store {
 
     /// Revokes a key. Whether there was one to revoke.
     pub async fn revoke_key(&self, id: &str) -> Result<bool> {
-        let update =
-            "update api_key set revoked_ms = (select ms from clock) where id = $1 and revoked_ms is null";
-        Ok(self.db.write(update, args![id]).await? > 0)
+        let revoke = async || {
+            let update =
+                "update api_key set revoked_ms = (select ms from clock) where id = $1 and revoked_ms is null";
+            Ok(self.db.write(update, args![id]).await? > 0)
+        };
+        // Said again, none is left that could be revoked.
+        settle(revoke, async || revoke().await.map(|_| Some(true))).await
     }
 }
 

@@ -9,25 +9,32 @@
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
 //! admin     what an operator does: look at all, requeue, pause    tenants   serve, disable, erase
 //! keys      API keys                                              objects   artifacts and class images
-//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! settle    what is done about a write whose outcome is unknown   faults    what can be done about an error
+//! db        the two databases as one: text, numbers, rows         session   Postgres, and poolers before it
+//! schema    migrations                                            boot      what SQLite's leases are measured by
 //! ```
 
 mod admin;
 mod api;
+mod boot;
 mod db;
+mod faults;
 mod keys;
 mod objects;
 mod schema;
+mod session;
+mod settle;
 mod tenants;
 mod wakes;
 mod worker;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
+use crate::job::{Job, JobId, Kind, Lease, Object, Spec, State, TenantId};
 
 pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
 pub use keys::{Key, NewKey, Scope};
+pub use session::Sessions;
 pub use tenants::{Holdings, Tenant, TenantState};
 pub use wakes::Wakes;
 pub use worker::{Renewal, Rescued};
@@ -37,9 +44,14 @@ use db::Db;
 /// What went wrong. No message holds SQL, a path or what a client sent.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No answer now: not reachable, busy, out of connections or out of disk. The same again may succeed.
+    /// No answer now: not reachable, busy, read-only, out of connections or out of disk. Nothing was done; the same again
+    /// may succeed.
     #[error("the database cannot be reached")]
     Away(#[source] Cause),
+    /// A commit was sent and its answer was lost or is late: it may have been done, or may yet be. Nothing that cannot be
+    /// undone may happen until that is settled.
+    #[error("whether the database has done it is not known")]
+    Unknown(#[source] Cause),
     /// The job is no longer this claim's: nothing was written, and nothing more may be.
     #[error("the lease was lost")]
     LeaseLost,
@@ -65,14 +77,29 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Store {
     db: Db,
     wakes: Arc<wakes::Hub>,
+    /// Claims whose commit was not answered.
+    doubtful: Arc<Mutex<Vec<Lease>>>,
 }
 
 impl Store {
     /// Connects, and migrates nothing. `url` is `sqlite:PATH`, a file that is made if need be in a directory that is
     /// there, or `postgres://…`; `pool_max` is the most connections, on SQLite the most that read at once.
     pub async fn connect(url: &str, pool_max: u32) -> Result<Self> {
-        let db = Db::connect(url, pool_max.max(1)).await?;
-        Ok(Self { db, wakes: Arc::default() })
+        Self::connect_past(url, None, pool_max).await
+    }
+
+    /// The same, with a second address of the same database that leads past a pooler, to listen at.
+    pub async fn connect_past(url: &str, direct: Option<&str>, pool_max: u32) -> Result<Self> {
+        let db = Db::connect(url, direct, pool_max.max(1)).await?;
+        Ok(Self { db, wakes: Arc::default(), doubtful: Arc::default() })
+    }
+
+    /// Whose sessions its statements run in; none if the database has no sessions.
+    pub fn sessions(&self) -> Option<Sessions> {
+        match &self.db {
+            Db::Sqlite { .. } => None,
+            Db::Postgres(server) => Some(server.sessions),
+        }
     }
 
     /// Brings the schema up to this program. Of two that do so at once, one waits.
@@ -90,8 +117,8 @@ impl Store {
         self.db.row("select 1", &[]).await.map(drop)
     }
 
-    /// Hears of jobs to claim and of cancels, from this process and, on Postgres, from others. A hint only: whoever
-    /// waits for it looks once a second all the same. Call it within a runtime.
+    /// Hears of jobs to claim and of cancels, from this process and, on Postgres unless a pooler is in between, from others.
+    /// A hint only: whoever waits for it looks once a second all the same. Call it within a runtime.
     pub fn wakes(&self) -> Wakes {
         self.wakes.listen(&self.db)
     }

@@ -1,8 +1,10 @@
 //! Rows that name objects in the bucket: artifacts of jobs, and class images that jobs share.
 
+use std::collections::HashSet;
+
 use super::db::{Row, args};
 use super::{Result, Store, json, parse};
-use crate::job::{JobId, Object, TenantId};
+use crate::job::{Checkpoint, JobId, Object, TenantId};
 
 macro_rules! artifact_select {
     () => {
@@ -54,6 +56,28 @@ impl Store {
             json(meta)
         ];
         Ok(self.db.write(sql, &[&place[..], &what[..]].concat()).await? > 0)
+    }
+
+    /// The keys of all objects that a job's attempts wrote and its row names, its checkpoint among them; none if the row is
+    /// gone. A locking read: once it answers, no earlier write of this job is under way any more, and what it does not name
+    /// nothing will.
+    pub async fn named(&self, id: JobId) -> Result<HashSet<String>> {
+        let lock = (
+            "update job set version = version where id = $1 returning checkpoint",
+            "select checkpoint from job where id = $1 for no key update",
+        );
+        let mut tx = self.db.begin().await?;
+        let mut named = HashSet::new();
+        if let Some(row) = tx.row(lock, args![id]).await? {
+            if let Some(text) = row.text_or_none("checkpoint")? {
+                named.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
+            }
+            for artifact in tx.rows("select key from artifact where job = $1", args![id]).await? {
+                named.insert(artifact.text("key")?.to_owned());
+            }
+        }
+        tx.end_look().await?;
+        Ok(named)
     }
 
     /// Whether objects of a job may not be swept away: of its photos, where no claim is given; of a claim, while it runs

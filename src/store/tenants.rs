@@ -3,6 +3,7 @@
 use super::api::end;
 use super::db::{Row, args};
 use super::objects::object;
+use super::settle::settle;
 use super::{Result, Store};
 use crate::job::{Object, TenantId, words};
 
@@ -53,6 +54,10 @@ macro_rules! tenant_select {
 impl Store {
     /// The tenant of that name, made if there is none.
     pub async fn ensure_tenant(&self, name: &str) -> Result<TenantId> {
+        settle(|| self.ensure_tenant_once(name), async || self.ensure_tenant_once(name).await.map(Some)).await
+    }
+
+    async fn ensure_tenant_once(&self, name: &str) -> Result<TenantId> {
         let mut tx = self.db.begin().await?;
         tx.run(
             "insert into tenant (id, name, created_ms) select $1, $2, ms from clock where true on conflict (name) do nothing",

@@ -174,6 +174,9 @@ impl Worker {
             }
         }
         jobs.join_all().await;
+        if let Err(error) = self.store.settle_claims().await {
+            warn!("a job that may have been claimed is left to its lease: {error}");
+        }
     }
 
     async fn claim(&self, identity: Uuid, kinds: &[Kind]) -> crate::store::Result<Option<Job>> {

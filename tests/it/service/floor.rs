@@ -17,6 +17,7 @@ use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::postgres::Postgres;
 use super::scripted::Script;
 
 pub(super) const TENANT: TenantId = TenantId::LOCAL;
@@ -38,6 +39,11 @@ impl Floor {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}", dir.path().join("hypnos.db").display());
         Self::on(dir, &url).await
+    }
+
+    /// On a fresh database of that server.
+    pub(super) async fn on_server(server: &Postgres) -> Self {
+        Self::on(tempfile::tempdir().unwrap(), &server.fresh().await).await
     }
 
     /// On the database at `url`.
@@ -76,11 +82,21 @@ impl Floor {
 
     /// The same, with another way to the objects.
     pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
+        self.work_with(script, self.settings.clone(), self.store.clone(), blobs)
+    }
+
+    /// The same, with another way to the database.
+    pub(super) async fn work_through(&self, script: &Script, url: &str) -> Worker {
+        let store = Store::connect(url, 8).await.unwrap();
+        let settings = Settings { database: url.into(), ..self.settings.clone() };
+        self.work_with(script, settings, store, self.blobs.clone())
+    }
+
+    fn work_with(&self, script: &Script, settings: Settings, store: Store, blobs: Blobs) -> Worker {
         let drain = CancellationToken::new();
         let engines = vec![("scripted".to_owned(), script.engine())];
         let health = Health::default();
-        let (settings, store, seen, stop) =
-            (self.settings.clone(), self.store.clone(), health.clone(), drain.clone());
+        let (seen, stop) = (health.clone(), drain.clone());
         let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
         Worker { drain, health, task: tokio::spawn(run) }
     }
@@ -217,7 +233,7 @@ impl Worker {
 }
 
 /// What `look` finds, as soon as it finds it.
-pub(super) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = look().await {

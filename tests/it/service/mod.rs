@@ -2,12 +2,14 @@
 
 mod browser;
 mod chaos;
+mod disk;
 mod floor;
 mod house;
 mod nginx;
 mod postgres;
 mod s3;
 mod scripted;
+mod wire;
 
 mod blobs;
 mod cases;
@@ -27,4 +29,5 @@ mod retry;
 mod settings;
 mod store;
 mod story;
+mod unknown;
 mod worker;

@@ -1,8 +1,11 @@
-//! The store's contract: one suite, run against both databases.
+//! The store's contract: one suite, run against both databases, and against Postgres behind a pooler.
 
 mod admin;
 mod contract;
 mod crash;
+mod pooler;
+mod unknown;
+mod upgrade;
 mod walk;
 
 use std::path::Path;
@@ -12,12 +15,12 @@ use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Origin, Store, Submitted, Wakes};
+use hypnos::store::{Idempotency, NewJob, Origin, Sessions, Store, Submitted, Wakes};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
-use super::postgres::Postgres;
+use super::postgres::{Bouncer, Postgres, socket_of};
 
 const LONG: Duration = Duration::from_mins(10);
 const NONE: Duration = Duration::ZERO;
@@ -25,9 +28,13 @@ const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 
 /// A database of a test's own.
 struct House {
+    /// Where the store connects to.
     url: String,
+    /// The database itself, where a pooler is in between.
+    direct: Option<String>,
     store: Store,
     dir: Option<tempfile::TempDir>,
+    _bouncer: Option<Bouncer>,
 }
 
 impl House {
@@ -41,10 +48,19 @@ impl House {
         Self::at(Postgres::database().await).await
     }
 
+    /// Behind a PgBouncer in transaction mode.
+    async fn pgbouncer() -> Self {
+        let direct = Postgres::database().await;
+        let bouncer = Bouncer::start(socket_of(&direct), "");
+        let house = Self::at(bouncer.through(&direct)).await;
+        assert_eq!(house.store.sessions(), Some(Sessions::Shared));
+        Self { direct: Some(direct), _bouncer: Some(bouncer), ..house }
+    }
+
     async fn at(url: String) -> Self {
         let store = Store::connect(&url, 16).await.unwrap();
         store.migrate().await.unwrap();
-        Self { url, store, dir: None }
+        Self { url, direct: None, store, dir: None, _bouncer: None }
     }
 
     /// Another database of the same kind, as the first schema left it, with these rows; not migrated since.
@@ -64,14 +80,14 @@ impl House {
         } else {
             first.run(&mut PgConnection::connect(&url).await.unwrap()).await.unwrap();
         }
-        let house = Self { url, store, dir: None };
+        let house = Self { url, direct: None, store, dir: None, _bouncer: None };
         house.sql(rows).await;
         house
     }
 
     /// As another process would have it.
     async fn another(&self) -> Store {
-        Store::connect(&self.url, 16).await.unwrap()
+        Store::connect_past(&self.url, self.direct.as_deref(), 16).await.unwrap()
     }
 
     /// Does to the database what the store would not.
@@ -81,7 +97,8 @@ impl House {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             text.execute(&mut connection).await.unwrap();
         } else {
-            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            let direct = self.direct.as_ref().unwrap_or(&self.url);
+            let mut connection = PgConnection::connect(direct).await.unwrap();
             text.execute(&mut connection).await.unwrap();
         }
     }
@@ -209,8 +226,8 @@ fn fault() -> Fault {
     Fault::new(FaultCode::Machine, "out of memory")
 }
 
-/// Runs each promise against either database.
-macro_rules! on_both {
+/// Runs each promise against either database, and against one behind a pooler.
+macro_rules! on_each {
     ($($promise:ident),+ $(,)?) => {
         mod sqlite {
             $(
@@ -228,6 +245,14 @@ macro_rules! on_both {
                 }
             )+
         }
+        mod pgbouncer {
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $promise() {
+                    super::$promise(super::House::pgbouncer().await).await;
+                }
+            )+
+        }
     };
 }
-use on_both;
+use on_each;

@@ -11,7 +11,7 @@ use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
 use super::floor::eventually;
-use super::postgres::Postgres;
+use super::postgres::{Bouncer, Postgres, socket_of};
 use super::s3::{Garage, http};
 
 /// A process of ours, killed with this value.
@@ -136,12 +136,24 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     assert!(serve.ended().await, "{}", serve.log());
 }
 
-/// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
-/// revived; a third ends the job.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
+    one_killed_and_one_frozen(Postgres::database().await).await;
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_outlives_a_killed_worker_and_a_frozen_one_behind_a_pooler() {
+    let direct = Postgres::database().await;
+    let bouncer = Bouncer::start(socket_of(&direct), "");
+    one_killed_and_one_frozen(bouncer.through(&direct)).await;
+}
+
+/// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
+/// revived; a third ends the job.
+async fn one_killed_and_one_frozen(database: String) {
     let dir = tempfile::tempdir().unwrap();
-    let (garage, database) = (Garage::start().await, Postgres::database().await);
+    let garage = Garage::start().await;
     let (bucket, address) = (garage.bucket(), free_address());
     let url = format!("http://{address}");
     let mut settings = BTreeMap::from([
@@ -171,6 +183,10 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     settings.remove("HYPNOS_LISTEN");
     settings.remove("HYPNOS_AUTH");
     is_ready(&url).await;
+    let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
+    let shared = store.sessions() == Some(hypnos::store::Sessions::Shared);
+    let told = serve.log().matches("the database is behind a pooler").count();
+    assert_eq!(told, usize::from(shared), "in one line: {}", serve.log());
     let client = http();
     let worker = |name: &str| {
         let mut settings = settings.clone();
@@ -196,7 +212,6 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     assert_eq!(answer.status(), 202);
     let job = answer.headers()["location"].to_str().unwrap().to_owned();
     let id = job.rsplit('/').next().unwrap().parse().unwrap();
-    let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
     let tenant = store.ensure_tenant("shop").await.unwrap();
     let row = async || store.find(tenant, id, hypnos::job::Kind::Train).await.unwrap().unwrap();
     let steps = |row: &hypnos::job::Job| row.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
@@ -358,6 +373,16 @@ fn settings_that_cannot_work_are_refused_in_one_line() {
         ),
         (&["serve"], &[("HYPNOS_PUBLIC_URL", "https://a@b")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
         (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
+        (
+            &["serve"],
+            &[("HYPNOS_DATABASE_DIRECT", "mysql://x")],
+            "HYPNOS_DATABASE_DIRECT: wanted postgres://…, got \"mysql\"",
+        ),
+        (
+            &["serve"],
+            &[("HYPNOS_DATABASE_DIRECT", "postgres://host/x")],
+            "HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file",
+        ),
         (&["serve"], &[("HYPNOS_OBJECTS", "s3://bucket")], "HYPNOS_S3_ACCESS_KEY is not set"),
         (&["serve"], &[("HYPNOS_S3_ENDPOINT", "http://x")], "HYPNOS_OBJECTS is not s3://BUCKET"),
         (&["serve"], &[("HYPNOS_PUBLIC_URL", "ftp://x")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
