@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::db::{Arg, Row, Tx, args, locking};
 use super::settle::settle;
-use super::{Error, Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use super::{Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
 use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
 
 /// How long a client's name for a request is kept.

@@ -1,6 +1,7 @@
 //! API keys. A key's secret never comes here, only its public id and a hash.
 
 use super::db::{Row, args};
+use super::settle::settle;
 use super::{Result, Store, TenantState};
 use crate::job::{TenantId, words};
 

@@ -63,31 +63,14 @@ impl House {
         Self { url, direct: None, store, dir: None, _bouncer: None }
     }
 
-    /// Another database of the same kind, as the first schema left it, with these rows; not migrated since.
-    async fn of_the_first_schema(&self, rows: &str) -> Self {
-        let migrations = tempfile::tempdir().unwrap();
-        let (url, kind) = match &self.dir {
-            Some(dir) => (format!("sqlite:{}/first.db", dir.path().display()), "sqlite"),
-            None => (Postgres::database().await, "postgres"),
-        };
-        let all = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
-        std::fs::copy(all.join("0001_queue.sql"), migrations.path().join("0001_queue.sql")).unwrap();
-        let first = sqlx::migrate::Migrator::new(migrations.path()).await.unwrap();
-        // Whoever connects makes the file, as it did then.
-        let store = Store::connect(&url, 4).await.unwrap();
-        if kind == "sqlite" {
-            first.run(&mut SqliteConnection::connect(&url).await.unwrap()).await.unwrap();
-        } else {
-            first.run(&mut PgConnection::connect(&url).await.unwrap()).await.unwrap();
-        }
-        let house = Self { url, direct: None, store, dir: None, _bouncer: None };
-        house.sql(rows).await;
-        house
-    }
-
     /// As another process would have it.
     async fn another(&self) -> Store {
         Store::connect_past(&self.url, self.direct.as_deref(), 16).await.unwrap()
+    }
+
+    /// The address of the database itself.
+    fn direct(&self) -> &str {
+        self.direct.as_ref().unwrap_or(&self.url)
     }
 
     /// Does to the database what the store would not.
@@ -97,8 +80,7 @@ impl House {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             text.execute(&mut connection).await.unwrap();
         } else {
-            let direct = self.direct.as_ref().unwrap_or(&self.url);
-            let mut connection = PgConnection::connect(direct).await.unwrap();
+            let mut connection = PgConnection::connect(self.direct()).await.unwrap();
             text.execute(&mut connection).await.unwrap();
         }
     }
@@ -109,7 +91,7 @@ impl House {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
         } else {
-            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            let mut connection = PgConnection::connect(self.direct()).await.unwrap();
             sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
         }
     }
@@ -133,7 +115,7 @@ impl House {
         if sqlite {
             first.run(&mut SqliteConnection::connect(&self.url).await.unwrap()).await.unwrap();
         } else {
-            first.run(&mut PgConnection::connect(&self.url).await.unwrap()).await.unwrap();
+            first.run(&mut PgConnection::connect(self.direct()).await.unwrap()).await.unwrap();
         }
     }
 

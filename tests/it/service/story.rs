@@ -359,7 +359,7 @@ type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 fn settings_that_cannot_work_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
-    let cases: [Case; 11] = [
+    let cases: [Case; 13] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
         (
             &["serve", "--listen", "0.0.0.0:0", "--auth", "none"],

@@ -5,7 +5,7 @@ use hypnos::store::{AdminFilter, AdminJob, Error, Filter, NewKey, Renewal, Reque
 
 use super::*;
 
-on_both! {
+on_each! {
     an_operator_sees_every_tenant_s_jobs,
     an_operator_sees_what_a_client_does_not,
     a_requeued_job_is_taken_from_its_worker_at_the_cost_of_no_attempt,

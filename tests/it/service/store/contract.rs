@@ -830,7 +830,9 @@ async fn keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made(h
             ('k3', '{tenant}', '', 'h3', 'write', 10, {}, null);",
         i64::MAX
     );
-    let old = house.of_the_first_schema(&rows).await;
+    let old = house;
+    old.back_to_the_first_schema().await;
+    old.sql(&rows).await;
     assert!(matches!(old.store.check_schema().await, Err(Error::Schema(line)) if line.contains("older")));
     old.store.migrate().await.unwrap();
     old.store.check_schema().await.unwrap();
