@@ -2,7 +2,8 @@
 //! objects, the deployment's marker is kept up. Any number of processes may do it at once; every statement checks again
 //! what it relies on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
@@ -118,11 +119,21 @@ async fn remove_checkpoint(
     Ok(store.forget_checkpoint(job).await?)
 }
 
-/// Erases the class images of a tenant, which no job takes with it: objects first, so that a crash leaves rows that say
-/// what is still to be done. Nobody may draw for the tenant any more.
-pub async fn erase_class_images(store: &Store, blobs: &Blobs, tenant: TenantId) -> Result<(), Error> {
-    blobs.delete_all(&Scope::class_images(tenant)).await?;
-    store.forget_class_images(tenant).await?;
+/// Erases a deleted job: its objects, then its row. Fails without harm: the row still says that it is to be erased.
+pub async fn erase(store: &Store, blobs: &Blobs, tenant: TenantId, job: JobId) -> Result<(), Error> {
+    blobs.delete_all(&Scope::job(tenant, job)).await?;
+    Ok(store.erased(&[job]).await?)
+}
+
+/// Erases what is left of a deleted tenant when its last job is gone: class images, whatever no row names, its rows.
+async fn finish_tenant(store: &Store, blobs: &Blobs, tenant: TenantId) -> Result<(), Trouble> {
+    if store.holdings(tenant).await?.jobs > 0 {
+        return Ok(());
+    }
+    blobs.delete_all(&Scope::tenant(tenant)).await?;
+    if store.forget_tenant(tenant).await? {
+        info!(%tenant, "a deleted tenant is erased");
+    }
     Ok(())
 }
 
@@ -145,13 +156,29 @@ impl Trouble {
     }
 }
 
-/// Erases deleted jobs: their objects, then their rows. One that cannot be erased is tried again later, and later each
-/// time, and holds up no other.
+/// Erases deleted jobs and tenants: their objects, then their rows. One that cannot be erased is tried again later, and
+/// later each time, and holds up no other.
 #[derive(Debug)]
 pub struct Eraser {
     store: Store,
     blobs: Blobs,
-    failing: HashMap<JobId, Failing>,
+    failing: HashMap<Of, Failing>,
+}
+
+/// Whose objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Of {
+    Job(JobId),
+    Tenant(TenantId),
+}
+
+impl fmt::Display for Of {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Job(job) => write!(f, "job {job}"),
+            Self::Tenant(tenant) => write!(f, "tenant {tenant}"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -170,8 +197,12 @@ impl Eraser {
     /// Erases all that there is to erase now, and the checkpoints of ended jobs. What stays behind, in words, if anything
     /// does. Fails where database or object store are away, and then has tried a part only.
     pub async fn round(&mut self) -> Result<Option<String>, Error> {
-        let mut seen = Vec::new();
+        let mut seen = HashSet::new();
         self.checkpoints(&mut seen).await?;
+        let tenants = self.store.deleting_tenants().await?;
+        for &tenant in &tenants {
+            while self.store.delete_jobs_of(tenant, PAGE).await? > 0 {}
+        }
         loop {
             let mut n_erased = 0;
             let mut after = None;
@@ -179,23 +210,35 @@ impl Eraser {
                 let page = self.store.erasable(after, PAGE).await?;
                 let Some(&(_, last)) = page.last() else { break };
                 after = Some(last);
-                seen.extend(page.iter().map(|(_, job)| *job));
+                seen.extend(page.iter().map(|(_, job)| Of::Job(*job)));
                 n_erased += self.erase(page).await?;
             }
             if n_erased == 0 {
                 break; // a training goes after its samples
             }
         }
-        self.failing.retain(|job, _| seen.contains(job));
-        let first = self.failing.iter().min_by_key(|(job, _)| **job);
-        Ok(first.map(|(job, failing)| {
-            format!("{} jobs cannot be erased; the first: job {job}: {}", self.failing.len(), failing.why)
+        for tenant in tenants {
+            seen.insert(Of::Tenant(tenant));
+            if self.is_due(Of::Tenant(tenant), Instant::now())
+                && let Err(trouble) = finish_tenant(&self.store, &self.blobs, tenant).await
+            {
+                self.note(vec![(Of::Tenant(tenant), trouble)], 0)?;
+            }
+        }
+        self.failing.retain(|of, _| seen.contains(of));
+        let first = self.failing.iter().min_by_key(|(of, _)| **of);
+        Ok(first.map(|(of, failing)| {
+            format!(
+                "{} jobs or tenants cannot be erased; the first: {of}: {}",
+                self.failing.len(),
+                failing.why
+            )
         }))
     }
 
     async fn erase(&mut self, page: Vec<(TenantId, JobId)>) -> Result<usize, Error> {
         let now = Instant::now();
-        let due = page.into_iter().filter(|(_, job)| self.is_due(*job, now));
+        let due = page.into_iter().filter(|(_, job)| self.is_due(Of::Job(*job), now));
         let blobs = self.blobs.clone();
         let each = due.map(|(tenant, job)| {
             let blobs = blobs.clone();
@@ -206,47 +249,47 @@ impl Eraser {
         self.store.erased(&gone).await?;
         metrics::counter!("hypnos_erased_total").increment(gone.len() as u64);
         for job in &gone {
-            self.failing.remove(job);
+            self.failing.remove(&Of::Job(*job));
         }
-        let failed = done.into_iter().filter_map(|(job, done)| Some((job, done.err()?))).collect();
+        let failed = done.into_iter().filter_map(|(job, done)| Some((Of::Job(job), done.err()?))).collect();
         self.note(failed, gone.len())?;
         Ok(gone.len())
     }
 
-    async fn checkpoints(&mut self, seen: &mut Vec<JobId>) -> Result<(), Error> {
+    async fn checkpoints(&mut self, seen: &mut HashSet<Of>) -> Result<(), Error> {
         let mut after = None;
         loop {
             let page = self.store.spent_checkpoints(after, PAGE).await?;
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(*last);
-            seen.extend(page.iter().map(|(job, _)| *job));
+            seen.extend(page.iter().map(|(job, _)| Of::Job(*job)));
             let now = Instant::now();
             let (mut failed, mut n_gone) = (Vec::new(), 0);
-            for (job, checkpoint) in page.into_iter().filter(|(job, _)| self.is_due(*job, now)) {
+            for (job, checkpoint) in page.into_iter().filter(|(job, _)| self.is_due(Of::Job(*job), now)) {
                 match remove_checkpoint(&self.store, &self.blobs, job, &checkpoint).await {
                     Ok(()) => n_gone += 1,
-                    Err(trouble) => failed.push((job, trouble)),
+                    Err(trouble) => failed.push((Of::Job(job), trouble)),
                 }
             }
             self.note(failed, n_gone)?;
         }
     }
 
-    fn is_due(&self, job: JobId, now: Instant) -> bool {
-        self.failing.get(&job).is_none_or(|failing| failing.until <= now)
+    fn is_due(&self, of: Of, now: Instant) -> bool {
+        self.failing.get(&of).is_none_or(|failing| failing.until <= now)
     }
 
     /// Puts off what failed. Where all of many failed without an answer, no more is tried in this round.
-    fn note(&mut self, failed: Vec<(JobId, Trouble)>, n_gone: usize) -> Result<(), Error> {
+    fn note(&mut self, failed: Vec<(Of, Trouble)>, n_gone: usize) -> Result<(), Error> {
         metrics::counter!("hypnos_erase_failures_total").increment(failed.len() as u64);
         let away = failed.iter().filter(|(_, trouble)| trouble.is_of_the_moment()).count();
         let is_away = n_gone == 0 && away >= AWAY_FROM;
         let mut last = None;
-        for (job, trouble) in failed {
+        for (of, trouble) in failed {
             let wait_max = if trouble.is_of_the_moment() { WAIT_AWAY_MAX } else { WAIT_MAX };
-            let wait = self.failing.get(&job).map_or(WAIT, |failing| failing.wait * 2).min(wait_max);
+            let wait = self.failing.get(&of).map_or(WAIT, |failing| failing.wait * 2).min(wait_max);
             let failing = Failing { wait, until: Instant::now() + wait, why: trouble.to_string() };
-            self.failing.insert(job, failing);
+            self.failing.insert(of, failing);
             last = Some(trouble);
         }
         match last {

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use crate::blobs::{self, Blobs, Entry, Key, Scope};
 use crate::deployment;
 use crate::job::{JobId, TenantId};
-use crate::store::{self, Named, Store};
+use crate::store::{self, Kept, Store};
 
 /// What kept a sweep from going on.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +99,9 @@ pub async fn find(store: &Store, blobs: &Blobs, before: Timestamp) -> Result<Fou
 pub async fn remove(store: &Store, blobs: &Blobs, orphans: &[Entry]) -> Result<Removed, Error> {
     let mut removed = Removed::default();
     for (owner, entries) in by_owner(orphans.iter().cloned()) {
+        if let Owner::Job(_, job) = owner {
+            store.named(job).await?; // waits until no write to its row is under way
+        }
         let rows = rows(store, &owner).await?;
         let (kept, gone): (Vec<Key>, Vec<Key>) =
             entries.into_iter().map(|entry| entry.key).partition(|key| rows.keep(key));
@@ -142,15 +145,13 @@ fn by_owner(entries: impl Iterator<Item = Entry>) -> BTreeMap<Owner, Vec<Entry>>
 
 /// What the rows say of an owner's objects.
 enum Rows {
-    Job(Option<Named>),
+    Job(Option<Kept>),
     ClassImages(HashSet<String>),
 }
 
 async fn rows(store: &Store, owner: &Owner) -> Result<Rows, Error> {
     Ok(match owner {
-        Owner::Job(tenant, job) => {
-            Rows::Job(store.named(*job).await?.filter(|named| named.tenant == *tenant))
-        }
+        Owner::Job(tenant, job) => Rows::Job(store.kept(*job).await?.filter(|kept| kept.tenant == *tenant)),
         Owner::ClassImages(tenant, settings) => {
             Rows::ClassImages(store.class_image_keys(*tenant, settings).await?)
         }
@@ -161,11 +162,9 @@ impl Rows {
     fn keep(&self, key: &Key) -> bool {
         match self {
             Self::Job(None) => false,
-            Self::Job(Some(named)) => {
+            Self::Job(Some(kept)) => {
                 let lease = key.owner().and_then(|(_, _, lease)| lease);
-                named.deleting
-                    || named.keys.contains(key.as_str())
-                    || lease.is_some() && lease == named.running
+                kept.deleting || kept.keys.contains(key.as_str()) || lease.is_some() && lease == kept.running
             }
             Self::ClassImages(keys) => keys.contains(key.as_str()),
         }

@@ -28,10 +28,11 @@ use tokio_util::sync::CancellationToken;
 use super::{Stop, say};
 use crate::blobs::{Blobs, BlobsConfig, Place};
 use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
+use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
 use crate::photo::{Decoder, Limits};
-use crate::store::{NewJob, NewKey, Scope, Store, Submitted};
+use crate::store::{NewJob, NewKey, Origin, Scope, Store, Submitted};
 use crate::worker;
 
 /// Connections of each server to the database.
@@ -131,7 +132,8 @@ impl House {
         let settings =
             http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
-        let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone(), None);
+        let (rows, objects, health) = (store.clone(), blobs.clone(), Health::default());
+        let front = Front::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
         let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
         let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
@@ -161,6 +163,7 @@ impl House {
             max_attempts: 1,
             idempotency: None,
             queue_max: u64::MAX >> 1,
+            origin: Origin::default(),
         };
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job.id),
@@ -217,7 +220,8 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
     };
     let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
     let engines = vec![("idle".to_owned(), make)];
-    let work = worker::run(settings, house.store.clone(), house.blobs.clone(), engines, drain.clone());
+    let (store, blobs, stop) = (house.store.clone(), house.blobs.clone(), drain.clone());
+    let work = async move { worker::run(settings, store, blobs, engines, &Health::default(), stop).await };
     let work = tokio::spawn(work);
     // First what was put there to be looked at; then one after the other.
     let mut waited: Vec<f64> = Vec::new();

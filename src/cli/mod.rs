@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
+mod admin;
 mod backup;
 mod bench;
 mod bench_serve;
@@ -60,6 +61,9 @@ enum Command {
     /// Say who may call.
     #[command(subcommand)]
     Keys(keys::Command),
+    /// Look after jobs and tenants, on the database itself.
+    #[command(subcommand)]
+    Admin(admin::Command),
     /// Print the OpenAPI document of the service.
     Openapi,
     /// Look after the models on disk.
@@ -90,6 +94,8 @@ enum Stop {
     Input(String),
     /// The machine failed.
     Failed(String),
+    /// Told to stop for the second time.
+    AtOnce,
 }
 
 impl From<ml::Error> for Stop {
@@ -125,6 +131,7 @@ pub fn run() -> ExitCode {
         Command::Backup(args) => backup::run(&args),
         Command::Pair(args) => pair::run(&args),
         Command::Keys(command) => keys::run(&command),
+        Command::Admin(command) => admin::run(&command),
         Command::Openapi => {
             say(crate::http::openapi().trim_end());
             Ok(ExitCode::SUCCESS)
@@ -143,6 +150,7 @@ pub fn run() -> ExitCode {
         let (line, code) = match stop {
             Stop::Input(line) => (line, 2),
             Stop::Failed(line) => (line, 1),
+            Stop::AtOnce => ("told to stop for the second time: stopped at once".into(), 1),
         };
         say_error(&line);
         ExitCode::from(code)

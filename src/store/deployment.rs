@@ -26,9 +26,9 @@ pub struct Deployment {
     pub restored: Option<(i64, i64)>,
 }
 
-/// What a job names in the object store.
+/// What a sweep keeps of a job: what it names in the object store, or may name yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Named {
+pub struct Kept {
     /// Its tenant.
     pub tenant: TenantId,
     /// Keys of its photos, its checkpoint and its artifacts.
@@ -146,12 +146,12 @@ impl Store {
         row.map(|row| row.word("id")).transpose()
     }
 
-    /// What a job names; none if there is no such job.
-    pub async fn named(&self, id: JobId) -> Result<Option<Named>> {
+    /// What is to be kept of a job; none if there is no such job.
+    pub async fn kept(&self, id: JobId) -> Result<Option<Kept>> {
         // The row first: as long as it says that a claim is under way, whatever that claim names later is kept.
         let select = "select tenant, state, run_lease, deleting, photos, checkpoint from job where id = $1";
         let Some(row) = self.db.row(select, args![id]).await? else { return Ok(None) };
-        let mut named = Named {
+        let mut kept = Kept {
             tenant: row.word("tenant")?,
             running: (row.word::<State>("state")? == State::Running)
                 .then(|| row.int("run_lease"))
@@ -160,14 +160,14 @@ impl Store {
             keys: HashSet::new(),
         };
         let photos: Vec<At> = parse("photos", row.text("photos")?)?;
-        named.keys.extend(photos.into_iter().map(|photo| photo.key));
+        kept.keys.extend(photos.into_iter().map(|photo| photo.key));
         if let Some(text) = row.text_or_none("checkpoint")? {
-            named.keys.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
+            kept.keys.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
         }
         for row in self.db.read("select key from artifact where job = $1", args![id]).await? {
-            named.keys.insert(row.text("key")?.to_owned());
+            kept.keys.insert(row.text("key")?.to_owned());
         }
-        Ok(Some(named))
+        Ok(Some(kept))
     }
 
     /// Of these hashes, those of weights that a job has to show.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::db::{Row, args};
 use super::{Error, Result, Store, json, parse};
-use crate::job::{JobId, Object, TenantId};
+use crate::job::{Checkpoint, JobId, Object, TenantId};
 
 macro_rules! artifact_select {
     () => {
@@ -80,9 +80,26 @@ impl Store {
         rows.iter().map(|row| Ok(row.text("key")?.to_owned())).collect()
     }
 
-    /// Forgets all class images of a tenant, whose objects are gone. How many there were.
-    pub async fn forget_class_images(&self, tenant: TenantId) -> Result<u64> {
-        self.db.write("delete from class_image where tenant = $1", args![tenant]).await
+    /// The keys of all objects that a job's attempts wrote and its row names, its checkpoint among them; none if the row is
+    /// gone. A locking read: once it answers, no earlier write of this job is under way any more, and what it does not name
+    /// nothing will.
+    pub async fn named(&self, id: JobId) -> Result<HashSet<String>> {
+        let lock = (
+            "update job set version = version where id = $1 returning checkpoint",
+            "select checkpoint from job where id = $1 for no key update",
+        );
+        let mut tx = self.db.begin().await?;
+        let mut named = HashSet::new();
+        if let Some(row) = tx.row(lock, args![id]).await? {
+            if let Some(text) = row.text_or_none("checkpoint")? {
+                named.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
+            }
+            for artifact in tx.rows("select key from artifact where job = $1", args![id]).await? {
+                named.insert(artifact.text("key")?.to_owned());
+            }
+        }
+        tx.end_look().await?;
+        Ok(named)
     }
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::db::{CHANNEL, Db};
+use super::session::Server;
 
 /// Before a lost listener tries again. Whoever waits polls meanwhile.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -56,7 +57,7 @@ impl Hub {
 
     pub(super) fn listen(&self, db: &Db) -> Wakes {
         let wakes = Wakes(self.sender.subscribe());
-        if let Db::Postgres { options, .. } = db {
+        if let Db::Postgres(Server { listen: Some(options), .. }) = db {
             let mut running = self.relay.lock().unwrap_or_else(PoisonError::into_inner);
             if running.as_ref().is_none_or(JoinHandle::is_finished) {
                 *running = Some(tokio::spawn(relay((**options).clone(), self.sender.clone())));

@@ -23,16 +23,19 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, Span, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::blobs::Blobs;
+use crate::health::{Health, Reporter};
 use crate::job::{Fault, FaultCode, Job, Kind, Spec};
 use crate::store::Store;
+use crate::telemetry;
 use cache::WeightsCache;
 use device::Device;
 pub use device::MakeEngine;
 use lease::Heart;
+use settle::Outcome;
 
 /// Samples that one device has claimed at once: one being drawn, one being fetched.
 const SAMPLES_MAX: usize = 2;
@@ -78,7 +81,7 @@ struct Worker {
 }
 
 /// Works until `drain` is called and what is held has been finished or given back. One driver for each engine, by the
-/// name of its device.
+/// name of its device; `health` hears how each is doing.
 ///
 /// Fails before the first claim if an engine cannot be made, and later only if every device's thread has died.
 pub async fn run(
@@ -86,6 +89,7 @@ pub async fn run(
     store: Store,
     blobs: Blobs,
     engines: Vec<(String, MakeEngine)>,
+    health: &Health,
     drain: CancellationToken,
 ) -> Result<(), Fault> {
     let machine =
@@ -106,12 +110,13 @@ pub async fn run(
         drain,
     };
     let _forgetting = AbortOnDropHandle::new(tokio::spawn(worker.clone().forget_deleted()));
+    let engines: Vec<_> = engines.into_iter().map(|(name, make)| (health.add(&name), name, make)).collect();
     let mut drivers = JoinSet::new();
-    for (name, make) in engines {
+    for (reporter, name, make) in engines {
         let (device, bundle) = Device::start(&name, make).await?;
         info!(device = name, bundle, "ready");
         let span = info_span!("worker", device = name);
-        drivers.spawn(worker.clone().drive(device, bundle).instrument(span));
+        drivers.spawn(worker.clone().drive(device, bundle, reporter).instrument(span));
     }
     drivers.join_all().await;
     if let Err(error) = std::fs::remove_dir_all(&scratch) {
@@ -143,7 +148,8 @@ impl Worker {
     }
 
     /// Claims and runs jobs until told to drain, then waits for those that it holds.
-    async fn drive(self, device: Device, bundle: String) {
+    async fn drive(self, device: Device, bundle: String, reporter: Reporter) {
+        reporter.working();
         let identity = Uuid::now_v7(); // fresh with every start: names of machines come again
         let mut wakes = self.store.wakes();
         let mut jobs: JoinSet<Kind> = JoinSet::new();
@@ -197,6 +203,9 @@ impl Worker {
             }
         }
         jobs.join_all().await;
+        if let Err(error) = self.store.settle_claims().await {
+            warn!("a job that may have been claimed is left to its lease: {error}");
+        }
     }
 
     async fn claim(&self, identity: Uuid, kinds: &[Kind]) -> crate::store::Result<Option<Job>> {
@@ -207,6 +216,7 @@ impl Worker {
     async fn run(self, device: Device, bundle: String, job: Job, asked: Instant) -> Kind {
         let kind = job.kind;
         let span = info_span!("job", job = %job.id, kind = %kind, attempt = job.attempt);
+        telemetry::adopt(&span, job.trace.as_deref());
         let holding = self.heart.hold(job.lease(), asked);
         async {
             info!("claimed");
@@ -215,6 +225,9 @@ impl Worker {
                 Ok(Spec::Sample(spec)) => self.sample(&device, &job, &spec, &holding.held).await,
                 Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
             };
+            if let Outcome::Failed(fault) = &outcome {
+                telemetry::failed(&Span::current(), fault.code.as_str());
+            }
             self.settle(&job, &holding.held, outcome).await;
         }
         .instrument(span)

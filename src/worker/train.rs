@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{Span, info_span, warn};
 
 use super::Worker;
 use super::device::{Device, Order, TrainOrder, reply};
@@ -44,6 +44,7 @@ impl Worker {
         held: &Arc<Held>,
     ) -> Result<Outcome, Outcome> {
         held.progress(Progress::begin(Phase::Preparing, 0));
+        let preparing = phase_span(Phase::Preparing, &Span::current());
         let scratch = self.scratch_of(job)?;
         let mut photos = Vec::new();
         for photo in &job.photos {
@@ -56,6 +57,7 @@ impl Worker {
             None => None,
         };
 
+        drop(preparing);
         let (events, mut heard) = mpsc::unbounded_channel();
         let storing = Arc::new(AtomicBool::new(false));
         let mut watch = Watcher {
@@ -66,6 +68,8 @@ impl Worker {
             checkpoint_every: self.settings.checkpoint_every,
             checkpointed: Instant::now(),
             pace: Pace::default(),
+            job: Span::current(),
+            phase: Span::none(),
         };
         let (sender, answer) = oneshot::channel();
         device.send(Order::Train(TrainOrder {
@@ -235,6 +239,7 @@ impl Worker {
         trained: Trained,
         n_previews: u64,
     ) -> Result<Outcome, Outcome> {
+        let _storing = phase_span(Phase::Storing, &Span::current());
         let mut storing = Progress::begin(Phase::Storing, trained.images.len() as u64 + 3);
         storing.images = n_previews;
         held.progress(storing.clone());
@@ -293,6 +298,9 @@ struct Watcher {
     checkpoint_every: std::time::Duration,
     checkpointed: Instant,
     pace: Pace,
+    job: Span,
+    /// Of the phase at hand; it ends when the next one begins.
+    phase: Span,
 }
 
 impl Watcher {
@@ -302,6 +310,7 @@ impl Watcher {
             Beat::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
                 if self.pace.began.is_none_or(|(phase, ..)| phase != progress.phase) {
+                    self.phase = phase_span(progress.phase, &self.job);
                     self.send(Event::Phase(progress.phase, Instant::now()));
                 }
                 progress.eta_seconds = self.pace.eta(&progress);
@@ -332,6 +341,11 @@ impl Watcher {
     fn send(&self, event: Event) {
         let _ = self.events.send(event); // the job's task is gone only if the process is ending
     }
+}
+
+/// A phase of a job, for traces: it takes as long as this lives.
+pub(super) fn phase_span(phase: Phase, job: &Span) -> Span {
+    info_span!(parent: job, "phase", phase = %phase)
 }
 
 /// How fast the phase at hand goes, and so when it ends.

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use hypnos::blobs::{Blobs, BlobsConfig, Bucket, Key, Name, Place, Scope};
 use hypnos::job::{Job, JobId, Kind, Object, Spec, TenantId, TrainOptions, TrainSpec};
-use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::store::{NewJob, Origin, Store, Submitted};
 use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 use uuid::Uuid;
@@ -95,6 +95,7 @@ async fn trained(store: &Store, blobs: &Blobs) -> Job {
         priority: 0,
         max_attempts: 3,
         idempotency: None,
+        origin: Origin::default(),
         queue_max: 1000,
     };
     let Submitted::New(_) = store.submit(new).await.unwrap() else { panic!("not accepted") };

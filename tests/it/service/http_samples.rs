@@ -267,8 +267,17 @@ async fn a_sample_sent_twice_under_one_key_is_one_sample() {
     let answer = request.json(&json!({ "prompts": ["c"] })).send().await.unwrap();
     assert_eq!(answer.status(), 202);
     let id = answer.json::<Value>().await.unwrap()["id"].as_str().unwrap().to_owned();
+    let early = house.ask(Method::POST, &format!("/v1/samples/{id}/retry")).send().await.unwrap();
+    assert_eq!(refusal(early).await, (409, "wrong-state".into()));
     let canceled = house.ask(Method::POST, &format!("/v1/samples/{id}/cancel")).send().await.unwrap();
     assert_eq!(canceled.status(), 202);
-    assert_eq!(canceled.json::<Value>().await.unwrap()["state"], "canceled");
+    let canceled: Value = canceled.json().await.unwrap();
+    assert_eq!(canceled["state"], "canceled");
+    // One that ended without pictures is drawn again as a new one.
+    let again = house.ask(Method::POST, &format!("/v1/samples/{id}/retry")).send().await.unwrap();
+    assert_eq!(again.status(), 202);
+    let again: Value = again.json().await.unwrap();
+    assert_eq!((&again["retry_of"], &again["state"]), (&canceled["id"], &json!("queued")));
+    assert_eq!((&again["spec"], &again["job_id"]), (&canceled["spec"], &canceled["job_id"]));
     house.stop().await;
 }

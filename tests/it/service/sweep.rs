@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use hypnos::blobs::{Blobs, BlobsConfig, Key, Name, Place, Scope};
 use hypnos::deployment;
 use hypnos::job::{JobId, Lease, Spec, TenantId, TrainOptions, TrainSpec};
-use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::store::{NewJob, Origin, Store, Submitted};
 
 use super::s3::files;
 
@@ -55,6 +55,7 @@ impl Shop {
             priority: 0,
             max_attempts: 3,
             idempotency: None,
+            origin: Origin::default(),
             queue_max: 1000,
         };
         let Submitted::New(_) = self.store.submit(new).await.unwrap() else { panic!("not accepted") };

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::chaos::{Chaos, What};
 use super::floor::{Floor, eventually, is};
+use super::postgres::{Bouncer, Postgres, socket_of};
 use super::scripted::{Did, Script, expected_weights};
 
 const QUICK: Duration = Duration::from_millis(1);
@@ -233,10 +234,10 @@ async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
 
 /// Kills a worker during its `nth` use of the store, for every n that a training has, and sees to it that another ends
 /// the job with the right result, whole, and that no object is left which no row names, but for the dead attempt's.
-async fn killed_at_every_use_of_the_store(what: What) {
+async fn killed_at_every_use_of_the_store(what: What, new_floor: impl AsyncFn() -> Floor) {
     let mut n = 0;
     loop {
-        let mut floor = Floor::new().await;
+        let mut floor = new_floor().await;
         floor.settings.lease = Duration::from_millis(400);
         floor.settings.beat = Duration::from_millis(50);
         floor.settings.checkpoint_every = Duration::from_millis(8);
@@ -273,13 +274,25 @@ async fn killed_at_every_use_of_the_store(what: What) {
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_before_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsBefore).await;
+    killed_at_every_use_of_the_store(What::HangsBefore, Floor::new).await;
 }
 
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_after_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsAfter).await;
+    killed_at_every_use_of_the_store(What::HangsAfter, Floor::new).await;
+}
+
+// case 55, A7
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_behind_a_pooler_loses_nothing() {
+    let direct = Postgres::database().await;
+    let bouncer = Bouncer::start(socket_of(&direct), "");
+    let floor = async || {
+        let database = bouncer.through(&Postgres::database().await);
+        Floor::on(tempfile::tempdir().unwrap(), &database).await
+    };
+    killed_at_every_use_of_the_store(What::HangsAfter, floor).await;
 }
 
 // case 68

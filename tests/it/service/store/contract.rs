@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-on_both! {
+on_each! {
     a_job_comes_back_as_it_was_accepted,
     fifty_equal_requests_at_once_are_one_job,
     a_key_belongs_to_one_request_for_a_day,
@@ -26,6 +26,7 @@ on_both! {
     a_renewal_holds_the_lease_and_tells_of_a_cancel,
     the_version_changes_when_a_client_can_see_a_change,
     a_lost_lease_writes_nothing,
+    an_end_that_is_said_again_changes_nothing,
     a_lost_worker_costs_an_attempt_and_the_last_one_the_job,
     a_deadline_ends_an_attempt_however_alive_its_worker_looks,
     a_lease_that_is_held_is_not_rescued,
@@ -44,10 +45,13 @@ on_both! {
     lists_are_filtered_and_turned_page_by_page,
     another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
+    keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made,
     gauges_count_what_waits_and_what_runs,
     a_submission_wakes_who_waits,
     two_migrations_at_once_are_one,
     a_schema_of_another_version_is_refused,
+    the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs,
+    what_a_row_names_is_read_under_its_lock,
 }
 
 async fn a_job_comes_back_as_it_was_accepted(house: House) {
@@ -355,17 +359,24 @@ async fn a_lost_lease_writes_nothing(house: House) {
     house.store.commit_checkpoint(lost, &checkpoint(1)).await.unwrap();
     assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
     let unborn = Lease { job: JobId::new(), run_lease: 1 };
-    writes_nothing(&house, tenant, id, &[lost, unborn], "waiting again").await;
+    writes_nothing(&house, tenant, id, &[lost, unborn], None, "waiting again").await;
 
     let held = house.claim().await.unwrap().lease();
     let future = Lease { job: id, run_lease: held.run_lease + 1 };
-    writes_nothing(&house, tenant, id, &[lost, future, unborn], "another's").await;
+    writes_nothing(&house, tenant, id, &[lost, future, unborn], None, "another's").await;
 
     house.store.finish(held, &json!({}), &[object("weights")]).await.unwrap();
-    writes_nothing(&house, tenant, id, &[lost, held, future], "ended").await;
+    writes_nothing(&house, tenant, id, &[lost, held, future], Some(held), "ended").await;
 }
 
-async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Lease], when: &str) {
+async fn writes_nothing(
+    house: &House,
+    tenant: TenantId,
+    id: JobId,
+    leases: &[Lease],
+    ended: Option<Lease>,
+    when: &str,
+) {
     let (before, shown) = (house.train(tenant, id).await, house.store.artifacts(tenant, id).await.unwrap());
     let lost =
         |answer: Result<(), Error>| assert!(matches!(answer, Err(Error::LeaseLost)), "{when}: {answer:?}");
@@ -374,6 +385,9 @@ async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Le
         assert_eq!(store.renew(lease, LONG, Some(&progress(9))).await.unwrap(), Renewal::Lost, "{when}");
         lost(store.commit_checkpoint(lease, &checkpoint(9)).await.map(drop));
         lost(store.add_artifact(lease, &object("late")).await);
+        if ended == Some(lease) {
+            continue; // whoever ended it hears again what became of it
+        }
         lost(store.finish(lease, &json!({"late": true}), &[object("late")]).await.map(drop));
         lost(store.fail(lease, &fault(), None).await.map(drop));
         lost(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
@@ -382,6 +396,52 @@ async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Le
     }
     assert_eq!(house.train(tenant, id).await, before, "{when}");
     assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), shown, "{when}");
+}
+
+// case A1: a worker whose answer was lost says it again
+async fn an_end_that_is_said_again_changes_nothing(house: House) {
+    let tenant = house.tenant("shop").await;
+    let store = &house.store;
+    let mut ends: Vec<(Lease, State)> = Vec::new();
+    for kind in 0..5 {
+        house.accept(training(tenant)).await;
+        let lease = house.claim().await.unwrap().lease();
+        let end = async || match kind {
+            0 => store.finish(lease, &json!({"n": 1}), &[object("weights")]).await.unwrap(),
+            1 => store.fail(lease, &fault(), None).await.unwrap(),
+            2 => store.fail(lease, &fault(), Some(LONG)).await.unwrap(),
+            3 => store.release(lease).await.unwrap(),
+            _ => {
+                store.cancel(tenant, lease.job).await.unwrap();
+                store.cancelled(lease).await.map(|()| State::Canceled).unwrap()
+            }
+        };
+        let state = end().await;
+        let before =
+            (house.train(tenant, lease.job).await, store.artifacts(tenant, lease.job).await.unwrap());
+        for _ in 0..2 {
+            assert_eq!(end().await, state);
+        }
+        let after = (house.train(tenant, lease.job).await, store.artifacts(tenant, lease.job).await.unwrap());
+        assert_eq!(after, before, "{state}");
+        if kind == 3 {
+            // Put back and claimed by another: the first still hears that it was put back, and takes nothing away.
+            let other = house.claim().await.unwrap().lease();
+            assert_eq!(other.job, lease.job);
+            assert_eq!(store.release(lease).await.unwrap(), State::Queued);
+            assert_eq!(store.finish(other, &json!({}), &[]).await.unwrap(), State::Succeeded);
+            assert!(matches!(store.release(lease).await, Err(Error::LeaseLost)), "that was long ago");
+        }
+        ends.push((lease, state));
+    }
+    let states: Vec<State> = ends.iter().map(|(_, state)| *state).collect();
+    assert_eq!(states, [State::Succeeded, State::Failed, State::Queued, State::Queued, State::Canceled]);
+    // What was taken away from its worker was not ended by it.
+    house.accept(training(tenant)).await;
+    let taken = house.claim_briefly().await.unwrap().lease();
+    store.rescue().await.unwrap();
+    assert!(matches!(store.release(taken).await, Err(Error::LeaseLost)));
+    assert!(matches!(store.finish(taken, &json!({}), &[]).await, Err(Error::LeaseLost)));
 }
 
 // case 58
@@ -767,6 +827,66 @@ async fn keys_open_until_they_expire_or_are_revoked(house: House) {
     assert_eq!(house.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
 }
 
+// attack 15
+async fn keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made(house: House) {
+    let tenant = TenantId::new();
+    let rows = format!(
+        "insert into tenant (id, name, created_ms) values ('{tenant}', 'shop', 5);
+        insert into api_key (id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms) values
+            ('k1', '{tenant}', 'front', 'h1', 'read', 6, null, null),
+            ('k2', '{tenant}', 'back', 'h2', 'write', 7, 8, 9),
+            ('k3', '{tenant}', '', 'h3', 'write', 10, {}, null);",
+        i64::MAX
+    );
+    let old = house;
+    old.back_to_the_first_schema().await;
+    old.sql(&rows).await;
+    assert!(matches!(old.store.check_schema().await, Err(Error::Schema(line)) if line.contains("older")));
+    old.store.migrate().await.unwrap();
+    old.store.check_schema().await.unwrap();
+    let keys = old.store.list_keys().await.unwrap();
+    let seen: Vec<_> = keys
+        .iter()
+        .map(|key| {
+            (
+                key.id.as_str(),
+                key.name.as_str(),
+                key.hash.as_str(),
+                key.scope,
+                key.created_ms,
+                key.expires_ms,
+                key.revoked_ms,
+            )
+        })
+        .collect();
+    let wanted = [
+        ("k1", "front", "h1", Scope::Read, 6, None, None),
+        ("k2", "back", "h2", Scope::Write, 7, Some(8), Some(9)),
+        ("k3", "", "h3", Scope::Write, 10, Some(i64::MAX), None),
+    ];
+    assert_eq!(seen, wanted);
+    assert!(keys.iter().all(|key| key.tenant == tenant));
+    assert_eq!(keys.iter().map(|key| key.live).collect::<Vec<_>>(), [true, false, true]);
+    let operator = NewKey {
+        id: "k4".into(),
+        tenant,
+        name: "prometheus".into(),
+        hash: "h4".into(),
+        scope: Scope::Admin,
+        expires_ms: None,
+    };
+    old.store.create_key(&operator).await.unwrap();
+    let found = old.store.find_key("k4").await.unwrap().unwrap();
+    assert!(found.scope.covers(Scope::Write) && found.left_ms.is_none());
+    let stranger = NewKey { id: "k5".into(), tenant: TenantId::new(), ..operator };
+    assert!(old.store.create_key(&stranger).await.is_err(), "a key is a tenant's");
+    let scopes = Scope::ALL;
+    for (n, scope) in scopes.iter().enumerate() {
+        let covered: Vec<_> = scopes.iter().filter(|wanted| scope.covers(**wanted)).collect();
+        assert_eq!(covered, scopes[..=n].iter().collect::<Vec<_>>());
+    }
+}
+
 async fn gauges_count_what_waits_and_what_runs(house: House) {
     let tenant = house.tenant("shop").await;
     let parent = house.trained(tenant).await.id;
@@ -804,6 +924,7 @@ async fn a_submission_wakes_who_waits(house: House) {
 
 // case 53
 async fn two_migrations_at_once_are_one(house: House) {
+    house.sql("drop view held_back; drop table pause").await;
     house.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
     house.sql("drop table deployment").await;
     house.sql("drop table api_key; drop table tenant; drop view clock; drop table _sqlx_migrations").await;
@@ -844,4 +965,52 @@ async fn a_schema_of_another_version_is_refused(house: House) {
     assert!(refusal().await.contains("older than this program: run `hypnos migrate`"), "{}", refusal().await);
     house.sql("drop table _sqlx_migrations").await;
     assert!(refusal().await.contains("hypnos migrate"), "{}", refusal().await);
+}
+
+/// What a step of the wall clock by an hour would make of the rows: their times are an hour ago.
+const AN_HOUR_LATER: &str =
+    "update job set lease_until_ms = lease_until_ms - 3600000, deadline_ms = deadline_ms - 3600000";
+
+async fn the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs(house: House) {
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+    let lease = house.claim().await.unwrap().lease();
+    let rescue = async || house.store.rescue().await.unwrap();
+    assert_eq!(rescue().await, Rescued::default());
+    house.sql(AN_HOUR_LATER).await;
+    if house.dir.is_none() {
+        // Postgres has one clock, by which all is measured.
+        assert_eq!(rescue().await.requeued, 1);
+        return;
+    }
+    assert_eq!(rescue().await, Rescued::default());
+    let renewal = house.store.renew(lease, LONG, None).await.unwrap();
+    assert_eq!(renewal, Renewal::Held { cancel_requested: false });
+    // The time since the start ends it, and so does the next start.
+    house.store.renew(lease, NONE, None).await.unwrap();
+    assert_eq!(rescue().await.requeued, 1);
+    let late = house.store.claim(Uuid::now_v7(), BOTH, LONG, NONE).await.unwrap().unwrap();
+    assert_eq!(rescue().await.requeued, 1, "its deadline: {late:?}");
+    house.claim().await.unwrap();
+    assert_eq!(rescue().await, Rescued::default());
+    house.sql("update job set boot = 'another start'").await;
+    assert_eq!(rescue().await.failed, 1, "its third attempt");
+}
+
+async fn what_a_row_names_is_read_under_its_lock(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    assert_eq!(house.store.named(id).await.unwrap(), HashSet::new());
+    let lease = house.claim().await.unwrap().lease();
+    house.store.commit_checkpoint(lease, &checkpoint(7)).await.unwrap();
+    house.store.add_artifact(lease, &object("preview-0.png")).await.unwrap();
+    let named = [checkpoint(7).object.key, object("preview-0.png").key];
+    let version = house.store.version(tenant, id).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), named.clone().into());
+    assert_eq!(house.store.version(tenant, id).await.unwrap(), version, "nobody sees that it was asked");
+    house.store.delete(tenant, id).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), named.into(), "as long as the row is there");
+    house.store.cancelled(lease).await.unwrap();
+    house.store.erased(&[id]).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), HashSet::new());
 }

@@ -9,12 +9,11 @@ use hypnos::deployment::{self, Error as Apart};
 use hypnos::job::Format;
 use hypnos::sweep::{self, Doubt};
 use jiff::Timestamp;
-use sqlx::ConnectOptions;
 use tokio::task::JoinSet;
 
 use super::*;
 
-on_both!(
+on_each! {
     a_fresh_pair_is_marked_at_once,
     two_starts_at_once_mark_one_deployment,
     rows_whose_objects_are_in_the_store_are_evidence,
@@ -29,8 +28,8 @@ on_both!(
     a_wrong_database_is_suspected_where_most_objects_would_go,
     orphans_are_what_no_row_names_object_by_object,
     what_became_somebodys_meanwhile_is_kept,
-    class_images_of_a_tenant_are_erased,
-);
+    an_older_deployment_goes_on,
+}
 
 /// A directory of objects, and what is in it behind our back.
 struct Objects {
@@ -405,27 +404,6 @@ async fn what_became_somebodys_meanwhile_is_kept(house: House) {
     assert!(left.iter().all(|entry| entry.key.as_str() != gone.key));
 }
 
-async fn class_images_of_a_tenant_are_erased(house: House) {
-    let objects = Objects::new().await;
-    let [gone, other] = [house.tenant("gone").await, house.tenant("other").await];
-    let lease = Lease { job: JobId::new(), run_lease: 1 };
-    for tenant in [gone, other] {
-        for seed in 0..3 {
-            let object = objects.blobs.put(&Key::class_image(tenant, "abc", seed, lease), "x").await.unwrap();
-            house.store.add_class_image(tenant, "abc", seed, &object, None).await.unwrap();
-        }
-        // What no row names goes as well.
-        objects.blobs.put(&Key::class_image(tenant, "def", 0, lease), "x").await.unwrap();
-    }
-    for _ in 0..2 {
-        hypnos::janitor::erase_class_images(&house.store, &objects.blobs, gone).await.unwrap();
-    }
-    assert_eq!(objects.blobs.list(&Scope::tenant(gone)).await.unwrap(), []);
-    assert_eq!(house.store.class_images(gone, "abc").await.unwrap(), []);
-    assert_eq!(objects.blobs.list(&Scope::class_images(other)).await.unwrap().len(), 4);
-    assert_eq!(house.store.class_images(other, "abc").await.unwrap().len(), 3);
-}
-
 /// A copy is one moment of a database that is written to meanwhile, and opens as a database.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_of_sqlite_is_whole_while_others_write() {
@@ -458,38 +436,9 @@ async fn a_copy_of_sqlite_is_whole_while_others_write() {
     assert!(matches!(refused, Err(hypnos::store::Error::Bad(_))), "{refused:?}");
 }
 
-#[tokio::test]
-async fn a_sqlite_file_that_is_not_there_is_not_made() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("hypnos.db");
-    let refused = Store::connect_existing(&format!("sqlite:{}", file.display()), 2).await;
-    assert!(matches!(refused, Err(hypnos::store::Error::Bad(_))), "{refused:?}");
-    assert!(!file.exists());
-}
-
-/// A database as the first version made it, at `url`.
-async fn first_version(url: &str) {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
-    let only_first = async |kind: &str| {
-        let mut all = sqlx::migrate::Migrator::new(root.join(kind)).await.unwrap();
-        all.migrations.to_mut().retain(|one| one.version == 1);
-        all
-    };
-    if url.starts_with("sqlite:") {
-        let options: sqlx::sqlite::SqliteConnectOptions = url.parse().unwrap();
-        let mut connection = options.create_if_missing(true).connect().await.unwrap();
-        only_first("sqlite").await.run_direct(None, &mut connection, false).await.unwrap();
-        connection.close().await.unwrap();
-    } else {
-        let mut connection = PgConnection::connect(url).await.unwrap();
-        only_first("postgres").await.run_direct(None, &mut connection, false).await.unwrap();
-    }
-}
-
 /// Rows and objects of the first version are marked, read and swept as if they had been written today.
-async fn an_older_deployment_goes_on(url: String, dir: Option<tempfile::TempDir>) {
-    first_version(&url).await;
-    let house = House { url: url.clone(), store: Store::connect(&url, 4).await.unwrap(), dir };
+async fn an_older_deployment_goes_on(house: House) {
+    house.back_to_the_first_schema().await;
     let objects = Objects::new().await;
     let (tenant, id) = (TenantId::LOCAL, JobId::new());
     let photo = objects.blobs.put(&Key::photo(tenant, id, 0), "photo").await.unwrap();
@@ -527,16 +476,4 @@ async fn an_older_deployment_goes_on(url: String, dir: Option<tempfile::TempDir>
     let found = sweep::find(&house.store, &objects.blobs, soon()).await.unwrap();
     assert_eq!(found.orphans.into_iter().map(|orphan| orphan.key).collect::<Vec<_>>(), [orphan]);
     assert_eq!(found.doubts, []);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_older_deployment_on_sqlite_goes_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let url = format!("sqlite:{}/hypnos.db", dir.path().display());
-    an_older_deployment_goes_on(url, Some(dir)).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_older_deployment_on_postgres_goes_on() {
-    an_older_deployment_goes_on(Postgres::database().await, None).await;
 }
