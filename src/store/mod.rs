@@ -9,14 +9,16 @@
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
 //! keys      tenants and API keys                                  objects   artifacts and class images
 //! settle    what is done about a write whose outcome is unknown   faults    what can be done about an error
-//! db        the two databases as one: text, numbers, rows         session   Postgres, and poolers before it
-//! schema    migrations                                            boot      what SQLite's leases are measured by
+//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! file      SQLite: one writer                                    session   Postgres, and poolers before it
+//! boot      what SQLite's leases are measured by                  wakes     hints between processes
 //! ```
 
 mod api;
 mod boot;
 mod db;
 mod faults;
+mod file;
 mod keys;
 mod objects;
 mod schema;
@@ -92,7 +94,7 @@ impl Store {
     /// Whose sessions its statements run in; none if the database has no sessions.
     pub fn sessions(&self) -> Option<Sessions> {
         match &self.db {
-            Db::Sqlite { .. } => None,
+            Db::Sqlite(_) => None,
             Db::Postgres(server) => Some(server.sessions),
         }
     }
