@@ -336,14 +336,14 @@ impl Tx {
 
     /// Ends a locking read, after which what it saw is settled.
     ///
-    /// On SQLite the lock has to be taken by a statement that writes, and this commits it: a commit that failed while the file
-    /// was being synced may have left all its pages in the log, where a crash would bring them to life unless others have
-    /// been written over them.
-    pub(super) async fn end_look(self) -> Result<()> {
-        match self {
-            Self::Sqlite(_) => self.commit().await,
-            Self::Postgres(_) => Ok(()),
+    /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages there,
+    /// and a crash would bring them to life unless others have been written over them.
+    pub(super) async fn end_look(mut self) -> Result<()> {
+        if let Self::Postgres(_) = self {
+            return Ok(());
         }
+        self.run("update settled set looks = looks + 1", &[]).await?;
+        self.commit().await
     }
 }
 

@@ -79,6 +79,20 @@ impl House {
         }
     }
 
+    /// As if it had just been made.
+    async fn clear(&self) {
+        if !self.url.starts_with("sqlite:") {
+            return self.sql("drop schema public cascade; create schema public").await;
+        }
+        let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+        let select = "select 'drop ' || type || ' ' || name from sqlite_master where type in ('table', 'view')";
+        let drops: Vec<String> = sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap();
+        sqlx::raw_sql("pragma foreign_keys = off").execute(&mut connection).await.unwrap();
+        for drop in drops {
+            sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();
+        }
+    }
+
     async fn tenant(&self, name: &str) -> TenantId {
         self.store.ensure_tenant(name).await.unwrap()
     }
