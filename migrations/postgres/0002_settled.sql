@@ -11,3 +11,11 @@ alter table job add column ended_lease bigint;
 alter table job add column boot text;
 alter table job add column lease_until_boot_ms bigint;
 alter table job add column deadline_boot_ms bigint;
+
+-- In a SQLite file whoever has found out what became of a write says so here: its commit writes over what a commit that failed
+-- may have left in the log, which a crash would else bring to life. One row; nobody reads it.
+create table settled (
+    looks bigint not null
+);
+
+insert into settled (looks) values (0);

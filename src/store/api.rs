@@ -105,13 +105,10 @@ impl Store {
     /// What came of a submission whose commit was not answered. It holds its tenant's row until that is decided. It is not
     /// repeated instead: the job may have been there, seen, and deleted with its objects.
     async fn submitted(&self, new: &NewJob) -> Result<Option<Submitted>> {
-        let tenant = (
-            "update tenant set name = name where id = $1",
-            "select id from tenant where id = $1 for no key update",
-        );
+        let tenant = locking!("select id from tenant where id = $1"; "for no key update");
         let select = concat!("select ", job_columns!(), " from job where id = $1");
         let mut tx = self.db.begin().await?;
-        tx.run(tenant, args![new.tenant]).await?;
+        tx.row(tenant, args![new.tenant]).await?;
         let row = tx.row(select, args![new.id]).await?;
         tx.end_look().await?;
         if row.is_some() {

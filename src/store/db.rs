@@ -6,30 +6,24 @@ use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgRow;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
-use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, Row as _, SqlSafeStr, SqlStr, Sqlite, SqlitePool, Transaction,
-};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr, SqlStr};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::boot::Moment;
-use super::faults::{fault, is_busy, refusal, uncommitted};
-use super::session::{ACQUIRE, Server, Session, Sessions};
+use super::faults::{fault, uncommitted};
+use super::file::{File, Writer};
+use super::session::{Server, Session, Sessions};
 use super::{Error, Result};
 use crate::job::{JobId, TenantId};
 
-/// How long a writer of SQLite waits for another to be done, in this process and then in others.
-const BUSY: Duration = Duration::from_secs(5);
 /// How long one statement may take before the database counts as away: longer than the server's own limit.
 const ANSWER: Duration = Duration::from_secs(15);
 /// How long a commit may take before its outcome counts as unknown. The server has no limit for it.
 const COMMIT: Duration = Duration::from_secs(10);
 /// How long a read is tried again. It changes nothing, and a connection that broke is replaced at once.
 const AGAIN: Duration = Duration::from_secs(3);
-/// Below this, a reset of the write-ahead log can damage the file.
-const SQLITE_MIN: &[u32] = &[3, 51, 3];
 /// The channel of hints.
 pub(super) const CHANNEL: &str = "hypnos";
 
@@ -171,9 +165,7 @@ impl Row {
 /// The connections.
 #[derive(Clone, Debug)]
 pub(super) enum Db {
-    /// One connection writes, for SQLite knows but one writer; any number read.
-    Sqlite { write: SqlitePool, read: SqlitePool },
-    /// See [`Server`].
+    Sqlite(File),
     Postgres(Server),
 }
 
@@ -185,44 +177,13 @@ impl Db {
                 Err(Error::Bad("HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file".into()))
             }
             (Some(("sqlite", path)), None) => {
-                Self::sqlite(path.strip_prefix("//").unwrap_or(path), pool_max).await
+                File::open(path.strip_prefix("//").unwrap_or(path), pool_max).await.map(Self::Sqlite)
             }
             (Some(("postgres" | "postgresql", _)), direct) => {
-                Server::connect(url, direct, pool_max).await.map(Self::Postgres)
+                Box::pin(Server::connect(url, direct, pool_max)).await.map(Self::Postgres)
             }
             _ => Err(Error::Bad("the database's address: wanted sqlite:PATH or postgres://…".into())),
         }
-    }
-
-    async fn sqlite(path: &str, readers: u32) -> Result<Self> {
-        if path.is_empty() || path == ":memory:" {
-            return Err(Error::Bad("the database's address: sqlite wants a file".into()));
-        }
-        let common =
-            SqliteConnectOptions::new().filename(path).foreign_keys(true).disable_statement_logging();
-        let reading = common.clone().read_only(true).busy_timeout(BUSY);
-        let writing = common
-            .busy_timeout(Duration::ZERO) // see `patiently`
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
-        // An idle connection costs nothing, and the last one to go would take the log with it. A file does not hang up,
-        // so that nobody needs to ask it whether it is still there.
-        let pool =
-            || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None).test_before_acquire(false);
-        let write = pool().max_connections(1).acquire_timeout(BUSY).connect_lazy_with(writing);
-        let read = pool().max_connections(readers).acquire_timeout(ACQUIRE);
-        let read = read.connect_lazy_with(reading);
-        patiently(|| write.acquire()).await.map_err(refusal)?;
-        let version: String =
-            sqlx::query_scalar("select sqlite_version()").fetch_one(&write).await.map_err(refusal)?;
-        let numbers: Vec<u32> = version.split('.').filter_map(|number| number.parse().ok()).collect();
-        if numbers[..] < *SQLITE_MIN {
-            return Err(Error::Bad(format!(
-                "this program was built with SQLite {version}, which can lose writes; wanted 3.51.3 or later"
-            )));
-        }
-        Ok(Self::Sqlite { write, read })
     }
 
     /// Rows of a statement that writes nothing.
@@ -241,7 +202,7 @@ impl Db {
     async fn read_once(&self, sql: &Sql, args: &[Arg], limit: Option<u8>) -> Result<Vec<Row>> {
         let rows = answer(async {
             match self {
-                Self::Sqlite { read, .. } => {
+                Self::Sqlite(File { read, .. }) => {
                     let query = bound!(sql.sqlite.clone(), args);
                     Ok(match limit {
                         Some(_) => query.fetch_optional(read).await?.into_iter().map(Row::Sqlite).collect(),
@@ -264,7 +225,7 @@ impl Db {
     pub(super) async fn begin(&self) -> Result<Tx> {
         let begun = answer(async {
             Ok(match self {
-                Self::Sqlite { write, .. } => Tx::Sqlite(begin(write).await?),
+                Self::Sqlite(file) => Tx::Sqlite(file.begin().await?),
                 Self::Postgres(server) => Tx::Postgres(server.begin().await?),
             })
         });
@@ -281,17 +242,10 @@ impl Db {
 
     /// Copies SQLite's file. However long it takes, nobody waits for it: it reads.
     pub(super) async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
-        let Self::Sqlite { read, .. } = self else {
+        let Self::Sqlite(own) = self else {
             return Err(Error::Bad("only a SQLite file can be copied".into()));
         };
-        let mut connection = read.acquire().await.map_err(fault)?;
-        let copied = sqlx::query("vacuum into ?").bind(file.to_string_lossy()).execute(&mut *connection);
-        copied.await.map_err(fault)?;
-        let options = SqliteConnectOptions::new().filename(file).read_only(true).disable_statement_logging();
-        let mut copy = options.connect().await.map_err(fault)?;
-        let check: String =
-            sqlx::query_scalar("pragma integrity_check(1)").fetch_one(&mut copy).await.map_err(fault)?;
-        copy.close().await.map_err(fault)?;
+        let check = own.copy_to(file).await.map_err(fault)?;
         if check == "ok" { Ok(()) } else { Err(Error::Corrupt(check.into())) }
     }
 
@@ -299,7 +253,7 @@ impl Db {
     /// then in a SQLite file; nulls where the database's own clock does it, which every process shares.
     pub(super) fn lease_clock(&self) -> [Arg; 2] {
         let moment = match self {
-            Self::Sqlite { .. } => Moment::now(),
+            Self::Sqlite(_) => Moment::now(),
             Self::Postgres(_) => None,
         };
         [Arg::from(moment.map(|moment| moment.boot)), Arg::from(moment.map(|moment| moment.ms))]
@@ -308,10 +262,7 @@ impl Db {
     pub(super) async fn close(&self) {
         let close = async {
             match self {
-                Self::Sqlite { write, read } => {
-                    read.close().await;
-                    write.close().await; // last, so that it can fold the log into the file
-                }
+                Self::Sqlite(file) => file.close().await,
                 Self::Postgres(server) => server.pool.close().await,
             }
         };
@@ -319,28 +270,9 @@ impl Db {
     }
 }
 
-/// The right to write to SQLite's file.
-async fn begin(write: &SqlitePool) -> sqlx::Result<Transaction<'static, Sqlite>> {
-    patiently(|| write.begin_with("begin immediate")).await
-}
-
-/// Waits for a lock on SQLite's file. Its own way to wait looks ten times a second only, and so starves for seconds beside
-/// busy writers; and it does not wait at all for those who make the file at the same time.
-async fn patiently<T, F: Future<Output = sqlx::Result<T>>>(attempt: impl Fn() -> F) -> sqlx::Result<T> {
-    let deadline = Instant::now() + BUSY;
-    loop {
-        match attempt().await {
-            Err(error) if is_busy(&error) && Instant::now() < deadline => {
-                sleep(Duration::from_millis(2)).await;
-            }
-            done => return done,
-        }
-    }
-}
-
 /// A transaction. Dropped, it is rolled back.
 pub(super) enum Tx {
-    Sqlite(Transaction<'static, Sqlite>),
+    Sqlite(Writer),
     Postgres(Session),
 }
 
@@ -350,8 +282,8 @@ impl Tx {
         let sql = sql.into();
         let rows = answer(async {
             match self {
-                Self::Sqlite(tx) => {
-                    let rows = bound!(sql.sqlite, args).fetch_all(&mut **tx).await?;
+                Self::Sqlite(writer) => {
+                    let rows = bound!(sql.sqlite, args).fetch_all(writer.connection()).await?;
                     Ok(rows.into_iter().map(Row::Sqlite).collect())
                 }
                 Self::Postgres(session) => postgres_rows(session, &sql, args).await,
@@ -370,7 +302,10 @@ impl Tx {
         let sql = sql.into();
         let count = answer(async {
             match self {
-                Self::Sqlite(tx) => Ok(bound!(sql.sqlite, args).execute(&mut **tx).await?.rows_affected()),
+                Self::Sqlite(writer) => {
+                    let done = bound!(sql.sqlite, args).execute(writer.connection()).await?;
+                    Ok(done.rows_affected())
+                }
                 Self::Postgres(session) => {
                     let query = bound!(sql.postgres, args, session.keeps_statements);
                     let done = query.execute(session.ask()).await;
@@ -385,7 +320,7 @@ impl Tx {
     pub(super) async fn script(&mut self, sql: impl Into<Sql>) -> Result<()> {
         let sql = sql.into();
         let done = match self {
-            Self::Sqlite(tx) => sqlx::raw_sql(sql.sqlite).execute(&mut **tx).await.map(drop),
+            Self::Sqlite(writer) => sqlx::raw_sql(sql.sqlite).execute(writer.connection()).await.map(drop),
             Self::Postgres(session) => {
                 let done = sqlx::raw_sql(sql.postgres).execute(session.ask()).await;
                 session.heard(done).map(drop)
@@ -406,7 +341,7 @@ impl Tx {
     pub(super) async fn commit(self) -> Result<()> {
         let done = answer_within(COMMIT, async {
             match self {
-                Self::Sqlite(tx) => tx.commit().await,
+                Self::Sqlite(writer) => writer.commit().await,
                 Self::Postgres(session) => session.commit().await,
             }
         });
@@ -415,14 +350,14 @@ impl Tx {
 
     /// Ends a locking read, after which what it saw is settled.
     ///
-    /// On SQLite the lock has to be taken by a statement that writes, and this commits it: a commit that failed while the file
-    /// was being synced may have left all its pages in the log, where a crash would bring them to life unless others have
-    /// been written over them.
-    pub(super) async fn end_look(self) -> Result<()> {
-        match self {
-            Self::Sqlite(_) => self.commit().await,
-            Self::Postgres(_) => Ok(()),
+    /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages there,
+    /// and a crash would bring them to life unless others have been written over them.
+    pub(super) async fn end_look(mut self) -> Result<()> {
+        if let Self::Postgres(_) = self {
+            return Ok(());
         }
+        self.run("update settled set looks = looks + 1", &[]).await?;
+        self.commit().await
     }
 }
 

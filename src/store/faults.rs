@@ -44,12 +44,12 @@ pub(super) fn refusal(error: sqlx::Error) -> Error {
 /// says nothing about whether it did.
 pub(super) fn uncommitted(error: sqlx::Error) -> Error {
     let refused = match &error {
-        // A constraint that is looked at last, and a conflict with others: an ERROR that only Postgres itself can say, and
-        // with which it has aborted the transaction. After FATAL it may be done: a session that is terminated while it
+        // A constraint that is looked at last, a conflict with others, a lock for its notifications that it did not get: an
+        // ERROR that only Postgres itself can say, and with which it has aborted the transaction. After FATAL it may be done: a session that is terminated while it
         // waits for a standby has committed already. And a pooler that lost the server says ERROR too.
         sqlx::Error::Database(said) if is_postgres(&error) => {
             let code = said.code().unwrap_or_default();
-            is_statement_error(&error) && matches!(code.get(..2), Some("23" | "40"))
+            is_statement_error(&error) && (matches!(code.get(..2), Some("23" | "40")) || code == "55P03")
         }
         // Busy, locked: nothing was written. Full: the frame that says "commit" comes last, and is not there. A constraint:
         // looked at before anything is written. An I/O error may come after all has been written.

@@ -1,6 +1,6 @@
 //! API keys. A key's secret never comes here, only its public id and a hash.
 
-use super::db::{Row, args};
+use super::db::{Row, args, locking};
 use super::settle::settle;
 use super::{Result, Store, TenantState};
 use crate::job::{TenantId, words};
@@ -91,10 +91,9 @@ impl Store {
     /// Whether a key is there whose commit was not answered. Until that is decided it holds its tenant's row, as every row
     /// does that names another.
     async fn created(&self, key: &NewKey) -> Result<Option<()>> {
-        let tenant =
-            ("update tenant set name = name where id = $1", "select id from tenant where id = $1 for update");
+        let tenant = locking!("select id from tenant where id = $1"; "for update");
         let mut tx = self.db.begin().await?;
-        tx.run(tenant, args![key.tenant]).await?;
+        tx.row(tenant, args![key.tenant]).await?;
         let select = "select id from api_key where id = $1 and hash = $2";
         let row = tx.row(select, args![key.id.as_str(), key.hash.as_str()]).await?;
         tx.end_look().await?;

@@ -10,8 +10,9 @@
 //! admin     what an operator does: look at all, requeue, pause    tenants   serve, disable, erase
 //! keys      API keys                                              objects   artifacts and class images
 //! settle    what is done about a write whose outcome is unknown   faults    what can be done about an error
-//! db        the two databases as one: text, numbers, rows         session   Postgres, and poolers before it
-//! schema    migrations                                            boot      what SQLite's leases are measured by
+//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! file      SQLite: one writer                                    session   Postgres, and poolers before it
+//! boot      what SQLite's leases are measured by                  wakes     hints between processes
 //! deployment  which object store goes with it, what a sweep keeps
 //! ```
 
@@ -21,6 +22,7 @@ mod boot;
 mod db;
 mod deployment;
 mod faults;
+mod file;
 mod keys;
 mod objects;
 mod schema;
@@ -100,7 +102,7 @@ impl Store {
     /// Whose sessions its statements run in; none if the database has no sessions.
     pub fn sessions(&self) -> Option<Sessions> {
         match &self.db {
-            Db::Sqlite { .. } => None,
+            Db::Sqlite(_) => None,
             Db::Postgres(server) => Some(server.sessions),
         }
     }

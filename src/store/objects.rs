@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::db::{Row, args};
+use super::db::{Row, args, locking};
 use super::{Error, Result, Store, json, parse};
 use crate::job::{Checkpoint, JobId, Object, TenantId};
 
@@ -84,10 +84,7 @@ impl Store {
     /// gone. A locking read: once it answers, no earlier write of this job is under way any more, and what it does not name
     /// nothing will.
     pub async fn named(&self, id: JobId) -> Result<HashSet<String>> {
-        let lock = (
-            "update job set version = version where id = $1 returning checkpoint",
-            "select checkpoint from job where id = $1 for no key update",
-        );
+        let lock = locking!("select checkpoint from job where id = $1"; "for no key update");
         let mut tx = self.db.begin().await?;
         let mut named = HashSet::new();
         if let Some(row) = tx.row(lock, args![id]).await? {

@@ -63,7 +63,7 @@ pub(super) async fn check(db: &Db) -> Result<()> {
 
 fn migrator(db: &Db) -> &'static Migrator {
     match db {
-        Db::Sqlite { .. } => &SQLITE,
+        Db::Sqlite(_) => &SQLITE,
         Db::Postgres(_) => &POSTGRES,
     }
 }

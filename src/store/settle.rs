@@ -38,33 +38,48 @@ where
     F: Future<Output = Result<T>>,
     G: Future<Output = Result<Option<T>>>,
 {
-    let mut unknown: Option<Cause> = None;
-    let mut until = Instant::now() + AGAIN;
+    let write_until = Instant::now() + AGAIN;
     let mut wait = WAIT;
     loop {
-        let done = match &unknown {
-            None => write().await.map(Some),
-            Some(_) => look().await,
-        };
-        let now = Instant::now();
-        let away = match done {
-            Ok(Some(done)) => return Ok(done),
-            Ok(None) => unknown.take().expect("only a look finds nothing"),
-            Err(Error::Unknown(cause)) => {
-                if unknown.is_none() {
-                    until = now + PATIENCE;
-                    unknown = Some(cause);
-                    continue;
-                }
-                cause
-            }
+        let away = match write().await {
+            Err(Error::Unknown(cause)) => match look_until_seen(&look, cause).await? {
+                Seen::Done(done) => return Ok(done),
+                Seen::NotDone(cause) => cause,
+            },
             Err(Error::Away(cause)) => cause,
-            Err(error) => return Err(error),
+            done => return done,
         };
-        if now >= until {
-            return Err(unknown.map_or(Error::Away(away), Error::Unknown));
+        if Instant::now() >= write_until {
+            return Err(Error::Away(away));
         }
-        sleep(wait).await;
-        wait = (wait * 2).min(WAIT_MAX);
+        pause(&mut wait).await;
     }
+}
+
+enum Seen<T> {
+    Done(T),
+    NotDone(Cause),
+}
+
+/// What became of a commit whose answer was lost by `cause`.
+async fn look_until_seen<T, G>(look: impl Fn() -> G, cause: Cause) -> Result<Seen<T>>
+where
+    G: Future<Output = Result<Option<T>>>,
+{
+    let until = Instant::now() + PATIENCE;
+    let mut wait = WAIT;
+    loop {
+        match look().await {
+            Ok(Some(done)) => return Ok(Seen::Done(done)),
+            Ok(None) => return Ok(Seen::NotDone(cause)),
+            Err(Error::Away(_) | Error::Unknown(_)) if Instant::now() < until => pause(&mut wait).await,
+            Err(Error::Away(_) | Error::Unknown(_)) => return Err(Error::Unknown(cause)),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+async fn pause(wait: &mut Duration) {
+    sleep(*wait).await;
+    *wait = (*wait * 2).min(WAIT_MAX);
 }

@@ -1,5 +1,6 @@
-// Loaded before libc's own: a disk that is slow, or that fails, when a write-ahead log is synced. While the file `hold` is in
-// the test's directory it waits; while `fail` is there it fails, after the bytes were written.
+// Loaded before libc's own: a disk that is slow, fails or is full when a write-ahead log is written. While the file `hold` is in
+// the test's directory a sync waits; while `fail` is there it fails, after the bytes were written; while `full` is there
+// nothing can be written.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -33,6 +34,30 @@ static int sync_with(const char *name, int fd) {
         while (told("hold")) usleep(5000);
     }
     return real(fd);
+}
+
+static int is_full(int fd) {
+    if (!is_log(fd) || !told("full")) return 0;
+    errno = ENOSPC;
+    return 1;
+}
+
+ssize_t write(int fd, const void *bytes, size_t n) {
+    static ssize_t (*real)(int, const void *, size_t);
+    if (!real) real = (ssize_t(*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
+    return is_full(fd) ? -1 : real(fd, bytes, n);
+}
+
+ssize_t pwrite(int fd, const void *bytes, size_t n, off_t at) {
+    static ssize_t (*real)(int, const void *, size_t, off_t);
+    if (!real) real = (ssize_t(*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite");
+    return is_full(fd) ? -1 : real(fd, bytes, n, at);
+}
+
+ssize_t pwrite64(int fd, const void *bytes, size_t n, off64_t at) {
+    static ssize_t (*real)(int, const void *, size_t, off64_t);
+    if (!real) real = (ssize_t(*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
+    return is_full(fd) ? -1 : real(fd, bytes, n, at);
 }
 
 int fsync(int fd) { return sync_with("fsync", fd); }

@@ -48,9 +48,14 @@ impl Disk {
         std::fs::write(self.0.join("fail"), "").unwrap();
     }
 
+    /// From now on nothing more can be written.
+    pub(crate) fn fill(&self) {
+        std::fs::write(self.0.join("full"), "").unwrap();
+    }
+
     /// As it should be.
     pub(crate) fn mend(&self) {
-        for what in ["hold", "fail"] {
+        for what in ["hold", "fail", "full"] {
             let _ = std::fs::remove_file(self.0.join(what)); // it may not be there
         }
     }

@@ -82,23 +82,14 @@ impl Floor {
 
     /// The same, with another way to the objects.
     pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
-        self.work_with(script, self.settings.clone(), self.store.clone(), blobs)
+        Worker::start(script, self.settings.clone(), self.store.clone(), blobs)
     }
 
     /// The same, with another way to the database.
     pub(super) async fn work_through(&self, script: &Script, url: &str) -> Worker {
         let store = Store::connect(url, 8).await.unwrap();
         let settings = Settings { database: url.into(), ..self.settings.clone() };
-        self.work_with(script, settings, store, self.blobs.clone())
-    }
-
-    fn work_with(&self, script: &Script, settings: Settings, store: Store, blobs: Blobs) -> Worker {
-        let drain = CancellationToken::new();
-        let engines = vec![("scripted".to_owned(), script.engine())];
-        let health = Health::default();
-        let (seen, stop) = (health.clone(), drain.clone());
-        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
-        Worker { drain, health, task: tokio::spawn(run) }
+        Worker::start(script, settings, store, self.blobs.clone())
     }
 
     /// A training of `steps` steps, with its photos in place.
@@ -219,6 +210,15 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    fn start(script: &Script, settings: Settings, store: Store, blobs: Blobs) -> Self {
+        let drain = CancellationToken::new();
+        let engines = vec![("scripted".to_owned(), script.engine())];
+        let health = Health::default();
+        let (seen, stop) = (health.clone(), drain.clone());
+        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
+        Self { drain, health, task: tokio::spawn(run) }
+    }
+
     /// As SIGTERM does: gives back what it holds, and ends.
     pub(super) async fn stop(self) {
         self.drain.cancel();

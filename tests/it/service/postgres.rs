@@ -84,7 +84,7 @@ impl Postgres {
         sqlx::raw_sql("select pg_reload_conf()").execute(&mut connection).await.unwrap();
         let show = format!("select current_setting('{name}') as value");
         eventually("the parameter is heard", async || {
-            let mut other = self.admin().await;
+            let mut other = PgConnection::connect(&self.maintenance()).await.unwrap();
             let found: String =
                 sqlx::query_scalar(AssertSqlSafe(show.clone())).fetch_one(&mut other).await.unwrap();
             (found == value.unwrap_or_default() || value.is_none()).then_some(())
@@ -220,7 +220,7 @@ fn lower(command: &mut Command, user: Option<(u32, u32)>) {
 pub(crate) struct Bouncer {
     dir: PathBuf,
     /// The shell that ends it when its standard input does.
-    _keeper: Child,
+    keeper: Child,
 }
 
 impl Bouncer {
@@ -248,14 +248,15 @@ impl Bouncer {
         let mut path = std::env::var_os("PATH").unwrap_or_default();
         path.push(":/usr/sbin"); // where Debian has it
         let keeper = keeper.env("PATH", path).spawn().expect("a shell");
-        let socket = dir.join(".s.PGSQL.5432");
+        let bouncer = Self { dir, keeper };
+        let socket = bouncer.dir.join(".s.PGSQL.5432");
         for _ in 0..1000 {
             if UnixStream::connect(&socket).is_ok() {
-                return Self { dir, _keeper: keeper };
+                return bouncer;
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+        let log = fs::read_to_string(bouncer.dir.join("log")).unwrap_or_default();
         panic!("PgBouncer does not start (apt-get install pgbouncer): {log}");
     }
 
@@ -263,6 +264,13 @@ impl Bouncer {
     pub(crate) fn through(&self, url: &str) -> String {
         let (database, _) = url.split_once("?host=").expect("an address of ours");
         format!("{database}?host={}", self.dir.display())
+    }
+}
+
+impl Drop for Bouncer {
+    fn drop(&mut self) {
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
     }
 }
 

@@ -99,16 +99,8 @@ impl House {
 
     /// Empties the database and gives it the schema of migration 0001, as the first release left it.
     async fn back_to_the_first_schema(&self) {
+        self.clear().await;
         let sqlite = self.url.starts_with("sqlite:");
-        if sqlite {
-            let all = "select type, name from sqlite_master where type in ('view', 'table') and name not like 'sqlite_%' \
-                       order by type = 'table', rowid desc";
-            for (kind, name) in self.pairs(all).await {
-                self.sql(&format!("drop {kind} {name}")).await;
-            }
-        } else {
-            self.sql("drop schema public cascade; create schema public").await;
-        }
         let dir = format!("{}/migrations", env!("CARGO_MANIFEST_DIR"));
         let dir = Path::new(&dir).join(if sqlite { "sqlite" } else { "postgres" });
         let mut first = sqlx::migrate::Migrator::new(dir).await.unwrap();
@@ -117,6 +109,20 @@ impl House {
             first.run(&mut SqliteConnection::connect(&self.url).await.unwrap()).await.unwrap();
         } else {
             first.run(&mut PgConnection::connect(self.direct()).await.unwrap()).await.unwrap();
+        }
+    }
+
+    /// As if it had just been made.
+    async fn clear(&self) {
+        if !self.url.starts_with("sqlite:") {
+            return self.sql("drop schema public cascade; create schema public").await;
+        }
+        let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+        let select = "select 'drop ' || type || ' ' || name from sqlite_master where type in ('table', 'view')";
+        let drops: Vec<String> = sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap();
+        sqlx::raw_sql("pragma foreign_keys = off").execute(&mut connection).await.unwrap();
+        for drop in drops {
+            sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();
         }
     }
 

@@ -18,6 +18,7 @@ use super::scripted::{Script, expected_weights};
 use super::wire::{Loss, Wire};
 
 const QUICK: Duration = Duration::from_millis(1);
+const SLOW: Duration = Duration::from_millis(20);
 
 async fn post(house: &House, form: Form) -> Response {
     let request = house.ask(reqwest::Method::POST, "/v1/jobs").header("idempotency-key", "order-1");
@@ -79,20 +80,22 @@ async fn an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos() {
 
 /// A worker whose last write is not answered until long after its lease: the job has its result, and its result's objects.
 async fn a_result_keeps_its_objects(mut floor: Floor, hold_up: impl AsyncFnOnce(), lift: impl AsyncFnOnce()) {
-    floor.settings.lease = Duration::from_secs(4);
+    floor.settings.lease = Duration::from_secs(20);
+    floor.settings.beat = Duration::from_hours(1); // else it is the heart's commit that is held up, and the row with it
     floor.settings.checkpoint_every = Duration::from_mins(10);
     let job = floor.train("mug", 20).await;
     let chaos = Chaos::over(Arc::new(floor.objects_store()));
-    let script = Script::new(QUICK);
+    let script = Script::new(SLOW);
     let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    // The result cannot be stored until commits are held up: so the first that is held up is the last of the job, or beside it.
-    floor.until(&job, |_| script.steps("mug").len() > 3).await;
+    // After its preview nothing can be stored until commits are held up: so the one that is held up is the last of the job.
+    let preview = async || floor.store.artifacts(TENANT, job.id).await.unwrap().pop();
+    eventually("the preview is shown", preview).await;
     chaos.strike_all(Some(What::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 20).then_some(())).await;
     hold_up().await;
     chaos.strike_all(None);
     // Longer than the lease, and than the commit is waited for: whoever takes it for lost has cleaned up by now.
-    tokio::time::sleep(Duration::from_secs(24)).await;
+    tokio::time::sleep(Duration::from_secs(26)).await;
     lift().await;
     let job =
         eventually("the job has ended", async || floor.find(&job).await.filter(is(State::Succeeded))).await;
@@ -130,7 +133,8 @@ async fn a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects() {
 
 /// Looks at the row again and again: the checkpoint that it names is in the store, whole.
 async fn watch_checkpoints(floor: &Floor, job: &Job) -> ! {
-    let named = async || floor.find(job).await.and_then(|row| row.checkpoint);
+    let running = async || floor.find(job).await.filter(is(State::Running));
+    let named = async || running().await.and_then(|row| row.checkpoint); // an ended job's is cleared away
     loop {
         if let Some(checkpoint) = named().await
             && floor.blobs.get(&checkpoint.object).await.is_err()
@@ -168,7 +172,7 @@ async fn every_commit_may_be_lost(loss: Loss) {
         }
         nth += 1;
     }
-    assert!(nth > 8, "a claim, class images, checkpoints, a preview, a result: only {nth} commits");
+    assert!(nth > 5, "a claim, checkpoints, a preview, a result: only {nth} commits");
 }
 
 // case A1
@@ -225,9 +229,9 @@ async fn a_job_whose_row_is_locked_does_not_cost_the_others_their_leases() {
     let worker = floor.work(&Script::new(QUICK));
     let trained = floor.ended(&trained).await;
     worker.stop().await;
-    let slow = Script::new(Duration::from_millis(100));
+    let slow = Script::new(Duration::from_millis(200));
     let worker = floor.work(&slow);
-    let (long, sample) = (floor.train("teapot", 400).await, floor.sample(trained.id, 300).await);
+    let (long, sample) = (floor.train("teapot", 400).await, floor.sample(trained.id, 200).await);
     for job in [&long, &sample] {
         floor.until(job, is(State::Running)).await;
     }

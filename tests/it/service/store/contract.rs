@@ -924,10 +924,7 @@ async fn a_submission_wakes_who_waits(house: House) {
 
 // case 53
 async fn two_migrations_at_once_are_one(house: House) {
-    house.sql("drop view held_back; drop table pause").await;
-    house.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
-    house.sql("drop table deployment").await;
-    house.sql("drop table api_key; drop table tenant; drop view clock; drop table _sqlx_migrations").await;
+    house.clear().await;
     let mut racers = JoinSet::new();
     for _ in 0..8 {
         let store = house.another().await;

@@ -149,36 +149,49 @@ async fn answers_that_never_come_use_up_no_connections() {
 
 // case A1
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
+async fn a_submission_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
+    let server = Postgres::own();
+    let house = House::at(server.fresh().await).await;
+    let tenant = house.tenant("shop").await;
+    server.lose_standby().await;
+    let new = training(tenant);
+    let answer = house.store.submit(new.clone()).await;
+    assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
+    assert_eq!(house.train(tenant, new.id).await, None, "what is not seen is not what is not there");
+    // The next submission of that tenant cannot pass the one that is under way.
+    let next = house.store.submit(training(tenant)).await;
+    assert!(matches!(next, Err(Error::Away(_))), "{next:?}");
+    server.find_standby().await;
+    let landed = eventually("the commit lands", async || house.train(tenant, new.id).await);
+    assert_eq!(landed.await.photos, new.photos);
+}
+
+// case A1
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
     let server = Postgres::own();
     let house = House::at(server.fresh().await).await;
     let tenant = house.tenant("shop").await;
     let job = house.accept(training(tenant)).await;
     let lease = house.claim().await.unwrap().lease();
     server.lose_standby().await;
-
-    let new = training(tenant);
-    let (result, weights) = (json!({}), [object("weights")]);
-    let (submitted, finished) =
-        tokio::join!(house.store.submit(new.clone()), house.store.finish(lease, &result, &weights));
-    assert!(matches!(submitted, Err(Error::Unknown(_))), "{submitted:?}");
-    assert!(matches!(finished, Err(Error::Unknown(_))), "{finished:?}");
-    // What is not seen is not what is not there.
-    assert_eq!(house.train(tenant, new.id).await, None);
+    let finish = async || house.store.finish(lease, &json!({}), &[object("weights")]).await;
+    let answer = finish().await;
+    assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
     assert_eq!(house.train(tenant, job.id).await.unwrap().state, State::Running);
     let named = house.store.named(job.id).await;
     assert!(matches!(named, Err(Error::Away(_))), "it waits for the lock: {named:?}");
-    // The next submission of that tenant cannot pass the one that is under way.
-    let next = house.store.submit(training(tenant)).await;
-    assert!(matches!(next, Err(Error::Away(_))), "{next:?}");
-
+    let again = finish().await;
+    assert!(matches!(again, Err(Error::Away(_))), "so does this: {again:?}");
+    // Its commit holds a lock that every other with a notification needs, which says so, and is surely not done.
+    let other = house.store.submit(training(tenant)).await;
+    assert!(matches!(other, Err(Error::Away(_))), "{other:?}");
     server.find_standby().await;
-    let landed = eventually("the commits land", async || house.train(tenant, new.id).await);
-    assert_eq!(landed.await.photos, new.photos);
-    let named = house.store.named(job.id).await.unwrap();
-    assert_eq!(named, [object("weights").key].into());
-    let again = house.store.finish(lease, &json!({}), &[object("weights")]).await.unwrap();
-    assert_eq!(again, State::Succeeded);
+    let landed = async || house.train(tenant, job.id).await.filter(|job| job.state == State::Succeeded);
+    eventually("the commit lands", landed).await;
+    assert_eq!(house.store.named(job.id).await.unwrap(), [object("weights").key].into());
+    assert_eq!(finish().await.unwrap(), State::Succeeded);
+    assert_eq!(house.store.list(tenant, &hypnos::store::Filter::default(), None, 9).await.unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -261,6 +274,32 @@ async fn a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_cr
     let (crashed, _dir) = after_a_crash(&house).await;
     assert_eq!(crashed.train(tenant, job.id).await.unwrap().state, State::Running, "and nothing names them");
     assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+}
+
+/// SQLite undoes a transaction by itself when the disk is full or fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
+    let name = "service::store::unknown::a_disk_that_was_full_or_failed_for_a_while_is_written_again";
+    let Some(disk) = Disk::under(name) else { return };
+    let house = House::sqlite().await;
+    let tenant = house.tenant("shop").await;
+    let troubles: [(fn(&Disk), bool); 2] = [(Disk::fill, true), (Disk::fail, false)];
+    for (trouble, surely) in troubles {
+        trouble(&disk);
+        let refused = house.store.submit(training(tenant)).await;
+        if surely {
+            assert!(
+                matches!(refused, Err(Error::Away(_))),
+                "its own word that nothing was done: {refused:?}"
+            );
+        } else {
+            assert!(matches!(refused, Err(Error::Unknown(_))), "{refused:?}");
+        }
+        disk.mend();
+        house.accept(training(tenant)).await;
+        house.accept(training(tenant)).await;
+        assert!(house.claim().await.is_some());
+    }
 }
 
 // case A6
