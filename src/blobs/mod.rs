@@ -475,7 +475,8 @@ impl Blobs {
             Some(root) => {
                 let scope = scope.as_str().to_owned();
                 let listed = tokio::task::spawn_blocking(move || directory::list(&root, &scope)).await;
-                listed.map_err(|_| Error::Away("the listing broke off".into()))??
+                let listed = listed.map_err(|_| Error::Away("the listing broke off".into()))?;
+                listed.map_err(|error| Error::from(error.kind()))?
             }
             None => self.look_in_bucket(scope).await?,
         };
@@ -552,7 +553,8 @@ impl Blobs {
         let mut n_swept = 0;
         if let Some(root) = self.directory.clone() {
             let swept = tokio::task::spawn_blocking(move || directory::sweep_unfinished(&root, older_than));
-            n_swept += swept.await.map_err(|_| Error::Away("the sweep broke off".into()))??;
+            let swept = swept.await.map_err(|_| Error::Away("the sweep broke off".into()))?;
+            n_swept += swept.map_err(|error| Error::from(error.kind()))?;
         }
         let mut probes = self.patiently(self.store.list(Some(&self.path(PROBES))));
         let before = Timestamp::now().as_millisecond().saturating_sub_unsigned(older_than.as_millis() as u64);
