@@ -12,7 +12,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::blobs::{Bucket, Place};
+use crate::blobs::{Bucket, Credentials, Place};
+use crate::http;
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
 
 /// What a setting is wrong about, in one line.
@@ -65,6 +66,12 @@ pub struct Storage {
     /// File that holds the URL of the database
     #[arg(long, env = "HYPNOS_DATABASE_FILE", value_name = "FILE")]
     pub database_file: Option<PathBuf>,
+    /// Second URL of the same Postgres that leads past a pooler in transaction mode, to hear of jobs at once; without it they are looked for
+    #[arg(long, env = "HYPNOS_DATABASE_DIRECT", value_name = "URL", hide_env_values = true)]
+    pub database_direct: Option<SecretString>,
+    /// File that holds it
+    #[arg(long, env = "HYPNOS_DATABASE_DIRECT_FILE", value_name = "FILE")]
+    pub database_direct_file: Option<PathBuf>,
     /// Connections to Postgres at most
     #[arg(long, env = "HYPNOS_DATABASE_CONNECTIONS", value_name = "N", default_value_t = 16)]
     pub database_connections: u32,
@@ -80,6 +87,10 @@ pub struct Storage {
     /// Region of the bucket
     #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
     pub s3_region: String,
+    /// Who we are to the S3 service: keys, web-identity (a role taken with the token in a file, as on EKS), container (the
+    /// agent beside a container, as on ECS) or instance (the virtual machine's metadata)
+    #[arg(long, env = "HYPNOS_S3_CREDENTIALS", value_name = "HOW", default_value = "keys")]
+    pub s3_credentials: S3Credentials,
     /// Access key id
     #[arg(long, env = "HYPNOS_S3_ACCESS_KEY", value_name = "ID")]
     pub s3_access_key: Option<String>,
@@ -89,11 +100,66 @@ pub struct Storage {
     /// File that holds the secret access key
     #[arg(long, env = "HYPNOS_S3_SECRET_KEY_FILE", value_name = "FILE")]
     pub s3_secret_key_file: Option<PathBuf>,
+    /// Token that temporary keys come with
+    #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub s3_session_token: Option<SecretString>,
+    /// File that holds it
+    #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN_FILE", value_name = "FILE")]
+    pub s3_session_token_file: Option<PathBuf>,
+    /// With web-identity: the role; by default the platform's AWS_ROLE_ARN
+    #[arg(long, env = "HYPNOS_S3_ROLE_ARN", value_name = "ARN")]
+    pub s3_role_arn: Option<String>,
+    /// With web-identity: what the session is called in the service's logs; by default the platform's
+    /// AWS_ROLE_SESSION_NAME, else hypnos
+    #[arg(long, env = "HYPNOS_S3_ROLE_SESSION", value_name = "NAME")]
+    pub s3_role_session: Option<String>,
+    /// With web-identity: file with the token, read again as it is renewed; by default the platform's
+    /// AWS_WEB_IDENTITY_TOKEN_FILE
+    #[arg(long, env = "HYPNOS_S3_WEB_IDENTITY_FILE", value_name = "FILE")]
+    pub s3_web_identity_file: Option<PathBuf>,
+    /// With web-identity: https:// URL of the service where the role is taken; by default the platform's
+    /// AWS_ENDPOINT_URL_STS, else Amazon's in the region
+    #[arg(long, env = "HYPNOS_S3_STS_ENDPOINT", value_name = "URL")]
+    pub s3_sts_endpoint: Option<String>,
+    /// With container: path on the agent of ECS, or whole URL of another; by default the platform's
+    /// AWS_CONTAINER_CREDENTIALS_RELATIVE_URI or AWS_CONTAINER_CREDENTIALS_FULL_URI
+    #[arg(long, env = "HYPNOS_S3_CONTAINER_CREDENTIALS", value_name = "PLACE")]
+    pub s3_container_credentials: Option<String>,
+    /// With container: file with what the agent is shown, which a whole URL wants; by default the platform's
+    /// AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE
+    #[arg(long, env = "HYPNOS_S3_CONTAINER_TOKEN_FILE", value_name = "FILE")]
+    pub s3_container_token_file: Option<PathBuf>,
+    /// With instance: URL of the metadata service; by default http://169.254.169.254
+    #[arg(long, env = "HYPNOS_S3_METADATA_ENDPOINT", value_name = "URL")]
+    pub s3_metadata_endpoint: Option<String>,
+}
+
+/// Who we are to the S3 service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum S3Credentials {
+    /// Keys that are given here.
+    Keys,
+    /// A role that is taken with the token in a file.
+    WebIdentity,
+    /// What the agent beside the container hands out.
+    Container,
+    /// What the virtual machine's metadata service hands out.
+    Instance,
 }
 
 impl Storage {
     /// URL of the database. Its directory is made if it is ours to make.
     pub fn database_url(&self) -> Result<SecretString> {
+        if self.database.is_none() && self.database_file.is_none() {
+            std::fs::create_dir_all(&self.data).map_err(|error| {
+                Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
+            })?;
+        }
+        self.existing_database_url()
+    }
+
+    /// The same, but makes nothing.
+    pub fn existing_database_url(&self) -> Result<SecretString> {
         if let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())? {
             let shown = url.expose_secret();
             if shown.starts_with("sqlite:")
@@ -105,30 +171,41 @@ impl Storage {
             let scheme = shown.split(':').next().unwrap_or_default().to_owned();
             return wrong(format!("HYPNOS_DATABASE: wanted sqlite:… or postgres://…, got {scheme:?}"));
         }
-        std::fs::create_dir_all(&self.data).map_err(|error| {
-            Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
-        })?;
         Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
+    }
+
+    /// The file of a database that is one, whether it is there or not.
+    pub fn sqlite_file(&self) -> Result<Option<PathBuf>> {
+        let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())?
+        else {
+            return Ok(Some(self.data.join("hypnos.db")));
+        };
+        let path = url.expose_secret().strip_prefix("sqlite:").map(|path| path.trim_start_matches("//"));
+        Ok(path.map(|path| path.split('?').next().unwrap_or_default().into()))
+    }
+
+    /// URL of the database past a pooler, if there is one.
+    pub fn database_direct(&self) -> Result<Option<SecretString>> {
+        let (url, file) = (self.database_direct.as_ref(), self.database_direct_file.as_deref());
+        let Some(url) = secret("HYPNOS_DATABASE_DIRECT", url, file)? else { return Ok(None) };
+        let shown = url.expose_secret();
+        if shown.starts_with("postgres://") || shown.starts_with("postgresql://") {
+            return Ok(Some(url));
+        }
+        let scheme = shown.split(':').next().unwrap_or_default();
+        wrong(format!("HYPNOS_DATABASE_DIRECT: wanted postgres://…, got {scheme:?}"))
     }
 
     /// Whether the database is a file of this machine.
     pub fn is_sqlite(&self) -> Result<bool> {
-        Ok(self.database_url()?.expose_secret().starts_with("sqlite:"))
+        Ok(self.existing_database_url()?.expose_secret().starts_with("sqlite:"))
     }
 
     /// Where objects are.
     pub fn place(&self) -> Result<Place> {
         let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
-        let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
-        let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
         let Some(bucket) = place.strip_prefix("s3://") else {
-            let given = [
-                ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
-                ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
-                ("HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
-                ("HYPNOS_S3_SECRET_KEY", secret_key.is_some()),
-            ];
-            if let Some((name, _)) = given.into_iter().find(|(_, given)| *given) {
+            if let Some(name) = self.s3_given().into_iter().next() {
                 return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
             }
             let dir = place.strip_prefix("file://").unwrap_or(&place);
@@ -143,24 +220,131 @@ impl Storage {
         if name.is_empty() {
             return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
         }
-        match (self.s3_access_key.clone(), secret_key) {
-            (Some(access_key), Some(secret_key)) => Ok(Place::Bucket(Bucket {
-                name: name.into(),
-                prefix: prefix.trim_matches('/').into(),
-                endpoint: self.s3_endpoint.clone(),
-                public_endpoint: self.s3_public_endpoint.clone(),
-                region: self.s3_region.clone(),
-                access_key,
-                secret_key,
-            })),
-            (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
-            (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+        Ok(Place::Bucket(Bucket {
+            name: name.into(),
+            prefix: prefix.trim_matches('/').into(),
+            endpoint: self.s3_endpoint.clone(),
+            public_endpoint: self.s3_public_endpoint.clone(),
+            region: self.s3_region.clone(),
+            credentials: self.credentials(&platform)?,
+        }))
+    }
+
+    /// Settings of an S3 service that are set.
+    fn s3_given(&self) -> Vec<&'static str> {
+        let places = [
+            ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
+            ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
+            ("HYPNOS_S3_CREDENTIALS", self.s3_credentials != S3Credentials::Keys),
+        ];
+        let places = places.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
+        places.chain(self.s3_credentials_given().into_iter().map(|(_, name)| name)).collect()
+    }
+
+    /// Settings of who we are to it that are set, and with which way of being somebody each goes.
+    fn s3_credentials_given(&self) -> Vec<(S3Credentials, &'static str)> {
+        use S3Credentials::{Container, Instance, Keys, WebIdentity};
+        let all = [
+            (Keys, "HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
+            (Keys, "HYPNOS_S3_SECRET_KEY", self.s3_secret_key.is_some()),
+            (Keys, "HYPNOS_S3_SECRET_KEY_FILE", self.s3_secret_key_file.is_some()),
+            (Keys, "HYPNOS_S3_SESSION_TOKEN", self.s3_session_token.is_some()),
+            (Keys, "HYPNOS_S3_SESSION_TOKEN_FILE", self.s3_session_token_file.is_some()),
+            (WebIdentity, "HYPNOS_S3_ROLE_ARN", self.s3_role_arn.is_some()),
+            (WebIdentity, "HYPNOS_S3_ROLE_SESSION", self.s3_role_session.is_some()),
+            (WebIdentity, "HYPNOS_S3_WEB_IDENTITY_FILE", self.s3_web_identity_file.is_some()),
+            (WebIdentity, "HYPNOS_S3_STS_ENDPOINT", self.s3_sts_endpoint.is_some()),
+            (Container, "HYPNOS_S3_CONTAINER_CREDENTIALS", self.s3_container_credentials.is_some()),
+            (Container, "HYPNOS_S3_CONTAINER_TOKEN_FILE", self.s3_container_token_file.is_some()),
+            (Instance, "HYPNOS_S3_METADATA_ENDPOINT", self.s3_metadata_endpoint.is_some()),
+        ];
+        all.into_iter().filter(|(_, _, given)| *given).map(|(how, name, _)| (how, name)).collect()
+    }
+
+    /// Who we are to the S3 service. `platform` reads a variable that the platform sets for the way that was chosen; without
+    /// that choice none is read.
+    fn credentials(&self, platform: &dyn Fn(&str) -> Option<String>) -> Result<Credentials> {
+        let how = self.s3_credentials;
+        let chosen = how.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        if let Some((_, name)) = self.s3_credentials_given().into_iter().find(|(of, _)| *of != how) {
+            return wrong(format!(
+                "{name} is set, but HYPNOS_S3_CREDENTIALS is {chosen}, which does not use it"
+            ));
+        }
+        let either = |own: &Option<String>, variable: &str| own.clone().or_else(|| platform(variable));
+        let path = |own: &Option<PathBuf>, variable: &str| {
+            own.clone().or_else(|| platform(variable).map(PathBuf::from))
+        };
+        let missing = |own: &str, variable: &str| {
+            wrong(format!("HYPNOS_S3_CREDENTIALS is {chosen}, but neither {own} nor {variable} is set"))
+        };
+        let readable = |own: &str, file: PathBuf| match std::fs::read_to_string(&file) {
+            Ok(_) => Ok(file),
+            Err(error) => wrong(format!("{own}: {} cannot be read: {}", file.display(), error.kind())),
+        };
+        match how {
+            S3Credentials::Keys => {
+                let (key, file) = (self.s3_secret_key.as_ref(), self.s3_secret_key_file.as_deref());
+                let secret_key = secret("HYPNOS_S3_SECRET_KEY", key, file)?;
+                let (token, file) = (self.s3_session_token.as_ref(), self.s3_session_token_file.as_deref());
+                let session_token = secret("HYPNOS_S3_SESSION_TOKEN", token, file)?;
+                match (self.s3_access_key.clone(), secret_key) {
+                    (Some(access_key), Some(secret_key)) => {
+                        Ok(Credentials::Keys { access_key, secret_key, session_token })
+                    }
+                    (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
+                    (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+                }
+            }
+            S3Credentials::WebIdentity => {
+                let Some(role_arn) = either(&self.s3_role_arn, "AWS_ROLE_ARN") else {
+                    return missing("HYPNOS_S3_ROLE_ARN", "AWS_ROLE_ARN");
+                };
+                let Some(file) = path(&self.s3_web_identity_file, "AWS_WEB_IDENTITY_TOKEN_FILE") else {
+                    return missing("HYPNOS_S3_WEB_IDENTITY_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE");
+                };
+                let sts_endpoint = either(&self.s3_sts_endpoint, "AWS_ENDPOINT_URL_STS");
+                if let Some(url) = sts_endpoint.as_ref().filter(|url| !url.starts_with("https://")) {
+                    return wrong(format!("HYPNOS_S3_STS_ENDPOINT: wanted https://HOST, got {url:?}"));
+                }
+                let session_name = either(&self.s3_role_session, "AWS_ROLE_SESSION_NAME");
+                Ok(Credentials::WebIdentity {
+                    token_file: readable("HYPNOS_S3_WEB_IDENTITY_FILE", file)?,
+                    role_arn,
+                    session_name: session_name.unwrap_or_else(|| "hypnos".into()),
+                    sts_endpoint,
+                })
+            }
+            S3Credentials::Container => {
+                let relative = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI";
+                let place = either(&self.s3_container_credentials, relative)
+                    .or_else(|| platform("AWS_CONTAINER_CREDENTIALS_FULL_URI"));
+                let Some(place) = place else { return missing("HYPNOS_S3_CONTAINER_CREDENTIALS", relative) };
+                let whole = place.starts_with("http://") || place.starts_with("https://");
+                if !whole && !place.starts_with('/') {
+                    return wrong(format!(
+                        "HYPNOS_S3_CONTAINER_CREDENTIALS: wanted /PATH or http(s)://HOST/PATH, got {place:?}"
+                    ));
+                }
+                let file = path(&self.s3_container_token_file, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE");
+                let token_file =
+                    file.map(|file| readable("HYPNOS_S3_CONTAINER_TOKEN_FILE", file)).transpose()?;
+                if whole && token_file.is_none() {
+                    return wrong(
+                        "HYPNOS_S3_CONTAINER_CREDENTIALS is a whole URL, but HYPNOS_S3_CONTAINER_TOKEN_FILE is not set",
+                    );
+                }
+                Ok(Credentials::Container { place, token_file })
+            }
+            S3Credentials::Instance => {
+                Ok(Credentials::Instance { endpoint: self.s3_metadata_endpoint.clone() })
+            }
         }
     }
 
     /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
     pub fn check_local(&self) -> Result<()> {
-        let url = self.database_url()?;
+        let url = self.existing_database_url()?;
         let Some(path) = url.expose_secret().strip_prefix("sqlite:") else { return Ok(()) };
         let path = Path::new(path.trim_start_matches("//").split('?').next().unwrap_or_default());
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -199,12 +383,9 @@ pub struct Serving {
     /// URL under which clients reach the service, for the links that they are given; by default the listening address
     #[arg(long, env = "HYPNOS_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
-    /// Who may call: keys, or none (without keys, on loopback only); by default none on loopback, else keys
+    /// Who may call: keys, or none (without keys, on this machine only); by default none where address and public URL are loopback, else keys
     #[arg(long, env = "HYPNOS_AUTH", value_name = "WHO")]
     pub auth: Option<Auth>,
-    /// Address of a second listener for /metrics, /healthz and /readyz, without keys
-    #[arg(long, env = "HYPNOS_METRICS_LISTEN", value_name = "ADDRESS")]
-    pub metrics_listen: Option<SocketAddr>,
     /// Secret that signs links to objects in a directory; by default drawn once and kept in DATA
     #[arg(long, env = "HYPNOS_URL_SECRET", value_name = "SECRET", hide_env_values = true)]
     pub url_secret: Option<SecretString>,
@@ -226,10 +407,13 @@ pub struct Serving {
     /// Attempts that a job may have
     #[arg(long, env = "HYPNOS_ATTEMPTS_MAX", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub attempts_max: u32,
+    /// Uploads at most that are on their way or wait for their turn; each has up to five photos in the scratch directory
+    #[arg(long, env = "HYPNOS_UPLOADS_MAX", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub uploads_max: u32,
     /// Connections at most
     #[arg(long, env = "HYPNOS_CONNECTIONS_MAX", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections_max: u32,
-    /// Event streams at most
+    /// Event streams and downloads at most; tenants share them, as they do all places
     #[arg(long, env = "HYPNOS_STREAMS_MAX", value_name = "N", default_value_t = 1000)]
     pub streams_max: u32,
     /// How long a request's head may take to arrive, in seconds
@@ -252,16 +436,23 @@ impl Serving {
         seconds("HYPNOS_DRAIN_SECS", self.drain_secs).map(drop)
     }
 
-    /// Whether keys are asked for. None are on loopback; elsewhere nobody is let in without.
+    /// Whether keys are asked for. None are where only this machine calls; elsewhere nobody is let in without. A public URL
+    /// that is not loopback means others, whatever address is listened on: a proxy passes on what they ask.
     pub fn keys_wanted(&self) -> Result<bool> {
-        let loopback = self.listen.ip().is_loopback();
-        match self.auth {
-            Some(Auth::None) if !loopback => wrong(format!(
-                "HYPNOS_AUTH is none, but HYPNOS_LISTEN is {}, which others reach; wanted a loopback address or keys",
-                self.listen
+        let elsewhere = self.public_url.as_deref().filter(|url| !host(url).is_some_and(http::is_loopback));
+        let reached = match elsewhere {
+            _ if !self.listen.ip().to_canonical().is_loopback() => {
+                Some(format!("HYPNOS_LISTEN is {}", self.listen))
+            }
+            Some(url) => Some(format!("HYPNOS_PUBLIC_URL is {url}")),
+            None => None,
+        };
+        match (self.auth, reached) {
+            (Some(Auth::None), Some(reached)) => wrong(format!(
+                "HYPNOS_AUTH is none, but {reached}, which others reach; wanted HYPNOS_AUTH=keys, or a loopback address and URL"
             )),
-            Some(auth) => Ok(auth == Auth::Keys),
-            None => Ok(!loopback),
+            (Some(auth), _) => Ok(auth == Auth::Keys),
+            (None, reached) => Ok(reached.is_some()),
         }
     }
 
@@ -275,9 +466,8 @@ impl Serving {
                 _ => Ok(format!("http://{bound}")),
             };
         };
-        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
-        match rest {
-            Some(rest) if !rest.is_empty() && !rest.contains(['?', '#', ' ']) => {
+        match host(url) {
+            Some(host) if !host.is_empty() && !url.contains(['?', '#', ' ']) => {
                 Ok(url.trim_end_matches('/').to_owned())
             }
             _ => wrong(format!("HYPNOS_PUBLIC_URL: wanted http(s)://HOST[/PATH], got {url:?}")),
@@ -294,6 +484,82 @@ impl Serving {
             Some(secret) => Ok(secret),
             None => kept_secret(&data.join("url-secret")),
         }
+    }
+}
+
+/// The host of an `http(s)://` URL, without its port; none of what is no such URL. One with a user's name in it is none: what
+/// stands before the `@` looks like a host to people.
+fn host(url: &str) -> Option<&str> {
+    let lower = url.to_ascii_lowercase();
+    let scheme = ["https://", "http://"].into_iter().find(|scheme| lower.starts_with(scheme))?;
+    let authority = url[scheme.len()..].split(['/', '?', '#', '\\']).next()?;
+    if authority.contains('@') {
+        return None;
+    }
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => Some(host),
+        _ => Some(authority),
+    }
+}
+
+/// How the process is watched.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Monitoring")]
+pub struct Monitoring {
+    /// Address of a listener for /metrics, /healthz and /readyz, without keys
+    #[arg(long, env = "HYPNOS_METRICS_LISTEN", value_name = "ADDRESS")]
+    pub metrics_listen: Option<SocketAddr>,
+}
+
+/// What is sent to a collector of OpenTelemetry's, as its own variables ask for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Signals {
+    /// Spans of requests and jobs.
+    pub traces: bool,
+    /// The figures of `/metrics`.
+    pub metrics: bool,
+}
+
+impl Signals {
+    /// What the environment asks for.
+    pub fn from_environment() -> Result<Self> {
+        Self::read(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    /// What `variable` asks for: a signal is sent where it has an endpoint, unless it is turned off. How it is sent is read
+    /// from the other variables by OpenTelemetry's own library; what that cannot do is refused here.
+    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let set = |name: &str| {
+            variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+        };
+        if set("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
+            return Ok(Self::default());
+        }
+        let asked = |signal: &str| {
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
+            let Some((endpoint, name)) = names.into_iter().find_map(|name| Some((set(&name)?, name))) else {
+                return Ok(false);
+            };
+            if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+                return wrong(format!("{name}: wanted http(s)://HOST:PORT, got {endpoint:?}"));
+            }
+            let exporter = format!("OTEL_{signal}_EXPORTER");
+            match set(&exporter).as_deref() {
+                None | Some("otlp") => {}
+                Some("none") => return Ok(false),
+                Some(other) => return wrong(format!("{exporter}: wanted otlp or none, got {other:?}")),
+            }
+            let names =
+                [format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"), "OTEL_EXPORTER_OTLP_PROTOCOL".into()];
+            match names.into_iter().find_map(|name| Some((set(&name)?, name))) {
+                Some((protocol, name)) if protocol != "http/protobuf" => wrong(format!(
+                    "{name}: wanted http/protobuf, which is all that is spoken here, got {protocol:?}"
+                )),
+                _ => Ok(true),
+            }
+        };
+        Ok(Self { traces: asked("TRACES")?, metrics: asked("METRICS")? })
     }
 }
 
@@ -384,6 +650,11 @@ pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
     wrong(format!("{name}: wanted GiB from 0 on, got {value}"))
 }
 
+/// A variable that the platform sets, not we; read only where a setting says so by name.
+fn platform(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok().filter(|value| !value.is_empty())
+}
+
 /// A secret that is given itself, or by the file that holds it, but not by both.
 fn secret(name: &str, itself: Option<&SecretString>, file: Option<&Path>) -> Result<Option<SecretString>> {
     match (itself, file) {
@@ -445,6 +716,50 @@ mod tests {
         assert_eq!(file_system(mounts, Path::new("/srv/shared")), Some("ext4"));
     }
 
+    /// What `serve` with these flags makes of its callers.
+    fn keys_wanted(flags: &[&str]) -> Result<bool> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            serving: Serving,
+        }
+        let line = <Line as clap::Parser>::parse_from(["serve"].iter().chain(flags));
+        line.serving.keys_wanted()
+    }
+
+    #[test]
+    fn whoever_others_reach_asks_for_keys() {
+        let here = [
+            "http://localhost:8080",
+            "http://127.0.0.1/hypnos",
+            "http://[::1]:80",
+            "HTTP://LOCALHOST",
+            "https://a.localhost",
+        ];
+        for url in here {
+            assert_eq!(keys_wanted(&["--public-url", url]), Ok(false), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--auth", "none"]), Ok(false), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--auth", "keys"]), Ok(true), "{url}");
+            assert_eq!(keys_wanted(&["--public-url", url, "--listen", "0.0.0.0:80"]), Ok(true), "{url}");
+        }
+        let elsewhere = [
+            "https://hypnos.example",
+            "http://10.0.0.1:8080",
+            "https://localhost.example",
+            "http://127.0.0.1@x.example",
+            "http://127.0.0.1.example",
+            "http://x\\@localhost",
+        ];
+        for url in elsewhere {
+            assert_eq!(keys_wanted(&["--public-url", url]), Ok(true), "{url}");
+            let error = keys_wanted(&["--public-url", url, "--auth", "none"]).unwrap_err().to_string();
+            assert!(error.contains(url) && error.contains("HYPNOS_AUTH") && !error.contains('\n'), "{error}");
+        }
+        assert_eq!(keys_wanted(&[]), Ok(false));
+        assert_eq!(keys_wanted(&["--listen", "[::ffff:127.0.0.1]:80"]), Ok(false));
+        assert!(keys_wanted(&["--listen", "192.0.2.1:80", "--auth", "none"]).is_err());
+    }
+
     #[test]
     fn variables_that_begin_as_ours_and_are_not_are_refused() {
         let known = BTreeSet::from(["HYPNOS_DATA".to_owned()]);
@@ -454,6 +769,41 @@ mod tests {
         assert_eq!(check("PATH"), Ok(()));
         let error = check("HYPNOS_DATABSE").unwrap_err();
         assert_eq!(error.to_string(), "HYPNOS_DATABSE is set, but there is no such setting");
+    }
+
+    #[test]
+    fn opentelemetry_s_own_variables_say_what_is_sent() {
+        let read = |given: &[(&str, &str)]| {
+            let given: Vec<(String, String)> =
+                given.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            Signals::read(|name| {
+                given.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+            })
+        };
+        let (all, none) = (Signals { traces: true, metrics: true }, Signals::default());
+        let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318");
+        assert_eq!(read(&[]), Ok(none));
+        assert_eq!(read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", " ")]), Ok(none));
+        assert_eq!(read(&[endpoint]), Ok(all));
+        assert_eq!(read(&[endpoint, ("OTEL_SDK_DISABLED", "TRUE")]), Ok(none));
+        assert_eq!(
+            read(&[endpoint, ("OTEL_METRICS_EXPORTER", "none")]),
+            Ok(Signals { traces: true, ..none })
+        );
+        let metrics = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "https://collector/v1/metrics");
+        assert_eq!(read(&[metrics]), Ok(Signals { metrics: true, ..none }));
+        let refused = [
+            (
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
+                "wanted http(s)://HOST:PORT, got \"collector:4317\"",
+            ),
+            (("OTEL_TRACES_EXPORTER", "zipkin"), "OTEL_TRACES_EXPORTER: wanted otlp or none, got \"zipkin\""),
+            (("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf"),
+        ];
+        for (given, wanted) in refused {
+            let line = read(&[given, endpoint]).unwrap_err().to_string();
+            assert!(line.contains(wanted), "{line}");
+        }
     }
 
     #[test]

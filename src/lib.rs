@@ -10,13 +10,15 @@
 //! engine    what a device can do: the seam between worker and core
 //! report    what people look at: a training as a page, tables of numbers
 //! ml        the core: models, mathematics, operations
-//! job       the nouns               config    every setting
+//! job       the nouns               config    every setting            health   how the devices are doing
 //! ```
 
 pub mod blobs;
 pub mod cli;
 pub mod config;
+pub mod deployment;
 pub mod engine;
+pub mod health;
 pub mod http;
 pub mod janitor;
 pub mod job;
@@ -24,5 +26,8 @@ pub mod memory;
 pub mod ml;
 pub mod photo;
 pub mod report;
+pub mod retry;
 pub mod store;
+pub mod sweep;
+pub mod telemetry;
 pub mod worker;

@@ -1,9 +1,11 @@
 //! The only object keys: identifiers, numbers and fixed names. No text of a client is ever part of one.
 //!
 //! ```text
-//! t/{tenant}/j/{job}/photos/{n}.png            what was uploaded, decoded and written anew
-//! t/{tenant}/j/{job}/a/{run_lease}/{name}      what one claim of a job wrote; no other claim writes there
-//! t/{tenant}/class/{settings}/{seed}.png       class images, shared by the tenant's trainings
+//! t/{tenant}/j/{job}/photos/{n}.png                             what was uploaded, decoded and written anew
+//! t/{tenant}/j/{job}/a/{run_lease}/{name}                       what one claim of a job wrote; no other writes there
+//! t/{tenant}/class/{settings}/{seed}-{job}-{run_lease}.png      class images, shared by the tenant's trainings; each
+//!                                                               was drawn by that claim of that job
+//! t/{tenant}/class/{settings}/{seed}.png                        the same, of earlier versions
 //! ```
 
 use std::fmt;
@@ -70,12 +72,14 @@ impl Key {
         Self(format!("t/{tenant}/j/{}/a/{}/{name}", lease.job, lease.run_lease))
     }
 
-    /// The class image of `seed` under `settings`, which [`crate::engine::ClassImages`] gives as a hash.
+    /// The class image of `seed` under `settings`, which [`crate::engine::ClassImages`] gives as a hash, as the holder of
+    /// `lease` draws it: two kinds of device draw one image in different bytes.
     ///
     /// Panics if `settings` is not 1 to 64 ASCII letters and digits: that would be a fault of the engine.
-    pub fn class_image(tenant: TenantId, settings: &str, seed: u64) -> Self {
+    pub fn class_image(tenant: TenantId, settings: &str, seed: u64, lease: Lease) -> Self {
         assert!(is_settings(settings), "settings are a hash in hexadecimal");
-        Self(format!("t/{tenant}/class/{settings}/{seed}.png"))
+        let Lease { job, run_lease } = lease;
+        Self(format!("t/{tenant}/class/{settings}/{seed}-{job}-{run_lease}.png"))
     }
 
     /// A key that one of the above made; nothing else is one.
@@ -89,7 +93,7 @@ impl Key {
                 is_id(tenant) && is_id(job) && is_number(lease) && is_name(name)
             }
             ["t", tenant, "class", settings, image] => {
-                is_id(tenant) && is_settings(settings) && image.strip_suffix(".png").is_some_and(is_number)
+                is_id(tenant) && is_settings(settings) && image.strip_suffix(".png").is_some_and(is_drawn)
             }
             _ => false,
         };
@@ -132,6 +136,15 @@ impl Key {
     }
 }
 
+impl Key {
+    /// Whose class image it is, and under which settings; `None` for what belongs to a job.
+    pub fn class_image_of(&self) -> Option<(TenantId, &str)> {
+        let mut parts = self.0.split('/').skip(1);
+        let tenant = parts.next()?.parse().ok()?;
+        if parts.next()? == "class" { Some((tenant, parts.next()?)) } else { None }
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -158,8 +171,13 @@ impl Scope {
         Self(format!("t/{tenant}/j/{}/a/{}", lease.job, lease.run_lease))
     }
 
+    /// The class images of a tenant, which no job takes with it.
+    pub fn class_images(tenant: TenantId) -> Self {
+        Self(format!("t/{tenant}/class"))
+    }
+
     /// Everything there is.
-    pub(super) fn all() -> Self {
+    pub fn all() -> Self {
         Self("t".into())
     }
 
@@ -175,6 +193,12 @@ fn is_id(text: &str) -> bool {
 /// A number as we write it: no sign, no leading zero.
 fn is_number(text: &str) -> bool {
     text.parse::<u64>().is_ok_and(|number| number.to_string() == text)
+}
+
+/// A class image's seed and the claim that drew it, or the seed alone.
+fn is_drawn(text: &str) -> bool {
+    let Some((seed, claim)) = text.split_once('-') else { return is_number(text) };
+    is_number(seed) && claim.rsplit_once('-').is_some_and(|(job, lease)| is_id(job) && is_number(lease))
 }
 
 fn is_settings(text: &str) -> bool {
@@ -198,10 +222,15 @@ mod tests {
         let lease = Lease { job, run_lease: 7 };
         let weights = Key::artifact(tenant, lease, Name::Weights);
         let photo = Key::photo(tenant, job, 2);
-        let class = Key::class_image(tenant, "00ff", 3);
-        for key in [&weights, &photo, &class] {
+        let class = Key::class_image(tenant, "00ff", 3, lease);
+        let older = Key::parse(&format!("t/{tenant}/class/00ff/3.png")).unwrap();
+        for key in [&weights, &photo, &class, &older] {
             assert_eq!(Key::parse(key.as_str()).as_ref(), Some(key));
         }
+        for key in [&class, &older] {
+            assert_eq!(key.class_image_of(), Some((tenant, "00ff")));
+        }
+        assert_eq!((weights.class_image_of(), photo.class_image_of()), (None, None));
         assert_eq!(weights.owner(), Some((tenant, job, Some(7))));
         assert_eq!(photo.owner(), Some((tenant, job, None)));
         assert_eq!(class.owner(), None);
@@ -231,6 +260,10 @@ mod tests {
             format!("t/{tenant}/j/{job}/a/1/weights#1"),
             format!("t/{tenant}/class//0.png"),
             format!("t/{tenant}/class/../0.png"),
+            format!("t/{tenant}/class/a/0-{job}.png"),
+            format!("t/{tenant}/class/a/0-{job}-01.png"),
+            format!("t/{tenant}/class/a/-{job}-1.png"),
+            format!("t/{tenant}/class/a/0-x-1.png"),
             format!("t/{}/class/a/0.png", tenant.0.simple()),
         ];
         for text in bad {

@@ -70,7 +70,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     text
 }
 
-fn unhex(text: &str) -> Option<Vec<u8>> {
+pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
     let (pairs, odd) = text.as_bytes().as_chunks::<2>();
     let nibble = |byte: u8| (byte as char).to_digit(16);
     let byte = |&[high, low]: &[u8; 2]| Some((nibble(high)? * 16 + nibble(low)?) as u8);

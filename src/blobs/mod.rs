@@ -5,15 +5,18 @@
 //! live in the row ([`Object`]) and are verified on every read. A key is written by one holder of a lease only, so that
 //! a write whose answer was lost can be sent again.
 
+mod directory;
 mod error;
 mod key;
 mod link;
+mod s3;
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -21,22 +24,23 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, FuturesUnordered};
 use futures_util::{FutureExt, StreamExt, TryFutureExt, TryStreamExt};
 use jiff::Timestamp;
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::aws::AmazonS3;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::signer::{Method, SignedUrlOptions, Signer};
-use object_store::{ClientOptions, MultipartUpload, ObjectStore, ObjectStoreExt, RetryConfig};
-use secrecy::{ExposeSecret, SecretString};
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt};
+use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use uuid::Uuid;
 
-pub use error::Error;
+pub use error::{Error, Refusal};
 pub use key::{Key, Name, Scope};
 pub use link::BadLink;
 pub(crate) use link::hex;
+pub use s3::{Bucket, Credentials};
 
-use crate::job::{JobId, Object};
+use crate::job::Object;
 
 /// Files are sent and fetched in parts of this size, several at a time; S3 takes none below 5 MiB but the last.
 const PART_BYTES: u64 = 8 << 20;
@@ -45,9 +49,14 @@ const N_PARTS_AT_ONCE: usize = 4;
 const N_PARTS_MAX: u64 = 9_000;
 /// One request and all its retries end well below a lease of 60 s.
 const PATIENCE: Duration = Duration::from_secs(45);
-const RETRY: Duration = Duration::from_secs(20);
-const REQUEST: Duration = Duration::from_secs(20);
-const CONNECT: Duration = Duration::from_secs(5);
+/// Objects that are removed, or looked for, at once.
+const N_AT_ONCE: usize = 16;
+/// S3 takes so many keys in one request to remove them.
+const N_IN_BULK: usize = 1000;
+/// Where the store says which deployment it belongs to.
+const MARKER: &str = "deployment.json";
+/// Where objects lie that are written to see whether the store works.
+const PROBES: &str = "probe";
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// No upload takes longer than that; what is older was left behind by a crash.
 const UNFINISHED: Duration = Duration::from_hours(24);
@@ -70,26 +79,6 @@ pub enum Place {
     Bucket(Bucket),
 }
 
-/// A bucket, and how to reach it.
-#[derive(Clone, Debug)]
-pub struct Bucket {
-    /// Its name.
-    pub name: String,
-    /// What all keys begin with; may be empty.
-    pub prefix: String,
-    /// The server, such as `https://s3.example`; Amazon's if not given. One that is given as `http://` is spoken to in
-    /// the clear.
-    pub endpoint: Option<String>,
-    /// The same server as clients reach it, if that differs: a link's signature covers its host.
-    pub public_endpoint: Option<String>,
-    /// Its region.
-    pub region: String,
-    /// Access key id.
-    pub access_key: String,
-    /// Secret access key.
-    pub secret_key: SecretString,
-}
-
 /// How links to objects of a directory are made.
 #[derive(Clone, Debug)]
 pub struct Links {
@@ -107,8 +96,17 @@ pub struct Blobs {
     signer: Signing,
     /// The directory of a local store.
     directory: Option<PathBuf>,
+    /// How a bucket's objects are removed by the thousand.
+    bulk: Option<Arc<Bulk>>,
     patience: Duration,
     probe: ObjectPath,
+}
+
+/// The same bucket by a client that removes a thousand objects with one request, which not every server knows.
+struct Bulk {
+    store: AmazonS3,
+    /// Whether that was refused and one by one went well: then it is not tried again.
+    refused: AtomicBool,
 }
 
 /// Who signs links: the bucket's client, or ourselves, if we were told how.
@@ -127,6 +125,17 @@ pub struct Entry {
     pub size: u64,
     /// When it was written, by the store's clock.
     pub modified_ms: i64,
+}
+
+/// What lies in a store.
+#[derive(Clone, Debug, Default)]
+pub struct Listing {
+    /// Our objects.
+    pub entries: Vec<Entry>,
+    /// Keys that we cannot have written, such as the marker of a folder or one with a doubled slash. They are left alone.
+    pub foreign: Vec<String>,
+    /// Files of a directory that an upload has not finished, or never will.
+    unfinished: Vec<PathBuf>,
 }
 
 impl fmt::Debug for Blobs {
@@ -164,12 +173,14 @@ impl Blobs {
                 Ok(blobs)
             }
             Place::Bucket(bucket) => {
-                let store = Arc::new(bucket.client(bucket.endpoint.as_deref())?);
+                let store = Arc::new(bucket.client()?);
                 let signer = match bucket.public_endpoint.as_deref() {
-                    Some(endpoint) => Arc::new(bucket.client(Some(endpoint))?),
+                    Some(endpoint) => Arc::new(bucket.in_public(&store, endpoint)?),
                     None => Arc::clone(&store),
                 };
-                Ok(Self::new(store, &bucket.prefix, Signing::Bucket(signer)))
+                let bulk = Bulk { store: bucket.in_bulk(&store)?, refused: AtomicBool::new(false) };
+                let blobs = Self::new(store, &bucket.prefix, Signing::Bucket(signer));
+                Ok(Self { bulk: Some(Arc::new(bulk)), ..blobs })
             }
         }
     }
@@ -183,8 +194,8 @@ impl Blobs {
 
     fn new(store: Arc<dyn ObjectStore>, prefix: &str, signer: Signing) -> Self {
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        let probe = ObjectPath::from(format!("{prefix}probe/{}", Uuid::now_v7()));
-        Self { store, prefix, signer, directory: None, patience: PATIENCE, probe }
+        let probe = ObjectPath::from(format!("{prefix}{PROBES}/{}", Uuid::now_v7()));
+        Self { store, prefix, signer, directory: None, bulk: None, patience: PATIENCE, probe }
     }
 
     /// Waits so long for one request and its retries, instead of 45 s.
@@ -375,83 +386,200 @@ impl Blobs {
         }
     }
 
-    /// Removes all objects of an owner; how many there were.
-    pub async fn delete_all(&self, scope: &Scope) -> Result<usize, Error> {
-        let place = self.path(scope.as_str());
-        let paths: Vec<_> =
-            self.patiently(self.store.list(Some(&place))).map_ok(|meta| meta.location).try_collect().await?;
-        let n_objects = paths.len();
-        let paths = stream::iter(paths.into_iter().map(Ok)).boxed();
-        let mut gone = self.patiently(self.store.delete_stream(paths));
-        while let Some(one) = gone.next().await {
-            match one {
-                Ok(_) | Err(Error::Missing) => {}
-                Err(error) => return Err(error),
+    /// Removes objects, and goes on past those that cannot be removed: which, and why. One that is not there is removed.
+    pub async fn delete_each(&self, keys: &[Key]) -> Vec<(Key, Error)> {
+        let mut left = keys.to_vec();
+        let (mut failed, mut refused) = (Vec::new(), false);
+        if let Some(bulk) = &self.bulk
+            && left.len() > 1
+            && !bulk.refused.load(Ordering::Relaxed)
+        {
+            (failed, left) = self.delete_in_bulk(bulk, &left).await;
+            refused = !left.is_empty();
+        }
+        let n_failed = left.len() + failed.len();
+        let each = left.into_iter().map(|key| async move {
+            let error = self.delete(&key).await.err()?;
+            Some((key, error))
+        });
+        let mut done = stream::iter(each).buffer_unordered(N_AT_ONCE);
+        while let Some(done) = done.next().await {
+            failed.extend(done);
+        }
+        if refused
+            && failed.len() < n_failed
+            && let Some(bulk) = &self.bulk
+            && !bulk.refused.swap(true, Ordering::Relaxed)
+        {
+            tracing::info!("the object store does not remove objects in bulk; they are removed one by one");
+        }
+        failed
+    }
+
+    /// Those that failed, and those that are to be tried one by one, since this server does not remove in bulk.
+    async fn delete_in_bulk(&self, bulk: &Bulk, keys: &[Key]) -> (Vec<(Key, Error)>, Vec<Key>) {
+        let (mut failed, mut refused) = (Vec::new(), Vec::new());
+        for chunk in keys.chunks(N_IN_BULK) {
+            if !refused.is_empty() {
+                refused.extend_from_slice(chunk);
+                continue;
+            }
+            let paths: Vec<_> = chunk.iter().map(|key| Ok(self.path(key.as_str()))).collect();
+            let mut answers = self.patiently(bulk.store.delete_stream(stream::iter(paths).boxed()));
+            let (mut gone, mut why) = (HashSet::new(), None);
+            while let Some(answer) = answers.next().await {
+                match answer {
+                    Ok(path) => drop(gone.insert(path)),
+                    Err(error) => why = Some(error),
+                }
+            }
+            let Some(why) = why else { continue };
+            let left = chunk.iter().filter(|key| !gone.contains(&self.path(key.as_str()))).cloned();
+            if why.is_of_the_moment() {
+                failed.extend(left.map(|key| (key, why.clone())));
+            } else {
+                refused.extend(left);
             }
         }
-        Ok(n_objects)
+        (failed, refused)
+    }
+
+    /// Removes all objects of an owner; how many there were. Tries them all, whatever becomes of one; the first error.
+    pub async fn delete_all(&self, scope: &Scope) -> Result<usize, Error> {
+        let Listing { entries, foreign, unfinished } = self.look(scope).await?;
+        if !unfinished.is_empty() {
+            let removing = move || directory::remove_older(&unfinished, Duration::ZERO);
+            let _ = tokio::task::spawn_blocking(removing).await; // what stays goes by its age
+        }
+        if !foreign.is_empty() {
+            tracing::warn!(
+                n = foreign.len(),
+                "keys in the object store that Hypnos has not written are left alone"
+            );
+        }
+        let keys: Vec<Key> = entries.into_iter().map(|entry| entry.key).collect();
+        match self.delete_each(&keys).await.into_iter().next() {
+            None => Ok(keys.len()),
+            Some((_, error)) => Err(error),
+        }
     }
 
     /// All objects of an owner, by key.
     pub async fn list(&self, scope: &Scope) -> Result<Vec<Entry>, Error> {
+        Ok(self.look(scope).await?.entries)
+    }
+
+    /// All that lies where the objects of an owner lie.
+    pub async fn look(&self, scope: &Scope) -> Result<Listing, Error> {
+        let mut found = match self.directory.clone() {
+            Some(root) => {
+                let scope = scope.as_str().to_owned();
+                let listed = tokio::task::spawn_blocking(move || directory::list(&root, &scope)).await;
+                let listed = listed.map_err(|_| Error::Away("the listing broke off".into()))?;
+                listed.map_err(|error| Error::from(error.kind()))?
+            }
+            None => self.look_in_bucket(scope).await?,
+        };
+        found.entries.sort_by(|a, b| a.key.cmp(&b.key));
+        found.foreign.sort();
+        Ok(found)
+    }
+
+    async fn look_in_bucket(&self, scope: &Scope) -> Result<Listing, Error> {
         let place = self.path(scope.as_str());
-        let mut entries = Vec::new();
+        let mut found = Listing::default();
         let mut listing = self.patiently(self.store.list(Some(&place)));
         while let Some(meta) = listing.try_next().await? {
             let text = meta.location.as_ref();
             if let Some(key) = text.strip_prefix(&self.prefix).and_then(Key::parse) {
                 let modified_ms = meta.last_modified.timestamp_millis();
-                entries.push(Entry { key, size: meta.size, modified_ms });
+                found.entries.push(Entry { key, size: meta.size, modified_ms });
+            } else {
+                found.foreign.push(s3::foreign(text).unwrap_or_else(|| text.to_owned()));
             }
         }
-        entries.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(entries)
+        Ok(found)
     }
 
-    /// Objects of jobs, written before `before`, that `known` does not know: what a claim wrote before it was lost.
-    /// `known` is asked once for every claim of a job, and once for its photos with no claim. Removes nothing: look at
-    /// the list, ask again, then [`Blobs::delete`]. `before` must be further back than an upload can take.
-    pub async fn orphans<E: From<Error>>(
-        &self,
-        before: Timestamp,
-        mut known: impl AsyncFnMut(JobId, Option<i64>) -> Result<bool, E>,
-    ) -> Result<Vec<Entry>, E> {
-        let mut owners: BTreeMap<_, Vec<Entry>> = BTreeMap::new();
-        for entry in self.list(&Scope::all()).await? {
-            if let Some((_, job, run_lease)) = entry.key.owner()
-                && entry.modified_ms < before.as_millisecond()
-            {
-                owners.entry((job, run_lease)).or_default().push(entry);
-            }
-        }
-        let mut orphans = Vec::new();
-        for ((job, run_lease), entries) in owners {
-            if !known(job, run_lease).await? {
-                orphans.extend(entries);
-            }
-        }
-        Ok(orphans)
+    /// Whether there is any object of ours.
+    pub async fn is_empty(&self) -> Result<bool, Error> {
+        Ok(self.list(&Scope::all()).await?.is_empty())
     }
 
-    /// Removes the files that uploads to a local store left when their process was killed, if they are older than that;
-    /// how many. Does nothing in a bucket, which has a rule for that.
+    /// How many of these objects are in the store, with the size that their rows give.
+    pub async fn count(&self, objects: &[Object]) -> Result<usize, Error> {
+        let mut looks = FuturesUnordered::new();
+        let mut n_there = 0;
+        for object in objects {
+            let Ok(path) = self.path_of(object) else { continue };
+            looks.push(async move {
+                match self.within(self.store.head(&path)).await {
+                    Ok(head) => Ok(head.size == object.size),
+                    Err(Error::Missing) => Ok(false),
+                    Err(error) => Err(error),
+                }
+            });
+            if looks.len() >= N_AT_ONCE {
+                n_there += usize::from(looks.try_next().await? == Some(true));
+            }
+        }
+        while let Some(there) = looks.try_next().await? {
+            n_there += usize::from(there);
+        }
+        Ok(n_there)
+    }
+
+    /// What the store says of the deployment that it belongs to.
+    pub async fn marker(&self) -> Result<Option<Bytes>, Error> {
+        let path = self.path(MARKER);
+        let read = async { self.store.get(&path).await?.bytes().await };
+        match self.within(read).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(Error::Missing) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes it say this.
+    pub async fn put_marker(&self, bytes: impl Into<Bytes>) -> Result<(), Error> {
+        let bytes = bytes.into();
+        let sent = self.within(self.store.put(&self.path(MARKER), bytes.into())).await;
+        sent.map(drop).map_err(Error::while_writing)
+    }
+
+    /// Removes what killed processes left that is no object, if it is older than that: files that an upload to a directory
+    /// has not finished (a bucket has a rule for these), and what was written to see whether the store works. How many.
     pub async fn sweep_unfinished(&self, older_than: Duration) -> Result<usize, Error> {
-        let Some(directory) = self.directory.clone() else { return Ok(0) };
-        let swept = tokio::task::spawn_blocking(move || sweep(&directory, older_than)).await;
-        Ok(swept.map_err(|_| Error::Away("the sweep broke off".into()))??)
+        let mut n_swept = 0;
+        if let Some(root) = self.directory.clone() {
+            let swept = tokio::task::spawn_blocking(move || directory::sweep_unfinished(&root, older_than));
+            let swept = swept.await.map_err(|_| Error::Away("the sweep broke off".into()))?;
+            n_swept += swept.map_err(|error| Error::from(error.kind()))?;
+        }
+        let mut probes = self.patiently(self.store.list(Some(&self.path(PROBES))));
+        let before = Timestamp::now().as_millisecond().saturating_sub_unsigned(older_than.as_millis() as u64);
+        while let Some(meta) = probes.try_next().await? {
+            if meta.last_modified.timestamp_millis() <= before {
+                match self.within(self.store.delete(&meta.location)).await {
+                    Ok(()) | Err(Error::Missing) => n_swept += 1,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(n_swept)
     }
 
-    /// Whether the store takes, gives back and removes an object; answers within 5 s.
+    /// Whether the store takes and gives back an object, which is what work needs; answers within 5 s. That the object
+    /// can be removed again is tried, and not asked for: what stays goes with [`Blobs::sweep_unfinished`].
     pub async fn probe(&self) -> Result<(), Error> {
         let patience = self.patience.min(PROBE_PATIENCE);
         let round = async {
             self.store.put(&self.probe, Bytes::from_static(b"hypnos").into()).await?;
-            let back = self.store.get(&self.probe).await?.bytes().await?;
-            self.store.delete(&self.probe).await?;
-            Ok::<_, object_store::Error>(back)
+            self.store.get(&self.probe).await?.bytes().await
         };
         let back = tokio::time::timeout(patience, round).await.map_err(|_| Error::timeout())?;
         let back = back.map_err(|error| Error::from(error).while_writing())?;
+        let _ = tokio::time::timeout(patience, self.store.delete(&self.probe)).await;
         if back == b"hypnos"[..] { Ok(()) } else { Err(Error::Damaged) }
     }
 
@@ -572,54 +700,4 @@ async fn discard(upload: &mut dyn MultipartUpload, patience: Duration) {
 /// Small enough for memory, large enough for S3's number of parts.
 fn part_size(size: u64) -> u64 {
     PART_BYTES.max(size.div_ceil(N_PARTS_MAX))
-}
-
-/// Removes `name#1`, `name#2`, …: the names that the local store gives to what it has not finished.
-fn sweep(directory: &Path, older_than: Duration) -> std::io::Result<usize> {
-    let mut n_swept = 0;
-    let mut waiting = vec![directory.to_path_buf()];
-    while let Some(place) = waiting.pop() {
-        for entry in std::fs::read_dir(&place)? {
-            let entry = entry?;
-            // Another process may be sweeping too.
-            let Ok(meta) = entry.metadata() else { continue };
-            if meta.is_dir() {
-                waiting.push(entry.path());
-                continue;
-            }
-            let name = entry.file_name();
-            let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
-            let unfinished = number.is_some_and(|number| number.parse::<u32>().is_ok());
-            let old =
-                meta.modified().ok().and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= older_than);
-            if unfinished && old && std::fs::remove_file(entry.path()).is_ok() {
-                n_swept += 1;
-            }
-        }
-    }
-    Ok(n_swept)
-}
-
-impl Bucket {
-    fn client(&self, endpoint: Option<&str>) -> Result<AmazonS3, Error> {
-        // Whoever was first has installed the same one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-
-        let client = ClientOptions::new()
-            .with_allow_http(endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")))
-            .with_timeout(REQUEST)
-            .with_connect_timeout(CONNECT);
-        let mut builder = AmazonS3Builder::new()
-            .with_bucket_name(&self.name)
-            .with_region(&self.region)
-            .with_access_key_id(&self.access_key)
-            .with_secret_access_key(self.secret_key.expose_secret())
-            .with_virtual_hosted_style_request(endpoint.is_none())
-            .with_retry(RetryConfig { retry_timeout: RETRY, ..RetryConfig::default() })
-            .with_client_options(client);
-        if let Some(endpoint) = endpoint {
-            builder = builder.with_endpoint(endpoint);
-        }
-        Ok(builder.build()?)
-    }
 }

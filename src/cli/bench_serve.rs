@@ -9,9 +9,12 @@
 //!
 //! How soon a job starts: on an idle worker whose engine does nothing, `--starts` trainings are sent in by HTTP, one
 //! after the other; counted are milliseconds from the row's creation to its claim, by the database's clock.
+//!
+//! How many deletions a second: `bench_serve/deletions.rs`.
 
 mod bare;
 mod client;
+mod deletions;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -25,10 +28,11 @@ use tokio_util::sync::CancellationToken;
 use super::{Stop, say};
 use crate::blobs::{Blobs, BlobsConfig, Place};
 use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
+use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
 use crate::photo::{Decoder, Limits};
-use crate::store::{NewJob, NewKey, Scope, Store, Submitted};
+use crate::store::{NewJob, NewKey, Origin, Scope, Store, Submitted};
 use crate::worker;
 
 /// Connections of each server to the database.
@@ -54,6 +58,9 @@ pub(super) struct BenchServe {
     /// Trainings sent in to see how soon they start
     #[arg(long, default_value_t = 200)]
     starts: usize,
+    /// Trainings with their objects that are deleted to the last of them
+    #[arg(long, default_value_t = 300)]
+    deletions: usize,
 }
 
 pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
@@ -85,7 +92,11 @@ async fn bench(args: &BenchServe) -> Result<(), Stop> {
     for (name, ours, theirs) in &cases {
         house.compare(args, name, ours, bare, theirs).await?;
     }
-    starts(args, &house).await
+    starts(args, &house).await?;
+    if args.deletions > 0 {
+        deletions::deletions(&house, args.deletions, args.clients).await?;
+    }
+    Ok(())
 }
 
 /// The service as `serve` runs it, with a key.
@@ -121,7 +132,8 @@ impl House {
         let settings =
             http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
-        let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone(), None);
+        let (rows, objects, health) = (store.clone(), blobs.clone(), Health::default());
+        let front = Front::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
         let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
         let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
@@ -151,6 +163,7 @@ impl House {
             max_attempts: 1,
             idempotency: None,
             queue_max: u64::MAX >> 1,
+            origin: Origin::default(),
         };
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job.id),
@@ -207,7 +220,8 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
     };
     let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
     let engines = vec![("idle".to_owned(), make)];
-    let work = worker::run(settings, house.store.clone(), house.blobs.clone(), engines, drain.clone());
+    let (store, blobs, stop) = (house.store.clone(), house.blobs.clone(), drain.clone());
+    let work = async move { worker::run(settings, store, blobs, engines, &Health::default(), stop).await };
     let work = tokio::spawn(work);
     // First what was put there to be looked at; then one after the other.
     let mut waited: Vec<f64> = Vec::new();

@@ -13,9 +13,9 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::serve::{self, Serve};
-use super::service::{self, Log};
+use super::service::{self, Log, Watch};
 use super::{Stop, say};
-use crate::config::{Serving, Storage, Working};
+use crate::config::{Monitoring, Serving, Storage, Working};
 use crate::job::Method;
 use crate::ml::bundle::Bundle;
 use crate::ml::{picture, sheet};
@@ -60,6 +60,8 @@ pub(super) struct Demo {
     #[command(flatten)]
     working: Working,
     #[command(flatten)]
+    monitoring: Monitoring,
+    #[command(flatten)]
     log: Log,
 }
 
@@ -80,11 +82,12 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     let bundle = Bundle::open(&args.working.bundle)?;
     let mut options = bundle.manifest().suited(args.method.as_str());
     options["method"] = args.method.as_str().into();
-    let Demo { method, sheet, exit, storage, serving, working, log, .. } = args;
-    let serve = Serve { workers: 1, migrate: true, storage, serving, working, log: log.quieter() };
-    serve.log.start()?;
+    let Demo { method, sheet, exit, storage, serving, working, monitoring, log, .. } = args;
+    let log = log.quieter();
+    let serve = Serve { workers: 1, migrate: true, storage, serving, working, monitoring, log };
+    let watch = Watch::start(&serve.log, "demo")?;
     let work = service::worker(&serve.storage, &serve.working, 1)?;
-    service::run(|stop| async move {
+    watch.run(async |watch, stop| {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
@@ -100,7 +103,10 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
             Ok(())
         };
         // Whichever fails ends both.
-        tokio::try_join!(ending(serve::serve(&serve, Some(work), stop.clone()), &stop), ending(show, &stop))?;
+        tokio::try_join!(
+            ending(serve::serve(&serve, Some(work), watch, stop.clone()), &stop),
+            ending(show, &stop)
+        )?;
         Ok(())
     })?;
     Ok(ExitCode::SUCCESS)

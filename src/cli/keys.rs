@@ -8,7 +8,7 @@ use super::service::{self, Log};
 use super::{Stop, say};
 use crate::config::Storage;
 use crate::http::keys::make_key;
-use crate::store::{self, NewKey, Scope, Store};
+use crate::store::{self, NewKey, Scope, Store, TenantState};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -28,7 +28,7 @@ pub(super) struct Create {
     /// What it is for, for people
     #[arg(long, default_value = "")]
     name: String,
-    /// read, or write, which may read as well
+    /// read; write, which may read as well; or admin, which may write as well and see the server's figures
     #[arg(long, default_value = "write")]
     scope: Scope,
     /// Days until it ends; without it, it does not
@@ -83,6 +83,10 @@ async fn create(args: &Create, store: Store) -> Result<(), Stop> {
     let tenant = args.tenant.trim();
     if tenant.is_empty() {
         return Err(Stop::Input("--tenant: wanted a name, got nothing".into()));
+    }
+    let there = store.tenant_named(tenant).await.map_err(failed)?;
+    if there.is_some_and(|there| there.state == TenantState::Deleting) {
+        return Err(Stop::Input(format!("--tenant: {tenant:?} is being deleted")));
     }
     let key = make_key().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
     let now_ms = jiff::Timestamp::now().as_millisecond();

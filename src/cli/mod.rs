@@ -2,6 +2,8 @@
 //!
 //! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
 
+mod admin;
+mod backup;
 mod bench;
 mod bench_serve;
 mod compare;
@@ -11,6 +13,7 @@ mod export;
 mod keys;
 mod migrate;
 mod models;
+mod pair;
 mod photos;
 mod sample;
 mod segment;
@@ -51,9 +54,16 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Find objects that no row names, and remove them with --remove.
     Sweep(sweep::Sweep),
+    /// Copy the SQLite file while the service runs.
+    Backup(backup::Backup),
+    /// Say that a database and an object store belong together.
+    Pair(pair::Pair),
     /// Say who may call.
     #[command(subcommand)]
     Keys(keys::Command),
+    /// Look after jobs and tenants, on the database itself.
+    #[command(subcommand)]
+    Admin(admin::Command),
     /// Print the OpenAPI document of the service.
     Openapi,
     /// Look after the models on disk.
@@ -73,7 +83,7 @@ enum Command {
     Compare(Box<compare::Compare>),
     /// Measure operations and models, side by side with PyTorch where it is given.
     Bench(bench::Args),
-    /// Measure the service beside a bare handler, and how soon a job starts.
+    /// Measure the service beside a bare handler, how soon a job starts, and how fast jobs are deleted.
     BenchServe(bench_serve::BenchServe),
 }
 
@@ -84,6 +94,8 @@ enum Stop {
     Input(String),
     /// The machine failed.
     Failed(String),
+    /// Told to stop for the second time.
+    AtOnce,
 }
 
 impl From<ml::Error> for Stop {
@@ -116,7 +128,10 @@ pub fn run() -> ExitCode {
         Command::Work(args) => work::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
+        Command::Backup(args) => backup::run(&args),
+        Command::Pair(args) => pair::run(&args),
         Command::Keys(command) => keys::run(&command),
+        Command::Admin(command) => admin::run(&command),
         Command::Openapi => {
             say(crate::http::openapi().trim_end());
             Ok(ExitCode::SUCCESS)
@@ -135,6 +150,7 @@ pub fn run() -> ExitCode {
         let (line, code) = match stop {
             Stop::Input(line) => (line, 2),
             Stop::Failed(line) => (line, 1),
+            Stop::AtOnce => ("told to stop for the second time: stopped at once".into(), 1),
         };
         say_error(&line);
         ExitCode::from(code)

@@ -4,21 +4,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use metrics_exporter_prometheus::PrometheusBuilder;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
-use super::service::{self, Log};
+use super::service::{self, Log, Watch, bind};
 use super::{Stop, say, spot};
 use crate::blobs::Links;
-use crate::config::{Serving, Storage, Working, seconds};
+use crate::config::{Monitoring, Serving, Storage, Working, seconds};
+use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience};
 use crate::photo::{Decoder, Limits};
 use crate::{janitor, worker};
-
-/// Bounds of the buckets in which durations are counted, in seconds.
-const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
 
 /// Photos decoded at once at most: each may take half a GiB.
 const DECODERS_MAX: usize = 4;
@@ -41,24 +37,27 @@ pub(super) struct Serve {
     #[command(flatten)]
     pub(super) working: Working,
     #[command(flatten)]
+    pub(super) monitoring: Monitoring,
+    #[command(flatten)]
     pub(super) log: Log,
 }
 
 pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
-    args.log.start()?;
+    let watch = Watch::start(&args.log, "serve")?;
     args.serving.keys_wanted()?;
     args.serving.check()?;
     let work = match args.workers {
         0 => None,
         n => Some(service::worker(&args.storage, &args.working, n.into())?),
     };
-    service::run(|stop| serve(args, work, stop))?;
+    watch.run(async |watch, stop| serve(args, work, watch, stop).await)?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub(super) async fn serve(
     args: &Serve,
     work: Option<service::Work>,
+    watch: &Watch,
     stop: CancellationToken,
 ) -> Result<(), Stop> {
     let (storage, serving) = (&args.storage, &args.serving);
@@ -68,19 +67,36 @@ pub(super) async fn serve(
     let keys = serving.keys_wanted()?;
 
     let store = service::open_store(storage, args.migrate || storage.is_sqlite()?, &stop).await?;
+    if keys
+        && !store
+            .list_keys()
+            .await
+            .map_err(|error| Stop::Failed(error.to_string()))?
+            .iter()
+            .any(|key| key.live)
+    {
+        warn!(
+            "whoever calls needs a key, and there is none: make one with `hypnos keys create --tenant NAME`"
+        );
+    }
     let links = Links { public_url: public_url.clone(), secret: serving.url_secret(&storage.data)? };
     let blobs = service::open_blobs(storage, Some(links)).await?;
-    let metrics =
-        PrometheusBuilder::new().set_buckets(&LATENCIES).and_then(PrometheusBuilder::install_recorder);
-    let metrics = metrics.map_err(|error| Stop::Failed(error.to_string()))?;
+    service::pair(&store, &blobs, &stop).await?;
     let limits = Limits { side_min: serving.photo_side_min, ..Limits::default() };
     let n_parallel = std::thread::available_parallelism().map_or(1, usize::from).min(DECODERS_MAX);
     let suggested = spot::suggested(&args.working.bundle)?;
+    let spool = args.working.scratch.clone().unwrap_or_else(|| storage.scratch());
+    let writable = std::fs::create_dir_all(&spool).and_then(|()| tempfile::tempfile_in(&spool));
+    writable.map_err(|error| {
+        Stop::Input(format!("HYPNOS_SCRATCH: {} cannot be written to: {}", spool.display(), error.kind()))
+    })?;
     let settings = http::Settings {
         public_url: public_url.clone(),
         auth: if keys { Auth::Keys } else { Auth::None },
         photo_bytes_max: (serving.photo_mb as usize) << 20,
         upload_time: seconds("HYPNOS_BODY_SECS", serving.body_secs)?,
+        uploads_max: serving.uploads_max as usize,
+        spool,
         streams_max: serving.streams_max as usize,
         queue_max: serving.queue_max.into(),
         attempts_max: serving.attempts_max.into(),
@@ -90,7 +106,17 @@ pub(super) async fn serve(
     };
     let spotter = spot::open(&args.working.bundle)?;
     let decoder = Decoder::new(limits, n_parallel, DECODE);
-    let front = Front::new(store.clone(), blobs.clone(), decoder, settings, metrics, stop.clone(), spotter);
+    let (figures, health) = (watch.figures.clone(), Health::default());
+    let front = Front::new(
+        store.clone(),
+        blobs.clone(),
+        decoder,
+        settings,
+        figures,
+        stop.clone(),
+        health.clone(),
+        spotter,
+    );
     let patience = Patience {
         head: seconds("HYPNOS_HEADER_SECS", serving.header_secs)?,
         drain: seconds("HYPNOS_DRAIN_SECS", serving.drain_secs)?,
@@ -100,7 +126,7 @@ pub(super) async fn serve(
     // Whatever ends first ends all; the first token told from outside does so too.
     let n_connections = serving.connections_max as usize;
     let serve = http::serve(listener, front.router(), n_connections, patience.clone(), stop.clone());
-    let operations = match serving.metrics_listen {
+    let operations = match args.monitoring.metrics_listen {
         Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
         None => None,
     };
@@ -111,9 +137,12 @@ pub(super) async fn serve(
     };
     let pause = service::janitor_pause(seconds("HYPNOS_LEASE_SECS", args.working.lease_secs)?);
     tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
+    let count_queue = watch.count_queue(&store, &stop);
     let work = async {
         let worked = match work {
-            Some((settings, engines)) => worker::run(settings, store, blobs, engines, stop.clone()).await,
+            Some((settings, engines)) => {
+                worker::run(settings, store.clone(), blobs, engines, &health, stop.clone()).await
+            }
             None => Ok(()),
         };
         if worked.is_err() {
@@ -123,11 +152,6 @@ pub(super) async fn serve(
     };
     info!(keys, workers = args.workers, "listening on {bound}");
     say(&format!("Hypnos listens on {public_url}"));
-    let ((), (), worked) = tokio::join!(serve, operations, work);
+    let ((), (), (), worked) = tokio::join!(serve, operations, count_queue, work);
     worked.map_err(Stop::from)
-}
-
-async fn bind(name: &str, address: std::net::SocketAddr) -> Result<TcpListener, Stop> {
-    let bound = TcpListener::bind(address).await;
-    bound.map_err(|error| Stop::Input(format!("{name}: {address} cannot be listened on: {}", error.kind())))
 }

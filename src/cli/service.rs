@@ -1,24 +1,40 @@
 //! What `serve` and `work` have in common: the log, the signals, the database and the store that may not be up yet.
 
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_util::layers::FanoutBuilder;
 use secrecy::ExposeSecret;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::Stop;
-use crate::blobs::{Blobs, BlobsConfig, Links};
-use crate::config::{Storage, Working, gigabytes, seconds};
+use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
+use crate::config::{Signals, Storage, Working, gigabytes, seconds};
+use crate::deployment;
 use crate::engine::{self, CandleEngine, Engine};
+use crate::http;
 use crate::job::{Fault, FaultCode};
-use crate::store::{self, Store};
+use crate::store::{self, Sessions, Store};
+use crate::telemetry::{LATENCIES, Telemetry};
 use crate::worker::{self, MakeEngine};
 
 /// Longest wait between two tries to reach the database at the start.
 const WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// How often figures of the queue that are pushed are counted.
+const COUNT_QUEUE: Duration = Duration::from_secs(15);
+
+/// How often measured values are sorted into their buckets.
+const KEEP_UP: Duration = Duration::from_secs(5);
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -29,7 +45,7 @@ pub(super) enum LogFormat {
     Json,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Log")]
 pub(super) struct Log {
     /// What is logged: error, warn, info, debug, or a filter such as info,hypnos=debug
@@ -49,15 +65,89 @@ impl Log {
 
     /// Starts the log, on the standard error stream.
     pub(super) fn start(&self) -> Result<(), Stop> {
-        let filter = tracing_subscriber::EnvFilter::try_new(&self.log)
-            .map_err(|error| Stop::Input(format!("HYPNOS_LOG: {error}")))?;
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-        let log = log.with_ansi(std::io::stderr().is_terminal());
-        let started = match self.log_format {
-            LogFormat::Text => log.with_target(false).try_init(),
-            LogFormat::Json => log.json().flatten_event(true).try_init(),
+        self.start_with(None)
+    }
+
+    /// The same, its spans heard by a collector as well.
+    fn start_with(&self, telemetry: Option<&Telemetry>) -> Result<(), Stop> {
+        let filter = || {
+            let filter = tracing_subscriber::EnvFilter::try_new(&self.log);
+            filter.map_err(|error| Stop::Input(format!("HYPNOS_LOG: {error}")))
         };
-        started.map_err(|error| Stop::Failed(format!("the log cannot be started: {error}")))
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let log = log.with_ansi(std::io::stderr().is_terminal());
+        let log = match self.log_format {
+            LogFormat::Text => log.with_target(false).with_filter(filter()?).boxed(),
+            LogFormat::Json => log.json().flatten_event(true).with_filter(filter()?).boxed(),
+        };
+        let all = tracing_subscriber::registry().with(log).with(telemetry.and_then(Telemetry::layer));
+        all.try_init().map_err(|error| Stop::Failed(format!("the log cannot be started: {error}")))
+    }
+}
+
+/// How a process that serves or works is watched: its log, its figures, its traces.
+pub(super) struct Watch {
+    /// What `/metrics` shows.
+    pub(super) figures: PrometheusHandle,
+    telemetry: Option<Telemetry>,
+}
+
+impl Watch {
+    /// Starts all of it. `role` says which part of the service the process is.
+    pub(super) fn start(log: &Log, role: &'static str) -> Result<Self, Stop> {
+        let telemetry = Telemetry::start(Signals::from_environment()?, role).map_err(Stop::Input)?;
+        log.start_with(telemetry.as_ref())?;
+        let failed = |error: &dyn std::error::Error| Stop::Failed(format!("no figures can be kept: {error}"));
+        let prometheus = PrometheusBuilder::new().set_buckets(&LATENCIES).map_err(|error| failed(&error))?;
+        let prometheus = prometheus.build_recorder();
+        let figures = prometheus.handle();
+        match telemetry.as_ref().and_then(Telemetry::figures) {
+            Some(pushed) => {
+                let both = FanoutBuilder::default().add_recorder(prometheus).add_recorder(pushed).build();
+                metrics::set_global_recorder(both).map_err(|error| failed(&error))?;
+            }
+            None => metrics::set_global_recorder(prometheus).map_err(|error| failed(&error))?,
+        }
+        Ok(Self { figures, telemetry })
+    }
+
+    /// Brings the figures of the queue up to date for as long as they are pushed; returns at once where they are not.
+    pub(super) async fn count_queue(&self, store: &Store, stop: &CancellationToken) {
+        if self.telemetry.as_ref().and_then(Telemetry::figures).is_none() {
+            return;
+        }
+        let count = async {
+            loop {
+                let _ = http::count_queue(store).await; // whoever else asks the database says that it is away
+                tokio::time::sleep(COUNT_QUEUE).await;
+            }
+        };
+        stop.run_until_cancelled(count).await;
+    }
+
+    /// Runs `work` as [`run`] does, and sends at the end what is left to be sent, but not when the process was told to end
+    /// at once.
+    pub(super) fn run<T>(
+        self,
+        work: impl AsyncFnOnce(&Self, CancellationToken) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
+        let this = &self;
+        let done = run(|stop| async move {
+            tokio::spawn(keep_up(this.figures.clone()));
+            work(this, stop).await
+        });
+        if let Some(telemetry) = self.telemetry.filter(|_| !matches!(&done, Err(Stop::AtOnce))) {
+            telemetry.flush();
+        }
+        done
+    }
+}
+
+/// Sorts what was measured into its buckets. Until then every single value is kept, and nobody may ever ask for `/metrics`.
+async fn keep_up(figures: PrometheusHandle) {
+    loop {
+        tokio::time::sleep(KEEP_UP).await;
+        figures.run_upkeep();
     }
 }
 
@@ -82,7 +172,7 @@ pub(super) fn run<T, F: Future<Output = Result<T, Stop>>>(
                 _ = interrupt.recv() => {}
             }
             if stop.is_cancelled() {
-                return Err(Stop::Failed("told to stop for the second time: stopped at once".into()));
+                return Err(Stop::AtOnce);
             }
             info!("told to stop: ending what is under way");
             stop.cancel();
@@ -96,18 +186,26 @@ fn no_signals(error: std::io::Error) -> Stop {
     Stop::Failed(format!("signals cannot be heard: {error}"))
 }
 
+/// A listener at the address of the setting `name`.
+pub(super) async fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, Stop> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|error| Stop::Input(format!("{name}: {address} cannot be listened on: {}", error.kind())))
+}
+
 /// The database, waited for if it is not up yet. Its schema is brought up to date if `migrate`, else checked.
 pub(super) async fn open_store(
     storage: &Storage,
     migrate: bool,
     stop: &CancellationToken,
 ) -> Result<Store, Stop> {
-    let url = storage.database_url()?;
+    let (url, direct) = (storage.database_url()?, storage.database_direct()?);
     storage.check_local()?;
     let mut wait = Duration::from_millis(200);
     loop {
         let opened = async {
-            let store = Store::connect(url.expose_secret(), storage.database_connections).await?;
+            let direct = direct.as_ref().map(ExposeSecret::expose_secret);
+            let store =
+                Store::connect_past(url.expose_secret(), direct, storage.database_connections).await?;
             if migrate {
                 store.migrate().await?;
             }
@@ -115,8 +213,21 @@ pub(super) async fn open_store(
             Ok(store)
         };
         match opened.await {
-            Ok(store) => return Ok(store),
-            Err(store::Error::Away(why)) => warn!("the database cannot be reached yet: {why}"),
+            Ok(store) => {
+                if store.sessions() == Some(Sessions::Shared) {
+                    let hints = match direct {
+                        Some(_) => "hints are heard at HYPNOS_DATABASE_DIRECT",
+                        None => "without HYPNOS_DATABASE_DIRECT jobs are looked for every HYPNOS_POLL_SECS",
+                    };
+                    info!(
+                        "the database is behind a pooler that gives every transaction another session; {hints}"
+                    );
+                }
+                return Ok(store);
+            }
+            Err(store::Error::Away(why) | store::Error::Unknown(why)) => {
+                warn!("the database cannot be reached yet: {why}");
+            }
             Err(error) => return Err(Stop::Input(error.to_string())),
         }
         tokio::select! {
@@ -124,6 +235,79 @@ pub(super) async fn open_store(
             () = tokio::time::sleep(wait) => {}
         }
         wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// The database of a service that has run before: none is made, none is changed, none is waited for.
+pub(super) async fn open_existing_store(storage: &Storage) -> Result<Store, Stop> {
+    if let Some(file) = storage.sqlite_file()?
+        && !file.is_file()
+    {
+        return Err(Stop::Input(format!(
+            "there is no database at {}: wanted that of a service, by HYPNOS_DATABASE or HYPNOS_DATA",
+            file.display()
+        )));
+    }
+    let url = storage.existing_database_url()?;
+    storage.check_local()?;
+    let opened = async {
+        let store = Store::connect(url.expose_secret(), storage.database_connections).await?;
+        store.check_schema().await?;
+        Ok(store)
+    };
+    opened.await.map_err(|error| match error {
+        store::Error::Away(_) => Stop::Failed(error.to_string()),
+        error => Stop::Input(error.to_string()),
+    })
+}
+
+/// The objects' store of a deployment that is there already: a directory is not made.
+pub(super) async fn open_existing_blobs(storage: &Storage) -> Result<Blobs, Stop> {
+    if let Place::Directory(directory) = storage.place()?
+        && !directory.is_dir()
+    {
+        return Err(Stop::Input(format!("HYPNOS_OBJECTS: there is no directory {}", directory.display())));
+    }
+    open_blobs(storage, None).await
+}
+
+/// Sees to it that database and object store belong together, waiting for an object store that is not up yet.
+pub(super) async fn pair(store: &Store, blobs: &Blobs, stop: &CancellationToken) -> Result<(), Stop> {
+    let mut wait = Duration::from_millis(200);
+    loop {
+        match deployment::pair(store, blobs).await {
+            Ok(_) => return Ok(()),
+            // An accepted job needs room, the marker can wait.
+            Err(deployment::Error::Blobs(blobs::Error::Full)) => {
+                warn!("the object store is full: the deployment's marker is left to the next start");
+                return Ok(());
+            }
+            Err(deployment::Error::Store(store::Error::Away(why))) => {
+                warn!("the database cannot be reached: {why}");
+            }
+            Err(deployment::Error::Blobs(blobs::Error::Away(why))) => {
+                warn!("the object store cannot be reached yet: {why}");
+            }
+            Err(error) => return Err(apart(error)),
+        }
+        tokio::select! {
+            () = stop.cancelled() => {
+                return Err(Stop::Failed("told to stop before the object store could be reached".into()));
+            }
+            () = tokio::time::sleep(wait) => {}
+        }
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// Why database and object store cannot be worked with, with all that the object store said.
+pub(super) fn apart(error: deployment::Error) -> Stop {
+    match error {
+        deployment::Error::Blobs(blobs::Error::Refused(refusal)) => {
+            Stop::Input(format!("HYPNOS_OBJECTS: the object store refuses: {}", refusal.in_full()))
+        }
+        deployment::Error::Apart(_) => Stop::Input(error.to_string()),
+        _ => Stop::Failed(error.to_string()),
     }
 }
 

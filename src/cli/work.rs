@@ -1,14 +1,20 @@
 //! `hypnos work`: a worker for each device.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
+use tokio_util::sync::CancellationToken;
 
 use super::Stop;
-use super::service::{self, Log};
-use crate::config::{Storage, Working};
-use crate::janitor;
-use crate::worker;
+use super::service::{self, Log, Watch, bind};
+use crate::config::{Monitoring, Storage, Working};
+use crate::health::Health;
+use crate::http::{self, Operations, Patience};
+use crate::{janitor, worker};
+
+/// Connections of the listener for operators.
+const CONNECTIONS: usize = 64;
 
 #[derive(Debug, Args)]
 pub(super) struct Work {
@@ -20,21 +26,51 @@ pub(super) struct Work {
     #[command(flatten)]
     working: Working,
     #[command(flatten)]
+    monitoring: Monitoring,
+    #[command(flatten)]
     log: Log,
 }
 
 pub(super) fn run(args: &Work) -> Result<ExitCode, Stop> {
-    args.log.start()?;
+    let watch = Watch::start(&args.log, "work")?;
     let n = args.workers.map_or(args.working.devices.len(), usize::from);
-    let (settings, engines) = service::worker(&args.storage, &args.working, n)?;
-    service::run(|stop| async move {
-        let sqlite = args.storage.is_sqlite()?;
-        let store = service::open_store(&args.storage, sqlite, &stop).await?;
-        let blobs = service::open_blobs(&args.storage, None).await?;
-        let pause = service::janitor_pause(settings.lease);
-        tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
-        let worked = worker::run(settings, store, blobs, engines, stop).await;
-        worked.map_err(Stop::from)
-    })?;
+    let work = service::worker(&args.storage, &args.working, n)?;
+    watch.run(async |watch, stop| work_on(args, work, watch, stop).await)?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn work_on(
+    args: &Work,
+    (settings, engines): service::Work,
+    watch: &Watch,
+    stop: CancellationToken,
+) -> Result<(), Stop> {
+    let listener = match args.monitoring.metrics_listen {
+        Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
+        None => None,
+    };
+    let store = service::open_store(&args.storage, args.storage.is_sqlite()?, &stop).await?;
+    let blobs = service::open_blobs(&args.storage, None).await?;
+    service::pair(&store, &blobs, &stop).await?;
+    let pause = service::janitor_pause(settings.lease);
+    tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
+    let health = Health::default();
+    // Operators may ask until the last job is given back; that the worker is about to end they hear from the first moment.
+    let ended = CancellationToken::new();
+    let answer = async {
+        if let Some(listener) = listener {
+            let (figures, health) = (watch.figures.clone(), health.clone());
+            let (store, blobs, stop) = (store.clone(), blobs.clone(), stop.clone());
+            let operations = Arc::new(Operations::of_worker(store, blobs, figures, stop, health));
+            http::serve(listener, operations.router(), CONNECTIONS, Patience::default(), ended.clone()).await;
+        }
+    };
+    let work = async {
+        let worked =
+            worker::run(settings, store.clone(), blobs.clone(), engines, &health, stop.clone()).await;
+        ended.cancel();
+        worked
+    };
+    let ((), worked) = tokio::join!(answer, work);
+    worked.map_err(Stop::from)
 }

@@ -16,47 +16,63 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::Front;
 use super::problem::{Kind, Problem};
-use crate::job::TrainOptions;
+use super::shares::Life;
+use crate::job::{TenantId, TrainOptions};
 
 /// Largest JSON body.
 pub(super) const JSON_BYTES_MAX: usize = 64 * 1024;
 const JSON_DEADLINE: Duration = Duration::from_secs(10);
 
-const LINGER: Duration = Duration::from_secs(3);
-const LINGER_BYTES_MAX: usize = 16 << 20;
+const LINGER: Duration = Duration::from_secs(10);
+const LINGER_BYTES_MAX: usize = 512 << 20; // the largest upload that can be allowed
+/// How long a client that asks whether it may send (`Expect: 100-continue`) waits at least for the answer.
+const ASKING: Duration = Duration::from_millis(500);
 
 /// A body that ends after so many bytes or so long, whatever its sender does.
 pub(super) struct Inflow {
     stream: BodyDataStream,
     bytes_max: usize,
     bytes_left: usize,
-    deadline: Instant,
+    time: Duration,
+    deadline: Option<Instant>,
+    life: Life,
 }
 
 impl Inflow {
-    /// Refuses at once what is announced to be larger than `bytes_max`.
+    /// Refuses at once what is packed, and what is announced to be larger than `bytes_max`. The time counts from when the
+    /// first bytes are asked for.
     pub(super) fn new(
         headers: &HeaderMap,
         body: Body,
         bytes_max: usize,
         time: Duration,
     ) -> Result<Self, Problem> {
-        let announced =
-            headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if announced.is_some_and(|bytes: u64| bytes > bytes_max as u64) {
+        // A small body that unpacks to a large one is not read.
+        if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+            return Err(Problem::new(Kind::MediaType, "a body must come without Content-Encoding"));
+        }
+        if announced(headers).is_some_and(|bytes| bytes > bytes_max as u64) {
             return Err(too_large(bytes_max));
         }
-        let deadline = Instant::now() + time;
-        Ok(Self { stream: body.into_data_stream(), bytes_max, bytes_left: bytes_max, deadline })
+        let stream = body.into_data_stream();
+        Ok(Self { stream, bytes_max, bytes_left: bytes_max, time, deadline: None, life: Life::begin() })
+    }
+
+    /// All that comes is a sign of this life.
+    pub(super) fn signs(&mut self, life: Life) {
+        self.life = life;
     }
 
     /// What came next; none at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
-        let next = tokio::time::timeout_at(self.deadline, self.stream.next()).await;
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + self.time);
+        let next = tokio::time::timeout_at(deadline, self.stream.next()).await;
         let Ok(next) = next else {
             return Err(Problem::new(Kind::BodyTimeout, "the body did not come in time"));
         };
+        self.life.sign();
         let Some(chunk) = next else { return Ok(None) };
         let Ok(chunk) = chunk else {
             return Err(Problem::new(Kind::BadBody, "the body broke off"));
@@ -65,6 +81,11 @@ impl Inflow {
         self.bytes_left = left.ok_or_else(|| too_large(self.bytes_max))?;
         Ok(Some(chunk))
     }
+}
+
+/// How long the body is said to be.
+pub(super) fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn too_large(bytes_max: usize) -> Problem {
@@ -79,16 +100,31 @@ pub(super) fn media_type(headers: &HeaderMap) -> Option<(String, &str)> {
 }
 
 /// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
-pub(super) async fn json<T: DeserializeOwned + Serialize>(request: Request) -> Result<(T, Bytes), Problem> {
+pub(super) async fn json<T: DeserializeOwned + Serialize>(
+    front: &Front,
+    tenant: TenantId,
+    request: Request,
+) -> Result<(T, Bytes), Problem> {
     let (parts, body) = request.into_parts();
     if media_type(&parts.headers).is_none_or(|(essence, _)| essence != "application/json") {
         return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
     }
     let mut inflow = Inflow::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;
-    let mut bytes = Vec::new();
-    while let Some(chunk) = inflow.next().await? {
-        bytes.extend_from_slice(&chunk);
-    }
+    let place = front.shares.bodies.take(tenant).await?;
+    inflow.signs(place.life());
+    let read = async {
+        let mut bytes = Vec::new();
+        while let Some(chunk) = inflow.next().await? {
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok::<_, Problem>(bytes)
+    };
+    let bytes = tokio::select! {
+        bytes = read => bytes?,
+        () = place.asked_back() => {
+            return Err(Problem::new(Kind::TooMany, "nothing more came, and others waited to send"));
+        }
+    };
     Ok((from_json(&bytes, "")?, bytes.into()))
 }
 
@@ -191,15 +227,18 @@ pub(super) fn shorten(text: &str) -> String {
 }
 
 /// A client that is refused while it still sends would find its connection reset and our answer gone. So what it sends
-/// is read on for a moment, and thrown away.
+/// is read on for a while, and thrown away.
 pub(super) async fn linger(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
-    let shared = Shared(Arc::new(Mutex::new(body)));
+    let (asks_first, began) = (parts.headers.contains_key(header::EXPECT), Instant::now());
+    let shared = Shared(Arc::new(Mutex::new(Lent { body, read: false })));
     let response = next.run(Request::from_parts(parts, Body::new(shared.clone()))).await;
     if response.status().is_client_error() || response.status().is_server_error() {
-        let rest = std::mem::take(&mut *shared.lock());
-        if !rest.is_end_stream() {
-            tokio::spawn(tokio::time::timeout(LINGER, drain(rest)));
+        let Lent { body, read } = std::mem::take(&mut *shared.lock());
+        // One that asks whether it may send, and is told no soon enough, has not begun.
+        let sends = read || !asks_first || began.elapsed() > ASKING;
+        if sends && !body.is_end_stream() {
+            tokio::spawn(tokio::time::timeout(LINGER, drain(body)));
         }
     }
     response
@@ -216,10 +255,17 @@ async fn drain(body: Body) {
 
 /// A body that can be taken back from whoever reads it.
 #[derive(Clone)]
-struct Shared(Arc<Mutex<Body>>);
+struct Shared(Arc<Mutex<Lent>>);
+
+/// The body, and whether anybody has begun to read it.
+#[derive(Default)]
+struct Lent {
+    body: Body,
+    read: bool,
+}
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Body> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lent> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -232,15 +278,17 @@ impl HttpBody for Shared {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut *self.lock()).poll_frame(cx)
+        let mut lent = self.lock();
+        lent.read = true;
+        Pin::new(&mut lent.body).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.lock().is_end_stream()
+        self.lock().body.is_end_stream()
     }
 
     fn size_hint(&self) -> hyper::body::SizeHint {
-        self.lock().size_hint()
+        self.lock().body.size_hint()
     }
 }
 

@@ -29,8 +29,16 @@ struct Frame;
 
 /// Answers that any operation may give.
 const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
-/// And any that asks for a key. The two of a server without keys are among them.
-const KEYED: [Kind; 4] = [Kind::KeyInQuery, Kind::Unauthorized, Kind::Host, Kind::CrossSite];
+/// And any that asks for a key. The three of a server without keys are among them.
+const KEYED: [Kind; 7] = [
+    Kind::KeyInQuery,
+    Kind::Unauthorized,
+    Kind::TenantDisabled,
+    Kind::Proxied,
+    Kind::Host,
+    Kind::CrossSite,
+    Kind::TooMany,
+];
 
 /// The document, pretty and stable.
 pub fn openapi() -> String {
@@ -90,8 +98,8 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             kinds.push(Kind::Scope);
         }
     }
-    if method == "post" {
-        kinds.push(Kind::MediaType);
+    if keyed && method != "get" && path != "/v1/photos/inspect" {
+        kinds.push(Kind::OutcomeUnknown);
     }
     kinds.sort_by_key(|kind| kind.slug());
     kinds.dedup();
@@ -151,18 +159,24 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
         };
         Some(operations.iter().map(link).collect::<Map<_, _>>().into())
     };
+    const SAMPLE: [(&str, &str); 4] = [
+        ("get", "get_sample"),
+        ("cancel", "cancel_sample"),
+        ("retry", "retry_sample"),
+        ("delete", "delete_sample"),
+    ];
     match (method, path, status) {
-        ("post", "/v1/jobs", "202") => to(&[
+        ("post", "/v1/jobs" | "/v1/jobs/{id}/retry", "202") => to(&[
             ("get", "get_job"),
             ("cancel", "cancel_job"),
+            ("retry", "retry_job"),
             ("delete", "delete_job"),
             ("sample", "create_sample"),
             ("artifacts", "list_artifacts"),
             ("report", "get_report"),
         ]),
-        ("post", "/v1/jobs/{id}/sample", "200" | "202") => {
-            to(&[("get", "get_sample"), ("cancel", "cancel_sample"), ("delete", "delete_sample")])
-        }
+        ("post", "/v1/jobs/{id}/sample", "200" | "202") => to(&SAMPLE),
+        ("post", "/v1/samples/{id}/retry", "202") => to(&SAMPLE),
         _ => None,
     }
 }

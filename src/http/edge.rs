@@ -15,36 +15,47 @@ use uuid::Uuid;
 
 use super::problem::{self, Kind, Problem};
 use super::{Front, keys};
+use crate::telemetry;
 
 /// By which a request is found in logs.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_CHARS_MAX: usize = 64;
 
-/// Longest that `Prefer: wait` may wait.
-pub(super) const WAIT_MAX: Duration = Duration::from_mins(1);
+/// Longest that `Prefer: wait` may wait: proxies give an answer up after a minute.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(50);
 const TIME_MAX: Duration = Duration::from_secs(30);
 
 /// The outermost layer: gives the request its id, writes problems down, and logs one line.
 pub(super) async fn finish(request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers());
-    let method = request.method().clone();
+    let method = known(request.method());
+    let headless = request.method() == Method::HEAD;
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", request.id = %id, %method, route);
+    let span = tracing::info_span!("request", request.id = %id, method, route);
+    let caller = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+    telemetry::adopt(&span, caller);
     let running = Running::begin();
     let response = next.run(request).instrument(span.clone()).await;
     drop(running);
 
-    let mut response = dress(response, &id, method == Method::HEAD);
+    let mut response = dress(response, &id, headless);
     let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
+    telemetry::answered(&span, status);
     span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
-    let labels = [("method", method.to_string()), ("route", route), ("status", status.to_string())];
+    let labels = [("method", method.to_owned()), ("route", route), ("status", status.to_string())];
     metrics::counter!("hypnos_http_requests_total", &labels).increment(1);
     metrics::histogram!("hypnos_http_request_seconds", &labels).record(elapsed.as_secs_f64());
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// A method as logs and figures name it. One that nobody knows is a text of the client's, of which there are any number.
+fn known(method: &Method) -> &'static str {
+    const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"];
+    KNOWN.into_iter().find(|known| method.as_str() == *known).unwrap_or("other")
 }
 
 /// A request that is under way, for the figures. Its client may go at any time.
@@ -129,35 +140,22 @@ pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
     Problem::new(Kind::Internal, "something went wrong on our side").into_response()
 }
 
-/// The door of the API: a place among the requests that are served at once, no page of another site, no packed body. One
-/// layer for all of them, for each one costs every request.
+/// The door of the API: on a server without keys, whoever is not on this machine goes no further.
 pub(super) async fn admit(State(front): State<Front>, request: Request, next: Next) -> Response {
-    let Ok(_place) = front.requests.try_acquire() else {
-        return Problem::new(Kind::Overloaded, "too many requests at once").into_response();
-    };
-    let refused = keys::guard_local(&front, &request).and_then(|()| refuse_encodings(request.headers()));
-    match refused {
+    match keys::guard_local(&front, &request) {
         Ok(()) => next.run(request).await,
         Err(problem) => problem.into_response(),
-    }
-}
-
-/// Bodies come as they are: a small one that unpacks to a large one is not read.
-fn refuse_encodings(headers: &HeaderMap) -> Result<(), Problem> {
-    match headers.get(header::CONTENT_ENCODING) {
-        Some(encoding) if encoding != "identity" => {
-            Err(Problem::new(Kind::MediaType, "a body must come without Content-Encoding"))
-        }
-        _ => Ok(()),
     }
 }
 
 /// An answer takes half a minute at most, beside the time that its client is willing to wait.
 pub(super) async fn hurry(request: Request, next: Next) -> Response {
     let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
+    // What was to change something may have done so, and only the answer is missing.
+    let kind = if request.method().is_safe() { Kind::Overloaded } else { Kind::OutcomeUnknown };
     match tokio::time::timeout(time, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Problem::new(Kind::Overloaded, "the answer took too long").into_response(),
+        Err(_) => Problem::new(kind, "the answer took too long").into_response(),
     }
 }
 

@@ -1,22 +1,24 @@
 //! `/v1/jobs/{id}/events`: a training as it changes, as server-sent events.
 //!
 //! Every event is the whole training, so that one that was missed is no loss. The table is asked once a second; hints from
-//! the store only make it sooner.
+//! the store only make it sooner. The first byte goes at once and others every few seconds, and proxies are told not to
+//! gather them: nginx would otherwise keep the first events for itself and end the stream after a minute.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, stream};
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::Front;
 use super::keys::Reader;
-use super::problem::{Kind as ProblemKind, Problem};
-use super::reading::{Id, find};
+use super::position::Position;
+use super::problem::Problem;
+use super::reading::{Id, find, version};
+use super::shares::Place;
 use super::view::JobView;
 use crate::job::{Job, JobId, Kind};
 use crate::store::Wakes;
@@ -25,11 +27,14 @@ const LOOK: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// When a client that was cut off should come back.
 const RETRY: Duration = Duration::from_secs(2);
+/// What nginx, and others after it, read as: pass this on as it comes.
+const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Follows a training
 ///
-/// Server-sent events: `job` carries the training as JSON each time it has changed, and its version as the id; `end` says
-/// that it has ended, and the stream closes. Whoever reconnects with `Last-Event-ID` is not told again what it has.
+/// Server-sent events: `job` carries the training as JSON each time it has changed, its place in the queue included, and
+/// its version as the id; `end` says that it has ended, and the stream closes. Whoever reconnects with `Last-Event-ID` is not
+/// told again what it has. A comment comes at once and then every 15 seconds.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/events", tag = "jobs",
     params(
@@ -41,20 +46,22 @@ const RETRY: Duration = Duration::from_secs(2);
 )]
 pub(super) async fn job_events(
     State(front): State<Front>,
-    reader: Reader,
+    mut reader: Reader,
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let Ok(place) = front.streams.clone().try_acquire_owned() else {
-        return Err(Problem::new(ProblemKind::Overloaded, "too many event streams at once"));
-    };
-    find(&front, reader.tenant, id, Kind::Train).await?;
-    let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
-    let watch =
-        Watch { wakes: front.store.wakes(), front, reader, id, seen, next: Next::Look, _place: place };
+    let job = find(&front, reader.tenant, id, Kind::Train).await?;
+    reader.step_aside();
+    let place = front.shares.streams.take(reader.tenant).await?;
+    let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
+    let (wakes, position) = (front.store.wakes(), Position::follow(&front, None));
+    let job = Some(job);
+    let watch = Watch { wakes, position, front, reader, id, job, seen, next: Next::Greet, place };
     let events = Sse::new(follow(watch)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
     let mut response = events.into_response();
-    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
+    headers.insert(BUFFERING, HeaderValue::from_static("no"));
     Ok(response)
 }
 
@@ -63,15 +70,19 @@ struct Watch {
     front: Front,
     reader: Reader,
     id: JobId,
+    /// The row as it was last read.
+    job: Option<Job>,
     /// The version that the client has.
-    seen: Option<i64>,
+    seen: Option<String>,
+    position: Position,
     wakes: Wakes,
     next: Next,
-    _place: OwnedSemaphorePermit,
+    place: Place,
 }
 
 /// What a stream does next.
 enum Next {
+    Greet,
     Look,
     Rest,
     End,
@@ -81,7 +92,12 @@ enum Next {
 fn follow(watch: Watch) -> impl Stream<Item = Result<Event, Infallible>> {
     stream::unfold(watch, |mut watch| async move {
         loop {
+            watch.place.sign();
             match watch.next {
+                Next::Greet => {
+                    watch.next = Next::Look;
+                    return Some((Ok(Event::default().comment("open").retry(RETRY)), watch));
+                }
                 Next::Look => {
                     if let Some(event) = watch.look().await {
                         return Some((Ok(event), watch));
@@ -105,36 +121,37 @@ fn follow(watch: Watch) -> impl Stream<Item = Result<Event, Infallible>> {
 }
 
 impl Watch {
-    /// The training, if the client does not have it yet.
+    /// The training, if the client does not have it yet. A database that is away now may be back at the next look.
     async fn look(&mut self) -> Option<Event> {
         self.next = Next::Rest;
-        let Some(version) = self.front.store.version(self.reader.tenant, self.id).await.transpose() else {
+        let Some(row) = self.front.store.version(self.reader.tenant, self.id).await.ok()? else {
             self.next = Next::End; // it was deleted
             return None;
         };
-        // A database that is away now may be back at the next look.
-        let version = version.ok()?;
-        let job = self.front.store.find(self.reader.tenant, self.id, Kind::Train).await.ok()??;
+        if self.job.as_ref().is_none_or(|job| job.version != row) {
+            self.job = self.front.store.find(self.reader.tenant, self.id, Kind::Train).await.ok()?;
+        }
+        let job = self.job.as_ref()?;
         if job.state.is_terminal() {
             self.next = Next::End;
         }
-        if self.seen == Some(version) && job.version == version {
+        let place = self.position.of(job).await.ok()?;
+        let version = version(job, place);
+        if self.seen.as_ref() == Some(&version) {
             return None;
         }
-        self.seen = Some(job.version);
-        self.event(&job).await
-    }
-
-    async fn event(&self, job: &Job) -> Option<Event> {
-        let place = self.front.store.queue_position(job).await.ok()?;
         let view = JobView::of(job, place, &self.front.settings.public_url).ok()?;
-        let json = serde_json::to_string(&view).ok()?;
-        Some(Event::default().event("job").id(job.version.to_string()).data(json))
+        let event = Event::default().event("job").id(&version).data(serde_json::to_string(&view).ok()?);
+        self.seen = Some(version);
+        Some(event)
     }
 
-    /// Waits for a hint or a second; none when the server ends.
+    /// Waits for a hint or a second; none when the stream ends: the server does, or another tenant needs the place.
     async fn rest(&mut self) -> Option<()> {
-        let hint = tokio::time::timeout(LOOK, self.wakes.wait());
-        self.front.closing.run_until_cancelled(hint).await.map(drop)
+        tokio::select! {
+            _ = tokio::time::timeout(LOOK, self.wakes.wait()) => Some(()),
+            () = self.front.closing.cancelled() => None,
+            () = self.place.asked_back() => None,
+        }
     }
 }

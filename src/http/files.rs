@@ -1,14 +1,18 @@
 //! `/v1/files`: objects of a local store by URLs that we signed; a bucket serves its own.
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use jiff::Timestamp;
 
 use super::Front;
 use super::problem::Problem;
-use crate::job::PAGE;
+use super::serve::HangUp;
+use crate::blobs::Key;
+use crate::job::{Object, PAGE, TenantId};
 
 /// Fetches a file by a signed URL
 ///
@@ -17,16 +21,23 @@ use crate::job::PAGE;
     get, path = "/v1/files/{*key}", tag = "files",
     params(("key" = String, Path, description = "From the URL, which is to be taken as it is; holds slashes")),
     responses((status = 200, description = "The file", body = String, content_type = "application/octet-stream")),
-    extensions(("x-problems" = json!(["url-forged", "url-expired", "artifact-missing", "artifact-damaged"]))),
+    extensions(("x-problems" = json!(["url-forged", "url-expired", "not-found", "too-many-requests", "artifact-missing", "artifact-damaged"]))),
     security(()),
 )]
 pub(super) async fn get_file(
     State(front): State<Front>,
     Path(key): Path<String>,
     RawQuery(query): RawQuery,
+    hang_up: Option<Extension<HangUp>>,
 ) -> Result<Response, Problem> {
     let object = front.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
+    // A link ends with its job: what is deleted may still lie in the directory for a moment.
+    let Some(tenant) = whose(&front, &object).await? else { return Err(Problem::not_found("file")) };
+    // Whoever takes nothing does not hear either that the place is asked back: the connection is ended.
+    let hang_up = hang_up.map(|Extension(HangUp(token))| token).unwrap_or_default();
+    let place = front.shares.streams.take_or_leave(tenant, hang_up).await?;
     let bytes = front.blobs.stream(&object).await?;
+    let bytes = bytes.inspect(move |_| place.sign());
     let mut response = Body::from_stream(bytes).into_response();
     // Names and types of objects are ours, never a client's.
     let shown = format!("inline; filename=\"{}\"", object.name);
@@ -41,6 +52,15 @@ pub(super) async fn get_file(
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, max-age=3600, immutable"));
     headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("none"));
     Ok(response)
+}
+
+/// Whose object it is, if a job still has it to show.
+async fn whose(front: &Front, object: &Object) -> Result<Option<TenantId>, Problem> {
+    let Some((tenant, job, _)) = Key::parse(&object.key).and_then(|key| key.owner()) else {
+        return Ok(None);
+    };
+    let named = front.store.artifact(tenant, job, &object.name).await?;
+    Ok(named.filter(|named| named.key == object.key).map(|_| tenant))
 }
 
 /// What a browser lets a file do: nothing; a report may show the pictures and the style that are in it.

@@ -3,12 +3,15 @@
 //! Written here since the common readers keep a part's headers without bound and search them again from their start
 //! with every chunk that comes.
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::http::HeaderMap;
 use bytes::{Buf, BytesMut};
+use memchr::memmem::{self, Finder};
 
 use super::body::{Inflow, media_type};
 use super::problem::{Kind, Problem};
+use super::shares::Life;
+use super::spool::Spool;
 
 const BOUNDARY_CHARS_MAX: usize = 70; // RFC 2046 section 5.1.1
 const HEAD_BYTES_MAX: usize = 8 * 1024;
@@ -19,31 +22,33 @@ pub(super) struct Form {
     buffer: BytesMut,
     /// What ends a part: line break, two dashes, boundary.
     delimiter: Vec<u8>,
+    finder: Finder<'static>,
     begun: bool,
 }
 
 impl Form {
-    /// A form that must have come whole within `time` and `bytes_max`.
-    pub(super) fn new(
-        headers: &HeaderMap,
-        body: Body,
-        bytes_max: usize,
-        time: std::time::Duration,
-    ) -> Result<Self, Problem> {
+    /// A form that comes by `inflow`.
+    pub(super) fn new(headers: &HeaderMap, inflow: Inflow) -> Result<Self, Problem> {
         let Some((_, whole)) = media_type(headers).filter(|(essence, _)| essence == "multipart/form-data")
         else {
             return Err(Problem::new(Kind::MediaType, "the body must be multipart/form-data"));
         };
-        let boundary =
-            parameter(whole, "boundary").filter(|boundary| is_boundary(boundary)).ok_or_else(|| {
+        let boundary = parameter(whole.as_bytes(), "boundary")
+            .filter(|boundary| is_boundary(boundary))
+            .ok_or_else(|| {
                 let detail =
                     format!("multipart/form-data needs a boundary of 1 to {BOUNDARY_CHARS_MAX} characters");
                 Problem::new(Kind::BadBody, detail)
             })?;
-        let inflow = Inflow::new(headers, body, bytes_max, time)?;
         let delimiter = format!("\r\n--{boundary}").into_bytes();
         // As if the body began with a line break, so that its first delimiter looks like all others.
-        Ok(Self { inflow, buffer: BytesMut::from(&b"\r\n"[..]), delimiter, begun: false })
+        let (buffer, finder) = (BytesMut::from(&b"\r\n"[..]), Finder::new(&delimiter).into_owned());
+        Ok(Self { inflow, buffer, delimiter, finder, begun: false })
+    }
+
+    /// All that comes is a sign of this life.
+    pub(super) fn signs(&mut self, life: Life) {
+        self.inflow.signs(life);
     }
 
     /// The next part's name; none after the last. Its content must have been read before the next is asked for.
@@ -67,11 +72,29 @@ impl Form {
         self.until_delimiter(bytes_max).await
     }
 
+    /// Writes the part's content as it comes; whether it was no longer than `bytes_max`.
+    pub(super) async fn spool(&mut self, bytes_max: usize, spool: &mut Spool) -> Result<bool, Problem> {
+        let mut bytes_left = bytes_max;
+        loop {
+            let found = self.finder.find(&self.buffer);
+            // What may be the beginning of a delimiter stays.
+            let safe = found.unwrap_or((self.buffer.len() + 1).saturating_sub(self.delimiter.len()));
+            let Some(left) = bytes_left.checked_sub(safe) else { return Ok(false) };
+            bytes_left = left;
+            spool.write(&self.buffer.split_to(safe)).await?;
+            if found.is_some() {
+                self.buffer.advance(self.delimiter.len());
+                return Ok(true);
+            }
+            self.more().await?;
+        }
+    }
+
     /// Where the empty line stands that ends a part's headers.
     async fn head_end(&mut self) -> Result<usize, Problem> {
         let mut searched = 0;
         loop {
-            if let Some(at) = find(&self.buffer[searched..], b"\r\n\r\n") {
+            if let Some(at) = memmem::find(&self.buffer[searched..], b"\r\n\r\n") {
                 return Ok(searched + at);
             }
             if self.buffer.len() > HEAD_BYTES_MAX {
@@ -86,7 +109,7 @@ impl Form {
     async fn until_delimiter(&mut self, bytes_max: usize) -> Result<Option<Bytes>, Problem> {
         let mut searched = 0;
         loop {
-            if let Some(at) = find(&self.buffer[searched..], &self.delimiter).map(|at| searched + at) {
+            if let Some(at) = self.finder.find(&self.buffer[searched..]).map(|at| searched + at) {
                 let content = self.buffer.split_to(at).freeze();
                 self.buffer.advance(self.delimiter.len());
                 return Ok((content.len() <= bytes_max).then_some(content));
@@ -122,86 +145,135 @@ fn is_boundary(text: &str) -> bool {
     (1..=BOUNDARY_CHARS_MAX).contains(&text.len()) && text.chars().all(allowed)
 }
 
-/// The name in a part's Content-Disposition. What it says of files is not heard.
+/// The name in a part's Content-Disposition. What it says of files is not heard, in whatever alphabet it is written.
 fn name(head: &[u8]) -> Result<String, Problem> {
-    let head = std::str::from_utf8(head).map_err(|_| broken("has a part whose head is not UTF-8"))?;
-    let (padding, head) = head.split_once("\r\n").unwrap_or_default();
-    if !padding.trim_matches([' ', '\t']).is_empty() {
+    let ends =
+        memmem::find_iter(head, b"\r\n").scan(0, |from, at| Some((std::mem::replace(from, at + 2), at)));
+    let mut lines = ends.map(|(from, at)| &head[from..at]);
+    let padding = lines.next().unwrap_or_default();
+    if !padding.trim_ascii().is_empty() {
         return Err(broken("has text after a boundary"));
     }
-    let disposition = head.split("\r\n").find_map(|line| {
-        let (field, value) = line.split_once(':')?;
-        field.trim().eq_ignore_ascii_case("content-disposition").then_some(value)
+    let disposition = lines.find_map(|line| {
+        let (field, value) = split_once(line, b':')?;
+        field.trim_ascii().eq_ignore_ascii_case(b"content-disposition").then_some(value)
     });
     let disposition = disposition.filter(|value| {
-        let essence = value.split(';').next().unwrap_or_default();
-        essence.trim().eq_ignore_ascii_case("form-data")
+        let essence = value.split(|&byte| byte == b';').next().unwrap_or_default();
+        essence.trim_ascii().eq_ignore_ascii_case(b"form-data")
     });
     disposition.and_then(|value| parameter(value, "name")).ok_or_else(|| broken("has a part without a name"))
 }
 
 /// A parameter of a header such as `form-data; name="images"`.
-fn parameter(header: &str, wanted: &str) -> Option<String> {
-    let (_, mut rest) = header.split_once(';')?;
-    loop {
-        let (name, value) = rest.split_once('=')?;
-        let (value, after) = if let Some(quoted) = value.trim_start().strip_prefix('"') {
-            unquote(quoted)?
+///
+/// In a quoted text a backslash makes the byte after it a plain one; but in some code pages a backslash is the second half
+/// of a letter, and the quote after it is the end. Where the first reading comes out wrong the second holds.
+fn parameter(header: &[u8], wanted: &str) -> Option<String> {
+    let (_, rest) = split_once(header, b';')?;
+    let read = |escapes: bool| Parameters { rest, escapes, odd: false };
+    let well_formed = |escapes: bool| {
+        let mut all = read(escapes);
+        all.by_ref().for_each(drop);
+        !all.odd && all.rest.trim_ascii().is_empty()
+    };
+    let mut parameters = read(well_formed(true) || !well_formed(false));
+    let (_, value) = parameters.find(|(name, _)| name.eq_ignore_ascii_case(wanted.as_bytes()))?;
+    Some(String::from_utf8_lossy(&value).into_owned())
+}
+
+/// The parameters of a header, one after the other: names and values. What cannot be read as one stays in `rest`.
+struct Parameters<'a> {
+    rest: &'a [u8],
+    /// Whether a backslash in a quoted text escapes.
+    escapes: bool,
+    /// Whether a quoted text was followed by something else than the next parameter.
+    odd: bool,
+}
+
+impl<'a> Iterator for Parameters<'a> {
+    type Item = (&'a [u8], Vec<u8>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (name, value) = split_once(self.rest, b'=')?;
+        let (value, after) = if let Some(quoted) = value.trim_ascii_start().strip_prefix(b"\"") {
+            let (value, after) = self.unquote(quoted)?;
+            let after = after.trim_ascii();
+            let next = after.strip_prefix(b";");
+            self.odd |= next.is_none() && !after.is_empty();
+            (value, next.unwrap_or(after))
         } else {
-            let (token, after) = value.split_once(';').unwrap_or((value, ""));
-            (token.trim().to_owned(), after)
+            let (token, after) = split_once(value, b';').unwrap_or((value, b""));
+            (token.trim_ascii().to_vec(), after)
         };
-        if name.trim().eq_ignore_ascii_case(wanted) {
-            return Some(value);
-        }
-        rest = after.trim_start().strip_prefix(';').unwrap_or(after);
+        self.rest = after;
+        Some((name.trim_ascii(), value))
     }
 }
 
-/// What stands before the closing quote, and what after it.
-fn unquote(text: &str) -> Option<(String, &str)> {
-    let mut value = String::new();
-    let mut chars = text.char_indices();
-    loop {
-        match chars.next()? {
-            (at, '"') => return Some((value, &text[at + 1..])),
-            (_, '\\') => value.push(chars.next()?.1),
-            (_, c) => value.push(c),
+impl<'a> Parameters<'a> {
+    /// What stands before the closing quote, and what after it.
+    fn unquote(&self, text: &'a [u8]) -> Option<(Vec<u8>, &'a [u8])> {
+        let mut value = Vec::new();
+        let mut rest = text;
+        loop {
+            match rest {
+                [b'"', after @ ..] => return Some((value, after)),
+                [b'\\', escaped, after @ ..] if self.escapes => {
+                    value.push(*escaped);
+                    rest = after;
+                }
+                [byte, after @ ..] => {
+                    value.push(*byte);
+                    rest = after;
+                }
+                [] => return None,
+            }
         }
     }
 }
 
-fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    let mut from = 0;
-    loop {
-        let at = from + haystack[from..].iter().position(|&byte| byte == needle[0])?;
-        if haystack[at..].starts_with(needle) {
-            return Some(at);
-        }
-        from = at + 1;
-    }
+fn split_once(bytes: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
+    let found = bytes.iter().position(|&byte| byte == at)?;
+    Some((&bytes[..found], &bytes[found + 1..]))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::time::Duration;
 
+    use axum::body::Body;
     use futures_util::stream;
 
     use super::*;
 
     /// Every part of `body`, which comes in pieces of `step` bytes.
-    async fn read(body: &str, boundary: &str, step: usize) -> Result<Vec<(String, String)>, Problem> {
+    async fn read(
+        body: impl AsRef<[u8]>,
+        boundary: &str,
+        step: usize,
+    ) -> Result<Vec<(String, String)>, Problem> {
         let pieces: Vec<_> =
-            body.as_bytes().chunks(step).map(|piece| Ok::<_, std::io::Error>(piece.to_vec())).collect();
+            body.as_ref().chunks(step).map(|piece| Ok::<_, std::io::Error>(piece.to_vec())).collect();
         let mut headers = HeaderMap::new();
         let content_type = format!("multipart/form-data; charset=utf-8; boundary={boundary}");
         headers.insert("content-type", content_type.parse().expect("a header"));
         let body = Body::from_stream(stream::iter(pieces));
-        let mut form = Form::new(&headers, body, 1 << 20, Duration::from_secs(5))?;
+        let inflow = Inflow::new(&headers, body, 1 << 20, Duration::from_secs(5))?;
+        let mut form = Form::new(&headers, inflow)?;
         let mut parts = Vec::new();
         while let Some(name) = form.next().await? {
-            let content = form.content(1000).await?.ok_or_else(|| broken("is too long"))?;
+            // By turns in memory and spooled: both read alike.
+            let content = if parts.len() % 2 == 0 {
+                form.content(1000).await?.ok_or_else(|| broken("is too long"))?
+            } else {
+                let mut spool = Spool::new(Path::new("nowhere"));
+                if !form.spool(1000, &mut spool).await? {
+                    return Err(broken("is too long"));
+                }
+                spool.end().await?.read().await?
+            };
             parts.push((name, String::from_utf8_lossy(&content).into_owned()));
         }
         Ok(parts)
@@ -231,13 +303,50 @@ mod tests {
         }
     }
 
+    /// A file's name may be in any code page: Latin-1, Shift-JIS whose last byte is a backslash, GB18030, no text at all.
+    #[tokio::test]
+    async fn a_file_s_name_may_be_any_bytes_and_the_part_s_name_is_found_all_the_same() {
+        let names: [&[u8]; 7] = [
+            b"Gr\xf6\xdfe.jpg",
+            b"\x95\x5c",
+            b"\x83\x5c.jpg",
+            b"C:\\photos\\",
+            b"\x816\x8430",
+            b"\xff\xfe\x00;\n",
+            b"a\\\"b",
+        ];
+        for file in names {
+            for head in [
+                [b"form-data; name=\"images\"; filename=\"", file, b"\""].concat(),
+                [b"form-data; filename=\"", file, b"\"; name=\"images\""].concat(),
+                [b"form-data; filename=\"", file, b"\"; name=images; size=3"].concat(),
+            ] {
+                let whole = [
+                    b"--b\r\nContent-Type: image/png\r\nContent-Disposition: ",
+                    &head[..],
+                    b"\r\n\r\n1\r\n--b--",
+                ]
+                .concat();
+                let parts = read(&whole, "b", 9).await.expect("a form");
+                assert_eq!(parts, [("images".into(), "1".into())], "{}", head.escape_ascii());
+            }
+        }
+    }
+
     #[tokio::test]
     async fn what_a_sender_chooses_is_bounded() {
         let long_head = part(&format!("name=a; filename=\"{}\"", "x".repeat(9000)), "1");
         let long_part = part("name=a", &"x".repeat(1001));
-        for body in
-            [long_head, long_part, "x".repeat(9000), String::new(), "--b".into(), "--b\r\n\r\n".into()]
-        {
+        let long_second = part("name=a", "1") + &part("name=b", &"x".repeat(1001));
+        for body in [
+            long_head,
+            long_part,
+            long_second,
+            "x".repeat(9000),
+            String::new(),
+            "--b".into(),
+            "--b\r\n\r\n".into(),
+        ] {
             assert!(read(&body, "b", 100).await.is_err(), "{body}");
         }
         for boundary in ["", "\"\"", &"b".repeat(71), "\"a\u{e9}\"", "a;b=\""] {

@@ -1,27 +1,30 @@
 //! `/v1/jobs`: trainings.
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use utoipa::ToSchema;
 
 use super::Front;
 use super::keys::{Reader, Writer};
+use super::line::Turn;
 use super::problem::{Kind as ProblemKind, Problem};
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
-use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
-use super::upload::{Fields, Upload, place, read, store};
+use super::spool::Spooled;
+use super::submit::{Accepted, RequestHash, again, answer, drawn_seed, idempotency_key, replay, submit};
+use super::upload::{Fields, Upload, receive, store};
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
 use crate::job::{
     Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
     TrainOptions, TrainSpec,
 };
-use crate::store::{Idempotency, NewJob};
+use crate::store::{Idempotency, NewJob, Origin};
+use crate::telemetry;
 
 /// The form of a new training.
 #[derive(ToSchema)]
@@ -60,21 +63,28 @@ pub(super) struct JobForm {
 )]
 pub(super) async fn create_job(
     State(front): State<Front>,
-    writer: Writer,
+    mut writer: Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let _place = place(&front)?;
-    let upload = read(&front, &headers, body, Fields::Job).await?;
-    let idempotency = idempotency(&headers, upload.hashed())?;
-    // What came whole is dealt with to its end, whether or not the client still listens: between the objects and the
-    // row nothing may be dropped.
-    let work = {
-        let front = front.clone();
-        async move { create(&front, writer.tenant, upload, idempotency).await }
+    let (upload, admitted) = receive(&front, &mut writer, &headers, body, Fields::Job).await?;
+    let idempotency = upload.idempotency(&headers).await?;
+    // A quick look, before it stands in the line; it may be accepted while it does.
+    let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
+        before
+    } else {
+        let spec = upload.spec()?;
+        let turn = admitted.turn(upload.bytes()).await?;
+        // What came whole and has its turn is dealt with to its end, whether or not the client still listens: between the
+        // objects and the row nothing may be dropped.
+        let work = {
+            let (front, tenant) = (front.clone(), writer.tenant);
+            async move { create(&front, tenant, spec, upload.images, idempotency, turn).await }
+        };
+        let accepted = tokio::spawn(work.in_current_span()).await;
+        accepted.map_err(|error| Problem::internal(&error))??
     };
-    let accepted = tokio::spawn(work.in_current_span()).await;
-    let Accepted { job, replayed } = accepted.map_err(|error| Problem::internal(&error))??;
+    let Accepted { job, replayed } = accepted;
     let view = view(&front, &job, None)?;
     Ok(answer(
         StatusCode::ACCEPTED,
@@ -85,11 +95,17 @@ pub(super) async fn create_job(
 }
 
 impl Upload {
-    /// All that is asked for, in a fixed order, for an idempotency key's hash.
-    fn hashed(&self) -> impl Iterator<Item = &[u8]> {
-        let fields = [&self.class_name, &self.options];
-        let fields = fields.into_iter().map(|field| field.as_deref().unwrap_or_default());
-        fields.chain(self.images.iter().map(|image| &image[..]))
+    /// The request's own name, with a hash of all that is asked for, in a fixed order.
+    async fn idempotency(&self, headers: &HeaderMap) -> Result<Option<Idempotency>, Problem> {
+        let Some(key) = idempotency_key(headers)? else { return Ok(None) };
+        let mut request = RequestHash::default();
+        for field in [&self.class_name, &self.options] {
+            request.add(field.as_deref().unwrap_or_default());
+        }
+        for image in &self.images {
+            request = image.hashed(request).await?;
+        }
+        Ok(Some(request.named(key)))
     }
 
     fn spec(&self) -> Result<TrainSpec, Problem> {
@@ -120,19 +136,25 @@ impl Upload {
 async fn create(
     front: &Front,
     tenant: TenantId,
-    upload: Upload,
+    spec: TrainSpec,
+    images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
+    turn: Turn,
 ) -> Result<Accepted, Problem> {
     if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
         return Ok(before);
     }
-    let spec = upload.spec()?;
     let id = JobId::new();
-    let settled = store_and_submit(front, tenant, id, spec, upload.images, idempotency).await;
-    if !settled.as_ref().is_ok_and(|accepted| accepted.job.id == id) {
-        discard(front, tenant, id).await;
+    let accepted = store_and_submit(front, tenant, id, spec, images, idempotency, turn).await;
+    match &accepted {
+        Ok(accepted) if accepted.job.id == id => {}
+        // The row may be there, or may yet be: then it needs its photos.
+        Err(problem) if problem.kind() == ProblemKind::OutcomeUnknown => {
+            tracing::warn!(job.id = %id, "not known whether it was accepted; its photos stay, for the sweep if it was not");
+        }
+        _ => discard(front, tenant, id).await,
     }
-    settled
+    accepted
 }
 
 async fn store_and_submit(
@@ -140,10 +162,11 @@ async fn store_and_submit(
     tenant: TenantId,
     id: JobId,
     spec: TrainSpec,
-    images: Vec<Bytes>,
+    images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
+    mut turn: Turn,
 ) -> Result<Accepted, Problem> {
-    let photos = store(front, tenant, id, images).await?;
+    let photos = store(front, tenant, id, images, &mut turn).await?;
     let job = NewJob {
         id,
         tenant,
@@ -154,21 +177,15 @@ async fn store_and_submit(
         max_attempts: front.settings.attempts_max,
         idempotency,
         queue_max: front.settings.queue_max,
+        origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
     };
     submit(front, job).await
 }
 
-/// Takes the photos of a refused job away, unless its row is there after all: an answer of the database may have been
-/// lost on its way. Where that cannot be told they stay, for whoever collects orphans.
+/// Takes the photos of a job away that was surely not accepted.
 async fn discard(front: &Front, tenant: TenantId, id: JobId) {
-    match front.store.find(tenant, id, Kind::Train).await {
-        Ok(None) => {
-            if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
-                tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
-            }
-        }
-        Ok(Some(_)) => tracing::warn!(job.id = %id, "accepted, but its answer was lost"),
-        Err(_) => tracing::warn!(job.id = %id, "photos of a refused job may stay behind"),
+    if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
+        tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
     }
 }
 
@@ -207,13 +224,13 @@ pub(super) async fn list_jobs(
 /// Looks at a training
 ///
 /// With `If-None-Match` an unchanged one is answered with 304. With `Prefer: wait=N` the answer waits up to N seconds:
-/// for a change if there is an `If-None-Match`, else for the training's end.
+/// for a change if there is an `If-None-Match`, else for the training's end. While too many wait, it waits less long.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}", tag = "jobs",
     params(
         ("id" = Uuid, Path, description = "The training"),
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
     ),
     responses(
         (status = 200, description = "The training", body = JobView, headers(
@@ -225,11 +242,11 @@ pub(super) async fn list_jobs(
 )]
 pub(super) async fn get_job(
     State(front): State<Front>,
-    reader: Reader,
+    mut reader: Reader,
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, reader.tenant, id, Kind::Train, &headers).await?;
+    let (job, place) = look(&front, &mut reader, id, Kind::Train, &headers).await?;
     Ok(row(&headers, &job, place, view(&front, &job, place)?))
 }
 
@@ -269,6 +286,37 @@ pub(super) async fn cancel_job(
     find(&front, writer.tenant, id, Kind::Train).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None)?)).into_response())
+}
+
+/// Does a training again
+///
+/// One that failed or was canceled is queued once more: as a new training, for what has ended never changes. Class name,
+/// options and seed are the same, and so are the photos, which are not sent again. Each of the two can be deleted without the
+/// other.
+#[utoipa::path(
+    post, path = "/v1/jobs/{id}/retry", tag = "jobs",
+    params(
+        ("id" = Uuid, Path, description = "The training that failed or was canceled"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    responses((status = 202, description = "The new training", body = JobView, headers(
+        ("Location" = String, description = "The new training"),
+        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
+    ))),
+    extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full",
+        "artifact-missing", "artifact-damaged", "storage-full"]))),
+)]
+pub(super) async fn retry_job(
+    State(front): State<Front>,
+    mut writer: Writer,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Train, &headers).await?;
+    let location = format!("{}/v1/jobs/{}", front.settings.public_url, job.id);
+    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None)?))
 }
 
 /// Reads a training's report

@@ -4,30 +4,36 @@
 //! and the row holds a SHA-256 of the secret only: it has 131 random bits, so nothing slower is needed.
 
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
-use axum::http::{HeaderMap, Uri, header};
+use axum::http::{HeaderMap, HeaderName, Uri, Version, header};
 use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::problem::{Kind, Problem};
+use super::shares::Place;
 use super::{Auth, Front};
 use crate::blobs::hex;
 use crate::job::TenantId;
 pub use crate::store::Scope;
-use crate::store::{self, Store};
+use crate::store::{self, Store, TenantState};
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const PREFIX: &str = "hyp_";
 const ID_CHARS: usize = 12;
 const SECRET_CHARS: usize = 22; // 131 bits
 const CHECKSUM_CHARS: usize = 6; // 32 bits
+const KEY_CHARS: usize = PREFIX.len() + ID_CHARS + 1 + SECRET_CHARS + CHECKSUM_CHARS;
 
 const BELIEVED_MAX: u64 = 10_000;
+const LOOKUPS_MAX: usize = 8;
 
 /// A new key: shown once, kept as its hash.
 #[derive(Debug)]
@@ -79,8 +85,7 @@ fn hash(secret: &str) -> String {
 /// The id and the secret of a key whose checksum is right.
 fn parse(text: &str) -> Option<(&str, &str)> {
     let rest = text.strip_prefix(PREFIX)?;
-    let whole = rest.len() == ID_CHARS + 1 + SECRET_CHARS + CHECKSUM_CHARS;
-    if !whole || !rest.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+    if text.len() != KEY_CHARS || !rest.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
         return None;
     }
     let (body, sum) = text.split_at(text.len() - CHECKSUM_CHARS);
@@ -89,30 +94,49 @@ fn parse(text: &str) -> Option<(&str, &str)> {
 }
 
 /// The keys, and those that were looked up a moment ago.
-#[derive(Clone)]
 pub(super) struct Keys {
     store: Store,
-    believed: Cache<String, store::Key>,
+    believed: Cache<String, Believed>,
+    /// Whoever knows no key asks the database all the same; so few at a time, and those with a known key pass by.
+    lookups: Semaphore,
+}
+
+/// A key that was looked up.
+#[derive(Clone)]
+struct Believed {
+    key: store::Key,
+    /// When it ends, if it does.
+    ends: Option<Instant>,
 }
 
 impl Keys {
     pub(super) fn new(store: Store, time: Duration) -> Self {
         let believed = Cache::builder().max_capacity(BELIEVED_MAX).time_to_live(time).build();
-        Self { store, believed }
+        Self { store, believed, lookups: Semaphore::new(LOOKUPS_MAX) }
     }
 
     /// Whose key it is and what it may do.
-    async fn check(&self, text: &str) -> Result<store::Key, Problem> {
+    async fn check(&self, text: &str) -> Result<Believed, Problem> {
         let (id, secret) = parse(text).ok_or_else(unauthorized)?;
-        let key = if let Some(key) = self.believed.get(id) {
-            key
+        let found = if let Some(found) = self.believed.get(id) {
+            found
         } else {
+            let _lookup = self.lookups.acquire().await.map_err(|error| Problem::internal(&error))?;
+            let asked = Instant::now();
             let key = self.store.find_key(id).await?.filter(|key| key.live).ok_or_else(unauthorized)?;
-            self.believed.insert(id.to_owned(), key.clone());
-            key
+            // The database counted what is left, by its own clock, after it was asked.
+            let left = key.left_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
+            let found = Believed { key, ends: left.and_then(|left| asked.checked_add(left)) };
+            self.believed.insert(id.to_owned(), found.clone());
+            found
         };
-        let right = bool::from(hash(secret).as_bytes().ct_eq(key.hash.as_bytes()));
-        if right { Ok(key) } else { Err(unauthorized()) }
+        let right = bool::from(hash(secret).as_bytes().ct_eq(found.key.hash.as_bytes()));
+        let over = found.ends.is_some_and(|ends| ends <= Instant::now());
+        match found.key.tenant_state {
+            _ if !right || over => Err(unauthorized()),
+            TenantState::Active => Ok(found),
+            TenantState::Disabled | TenantState::Deleting => Err(Problem::tenant_disabled()),
+        }
     }
 }
 
@@ -120,64 +144,119 @@ fn unauthorized() -> Problem {
     Problem::new(Kind::Unauthorized, "send a valid API key as `Authorization: Bearer hyp_...`")
 }
 
-/// Whoever may look: the tenant whose key came.
-#[derive(Clone, Debug)]
-pub(super) struct Reader {
+/// Whoever asks: the tenant whose key came, with a place among the requests that are answered at once.
+pub(super) struct Caller {
     pub(super) tenant: TenantId,
     key: Option<String>,
+    ends: Option<Instant>,
+    place: Option<Place>,
 }
 
-/// Whoever may change things.
-#[derive(Clone, Debug)]
-pub(super) struct Writer {
-    pub(super) tenant: TenantId,
-}
+/// A caller who may look.
+pub(super) struct Reader(pub(super) Caller);
 
-impl Reader {
+/// A caller who may change things.
+pub(super) struct Writer(pub(super) Caller);
+
+/// A caller who may see what concerns all tenants. Without keys, that is whoever is on this machine.
+pub(super) struct Operator(pub(super) Caller);
+
+impl Caller {
     /// Whether the key that opened a long answer is still good.
     pub(super) async fn still(&self, front: &Front) -> bool {
         match &self.key {
-            Some(key) => {
-                !matches!(front.keys.check(key).await, Err(problem) if problem.kind() == Kind::Unauthorized)
-            }
+            Some(key) => !front
+                .keys
+                .check(key)
+                .await
+                .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
             None => true,
         }
     }
-}
 
-impl FromRequestParts<Front> for Reader {
-    type Rejection = Problem;
+    /// When the key ends, if it does.
+    pub(super) fn ends(&self) -> Option<Instant> {
+        self.ends
+    }
 
-    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-        identify(parts, front, Scope::Read).await
+    /// Gives its place back: what follows takes long, and a place of another kind.
+    pub(super) fn step_aside(&mut self) {
+        self.place = None;
+    }
+
+    /// Takes its place again.
+    pub(super) async fn step_in(&mut self, front: &Front) -> Result<(), Problem> {
+        self.place = Some(front.shares.requests.take(self.tenant).await?);
+        Ok(())
     }
 }
 
-impl FromRequestParts<Front> for Writer {
-    type Rejection = Problem;
+macro_rules! callers {
+    ($($caller:ident: $scope:ident),+) => {$(
+        impl Deref for $caller {
+            type Target = Caller;
 
-    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-        let reader = identify(parts, front, Scope::Write).await?;
-        Ok(Self { tenant: reader.tenant })
-    }
+            fn deref(&self) -> &Caller {
+                &self.0
+            }
+        }
+
+        impl DerefMut for $caller {
+            fn deref_mut(&mut self) -> &mut Caller {
+                &mut self.0
+            }
+        }
+
+        impl FromRequestParts<Front> for $caller {
+            type Rejection = Problem;
+
+            async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
+                identify(parts, front, Scope::$scope).await.map(Self)
+            }
+        }
+    )+};
 }
+callers!(Reader: Read, Writer: Write, Operator: Admin);
 
-async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Reader, Problem> {
-    if parts.uri.query().is_some_and(|query| query.contains(PREFIX)) {
+async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Caller, Problem> {
+    if parts.uri.query().is_some_and(holds_key) {
         return Err(Problem::new(
             Kind::KeyInQuery,
             "a key was sent in the URL; it belongs in the Authorization header",
         ));
     }
-    if front.settings.auth == Auth::None {
-        return Ok(Reader { tenant: TenantId::LOCAL, key: None });
+    let mut caller = Caller { tenant: TenantId::LOCAL, key: None, ends: None, place: None };
+    if front.settings.auth == Auth::Keys {
+        let text = bearer(&parts.headers).ok_or_else(unauthorized)?;
+        let Believed { key, ends } = front.keys.check(text).await?;
+        if !key.scope.covers(wanted) {
+            let detail = format!("the key's scope is {}; wanted {wanted}", key.scope);
+            return Err(Problem::new(Kind::Scope, detail));
+        }
+        caller = Caller { tenant: key.tenant, key: Some(text.to_owned()), ends, place: None };
     }
-    let text = bearer(&parts.headers).ok_or_else(unauthorized)?;
-    let key = front.keys.check(text).await?;
-    if wanted == Scope::Write && key.scope != Scope::Write {
-        return Err(Problem::new(Kind::Scope, "this key may read only"));
+    caller.step_in(front).await?;
+    Ok(caller)
+}
+
+/// Whether a whole key stands in a query, escaped or not. What only looks like the beginning of one may be a name.
+fn holds_key(query: &str) -> bool {
+    let plain = unescaped(query);
+    let mut places = plain.match_indices(PREFIX);
+    places.any(|(at, _)| plain.get(at..at + KEY_CHARS).is_some_and(|text| parse(text).is_some()))
+}
+
+/// The text that a query's escapes stand for.
+fn unescaped(query: &str) -> String {
+    let mut bytes = Vec::with_capacity(query.len());
+    let mut rest = query.as_bytes();
+    while let [byte, after @ ..] = rest {
+        let escaped = (*byte == b'%').then(|| std::str::from_utf8(after.get(..2)?).ok()).flatten();
+        let escaped = escaped.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        bytes.push(escaped.unwrap_or(*byte));
+        rest = if escaped.is_some() { &after[2..] } else { after };
     }
-    Ok(Reader { tenant: key.tenant, key: Some(text.to_owned()) })
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The token of the one Authorization header.
@@ -188,12 +267,44 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-/// A server without keys has no other wall against a page in its user's browser than these two questions: was it asked
-/// for by its own name (DNS rebinding), and did a page of another site ask?
+/// What a proxy adds to a request, beside all that begins with `x-forwarded`.
+const PROXY_HEADERS: [&str; 16] = [
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-original-forwarded-for",
+    "x-original-host",
+    "x-original-uri",
+    "x-envoy-external-address",
+    "true-client-ip",
+    "cdn-loop",
+    "cf-connecting-ip",
+    "cf-ray",
+    "fastly-client-ip",
+    "fly-client-ip",
+    "x-amzn-trace-id",
+];
+
+/// A server without keys answers its own machine only, and has no other wall against the rest of the world than these
+/// questions: did a proxy pass the request on, was the server asked for by a name of this machine (DNS rebinding), and did
+/// a page of another site ask?
 pub(super) fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
     if front.settings.auth == Auth::None {
-        if !is_own_host(host(request.uri(), request.headers()), &front.settings.public_url) {
-            return Err(Problem::new(Kind::Host, "wanted a loopback name or the public URL's"));
+        if let Some(sign) = sign_of_proxy(request.version(), request.headers()) {
+            let detail = format!(
+                "{sign} says that a proxy passed this on, and without keys the server answers its own machine only; \
+                 start it with `--auth keys`, or with the `--public-url` that clients use, and make a key with \
+                 `hypnos keys create`"
+            );
+            return Err(Problem::new(Kind::Proxied, detail));
+        }
+        if !host(request.uri(), request.headers()).is_some_and(|host| is_loopback(without_port(host))) {
+            return Err(Problem::new(
+                Kind::Host,
+                "wanted a name of this machine: localhost or a loopback address",
+            ));
         }
         if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
             return Err(Problem::new(Kind::CrossSite, "the request comes from a page of another site"));
@@ -202,19 +313,27 @@ pub(super) fn guard_local(front: &Front, request: &Request) -> Result<(), Proble
     Ok(())
 }
 
+/// How a request shows that it came through a proxy, if it does. One that adds nothing and names a loopback host cannot be
+/// told from a client; but nginx, as it comes, asks in HTTP/1.0, which clients do not any more.
+fn sign_of_proxy(version: Version, headers: &HeaderMap) -> Option<String> {
+    let is_sign = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
+    let header = headers.keys().map(HeaderName::as_str).find(is_sign);
+    let old = version < Version::HTTP_11;
+    header.map(|name| format!("the header {name}")).or_else(|| old.then(|| "HTTP/1.0".to_owned()))
+}
+
 /// The host and port that the client asked for.
 fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
     let authority = uri.authority().map(Authority::as_str);
     authority.or_else(|| headers.get(header::HOST)?.to_str().ok())
 }
 
-fn is_own_host(host: Option<&str>, public_url: &str) -> bool {
-    let Some(host) = host else { return false };
-    let name = without_port(host).to_ascii_lowercase();
+/// Whether a host, as it stands in a URL without its port, is this machine whoever asks.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
     let address: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
-    let loopback = name == "localhost" || address.is_some_and(|address| address.is_loopback());
-    let public = public_url.parse::<Uri>().ok();
-    loopback || public.as_ref().and_then(Uri::host).is_some_and(|own| own.eq_ignore_ascii_case(&name))
+    let loopback = address.is_some_and(|address| address.to_canonical().is_loopback());
+    loopback || name == "localhost" || name.ends_with(".localhost") // RFC 6761
 }
 
 fn without_port(host: &str) -> &str {
@@ -256,15 +375,65 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_ours_by_its_name_only() {
-        let public = "https://hypnos.example:8443";
-        for own in ["localhost", "localhost:80", "127.0.0.1:8080", "[::1]:80", "127.9.9.9", "Hypnos.Example"]
+    fn a_host_is_this_machine_by_its_name_only() {
+        let own = ["localhost", "LocalHost.:80", "a.localhost", "127.0.0.1:8080", "[::1]:80", "127.9.9.9"];
+        for own in own.into_iter().chain(["[::ffff:127.0.0.1]"]) {
+            assert!(is_loopback(without_port(own)), "{own}");
+        }
+        for other in
+            ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil.example:80", "127.1"]
         {
-            assert!(is_own_host(Some(own), public), "{own}");
+            assert!(!is_loopback(without_port(other)), "{other}");
         }
-        for other in ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil.example:80"] {
-            assert!(!is_own_host(Some(other), public), "{other}");
+    }
+
+    #[test]
+    fn a_query_holds_a_key_only_if_it_is_a_whole_one() {
+        let key = make_key().expect("random numbers").text;
+        let escaped = key.replace('_', "%5F").replace('h', "%68");
+        for query in [
+            format!("key={key}"),
+            format!("a=b&x{key}y=1"),
+            format!("hyp_&k=hyp_{key}"),
+            format!("k={escaped}"),
+        ] {
+            assert!(holds_key(&query), "{query}");
         }
-        assert!(!is_own_host(None, public));
+        for query in [
+            "class_name=hyp_x",
+            "class_name=hyp_",
+            "%",
+            "%zz=%6",
+            "hyp_\u{e9}",
+            &key[1..],
+            &key[..key.len() - 1],
+        ] {
+            assert!(!holds_key(query), "{query}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_known_by_what_it_adds() {
+        let sign = |name: &'static str| {
+            let headers =
+                HeaderMap::from_iter([(HeaderName::from_static(name), "x".parse().expect("a value"))]);
+            sign_of_proxy(Version::HTTP_11, &headers)
+        };
+        for name in [
+            "forwarded",
+            "x-forwarded-for",
+            "x-forwarded-host",
+            "x-forwarded-proto",
+            "x-forwarded-port",
+            "via",
+            "x-real-ip",
+        ] {
+            assert_eq!(sign(name), Some(format!("the header {name}")));
+        }
+        for name in ["accept", "x-request-id", "forwarded-not", "user-agent", "traceparent"] {
+            assert_eq!(sign(name), None, "{name}");
+        }
+        assert_eq!(sign_of_proxy(Version::HTTP_10, &HeaderMap::new()).as_deref(), Some("HTTP/1.0"));
+        assert_eq!(sign_of_proxy(Version::HTTP_2, &HeaderMap::new()), None);
     }
 }

@@ -5,9 +5,11 @@
 //!
 //! ```text
 //! serve     connections                  edge      what every request passes      keys      who asks
+//! shares    places for what is at once   line      uploads, one after the other   spool     bytes until they are worked on
 //! body      bytes in, within bounds      form      parts of a form                upload    forms to photos to objects
 //! jobs samples photos files health       events    a job as it changes            submit    the door of the queue
 //! reading   ids, pages, waiting          view      what a client sees of a row    problem   errors to statuses, once
+//! position  a place in the queue, followed
 //! document  the handlers, described      page      the same for people           app       the page at `/`
 //! ```
 
@@ -21,34 +23,41 @@ mod form;
 mod health;
 mod jobs;
 pub mod keys;
+mod line;
 mod page;
 mod photos;
+mod position;
 mod problem;
 mod reading;
 mod samples;
 mod serve;
+mod shares;
+mod spool;
 mod submit;
 mod upload;
 mod view;
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::blobs::Blobs;
+use crate::health::Health;
 use crate::photo::Decoder;
 use crate::store::Store;
 pub use document::openapi;
+pub use health::{Operations, count_queue};
+pub(crate) use keys::is_loopback;
 pub use photos::{Spotted, Spotter};
 pub use problem::{Kind as ProblemKind, Problem};
 pub use serve::{Patience, serve};
@@ -73,11 +82,15 @@ pub struct Settings {
     pub photo_bytes_max: usize,
     /// How long an upload may take to arrive.
     pub upload_time: Duration,
-    /// Uploads at once; each holds up to five photos in memory.
+    /// Uploads that are on their way or wait for their turn; each has up to five photos on disk.
     pub uploads_max: usize,
-    /// Requests at once.
+    /// Where they lie until they are worked on: a directory, made if it is not there.
+    pub spool: PathBuf,
+    /// Requests answered at once.
     pub requests_max: usize,
-    /// Event streams at once.
+    /// Requests that wait for a change.
+    pub waits_max: usize,
+    /// Event streams and downloads at once.
     pub streams_max: usize,
     /// Waiting jobs of one tenant.
     pub queue_max: u64,
@@ -99,8 +112,10 @@ impl Default for Settings {
             auth: Auth::None,
             photo_bytes_max: 15 << 20,
             upload_time: Duration::from_mins(1),
-            uploads_max: 8,
-            requests_max: 512,
+            uploads_max: 64,
+            spool: tempfile::env::temp_dir(),
+            requests_max: 256,
+            waits_max: 512,
             streams_max: 1000,
             queue_max: 10_000,
             attempts_max: 3,
@@ -121,13 +136,12 @@ pub struct Shared {
     blobs: Blobs,
     decoder: Decoder,
     settings: Settings,
-    metrics: PrometheusHandle,
+    operations: Arc<Operations>,
     closing: CancellationToken,
     keys: keys::Keys,
-    requests: Semaphore,
-    uploads: Semaphore,
-    streams: Arc<Semaphore>,
-    probe: health::Probe,
+    shares: shares::Shares,
+    line: line::Line,
+    followers: position::Followers,
     spotter: Option<Arc<dyn Spotter>>,
 }
 
@@ -140,8 +154,9 @@ impl Deref for Front {
 }
 
 impl Front {
-    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. Without a `spotter`
-    /// photos are inspected without looking for the product.
+    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. `devices` are those
+    /// of the workers in the same process, if there are some. Without a `spotter` photos are inspected without looking for
+    /// the product.
     pub fn new(
         store: Store,
         blobs: Blobs,
@@ -149,19 +164,21 @@ impl Front {
         settings: Settings,
         metrics: PrometheusHandle,
         closing: CancellationToken,
+        devices: Health,
         spotter: Option<Arc<dyn Spotter>>,
     ) -> Self {
+        let (rows, objects, end) = (store.clone(), blobs.clone(), closing.clone());
+        let operations = Operations::of_front(rows, objects, metrics, end, devices);
         Self(Arc::new(Shared {
+            operations: Arc::new(operations),
             keys: keys::Keys::new(store.clone(), settings.key_time),
-            requests: Semaphore::new(settings.requests_max),
-            uploads: Semaphore::new(settings.uploads_max),
-            streams: Arc::new(Semaphore::new(settings.streams_max)),
-            probe: health::Probe::default(),
+            shares: shares::Shares::new(settings.requests_max, settings.waits_max, settings.streams_max),
+            line: line::Line::new(settings.uploads_max, decoder.n_parallel()),
+            followers: position::Followers::default(),
             store,
             blobs,
             decoder,
             settings,
-            metrics,
             closing,
             spotter,
         }))
@@ -180,7 +197,7 @@ impl Front {
 
     /// What operators ask for, without keys, for a listener of its own.
     pub fn operations(&self) -> Router {
-        dressed(health::open_routes().with_state(self.clone()))
+        self.operations.clone().router()
     }
 }
 
@@ -201,11 +218,13 @@ fn api() -> OpenApiRouter<Front> {
         .routes(routes!(samples::list_samples))
         .routes(routes!(samples::get_sample, samples::delete_sample))
         .routes(routes!(samples::cancel_sample))
+        .routes(routes!(samples::retry_sample))
         .routes(routes!(samples::get_image))
         .routes(routes!(health::metrics))
         .layer(from_fn(edge::hurry));
     let uploads = OpenApiRouter::new()
         .routes(routes!(jobs::create_job))
+        .routes(routes!(jobs::retry_job))
         .routes(routes!(photos::inspect_photos))
         .layer(from_fn(body::linger));
     let streams = OpenApiRouter::new().routes(routes!(events::job_events)).routes(routes!(files::get_file));

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use super::Front;
 use super::keys::Writer;
 use super::problem::{Kind, Problem, TYPE_PREFIX};
-use super::upload::{Fields, place, read};
+use super::upload::{Fields, decode, receive};
 use crate::photo::{Inspection, duplicates};
 
 /// The form of photos to look at.
@@ -95,18 +95,18 @@ struct Refused {
 )]
 pub(super) async fn inspect_photos(
     State(front): State<Front>,
-    _writer: Writer,
+    mut writer: Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Inspections>, Problem> {
-    let _place = place(&front)?;
-    let upload = read(&front, &headers, body, Fields::Images).await?;
+    let (upload, admitted) = receive(&front, &mut writer, &headers, body, Fields::Images).await?;
     if upload.images.is_empty() {
         return Err(Problem::new(Kind::Field, "/images: wanted 1 to 5 photos, got 0").at("/images"));
     }
+    let mut turn = admitted.turn(upload.bytes()).await?;
     let mut photos = Vec::new();
     for image in upload.images {
-        photos.push(match front.decoder.decode(image).await {
+        photos.push(match decode(&front, &image).await? {
             Ok(photo) => Inspected {
                 accepted: true,
                 problem: None,
@@ -120,6 +120,7 @@ pub(super) async fn inspect_photos(
                 Inspected { accepted: false, problem, inspection: None, product: None }
             }
         });
+        turn.done(image.len());
     }
     let (places, seen): (Vec<_>, Vec<_>) =
         photos.iter().enumerate().filter_map(|(n, photo)| Some((n, photo.inspection.clone()?))).unzip();

@@ -3,6 +3,8 @@
 //! A handler returns a [`Problem`]; the outermost layer writes it down with the request's id. What went wrong inside
 //! is logged here, once, and never shown.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -60,9 +62,13 @@ kinds! {
     Unauthorized = "unauthorized", UNAUTHORIZED, "A valid API key is needed",
         "Send `Authorization: Bearer hyp_...`. A key that is missing, mistyped, revoked or expired is answered alike.";
     Scope = "scope", FORBIDDEN, "The key may not do this",
-        "Use a key with the scope `write`.";
+        "`detail` says which scope is wanted. Keys are made by `hypnos keys create --scope`.";
+    Proxied = "proxied", FORBIDDEN, "A proxy passed the request on",
+        "A server without keys answers its own machine only. Start it with `--auth keys` or with the `--public-url` that clients use, and make a key with `hypnos keys create`.";
+    TenantDisabled = "tenant-disabled", FORBIDDEN, "The tenant is not served",
+        "Its operator has disabled it; ask there.";
     Host = "host", FORBIDDEN, "The Host header is not this server's",
-        "A server without keys answers to loopback names and to its public URL only.";
+        "A server without keys answers to names of its own machine only.";
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
         "A server without keys answers no pages of other sites.";
     UrlForged = "url-forged", FORBIDDEN, "The URL is not one that we signed",
@@ -103,6 +109,8 @@ kinds! {
         "Send the whole file.";
     KeyReused = "idempotency-key-reused", UNPROCESSABLE_ENTITY, "The Idempotency-Key was used for another request",
         "Use a new key for each new request.";
+    TooMany = "too-many-requests", TOO_MANY_REQUESTS, "The tenant has its share of what is under way at once",
+        "Try again after `Retry-After` seconds, with fewer at once.";
     QueueFull = "queue-full", TOO_MANY_REQUESTS, "Too many jobs are waiting",
         "Try again after `Retry-After` seconds.";
     Internal = "internal", INTERNAL_SERVER_ERROR, "A fault of ours",
@@ -113,6 +121,9 @@ kinds! {
         "Try again; if it stays, tell us the `request_id`.";
     Unavailable = "unavailable", SERVICE_UNAVAILABLE, "The database or the object store is away",
         "Try again after `Retry-After` seconds.";
+    OutcomeUnknown = "outcome-unknown", SERVICE_UNAVAILABLE, "Whether the request was done is not known",
+        "It may have been. Send the same request with the same Idempotency-Key after `Retry-After` seconds: the answer \
+         tells. Without a key, look whether it was done before sending it again.";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "The server has too much to do",
         "Try again after `Retry-After` seconds.";
     DecoderBusy = "decoder-busy", SERVICE_UNAVAILABLE, "Too many photos are being decoded",
@@ -134,18 +145,26 @@ pub struct Problem {
     kind: Kind,
     detail: String,
     pointer: Option<String>,
+    retry_after: Option<Duration>,
 }
 
 impl Problem {
     /// A problem; `detail` says in one line what came and what is wanted.
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
-        Self { kind, detail: detail.into(), pointer: None }
+        Self { kind, detail: detail.into(), pointer: None, retry_after: None }
     }
 
     /// The same, about the value at a JSON pointer into the body.
     #[must_use]
     pub fn at(mut self, pointer: impl Into<String>) -> Self {
         self.pointer = Some(pointer.into());
+        self
+    }
+
+    /// The same, with the time after which it is worth another try.
+    #[must_use]
+    pub(super) fn after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
         self
     }
 
@@ -165,9 +184,19 @@ impl Problem {
         Self::new(Kind::NotFound, format!("no such {what}"))
     }
 
+    /// Whose key it is is not served any more.
+    pub(super) fn tenant_disabled() -> Self {
+        Self::new(Kind::TenantDisabled, "the operator of this service has disabled this key's tenant")
+    }
+
     /// A fault of ours: logged with its causes, shown without.
     pub(super) fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request failed");
+        Self::internal_said()
+    }
+
+    /// The same, where it was logged already.
+    pub(super) fn internal_said() -> Self {
         Self::new(Kind::Internal, "something went wrong on our side")
     }
 
@@ -208,6 +237,13 @@ impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::Away(_) | store::Error::Schema(_) => Self::away("database", &error),
+            store::Error::Unknown(_) => {
+                tracing::warn!(error = %chain(&error), "the outcome of a request is not known");
+                Self::new(
+                    Kind::OutcomeUnknown,
+                    "the database did not say whether it was done; the same request with the same Idempotency-Key will tell",
+                )
+            }
             store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
                 Self::internal(&error)
             }
@@ -218,7 +254,7 @@ impl From<store::Error> for Problem {
 impl From<blobs::Error> for Problem {
     fn from(error: blobs::Error) -> Self {
         let (kind, detail) = match error {
-            blobs::Error::Away(_) => return Self::away("object store", &error),
+            blobs::Error::Away(_) | blobs::Error::Refused(_) => return Self::away("object store", &error),
             blobs::Error::Missing => (Kind::ArtifactMissing, "an object that the job names is gone"),
             blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object came back damaged"),
             blobs::Error::Full => (Kind::StorageFull, "the object store has no room left"),
@@ -248,8 +284,14 @@ impl IntoResponse for Problem {
             Kind::Unauthorized => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"hypnos\""));
             }
-            Kind::Unavailable | Kind::Overloaded | Kind::DecoderBusy | Kind::QueueFull => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECS));
+            Kind::Unavailable
+            | Kind::OutcomeUnknown
+            | Kind::Overloaded
+            | Kind::DecoderBusy
+            | Kind::TooMany
+            | Kind::QueueFull => {
+                let secs = self.retry_after.map_or(RETRY_AFTER_SECS, |wait| wait.as_secs());
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(secs));
             }
             _ => {}
         }

@@ -16,6 +16,8 @@ use uuid::Uuid;
 
 use super::Front;
 use super::edge::preferred_wait;
+use super::keys::Caller;
+use super::position::Position;
 use super::problem::{Kind as ProblemKind, Problem};
 use super::view::time;
 use crate::job::{Job, JobId, Kind, Object, State, TenantId};
@@ -199,36 +201,49 @@ pub(super) async fn find(front: &Front, tenant: TenantId, id: JobId, kind: Kind)
 /// the client is willing to wait for a change of what it has, or for the end.
 pub(super) async fn look(
     front: &Front,
-    tenant: TenantId,
+    caller: &mut Caller,
     id: JobId,
     kind: Kind,
     headers: &HeaderMap,
 ) -> Result<(Job, Option<u64>), Problem> {
-    let job = find(front, tenant, id, kind).await?;
+    let job = find(front, caller.tenant, id, kind).await?;
     let place = front.store.queue_position(&job).await?;
     let Some(time) = preferred_wait(headers) else { return Ok((job, place)) };
     let known = headers.contains_key(header::IF_NONE_MATCH);
     if known && !has(headers, &etag(&job, place)) {
         return Ok((job, place));
     }
-    let seen = job.version;
-    let job = wait(front, job, time, |job| job.state.is_terminal() || (known && job.version != seen)).await?;
+    let seen = version(&job, place);
+    let enough = |job: &Job, place| job.state.is_terminal() || (known && version(job, place) != seen);
+    let job = wait(front, caller, (job, place), time, enough).await?;
     let place = front.store.queue_position(&job).await?;
     Ok((job, place))
 }
 
-/// The job once `enough` is true of it, or after `time`, or when the server ends, whichever comes first.
+/// The job once `enough` is true of it and its place in the queue, or after `time`, or when the key or the server ends, or when others wait whose
+/// tenants have fewer who do, whichever comes first.
 pub(super) async fn wait(
     front: &Front,
-    mut job: Job,
+    caller: &mut Caller,
+    (mut job, place): (Job, Option<u64>),
     time: Duration,
-    enough: impl Fn(&Job) -> bool,
+    enough: impl Fn(&Job, Option<u64>) -> bool,
 ) -> Result<Job, Problem> {
-    let deadline = Instant::now() + time;
-    while !enough(&job) && Instant::now() < deadline {
-        let look = sleep_until(deadline.min(Instant::now() + LOOK));
-        if front.closing.run_until_cancelled(look).await.is_none() {
-            break;
+    let mut deadline = Instant::now() + time;
+    if let Some(ends) = caller.ends() {
+        deadline = deadline.min(ends);
+    }
+    if job.state.is_terminal() || Instant::now() >= deadline {
+        return Ok(job);
+    }
+    caller.step_aside();
+    let mut position = Position::follow(front, place);
+    let Ok(place) = front.shares.waits.take(caller.tenant).await else { return Ok(job) };
+    while !enough(&job, position.of(&job).await?) && Instant::now() < deadline {
+        tokio::select! {
+            () = sleep_until(deadline.min(Instant::now() + LOOK)) => {}
+            () = place.asked_back() => break,
+            () = front.closing.cancelled() => break,
         }
         if front.store.version(job.tenant, job.id).await? != Some(job.version) {
             job = find(front, job.tenant, job.id, job.kind).await?;
@@ -239,9 +254,14 @@ pub(super) async fn wait(
 
 /// How a row is told from its other versions. The place in the queue moves without the row.
 fn etag(job: &Job, queue_position: Option<u64>) -> String {
+    format!("W/\"{}\"", version(job, queue_position))
+}
+
+/// The same, for events.
+pub(super) fn version(job: &Job, queue_position: Option<u64>) -> String {
     match queue_position {
-        Some(place) => format!("W/\"{}-{place}\"", job.version),
-        None => format!("W/\"{}\"", job.version),
+        Some(place) => format!("{}-{place}", job.version),
+        None => job.version.to_string(),
     }
 }
 

@@ -5,6 +5,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tracing::Span;
 use utoipa::ToSchema;
 
 use super::Front;
@@ -13,10 +14,11 @@ use super::edge::preferred_wait;
 use super::keys::{Reader, Writer};
 use super::problem::Problem;
 use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed, wait};
-use super::submit::{Accepted, answer, drawn_seed, idempotency, replay, submit};
+use super::submit::{Accepted, again, answer, drawn_seed, idempotency, replay, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
-use crate::store::NewJob;
+use crate::store::{NewJob, Origin};
+use crate::telemetry;
 
 /// Draws pictures with a finished training
 ///
@@ -26,7 +28,7 @@ use crate::store::NewJob;
     post, path = "/v1/jobs/{id}/sample", tag = "samples",
     params(
         ("id" = Uuid, Path, description = "The training"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
         ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
@@ -44,12 +46,14 @@ use crate::store::NewJob;
 )]
 pub(super) async fn create_sample(
     State(front): State<Front>,
-    writer: Writer,
+    mut writer: Writer,
     Id(parent): Id,
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Problem> {
-    let (spec, bytes) = body::json::<SampleSpec>(request).await?;
+    writer.step_aside();
+    let (spec, bytes) = body::json::<SampleSpec>(&front, writer.tenant, request).await?;
+    writer.step_in(&front).await?;
     let name = parent.to_string();
     let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
     let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
@@ -65,12 +69,13 @@ pub(super) async fn create_sample(
             max_attempts: front.settings.attempts_max,
             idempotency,
             queue_max: front.settings.queue_max,
+            origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
         };
         submit(&front, new).await?
     };
     let Accepted { mut job, replayed } = accepted;
     if let Some(time) = preferred_wait(&headers) {
-        job = wait(&front, job, time, |job| job.state.is_terminal()).await?;
+        job = wait(&front, &mut writer, (job, None), time, |job, _| job.state.is_terminal()).await?;
     }
     let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
@@ -136,7 +141,7 @@ pub(super) async fn list_samples(
     params(
         ("id" = Uuid, Path, description = "The sample"),
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` of what the client has"),
-        ("Prefer" = Option<String>, Header, description = "`wait=N`, N at most 60 seconds"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
     ),
     responses(
         (status = 200, description = "The sample", body = SampleView, headers(
@@ -148,11 +153,11 @@ pub(super) async fn list_samples(
 )]
 pub(super) async fn get_sample(
     State(front): State<Front>,
-    reader: Reader,
+    mut reader: Reader,
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, reader.tenant, id, Kind::Sample, &headers).await?;
+    let (job, place) = look(&front, &mut reader, id, Kind::Sample, &headers).await?;
     Ok(row(&headers, &job, place, view(&front, &job, place).await?))
 }
 
@@ -212,4 +217,32 @@ pub(super) async fn cancel_sample(
     find(&front, writer.tenant, id, Kind::Sample).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None).await?)).into_response())
+}
+
+/// Draws a sample again
+///
+/// One that failed or was canceled is queued once more, as a new sample with the same prompts and seeds.
+#[utoipa::path(
+    post, path = "/v1/samples/{id}/retry", tag = "samples",
+    params(
+        ("id" = Uuid, Path, description = "The sample that failed or was canceled"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    responses((status = 202, description = "The new sample", body = SampleView, headers(
+        ("Location" = String, description = "The new sample"),
+        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
+    ))),
+    extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full"]))),
+)]
+pub(super) async fn retry_sample(
+    State(front): State<Front>,
+    mut writer: Writer,
+    Id(id): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Sample, &headers).await?;
+    let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
+    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None).await?))
 }

@@ -2,13 +2,14 @@
 //!
 //! Our own, since axum's has no time limit for headers. What ends a connection: no whole request head in
 //! [`Patience::head`], no byte taken of a response for [`Patience::stall`], no request for [`Patience::idle`], and the
-//! end of the server: then requests in flight may take [`Patience::drain`], and no more.
+//! end of the server: then requests in flight may take [`Patience::drain`], and no more. When all places are taken, a new
+//! connection takes that of the one that has been without a request longest: what nobody uses, nobody holds.
 
 use std::convert::Infallible;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ use tokio::time::{Instant, Sleep, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
+
+use super::shares::Life;
 
 /// How long a connection may take for what.
 #[derive(Clone, Debug)]
@@ -50,6 +53,8 @@ impl Default for Patience {
 const HEADERS_MAX: usize = 100;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const STREAMS_MAX: u32 = 100;
+/// A connection that was used a moment ago is not ended for a new one.
+const QUIET_MIN: Duration = Duration::from_millis(500);
 
 /// Serves until `closing`, then lets what is in flight finish. Meanwhile new connections are still taken, for one request
 /// each: whoever asks whether the server is ready hears that it is not.
@@ -62,6 +67,7 @@ pub async fn serve(
 ) {
     let server = Server {
         places: Arc::new(Semaphore::new(connections_max)),
+        open: Open::default(),
         connections: TaskTracker::new(),
         builder: Arc::new(builder(&patience)),
         listener,
@@ -84,6 +90,7 @@ pub async fn serve(
 
 struct Server {
     places: Arc<Semaphore>,
+    open: Open,
     connections: TaskTracker,
     builder: Arc<auto::Builder<TokioExecutor>>,
     listener: TcpListener,
@@ -93,22 +100,74 @@ struct Server {
 }
 
 impl Server {
-    /// Takes connections for ever. One beyond the last place waits in the system's queue.
+    /// Takes connections for ever. One beyond the last place waits until one is free, and those after it in the system's
+    /// queue.
     async fn accept(&self) {
-        while let Ok(place) = self.places.clone().acquire_owned().await {
+        loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
+                    let Some(place) = self.place().await else { return };
+                    let used = self.open.begin();
                     let connection = Connection {
                         router: self.router.clone(),
                         builder: self.builder.clone(),
                         patience: self.patience.clone(),
                         closing: self.closing.clone(),
+                        used,
                         _place: place,
                     };
                     self.connections.spawn(connection.serve(stream));
                 }
-                Err(error) => rest_after(&error).await,
+                Err(error) => {
+                    self.open.end_quietest(); // most likely there is no descriptor left
+                    rest_after(&error).await;
+                }
             }
+        }
+    }
+
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        loop {
+            let place = self.places.clone().acquire_owned();
+            match timeout(Duration::ZERO, place).await {
+                Ok(place) => return place.ok(),
+                Err(_) => self.open.end_quietest(),
+            }
+            if let Ok(place) = timeout(QUIET_MIN, self.places.clone().acquire_owned()).await {
+                return place.ok();
+            }
+        }
+    }
+}
+
+/// The connections that are open.
+#[derive(Default)]
+struct Open(Mutex<Vec<Weak<Used>>>);
+
+impl Open {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Used>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self) -> Arc<Used> {
+        let used = Arc::new(Used::default());
+        let mut open = self.lock();
+        if open.len() == open.capacity() {
+            open.retain(|used| used.strong_count() > 0);
+        }
+        open.push(Arc::downgrade(&used));
+        used
+    }
+
+    /// Ends the connection that has been without a request longest, if there is one that has been for a moment.
+    fn end_quietest(&self) {
+        let open = self.lock();
+        let quiet = open.iter().filter_map(Weak::upgrade);
+        let quiet =
+            quiet.filter(|used| used.in_flight.load(Ordering::Relaxed) == 0 && !used.unneeded.is_cancelled());
+        let quietest = quiet.max_by_key(|used| used.life.silence());
+        if let Some(used) = quietest.filter(|used| used.life.silence() >= QUIET_MIN) {
+            used.unneeded.cancel();
         }
     }
 }
@@ -147,16 +206,18 @@ struct Connection {
     builder: Arc<auto::Builder<TokioExecutor>>,
     patience: Patience,
     closing: CancellationToken,
+    used: Arc<Used>,
     _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
     async fn serve(self, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
-        let requests = Arc::new(Requests::default());
-        let (router, closing, seen) = (self.router, self.closing.clone(), requests.clone());
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let used = self.used;
+        let (router, closing, seen) = (self.router, self.closing.clone(), used.clone());
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             let in_flight = InFlight::begin(seen.clone());
+            request.extensions_mut().insert(HangUp(seen.hang_up.clone()));
             let response = router.clone().oneshot(request.map(Body::new));
             let closing = closing.clone();
             async move {
@@ -182,11 +243,19 @@ impl Connection {
                     ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
+                () = used.hang_up.cancelled() => return,
+                () = used.unneeded.cancelled(), if !ending => {
+                    if used.in_flight.load(Ordering::Relaxed) == 0 {
+                        return;
+                    }
+                    ending = true; // it was used again at this moment
+                    connection.as_mut().graceful_shutdown();
+                }
                 now = look.tick() => {
-                    if requests.begun.load(Ordering::Relaxed) == 0 {
+                    if used.begun.load(Ordering::Relaxed) == 0 {
                         return; // hyper does not count the time before a request's first byte
                     }
-                    if !ending && quiet.since(&requests, now) >= self.patience.idle {
+                    if !ending && quiet.since(&used, now) >= self.patience.idle {
                         ending = true;
                         connection.as_mut().graceful_shutdown();
                     }
@@ -204,9 +273,9 @@ struct Quiet {
 }
 
 impl Quiet {
-    fn since(&mut self, requests: &Requests, now: Instant) -> Duration {
-        let begun = requests.begun.load(Ordering::Relaxed);
-        if requests.in_flight.load(Ordering::Relaxed) > 0 || begun != self.begun {
+    fn since(&mut self, used: &Used, now: Instant) -> Duration {
+        let begun = used.begun.load(Ordering::Relaxed);
+        if used.in_flight.load(Ordering::Relaxed) > 0 || begun != self.begun {
             *self = Self { begun, since: None };
             return Duration::ZERO;
         }
@@ -214,25 +283,34 @@ impl Quiet {
     }
 }
 
-/// What a connection was used for.
+/// What a connection is used for, and how it is told to end.
 #[derive(Default)]
-struct Requests {
+struct Used {
     begun: AtomicUsize,
     in_flight: AtomicUsize,
+    life: Life,
+    /// Another needs its place, and it has no request.
+    unneeded: CancellationToken,
+    hang_up: CancellationToken,
 }
 
-struct InFlight(Arc<Requests>);
+/// Ends the connection that a request came by, whatever it is at.
+#[derive(Clone)]
+pub(super) struct HangUp(pub(super) CancellationToken);
+
+struct InFlight(Arc<Used>);
 
 impl InFlight {
-    fn begin(requests: Arc<Requests>) -> Self {
-        requests.begun.fetch_add(1, Ordering::Relaxed);
-        requests.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(requests)
+    fn begin(used: Arc<Used>) -> Self {
+        used.begun.fetch_add(1, Ordering::Relaxed);
+        used.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(used)
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        self.0.life.sign();
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -3,14 +3,18 @@
 use axum::body::{Body, Bytes};
 use axum::http::HeaderMap;
 use serde_json::{Value, json};
-use tokio::sync::SemaphorePermit;
 
 use super::Front;
+use super::body::{Inflow, announced};
 use super::form::Form;
+use super::keys::Caller;
+use super::line::{Admitted, Turn};
 use super::problem::{Kind, Problem};
+use super::spool::{Spool, Spooled};
 use crate::blobs::Key;
 use crate::job::{JobId, N_PHOTOS_MAX, Object, TenantId};
-use crate::photo::{Inspection, duplicates};
+use crate::memory::giving_back;
+use crate::photo::{Inspection, Photo, Refusal, duplicates};
 
 /// Beside the photos: fields, boundaries, heads.
 const REST_BYTES_MAX: usize = 1 << 20;
@@ -20,7 +24,7 @@ const OPTIONS_BYTES_MAX: usize = 16 * 1024;
 /// The form's parts as they came.
 #[derive(Debug, Default)]
 pub(super) struct Upload {
-    pub(super) images: Vec<Bytes>,
+    pub(super) images: Vec<Spooled>,
     pub(super) class_name: Option<Bytes>,
     pub(super) options: Option<Bytes>,
 }
@@ -34,21 +38,30 @@ pub(super) enum Fields {
     Job,
 }
 
-/// A place among the uploads, each of which holds its photos in memory.
-pub(super) fn place(front: &Front) -> Result<SemaphorePermit<'_>, Problem> {
-    front.uploads.try_acquire().map_err(|_| Problem::new(Kind::Overloaded, "too many uploads at once"))
-}
-
-/// Reads the form. Stops at the first part that cannot be.
-pub(super) async fn read(
+/// Lets an upload in and reads its form. What cannot be one is refused before, and so is what is too much for now: then
+/// nothing of it is read.
+pub(super) async fn receive(
     front: &Front,
+    caller: &mut Caller,
     headers: &HeaderMap,
     body: Body,
     fields: Fields,
-) -> Result<Upload, Problem> {
+) -> Result<(Upload, Admitted), Problem> {
+    caller.step_aside();
+    let bytes_max = N_PHOTOS_MAX * front.settings.photo_bytes_max + REST_BYTES_MAX;
+    let mut form = Form::new(headers, Inflow::new(headers, body, bytes_max, front.settings.upload_time)?)?;
+    let admitted = front.line.admit(caller.tenant, announced(headers).unwrap_or(bytes_max as u64)).await?;
+    form.signs(admitted.life());
+    let upload = tokio::select! {
+        upload = read(front, form, fields) => upload?,
+        problem = admitted.asked_back() => return Err(problem),
+    };
+    Ok((upload, admitted))
+}
+
+/// Reads the form. Stops at the first part that cannot be.
+async fn read(front: &Front, mut form: Form, fields: Fields) -> Result<Upload, Problem> {
     let photo_bytes_max = front.settings.photo_bytes_max;
-    let bytes_max = N_PHOTOS_MAX * photo_bytes_max + REST_BYTES_MAX;
-    let mut form = Form::new(headers, body, bytes_max, front.settings.upload_time)?;
     let mut upload = Upload::default();
     while let Some(name) = form.next().await? {
         match (name.as_str(), fields) {
@@ -58,11 +71,12 @@ pub(super) async fn read(
                     let detail = format!("/images: wanted at most {N_PHOTOS_MAX} photos, more came");
                     return Err(Problem::new(Kind::Field, detail).at("/images"));
                 }
-                let image = form.content(photo_bytes_max).await?.ok_or_else(|| {
+                let mut spool = Spool::new(&front.settings.spool);
+                if !form.spool(photo_bytes_max, &mut spool).await? {
                     let detail = format!("/images/{n}: a photo may hold at most {photo_bytes_max} bytes");
-                    Problem::new(Kind::BodyTooLarge, detail).at(format!("/images/{n}"))
-                })?;
-                upload.images.push(image);
+                    return Err(Problem::new(Kind::BodyTooLarge, detail).at(format!("/images/{n}")));
+                }
+                upload.images.push(spool.end().await?);
             }
             ("class_name", Fields::Job) => {
                 once(&mut upload.class_name, &mut form, "/class_name", CLASS_NAME_BYTES_MAX).await?;
@@ -95,20 +109,37 @@ async fn once(
     Ok(())
 }
 
+impl Upload {
+    /// Bytes of all photos.
+    pub(super) fn bytes(&self) -> u64 {
+        self.images.iter().map(Spooled::len).sum()
+    }
+}
+
+/// Decodes a photo; none of it stays in memory but the picture.
+pub(super) async fn decode(front: &Front, image: &Spooled) -> Result<Result<Photo, Refusal>, Problem> {
+    Ok(front.decoder.decode(image.read().await?).await)
+}
+
 /// Decodes the photos and stores them under the job, one at a time: decoded, a photo may take a hundred megabytes. What was
 /// stored before one is refused is the caller's to take away.
 pub(super) async fn store(
     front: &Front,
     tenant: TenantId,
     id: JobId,
-    images: Vec<Bytes>,
+    images: Vec<Spooled>,
+    turn: &mut Turn,
 ) -> Result<Vec<Object>, Problem> {
     let (mut objects, mut inspections) = (Vec::new(), Vec::new());
     for (n, image) in images.into_iter().enumerate() {
-        let photo = front.decoder.decode(image).await;
+        let photo = decode(front, &image).await?;
         let photo = photo.map_err(|refusal| Problem::from(refusal).about(format!("/images/{n}")))?;
-        objects.push(front.blobs.put(&Key::photo(tenant, id, n), photo.png).await?);
+        let png = Bytes::from(photo.png);
+        let stored = front.blobs.put(&Key::photo(tenant, id, n), png.clone()).await;
+        giving_back(|| drop(png));
+        objects.push(stored?);
         inspections.push(photo.inspection);
+        turn.done(image.len());
     }
     for (object, remark) in objects.iter_mut().zip(remarks(&inspections)) {
         object.meta = remark;

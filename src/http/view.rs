@@ -26,6 +26,8 @@ pub(super) struct JobView<'a> {
     state: State,
     /// Whether its owner asked for its end.
     cancel_requested: bool,
+    /// The training that this one does again, which may be deleted by now; null if it does none.
+    retry_of: Option<JobId>,
     /// What kind of thing the product is.
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
@@ -87,6 +89,9 @@ pub(super) struct JobLinks {
     /// POST here to end it.
     #[schema(format = "uri")]
     cancel: String,
+    /// POST here to do it again, once it failed or was canceled.
+    #[schema(format = "uri")]
+    retry: String,
     /// Its changes as they happen.
     #[schema(format = "uri")]
     events: String,
@@ -118,6 +123,7 @@ impl<'a> JobView<'a> {
         let beside = |name: &str| [&this, "/", name].concat();
         let links = JobLinks {
             cancel: beside("cancel"),
+            retry: beside("retry"),
             events: beside("events"),
             report: beside("report"),
             artifacts: beside("artifacts"),
@@ -129,6 +135,7 @@ impl<'a> JobView<'a> {
             kind: job.kind,
             state: job.state,
             cancel_requested: job.cancel_requested,
+            retry_of: job.retry_of,
             class_name: spec.class_name,
             options: spec.options,
             seed: spec.seed,
@@ -167,6 +174,8 @@ pub(super) struct SampleView {
     kind: Kind,
     /// The training that it draws with.
     job_id: JobId,
+    /// The sample that this one does again, which may be deleted by now; null if it does none.
+    retry_of: Option<JobId>,
     /// Where it stands. `succeeded`, `failed` and `canceled` never change again.
     state: State,
     /// Whether its owner asked for its end.
@@ -208,6 +217,9 @@ pub(super) struct SampleLinks {
     /// POST here to end it.
     #[schema(format = "uri")]
     cancel: String,
+    /// POST here to draw it again, once it failed or was canceled.
+    #[schema(format = "uri")]
+    retry: String,
     /// The training that it draws with.
     #[schema(format = "uri")]
     job: String,
@@ -255,14 +267,15 @@ impl SampleView {
     ) -> Option<Self> {
         let (Ok(Spec::Sample(spec)), Some(parent)) = (job.spec(), job.parent) else { return None };
         let this = format!("{public_url}/v1/samples/{}", job.id);
-        let cancel = format!("{this}/cancel");
-        let links = SampleLinks { this, cancel, job: format!("{public_url}/v1/jobs/{parent}") };
+        let (cancel, retry) = (format!("{this}/cancel"), format!("{this}/retry"));
+        let links = SampleLinks { this, cancel, retry, job: format!("{public_url}/v1/jobs/{parent}") };
         Some(Self {
             id: job.id,
             kind: Kind::Sample,
             job_id: parent,
             state: job.state,
             cancel_requested: job.cancel_requested,
+            retry_of: job.retry_of,
             spec,
             images,
             progress: job.progress.clone().filter(|_| !job.state.is_terminal()),

@@ -301,6 +301,14 @@ impl Spec {
             Self::Sample(_) => Kind::Sample,
         }
     }
+
+    /// Which of the tenant's own jobs goes first: the larger.
+    pub fn priority(&self) -> i32 {
+        match self {
+            Self::Train(spec) => spec.options.priority,
+            Self::Sample(_) => 0,
+        }
+    }
 }
 
 /// The right to write to a running job: bumped at every claim, named in every write.
@@ -353,6 +361,10 @@ pub struct Job {
     pub started_ms: Option<i64>,
     /// When it reached its last state.
     pub finished_ms: Option<i64>,
+    /// The job that it does again, which may be deleted by now.
+    pub retry_of: Option<JobId>,
+    /// W3C `traceparent` of the request that asked for it.
+    pub trace: Option<String>,
 }
 
 impl Job {

@@ -22,6 +22,8 @@ use tokio::sync::Semaphore;
 
 pub use inspect::{Inspection, Warning, duplicates};
 
+use crate::memory::giving_back;
+
 /// What may be uploaded, as a client reads it.
 pub const ACCEPTED: &str = "PNG, JPEG or WebP";
 
@@ -325,6 +327,7 @@ fn to_png(pixels: &RgbImage) -> Result<Vec<u8>, Refusal> {
 #[derive(Clone, Debug)]
 pub struct Decoder {
     limits: Limits,
+    n_parallel: usize,
     slots: Arc<Semaphore>,
     patience: Duration,
 }
@@ -332,7 +335,13 @@ pub struct Decoder {
 impl Decoder {
     /// At most `n_parallel` files at a time; together they take `n_parallel` times [`Limits::bytes_max`], twice over.
     pub fn new(limits: Limits, n_parallel: usize, patience: Duration) -> Self {
-        Self { limits, slots: Arc::new(Semaphore::new(n_parallel.max(1))), patience }
+        let n_parallel = n_parallel.max(1);
+        Self { limits, n_parallel, slots: Arc::new(Semaphore::new(n_parallel)), patience }
+    }
+
+    /// How many files are decoded at a time.
+    pub fn n_parallel(&self) -> usize {
+        self.n_parallel
     }
 
     /// [`decode`], refused as `image-too-complex` when it takes longer than the time limit, and as `decoder-busy` (503)
@@ -349,7 +358,12 @@ impl Decoder {
         let limits = self.limits;
         let work = tokio::task::spawn_blocking(move || {
             let _slot = slot;
-            decode(&bytes, &limits)
+            // A picture takes a hundred megabytes for a moment; a worker in the same process keeps what it frees.
+            giving_back(|| {
+                let photo = decode(&bytes, &limits);
+                drop(bytes);
+                photo
+            })
         });
         match tokio::time::timeout(self.patience, work).await {
             Ok(Ok(outcome)) => outcome,

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use super::db::{Arg, Row, Tx, args, locking};
-use super::{Error, Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use super::settle::settle;
+use super::{Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
 use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
 
 /// How long a client's name for a request is kept.
@@ -13,7 +14,7 @@ const IDEMPOTENCY: Duration = Duration::from_hours(24);
 macro_rules! job_columns {
     () => {
         "id, tenant, parent, kind, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
-         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms"
+         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms, retry_of, trace"
     };
 }
 pub(super) use job_columns;
@@ -26,6 +27,7 @@ macro_rules! end {
          state = case when state = 'queued' then 'canceled' else state end, version = version + 1"
     };
 }
+pub(super) use end;
 
 /// What became of the request `$2`, if it is younger than `$3`.
 const RECALL: &str = concat!(
@@ -36,25 +38,33 @@ const RECALL: &str = concat!(
     join job on id = accepted where deleting = 0"
 );
 
-/// Tenants with jobs of the kind `$1` to claim, in the order of their turns, and how many each has: who has fewer
+/// Tenants with jobs of the kind `$1` to claim that nobody holds back, in the order of their turns, and how many each has: who has fewer
 /// running comes first, then who was served longer ago, then who waits longer.
 pub(super) const TURNS: &str = "
     select waiting.tenant, waiting.jobs from (
         select tenant, count(*) as jobs, min(id) as oldest from job
         where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant
     ) waiting
+    where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)
     order by (select count(*) from job where job.tenant = waiting.tenant and state = 'running'),
         (select coalesce(max(claimed_ms), 0) from job where job.tenant = waiting.tenant), waiting.oldest";
 
 impl Store {
     /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
     /// undo it. A key whose job was deleted, or that is older than a day, is free again.
+    ///
+    /// After [`Error::Unknown`], and no other error, the job may be there: the objects that it names must stay.
     pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
+        settle(|| self.submit_once(&new), || self.submitted(&new)).await
+    }
+
+    async fn submit_once(&self, new: &NewJob) -> Result<Submitted> {
         let mut tx = self.db.begin().await?;
         // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
-        let tenant = locking!("select id from tenant where id = $1"; "for no key update");
+        let tenant =
+            locking!("select id from tenant where id = $1 and state = 'active'"; "for no key update");
         if tx.row(tenant, args![new.tenant]).await?.is_none() {
-            return Err(Error::Corrupt("a submission for no tenant".into()));
+            return Ok(Submitted::Disabled);
         }
         if let Some(idempotency) = &new.idempotency {
             forget(&mut tx, new.tenant, &idempotency.key).await?;
@@ -80,7 +90,7 @@ impl Store {
         if waiting.map_or(Ok(0), |row| row.int("jobs"))? as u64 >= new.queue_max {
             return Ok(Submitted::QueueFull);
         }
-        let job = insert(&mut tx, &new).await?;
+        let job = insert(&mut tx, new).await?;
         if let Some(Idempotency { key, request_hash }) = &new.idempotency {
             let insert = "insert into idempotency (tenant, key, request_hash, job, created_ms) \
                           select $1, $2, $3, $4, ms from clock";
@@ -90,6 +100,21 @@ impl Store {
         tx.commit().await?;
         self.wakes.wake();
         Ok(Submitted::New(job))
+    }
+
+    /// What came of a submission whose commit was not answered. It holds its tenant's row until that is decided. It is not
+    /// repeated instead: the job may have been there, seen, and deleted with its objects.
+    async fn submitted(&self, new: &NewJob) -> Result<Option<Submitted>> {
+        let tenant = locking!("select id from tenant where id = $1"; "for no key update");
+        let select = concat!("select ", job_columns!(), " from job where id = $1");
+        let mut tx = self.db.begin().await?;
+        tx.row(tenant, args![new.tenant]).await?;
+        let row = tx.row(select, args![new.id]).await?;
+        tx.end_look().await?;
+        if row.is_some() {
+            self.wakes.wake();
+        }
+        row.map(|row| job(&row).map(Submitted::New)).transpose()
     }
 
     /// What became of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
@@ -169,13 +194,18 @@ impl Store {
     /// Ends a job that waits at once, and asks for the end of one that runs: it will not succeed any more. One that
     /// has ended stays as it is. The job as it is then.
     pub async fn cancel(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
+        settle(|| self.cancel_once(tenant, id), async || self.cancel_once(tenant, id).await.map(Some)).await
+    }
+
+    async fn cancel_once(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
         let update = concat!(
             "update job set ",
             end!(),
             " where tenant = $1 and id = $2 and deleting = 0 and cancel_requested = 0 and finished_ms is null"
         );
-        let select =
-            concat!("select ", job_columns!(), " from job where tenant = $1 and id = $2 and deleting = 0");
+        let select = locking!(
+            "select ", job_columns!(), " from job where tenant = $1 and id = $2 and deleting = 0"; "for no key update"
+        );
         let mut tx = self.db.begin().await?;
         if tx.run(update, args![tenant, id]).await? > 0 {
             tx.notify().await?;
@@ -189,6 +219,15 @@ impl Store {
     /// Deletes a job, and with a training the samples drawn with it: from now on no reader sees them, and what runs is
     /// canceled. Their objects go later, see [`Store::erasable`]. Whether there was one.
     pub async fn delete(&self, tenant: TenantId, id: JobId) -> Result<bool> {
+        // There was one: else there had been nothing to commit. Said again it is gone, whoever it was.
+        settle(
+            || self.delete_once(tenant, id),
+            async || self.delete_once(tenant, id).await.map(|_| Some(true)),
+        )
+        .await
+    }
+
+    async fn delete_once(&self, tenant: TenantId, id: JobId) -> Result<bool> {
         let mut tx = self.db.begin().await?;
         // The training first: whoever submits a sample of it holds or waits for its row.
         let update = concat!(
@@ -208,6 +247,7 @@ impl Store {
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
+        self.wakes.deleted();
         Ok(true)
     }
 
@@ -254,8 +294,9 @@ async fn forget(tx: &mut Tx, tenant: TenantId, key: &str) -> Result<()> {
 
 async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
     let insert = concat!(
-        "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, not_before_ms, \
-         created_ms) select $1, $2, $3, $4, $5, $6, $7, $8, $9, ms, ms from clock returning ",
+        "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, retry_of, \
+         trace, not_before_ms, created_ms) \
+         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, ms, ms from clock returning ",
         job_columns!()
     );
     let class_name = match &new.spec {
@@ -272,6 +313,8 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
         json(&new.photos),
         i64::from(new.priority),
         new.max_attempts,
+        new.origin.retry_of,
+        new.origin.trace.as_deref(),
     ];
     let row = tx.row(insert, values).await?;
     job(&row.expect("an insert of one row returns it"))
@@ -292,10 +335,7 @@ pub(super) fn job(row: &Row) -> Result<Job> {
     Ok(Job {
         id: row.word("id")?,
         tenant: row.word("tenant")?,
-        parent: match row.text_or_none("parent")? {
-            Some(_) => Some(row.word("parent")?),
-            None => None,
-        },
+        parent: row.word_or_none("parent")?,
         kind: row.word("kind")?,
         spec_json: row.text("spec")?.to_owned(),
         photos: parse("photos", row.text("photos")?)?,
@@ -312,6 +352,8 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         created_ms: row.int("created_ms")?,
         started_ms: row.int_or_none("started_ms")?,
         finished_ms: row.int_or_none("finished_ms")?,
+        retry_of: row.word_or_none("retry_of")?,
+        trace: document("trace")?.map(ToOwned::to_owned),
     })
 }
 

@@ -2,29 +2,28 @@
 //!
 //! Most statements are one text for both. Where they must differ, a [`Sql`] holds two.
 
+use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::pool::PoolOptions;
-use sqlx::postgres::{PgConnectOptions, PgRow};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
-use sqlx::{
-    AssertSqlSafe, ConnectOptions, PgPool, Postgres, Row as _, SqlSafeStr, SqlStr, Sqlite, SqlitePool,
-    Transaction,
-};
+use sqlx::postgres::PgRow;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr, SqlStr};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::boot::Moment;
+use super::faults::{fault, uncommitted};
+use super::file::{File, Writer};
+use super::session::{Server, Session, Sessions};
 use super::{Error, Result};
 use crate::job::{JobId, TenantId};
 
-/// How long anybody waits for a connection.
-const ACQUIRE: Duration = Duration::from_secs(2);
-/// How long a writer of SQLite waits for another to be done, in this process and then in others.
-const BUSY: Duration = Duration::from_secs(5);
-/// How long one statement may take before the database counts as away.
+/// How long one statement may take before the database counts as away: longer than the server's own limit.
 const ANSWER: Duration = Duration::from_secs(15);
-/// Below this, a reset of the write-ahead log can damage the file.
-const SQLITE_MIN: &[u32] = &[3, 51, 3];
+/// How long a commit may take before its outcome counts as unknown. The server has no limit for it.
+const COMMIT: Duration = Duration::from_secs(10);
+/// How long a read is tried again. It changes nothing, and a connection that broke is replaced at once.
+const AGAIN: Duration = Duration::from_secs(3);
 /// The channel of hints.
 pub(super) const CHANNEL: &str = "hypnos";
 
@@ -44,6 +43,12 @@ impl From<&'static str> for Sql {
 impl From<(&'static str, &'static str)> for Sql {
     fn from((sqlite, postgres): (&'static str, &'static str)) -> Self {
         Self { sqlite: sqlite.into_sql_str(), postgres: postgres.into_sql_str() }
+    }
+}
+
+impl From<SqlStr> for Sql {
+    fn from(text: SqlStr) -> Self {
+        Self { sqlite: text.clone(), postgres: text }
     }
 }
 
@@ -102,8 +107,11 @@ macro_rules! args {
 pub(super) use args;
 
 macro_rules! bound {
-    ($sql:expr, $args:expr) => {{
-        let mut query = sqlx::query($sql);
+    ($sql:expr, $args:expr) => {
+        bound!($sql, $args, true)
+    };
+    ($sql:expr, $args:expr, $keep:expr) => {{
+        let mut query = sqlx::query($sql).persistent($keep);
         for arg in $args {
             query = match arg {
                 Arg::Int(value) => query.bind(*value),
@@ -147,125 +155,81 @@ impl Row {
         let text = self.text(column)?;
         text.parse().map_err(|_| Error::Corrupt(format!("column {column} is not what it should be").into()))
     }
+
+    /// The same of a column that may be null.
+    pub(super) fn word_or_none<T: FromStr>(&self, column: &str) -> Result<Option<T>> {
+        self.text_or_none(column)?.map(|_| self.word(column)).transpose()
+    }
 }
 
 /// The connections.
 #[derive(Clone, Debug)]
 pub(super) enum Db {
-    /// One connection writes, for SQLite knows but one writer; any number read.
-    Sqlite { write: SqlitePool, read: SqlitePool },
-    /// And how to open one outside of the pool.
-    Postgres { pool: PgPool, options: Box<PgConnectOptions> },
+    Sqlite(File),
+    Postgres(Server),
 }
 
 impl Db {
-    pub(super) async fn connect(url: &str, pool_max: u32) -> Result<Self> {
-        match url.split_once(':') {
-            Some(("sqlite", path)) => Self::sqlite(path.strip_prefix("//").unwrap_or(path), pool_max).await,
-            Some(("postgres" | "postgresql", _)) => Self::postgres(url, pool_max).await,
+    /// Connects. `direct` is a way to the same database past a pooler, if there is one.
+    pub(super) async fn connect(url: &str, direct: Option<&str>, pool_max: u32) -> Result<Self> {
+        match (url.split_once(':'), direct) {
+            (Some(("sqlite", _)), Some(_)) => {
+                Err(Error::Bad("HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file".into()))
+            }
+            (Some(("sqlite", path)), None) => {
+                File::open(path.strip_prefix("//").unwrap_or(path), pool_max).await.map(Self::Sqlite)
+            }
+            (Some(("postgres" | "postgresql", _)), direct) => {
+                Box::pin(Server::connect(url, direct, pool_max)).await.map(Self::Postgres)
+            }
             _ => Err(Error::Bad("the database's address: wanted sqlite:PATH or postgres://…".into())),
         }
-    }
-
-    async fn sqlite(path: &str, readers: u32) -> Result<Self> {
-        if path.is_empty() || path == ":memory:" {
-            return Err(Error::Bad("the database's address: sqlite wants a file".into()));
-        }
-        let common =
-            SqliteConnectOptions::new().filename(path).foreign_keys(true).disable_statement_logging();
-        let reading = common.clone().read_only(true).busy_timeout(BUSY);
-        let writing = common
-            .busy_timeout(Duration::ZERO) // see `patiently`
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
-        // An idle connection costs nothing, and the last one to go would take the log with it. A file does not hang up,
-        // so that nobody needs to ask it whether it is still there.
-        let pool =
-            || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None).test_before_acquire(false);
-        let write = pool().max_connections(1).acquire_timeout(BUSY).connect_lazy_with(writing);
-        let read = pool().max_connections(readers).acquire_timeout(ACQUIRE);
-        let read = read.connect_lazy_with(reading);
-        patiently(|| write.acquire()).await.map_err(|error| match fault(error) {
-            Error::Away(_) => Error::Bad("the database's file cannot be opened or made".into()),
-            other => other,
-        })?;
-        let version: String =
-            sqlx::query_scalar("select sqlite_version()").fetch_one(&write).await.map_err(fault)?;
-        let numbers: Vec<u32> = version.split('.').filter_map(|number| number.parse().ok()).collect();
-        if numbers[..] < *SQLITE_MIN {
-            return Err(Error::Bad(format!(
-                "this program was built with SQLite {version}, which can lose writes; wanted 3.51.3 or later"
-            )));
-        }
-        Ok(Self::Sqlite { write, read })
-    }
-
-    async fn postgres(url: &str, pool_max: u32) -> Result<Self> {
-        let options = PgConnectOptions::from_str(url)
-            .map_err(|_| Error::Bad("the database's address is not a postgres:// URL".into()))? // it holds a password
-            .application_name("hypnos")
-            .disable_statement_logging();
-        let pool = PoolOptions::<Postgres>::new()
-            .max_connections(pool_max)
-            .acquire_timeout(ACQUIRE)
-            .after_connect(|connection, _| {
-                Box::pin(async move {
-                    // A worker that is stopped in the middle of a transaction must not hold its rows for ever.
-                    let limits = "set statement_timeout = '10s'; set lock_timeout = '5s'; \
-                                  set idle_in_transaction_session_timeout = '10s'";
-                    sqlx::raw_sql(limits).execute(connection).await.map(drop)
-                })
-            })
-            .connect_lazy_with(options.clone());
-        drop(pool.acquire().await.map_err(fault)?);
-        Ok(Self::Postgres { pool, options: Box::new(options) })
     }
 
     /// Rows of a statement that writes nothing.
     pub(super) async fn read(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        answer(async {
-            Ok(match self {
-                Self::Sqlite { read, .. } => {
-                    let rows = bound!(sql.sqlite, args).fetch_all(read).await?;
-                    rows.into_iter().map(Row::Sqlite).collect()
-                }
-                Self::Postgres { pool, .. } => {
-                    let rows = bound!(sql.postgres, args).fetch_all(pool).await?;
-                    rows.into_iter().map(Row::Postgres).collect()
-                }
-            })
-        })
-        .await
+        again(|| self.read_once(&sql, args, None)).await
     }
 
     /// The first row, if there is one. Unlike all rows of a statement with one, it comes without another word of the database's
     /// that there are no more: on SQLite that is a change of threads.
     pub(super) async fn row(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Option<Row>> {
         let sql = sql.into();
-        answer(async {
-            Ok(match self {
-                Self::Sqlite { read, .. } => {
-                    bound!(sql.sqlite, args).fetch_optional(read).await?.map(Row::Sqlite)
+        Ok(again(|| self.read_once(&sql, args, Some(1))).await?.pop())
+    }
+
+    async fn read_once(&self, sql: &Sql, args: &[Arg], limit: Option<u8>) -> Result<Vec<Row>> {
+        let rows = answer(async {
+            match self {
+                Self::Sqlite(File { read, .. }) => {
+                    let query = bound!(sql.sqlite.clone(), args);
+                    Ok(match limit {
+                        Some(_) => query.fetch_optional(read).await?.into_iter().map(Row::Sqlite).collect(),
+                        None => query.fetch_all(read).await?.into_iter().map(Row::Sqlite).collect(),
+                    })
                 }
-                Self::Postgres { pool, .. } => {
-                    bound!(sql.postgres, args).fetch_optional(pool).await?.map(Row::Postgres)
+                Self::Postgres(server) => {
+                    let mut session = match server.sessions {
+                        Sessions::Own => Session::open(server).await?,
+                        Sessions::Shared => server.begin().await?,
+                    };
+                    postgres_rows(&mut session, sql, args).await
                 }
-            })
-        })
-        .await
+            }
+        });
+        rows.await.map_err(fault)
     }
 
     /// Begins to write. On SQLite this waits until nobody else does.
     pub(super) async fn begin(&self) -> Result<Tx> {
-        answer(async {
+        let begun = answer(async {
             Ok(match self {
-                Self::Sqlite { write, .. } => Tx::Sqlite(begin(write).await?),
-                Self::Postgres { pool, .. } => Tx::Postgres(pool.begin().await?),
+                Self::Sqlite(file) => Tx::Sqlite(file.begin().await?),
+                Self::Postgres(server) => Tx::Postgres(server.begin().await?),
             })
-        })
-        .await
+        });
+        begun.await.map_err(fault)
     }
 
     /// One statement that writes, and the number of rows that it wrote.
@@ -276,59 +240,56 @@ impl Db {
         Ok(count)
     }
 
-    pub(super) async fn close(&self) {
-        match self {
-            Self::Sqlite { write, read } => {
-                read.close().await;
-                write.close().await; // last, so that it can fold the log into the file
-            }
-            Self::Postgres { pool, .. } => pool.close().await,
-        }
+    /// Copies SQLite's file. However long it takes, nobody waits for it: it reads.
+    pub(super) async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
+        let Self::Sqlite(own) = self else {
+            return Err(Error::Bad("only a SQLite file can be copied".into()));
+        };
+        let check = own.copy_to(file).await.map_err(fault)?;
+        if check == "ok" { Ok(()) } else { Err(Error::Corrupt(check.into())) }
     }
-}
 
-/// The right to write to SQLite's file.
-pub(super) async fn begin(write: &SqlitePool) -> sqlx::Result<Transaction<'static, Sqlite>> {
-    patiently(|| write.begin_with("begin immediate")).await
-}
+    /// The two arguments by which leases are measured, `boot` and `now`: which start of the machine and milliseconds since
+    /// then in a SQLite file; nulls where the database's own clock does it, which every process shares.
+    pub(super) fn lease_clock(&self) -> [Arg; 2] {
+        let moment = match self {
+            Self::Sqlite(_) => Moment::now(),
+            Self::Postgres(_) => None,
+        };
+        [Arg::from(moment.map(|moment| moment.boot)), Arg::from(moment.map(|moment| moment.ms))]
+    }
 
-/// Waits for a lock on SQLite's file. Its own way to wait looks ten times a second only, and so starves for seconds beside
-/// busy writers; and it does not wait at all for those who make the file at the same time.
-async fn patiently<T, F: Future<Output = sqlx::Result<T>>>(attempt: impl Fn() -> F) -> sqlx::Result<T> {
-    let deadline = Instant::now() + BUSY;
-    loop {
-        match attempt().await {
-            Err(error) if is_busy(&error) && Instant::now() < deadline => {
-                sleep(Duration::from_millis(2)).await;
+    pub(super) async fn close(&self) {
+        let close = async {
+            match self {
+                Self::Sqlite(file) => file.close().await,
+                Self::Postgres(server) => server.pool.close().await,
             }
-            done => return done,
-        }
+        };
+        let _ = timeout(ANSWER, close).await; // a disk that does not answer keeps nobody from ending
     }
 }
 
 /// A transaction. Dropped, it is rolled back.
 pub(super) enum Tx {
-    Sqlite(Transaction<'static, Sqlite>),
-    Postgres(Transaction<'static, Postgres>),
+    Sqlite(Writer),
+    Postgres(Session),
 }
 
 impl Tx {
     /// Runs a statement to its end and gives its rows.
     pub(super) async fn rows(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        answer(async {
-            Ok(match self {
-                Self::Sqlite(tx) => {
-                    let rows = bound!(sql.sqlite, args).fetch_all(&mut **tx).await?;
-                    rows.into_iter().map(Row::Sqlite).collect()
+        let rows = answer(async {
+            match self {
+                Self::Sqlite(writer) => {
+                    let rows = bound!(sql.sqlite, args).fetch_all(writer.connection()).await?;
+                    Ok(rows.into_iter().map(Row::Sqlite).collect())
                 }
-                Self::Postgres(tx) => {
-                    let rows = bound!(sql.postgres, args).fetch_all(&mut **tx).await?;
-                    rows.into_iter().map(Row::Postgres).collect()
-                }
-            })
-        })
-        .await
+                Self::Postgres(session) => postgres_rows(session, &sql, args).await,
+            }
+        });
+        rows.await.map_err(fault)
     }
 
     /// The only row, if there is one.
@@ -339,13 +300,33 @@ impl Tx {
     /// How many rows a statement wrote.
     pub(super) async fn run(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<u64> {
         let sql = sql.into();
-        answer(async {
-            Ok(match self {
-                Self::Sqlite(tx) => bound!(sql.sqlite, args).execute(&mut **tx).await?.rows_affected(),
-                Self::Postgres(tx) => bound!(sql.postgres, args).execute(&mut **tx).await?.rows_affected(),
-            })
-        })
-        .await
+        let count = answer(async {
+            match self {
+                Self::Sqlite(writer) => {
+                    let done = bound!(sql.sqlite, args).execute(writer.connection()).await?;
+                    Ok(done.rows_affected())
+                }
+                Self::Postgres(session) => {
+                    let query = bound!(sql.postgres, args, session.keeps_statements);
+                    let done = query.execute(session.ask()).await;
+                    Ok(session.heard(done)?.rows_affected())
+                }
+            }
+        });
+        count.await.map_err(fault)
+    }
+
+    /// Runs statements without parameters, for as long as they take: a change of the schema waits for whoever is at it.
+    pub(super) async fn script(&mut self, sql: impl Into<Sql>) -> Result<()> {
+        let sql = sql.into();
+        let done = match self {
+            Self::Sqlite(writer) => sqlx::raw_sql(sql.sqlite).execute(writer.connection()).await.map(drop),
+            Self::Postgres(session) => {
+                let done = sqlx::raw_sql(sql.postgres).execute(session.ask()).await;
+                session.heard(done).map(drop)
+            }
+        };
+        done.map_err(fault)
     }
 
     /// Tells other processes, once this is committed, that there is something to look at.
@@ -356,65 +337,59 @@ impl Tx {
         }
     }
 
+    /// Commits. Of all errors only [`Error::Unknown`] leaves it open whether that was done: see [`settle`](super::settle).
     pub(super) async fn commit(self) -> Result<()> {
-        answer(async {
+        let done = answer_within(COMMIT, async {
             match self {
-                Self::Sqlite(tx) => tx.commit().await,
-                Self::Postgres(tx) => tx.commit().await,
+                Self::Sqlite(writer) => writer.commit().await,
+                Self::Postgres(session) => session.commit().await,
             }
-        })
-        .await
+        });
+        done.await.map_err(uncommitted)
     }
+
+    /// Ends a locking read, after which what it saw is settled.
+    ///
+    /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages there,
+    /// and a crash would bring them to life unless others have been written over them.
+    pub(super) async fn end_look(mut self) -> Result<()> {
+        if let Self::Postgres(_) = self {
+            return Ok(());
+        }
+        self.run("update settled set looks = looks + 1", &[]).await?;
+        self.commit().await
+    }
+}
+
+async fn postgres_rows(session: &mut Session, sql: &Sql, args: &[Arg]) -> sqlx::Result<Vec<Row>> {
+    let query = bound!(sql.postgres.clone(), args, session.keeps_statements);
+    let rows = query.fetch_all(session.ask()).await;
+    Ok(session.heard(rows)?.into_iter().map(Row::Postgres).collect())
 }
 
 /// Waits for the database, but not for ever: a host that vanished never answers.
-async fn answer<T>(work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
-    match timeout(ANSWER, work).await {
-        Ok(done) => done.map_err(fault),
-        Err(_) => Err(Error::Away(format!("no answer within {} s", ANSWER.as_secs()).into())),
-    }
+pub(super) async fn answer<T>(work: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
+    answer_within(ANSWER, work).await
 }
 
-fn is_busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code()?.parse::<u32>().ok());
-    code.is_some_and(|code| matches!(code & 0xff, 5 | 6))
+/// All that is said to a database, and all that it answers, passes here.
+pub(super) async fn answer_within<T>(
+    time: Duration,
+    work: impl Future<Output = sqlx::Result<T>>,
+) -> sqlx::Result<T> {
+    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
+    timeout(time, work).await.unwrap_or_else(|_| Err(late().into()))
 }
 
-/// Sorts the database's errors by what can be done about them.
-pub(super) fn fault(error: sqlx::Error) -> Error {
-    let sqlx::Error::Database(said) = &error else {
-        return match error {
-            sqlx::Error::Io(_)
-            | sqlx::Error::Tls(_)
-            | sqlx::Error::PoolTimedOut
-            | sqlx::Error::PoolClosed
-            | sqlx::Error::WorkerCrashed => Error::Away(error.into()),
-            _ => Error::Corrupt(error.into()),
-        };
-    };
-    let code = said.code().unwrap_or_default().into_owned();
-    if said.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
-        return match code.as_str() {
-            "42P01" | "42703" => not_migrated(),
-            "28000" | "28P01" => Error::Bad("the database refuses its user or password".into()),
-            "3D000" => Error::Bad("the database's server has no database of that name".into()),
-            "55P03" | "25P03" => Error::Away(error.into()), // lock timeout; cut off while idle
-            code => match code.get(..2) {
-                // connection, rollback for others' sake, resources, the operator, the system
-                Some("08" | "40" | "53" | "57" | "58") => Error::Away(error.into()),
-                _ => Error::Corrupt(error.into()),
-            },
-        };
+/// Asks what changes nothing again while the database is away, for some seconds.
+async fn again<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
+    let until = Instant::now() + AGAIN;
+    let mut wait = Duration::from_millis(20);
+    loop {
+        match ask().await {
+            Err(Error::Away(_)) if Instant::now() < until => sleep(wait).await,
+            done => return done,
+        }
+        wait = (wait * 2).min(Duration::from_millis(500));
     }
-    match code.parse().unwrap_or(0) & 0xff {
-        1 if said.message().starts_with("no such ") => not_migrated(), // a table, a column
-        // busy, locked, no memory, read-only, interrupted, I/O, full, cannot open, protocol
-        5 | 6 | 7 | 8 | 9 | 10 | 13 | 14 | 15 => Error::Away(error.into()),
-        26 => Error::Bad("the database's file is something else".into()),
-        _ => Error::Corrupt(error.into()),
-    }
-}
-
-fn not_migrated() -> Error {
-    Error::Schema("the database's schema is not this program's: run `hypnos migrate`".into())
 }

@@ -1,7 +1,8 @@
-//! Tenants and API keys. A key's secret never comes here, only its public id and a hash.
+//! API keys. A key's secret never comes here, only its public id and a hash.
 
-use super::db::{Row, args};
-use super::{Result, Store};
+use super::db::{Row, args, locking};
+use super::settle::settle;
+use super::{Result, Store, TenantState};
 use crate::job::{TenantId, words};
 
 words!(
@@ -11,18 +12,16 @@ words!(
         Read = "read",
         /// Look, submit, cancel and delete.
         Write = "write",
+        /// The same, and see what concerns all tenants: the server's figures.
+        Admin = "admin",
     }
 );
 
-/// Whose things there are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenant {
-    /// Its id.
-    pub id: TenantId,
-    /// What the operator calls it.
-    pub name: String,
-    /// When it was made.
-    pub created_ms: i64,
+impl Scope {
+    /// Whether a key of this scope may do what `wanted` may.
+    pub fn covers(self, wanted: Self) -> bool {
+        self as u8 >= wanted as u8
+    }
 }
 
 /// A key to be made.
@@ -61,52 +60,44 @@ pub struct Key {
     pub expires_ms: Option<i64>,
     /// When it was revoked.
     pub revoked_ms: Option<i64>,
+    /// How long it is good from when it was read, in milliseconds by the database's clock; for ever if none.
+    pub left_ms: Option<i64>,
     /// Whether it was neither revoked nor expired when it was read, by the database's clock.
     pub live: bool,
+    /// Whether its tenant was served then.
+    pub tenant_state: TenantState,
 }
 
 macro_rules! key_select {
     () => {
         "select id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms, \
+         expires_ms - ms as left_ms, \
+         (select state from tenant where tenant.id = api_key.tenant) as tenant_state, \
          cast(case when revoked_ms is null and (expires_ms is null or expires_ms > ms) then 1 else 0 end as bigint) as live \
          from api_key cross join clock"
     };
 }
 
 impl Store {
-    /// The tenant of that name, made if there is none.
-    pub async fn ensure_tenant(&self, name: &str) -> Result<TenantId> {
-        let mut tx = self.db.begin().await?;
-        tx.run(
-            "insert into tenant (id, name, created_ms) select $1, $2, ms from clock where true on conflict (name) do nothing",
-            args![TenantId::new(), name],
-        )
-        .await?;
-        let row = tx.row("select id from tenant where name = $1", args![name]).await?;
-        tx.commit().await?;
-        row.expect("made or there before").word("id")
-    }
-
-    /// Every tenant, the oldest first.
-    pub async fn tenants(&self) -> Result<Vec<Tenant>> {
-        let rows = self.db.read("select id, name, created_ms from tenant order by id", &[]).await?;
-        let tenant = |row: &Row| {
-            Ok(Tenant {
-                id: row.word("id")?,
-                name: row.text("name")?.to_owned(),
-                created_ms: row.int("created_ms")?,
-            })
-        };
-        rows.iter().map(tenant).collect()
-    }
-
     /// Makes a key. Its tenant must be there, and its id must be new.
     pub async fn create_key(&self, key: &NewKey) -> Result<()> {
         let insert = "insert into api_key (id, tenant, name, hash, scope, expires_ms, created_ms) \
                       select $1, $2, $3, $4, $5, $6, ms from clock";
         let NewKey { id, tenant, name, hash, scope, expires_ms } = key;
         let values = args![id.as_str(), *tenant, name.as_str(), hash.as_str(), scope.as_str(), *expires_ms];
-        self.db.write(insert, values).await.map(drop)
+        settle(async || self.db.write(insert, values).await.map(drop), || self.created(key)).await
+    }
+
+    /// Whether a key is there whose commit was not answered. Until that is decided it holds its tenant's row, as every row
+    /// does that names another.
+    async fn created(&self, key: &NewKey) -> Result<Option<()>> {
+        let tenant = locking!("select id from tenant where id = $1"; "for update");
+        let mut tx = self.db.begin().await?;
+        tx.row(tenant, args![key.tenant]).await?;
+        let select = "select id from api_key where id = $1 and hash = $2";
+        let row = tx.row(select, args![key.id.as_str(), key.hash.as_str()]).await?;
+        tx.end_look().await?;
+        Ok(row.map(drop))
     }
 
     /// The key of that public part, live or not.
@@ -123,9 +114,13 @@ impl Store {
 
     /// Revokes a key. Whether there was one to revoke.
     pub async fn revoke_key(&self, id: &str) -> Result<bool> {
-        let update =
-            "update api_key set revoked_ms = (select ms from clock) where id = $1 and revoked_ms is null";
-        Ok(self.db.write(update, args![id]).await? > 0)
+        let revoke = async || {
+            let update =
+                "update api_key set revoked_ms = (select ms from clock) where id = $1 and revoked_ms is null";
+            Ok(self.db.write(update, args![id]).await? > 0)
+        };
+        // Said again, none is left that could be revoked.
+        settle(revoke, async || revoke().await.map(|_| Some(true))).await
     }
 }
 
@@ -139,6 +134,8 @@ fn key(row: &Row) -> Result<Key> {
         created_ms: row.int("created_ms")?,
         expires_ms: row.int_or_none("expires_ms")?,
         revoked_ms: row.int_or_none("revoked_ms")?,
+        left_ms: row.int_or_none("left_ms")?,
         live: row.flag("live")?,
+        tenant_state: row.word("tenant_state")?,
     })
 }

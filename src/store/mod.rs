@@ -7,23 +7,40 @@
 //!
 //! ```text
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
-//! keys      tenants and API keys                                  objects   artifacts and class images
+//! admin     what an operator does: look at all, requeue, pause    tenants   serve, disable, erase
+//! keys      API keys                                              objects   artifacts and class images
+//! settle    what is done about a write whose outcome is unknown   faults    what can be done about an error
 //! db        the two databases as one: text, numbers, rows         schema    migrations
+//! file      SQLite: one writer                                    session   Postgres, and poolers before it
+//! boot      what SQLite's leases are measured by                  wakes     hints between processes
+//! deployment  which object store goes with it, what a sweep keeps
 //! ```
 
+mod admin;
 mod api;
+mod boot;
 mod db;
+mod deployment;
+mod faults;
+mod file;
 mod keys;
 mod objects;
 mod schema;
+mod session;
+mod settle;
+mod tenants;
 mod wakes;
 mod worker;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
+use crate::job::{Job, JobId, Kind, Lease, Object, Spec, State, TenantId};
 
-pub use keys::{Key, NewKey, Scope, Tenant};
+pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
+pub use deployment::{Deployment, Kept};
+pub use keys::{Key, NewKey, Scope};
+pub use session::Sessions;
+pub use tenants::{Holdings, Tenant, TenantState};
 pub use wakes::Wakes;
 pub use worker::{Renewal, Rescued};
 
@@ -32,9 +49,14 @@ use db::Db;
 /// What went wrong. No message holds SQL, a path or what a client sent.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No answer now: not reachable, busy, out of connections or out of disk. The same again may succeed.
+    /// No answer now: not reachable, busy, read-only, out of connections or out of disk. Nothing was done; the same again
+    /// may succeed.
     #[error("the database cannot be reached")]
     Away(#[source] Cause),
+    /// A commit was sent and its answer was lost or is late: it may have been done, or may yet be. Nothing that cannot be
+    /// undone may happen until that is settled.
+    #[error("whether the database has done it is not known")]
+    Unknown(#[source] Cause),
     /// The job is no longer this claim's: nothing was written, and nothing more may be.
     #[error("the lease was lost")]
     LeaseLost,
@@ -60,14 +82,29 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Store {
     db: Db,
     wakes: Arc<wakes::Hub>,
+    /// Claims whose commit was not answered.
+    doubtful: Arc<Mutex<Vec<Lease>>>,
 }
 
 impl Store {
     /// Connects, and migrates nothing. `url` is `sqlite:PATH`, a file that is made if need be in a directory that is
     /// there, or `postgres://…`; `pool_max` is the most connections, on SQLite the most that read at once.
     pub async fn connect(url: &str, pool_max: u32) -> Result<Self> {
-        let db = Db::connect(url, pool_max.max(1)).await?;
-        Ok(Self { db, wakes: Arc::default() })
+        Self::connect_past(url, None, pool_max).await
+    }
+
+    /// The same, with a second address of the same database that leads past a pooler, to listen at.
+    pub async fn connect_past(url: &str, direct: Option<&str>, pool_max: u32) -> Result<Self> {
+        let db = Db::connect(url, direct, pool_max.max(1)).await?;
+        Ok(Self { db, wakes: Arc::default(), doubtful: Arc::default() })
+    }
+
+    /// Whose sessions its statements run in; none if the database has no sessions.
+    pub fn sessions(&self) -> Option<Sessions> {
+        match &self.db {
+            Db::Sqlite(_) => None,
+            Db::Postgres(server) => Some(server.sessions),
+        }
     }
 
     /// Brings the schema up to this program. Of two that do so at once, one waits.
@@ -85,10 +122,21 @@ impl Store {
         self.db.row("select 1", &[]).await.map(drop)
     }
 
-    /// Hears of jobs to claim and of cancels, from this process and, on Postgres, from others. A hint only: whoever
-    /// waits for it looks once a second all the same. Call it within a runtime.
+    /// Hears of jobs to claim and of cancels, from this process and, on Postgres unless a pooler is in between, from others.
+    /// A hint only: whoever waits for it looks once a second all the same. Call it within a runtime.
     pub fn wakes(&self) -> Wakes {
         self.wakes.listen(&self.db)
+    }
+
+    /// Waits until a job was deleted, or a deleted one ended, in this process: there may be something to erase. A hint
+    /// only; for one who waits.
+    pub async fn deletion(&self) {
+        self.wakes.deletion().await;
+    }
+
+    /// Copies a SQLite database as it is at this moment to a file that is not there yet, and checks the copy.
+    pub async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
+        self.db.copy_to(file).await
     }
 
     /// Ends every connection, after what they are at.
@@ -118,6 +166,17 @@ pub struct NewJob {
     pub idempotency: Option<Idempotency>,
     /// Most waiting jobs of this kind that the tenant may have, this one among them.
     pub queue_max: u64,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+/// Where a job came from, beside its request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The job that it does again.
+    pub retry_of: Option<JobId>,
+    /// W3C `traceparent` of the request, so that the worker's spans belong to its trace.
+    pub trace: Option<String>,
 }
 
 /// A request's own name, kept for a day.
@@ -142,6 +201,8 @@ pub enum Submitted {
     QueueFull,
     /// The training to draw with is not there, or there but not succeeded.
     NoParent(Option<State>),
+    /// The tenant is not served: an operator disabled or deleted it.
+    Disabled,
 }
 
 /// Which jobs to list; what is none does not matter.

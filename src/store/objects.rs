@@ -1,8 +1,10 @@
 //! Rows that name objects in the bucket: artifacts of jobs, and class images that jobs share.
 
-use super::db::{Row, args};
-use super::{Result, Store, json, parse};
-use crate::job::{JobId, Object, TenantId};
+use std::collections::HashSet;
+
+use super::db::{Row, args, locking};
+use super::{Error, Result, Store, json, parse};
+use crate::job::{Checkpoint, JobId, Object, TenantId};
 
 macro_rules! artifact_select {
     () => {
@@ -33,16 +35,22 @@ impl Store {
         rows.iter().map(|row| Ok((row.int("seed")? as u64, object(row)?))).collect()
     }
 
-    /// Adds a class image. The first one stays; whether this was it.
+    /// Adds a class image. The first one stays, unless it is `instead_of`, which the object store no longer has whole.
+    /// The key of the one that is there then.
     pub async fn add_class_image(
         &self,
         tenant: TenantId,
         settings: &str,
         seed: u64,
         object: &Object,
-    ) -> Result<bool> {
-        let sql = "insert into class_image (tenant, settings, seed, name, key, size, sha256, content_type, meta) \
-                   values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (tenant, settings, seed) do nothing";
+        instead_of: Option<&Object>,
+    ) -> Result<String> {
+        let upsert = "insert into class_image (tenant, settings, seed, name, key, size, sha256, content_type, meta) \
+                      values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (tenant, settings, seed) do update \
+                      set name = excluded.name, key = excluded.key, size = excluded.size, sha256 = excluded.sha256, \
+                      content_type = excluded.content_type, meta = excluded.meta \
+                      where class_image.key = $10 and class_image.sha256 = $11";
+        let select = "select key from class_image where tenant = $1 and settings = $2 and seed = $3";
         let Object { name, key, size, sha256, content_type, meta } = object;
         let place = args![tenant, settings, seed as i64];
         let what = args![
@@ -51,20 +59,44 @@ impl Store {
             *size as i64,
             sha256.as_str(),
             content_type.as_str(),
-            json(meta)
+            json(meta),
+            instead_of.map(|old| old.key.as_str()),
+            instead_of.map(|old| old.sha256.as_str()),
         ];
-        Ok(self.db.write(sql, &[&place[..], &what[..]].concat()).await? > 0)
+        let mut tx = self.db.begin().await?;
+        tx.run(upsert, &[&place[..], &what[..]].concat()).await?;
+        let row = tx.row(select, place).await?;
+        tx.commit().await?;
+        Ok(row
+            .ok_or_else(|| Error::Corrupt("a row that was just made is gone".into()))?
+            .text("key")?
+            .to_owned())
     }
 
-    /// Whether objects of a job may not be swept away: of its photos, where no claim is given; of a claim, while it runs
-    /// and as long as the job names anything that it wrote.
-    pub async fn keeps(&self, id: JobId, run_lease: Option<i64>) -> Result<bool> {
-        let sql = "select 1 from job where id = $1 and ($2 is null \
-                   or state = 'running' and run_lease = $2 \
-                   or checkpoint like '%/j/' || id || '/a/' || $3 || '/%' \
-                   or exists (select 1 from artifact where job = job.id and key like '%/a/' || $3 || '/%'))";
-        let lease = run_lease.map(|lease| lease.to_string());
-        Ok(self.db.row(sql, args![id, run_lease, lease]).await?.is_some())
+    /// Where the class images with these settings lie.
+    pub async fn class_image_keys(&self, tenant: TenantId, settings: &str) -> Result<HashSet<String>> {
+        let sql = "select key from class_image where tenant = $1 and settings = $2";
+        let rows = self.db.read(sql, args![tenant, settings]).await?;
+        rows.iter().map(|row| Ok(row.text("key")?.to_owned())).collect()
+    }
+
+    /// The keys of all objects that a job's attempts wrote and its row names, its checkpoint among them; none if the row is
+    /// gone. A locking read: once it answers, no earlier write of this job is under way any more, and what it does not name
+    /// nothing will.
+    pub async fn named(&self, id: JobId) -> Result<HashSet<String>> {
+        let lock = locking!("select checkpoint from job where id = $1"; "for no key update");
+        let mut tx = self.db.begin().await?;
+        let mut named = HashSet::new();
+        if let Some(row) = tx.row(lock, args![id]).await? {
+            if let Some(text) = row.text_or_none("checkpoint")? {
+                named.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
+            }
+            for artifact in tx.rows("select key from artifact where job = $1", args![id]).await? {
+                named.insert(artifact.text("key")?.to_owned());
+            }
+        }
+        tx.end_look().await?;
+        Ok(named)
     }
 }
 

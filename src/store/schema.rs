@@ -2,63 +2,94 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::migrate::{Migrate, MigrateError, Migrator};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::migrate::{Migration, Migrator};
 
-use super::db::{Db, begin, fault};
+use super::db::{Db, Row, args};
 use super::{Error, Result};
+use crate::blobs::hex;
 
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 
+/// Where sqlx's own migrator, which databases of the first builds were made with, notes what it has done. It is not asked to
+/// do it: it locks a session, and leaves prepared statements there, which a pooler would hand to others.
+const TABLE: (&str, &str) = (
+    "create table if not exists _sqlx_migrations (version bigint primary key, description text not null, \
+     installed_on timestamp not null default current_timestamp, success boolean not null, checksum blob not null, \
+     execution_time bigint not null)",
+    "create table if not exists _sqlx_migrations (version bigint primary key, description text not null, \
+     installed_on timestamptz not null default now(), success boolean not null, checksum bytea not null, \
+     execution_time bigint not null)",
+);
+const APPLIED: (&str, &str) = (
+    "select version, lower(hex(checksum)) as checksum from _sqlx_migrations order by version",
+    "select version, encode(checksum, 'hex') as checksum from _sqlx_migrations order by version",
+);
+const APPLY: (&str, &str) = (
+    "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
+     values ($1, $2, true, unhex($3), -1)",
+    "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
+     values ($1, $2, true, decode($3, 'hex'), -1)",
+);
+
+/// Brings the schema up to this program, in one transaction.
 pub(super) async fn migrate(db: &Db) -> Result<()> {
-    match db {
-        Db::Sqlite { write, .. } => {
-            // sqlx takes no lock on SQLite; the one writer of all processes is lock enough.
-            let mut tx = begin(write).await.map_err(fault)?;
-            SQLITE.run_direct(None, &mut *tx, false).await.map_err(refusal)?;
-            tx.commit().await.map_err(fault)
-        }
-        Db::Postgres { options, .. } => {
-            // Outside of the pool, whose connections may not wait as long as another's migration takes.
-            let mut connection = options.connect().await.map_err(fault)?;
-            POSTGRES.run_direct(None, &mut connection, false).await.map_err(refusal)?;
-            connection.close().await.map_err(fault)
-        }
+    let mut tx = db.begin().await?; // on SQLite nobody else writes until it is done
+    if let Db::Postgres(_) = db {
+        // Another's migration may take its time, and so may ours.
+        tx.script("set local statement_timeout = 0; set local lock_timeout = 0").await?;
+        let name = tx.row("select current_database()::text as name", &[]).await?;
+        let name = name.map_or(Ok(0), |row| row.text("name").map(|name| crc32fast::hash(name.as_bytes())))?;
+        // The same that sqlx's migrator of the first builds takes for its session, which waits for this one.
+        tx.script(format!("select pg_advisory_xact_lock({})", 0x3d32_ad9e * i64::from(name))).await?;
     }
+    tx.script(TABLE).await?;
+    let applied = tx.rows(APPLIED, &[]).await?;
+    let missing = compare(migrator(db), &applied)?;
+    for migration in &missing {
+        tx.script(migration.sql.clone()).await?;
+        let values = args![migration.version, &*migration.description, checksum(migration)];
+        tx.run(APPLY, values).await?;
+    }
+    // What was there already needs no commit, which may fail.
+    if missing.is_empty() { Ok(()) } else { tx.commit().await }
 }
 
+/// Refuses what is not exactly the schema that this program makes.
 pub(super) async fn check(db: &Db) -> Result<()> {
+    let applied = db.read(APPLIED, &[]).await?;
+    if compare(migrator(db), &applied)?.is_empty() { Ok(()) } else { Err(older()) }
+}
+
+fn migrator(db: &Db) -> &'static Migrator {
     match db {
-        Db::Sqlite { read, .. } => compare(&SQLITE, &mut *read.acquire().await.map_err(fault)?).await,
-        Db::Postgres { pool, .. } => compare(&POSTGRES, &mut *pool.acquire().await.map_err(fault)?).await,
+        Db::Sqlite(_) => &SQLITE,
+        Db::Postgres(_) => &POSTGRES,
     }
 }
 
-/// Refuses what is not exactly the schema that `wanted` makes.
-async fn compare(wanted: &Migrator, connection: &mut impl Migrate) -> Result<()> {
-    let found = connection.list_applied_migrations(&wanted.table_name).await.map_err(refusal)?;
-    let found: BTreeMap<_, _> = found.into_iter().map(|one| (one.version, one.checksum)).collect();
+/// What is still to be done; refuses what other programs have done.
+fn compare<'a>(wanted: &'a Migrator, applied: &[Row]) -> Result<Vec<&'a Migration>> {
+    let mut found = BTreeMap::new();
+    for row in applied {
+        found.insert(row.int("version")?, row.text("checksum")?);
+    }
+    if let Some(&version) = found.keys().find(|&&version| !wanted.version_exists(version)) {
+        return Err(newer(version));
+    }
+    let mut missing = Vec::new();
     for one in wanted.iter() {
         match found.get(&one.version) {
-            None => return Err(older()),
-            Some(checksum) if *checksum != one.checksum => return Err(changed(one.version)),
+            None => missing.push(one),
+            Some(&hash) if hash != checksum(one) => return Err(changed(one.version)),
             Some(_) => {}
         }
     }
-    match found.keys().find(|&&version| !wanted.version_exists(version)) {
-        Some(&version) => Err(newer(version)),
-        None => Ok(()),
-    }
+    Ok(missing)
 }
 
-fn refusal(error: MigrateError) -> Error {
-    match error {
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => fault(error),
-        MigrateError::VersionMissing(version) => newer(version),
-        MigrateError::VersionMismatch(version) => changed(version),
-        other => Error::Corrupt(other.into()),
-    }
+fn checksum(migration: &Migration) -> String {
+    hex(&migration.checksum)
 }
 
 fn older() -> Error {

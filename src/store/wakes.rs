@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::{PgConnectOptions, PgListener};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::db::{CHANNEL, Db};
+use super::session::Server;
 
 /// Before a lost listener tries again. Whoever waits polls meanwhile.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -18,11 +19,12 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct Hub {
     sender: watch::Sender<()>,
     relay: Mutex<Option<JoinHandle<()>>>,
+    deleted: Notify,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self { sender: watch::Sender::new(()), relay: Mutex::default() }
+        Self { sender: watch::Sender::new(()), relay: Mutex::default(), deleted: Notify::new() }
     }
 }
 
@@ -44,9 +46,18 @@ impl Hub {
         self.sender.send_replace(());
     }
 
+    /// Says that a deleted job may be erased.
+    pub(super) fn deleted(&self) {
+        self.deleted.notify_one();
+    }
+
+    pub(super) async fn deletion(&self) {
+        self.deleted.notified().await;
+    }
+
     pub(super) fn listen(&self, db: &Db) -> Wakes {
         let wakes = Wakes(self.sender.subscribe());
-        if let Db::Postgres { options, .. } = db {
+        if let Db::Postgres(Server { listen: Some(options), .. }) = db {
             let mut running = self.relay.lock().unwrap_or_else(PoisonError::into_inner);
             if running.as_ref().is_none_or(JoinHandle::is_finished) {
                 *running = Some(tokio::spawn(relay((**options).clone(), self.sender.clone())));

@@ -1,14 +1,16 @@
 //! What a worker does: claim, renew, report, end; and what every worker does for the dead: rescue, erase.
 //!
-//! Every write names the lease. [`Error::LeaseLost`] means that nothing was written and that the claim is over.
+//! Every write names the lease, and takes the job's row before it writes. [`Error::LeaseLost`] means that nothing was
+//! written and that the claim is over. A write whose outcome is unknown is said again: the row shows whether it was done.
 
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::api::{TURNS, job, job_columns};
-use super::db::{Tx, args, locking};
+use super::db::{Arg, Tx, args, locking};
 use super::{Error, Result, Store, json, parse};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Progress, State, TenantId};
 
@@ -42,19 +44,41 @@ macro_rules! held {
     };
 }
 
-/// A row whose worker is not believed any more; wants `clock` beside it.
+/// Whether a time is over: by the wall clock that is beside it, or, where the row names a start of the machine, by the time
+/// since that start, which is over with the start. Wants `clock`, and the two of [`Db::lease_clock`] as `$3` and `$4`.
+macro_rules! over {
+    ($wall:literal, $boot:literal) => {
+        concat!(
+            "case when boot is null then ",
+            $wall,
+            " <= ms when boot <> $3 then true else ",
+            $boot,
+            " <= $4 end"
+        )
+    };
+}
+
+/// A row whose worker is not believed any more.
 macro_rules! overdue {
     () => {
-        "state = 'running' and (lease_until_ms <= ms or deadline_ms <= ms)"
+        concat!(
+            "state = 'running' and (",
+            over!("lease_until_ms", "lease_until_boot_ms"),
+            " or ",
+            over!("deadline_ms", "deadline_boot_ms"),
+            ")"
+        )
     };
 }
 
 /// What a row that stops running loses.
 macro_rules! let_go {
     () => {
-        "worker = null, lease_until_ms = null, deadline_ms = null, version = version + 1"
+        "worker = null, lease_until_ms = null, deadline_ms = null, boot = null, lease_until_boot_ms = null, \
+         deadline_boot_ms = null, version = version + 1"
     };
 }
+pub(super) use let_go;
 
 /// A deleted row, called `gone`, that nothing hangs on any more.
 macro_rules! erasable {
@@ -96,6 +120,7 @@ impl Store {
         lease: Duration,
         deadline: Duration,
     ) -> Result<Option<Job>> {
+        self.settle_claims().await?;
         // Most looks find nothing, and need not wait for those who write.
         let look =
             "select id from job where state = 'queued' and not_before_ms <= (select ms from clock) limit 1";
@@ -106,25 +131,51 @@ impl Store {
         for kind in [Kind::Sample, Kind::Train].into_iter().filter(|kind| kinds.contains(kind)) {
             for turn in tx.rows(TURNS, args![kind.as_str()]).await? {
                 let Some(id) = pick(&mut tx, kind, turn.word("tenant")?).await? else { continue };
-                let job = take(&mut tx, id, worker, lease, deadline).await?;
-                tx.commit().await?;
-                return Ok(Some(job));
+                let job = take(&mut tx, id, worker, lease, deadline, self.db.lease_clock()).await?;
+                return match tx.commit().await {
+                    Ok(()) => Ok(Some(job)),
+                    Err(error) => {
+                        if let Error::Unknown(_) = error {
+                            self.doubtful().push(job.lease());
+                        }
+                        Err(error)
+                    }
+                };
             }
         }
         Ok(None)
     }
 
+    /// Gives back what was claimed by commits that were not answered, if they were done: nobody works on it, and its lease
+    /// would run out at the cost of an attempt. As long as that is not settled there is no further claim.
+    pub async fn settle_claims(&self) -> Result<()> {
+        let doubtful = self.doubtful().clone();
+        for lease in doubtful {
+            match self.release(lease).await {
+                Ok(_) | Err(Error::LeaseLost) => self.doubtful().retain(|other| *other != lease),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn doubtful(&self) -> MutexGuard<'_, Vec<Lease>> {
+        self.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Holds a lease for `time` from now on, and says how far the job is if there is anything to say.
     pub async fn renew(&self, lease: Lease, time: Duration, progress: Option<&Progress>) -> Result<Renewal> {
         let update = concat!(
-            "update job set lease_until_ms = ms + $3, progress = coalesce($4, progress), \
-             version = version + case when $4 is not null and progress is distinct from $4 then 1 else 0 end \
+            "update job set lease_until_ms = ms + $3, lease_until_boot_ms = $5 + $3, \
+             progress = coalesce($4, progress), version = version + case when $4 is not null and progress is distinct from $4 then 1 else 0 end \
              from clock where ",
             held!(),
             " returning cancel_requested"
         );
         let mut tx = self.db.begin().await?;
-        let row = tx.row(update, args![lease.job, lease.run_lease, time, progress.map(json)]).await?;
+        let [_, now] = self.db.lease_clock();
+        let values = [args![lease.job, lease.run_lease, time, progress.map(json)], &[now][..]].concat();
+        let row = tx.row(update, &values).await?;
         tx.commit().await?;
         match row {
             Some(row) => Ok(Renewal::Held { cancel_requested: row.flag("cancel_requested")? }),
@@ -132,20 +183,23 @@ impl Store {
         }
     }
 
-    /// Makes a checkpoint, which is in the bucket, the one that a further attempt goes on from. The one before it,
-    /// whose object can go.
+    /// Makes a checkpoint, which is in the bucket, the one that a further attempt goes on from. It may be said again. The
+    /// one before it, whose object can go: none where `checkpoint` itself was there already.
     pub async fn commit_checkpoint(
         &self,
         lease: Lease,
         checkpoint: &Checkpoint,
     ) -> Result<Option<Checkpoint>> {
-        let select = concat!("select checkpoint from job where ", held!());
+        let select = locking!("select checkpoint from job where ", held!(); "for no key update");
         let update = concat!("update job set checkpoint = $3 where ", held!());
         let mut tx = self.db.begin().await?;
         let row = tx.row(select, args![lease.job, lease.run_lease]).await?.ok_or(Error::LeaseLost)?;
         held(tx.run(update, args![lease.job, lease.run_lease, json(checkpoint)]).await?)?;
         tx.commit().await?;
-        row.text_or_none("checkpoint")?.map(|text| parse("checkpoint", text)).transpose()
+        let before: Option<Checkpoint> =
+            row.text_or_none("checkpoint")?.map(|text| parse("checkpoint", text)).transpose()?;
+        // An object that was just written is never the one before, whatever the row said.
+        Ok(before.filter(|before| before.object.key != checkpoint.object.key))
     }
 
     /// Shows an object of a running job. One of that name from an earlier attempt is replaced.
@@ -180,21 +234,31 @@ impl Store {
         self.end(lease, Wish::GiveBack, &[]).await
     }
 
-    /// The one way out of a running job for its worker.
+    /// The one way out of a running job for its worker. Said again, it changes nothing, and tells what it has made of the
+    /// job: the row keeps which claim it was that its own worker ended.
     async fn end(&self, lease: Lease, wish: Wish<'_>, artifacts: &[Object]) -> Result<State> {
         let select = locking!(
-            "select cancel_requested, attempt, max_attempts from job where ", held!(); "for update"
+            "select state, run_lease, ended_lease, cancel_requested, attempt, max_attempts from job where id = $1";
+            "for update"
         );
         let update = concat!(
             "update job set state = $3, cancel_requested = case when $3 = 'canceled' then 1 else 0 end, \
              result = $4, error = $5, not_before_ms = coalesce(ms + $6, not_before_ms), attempt = attempt - $7, \
-             finished_ms = case when $3 = 'queued' then null else ms end, ",
+             finished_ms = case when $3 = 'queued' then null else ms end, ended_lease = run_lease, ",
             let_go!(),
             " from clock where ",
             held!()
         );
         let mut tx = self.db.begin().await?;
-        let row = tx.row(select, args![lease.job, lease.run_lease]).await?.ok_or(Error::LeaseLost)?;
+        let row = tx.row(select, args![lease.job]).await?.ok_or(Error::LeaseLost)?;
+        let (found, run_lease) = (row.word("state")?, row.int("run_lease")?);
+        if row.int_or_none("ended_lease")? == Some(lease.run_lease) {
+            // Ended by this very claim. If others have claimed it since, it was put back.
+            return Ok(if run_lease == lease.run_lease { found } else { State::Queued });
+        }
+        if found != State::Running || run_lease != lease.run_lease {
+            return Err(Error::LeaseLost);
+        }
         let attempts_left = row.int("attempt")? < row.int("max_attempts")?;
         let state = wish.state(row.flag("cancel_requested")?, attempts_left);
         let (mut result, mut error, mut wait, mut uncounted) = (None, None, None, false);
@@ -215,6 +279,9 @@ impl Store {
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
+        if state == State::Canceled {
+            self.wakes.deleted(); // it may have been canceled by being deleted
+        }
         Ok(state)
     }
 
@@ -224,7 +291,8 @@ impl Store {
         let lost = Fault::new(FaultCode::WorkerLost, "its worker was lost at every attempt");
         let late = Fault::new(FaultCode::Deadline, "it took longer than an attempt may");
         let mut tx = self.db.begin().await?;
-        let rows = tx.rows(RESCUE, args![json(&lost), json(&late)]).await?;
+        let faults = args![json(&lost), json(&late)];
+        let rows = tx.rows(RESCUE, &[faults, &self.db.lease_clock()[..]].concat()).await?;
         let mut rescued = Rescued::default();
         for row in &rows {
             match row.word("state")? {
@@ -243,11 +311,17 @@ impl Store {
         Ok(rescued)
     }
 
-    /// Jobs that have ended and still name a checkpoint, which nobody will read: its object can go, and then
-    /// [`Store::forget_checkpoint`].
-    pub async fn spent_checkpoints(&self, limit: u32) -> Result<Vec<(JobId, Checkpoint)>> {
-        let select = "select id, checkpoint from job where checkpoint is not null and finished_ms is not null limit $1";
-        let rows = self.db.read(select, args![i64::from(limit)]).await?;
+    /// Jobs that have ended and still name a checkpoint, which nobody will read, in the order of their ids, those after
+    /// `after` if it is given: the checkpoint's object can go, and then [`Store::forget_checkpoint`].
+    pub async fn spent_checkpoints(
+        &self,
+        after: Option<JobId>,
+        limit: u32,
+    ) -> Result<Vec<(JobId, Checkpoint)>> {
+        let select = "select id, checkpoint from job where checkpoint is not null and finished_ms is not null \
+                      and id > $1 order by id limit $2";
+        let after = after.map_or(String::new(), |after| after.to_string());
+        let rows = self.db.read(select, args![after, i64::from(limit)]).await?;
         rows.iter().map(|row| Ok((row.word("id")?, parse("checkpoint", row.text("checkpoint")?)?))).collect()
     }
 
@@ -257,17 +331,36 @@ impl Store {
         self.db.write(update, args![id]).await.map(drop)
     }
 
-    /// Deleted jobs whose objects can go: they do not run, and no sample of theirs is left.
-    pub async fn erasable(&self, limit: u32) -> Result<Vec<(TenantId, JobId)>> {
-        let select = concat!("select tenant, id from job gone where ", erasable!(), " limit $1");
-        let rows = self.db.read(select, args![i64::from(limit)]).await?;
+    /// Deleted jobs whose objects can go, in the order of their ids, those after `after` if it is given: they do not run,
+    /// and no sample of theirs is left.
+    pub async fn erasable(&self, after: Option<JobId>, limit: u32) -> Result<Vec<(TenantId, JobId)>> {
+        let select = concat!(
+            "select tenant, id from job gone where ",
+            erasable!(),
+            " and id > $1 order by id limit $2"
+        );
+        let after = after.map_or(String::new(), |after| after.to_string());
+        let rows = self.db.read(select, args![after, i64::from(limit)]).await?;
         rows.iter().map(|row| Ok((row.word("tenant")?, row.word("id")?))).collect()
     }
 
-    /// The objects of an erasable job are gone: so is its row.
-    pub async fn erased(&self, id: JobId) -> Result<()> {
+    /// The objects of erasable jobs are gone: so are their rows.
+    pub async fn erased(&self, ids: &[JobId]) -> Result<()> {
         let delete = concat!("delete from job as gone where id = $1 and ", erasable!());
-        self.db.write(delete, args![id]).await.map(drop)
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.db.begin().await?;
+        for id in ids {
+            tx.run(delete, args![*id]).await?;
+        }
+        tx.commit().await
+    }
+
+    /// How many deleted jobs are not erased yet.
+    pub async fn n_deleting(&self) -> Result<u64> {
+        let row = self.db.row("select count(*) as jobs from job where deleting = 1", &[]).await?;
+        row.map_or(Ok(0), |row| row.int("jobs")).map(|jobs| jobs as u64)
     }
 }
 
@@ -278,7 +371,9 @@ const RESCUE: (&str, &str) = {
                 "update job set rescues = rescues + 1, \
                  state = case when cancel_requested = 1 then 'canceled' when attempt >= max_attempts then 'failed' else 'queued' end, \
                  error = case when cancel_requested = 1 or attempt < max_attempts then null \
-                              when deadline_ms <= ms then $2 else $1 end, \
+                              when ",
+                over!("deadline_ms", "deadline_boot_ms"),
+                " then $2 else $1 end, \
                  finished_ms = case when cancel_requested = 1 or attempt >= max_attempts then ms end, ",
                 let_go!(),
                 " from clock where id in (select id from job cross join clock where ",
@@ -305,14 +400,23 @@ async fn pick(tx: &mut Tx, kind: Kind, tenant: TenantId) -> Result<Option<JobId>
     row.map(|row| row.word("id")).transpose()
 }
 
-async fn take(tx: &mut Tx, id: JobId, worker: Uuid, lease: Duration, deadline: Duration) -> Result<Job> {
+async fn take(
+    tx: &mut Tx,
+    id: JobId,
+    worker: Uuid,
+    lease: Duration,
+    deadline: Duration,
+    clock: [Arg; 2],
+) -> Result<Job> {
     let update = concat!(
         "update job set state = 'running', run_lease = run_lease + 1, attempt = attempt + 1, worker = $2, \
-         lease_until_ms = ms + $3, deadline_ms = ms + $4, claimed_ms = ms, started_ms = coalesce(started_ms, ms), \
-         version = version + 1 from clock where id = $1 and state = 'queued' returning ",
+         lease_until_ms = ms + $3, deadline_ms = ms + $4, boot = $5, lease_until_boot_ms = $6 + $3, \
+         deadline_boot_ms = $6 + $4, claimed_ms = ms, started_ms = coalesce(started_ms, ms), version = version + 1 \
+         from clock where id = $1 and state = 'queued' returning ",
         job_columns!()
     );
-    let row = tx.row(update, args![id, worker.to_string(), lease, deadline]).await?;
+    let values = [args![id, worker.to_string(), lease, deadline], &clock[..]].concat();
+    let row = tx.row(update, &values).await?;
     job(&row.ok_or_else(|| Error::Corrupt("a locked row was taken".into()))?)
 }
 

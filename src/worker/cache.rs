@@ -3,13 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::Mutex;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::blobs::{self, Blobs};
 use crate::job::Object;
+use crate::store::{self, Store};
+
+/// Nothing that is being fetched stands still for so long.
+const ABANDONED: Duration = Duration::from_hours(1);
 
 /// A directory of weights with a bound on its bytes; the least recently used go first. One object is always kept,
 /// however large.
@@ -40,6 +44,29 @@ impl WeightsCache {
         Ok(file)
     }
 
+    /// Removes the weights that no job has to show any more: those of deleted products. Keeps all where the database cannot
+    /// say.
+    pub(super) async fn retain(&self, store: &Store) -> store::Result<()> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(()) };
+        let mut held = Vec::new();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            match name.to_str().and_then(|name| name.strip_suffix(".safetensors")) {
+                Some(sha256) => held.push(sha256.to_owned()),
+                None => remove_abandoned(&entry.path()), // what was being fetched
+            }
+        }
+        let in_use = store.weights_in_use(&held).await?;
+        for sha256 in held.iter().filter(|sha256| !in_use.contains(*sha256)) {
+            match fs::remove_file(self.dir.join(format!("{sha256}.safetensors"))) {
+                Ok(()) => info!("the weights of a deleted product are gone from the disk"),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {} // another process did it
+                Err(error) => warn!("the weights of a deleted product cannot be removed: {error}"),
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the least recently used files until `size` more bytes fit.
     fn make_room(&self, size: u64) {
         let Ok(entries) = fs::read_dir(&self.dir) else { return };
@@ -61,6 +88,14 @@ impl WeightsCache {
                 Err(error) => warn!("a cached file cannot be removed: {error}"),
             }
         }
+    }
+}
+
+/// Removes a file that nobody has written to for long: its process was killed.
+fn remove_abandoned(file: &Path) {
+    let written = fs::metadata(file).and_then(|found| found.modified());
+    if written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED)) {
+        let _ = fs::remove_file(file); // another process may have done it
     }
 }
 

@@ -129,18 +129,20 @@ impl Heart {
             *store = Some(Store::connect(url, 1).await?);
         }
         let Some(store) = store else { return Ok(()) };
+        let mut failed = None;
         for one in held {
             let asked = Instant::now();
             let progress = lock(&one.progress).clone();
-            match store.renew(one.lease, self.length, progress.as_ref()).await? {
-                Renewal::Held { cancel_requested } => {
+            match store.renew(one.lease, self.length, progress.as_ref()).await {
+                Ok(Renewal::Held { cancel_requested }) => {
                     *lock(&one.confirmed) = asked;
                     one.cancel.store(cancel_requested, Ordering::Release);
                 }
-                Renewal::Lost => one.lose(),
+                Ok(Renewal::Lost) => one.lose(),
+                Err(error) => failed = Some(error), // a row that is locked does not cost the others their leases
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 }
 

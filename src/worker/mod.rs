@@ -16,25 +16,35 @@ mod sample;
 mod settle;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, info, info_span, warn};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, Span, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::blobs::Blobs;
+use crate::health::{Health, Reporter};
 use crate::job::{Fault, FaultCode, Job, Kind, Spec};
 use crate::store::Store;
+use crate::telemetry;
 use cache::WeightsCache;
 use device::Device;
 pub use device::MakeEngine;
 use lease::Heart;
+use settle::Outcome;
 
 /// Samples that one device has claimed at once: one being drawn, one being fetched.
 const SAMPLES_MAX: usize = 2;
+
+/// How often weights of deleted products are looked for on the disk.
+const FORGET_EVERY: Duration = Duration::from_secs(10);
+
+/// How the name of a scratch directory ends while it is being made.
+const MAKING: &str = "making";
 
 /// How a worker goes about its work.
 #[derive(Clone, Debug)]
@@ -71,7 +81,7 @@ struct Worker {
 }
 
 /// Works until `drain` is called and what is held has been finished or given back. One driver for each engine, by the
-/// name of its device.
+/// name of its device; `health` hears how each is doing.
 ///
 /// Fails before the first claim if an engine cannot be made, and later only if every device's thread has died.
 pub async fn run(
@@ -79,6 +89,7 @@ pub async fn run(
     store: Store,
     blobs: Blobs,
     engines: Vec<(String, MakeEngine)>,
+    health: &Health,
     drain: CancellationToken,
 ) -> Result<(), Fault> {
     let machine =
@@ -98,12 +109,14 @@ pub async fn run(
         scratch: scratch.clone(),
         drain,
     };
+    let _forgetting = AbortOnDropHandle::new(tokio::spawn(worker.clone().forget_deleted()));
+    let engines: Vec<_> = engines.into_iter().map(|(name, make)| (health.add(&name), name, make)).collect();
     let mut drivers = JoinSet::new();
-    for (name, make) in engines {
+    for (reporter, name, make) in engines {
         let (device, bundle) = Device::start(&name, make).await?;
         info!(device = name, bundle, "ready");
         let span = info_span!("worker", device = name);
-        drivers.spawn(worker.clone().drive(device, bundle).instrument(span));
+        drivers.spawn(worker.clone().drive(device, bundle, reporter).instrument(span));
     }
     drivers.join_all().await;
     if let Err(error) = std::fs::remove_dir_all(&scratch) {
@@ -113,8 +126,30 @@ pub async fn run(
 }
 
 impl Worker {
+    /// Removes from the disk the weights of deleted products, as they are deleted, and what processes that have died left.
+    async fn forget_deleted(self) {
+        let mut failing = false;
+        loop {
+            match self.try_forget_deleted().await {
+                Ok(()) => failing = false,
+                Err(error) if !failing => {
+                    failing = true; // said once, until it goes well
+                    warn!("what is left of deleted products on the disk stays for now: {error}");
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(FORGET_EVERY).await;
+        }
+    }
+
+    async fn try_forget_deleted(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.weights.retain(&self.store).await?;
+        Ok(remove_abandoned(&self.settings.scratch.join("runs"))?)
+    }
+
     /// Claims and runs jobs until told to drain, then waits for those that it holds.
-    async fn drive(self, device: Device, bundle: String) {
+    async fn drive(self, device: Device, bundle: String, reporter: Reporter) {
+        reporter.working();
         let identity = Uuid::now_v7(); // fresh with every start: names of machines come again
         let mut wakes = self.store.wakes();
         let mut jobs: JoinSet<Kind> = JoinSet::new();
@@ -168,6 +203,9 @@ impl Worker {
             }
         }
         jobs.join_all().await;
+        if let Err(error) = self.store.settle_claims().await {
+            warn!("a job that may have been claimed is left to its lease: {error}");
+        }
     }
 
     async fn claim(&self, identity: Uuid, kinds: &[Kind]) -> crate::store::Result<Option<Job>> {
@@ -178,6 +216,7 @@ impl Worker {
     async fn run(self, device: Device, bundle: String, job: Job, asked: Instant) -> Kind {
         let kind = job.kind;
         let span = info_span!("job", job = %job.id, kind = %kind, attempt = job.attempt);
+        telemetry::adopt(&span, job.trace.as_deref());
         let holding = self.heart.hold(job.lease(), asked);
         async {
             info!("claimed");
@@ -186,6 +225,9 @@ impl Worker {
                 Ok(Spec::Sample(spec)) => self.sample(&device, &job, &spec, &holding.held).await,
                 Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
             };
+            if let Outcome::Failed(fault) = &outcome {
+                telemetry::failed(&Span::current(), fault.code.as_str());
+            }
             self.settle(&job, &holding.held, outcome).await;
         }
         .instrument(span)
@@ -196,22 +238,37 @@ impl Worker {
 
 /// A directory of this process below `scratch`, and the lock that says it is in use. Those of processes that have died
 /// are removed.
-fn own_scratch(scratch: &std::path::Path) -> std::io::Result<(PathBuf, std::fs::File)> {
+fn own_scratch(scratch: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
     use fs4::FileExt;
     let runs = scratch.join("runs");
     std::fs::create_dir_all(&runs)?;
-    for entry in std::fs::read_dir(&runs)?.flatten() {
+    remove_abandoned(&runs)?;
+    let own = runs.join(Uuid::now_v7().to_string());
+    // It gets its name when it is locked: whoever sees it before could take it for abandoned.
+    let making = own.with_extension(MAKING);
+    std::fs::create_dir(&making)?;
+    let lock = std::fs::File::create(making.join("lock"))?;
+    FileExt::lock(&lock)?;
+    std::fs::rename(&making, &own)?;
+    Ok((own, lock))
+}
+
+/// Removes the directories of processes that have died, with what they hold of products.
+fn remove_abandoned(runs: &Path) -> std::io::Result<()> {
+    use fs4::FileExt;
+    for entry in std::fs::read_dir(runs)?.flatten() {
+        let is_being_made = entry.path().extension().is_some_and(|end| end == MAKING);
         let abandoned = match std::fs::File::open(entry.path().join("lock")) {
-            Ok(lock) => FileExt::try_lock(&lock).is_ok(),
-            Err(_) => false, // just being made, or not ours
+            Ok(lock) if !is_being_made => FileExt::try_lock(&lock).is_ok(),
+            _ => false, // or not ours
         };
-        if abandoned {
-            std::fs::remove_dir_all(entry.path())?;
+        if abandoned
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+            && error.kind() != std::io::ErrorKind::NotFound
+        // another process did it
+        {
+            return Err(error);
         }
     }
-    let own = runs.join(Uuid::now_v7().to_string());
-    std::fs::create_dir(&own)?;
-    let lock = std::fs::File::create(own.join("lock"))?;
-    FileExt::lock(&lock)?;
-    Ok((own, lock))
+    Ok(())
 }

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use serde_json::json;
 use tokio::sync::oneshot;
+use tracing::Span;
 
 use super::Worker;
 use super::device::{Device, DrawOrder, Order, reply};
 use super::lease::Held;
 use super::settle::{Outcome, patiently};
+use super::train::phase_span;
 use crate::blobs::Name;
 use crate::engine::Flow;
 use crate::job::{
@@ -37,9 +39,12 @@ impl Worker {
         held: &Arc<Held>,
     ) -> Result<Outcome, Outcome> {
         held.progress(Progress::begin(Phase::Preparing, 0));
+        let preparing = phase_span(Phase::Preparing, &Span::current());
         let (train, weights) = self.trained(job, held).await?;
         let file = patiently(held, || self.weights.file(&self.blobs, &weights)).await?;
 
+        drop(preparing);
+        let drawing = phase_span(Phase::Drawing, &Span::current()); // what it waits for the device included
         let (sender, answer) = oneshot::channel();
         let watched = held.clone();
         device.send(Order::Draw(DrawOrder {
@@ -59,6 +64,8 @@ impl Worker {
             return Ok(if held.is_canceled() { Outcome::Canceled } else { Outcome::Lost });
         };
 
+        drop(drawing);
+        let _storing = phase_span(Phase::Storing, &Span::current());
         let mut storing = Progress::begin(Phase::Storing, pictures.len() as u64);
         let mut objects = Vec::new();
         for (i, picture) in pictures.iter().enumerate() {

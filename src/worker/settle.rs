@@ -1,6 +1,6 @@
-//! How a job ends: objects first, then one guarded write; what did not count is taken away again.
+//! How a job ends: objects first, then one guarded write; what did not count is taken away again, once that is settled.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -52,6 +52,9 @@ impl From<Fault> for Outcome {
 /// First wait between two tries of something that the network refused; doubled up to [`WAIT_MAX`].
 const WAIT: Duration = Duration::from_millis(500);
 const WAIT_MAX: Duration = Duration::from_secs(15);
+
+/// How long a job's row is asked for, after its end, before the attempt's objects are left where they are.
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// Pause before a job that failed by the machine's fault is tried again, for each attempt so far.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
@@ -132,7 +135,8 @@ impl Worker {
         Ok(patiently(held, || self.blobs.get(object)).await?)
     }
 
-    /// A guarded write to the job's row, tried for as long as the lease is held.
+    /// A guarded write to the job's row, tried for as long as the lease is held. One whose outcome is unknown is said again:
+    /// the row shows whether it was done.
     pub(super) async fn write<T, F: Future<Output = store::Result<T>>>(
         &self,
         held: &Held,
@@ -141,13 +145,22 @@ impl Worker {
         patiently(held, write).await
     }
 
-    /// Removes what this attempt stored and the row does not name.
+    /// Removes what this attempt stored and the row does not name. The row is locked for that: a write of this attempt may
+    /// have been done without an answer, or may be under way still.
     async fn remove_unnamed(&self, job: &Job) -> Result<(), janitor::Error> {
-        let row = self.store.find(job.tenant, job.id, job.kind).await?;
-        let checkpoint = row.and_then(|row| row.checkpoint).map(|checkpoint| checkpoint.object);
-        let named = self.store.artifacts(job.tenant, job.id).await?;
-        for entry in self.blobs.list(&Scope::attempt(job.tenant, job.lease())).await? {
-            if !named.iter().chain(&checkpoint).any(|object| object.key == entry.key.as_str()) {
+        let scope = Scope::attempt(job.tenant, job.lease());
+        let until = Instant::now() + SETTLE;
+        let named = loop {
+            match self.store.named(job.id).await {
+                Err(error) if error.is_passing() && Instant::now() < until => {
+                    tokio::time::sleep(WAIT).await;
+                }
+                named => break named?,
+            }
+        };
+        // Listed after that: all that is there now was written before.
+        for entry in self.blobs.list(&scope).await? {
+            if !named.contains(entry.key.as_str()) {
                 self.blobs.delete(&entry.key).await?;
             }
         }
@@ -230,7 +243,7 @@ pub(super) trait Passing {
 
 impl Passing for blobs::Error {
     fn is_passing(&self) -> bool {
-        matches!(self, Self::Away(_) | Self::Full)
+        matches!(self, Self::Away(_) | Self::Full | Self::Refused(_))
     }
 
     fn is_lost(&self) -> bool {
@@ -240,7 +253,8 @@ impl Passing for blobs::Error {
 
 impl Passing for store::Error {
     fn is_passing(&self) -> bool {
-        matches!(self, Self::Away(_))
+        // A schema that is not ours may be that of a database that is just being put back.
+        matches!(self, Self::Away(_) | Self::Unknown(_) | Self::Schema(_))
     }
 
     fn is_lost(&self) -> bool {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{Span, info_span, warn};
 
 use super::Worker;
 use super::device::{Device, Order, TrainOrder, reply};
@@ -44,18 +44,20 @@ impl Worker {
         held: &Arc<Held>,
     ) -> Result<Outcome, Outcome> {
         held.progress(Progress::begin(Phase::Preparing, 0));
+        let preparing = phase_span(Phase::Preparing, &Span::current());
         let scratch = self.scratch_of(job)?;
         let mut photos = Vec::new();
         for photo in &job.photos {
             photos.push(self.get(held, photo).await?.to_vec());
         }
         let wanted = device.class_images(spec).await?;
-        let class_images = self.class_images_had(job, held, &wanted).await?;
+        let (class_images, unreadable) = self.class_images_had(job, held, &wanted).await?;
         let resume = match &job.checkpoint {
             Some(checkpoint) => self.checkpoint(held, checkpoint, scratch.path()).await?,
             None => None,
         };
 
+        drop(preparing);
         let (events, mut heard) = mpsc::unbounded_channel();
         let storing = Arc::new(AtomicBool::new(false));
         let mut watch = Watcher {
@@ -66,6 +68,8 @@ impl Worker {
             checkpoint_every: self.settings.checkpoint_every,
             checkpointed: Instant::now(),
             pace: Pace::default(),
+            job: Span::current(),
+            phase: Span::none(),
         };
         let (sender, answer) = oneshot::channel();
         device.send(Order::Train(TrainOrder {
@@ -85,7 +89,7 @@ impl Worker {
                 continue;
             }
             let was_checkpoint = matches!(event, Event::Checkpoint { .. });
-            self.keep(job, held, &wanted, event, &mut n_images).await;
+            self.keep(job, held, (&wanted, &unreadable), event, &mut n_images).await;
             if was_checkpoint {
                 storing.store(false, Ordering::Release);
             }
@@ -113,26 +117,35 @@ impl Worker {
         })
     }
 
-    /// The class images that earlier trainings drew. One that cannot be read is drawn again.
+    /// The class images that earlier trainings drew, and the rows of those that the store no longer has whole: these are
+    /// drawn again.
     async fn class_images_had(
         &self,
         job: &Job,
         held: &Held,
         wanted: &ClassImages,
-    ) -> Result<Vec<Option<Vec<u8>>>, Outcome> {
+    ) -> Result<(Vec<Option<Vec<u8>>>, HashMap<u64, Object>), Outcome> {
+        let (mut had, mut unreadable) = (Vec::new(), HashMap::new());
         if wanted.seeds.is_empty() {
-            return Ok(Vec::new());
+            return Ok((had, unreadable));
         }
         let rows = self.write(held, || self.store.class_images(job.tenant, &wanted.settings)).await?;
         let mut rows: HashMap<u64, Object> = rows.into_iter().collect();
-        let mut had = Vec::new();
         for seed in &wanted.seeds {
-            had.push(match rows.remove(seed) {
-                Some(object) => self.get(held, &object).await.ok().map(|bytes| bytes.to_vec()),
-                None => None,
-            });
+            let Some(object) = rows.remove(seed) else {
+                had.push(None);
+                continue;
+            };
+            match patiently(held, || self.blobs.get(&object)).await {
+                Ok(bytes) => had.push(Some(bytes.to_vec())),
+                Err(Refused::Error(blobs::Error::Missing | blobs::Error::Damaged)) => {
+                    had.push(None);
+                    unreadable.insert(*seed, object);
+                }
+                Err(refused) => return Err(refused.into()),
+            }
         }
-        Ok(had)
+        Ok((had, unreadable))
     }
 
     /// The file of the checkpoint to go on from; none if the store no longer has it whole: then from the beginning.
@@ -155,16 +168,27 @@ impl Worker {
     }
 
     /// Keeps what a training reports on its way. None of it is worth failing for.
-    async fn keep(&self, job: &Job, held: &Held, wanted: &ClassImages, event: Event, n_images: &mut u64) {
+    async fn keep(
+        &self,
+        job: &Job,
+        held: &Held,
+        (wanted, unreadable): (&ClassImages, &HashMap<u64, Object>),
+        event: Event,
+        n_images: &mut u64,
+    ) {
         match event {
             Event::Phase(..) => {} // the times are the caller's
             Event::ClassImage { index, png } => {
                 let Some(&seed) = wanted.seeds.get(index) else { return };
-                let key = Key::class_image(job.tenant, &wanted.settings, seed);
+                let key = Key::class_image(job.tenant, &wanted.settings, seed, held.lease);
+                let (settings, old) = (&wanted.settings, unreadable.get(&seed));
                 let kept = async {
                     let object = patiently(held, || self.blobs.put(&key, png.clone())).await?;
-                    let add = || self.store.add_class_image(job.tenant, &wanted.settings, seed, &object);
-                    self.write(held, add).await?;
+                    let add = || self.store.add_class_image(job.tenant, settings, seed, &object, old);
+                    if self.write(held, add).await? != object.key {
+                        // Another training was first, and its row stays. Nobody else writes or names this key.
+                        patiently(held, || self.blobs.delete(&key)).await?;
+                    }
                     Ok::<(), Outcome>(())
                 };
                 if let Err(outcome) = kept.await {
@@ -215,6 +239,7 @@ impl Worker {
         trained: Trained,
         n_previews: u64,
     ) -> Result<Outcome, Outcome> {
+        let _storing = phase_span(Phase::Storing, &Span::current());
         let mut storing = Progress::begin(Phase::Storing, trained.images.len() as u64 + 3);
         storing.images = n_previews;
         held.progress(storing.clone());
@@ -273,6 +298,9 @@ struct Watcher {
     checkpoint_every: std::time::Duration,
     checkpointed: Instant,
     pace: Pace,
+    job: Span,
+    /// Of the phase at hand; it ends when the next one begins.
+    phase: Span,
 }
 
 impl Watcher {
@@ -282,6 +310,7 @@ impl Watcher {
             Beat::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
                 if self.pace.began.is_none_or(|(phase, ..)| phase != progress.phase) {
+                    self.phase = phase_span(progress.phase, &self.job);
                     self.send(Event::Phase(progress.phase, Instant::now()));
                 }
                 progress.eta_seconds = self.pace.eta(&progress);
@@ -312,6 +341,11 @@ impl Watcher {
     fn send(&self, event: Event) {
         let _ = self.events.send(event); // the job's task is gone only if the process is ending
     }
+}
+
+/// A phase of a job, for traces: it takes as long as this lives.
+pub(super) fn phase_span(phase: Phase, job: &Span) -> Span {
+    info_span!(parent: job, "phase", phase = %phase)
 }
 
 /// How fast the phase at hand goes, and so when it ends.

@@ -121,5 +121,6 @@ fn each_library_has_one_place() {
     );
     only("image::", &["src/photo", "src/ml/", "src/engine/"]);
     only("maud::", &["src/report/"]);
+    only("opentelemetry", &["src/telemetry/"]);
     only("std::env", &["src/cli/", "src/config.rs"]);
 }

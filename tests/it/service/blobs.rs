@@ -215,7 +215,7 @@ async fn an_owner_s_objects_are_listed_and_removed_and_no_others(stage: &Stage) 
         Key::artifact(tenant, Lease { job, run_lease: 10 }, Name::Weights),
         Key::artifact(tenant, Lease { job, run_lease: 10 }, Name::Checkpoint(200)),
         Key::photo(tenant, second, 0),
-        Key::class_image(tenant, "abc", 5),
+        Key::class_image(tenant, "abc", 5, Lease { job, run_lease: 1 }),
         Key::photo(other, job, 0),
     ];
     for key in &written {
@@ -278,40 +278,43 @@ async fn a_store_that_works_passes_the_probe_and_keeps_nothing_of_it(stage: &Sta
     assert!(keys(&*stage.bare).await.is_empty());
 }
 
-async fn orphans_are_what_no_row_knows_and_what_is_old(stage: &Stage) {
-    let (tenant, job, lost) = (TenantId::new(), JobId::new(), JobId::new());
-    let kept = [
-        Key::photo(tenant, job, 0),
-        Key::artifact(tenant, Lease { job, run_lease: 2 }, Name::Weights),
-        Key::class_image(tenant, "abc", 1),
-    ];
-    let orphaned = [
-        Key::artifact(tenant, Lease { job, run_lease: 1 }, Name::Weights),
-        Key::photo(tenant, lost, 0),
-        Key::photo(tenant, lost, 1),
-    ];
-    for key in kept.iter().chain(&orphaned) {
+async fn what_lies_there_of_others_is_named_and_left_alone(stage: &Stage) {
+    let (tenant, job) = (TenantId::new(), JobId::new());
+    let ours = [Key::photo(tenant, job, 0), Key::photo(tenant, job, 1)];
+    for key in &ours {
         stage.blobs.put(key, "x").await.unwrap();
     }
-    let mut asked = 0;
-    let mut known = async |of: JobId, run_lease: Option<i64>| {
-        asked += 1;
-        Ok::<_, Error>(of == job && run_lease.is_none_or(|run_lease| run_lease == 2))
-    };
-    let hour = Duration::from_hours(1);
-    let found = stage.blobs.orphans(Timestamp::now() + hour, &mut known).await.unwrap();
-    let mut found: Vec<_> = found.into_iter().map(|entry| entry.key).collect();
-    found.sort();
-    let mut expected = orphaned.to_vec();
-    expected.sort();
-    assert_eq!(found, expected);
-    assert_eq!(asked, 4, "once for each claim and each job's photos");
-    let young =
-        stage.blobs.orphans(Timestamp::now() - hour, async |_, _| Ok::<_, Error>(false)).await.unwrap();
-    assert!(young.is_empty());
-    let silent = async |_, _| Err(Error::Missing);
-    assert_eq!(stage.blobs.orphans(Timestamp::now() + hour, silent).await, Err(Error::Missing));
-    assert_eq!(keys(&*stage.bare).await.len(), 6, "a look removes nothing");
+    let foreign = [
+        format!("t/{tenant}/j/{job}/photos/0.png.bak"),
+        format!("t/{tenant}/j/{job}/photos/10"),
+        format!("t/{tenant}/j/{job}/photos/a b+c.png"),
+        format!("t/{tenant}/readme"),
+    ];
+    for key in &foreign {
+        stage.bare.put(&format!("{}{key}", stage.prefix).into(), "x".into()).await.unwrap();
+    }
+    let found = stage.blobs.look(&Scope::job(tenant, job)).await.unwrap();
+    assert_eq!(found.entries.iter().map(|entry| entry.key.clone()).collect::<Vec<_>>(), ours);
+    assert_eq!(
+        found.foreign,
+        foreign[..3].iter().map(|key| format!("{}{key}", stage.prefix)).collect::<Vec<_>>()
+    );
+    assert_eq!(stage.blobs.delete_all(&Scope::tenant(tenant)).await, Ok(2));
+    assert_eq!(keys(&*stage.bare).await.len(), 4);
+}
+
+async fn a_marker_is_read_as_it_was_written(stage: &Stage) {
+    assert_eq!(stage.blobs.marker().await.unwrap(), None);
+    for text in ["one", "another"] {
+        stage.blobs.put_marker(text).await.unwrap();
+        assert_eq!(stage.blobs.marker().await.unwrap().unwrap(), text);
+    }
+    assert!(stage.blobs.is_empty().await.unwrap(), "it is no object of a job");
+    let object = stage.blobs.put(&image_key(), "picture").await.unwrap();
+    assert!(!stage.blobs.is_empty().await.unwrap());
+    let gone = Object { key: image_key().as_str().into(), ..object.clone() };
+    let other = Object { size: 1, ..object.clone() };
+    assert_eq!(stage.blobs.count(&[object, gone, other]).await, Ok(1));
 }
 
 /// Runs every clause on one store.
@@ -335,7 +338,8 @@ contract! {
         an_owner_s_objects_are_listed_and_removed_and_no_others,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        orphans_are_what_no_row_knows_and_what_is_old,
+        what_lies_there_of_others_is_named_and_left_alone,
+        a_marker_is_read_as_it_was_written,
     ];
     garage: [
         what_is_put_is_got,
@@ -345,9 +349,10 @@ contract! {
         an_owner_s_objects_are_listed_and_removed_and_no_others,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        orphans_are_what_no_row_knows_and_what_is_old,
+        what_lies_there_of_others_is_named_and_left_alone,
+        a_marker_is_read_as_it_was_written,
         a_bucket_s_link_reads_one_object_until_it_expires,
-        a_bucket_with_the_wrong_secret_is_away,
+        a_bucket_with_the_wrong_secret_refuses,
     ];
     faulty: [
         what_is_put_is_got,
@@ -357,9 +362,10 @@ contract! {
         an_owner_s_objects_are_listed_and_removed_and_no_others,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        orphans_are_what_no_row_knows_and_what_is_old,
+        what_lies_there_of_others_is_named_and_left_alone,
+        a_marker_is_read_as_it_was_written,
         a_bucket_s_link_reads_one_object_until_it_expires,
-        a_bucket_with_the_wrong_secret_is_away,
+        a_bucket_with_the_wrong_secret_refuses,
     ];
 }
 
@@ -411,12 +417,15 @@ async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &Stage) {
     assert_eq!(client.get(&url).send().await.unwrap().status(), 200);
 }
 
-async fn a_bucket_with_the_wrong_secret_is_away(stage: &Stage) {
-    let wrong = Bucket { secret_key: "0".repeat(64).into(), ..stage.bucket() };
+async fn a_bucket_with_the_wrong_secret_refuses(stage: &Stage) {
+    let wrong = Bucket { credentials: super::s3::keys(&"0".repeat(64)), ..stage.bucket() };
     let blobs = open_bucket(wrong.clone()).await;
     assert!(!format!("{wrong:?} {blobs:?}").contains(&"0".repeat(64)));
     for error in [blobs.probe().await.unwrap_err(), blobs.put(&image_key(), "x").await.unwrap_err()] {
-        assert_eq!(error, Error::Away("access denied".into()));
+        assert!(
+            matches!(&error, Error::Refused(refusal) if refusal.to_string().starts_with("403 ")),
+            "{error}"
+        );
         assert_discreet(&error);
     }
 }
@@ -424,13 +433,22 @@ async fn a_bucket_with_the_wrong_secret_is_away(stage: &Stage) {
 #[tokio::test]
 async fn a_bucket_that_is_not_there_and_a_server_that_is_gone_are_away_and_not_missing() {
     let garage = Garage::start().await;
-    let blobs = open_bucket(Bucket { name: "nowhere".into(), ..garage.bucket() }).await;
-    for error in [blobs.probe().await.unwrap_err(), blobs.put(&image_key(), "x").await.unwrap_err()] {
-        assert!(matches!(error, Error::Away(_)), "{error}");
-        assert_discreet(&error);
-    }
     let blobs = open_bucket(garage.bucket()).await.with_patience(Duration::from_secs(2));
     let object = blobs.put(&image_key(), "x").await.unwrap();
+    let nowhere = open_bucket(Bucket { name: "nowhere".into(), ..garage.bucket() }).await;
+    for error in [
+        nowhere.probe().await.unwrap_err(),
+        nowhere.put(&image_key(), "x").await.unwrap_err(),
+        // An object of a bucket that is not there is not lost.
+        nowhere.get(&object).await.unwrap_err(),
+        nowhere.list(&job_of(&image_key())).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(&error, Error::Refused(refusal) if refusal.to_string() == "404 NoSuchBucket"),
+            "{error}"
+        );
+        assert_discreet(&error);
+    }
     drop(garage);
     // case 68
     for error in [blobs.probe().await.unwrap_err(), blobs.get(&object).await.unwrap_err()] {

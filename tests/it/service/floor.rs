@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hypnos::blobs::{Blobs, Key, Scope};
+use hypnos::health::Health;
 use hypnos::job::{
     Evaluation, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{NewJob, Store, Submitted};
+use hypnos::store::{NewJob, Origin, Store, Submitted};
 use hypnos::worker::{self, Settings};
 use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::postgres::Postgres;
 use super::scripted::Script;
 
 pub(super) const TENANT: TenantId = TenantId::LOCAL;
@@ -37,6 +39,11 @@ impl Floor {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}", dir.path().join("hypnos.db").display());
         Self::on(dir, &url).await
+    }
+
+    /// On a fresh database of that server.
+    pub(super) async fn on_server(server: &Postgres) -> Self {
+        Self::on(tempfile::tempdir().unwrap(), &server.fresh().await).await
     }
 
     /// On the database at `url`.
@@ -75,10 +82,14 @@ impl Floor {
 
     /// The same, with another way to the objects.
     pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
-        let drain = CancellationToken::new();
-        let engines = vec![("scripted".to_owned(), script.engine())];
-        let run = worker::run(self.settings.clone(), self.store.clone(), blobs, engines, drain.clone());
-        Worker { drain, task: tokio::spawn(async { run.await.unwrap() }) }
+        Worker::start(script, self.settings.clone(), self.store.clone(), blobs)
+    }
+
+    /// The same, with another way to the database.
+    pub(super) async fn work_through(&self, script: &Script, url: &str) -> Worker {
+        let store = Store::connect(url, 8).await.unwrap();
+        let settings = Settings { database: url.into(), ..self.settings.clone() };
+        Worker::start(script, settings, store, self.blobs.clone())
     }
 
     /// A training of `steps` steps, with its photos in place.
@@ -129,6 +140,7 @@ impl Floor {
             max_attempts: 3,
             idempotency: None,
             queue_max: 1000,
+            origin: Origin::default(),
         }
     }
 
@@ -193,10 +205,20 @@ fn directory(dir: &Path) -> LocalFileSystem {
 /// A worker that is running.
 pub(super) struct Worker {
     drain: CancellationToken,
+    pub(super) health: Health,
     task: JoinHandle<()>,
 }
 
 impl Worker {
+    fn start(script: &Script, settings: Settings, store: Store, blobs: Blobs) -> Self {
+        let drain = CancellationToken::new();
+        let engines = vec![("scripted".to_owned(), script.engine())];
+        let health = Health::default();
+        let (seen, stop) = (health.clone(), drain.clone());
+        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
+        Self { drain, health, task: tokio::spawn(run) }
+    }
+
     /// As SIGTERM does: gives back what it holds, and ends.
     pub(super) async fn stop(self) {
         self.drain.cancel();
@@ -211,7 +233,7 @@ impl Worker {
 }
 
 /// What `look` finds, as soon as it finds it.
-pub(super) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = look().await {

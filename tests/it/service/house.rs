@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypnos::blobs::{Blobs, BlobsConfig, Links, Place};
+use hypnos::health::Health;
 use hypnos::http::keys::make_key;
 use hypnos::http::{Auth, Front, Patience, Settings, Spotter, serve};
 use hypnos::job::{Job, JobId, Kind, Spec, State, TenantId};
@@ -34,6 +35,8 @@ pub(super) struct Plan {
     /// Another way to the objects than the directory itself.
     pub(super) blobs: Option<Blobs>,
     pub(super) spotter: Option<Arc<dyn Spotter>>,
+    /// Workers in the server's process.
+    pub(super) devices: Health,
 }
 
 impl Default for Plan {
@@ -41,7 +44,15 @@ impl Default for Plan {
         let settings = Settings { auth: Auth::Keys, photo_bytes_max: 1 << 20, ..Settings::default() };
         let limits = Limits { side_min: 32, ..Limits::default() };
         let patience = Patience::default();
-        Self { settings, patience, limits, connections_max: 256, blobs: None, spotter: None }
+        Self {
+            settings,
+            patience,
+            limits,
+            connections_max: 256,
+            blobs: None,
+            spotter: None,
+            devices: Health::default(),
+        }
     }
 }
 
@@ -92,6 +103,7 @@ impl House {
             plan.settings,
             handle,
             closing.clone(),
+            plan.devices,
             plan.spotter,
         );
         let served = serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
@@ -124,6 +136,14 @@ impl House {
 
     pub(super) async fn get(&self, path: &str) -> Response {
         self.ask(Method::GET, path).send().await.unwrap()
+    }
+
+    /// The figures, as an operator sees them.
+    pub(super) async fn figures(&self) -> String {
+        let operator = self.new_key(self.tenant, Scope::Admin, None).await;
+        let answer = self.ask_as(&operator, Method::GET, "/metrics").send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        answer.text().await.unwrap()
     }
 
     /// Sends a form of a job.

@@ -349,7 +349,7 @@ async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new
     upload.write_all(head.as_bytes()).await.unwrap();
     upload.write_all(&body.as_bytes()[..10]).await.unwrap();
     let begun = eventually("the upload is under way", async || {
-        let figures = house.get("/metrics").await.text().await.unwrap();
+        let figures = house.figures().await;
         figures.contains("hypnos_http_requests_running 2").then_some(())
     });
     begun.await;
@@ -377,10 +377,101 @@ async fn the_figures_tell_of_requests_and_of_the_queue_but_of_no_path() {
     house.get(&format!("/v1/jobs/{id}")).await;
     let closed = house.client.get(format!("{}/metrics", house.url)).send().await.unwrap();
     assert_eq!(closed.status(), 401);
-    let figures = house.get("/metrics").await.text().await.unwrap();
+    let figures = house.figures().await;
     assert!(figures.contains("hypnos_jobs_queued{kind=\"train\"} 1"), "{figures}");
     assert!(figures.contains("route=\"/v1/jobs/{id}\""), "{figures}");
     assert!(!figures.contains(id));
+    house.stop().await;
+}
+
+// attack 9
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_invents_is_no_label_of_a_figure() {
+    let house = House::start().await;
+    let lines = async || {
+        let figures = house.figures().await;
+        figures.lines().filter(|line| line.starts_with("hypnos_http_requests_total")).count()
+    };
+    house.ask("INVENTED".parse().unwrap(), "/v1/jobs").send().await.unwrap();
+    lines().await; // the figures' own line
+    let before = lines().await;
+    for n in 0..200 {
+        let method: Method = format!("INVENTED{n}").parse().unwrap();
+        let path = ["/v1/jobs", "/v1/nowhere"][n % 2];
+        let path = format!("{path}?invented{n}");
+        let status = house.ask(method, &path).send().await.unwrap().status().as_u16();
+        assert!([404, 405].contains(&status), "{status}");
+        house.get(&format!("/v1/invented{n}/x")).await;
+    }
+    let figures = house.figures().await;
+    assert!(!figures.contains("INVENTED") && !figures.contains("invented"), "a client's text");
+    assert!(lines().await <= before + 3, "{before} lines, then {}", lines().await);
+    house.stop().await;
+}
+
+// attack 15
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_full_takes_no_server_out_of_service_and_one_that_is_away_does() {
+    let floor = Floor::new().await;
+    let chaos = Chaos::over(std::sync::Arc::new(floor.objects_store()));
+    let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
+    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    chaos.strike_all(Some(What::Full));
+    let full = house.get("/readyz").await;
+    assert_eq!(full.status(), 200);
+    assert!(full.text().await.unwrap().contains("full"));
+    assert_eq!(
+        refusal(house.post_job(super::house::form(3, "mug")).await).await,
+        (507, "storage-full".into())
+    );
+    chaos.strike_all(Some(What::FailsBefore));
+    let away = eventually("an answer of a moment ago is not believed any more", async || {
+        Some(house.get("/readyz").await).filter(|answer| answer.status() != 200)
+    });
+    assert_eq!(refusal(away.await).await, (503, "unavailable".into()));
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
+    let devices = hypnos::health::Health::default();
+    let house = House::build(Plan { devices: devices.clone(), ..Plan::default() }).await;
+    assert_eq!(house.get("/readyz").await.text().await.unwrap(), "ok\n");
+    let (first, second) = (devices.add("cuda:0"), devices.add("cuda:1"));
+    for (say, ready) in [
+        (&(|| first.working()) as &dyn Fn(), true),
+        (&|| second.dead("a secret of the machine"), true),
+        (&|| first.resting("a secret of the machine", Duration::from_secs(5)), false),
+        (&|| first.working(), true),
+    ] {
+        say();
+        let answer = house.get("/readyz").await;
+        if ready {
+            assert_eq!(answer.text().await.unwrap(), "ok\n");
+        } else {
+            let (status, slug, body) = problem(answer).await;
+            assert_eq!((status, slug.as_str()), (503, "unavailable"));
+            assert!(!body["detail"].as_str().unwrap().contains("secret"), "that is for operators: {body}");
+        }
+    }
+    house.stop().await;
+}
+
+// attack 15
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_without_a_body_may_say_how_it_is_packed() {
+    let house = House::start().await;
+    let job = house.new_job().await;
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    for (method, path) in [
+        (Method::GET, "/v1/jobs"),
+        (Method::GET, &path),
+        (Method::POST, &format!("{path}/cancel")),
+        (Method::GET, "/readyz"),
+    ] {
+        let answer = house.ask(method.clone(), path).header("content-encoding", "gzip").send().await.unwrap();
+        assert!(answer.status().is_success(), "{method} {path}: {}", answer.status());
+    }
     house.stop().await;
 }
 

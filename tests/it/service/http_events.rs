@@ -16,17 +16,27 @@ use super::scripted::Script;
 struct Events {
     body: std::pin::Pin<Box<dyn futures_util::Stream<Item = reqwest::Result<bytes::Bytes>> + Send>>,
     read: String,
+    greeted: bool,
 }
 
 impl Events {
     fn of(response: Response) -> Self {
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        Self { body: Box::pin(response.bytes_stream()), read: String::new() }
+        Self { body: Box::pin(response.bytes_stream()), read: String::new(), greeted: false }
     }
 
-    /// The fields of the next event; none when the stream has ended.
+    /// The fields of the next event after the comment that comes first; none when the stream has ended.
     async fn next(&mut self) -> Option<Vec<(String, String)>> {
+        if !self.greeted {
+            self.greeted = true;
+            let first = self.following().await?;
+            assert!(field(&first, "retry").is_some() && field(&first, "data").is_none(), "{first:?}");
+        }
+        self.following().await
+    }
+
+    async fn following(&mut self) -> Option<Vec<(String, String)>> {
         loop {
             if let Some(end) = self.read.find("\n\n") {
                 let event: String = self.read.drain(..end + 2).collect();
@@ -87,6 +97,35 @@ async fn every_change_is_told_once_and_the_end_ends_the_stream() {
     house.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
+    let house = House::start().await;
+    let first = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let second = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/jobs/{second}");
+    let mut events = Events::of(house.get(&format!("{path}/events")).await);
+    let place = |event: &[(String, String)]| {
+        let job: Value = serde_json::from_str(field(event, "data").unwrap()).unwrap();
+        (job["id"].as_str().unwrap().to_owned(), job["queue_position"].as_u64())
+    };
+    let event = events.next().await.unwrap();
+    assert_eq!(place(&event), (second.clone(), Some(1)));
+    let seen = house.get(&path).await.headers()["etag"].clone();
+    let waiting =
+        house.ask(Method::GET, &path).header("if-none-match", seen).header("prefer", "wait=50").send();
+    let moves = async {
+        let canceled = house.ask(Method::POST, &format!("/v1/jobs/{first}/cancel")).send().await.unwrap();
+        assert_eq!(canceled.status(), 202);
+        tokio::time::timeout(Duration::from_secs(20), events.next()).await.expect("it is told").unwrap()
+    };
+    let began = std::time::Instant::now();
+    let (waited, event) = tokio::join!(waiting, moves);
+    assert_eq!(place(&event), (second, Some(0)));
+    assert_eq!(waited.unwrap().json::<Value>().await.unwrap()["queue_position"], 0);
+    assert!(began.elapsed() < Duration::from_secs(20), "whoever waits for a change hears of it too");
+    house.stop().await;
+}
+
 // case 43
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_are_numbered_and_a_place_is_given_back_when_its_client_goes() {
@@ -102,7 +141,7 @@ async fn streams_are_numbered_and_a_place_is_given_back_when_its_client_goes() {
     }
     let refused = house.get(&path).await;
     assert!(refused.headers().contains_key("retry-after"));
-    assert_eq!(refusal(refused).await, (503, "overloaded".into()));
+    assert_eq!(refusal(refused).await, (429, "too-many-requests".into()));
     open.pop();
     eventually("a place is free", async || (house.get(&path).await.status() == 200).then_some(())).await;
     house.stop().await;

@@ -169,6 +169,37 @@ fn by_hand(house: &House, content_type: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
+// case 25, attack 15
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_s_name_may_be_in_any_code_page() {
+    let house = House::start().await;
+    let names: [&[u8]; 5] = [
+        b"Gr\xf6\xdfe.jpg",
+        b"\x83\x5c\x95\x5c",
+        b"\xa4\xe9\xa5\xbb.png",
+        b"\xff\xfe\x00x",
+        "日本.png".as_bytes(),
+    ];
+    for file_name in names {
+        for name_first in [true, false] {
+            let file = [b"; filename=\"", file_name, b"\""].concat();
+            let (before, after) = if name_first { (&b""[..], &file[..]) } else { (&file[..], &b""[..]) };
+            let mut body =
+                b"--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n".to_vec();
+            for n in 0..3 {
+                let head = [b"--b\r\nContent-Disposition: form-data", before, b"; name=\"images\"", after];
+                body.extend(
+                    [&head.concat()[..], b"\r\nContent-Type: image/png\r\n\r\n", &photo(n), b"\r\n"].concat(),
+                );
+            }
+            body.extend_from_slice(b"--b--\r\n");
+            let answer = house.raw(&by_hand(&house, "multipart/form-data; boundary=b", &body)).await;
+            assert!(answer.starts_with("HTTP/1.1 202"), "{}: {answer}", file_name.escape_ascii());
+        }
+    }
+    house.stop().await;
+}
+
 // case 26
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_that_is_none_is_refused_within_bounds() {
@@ -414,6 +445,91 @@ async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
     }
     let page: Value = house.get("/v1/jobs").await.json().await.unwrap();
     assert_eq!(page["data"], json!([]));
+    house.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_failed_or_was_canceled_is_done_again_without_its_photos_being_sent() {
+    let house = House::start().await;
+    let options = r#"{"steps": 7, "seed": 11}"#;
+    let job: Value = house.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    let retry = async |path: &str, key: Option<&str>| {
+        let request = house.ask(Method::POST, &format!("{path}/retry"));
+        let request = key.into_iter().fold(request, |request, key| request.header("idempotency-key", key));
+        request.send().await.unwrap()
+    };
+    let (status, slug, body) = problem(retry(&path, None).await).await;
+    assert_eq!((status, slug.as_str()), (409, "wrong-state"));
+    assert!(body["detail"].as_str().unwrap().contains("is queued; wanted failed or canceled"), "{body}");
+    house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+
+    let answer = retry(&path, Some("again")).await;
+    assert_eq!(answer.status(), 202);
+    let location = answer.headers()["location"].to_str().unwrap().to_owned();
+    let again: Value = answer.json().await.unwrap();
+    assert_eq!(location, format!("{}/v1/jobs/{}", house.url, again["id"].as_str().unwrap()));
+    assert_ne!(again["id"], job["id"]);
+    assert_eq!((&again["retry_of"], &again["state"]), (&job["id"], &json!("queued")));
+    for same in ["class_name", "options", "seed", "photos"] {
+        assert_eq!(again[same], job[same], "{same}");
+    }
+    let seen: Value = house.get(&path).await.json().await.unwrap();
+    assert_eq!(
+        (&seen["state"], &seen["retry_of"]),
+        (&json!("canceled"), &Value::Null),
+        "what has ended never changes"
+    );
+
+    // The same request is one job, and its name belongs to it.
+    let replayed = retry(&path, Some("again")).await;
+    assert_eq!(replayed.headers()["idempotent-replayed"], "true");
+    assert_eq!(replayed.json::<Value>().await.unwrap()["id"], again["id"]);
+    let request = house.ask(Method::POST, "/v1/jobs").header("idempotency-key", "again");
+    let other = request.multipart(form(3, "mug")).send().await.unwrap();
+    assert_eq!(refusal(other).await, (422, "idempotency-key-reused".into()));
+
+    // Each is deleted without the other.
+    assert_eq!(house.ask(Method::DELETE, &path).send().await.unwrap().status(), 204);
+    let id = job["id"].as_str().unwrap().parse().unwrap();
+    hypnos::janitor::erase(&house.floor.store, &house.floor.blobs, house.tenant, id).await.unwrap();
+    assert_eq!(refusal(retry(&path, None).await).await, (404, "not-found".into()));
+    let kept = house.row(again["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap();
+    for photo in &kept.photos {
+        house.floor.blobs.get(photo).await.unwrap();
+    }
+    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    assert_eq!(objects.len(), 3, "{objects:?}");
+    house.stop().await;
+}
+
+// cases 48, 61, for copies
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_stays_of_a_training_that_could_not_be_done_again() {
+    let floor = Floor::new().await;
+    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let blobs = Some(Blobs::over(Arc::new(chaos.clone())));
+    let mut plan = Plan { blobs, ..Plan::default() };
+    plan.settings.queue_max = 1;
+    let house = House::on(floor, plan).await;
+    let job = house.new_job().await;
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    let retry = async || house.ask(Method::POST, &format!("{path}/retry")).send().await.unwrap();
+    for nth in 0..6 {
+        chaos.strike(nth, What::FailsBefore);
+        assert_eq!(refusal(retry().await).await, (503, "unavailable".into()), "{nth}");
+    }
+    chaos.strike(1, What::Full);
+    assert_eq!(refusal(retry().await).await, (507, "storage-full".into()));
+    house.new_job().await;
+    assert_eq!(refusal(retry().await).await, (429, "queue-full".into()));
+    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    assert_eq!(objects.len(), 6, "the photos of the two that are there: {objects:?}");
+    for photo in &house.row(job["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap().photos {
+        house.floor.blobs.delete(&hypnos::blobs::Key::parse(&photo.key).unwrap()).await.unwrap();
+    }
+    assert_eq!(refusal(retry().await).await, (500, "artifact-missing".into()));
     house.stop().await;
 }
 

@@ -128,6 +128,35 @@ async fn a_signed_url_opens_one_file_for_a_while() {
     house.stop().await;
 }
 
+// attack 12: nobody tidies here, so that the objects are still there
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_url_ends_with_its_job() {
+    let house = House::start().await;
+    let trained = house.trained().await;
+    let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
+    let urls: Vec<&str> =
+        files["data"].as_array().unwrap().iter().map(|file| file["url"].as_str().unwrap()).collect();
+    assert!(urls.len() > 3);
+    for url in &urls {
+        assert_eq!(house.client.get(*url).send().await.unwrap().status(), 200, "{url}");
+    }
+    let deleted = house.ask(Method::DELETE, &format!("/v1/jobs/{trained}")).send().await.unwrap();
+    assert_eq!(deleted.status(), 204);
+    let scope = hypnos::blobs::Scope::job(house.tenant, trained);
+    assert!(!house.blobs.list(&scope).await.unwrap().is_empty());
+    for url in urls {
+        assert_eq!(refusal(house.client.get(url).send().await.unwrap()).await, (404, "not-found".into()));
+    }
+    // One whose object a later attempt has replaced ends too.
+    let again = house.trained().await;
+    let object = house.floor.store.artifact(house.tenant, again, "report.json").await.unwrap().unwrap();
+    let key = object.key.replace("/a/1/", "/a/7/");
+    let replaced = hypnos::job::Object { key, ..object };
+    let url = house.blobs.sign(&replaced, Duration::from_mins(1), jiff::Timestamp::now()).await.unwrap();
+    assert_eq!(refusal(house.client.get(url).send().await.unwrap()).await.0, 404);
+    house.stop().await;
+}
+
 // cases 51, 83
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_training_that_succeeded_is_drawn_with() {
@@ -238,8 +267,17 @@ async fn a_sample_sent_twice_under_one_key_is_one_sample() {
     let answer = request.json(&json!({ "prompts": ["c"] })).send().await.unwrap();
     assert_eq!(answer.status(), 202);
     let id = answer.json::<Value>().await.unwrap()["id"].as_str().unwrap().to_owned();
+    let early = house.ask(Method::POST, &format!("/v1/samples/{id}/retry")).send().await.unwrap();
+    assert_eq!(refusal(early).await, (409, "wrong-state".into()));
     let canceled = house.ask(Method::POST, &format!("/v1/samples/{id}/cancel")).send().await.unwrap();
     assert_eq!(canceled.status(), 202);
-    assert_eq!(canceled.json::<Value>().await.unwrap()["state"], "canceled");
+    let canceled: Value = canceled.json().await.unwrap();
+    assert_eq!(canceled["state"], "canceled");
+    // One that ended without pictures is drawn again as a new one.
+    let again = house.ask(Method::POST, &format!("/v1/samples/{id}/retry")).send().await.unwrap();
+    assert_eq!(again.status(), 202);
+    let again: Value = again.json().await.unwrap();
+    assert_eq!((&again["retry_of"], &again["state"]), (&canceled["id"], &json!("queued")));
+    assert_eq!((&again["spec"], &again["job_id"]), (&canceled["spec"], &canceled["job_id"]));
     house.stop().await;
 }

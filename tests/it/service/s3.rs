@@ -13,21 +13,23 @@ use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
+use hyper::http::request::Parts;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use hypnos::blobs::Bucket;
+use hypnos::blobs::{Bucket, Credentials};
 use hypnos::ml::random;
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AwsAuthorizer, AwsCredential};
+use object_store::client::HttpRequestBody;
 use object_store::signer::{SignedUrlOptions, Signer};
 use object_store::{ClientOptions, ObjectStore};
 use tempfile::TempDir;
 
-const REGION: &str = "us-east-1";
-const ACCESS_KEY: &str = "GK31c2f218a2e44f485b94239e";
-const SECRET_KEY: &str = "b892c0665f0ada8a4755dae98baa3b133590e11dae3bcc1f9d769d67f16c3835";
-const BUCKET: &str = "hypnos";
+pub(crate) const REGION: &str = "us-east-1";
+pub(crate) const ACCESS_KEY: &str = "GK31c2f218a2e44f485b94239e";
+pub(crate) const SECRET_KEY: &str = "b892c0665f0ada8a4755dae98baa3b133590e11dae3bcc1f9d769d67f16c3835";
+pub(crate) const BUCKET: &str = "hypnos";
 const INSTALL: &str = "no `garage` in $HYPNOS_TEST_GARAGE, PATH or ~/.cache/hypnos/tools/bin: run .ci/test, or \
                        cargo install garage --version 2.5.0 --locked --debug --no-default-features \
                        --features bundled-libs,sqlite --root ~/.cache/hypnos/tools";
@@ -45,8 +47,16 @@ fn bucket(endpoint: &str) -> Bucket {
         endpoint: Some(endpoint.into()),
         public_endpoint: None,
         region: REGION.into(),
+        credentials: keys(SECRET_KEY),
+    }
+}
+
+/// Our keys, with this secret.
+pub(crate) fn keys(secret_key: &str) -> Credentials {
+    Credentials::Keys {
         access_key: ACCESS_KEY.into(),
-        secret_key: SECRET_KEY.into(),
+        secret_key: secret_key.to_owned().into(),
+        session_token: None,
     }
 }
 
@@ -142,6 +152,18 @@ impl Garage {
         Arc::new(client(&self.endpoint))
     }
 
+    /// Writes or reads an object of any key at all, which the library would not.
+    pub(crate) async fn raw(&self, method: Method, key: &str, bytes: &'static [u8]) -> reqwest::Response {
+        let url = format!("{}/{BUCKET}/{key}", self.endpoint);
+        let body = HttpRequestBody::from(Bytes::from_static(bytes));
+        let mut request = Request::builder().method(method.clone()).uri(&url).body(body).unwrap();
+        let credential =
+            AwsCredential { key_id: ACCESS_KEY.into(), secret_key: SECRET_KEY.into(), token: None };
+        AwsAuthorizer::new(&credential, "s3", REGION).try_authorize(&mut request, None).unwrap();
+        let headers = request.headers().clone();
+        http().request(method, url).headers(headers).body(bytes).send().await.unwrap()
+    }
+
     /// The answer to the question which uploads are unfinished.
     pub(crate) async fn unfinished(&self) -> usize {
         let options = SignedUrlOptions::new().with_query([("uploads", "")]);
@@ -213,9 +235,41 @@ impl Fault {
 /// Chooses a request by its method and its path with query.
 type Choice = fn(&Method, &str) -> bool;
 
+/// What a store answers in its own way: to this request, instead of doing it.
+pub(crate) type Quirk = dyn Fn(&Parts) -> Option<Answer> + Send + Sync;
+
+/// An answer of a store.
+#[derive(Clone, Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(&'static str, String)>,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    /// A refusal in S3's form.
+    pub(crate) fn refusal(status: u16, code: &str, more: &str) -> Self {
+        let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code>{more}</Error>");
+        Self { status, headers: Vec::new(), body }
+    }
+
+    fn sent(self) -> Response<Body> {
+        let mut answer = Response::builder().status(self.status);
+        for (name, value) in self.headers {
+            answer = answer.header(name, value);
+        }
+        answer.body(whole(self.body.into())).unwrap()
+    }
+}
+
 #[derive(Default)]
 struct Faults {
     planned: VecDeque<(Choice, Fault, usize)>,
+    quirk: Option<Arc<Quirk>>,
+    /// What is put into listings as if it lay there.
+    listed: Vec<String>,
+    /// Method and path with query of every request.
+    asked: Vec<String>,
     /// One in so many requests goes wrong, by a stream of random numbers.
     random: Option<(u64, u64, u64)>,
 }
@@ -288,6 +342,21 @@ impl Faulty {
         *self.faults.lock().unwrap() = Faults::default();
     }
 
+    /// From now on it has a way of its own.
+    pub(crate) fn has(&self, quirk: impl Fn(&Parts) -> Option<Answer> + Send + Sync + 'static) {
+        self.faults.lock().unwrap().quirk = Some(Arc::new(quirk));
+    }
+
+    /// From now on it lists these keys too, as a store does that others write to.
+    pub(crate) fn lists(&self, keys: &[String]) {
+        self.faults.lock().unwrap().listed = keys.to_vec();
+    }
+
+    /// Methods and paths with queries of the requests since the last time that this was asked.
+    pub(crate) fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.faults.lock().unwrap().asked)
+    }
+
     /// How the service reaches its bucket.
     pub(crate) fn bucket(&self) -> Bucket {
         bucket(&self.endpoint)
@@ -329,7 +398,17 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, io::Error> {
     let uri = request.uri().to_string();
-    let fault = plan.lock().unwrap().next(request.method(), &uri);
+    let (fault, quirk, listed) = {
+        let mut plan = plan.lock().unwrap();
+        plan.asked.push(format!("{} {uri}", request.method()));
+        (plan.next(request.method(), &uri), plan.quirk.clone(), plan.listed.clone())
+    };
+    let (head, body) = request.into_parts();
+    if let Some(answer) = quirk.and_then(|quirk| quirk(&head)) {
+        return Ok(answer.sent());
+    }
+    let request = Request::from_parts(head, body);
+    let is_listing = request.method() == Method::GET && uri.contains("list-type=2");
     let broken = |_| io::Error::other("the request broke off");
     match fault {
         Some(Fault::SlowDown) => return Ok(refusal(503, "SlowDown")),
@@ -338,9 +417,21 @@ async fn answer(
         Some(Fault::Slow) => tokio::time::sleep(Duration::from_millis(100)).await,
         _ => {}
     }
-    let (head, body) =
+    let (mut head, body) =
         service.call(request.map(s3s::Body::from)).await.map_err(|_| io::Error::other("s3s"))?.into_parts();
-    let bytes = body.collect().await.map_err(broken)?.to_bytes();
+    let mut bytes = body.collect().await.map_err(broken)?.to_bytes();
+    if is_listing {
+        let prefix = listed_prefix(&uri);
+        let entries = listed.iter().filter(|key| key.starts_with(&prefix)).map(|key| {
+            format!(
+                "<Contents><Key>{key}</Key><LastModified>2020-01-01T00:00:00.000Z</LastModified><Size>1</Size></Contents>"
+            )
+        });
+        let entries: String = entries.collect();
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        bytes = text.replace("</ListBucketResult>", &format!("{entries}</ListBucketResult>")).into();
+        head.headers.remove("content-length");
+    }
     if fault == Some(Fault::Lost) {
         return Err(io::Error::other("lost"));
     }
@@ -368,6 +459,12 @@ async fn answer(
         _ => whole(bytes),
     };
     Ok(answer.map(|()| body))
+}
+
+/// What the keys of a listing are to begin with.
+fn listed_prefix(uri: &str) -> String {
+    let prefix = uri.split(['?', '&']).find_map(|field| field.strip_prefix("prefix="));
+    prefix.unwrap_or_default().replace("%2F", "/")
 }
 
 fn refusal(status: u16, code: &str) -> Response<Body> {

@@ -29,13 +29,15 @@ pub(super) enum Did {
 #[derive(Clone, Debug)]
 pub(super) struct Script {
     pub(super) step: Duration,
+    /// The kind of device: each draws one picture in bytes of its own.
+    pub(super) device: &'static str,
     pub(super) did: Arc<Mutex<Vec<Did>>>,
 }
 
 impl Script {
     /// Engines whose steps take this long.
     pub(super) fn new(step: Duration) -> Self {
-        Self { step, did: Arc::default() }
+        Self { step, device: "", did: Arc::default() }
     }
 
     /// Makes engines that follow it. What they do on purpose to trainings of some class names:
@@ -138,7 +140,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
         if had.is_none() {
             std::thread::sleep(script.step);
             script.did(Did::ClassImage(seed as u64));
-            let png = picture("class", seed as u64, Format::Png).bytes;
+            let png = picture(&format!("class{}", script.device), seed as u64, Format::Png).bytes;
             if watch(engine, Beat::ClassImage { index: seed, png }) != Flow::Continue {
                 return Ok(Ending::Stopped);
             }

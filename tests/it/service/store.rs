@@ -1,21 +1,27 @@
-//! The store's contract: one suite, run against both databases.
+//! The store's contract: one suite, run against both databases, and against Postgres behind a pooler.
 
+mod admin;
 mod contract;
 mod crash;
+mod deployment;
+mod pooler;
+mod unknown;
+mod upgrade;
 mod walk;
 
+use std::path::Path;
 use std::time::Duration;
 
 use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Store, Submitted, Wakes};
+use hypnos::store::{Idempotency, NewJob, Origin, Sessions, Store, Submitted, Wakes};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
-use super::postgres::Postgres;
+use super::postgres::{Bouncer, Postgres, socket_of};
 
 const LONG: Duration = Duration::from_mins(10);
 const NONE: Duration = Duration::ZERO;
@@ -23,9 +29,13 @@ const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 
 /// A database of a test's own.
 struct House {
+    /// Where the store connects to.
     url: String,
+    /// The database itself, where a pooler is in between.
+    direct: Option<String>,
     store: Store,
     dir: Option<tempfile::TempDir>,
+    _bouncer: Option<Bouncer>,
 }
 
 impl House {
@@ -39,15 +49,29 @@ impl House {
         Self::at(Postgres::database().await).await
     }
 
+    /// Behind a PgBouncer in transaction mode.
+    async fn pgbouncer() -> Self {
+        let direct = Postgres::database().await;
+        let bouncer = Bouncer::start(socket_of(&direct), "");
+        let house = Self::at(bouncer.through(&direct)).await;
+        assert_eq!(house.store.sessions(), Some(Sessions::Shared));
+        Self { direct: Some(direct), _bouncer: Some(bouncer), ..house }
+    }
+
     async fn at(url: String) -> Self {
         let store = Store::connect(&url, 16).await.unwrap();
         store.migrate().await.unwrap();
-        Self { url, store, dir: None }
+        Self { url, direct: None, store, dir: None, _bouncer: None }
     }
 
     /// As another process would have it.
     async fn another(&self) -> Store {
-        Store::connect(&self.url, 16).await.unwrap()
+        Store::connect_past(&self.url, self.direct.as_deref(), 16).await.unwrap()
+    }
+
+    /// The address of the database itself.
+    fn direct(&self) -> &str {
+        self.direct.as_ref().unwrap_or(&self.url)
     }
 
     /// Does to the database what the store would not.
@@ -57,8 +81,48 @@ impl House {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             text.execute(&mut connection).await.unwrap();
         } else {
-            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            let mut connection = PgConnection::connect(self.direct()).await.unwrap();
             text.execute(&mut connection).await.unwrap();
+        }
+    }
+
+    /// Rows of two texts.
+    async fn pairs(&self, text: &str) -> Vec<(String, String)> {
+        if self.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
+        } else {
+            let mut connection = PgConnection::connect(self.direct()).await.unwrap();
+            sqlx::query_as(AssertSqlSafe(text.to_owned())).fetch_all(&mut connection).await.unwrap()
+        }
+    }
+
+    /// Empties the database and gives it the schema of migration 0001, as the first release left it.
+    async fn back_to_the_first_schema(&self) {
+        self.clear().await;
+        let sqlite = self.url.starts_with("sqlite:");
+        let dir = format!("{}/migrations", env!("CARGO_MANIFEST_DIR"));
+        let dir = Path::new(&dir).join(if sqlite { "sqlite" } else { "postgres" });
+        let mut first = sqlx::migrate::Migrator::new(dir).await.unwrap();
+        first.migrations.to_mut().retain(|migration| migration.version == 1);
+        if sqlite {
+            first.run(&mut SqliteConnection::connect(&self.url).await.unwrap()).await.unwrap();
+        } else {
+            first.run(&mut PgConnection::connect(self.direct()).await.unwrap()).await.unwrap();
+        }
+    }
+
+    /// As if it had just been made.
+    async fn clear(&self) {
+        if !self.url.starts_with("sqlite:") {
+            return self.sql("drop schema public cascade; create schema public").await;
+        }
+        let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+        let select = "select 'drop ' || type || ' ' || name from sqlite_master where type in ('table', 'view')";
+        let drops: Vec<String> = sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap();
+        sqlx::raw_sql("pragma foreign_keys = off").execute(&mut connection).await.unwrap();
+        for drop in drops {
+            sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();
         }
     }
 
@@ -113,6 +177,7 @@ fn training(tenant: TenantId) -> NewJob {
         max_attempts: 3,
         idempotency: None,
         queue_max: u64::MAX,
+        origin: Origin::default(),
     }
 }
 
@@ -150,8 +215,8 @@ fn fault() -> Fault {
     Fault::new(FaultCode::Machine, "out of memory")
 }
 
-/// Runs each promise against either database.
-macro_rules! on_both {
+/// Runs each promise against either database, and against one behind a pooler.
+macro_rules! on_each {
     ($($promise:ident),+ $(,)?) => {
         mod sqlite {
             $(
@@ -169,6 +234,14 @@ macro_rules! on_both {
                 }
             )+
         }
+        mod pgbouncer {
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $promise() {
+                    super::$promise(super::House::pgbouncer().await).await;
+                }
+            )+
+        }
     };
 }
-use on_both;
+use on_each;

@@ -11,18 +11,18 @@ use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
 use super::floor::eventually;
-use super::postgres::Postgres;
-use super::s3::{Garage, http};
+use super::postgres::{Bouncer, Postgres, socket_of};
+use super::s3::{ACCESS_KEY, Garage, SECRET_KEY, http};
 
 /// A process of ours, killed with this value.
-struct Process {
-    child: Child,
+pub(super) struct Process {
+    pub(super) child: Child,
     log: PathBuf,
 }
 
 impl Process {
     /// Runs `hypnos ARGS` in the repository, with these settings and no others.
-    fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
+    pub(super) fn start(dir: &Path, name: &str, args: &[&str], settings: &BTreeMap<&str, String>) -> Self {
         let log = dir.join(format!("{name}.log"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPNOS_"))
@@ -41,17 +41,17 @@ impl Process {
         Self { child, log }
     }
 
-    fn signal(&self, signal: &str) {
+    pub(super) fn signal(&self, signal: &str) {
         let done = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         assert!(done.success());
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
     /// Waits until it has ended by itself; whether well.
-    async fn ended(&mut self) -> bool {
+    pub(super) async fn ended(&mut self) -> bool {
         let ended = eventually("the process ends", async || self.child.try_wait().unwrap());
         ended.await.success()
     }
@@ -64,15 +64,15 @@ impl Drop for Process {
     }
 }
 
-fn free_address() -> SocketAddr {
+pub(super) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-fn photo(n: usize) -> PathBuf {
+pub(super) fn photo(n: usize) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/photos/mug-{n}.jpg"))
 }
 
-async fn is_ready(url: &str) {
+pub(super) async fn is_ready(url: &str) {
     let client = http();
     eventually("the service is ready", async || {
         client.get(format!("{url}/readyz")).send().await.ok().filter(|answer| answer.status().is_success())
@@ -136,12 +136,24 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     assert!(serve.ended().await, "{}", serve.log());
 }
 
-/// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
-/// revived; a third ends the job.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
+    one_killed_and_one_frozen(Postgres::database().await).await;
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_outlives_a_killed_worker_and_a_frozen_one_behind_a_pooler() {
+    let direct = Postgres::database().await;
+    let bouncer = Bouncer::start(socket_of(&direct), "");
+    one_killed_and_one_frozen(bouncer.through(&direct)).await;
+}
+
+/// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
+/// revived; a third ends the job.
+async fn one_killed_and_one_frozen(database: String) {
     let dir = tempfile::tempdir().unwrap();
-    let (garage, database) = (Garage::start().await, Postgres::database().await);
+    let garage = Garage::start().await;
     let (bucket, address) = (garage.bucket(), free_address());
     let url = format!("http://{address}");
     let mut settings = BTreeMap::from([
@@ -149,8 +161,8 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
         ("HYPNOS_DATA", dir.path().join("serve").display().to_string()),
         ("HYPNOS_OBJECTS", format!("s3://{}/story", bucket.name)),
         ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
-        ("HYPNOS_S3_ACCESS_KEY", bucket.access_key.clone()),
-        ("HYPNOS_S3_SECRET_KEY", secrecy::ExposeSecret::expose_secret(&bucket.secret_key).to_owned()),
+        ("HYPNOS_S3_ACCESS_KEY", ACCESS_KEY.to_owned()),
+        ("HYPNOS_S3_SECRET_KEY", SECRET_KEY.to_owned()),
         ("HYPNOS_BUNDLE", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle").display().to_string()),
         ("HYPNOS_LEASE_SECS", "3".into()),
         ("HYPNOS_BEAT_SECS", "0.2".into()),
@@ -171,6 +183,10 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     settings.remove("HYPNOS_LISTEN");
     settings.remove("HYPNOS_AUTH");
     is_ready(&url).await;
+    let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
+    let shared = store.sessions() == Some(hypnos::store::Sessions::Shared);
+    let told = serve.log().matches("the database is behind a pooler").count();
+    assert_eq!(told, usize::from(shared), "in one line: {}", serve.log());
     let client = http();
     let worker = |name: &str| {
         let mut settings = settings.clone();
@@ -196,7 +212,6 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
     assert_eq!(answer.status(), 202);
     let job = answer.headers()["location"].to_str().unwrap().to_owned();
     let id = job.rsplit('/').next().unwrap().parse().unwrap();
-    let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
     let tenant = store.ensure_tenant("shop").await.unwrap();
     let row = async || store.find(tenant, id, hypnos::job::Kind::Train).await.unwrap().unwrap();
     let steps = |row: &hypnos::job::Job| row.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
@@ -293,6 +308,49 @@ fn hex(bytes: &[u8]) -> String {
     format!("{:x}", sha2::Sha256::digest(bytes))
 }
 
+// attack 3
+#[tokio::test(flavor = "multi_thread")]
+async fn a_public_url_that_others_reach_means_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let url = format!("http://{address}");
+    let settings = BTreeMap::from([
+        ("HYPNOS_DATA", dir.path().join("data").display().to_string()),
+        ("HYPNOS_LISTEN", address.to_string()),
+        ("HYPNOS_PUBLIC_URL", "https://hypnos.example".to_owned()),
+    ]);
+    let serve = Process::start(dir.path(), "serve", &["serve"], &settings);
+    is_ready(&url).await;
+    let client = http();
+    for host in ["hypnos.example", "localhost"] {
+        let ask = client.get(format!("{url}/v1/jobs")).header("host", host);
+        let answer = ask.header("x-forwarded-for", "192.0.2.60").send().await.unwrap();
+        assert_eq!(answer.status(), 401, "{host}");
+    }
+    assert!(serve.log().contains("hypnos keys create"), "nobody can call yet: {}", serve.log());
+}
+
+// attack 8, 15
+#[tokio::test(flavor = "multi_thread")]
+async fn many_uploads_at_once_are_accepted_or_told_a_wait_that_holds_and_memory_goes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let seen = dir.path().join("seen.json");
+    let mut load = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/load-uploads"));
+    load.arg(env!("CARGO_BIN_EXE_hypnos")).args(["--uploads", "12", "--photos", "3", "--settle", "2"]);
+    load.args(["--directory", dir.path().to_str().unwrap(), "--json", seen.to_str().unwrap()]);
+    let ran = tokio::task::spawn_blocking(move || load.output().unwrap()).await.unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{said}");
+    let seen: Value = serde_json::from_str(&std::fs::read_to_string(&seen).unwrap()).unwrap();
+    let seen = &seen[0];
+    let told: Vec<_> = ["accepted", "timed_out", "told_again"].iter().map(|name| &seen[name]).collect();
+    assert_eq!(told, [&json!(12), &json!(0), &json!(0)], "{said}");
+    let megabytes = |name: &str| seen[name].as_f64().unwrap();
+    // All twelve together are 526 MB: in memory are those that are being decoded, and afterwards none.
+    assert!(megabytes("peak_mb") < megabytes("idle_mb") + 500.0, "{said}");
+    assert!(megabytes("after_mb") < megabytes("idle_mb") + 60.0, "{said}");
+}
+
 /// Arguments, settings, and what the program says of them.
 type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 
@@ -301,14 +359,30 @@ type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 fn settings_that_cannot_work_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
-    let cases: [Case; 9] = [
+    let cases: [Case; 13] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
         (
             &["serve", "--listen", "0.0.0.0:0", "--auth", "none"],
             &[],
             "HYPNOS_AUTH is none, but HYPNOS_LISTEN is",
         ),
+        (
+            &["serve", "--listen", "127.0.0.1:0", "--auth", "none", "--public-url", "https://hypnos.example"],
+            &[],
+            "HYPNOS_AUTH is none, but HYPNOS_PUBLIC_URL is https://hypnos.example, which others reach; wanted HYPNOS_AUTH=keys",
+        ),
+        (&["serve"], &[("HYPNOS_PUBLIC_URL", "https://a@b")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
         (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
+        (
+            &["serve"],
+            &[("HYPNOS_DATABASE_DIRECT", "mysql://x")],
+            "HYPNOS_DATABASE_DIRECT: wanted postgres://…, got \"mysql\"",
+        ),
+        (
+            &["serve"],
+            &[("HYPNOS_DATABASE_DIRECT", "postgres://host/x")],
+            "HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file",
+        ),
         (&["serve"], &[("HYPNOS_OBJECTS", "s3://bucket")], "HYPNOS_S3_ACCESS_KEY is not set"),
         (&["serve"], &[("HYPNOS_S3_ENDPOINT", "http://x")], "HYPNOS_OBJECTS is not s3://BUCKET"),
         (&["serve"], &[("HYPNOS_PUBLIC_URL", "ftp://x")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),

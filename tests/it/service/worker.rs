@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::chaos::{Chaos, What};
 use super::floor::{Floor, eventually, is};
+use super::postgres::{Bouncer, Postgres, socket_of};
 use super::scripted::{Did, Script, expected_weights};
 
 const QUICK: Duration = Duration::from_millis(1);
@@ -233,10 +234,10 @@ async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
 
 /// Kills a worker during its `nth` use of the store, for every n that a training has, and sees to it that another ends
 /// the job with the right result, whole, and that no object is left which no row names, but for the dead attempt's.
-async fn killed_at_every_use_of_the_store(what: What) {
+async fn killed_at_every_use_of_the_store(what: What, new_floor: impl AsyncFn() -> Floor) {
     let mut n = 0;
     loop {
-        let mut floor = Floor::new().await;
+        let mut floor = new_floor().await;
         floor.settings.lease = Duration::from_millis(400);
         floor.settings.beat = Duration::from_millis(50);
         floor.settings.checkpoint_every = Duration::from_millis(8);
@@ -273,13 +274,25 @@ async fn killed_at_every_use_of_the_store(what: What) {
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_before_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsBefore).await;
+    killed_at_every_use_of_the_store(What::HangsBefore, Floor::new).await;
 }
 
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_after_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsAfter).await;
+    killed_at_every_use_of_the_store(What::HangsAfter, Floor::new).await;
+}
+
+// case 55, A7
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_behind_a_pooler_loses_nothing() {
+    let direct = Postgres::database().await;
+    let bouncer = Bouncer::start(socket_of(&direct), "");
+    let floor = async || {
+        let database = bouncer.through(&Postgres::database().await);
+        Floor::on(tempfile::tempdir().unwrap(), &database).await
+    };
+    killed_at_every_use_of_the_store(What::HangsAfter, floor).await;
 }
 
 // case 68
@@ -323,4 +336,113 @@ async fn a_training_deleted_while_it_runs_is_gone_at_once_and_its_objects_soon()
     worker.stop().await;
     assert!(script.steps("mug").len() <= steps + 1);
     stop.cancel();
+}
+
+/// Every class image that a row names is there as the row says, and no other is.
+async fn class_images_are_as_their_rows_say(floor: &Floor, n: usize) {
+    let settings = floor.blobs.list(&Scope::class_images(super::floor::TENANT)).await.unwrap();
+    let settings = settings
+        .first()
+        .and_then(|entry| entry.key.class_image_of().map(|(_, settings)| settings.to_owned()));
+    let rows = floor.store.class_images(super::floor::TENANT, &settings.unwrap()).await.unwrap();
+    assert_eq!(rows.len(), n);
+    for (seed, object) in &rows {
+        floor.blobs.get(object).await.unwrap_or_else(|error| panic!("class image {seed}: {error}"));
+    }
+    let mut named: Vec<String> = rows.into_iter().map(|(_, object)| object.key).collect();
+    named.sort();
+    let there = floor.blobs.list(&Scope::class_images(super::floor::TENANT)).await.unwrap();
+    assert_eq!(there.into_iter().map(|entry| entry.key.to_string()).collect::<Vec<_>>(), named);
+}
+
+// two kinds of device draw one class image at once, each in bytes of its own
+#[tokio::test(flavor = "multi_thread")]
+async fn class_images_that_two_devices_draw_at_once_stay_readable() {
+    let floor = Floor::new().await;
+    let step = Duration::from_millis(150);
+    let jobs = [floor.train("mug", 4).await, floor.train("mug", 4).await];
+    let scripts = ["cpu", "gpu"].map(|device| Script { device, ..Script::new(step) });
+    let workers = [floor.work(&scripts[0]), floor.work(&scripts[1])];
+    for job in &jobs {
+        assert_eq!(floor.ended(job).await.state, State::Succeeded);
+    }
+    let drawn =
+        |script: &Script| script.did.lock().unwrap().iter().any(|did| matches!(did, Did::ClassImage(_)));
+    assert!(scripts.iter().all(drawn), "both drew them, for neither was done when the other began");
+    for worker in workers {
+        worker.stop().await;
+    }
+    class_images_are_as_their_rows_say(&floor, 2).await;
+    // A third has them without drawing.
+    let third = Script::new(QUICK);
+    let worker = floor.work(&third);
+    floor.ended(&floor.train("mug", 4).await).await;
+    worker.stop().await;
+    assert!(!drawn(&third));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_class_image_that_is_damaged_or_gone_is_drawn_again_and_replaced() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    floor.ended(&floor.train("mug", 4).await).await;
+    worker.stop().await;
+    let there = floor.blobs.list(&Scope::class_images(super::floor::TENANT)).await.unwrap();
+    assert_eq!(there.len(), 2);
+    std::fs::write(floor.objects().join(there[0].key.as_str()), "damaged").unwrap();
+    floor.blobs.delete(&there[1].key).await.unwrap();
+
+    let script = Script { device: "another", ..Script::new(QUICK) };
+    let worker = floor.work(&script);
+    floor.ended(&floor.train("mug", 4).await).await;
+    floor.ended(&floor.train("mug", 4).await).await;
+    worker.stop().await;
+    let drawn = script.did.lock().unwrap().iter().filter(|did| matches!(did, Did::ClassImage(_))).count();
+    assert_eq!(drawn, 2, "once each, and never again");
+    // The damaged one is nobody's any more, and the sweep's.
+    floor.blobs.delete(&there[0].key).await.unwrap();
+    class_images_are_as_their_rows_say(&floor, 2).await;
+}
+
+// attack 12
+#[tokio::test(flavor = "multi_thread")]
+async fn the_weights_of_a_deleted_product_leave_the_disk() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    let kept = floor.train("mug", 4).await;
+    let gone = floor.train("chair", 5).await;
+    for job in [&kept, &gone] {
+        assert_eq!(floor.ended(job).await.state, State::Succeeded);
+        assert_eq!(floor.ended(&floor.sample(job.id, 2).await).await.state, State::Succeeded);
+    }
+    let cached = || {
+        let files = std::fs::read_dir(floor.settings.scratch.join("weights")).unwrap().flatten();
+        let mut names: Vec<String> =
+            files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(cached().len(), 2);
+    let weights = floor.store.artifact(super::floor::TENANT, kept.id, WEIGHTS).await.unwrap().unwrap();
+    assert!(floor.store.delete(super::floor::TENANT, gone.id).await.unwrap());
+    let one = [format!("{}.safetensors", weights.sha256)];
+    eventually("its weights are gone from the disk", async || (cached() == one).then_some(())).await;
+    worker.stop().await;
+}
+
+// attack 12: what a dead worker held of a product goes without anybody starting another
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_worker_s_scratch_is_removed_by_those_that_live() {
+    let floor = Floor::new().await;
+    let runs =
+        || std::fs::read_dir(floor.settings.scratch.join("runs")).map_or(0, |runs| runs.flatten().count());
+    let living = floor.work(&Script::new(QUICK));
+    let dead = floor.work(&Script::new(SLOW));
+    eventually("both have scratch of their own", async || (runs() == 2).then_some(())).await;
+    dead.kill().await;
+    assert_eq!(runs(), 2);
+    eventually("one is left", async || (runs() == 1).then_some(())).await;
+    let job = floor.train("mug", 4).await;
+    assert_eq!(floor.ended(&job).await.state, State::Succeeded, "it still has its own");
+    living.stop().await;
 }

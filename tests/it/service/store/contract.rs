@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-on_both! {
+on_each! {
     a_job_comes_back_as_it_was_accepted,
     fifty_equal_requests_at_once_are_one_job,
     a_key_belongs_to_one_request_for_a_day,
@@ -26,6 +26,7 @@ on_both! {
     a_renewal_holds_the_lease_and_tells_of_a_cancel,
     the_version_changes_when_a_client_can_see_a_change,
     a_lost_lease_writes_nothing,
+    an_end_that_is_said_again_changes_nothing,
     a_lost_worker_costs_an_attempt_and_the_last_one_the_job,
     a_deadline_ends_an_attempt_however_alive_its_worker_looks,
     a_lease_that_is_held_is_not_rescued,
@@ -41,14 +42,16 @@ on_both! {
     a_deleted_training_takes_no_more_samples,
     spent_checkpoints_are_named_until_they_are_forgotten,
     the_first_class_image_stays,
-    what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named,
     lists_are_filtered_and_turned_page_by_page,
     another_tenants_rows_are_not_there,
     keys_open_until_they_expire_or_are_revoked,
+    keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made,
     gauges_count_what_waits_and_what_runs,
     a_submission_wakes_who_waits,
     two_migrations_at_once_are_one,
     a_schema_of_another_version_is_refused,
+    the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs,
+    what_a_row_names_is_read_under_its_lock,
 }
 
 async fn a_job_comes_back_as_it_was_accepted(house: House) {
@@ -132,7 +135,7 @@ async fn a_key_is_free_again_when_its_job_is_deleted(house: House) {
     assert!(house.store.delete(tenant, job.id).await.unwrap());
     assert_eq!(house.store.replay(tenant, &named("order-1", "abc")).await.unwrap(), None);
     let next = house.accept(request()).await;
-    house.store.erased(job.id).await.unwrap();
+    house.store.erased(&[job.id]).await.unwrap();
     let now = house.store.submit(request()).await.unwrap();
     assert_eq!(now, Submitted::Replayed(next), "the first job's end does not take the second's key");
 }
@@ -356,17 +359,24 @@ async fn a_lost_lease_writes_nothing(house: House) {
     house.store.commit_checkpoint(lost, &checkpoint(1)).await.unwrap();
     assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
     let unborn = Lease { job: JobId::new(), run_lease: 1 };
-    writes_nothing(&house, tenant, id, &[lost, unborn], "waiting again").await;
+    writes_nothing(&house, tenant, id, &[lost, unborn], None, "waiting again").await;
 
     let held = house.claim().await.unwrap().lease();
     let future = Lease { job: id, run_lease: held.run_lease + 1 };
-    writes_nothing(&house, tenant, id, &[lost, future, unborn], "another's").await;
+    writes_nothing(&house, tenant, id, &[lost, future, unborn], None, "another's").await;
 
     house.store.finish(held, &json!({}), &[object("weights")]).await.unwrap();
-    writes_nothing(&house, tenant, id, &[lost, held, future], "ended").await;
+    writes_nothing(&house, tenant, id, &[lost, held, future], Some(held), "ended").await;
 }
 
-async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Lease], when: &str) {
+async fn writes_nothing(
+    house: &House,
+    tenant: TenantId,
+    id: JobId,
+    leases: &[Lease],
+    ended: Option<Lease>,
+    when: &str,
+) {
     let (before, shown) = (house.train(tenant, id).await, house.store.artifacts(tenant, id).await.unwrap());
     let lost =
         |answer: Result<(), Error>| assert!(matches!(answer, Err(Error::LeaseLost)), "{when}: {answer:?}");
@@ -375,6 +385,9 @@ async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Le
         assert_eq!(store.renew(lease, LONG, Some(&progress(9))).await.unwrap(), Renewal::Lost, "{when}");
         lost(store.commit_checkpoint(lease, &checkpoint(9)).await.map(drop));
         lost(store.add_artifact(lease, &object("late")).await);
+        if ended == Some(lease) {
+            continue; // whoever ended it hears again what became of it
+        }
         lost(store.finish(lease, &json!({"late": true}), &[object("late")]).await.map(drop));
         lost(store.fail(lease, &fault(), None).await.map(drop));
         lost(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
@@ -383,6 +396,52 @@ async fn writes_nothing(house: &House, tenant: TenantId, id: JobId, leases: &[Le
     }
     assert_eq!(house.train(tenant, id).await, before, "{when}");
     assert_eq!(house.store.artifacts(tenant, id).await.unwrap(), shown, "{when}");
+}
+
+// case A1: a worker whose answer was lost says it again
+async fn an_end_that_is_said_again_changes_nothing(house: House) {
+    let tenant = house.tenant("shop").await;
+    let store = &house.store;
+    let mut ends: Vec<(Lease, State)> = Vec::new();
+    for kind in 0..5 {
+        house.accept(training(tenant)).await;
+        let lease = house.claim().await.unwrap().lease();
+        let end = async || match kind {
+            0 => store.finish(lease, &json!({"n": 1}), &[object("weights")]).await.unwrap(),
+            1 => store.fail(lease, &fault(), None).await.unwrap(),
+            2 => store.fail(lease, &fault(), Some(LONG)).await.unwrap(),
+            3 => store.release(lease).await.unwrap(),
+            _ => {
+                store.cancel(tenant, lease.job).await.unwrap();
+                store.cancelled(lease).await.map(|()| State::Canceled).unwrap()
+            }
+        };
+        let state = end().await;
+        let before =
+            (house.train(tenant, lease.job).await, store.artifacts(tenant, lease.job).await.unwrap());
+        for _ in 0..2 {
+            assert_eq!(end().await, state);
+        }
+        let after = (house.train(tenant, lease.job).await, store.artifacts(tenant, lease.job).await.unwrap());
+        assert_eq!(after, before, "{state}");
+        if kind == 3 {
+            // Put back and claimed by another: the first still hears that it was put back, and takes nothing away.
+            let other = house.claim().await.unwrap().lease();
+            assert_eq!(other.job, lease.job);
+            assert_eq!(store.release(lease).await.unwrap(), State::Queued);
+            assert_eq!(store.finish(other, &json!({}), &[]).await.unwrap(), State::Succeeded);
+            assert!(matches!(store.release(lease).await, Err(Error::LeaseLost)), "that was long ago");
+        }
+        ends.push((lease, state));
+    }
+    let states: Vec<State> = ends.iter().map(|(_, state)| *state).collect();
+    assert_eq!(states, [State::Succeeded, State::Failed, State::Queued, State::Queued, State::Canceled]);
+    // What was taken away from its worker was not ended by it.
+    house.accept(training(tenant)).await;
+    let taken = house.claim_briefly().await.unwrap().lease();
+    store.rescue().await.unwrap();
+    assert!(matches!(store.release(taken).await, Err(Error::LeaseLost)));
+    assert!(matches!(store.finish(taken, &json!({}), &[]).await, Err(Error::LeaseLost)));
 }
 
 // case 58
@@ -567,16 +626,16 @@ async fn a_running_job_that_is_deleted_vanishes_and_is_erased_after_its_end(hous
     assert!(!house.store.delete(tenant, id).await.unwrap(), "there is nothing any more");
     assert_eq!(house.store.list(tenant, &Filter::default(), None, 9).await.unwrap(), []);
 
-    assert_eq!(house.store.erasable(9).await.unwrap(), [], "its worker still writes objects");
-    house.store.erased(id).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [], "its worker still writes objects");
+    house.store.erased(&[id]).await.unwrap();
     let renewal = house.store.renew(lease, LONG, None).await.unwrap();
     assert_eq!(renewal, Renewal::Held { cancel_requested: true }, "its row is still there");
     assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Canceled);
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)]);
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, id)], "until it is erased");
-    house.store.erased(id).await.unwrap();
-    house.store.erased(id).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, id)]);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, id)], "until it is erased");
+    house.store.erased(&[id]).await.unwrap();
+    house.store.erased(&[id]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), []);
 }
 
 // case 51
@@ -591,16 +650,16 @@ async fn a_training_is_erased_after_the_samples_drawn_with_it(house: House) {
         assert_eq!(house.store.find(tenant, id, Kind::Sample).await.unwrap(), None);
     }
     assert_eq!(house.claim().await, None, "the waiting one is canceled");
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, waiting)]);
-    house.store.erased(waiting).await.unwrap();
-    house.store.erased(parent).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [], "one still reads the weights");
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, waiting)]);
+    house.store.erased(&[waiting]).await.unwrap();
+    house.store.erased(&[parent]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [], "one still reads the weights");
     house.store.cancelled(lease).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, running)]);
-    house.store.erased(running).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), [(tenant, parent)]);
-    house.store.erased(parent).await.unwrap();
-    assert_eq!(house.store.erasable(9).await.unwrap(), []);
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, running)]);
+    house.store.erased(&[running]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), [(tenant, parent)]);
+    house.store.erased(&[parent]).await.unwrap();
+    assert_eq!(house.store.erasable(None, 9).await.unwrap(), []);
 }
 
 async fn a_deleted_training_takes_no_more_samples(house: House) {
@@ -627,27 +686,36 @@ async fn spent_checkpoints_are_named_until_they_are_forgotten(house: House) {
     let id = house.accept(training(tenant)).await.id;
     let lease = house.claim().await.unwrap().lease();
     house.store.commit_checkpoint(lease, &checkpoint(5)).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), []);
     house.store.forget_checkpoint(id).await.unwrap();
     house.store.release(lease).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [], "a further attempt needs it");
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), [], "a further attempt needs it");
     house.store.cancel(tenant, id).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), [(id, checkpoint(5))]);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), [(id, checkpoint(5))]);
     house.store.forget_checkpoint(id).await.unwrap();
-    assert_eq!(house.store.spent_checkpoints(9).await.unwrap(), []);
+    assert_eq!(house.store.spent_checkpoints(None, 9).await.unwrap(), []);
 }
 
 async fn the_first_class_image_stays(house: House) {
     let [tenant, other] = [house.tenant("a").await, house.tenant("b").await];
     let [first, second] = [object("first"), object("second")];
     let top = u64::MAX;
-    assert!(house.store.add_class_image(tenant, "s", top, &first).await.unwrap());
-    assert!(!house.store.add_class_image(tenant, "s", top, &second).await.unwrap());
-    assert!(house.store.add_class_image(tenant, "s", 1, &second).await.unwrap());
-    assert!(house.store.add_class_image(tenant, "t", 1, &second).await.unwrap());
+    let add = async |settings: &str, seed: u64, object: &Object, instead_of: Option<&Object>| {
+        house.store.add_class_image(tenant, settings, seed, object, instead_of).await.unwrap()
+    };
+    assert_eq!(add("s", top, &first, None).await, first.key);
+    assert_eq!(add("s", top, &second, None).await, first.key);
+    assert_eq!(add("s", 1, &second, None).await, second.key);
+    assert_eq!(add("t", 1, &second, None).await, second.key);
     let mut found = house.store.class_images(tenant, "s").await.unwrap();
     found.sort_by_key(|(seed, _)| *seed);
-    assert_eq!(found, [(1, second), (top, first)]);
+    assert_eq!(found, [(1, second.clone()), (top, first.clone())]);
+    // Unless it is the one that the store no longer has whole.
+    assert_eq!(add("s", top, &second, Some(&second)).await, first.key);
+    let damaged = Object { sha256: "11".repeat(32), ..first.clone() };
+    assert_eq!(add("s", top, &second, Some(&damaged)).await, first.key, "it was replaced meanwhile");
+    assert_eq!(add("s", top, &second, Some(&first)).await, second.key);
+    assert_eq!(add("s", top, &second, Some(&first)).await, second.key, "again, its answer was lost");
     assert_eq!(house.store.class_images(other, "s").await.unwrap(), []);
 }
 
@@ -699,7 +767,7 @@ async fn another_tenants_rows_are_not_there(house: House) {
     let drawn = house.accept(sample(owner, done.id)).await;
     let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(owner) };
     let waiting = house.accept(new.clone()).await;
-    house.store.add_class_image(owner, "s", 1, &object("class")).await.unwrap();
+    house.store.add_class_image(owner, "s", 1, &object("class"), None).await.unwrap();
     let store = &house.store;
     for job in [&done, &drawn, &waiting] {
         for kind in Kind::ALL {
@@ -759,6 +827,66 @@ async fn keys_open_until_they_expire_or_are_revoked(house: House) {
     assert_eq!(house.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
 }
 
+// attack 15
+async fn keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made(house: House) {
+    let tenant = TenantId::new();
+    let rows = format!(
+        "insert into tenant (id, name, created_ms) values ('{tenant}', 'shop', 5);
+        insert into api_key (id, tenant, name, hash, scope, created_ms, expires_ms, revoked_ms) values
+            ('k1', '{tenant}', 'front', 'h1', 'read', 6, null, null),
+            ('k2', '{tenant}', 'back', 'h2', 'write', 7, 8, 9),
+            ('k3', '{tenant}', '', 'h3', 'write', 10, {}, null);",
+        i64::MAX
+    );
+    let old = house;
+    old.back_to_the_first_schema().await;
+    old.sql(&rows).await;
+    assert!(matches!(old.store.check_schema().await, Err(Error::Schema(line)) if line.contains("older")));
+    old.store.migrate().await.unwrap();
+    old.store.check_schema().await.unwrap();
+    let keys = old.store.list_keys().await.unwrap();
+    let seen: Vec<_> = keys
+        .iter()
+        .map(|key| {
+            (
+                key.id.as_str(),
+                key.name.as_str(),
+                key.hash.as_str(),
+                key.scope,
+                key.created_ms,
+                key.expires_ms,
+                key.revoked_ms,
+            )
+        })
+        .collect();
+    let wanted = [
+        ("k1", "front", "h1", Scope::Read, 6, None, None),
+        ("k2", "back", "h2", Scope::Write, 7, Some(8), Some(9)),
+        ("k3", "", "h3", Scope::Write, 10, Some(i64::MAX), None),
+    ];
+    assert_eq!(seen, wanted);
+    assert!(keys.iter().all(|key| key.tenant == tenant));
+    assert_eq!(keys.iter().map(|key| key.live).collect::<Vec<_>>(), [true, false, true]);
+    let operator = NewKey {
+        id: "k4".into(),
+        tenant,
+        name: "prometheus".into(),
+        hash: "h4".into(),
+        scope: Scope::Admin,
+        expires_ms: None,
+    };
+    old.store.create_key(&operator).await.unwrap();
+    let found = old.store.find_key("k4").await.unwrap().unwrap();
+    assert!(found.scope.covers(Scope::Write) && found.left_ms.is_none());
+    let stranger = NewKey { id: "k5".into(), tenant: TenantId::new(), ..operator };
+    assert!(old.store.create_key(&stranger).await.is_err(), "a key is a tenant's");
+    let scopes = Scope::ALL;
+    for (n, scope) in scopes.iter().enumerate() {
+        let covered: Vec<_> = scopes.iter().filter(|wanted| scope.covers(**wanted)).collect();
+        assert_eq!(covered, scopes[..=n].iter().collect::<Vec<_>>());
+    }
+}
+
 async fn gauges_count_what_waits_and_what_runs(house: House) {
     let tenant = house.tenant("shop").await;
     let parent = house.trained(tenant).await.id;
@@ -796,8 +924,7 @@ async fn a_submission_wakes_who_waits(house: House) {
 
 // case 53
 async fn two_migrations_at_once_are_one(house: House) {
-    house.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
-    house.sql("drop table api_key; drop table tenant; drop view clock; drop table _sqlx_migrations").await;
+    house.clear().await;
     let mut racers = JoinSet::new();
     for _ in 0..8 {
         let store = house.another().await;
@@ -837,21 +964,50 @@ async fn a_schema_of_another_version_is_refused(house: House) {
     assert!(refusal().await.contains("hypnos migrate"), "{}", refusal().await);
 }
 
-// case 54, 55: what a sweep may take
-async fn what_a_claim_wrote_is_kept_while_it_runs_or_something_of_it_is_named(house: House) {
+/// What a step of the wall clock by an hour would make of the rows: their times are an hour ago.
+const AN_HOUR_LATER: &str =
+    "update job set lease_until_ms = lease_until_ms - 3600000, deadline_ms = deadline_ms - 3600000";
+
+async fn the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs(house: House) {
     let tenant = house.tenant("shop").await;
-    let job = house.accept(training(tenant)).await;
-    let keeps = async |lease| house.store.keeps(job.id, lease).await.unwrap();
-    assert!(keeps(None).await, "its photos");
-    assert!(!keeps(Some(1)).await);
-    let held = house.claim().await.unwrap().lease();
-    assert!(keeps(Some(held.run_lease)).await && !keeps(Some(held.run_lease + 1)).await);
-    let key = format!("t/{tenant}/j/{}/a/{}/preview-0.png", job.id, held.run_lease);
-    house.store.add_artifact(held, &Object { key, ..object("preview-0.png") }).await.unwrap();
-    house.store.release(held).await.unwrap();
-    assert!(keeps(Some(held.run_lease)).await, "its preview is shown");
-    let again = house.claim().await.unwrap().lease();
-    house.store.release(again).await.unwrap();
-    assert!(!keeps(Some(again.run_lease)).await, "nothing of it is named");
-    assert!(!house.store.keeps(JobId::new(), None).await.unwrap());
+    house.accept(training(tenant)).await;
+    let lease = house.claim().await.unwrap().lease();
+    let rescue = async || house.store.rescue().await.unwrap();
+    assert_eq!(rescue().await, Rescued::default());
+    house.sql(AN_HOUR_LATER).await;
+    if house.dir.is_none() {
+        // Postgres has one clock, by which all is measured.
+        assert_eq!(rescue().await.requeued, 1);
+        return;
+    }
+    assert_eq!(rescue().await, Rescued::default());
+    let renewal = house.store.renew(lease, LONG, None).await.unwrap();
+    assert_eq!(renewal, Renewal::Held { cancel_requested: false });
+    // The time since the start ends it, and so does the next start.
+    house.store.renew(lease, NONE, None).await.unwrap();
+    assert_eq!(rescue().await.requeued, 1);
+    let late = house.store.claim(Uuid::now_v7(), BOTH, LONG, NONE).await.unwrap().unwrap();
+    assert_eq!(rescue().await.requeued, 1, "its deadline: {late:?}");
+    house.claim().await.unwrap();
+    assert_eq!(rescue().await, Rescued::default());
+    house.sql("update job set boot = 'another start'").await;
+    assert_eq!(rescue().await.failed, 1, "its third attempt");
+}
+
+async fn what_a_row_names_is_read_under_its_lock(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(training(tenant)).await.id;
+    assert_eq!(house.store.named(id).await.unwrap(), HashSet::new());
+    let lease = house.claim().await.unwrap().lease();
+    house.store.commit_checkpoint(lease, &checkpoint(7)).await.unwrap();
+    house.store.add_artifact(lease, &object("preview-0.png")).await.unwrap();
+    let named = [checkpoint(7).object.key, object("preview-0.png").key];
+    let version = house.store.version(tenant, id).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), named.clone().into());
+    assert_eq!(house.store.version(tenant, id).await.unwrap(), version, "nobody sees that it was asked");
+    house.store.delete(tenant, id).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), named.into(), "as long as the row is there");
+    house.store.cancelled(lease).await.unwrap();
+    house.store.erased(&[id]).await.unwrap();
+    assert_eq!(house.store.named(id).await.unwrap(), HashSet::new());
 }

@@ -6,6 +6,7 @@ use hypnos::job::State;
 use hypnos::store::{Error, Filter};
 use tokio::task::JoinSet;
 
+use super::super::floor::eventually;
 use super::*;
 
 /// Submits and works until the database is gone: the jobs that were acknowledged, and those that were said to be done.
@@ -44,6 +45,21 @@ async fn everything_said_holds(house: &House, tenant: TenantId, accepted: &[JobI
 async fn a_power_cut_of_postgres_loses_nothing_that_was_acknowledged() {
     let server = Postgres::own();
     let house = House::at(server.fresh().await).await;
+    a_power_cut_loses_nothing(&server, house).await;
+}
+
+// case 60, 73
+#[tokio::test(flavor = "multi_thread")]
+async fn a_power_cut_behind_a_pooler_loses_nothing_that_was_acknowledged() {
+    let server = Postgres::own();
+    let direct = server.fresh().await;
+    let bouncer = Bouncer::start(socket_of(&direct), "server_login_retry = 1");
+    let house = House::at(bouncer.through(&direct)).await;
+    a_power_cut_loses_nothing(&server, House { direct: Some(direct), _bouncer: Some(bouncer), ..house })
+        .await;
+}
+
+async fn a_power_cut_loses_nothing(server: &Postgres, house: House) {
     let tenant = house.tenant("shop").await;
     let mut clients = JoinSet::new();
     for _ in 0..8 {
@@ -60,6 +76,7 @@ async fn a_power_cut_of_postgres_loses_nothing_that_was_acknowledged() {
     server.start();
     let (accepted, done) = (accepted.concat(), done.concat());
     assert!(accepted.len() > 150 && done.len() > 100, "{} {}", accepted.len(), done.len());
+    eventually("it answers again", async || house.store.ping().await.ok()).await;
     everything_said_holds(&house, tenant, &accepted, &done).await;
     house.accept(training(tenant)).await; // the same store goes on
 }

@@ -74,6 +74,8 @@ struct Known {
     waits: bool,
     checkpoint: Option<Checkpoint>,
     shown: Vec<String>,
+    /// The claim that its own worker ended last.
+    ended: i64,
 }
 
 impl Known {
@@ -94,6 +96,7 @@ impl Known {
             waits: false,
             checkpoint: None,
             shown: Vec::new(),
+            ended: 0,
         }
     }
 
@@ -108,6 +111,18 @@ impl Known {
         if self.state == State::Queued {
             self.state = State::Canceled;
         }
+    }
+
+    /// What its worker ended it as.
+    fn end(&mut self, state: State) {
+        self.stop(state);
+        self.ended = self.run_lease;
+    }
+
+    /// What a worker hears that has ended it before, if that was the last that was ended by its worker.
+    fn again(&self, lease: Lease) -> Option<State> {
+        let state = if self.run_lease == lease.run_lease { self.state } else { State::Queued };
+        (self.ended == lease.run_lease).then_some(state)
     }
 
     fn retries(&self) -> State {
@@ -174,7 +189,8 @@ impl Walk<'_> {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.commit_checkpoint(lease, &checkpoint(step)).await;
                 let Some(known) = held else { return lost(answer) };
-                prop_assert_eq!(answer.unwrap(), known.checkpoint.replace(checkpoint(step)));
+                let before = known.checkpoint.replace(checkpoint(step)).filter(|before| before.step != step);
+                prop_assert_eq!(answer.unwrap(), before);
             }
             Step::Show { lease } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
@@ -185,8 +201,8 @@ impl Walk<'_> {
             Step::Finish { lease } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.finish(lease, &json!({}), &[object("weights")]).await;
-                let Some(known) = held else { return lost(answer) };
-                known.stop(State::Succeeded);
+                let Some(known) = held else { return self.lost_or_again(lease, answer) };
+                known.end(State::Succeeded);
                 if known.state == State::Succeeded {
                     known.shown.push("weights".into());
                 }
@@ -195,23 +211,25 @@ impl Walk<'_> {
             Step::Fail { lease, retry } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.fail(lease, &fault(), retry).await;
-                let Some(known) = held else { return lost(answer) };
-                known.stop(if retry.is_some() { known.retries() } else { State::Failed });
+                let Some(known) = held else { return self.lost_or_again(lease, answer) };
+                known.end(if retry.is_some() { known.retries() } else { State::Failed });
                 known.waits = retry == Some(LONG);
                 prop_assert_eq!(answer.unwrap(), known.state);
             }
             Step::Cancelled { lease } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.cancelled(lease).await;
-                let Some(known) = held else { return lost(answer) };
-                known.stop(State::Canceled);
+                let Some(known) = held else {
+                    return self.lost_or_again(lease, answer.map(|()| State::Canceled));
+                };
+                known.end(State::Canceled);
                 prop_assert!(answer.is_ok());
             }
             Step::Release { lease } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.release(lease).await;
-                let Some(known) = held else { return lost(answer) };
-                known.stop(State::Queued);
+                let Some(known) = held else { return self.lost_or_again(lease, answer) };
+                known.end(State::Queued);
                 known.attempt -= i64::from(known.state == State::Queued);
                 prop_assert_eq!(answer.unwrap(), known.state);
             }
@@ -248,7 +266,7 @@ impl Walk<'_> {
                 }
             }
             Step::Erase => {
-                let mut erasable = store.erasable(1000).await.unwrap();
+                let mut erasable = store.erasable(None, 1000).await.unwrap();
                 erasable.sort();
                 let gone = |(id, known): &(&JobId, &Known)| {
                     let left = self.jobs.values().any(|other| other.parent == Some(**id));
@@ -259,7 +277,7 @@ impl Walk<'_> {
                 wanted.sort();
                 prop_assert_eq!(&erasable, &wanted);
                 for (_, id) in wanted {
-                    store.erased(id).await.unwrap();
+                    store.erased(&[id]).await.unwrap();
                     self.jobs.remove(&id);
                 }
             }
@@ -298,6 +316,16 @@ impl Walk<'_> {
             lease,
             known.filter(|known| known.state == State::Running && known.run_lease == lease.run_lease),
         ))
+    }
+
+    /// The answer to an end under a lease that is not held: it was lost, or it was ended so before.
+    fn lost_or_again(&self, lease: Lease, answer: Result<State, Error>) -> Checked {
+        match self.jobs.get(&lease.job).and_then(|known| known.again(lease)) {
+            // `cancelled` does not say what became of it.
+            Some(state) => prop_assert!(answer.is_ok_and(|said| said == state || said == State::Canceled)),
+            None => return lost(answer),
+        }
+        Ok(())
     }
 
     /// Every row is what the model says.

@@ -1,0 +1,357 @@
+//! A tenant as a directory:
+//!
+//! ```text
+//! tenant.json            who it is, and when this was written
+//! keys.jsonl             its API keys, without what opens anything
+//! jobs.jsonl             its jobs with all that they say and name, the newest first
+//! class_images.jsonl     its class images
+//! objects/t/...          every object that one of these names, by its key
+//! SHA256SUMS             their hashes, for `sha256sum --check`
+//! INCOMPLETE             there until all of it is there
+//! ```
+//!
+//! An object is verified when it is fetched and synced before anything names it. Broken off, the same command goes on.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::failed;
+use super::jobs::described;
+use super::text::time;
+use crate::blobs::{self, Blobs, Key};
+use crate::cli::{Stop, say, say_error, warn};
+use crate::job::{JobId, Object};
+use crate::store::{AdminFilter, AdminJob, Store, Tenant, TenantState};
+
+/// Objects fetched at once.
+const AT_ONCE: usize = 4;
+/// Jobs asked for at once.
+const PAGE: u32 = 200;
+/// How often a job is read again that changes while it is exported.
+const TRIES: usize = 3;
+
+const INCOMPLETE: &str = "INCOMPLETE";
+const ABOUT: &str = "tenant.json";
+const SUMS: &str = "SHA256SUMS";
+
+/// Writes all that `tenant` has into `out`.
+pub(super) async fn export(
+    store: &Store,
+    blobs: &Blobs,
+    tenant: &Tenant,
+    out: &Path,
+    stop: &CancellationToken,
+) -> Result<ExitCode, Stop> {
+    if tenant.state == TenantState::Active {
+        warn(
+            "the tenant is served meanwhile: what comes from now on may be missing; `hypnos admin tenants disable` ends that",
+        );
+    }
+    prepare(out, tenant)?;
+    let style =
+        ProgressStyle::with_template("{bar:32} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left, {msg}");
+    let bytes = store.bytes_of(tenant.id).await.map_err(failed)?;
+    let bar = ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut export = Export { store, blobs, out, bar, sums: BTreeMap::new(), missing: 0 };
+    let whole = async {
+        let n_jobs = export.jobs(tenant).await?;
+        export.class_images(tenant).await?;
+        export.keys(tenant).await?;
+        Ok::<_, Stop>(n_jobs)
+    };
+    let n_jobs = tokio::select! {
+        done = whole => done?,
+        () = stop.cancelled() => return Err(Stop::Failed(format!(
+            "told to stop: {} is incomplete; the same command goes on with it", out.display()
+        ))),
+    };
+    export.bar.finish_and_clear();
+    export.finish(tenant, n_jobs)
+}
+
+/// A new directory, or one of an export of the same tenant that was broken off.
+fn prepare(out: &Path, tenant: &Tenant) -> Result<(), Stop> {
+    let marker = out.join(INCOMPLETE);
+    let is_empty = match fs::read_dir(out) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            fs::create_dir_all(out).map_err(|error| cannot_write(out, &error))?;
+            true
+        }
+        Err(error) => return Err(Stop::Input(format!("--out: {}: {}", out.display(), error.kind()))),
+    };
+    let line = format!("tenant {}", tenant.id);
+    match fs::read_to_string(&marker) {
+        Ok(text) if text.lines().next() == Some(&line) => Ok(()),
+        Ok(_) => Err(Stop::Input(format!("--out: {} holds an export of another tenant", out.display()))),
+        Err(_) if is_empty => {
+            let text = format!("{line}\nThis export is not complete. The same command goes on with it.\n");
+            write(&marker, text.as_bytes())
+        }
+        Err(_) => Err(Stop::Input(format!(
+            "--out: wanted a new directory or an export that was broken off, got {}, which holds something else",
+            out.display()
+        ))),
+    }
+}
+
+/// What is left of a job whose object is not there.
+enum Gone {
+    /// The job was deleted meanwhile.
+    Job,
+    /// It has changed meanwhile; this is what it is now.
+    Changed(Box<AdminJob>),
+    /// It names an object that the store has not got, or not whole.
+    Object(String),
+}
+
+struct Export<'a> {
+    store: &'a Store,
+    blobs: &'a Blobs,
+    out: &'a Path,
+    bar: ProgressBar,
+    /// Hashes by key.
+    sums: BTreeMap<String, String>,
+    /// Objects that rows name and the store has not got.
+    missing: usize,
+}
+
+impl Export<'_> {
+    /// Every job; how many there were.
+    async fn jobs(&mut self, tenant: &Tenant) -> Result<usize, Stop> {
+        let filter = AdminFilter { tenant: Some(tenant.id), ..AdminFilter::default() };
+        let mut lines = Lines::create(self.out, "jobs.jsonl")?;
+        let (mut before, mut n_jobs) = (None::<JobId>, 0);
+        loop {
+            let page = self.store.all_jobs(&filter, before, PAGE).await.map_err(failed)?;
+            let Some(last) = page.last() else { break };
+            before = Some(last.job.id);
+            for job in page {
+                if !job.deleting
+                    && let Some(line) = self.job(job).await?
+                {
+                    lines.push(&line)?;
+                    n_jobs += 1;
+                }
+                self.bar.set_message(format!("{n_jobs} jobs"));
+            }
+        }
+        lines.finish()?;
+        Ok(n_jobs)
+    }
+
+    /// One job with its objects in place; none if it was deleted meanwhile.
+    async fn job(&mut self, mut job: AdminJob) -> Result<Option<Value>, Stop> {
+        for _ in 0..TRIES {
+            let artifacts = self.store.artifacts(job.job.tenant, job.job.id).await.map_err(failed)?;
+            let checkpoint = job.job.checkpoint.as_ref().map(|checkpoint| &checkpoint.object);
+            let uncounted = job.job.photos.iter().chain(checkpoint).map(|object| object.size);
+            self.bar.inc_length(uncounted.sum());
+            let named = job.job.photos.iter().chain(&artifacts).chain(checkpoint);
+            let absent = self.fetch_all(named).await?;
+            match self.look_again(&job, &artifacts, absent).await? {
+                None => return Ok(Some(self.line(&job, &artifacts))),
+                Some(Gone::Job) => return Ok(None),
+                Some(Gone::Changed(now)) => job = *now,
+                Some(Gone::Object(keys)) => {
+                    self.missing += 1;
+                    say_error(&format!("{}: not in the store, or not whole: {keys}", job.job.id));
+                    return Ok(Some(self.line(&job, &artifacts)));
+                }
+            }
+        }
+        self.missing += 1;
+        say_error(&format!("{}: it changes faster than it can be exported", job.job.id));
+        Ok(None)
+    }
+
+    /// Why objects of a job are absent; none if none is.
+    async fn look_again(
+        &self,
+        job: &AdminJob,
+        artifacts: &[Object],
+        absent: Vec<String>,
+    ) -> Result<Option<Gone>, Stop> {
+        if absent.is_empty() {
+            return Ok(None);
+        }
+        let now = self.store.any_job(job.job.id).await.map_err(failed)?;
+        let Some(now) = now.filter(|now| !now.deleting) else { return Ok(Some(Gone::Job)) };
+        let named = self.store.artifacts(now.job.tenant, now.job.id).await.map_err(failed)?;
+        if named != artifacts || now.job.checkpoint != job.job.checkpoint {
+            return Ok(Some(Gone::Changed(Box::new(now))));
+        }
+        Ok(Some(Gone::Object(absent.join(", "))))
+    }
+
+    fn line(&self, job: &AdminJob, artifacts: &[Object]) -> Value {
+        let mut line = described(job);
+        line["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
+        line["photos"] = json!(job.job.photos);
+        line["checkpoint"] = json!(job.job.checkpoint);
+        line["artifacts"] = json!(artifacts);
+        line
+    }
+
+    async fn class_images(&mut self, tenant: &Tenant) -> Result<(), Stop> {
+        let mut lines = Lines::create(self.out, "class_images.jsonl")?;
+        let images = self.store.class_images_of(tenant.id).await.map_err(failed)?;
+        for image in &images {
+            lines.push(&json!(image))?;
+        }
+        let absent = self.fetch_all(images.iter()).await?;
+        for key in &absent {
+            self.missing += 1;
+            say_error(&format!("class image: not in the store, or not whole: {key}"));
+        }
+        lines.finish()
+    }
+
+    async fn keys(&self, tenant: &Tenant) -> Result<(), Stop> {
+        let mut lines = Lines::create(self.out, "keys.jsonl")?;
+        let keys = self.store.list_keys().await.map_err(failed)?;
+        for key in keys.iter().filter(|key| key.tenant == tenant.id) {
+            lines.push(&json!({
+                "id": key.id, "name": key.name, "scope": key.scope, "created_at": time(key.created_ms),
+                "expires_at": key.expires_ms.map(time), "revoked_at": key.revoked_ms.map(time),
+            }))?;
+        }
+        lines.finish()
+    }
+
+    /// Has every one of these objects in the directory; the keys of those that the store has not got whole.
+    async fn fetch_all(&mut self, objects: impl Iterator<Item = &Object>) -> Result<Vec<String>, Stop> {
+        let objects: Vec<Object> = objects.cloned().collect();
+        let (blobs, out, bar) = (self.blobs, self.out, &self.bar);
+        let fetched = stream::iter(objects.iter().map(|object| fetch(blobs, out, bar, object)));
+        let there: Vec<bool> = fetched.buffered(AT_ONCE).try_collect().await?;
+        let mut absent = Vec::new();
+        for (object, there) in objects.into_iter().zip(there) {
+            if there {
+                self.sums.insert(object.key, object.sha256);
+            } else {
+                absent.push(object.key);
+            }
+        }
+        Ok(absent)
+    }
+
+    /// The hashes, what it is all about, and the end of being incomplete.
+    fn finish(self, tenant: &Tenant, n_jobs: usize) -> Result<ExitCode, Stop> {
+        let sums: String =
+            self.sums.iter().map(|(key, sha256)| format!("{sha256}  objects/{key}\n")).collect();
+        write(&self.out.join(SUMS), sums.as_bytes())?;
+        let about = json!({
+            "id": tenant.id, "name": tenant.name, "state": tenant.state, "created_at": time(tenant.created_ms),
+            "exported_at": jiff::Timestamp::now().to_string(), "hypnos": env!("CARGO_PKG_VERSION"),
+            "jobs": n_jobs, "objects": self.sums.len(), "missing": self.missing,
+        });
+        write(&self.out.join(ABOUT), format!("{about:#}\n").as_bytes())?;
+        let shown = self.out.display();
+        let said = format!("{n_jobs} jobs, {} objects, each verified: {shown}", self.sums.len());
+        if self.missing > 0 {
+            say(&said);
+            return Err(Stop::Failed(format!(
+                "{shown} is incomplete: what {} jobs or class images name is not in the store",
+                self.missing
+            )));
+        }
+        fs::remove_file(self.out.join(INCOMPLETE)).map_err(|error| cannot_write(self.out, &error))?;
+        sync(self.out)?;
+        say(&said);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Has an object in the directory, verified and synced; whether the store has it whole. One that is there already is
+/// believed by its hash.
+async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) -> Result<bool, Stop> {
+    let Some(key) = Key::parse(&object.key) else { return Ok(false) }; // nothing else is ever written
+    let file = out.join("objects").join(key.as_str());
+    if !is_there(&file, object) {
+        let dir = file.parent().unwrap_or(out);
+        fs::create_dir_all(dir).map_err(|error| cannot_write(dir, &error))?;
+        match blobs.get_to_file(object, &file).await {
+            Ok(()) => {}
+            Err(blobs::Error::Missing | blobs::Error::Damaged) => return Ok(false),
+            Err(error) => {
+                return Err(Stop::Failed(format!(
+                    "broken off: {error}; {} is incomplete, and the same command goes on with it",
+                    out.display()
+                )));
+            }
+        }
+        sync(&file)?;
+        sync(dir)?;
+    }
+    bar.inc(object.size);
+    Ok(true)
+}
+
+/// Whether a file holds an object, whole.
+fn is_there(file: &Path, object: &Object) -> bool {
+    let Ok(mut file) = File::open(file) else { return false };
+    if !file.metadata().is_ok_and(|found| found.len() == object.size) {
+        return false;
+    }
+    let (mut hash, mut chunk) = (Sha256::new(), vec![0; 1 << 16]);
+    loop {
+        match file.read(&mut chunk) {
+            Ok(0) => return blobs::hex(&hash.finalize()) == object.sha256,
+            Ok(n) => hash.update(&chunk[..n]),
+            Err(_) => return false,
+        }
+    }
+}
+
+/// A file of JSON lines that appears when it is whole.
+struct Lines {
+    file: PathBuf,
+    part: PathBuf,
+    writer: BufWriter<File>,
+}
+
+impl Lines {
+    fn create(out: &Path, name: &str) -> Result<Self, Stop> {
+        let (file, part) = (out.join(name), out.join(format!("{name}.part")));
+        let writer = File::create(&part).map_err(|error| cannot_write(&part, &error))?;
+        Ok(Self { file, part, writer: BufWriter::new(writer) })
+    }
+
+    fn push(&mut self, line: &Value) -> Result<(), Stop> {
+        writeln!(self.writer, "{line}").map_err(|error| cannot_write(&self.part, &error))
+    }
+
+    fn finish(self) -> Result<(), Stop> {
+        let Self { file, part, writer } = self;
+        let written = writer.into_inner().map_err(std::io::IntoInnerError::into_error);
+        let placed = written.and_then(|written| written.sync_all()).and_then(|()| fs::rename(&part, &file));
+        placed.map_err(|error| cannot_write(&part, &error))
+    }
+}
+
+fn write(file: &Path, bytes: &[u8]) -> Result<(), Stop> {
+    let written = File::create(file).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|error| cannot_write(file, &error))
+}
+
+/// Has the disk keep a file, or a directory's names.
+fn sync(path: &Path) -> Result<(), Stop> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Stop {
+    Stop::Failed(format!("{} cannot be written: {}", path.display(), error.kind()))
+}

@@ -1,0 +1,204 @@
+//! `hypnos admin tenants`: who is served, and the end of one who is not any more.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::text::{plain, print_table, time};
+use super::{Place, export, failed, tenant_named};
+use crate::cli::{Stop, say};
+use crate::janitor::{self, Eraser};
+use crate::job::TenantId;
+use crate::store::{Holdings, Store, Tenant, TenantState};
+
+/// Pause between two looks at a deletion that waits for a worker.
+const LOOK: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum Command {
+    /// List tenants and how much they have.
+    List(List),
+    /// Serve a tenant no more: its keys are answered with 403, its waiting jobs stay where they are. What runs goes on to
+    /// its end; `hypnos admin jobs cancel --tenant NAME` ends that too.
+    Disable(Named),
+    /// Serve a disabled tenant again.
+    Enable(Named),
+    /// Write all that a tenant has into a directory: rows as JSON, objects with their hashes.
+    Export(Export),
+    /// Erase a tenant with all that it has: jobs, objects, class images, keys.
+    Delete(Delete),
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct List {
+    /// A JSON object for each, a line each
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Named {
+    /// The tenant's name
+    name: String,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Export {
+    /// The tenant's name
+    name: String,
+    /// Directory to write into: a new one, or one of an export that was broken off, which then goes on
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Delete {
+    /// The tenant's name
+    name: String,
+    /// The name again, instead of typing it when asked
+    #[arg(long, value_name = "NAME")]
+    yes_delete: Option<String>,
+    #[command(flatten)]
+    place: Place,
+}
+
+pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
+    match command {
+        Command::List(args) => args.place.with_store(|store, _| list(args, store))?,
+        Command::Disable(args) => args.place.with_store(|store, _| serve(args, store, false))?,
+        Command::Enable(args) => args.place.with_store(|store, _| serve(args, store, true))?,
+        Command::Export(args) => return args.place.with_store(|store, stop| export(args, store, stop)),
+        Command::Delete(args) => args.place.with_store(|store, stop| delete(args, store, stop))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(args: &List, store: Store) -> Result<(), Stop> {
+    let mut rows = Vec::new();
+    for tenant in store.tenants().await.map_err(failed)? {
+        let Holdings { keys, queued, running, jobs } = store.holdings(tenant.id).await.map_err(failed)?;
+        if args.json {
+            say(&json!({
+                "name": tenant.name, "id": tenant.id, "state": tenant.state, "created_at": time(tenant.created_ms),
+                "keys": keys, "queued": queued, "running": running, "jobs": jobs,
+            })
+            .to_string());
+        }
+        let numbers = [keys, queued, running, jobs].map(|n| n.to_string());
+        let words = [plain(&tenant.name), tenant.state.to_string()];
+        rows.push(words.into_iter().chain(numbers).chain([tenant.id.to_string()]).collect());
+    }
+    if !args.json {
+        print_table(&["NAME", "STATE", "KEYS", "QUEUED", "RUNNING", "JOBS", "ID"], &rows);
+    }
+    Ok(())
+}
+
+async fn serve(args: &Named, store: Store, served: bool) -> Result<(), Stop> {
+    let tenant = tenant_named(&store, &args.name).await?;
+    let verb = if served { "enabled" } else { "disabled" };
+    if tenant.id == TenantId::LOCAL {
+        return Err(Stop::Input(format!(
+            "{:?} is the tenant of a service without keys, which cannot be {verb}: stop the service instead",
+            tenant.name
+        )));
+    }
+    if !store.serve_tenant(tenant.id, served).await.map_err(failed)? {
+        return Err(Stop::Input(format!("{:?} is being deleted, and cannot be {verb}", tenant.name)));
+    }
+    say(&format!("{verb}; servers notice within 30 seconds"));
+    Ok(())
+}
+
+async fn export(args: &Export, store: Store, stop: CancellationToken) -> Result<ExitCode, Stop> {
+    let tenant = tenant_named(&store, &args.name).await?;
+    export::export(&store, &args.place.blobs(&store).await?, &tenant, &args.out, &stop).await
+}
+
+async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<(), Stop> {
+    let tenant = tenant_named(&store, &args.name).await?;
+    let blobs = args.place.blobs(&store).await?;
+    let holdings = store.holdings(tenant.id).await.map_err(failed)?;
+    if tenant.state != TenantState::Deleting {
+        confirm(args, &tenant, &holdings)?;
+        store.delete_tenant(tenant.id).await.map_err(failed)?;
+    }
+    let style = ProgressStyle::with_template("{bar:32} {pos} of {len} jobs, {per_sec}, {eta} left");
+    let bar =
+        ProgressBar::new(holdings.jobs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut left = holdings.jobs;
+    // This process is one more of those that tidy up; what it does not come to, they do.
+    let mut eraser = Eraser::new(store.clone(), blobs);
+    let broken_off = |why: &dyn std::fmt::Display| {
+        Stop::Failed(format!("broken off: {why}; the service goes on with it, or the same command"))
+    };
+    loop {
+        janitor::rescue(&store).await.map_err(|error| broken_off(&error))?;
+        let stays = eraser.round().await.map_err(|error| broken_off(&error))?;
+        let there = store.tenant_named(&tenant.name).await.map_err(failed)?;
+        if there.is_none_or(|there| there.id != tenant.id || there.state != TenantState::Deleting) {
+            break;
+        }
+        let now = store.holdings(tenant.id).await.map_err(failed)?.jobs;
+        bar.set_position(holdings.jobs.saturating_sub(now));
+        if let Some(why) = stays
+            && now == left
+        {
+            return Err(broken_off(&why));
+        }
+        let pause = if now < left { Duration::ZERO } else { LOOK };
+        left = now;
+        tokio::select! {
+            () = stop.cancelled() => {
+                return Err(Stop::Failed("told to stop: the service goes on with it, or the same command".into()));
+            }
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+    bar.finish_and_clear();
+    say(&match tenant.id {
+        TenantId::LOCAL => format!("all that {:?} had is erased; the tenant itself stays", tenant.name),
+        _ => format!("{:?} is erased", tenant.name),
+    });
+    Ok(())
+}
+
+/// Has the name typed once more.
+fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), Stop> {
+    let typed = match &args.yes_delete {
+        Some(name) => name.clone(),
+        None if io::stdin().is_terminal() => {
+            let Holdings { keys, running, jobs, .. } = holdings;
+            let _ = write!(
+                io::stderr(),
+                "This erases {jobs} jobs ({running} of them running) with all their objects, and {keys} keys, for good.\n\
+                 Type the tenant's name to go on: "
+            );
+            let mut line = String::new();
+            let read = io::stdin().lock().read_line(&mut line);
+            read.map_err(|error| Stop::Failed(format!("the name cannot be read: {}", error.kind())))?;
+            line.trim_end_matches(['\r', '\n']).to_owned()
+        }
+        None => {
+            let wanted =
+                format!("this would erase {:?} for good; say --yes-delete {:?}", tenant.name, tenant.name);
+            return Err(Stop::Input(format!("{wanted} if that is meant")));
+        }
+    };
+    if typed == tenant.name {
+        return Ok(());
+    }
+    Err(Stop::Input(format!("nothing was erased: wanted the name {:?}, got {typed:?}", tenant.name)))
+}

@@ -1,0 +1,44 @@
+//! `hypnos pair`: says that a database and an object store belong together.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::service::{self, Log};
+use super::{Stop, say};
+use crate::config::Storage;
+use crate::deployment;
+
+/// Check that the database and the object store belong together, and mark both if they bear no marker yet: as every
+/// program does at its start.
+///
+/// Where they bear different markers, or nothing shows that they belong together, nothing starts: one of them may be
+/// another deployment's, and a sweep would take its objects for nobody's. If it is meant all the same, because the
+/// database was begun anew or both were copied to become a deployment of their own, say so with --replace.
+#[derive(Debug, Args)]
+pub(super) struct Pair {
+    /// Mark both as one deployment, whatever they bear. MARKER is what the object store bears now, as the refusal names it,
+    /// or none
+    #[arg(long, value_name = "MARKER")]
+    replace: Option<String>,
+    #[command(flatten)]
+    storage: Storage,
+    #[command(flatten)]
+    log: Log,
+}
+
+pub(super) fn run(args: &Pair) -> Result<ExitCode, Stop> {
+    args.log.start()?;
+    service::run(|_| async move {
+        let store = service::open_existing_store(&args.storage).await?;
+        let blobs = service::open_existing_blobs(&args.storage).await?;
+        let paired = match &args.replace {
+            Some(replaced) => deployment::replace(&store, &blobs, replaced).await,
+            None => deployment::pair(&store, &blobs).await,
+        };
+        let deployment = paired.map_err(service::apart)?;
+        say(&format!("database and object store are of deployment {}", deployment.id));
+        Ok(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,157 @@
+//! What a client sends, until it is worked on: in memory while it is small, then in a file that has no name, so that
+//! nothing of it stays when the process ends.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use bytes::{Bytes, BytesMut};
+
+use super::problem::{Kind, Problem};
+use super::submit::RequestHash;
+
+/// What is kept in memory of each; the file is written in pieces of this size.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Bytes that are being written.
+pub(super) struct Spool {
+    dir: PathBuf,
+    file: Option<File>,
+    piece: BytesMut,
+    bytes: u64,
+}
+
+/// Bytes that have come whole.
+#[derive(Debug)]
+pub(super) struct Spooled {
+    file: Option<File>,
+    memory: Bytes,
+    bytes: u64,
+}
+
+impl Spool {
+    /// An empty one, whose file will lie in `dir`.
+    pub(super) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), file: None, piece: BytesMut::new(), bytes: 0 }
+    }
+
+    pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Problem> {
+        self.bytes += bytes.len() as u64;
+        self.piece.extend_from_slice(bytes);
+        if self.piece.len() >= PIECE_BYTES { self.flush().await } else { Ok(()) }
+    }
+
+    /// Brings what is in memory to the file.
+    async fn flush(&mut self) -> Result<(), Problem> {
+        let (dir, file, mut piece) = (self.dir.clone(), self.file.take(), std::mem::take(&mut self.piece));
+        let work = move || {
+            let mut file = match file {
+                Some(file) => file,
+                None => open(&dir)?,
+            };
+            file.write_all(&piece)?;
+            piece.clear();
+            Ok((file, piece))
+        };
+        let (file, piece) = blocking(work).await?;
+        (self.file, self.piece) = (Some(file), piece);
+        Ok(())
+    }
+
+    pub(super) async fn end(mut self) -> Result<Spooled, Problem> {
+        if self.file.is_some() && !self.piece.is_empty() {
+            self.flush().await?;
+        }
+        Ok(Spooled { file: self.file, memory: self.piece.freeze(), bytes: self.bytes })
+    }
+}
+
+impl Spooled {
+    /// How many bytes there are.
+    pub(super) fn len(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Adds them to what a request's hash is made of.
+    pub(super) async fn hashed(&self, mut request: RequestHash) -> Result<RequestHash, Problem> {
+        let Some(file) = &self.file else {
+            request.add(&self.memory);
+            return Ok(request);
+        };
+        let (file, bytes) = (file.try_clone().map_err(|error| failed(&error))?, self.bytes);
+        let work = move || {
+            let mut file = &file;
+            file.rewind()?;
+            request.add_from(bytes, file)?;
+            Ok(request)
+        };
+        blocking(work).await
+    }
+
+    /// All of them, in memory.
+    pub(super) async fn read(&self) -> Result<Bytes, Problem> {
+        let Some(file) = &self.file else { return Ok(self.memory.clone()) };
+        let file = file.try_clone().map_err(|error| failed(&error))?;
+        let bytes = self.bytes as usize;
+        let work = move || {
+            let (mut file, mut whole) = (&file, Vec::with_capacity(bytes));
+            file.rewind()?;
+            file.read_to_end(&mut whole)?;
+            Ok(Bytes::from(whole))
+        };
+        blocking(work).await
+    }
+}
+
+/// A file without a name; its directory is made anew if somebody removed it.
+fn open(dir: &Path) -> std::io::Result<File> {
+    match tempfile::tempfile_in(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(dir)?;
+            tempfile::tempfile_in(dir)
+        }
+        opened => opened,
+    }
+}
+
+/// Works on files off the threads that serve.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Problem> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?;
+    done.map_err(|error| failed(&error))
+}
+
+fn failed(error: &std::io::Error) -> Problem {
+    tracing::error!(%error, "an upload cannot be kept on disk until it is worked on");
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            Problem::new(Kind::StorageFull, "the server's disk has no room for uploads")
+        }
+        _ => Problem::internal_said(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_written_is_read_and_no_file_has_a_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let gone = dir.path().join("made/anew");
+        for bytes in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 3 * PIECE_BYTES + 7] {
+            let content: Vec<u8> = (0..bytes).map(|n| (n * 7 % 251) as u8).collect();
+            let mut spool = Spool::new(&gone);
+            for chunk in content.chunks(10_000) {
+                spool.write(chunk).await.expect("room");
+            }
+            let spooled = spool.end().await.expect("room");
+            assert_eq!(spooled.len(), bytes as u64);
+            for _ in 0..2 {
+                assert!(spooled.read().await.expect("a file") == content, "{bytes} bytes");
+            }
+        }
+        assert_eq!(std::fs::read_dir(&gone).expect("a directory").count(), 0);
+    }
+}

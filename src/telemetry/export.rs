@@ -1,0 +1,147 @@
+//! The way to the collector: OTLP as protobuf over HTTP, by the client and the TLS that the rest of the program uses.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use opentelemetry::KeyValue;
+use opentelemetry::trace::SpanKind;
+use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
+use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
+use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
+use tracing::{info, warn};
+
+/// Longest that one request takes, whatever `OTEL_EXPORTER_OTLP_TIMEOUT` allows for all its repetitions.
+const REQUEST: Duration = Duration::from_secs(10);
+const CONNECT: Duration = Duration::from_secs(3);
+
+/// Attributes that are sent, and the names that they are sent by. No other is.
+const ATTRIBUTES: [(&str, &str); 10] = [
+    ("method", "http.request.method"),
+    ("route", "http.route"),
+    ("http.response.status_code", "http.response.status_code"),
+    ("request.id", "hypnos.request.id"),
+    ("job", "hypnos.job.id"),
+    ("kind", "hypnos.job.kind"),
+    ("attempt", "hypnos.job.attempt"),
+    ("phase", "hypnos.job.phase"),
+    ("device", "hypnos.device"),
+    ("error.type", "error.type"),
+];
+
+pub(super) fn client() -> Result<Arc<dyn HttpClient>, String> {
+    // Whoever was first has installed the same one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::blocking::Client::builder().timeout(REQUEST).connect_timeout(CONNECT).build();
+    let client = client.map_err(|error| format!("no client for OpenTelemetry's collector: {error}"))?;
+    Ok(Arc::new(Client { client, away: AtomicBool::new(false) }))
+}
+
+pub(super) fn spans(client: Arc<dyn HttpClient>, resource: Resource) -> Result<SdkTracerProvider, String> {
+    let exporter = SpanExporter::builder().with_http().with_protocol(Protocol::HttpBinary);
+    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| line(&error))?;
+    Ok(SdkTracerProvider::builder().with_batch_exporter(Named(exporter)).with_resource(resource).build())
+}
+
+pub(super) fn figures(client: Arc<dyn HttpClient>, resource: Resource) -> Result<SdkMeterProvider, String> {
+    let exporter = MetricExporter::builder().with_http().with_protocol(Protocol::HttpBinary);
+    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| line(&error))?;
+    Ok(SdkMeterProvider::builder().with_periodic_exporter(exporter).with_resource(resource).build())
+}
+
+fn line(error: &dyn fmt::Display) -> String {
+    format!("OpenTelemetry's settings (OTEL_*) cannot work: {error}")
+}
+
+/// Sends requests from the senders' own threads, and says once that the collector is away, and once that it is back.
+#[derive(Debug)]
+struct Client {
+    client: reqwest::blocking::Client,
+    away: AtomicBool,
+}
+
+#[async_trait::async_trait]
+impl HttpClient for Client {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let sent = self.send(request);
+        let refusal = match &sent {
+            Ok(response) if response.status().is_success() => None,
+            Ok(response) => Some(format!("it answers {}", response.status())),
+            Err(error) if error.is_timeout() => Some("it does not answer in time".to_owned()),
+            Err(error) if error.is_connect() => Some("no connection".to_owned()),
+            Err(_) => Some("the request could not be sent".to_owned()), // with its URL, which may hold a key
+        };
+        match refusal {
+            Some(why) if !self.away.swap(true, Ordering::Relaxed) => {
+                warn!(
+                    "OpenTelemetry's collector cannot be reached: {why}; all else goes on, and this is said once"
+                );
+            }
+            None if self.away.swap(false, Ordering::Relaxed) => info!("OpenTelemetry's collector is back"),
+            _ => {}
+        }
+        Ok(sent?)
+    }
+}
+
+impl Client {
+    fn send(&self, request: Request<Bytes>) -> reqwest::Result<Response<Bytes>> {
+        let response = self.client.execute(request.try_into()?)?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let mut answer = Response::new(response.bytes()?);
+        *answer.status_mut() = status;
+        *answer.headers_mut() = headers;
+        Ok(answer)
+    }
+}
+
+/// Gives spans the names, kinds and attributes of OpenTelemetry's conventions, where the log has shorter words.
+#[derive(Debug)]
+struct Named(SpanExporter);
+
+impl opentelemetry_sdk::trace::SpanExporter for Named {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        self.0.export(batch.into_iter().map(named).collect()).await
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.0.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.0.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.0.set_resource(resource);
+    }
+}
+
+fn named(mut span: SpanData) -> SpanData {
+    let word = |key: &str| {
+        let found = span.attributes.iter().find(|attribute| attribute.key.as_str() == key);
+        found.map(|attribute| attribute.value.as_str().into_owned()).unwrap_or_default()
+    };
+    match span.name.as_ref() {
+        "request" => {
+            (span.name, span.span_kind) =
+                (format!("{} {}", word("method"), word("route")).into(), SpanKind::Server);
+        }
+        "job" => (span.name, span.span_kind) = (format!("job {}", word("kind")).into(), SpanKind::Consumer),
+        "phase" => span.name = word("phase").into(),
+        _ => {}
+    }
+    let attributes = std::mem::take(&mut span.attributes);
+    span.attributes = attributes
+        .into_iter()
+        .filter_map(|KeyValue { key, value, .. }| {
+            let (_, name) = ATTRIBUTES.iter().find(|(own, _)| *own == key.as_str())?;
+            Some(KeyValue::new(*name, value))
+        })
+        .collect();
+    span
+}

@@ -1,0 +1,130 @@
+//! The program's figures as OpenTelemetry's instruments, by the same names.
+//!
+//! Counters and gauges are kept here and read when they are sent, as the Prometheus exporter does; a histogram is the
+//! instrument itself.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use metrics_util::registry::{Registry, Storage};
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Meter, MeterProvider};
+use opentelemetry_sdk::metrics::SdkMeterProvider;
+
+use super::SERVICE;
+
+/// Bounds of the buckets in which durations are counted, in seconds.
+pub const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
+
+/// Hears figures and has them sent.
+pub struct Figures(Arc<Shared>);
+
+struct Shared {
+    registry: Registry<Key, Instruments>,
+    meter: Meter,
+    /// Names that are sent already.
+    sent: Mutex<HashSet<String>>,
+}
+
+impl fmt::Debug for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Figures")
+    }
+}
+
+impl Figures {
+    pub(super) fn new(provider: &SdkMeterProvider) -> Self {
+        let meter = provider.meter(SERVICE);
+        let registry = Registry::new(Instruments(meter.clone()));
+        Self(Arc::new(Shared { registry, meter, sent: Mutex::default() }))
+    }
+
+    /// Whether a name is met for the first time.
+    fn is_new(&self, key: &Key) -> bool {
+        let mut sent = self.0.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        !sent.contains(key.name()) && sent.insert(key.name().to_owned())
+    }
+}
+
+impl Recorder for Figures {
+    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
+        if self.is_new(key) {
+            let (shared, name) = (Arc::downgrade(&self.0), key.name().to_owned());
+            let counter = self.0.meter.u64_observable_counter(name.clone()).with_callback(move |observer| {
+                let Some(shared) = shared.upgrade() else { return };
+                shared.registry.visit_counters(|key, value| {
+                    if key.name() == name {
+                        observer.observe(value.load(Ordering::Relaxed), &attributes(key));
+                    }
+                });
+            });
+            counter.build();
+        }
+        self.0.registry.get_or_create_counter(key, |counter| Counter::from_arc(counter.clone()))
+    }
+
+    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
+        if self.is_new(key) {
+            let (shared, name) = (Arc::downgrade(&self.0), key.name().to_owned());
+            let gauge = self.0.meter.f64_observable_gauge(name.clone()).with_callback(move |observer| {
+                let Some(shared) = shared.upgrade() else { return };
+                shared.registry.visit_gauges(|key, value| {
+                    if key.name() == name {
+                        observer.observe(f64::from_bits(value.load(Ordering::Relaxed)), &attributes(key));
+                    }
+                });
+            });
+            gauge.build();
+        }
+        self.0.registry.get_or_create_gauge(key, |gauge| Gauge::from_arc(gauge.clone()))
+    }
+
+    fn register_histogram(&self, key: &Key, _: &Metadata<'_>) -> Histogram {
+        self.0.registry.get_or_create_histogram(key, |histogram| Histogram::from_arc(histogram.clone()))
+    }
+}
+
+/// How figures are kept.
+struct Instruments(Meter);
+
+impl Storage<Key> for Instruments {
+    type Counter = Arc<AtomicU64>;
+    type Gauge = Arc<AtomicU64>;
+    type Histogram = Arc<Distribution>;
+
+    fn counter(&self, _: &Key) -> Self::Counter {
+        Arc::default()
+    }
+
+    fn gauge(&self, _: &Key) -> Self::Gauge {
+        Arc::default()
+    }
+
+    fn histogram(&self, key: &Key) -> Self::Histogram {
+        let instrument =
+            self.0.f64_histogram(key.name().to_owned()).with_boundaries(LATENCIES.to_vec()).build();
+        Arc::new(Distribution { instrument, attributes: attributes(key) })
+    }
+}
+
+struct Distribution {
+    instrument: opentelemetry::metrics::Histogram<f64>,
+    attributes: Vec<KeyValue>,
+}
+
+impl HistogramFn for Distribution {
+    fn record(&self, value: f64) {
+        self.instrument.record(value, &self.attributes);
+    }
+}
+
+fn attributes(key: &Key) -> Vec<KeyValue> {
+    key.labels().map(|label| KeyValue::new(label.key().to_owned(), label.value().to_owned())).collect()
+}

@@ -1,0 +1,148 @@
+//! Postgres behind a pooler in transaction mode: every transaction in another session, which is everybody's.
+
+use futures_util::future::join_all;
+use hypnos::store::Error;
+use sqlx::ConnectOptions;
+use sqlx::postgres::PgConnectOptions;
+use tokio::task::JoinSet;
+
+use super::*;
+
+/// A client of the pooler that is none of ours.
+async fn stranger(house: &House) -> PgConnection {
+    let options: PgConnectOptions = house.url.parse().unwrap();
+    options.extra_float_digits(None).connect().await.unwrap()
+}
+
+/// What `text` says in every session that the pooler has: in several transactions at once.
+async fn in_every_session(house: &House, text: &'static str) -> Vec<String> {
+    let mut clients = join_all((0..4).map(|_| stranger(house))).await;
+    let mut found = Vec::new();
+    for client in &mut clients {
+        sqlx::raw_sql("begin").execute(&mut *client).await.unwrap();
+        let row = sqlx::raw_sql(text).fetch_one(&mut *client).await.unwrap();
+        found.push(sqlx::Row::get(&row, 0));
+    }
+    for client in &mut clients {
+        sqlx::raw_sql("commit").execute(&mut *client).await.unwrap();
+    }
+    found
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn whose_the_sessions_are_is_found_out_at_the_first_connection() {
+    let direct = Postgres::database().await;
+    let sessions = async |url: &str| Store::connect(url, 2).await.unwrap().sessions();
+    assert_eq!(sessions(&direct).await, Some(Sessions::Own));
+    for more in [
+        "",
+        "ignore_startup_parameters = options",
+        "ignore_startup_parameters = options,extra_float_digits",
+        "pool_mode = session", // not told from the other, and works alike
+    ] {
+        let bouncer = Bouncer::start(socket_of(&direct), more);
+        assert_eq!(sessions(&bouncer.through(&direct)).await, Some(Sessions::Shared), "{more}");
+    }
+    let sqlite = House::sqlite().await;
+    assert_eq!(sqlite.store.sessions(), None);
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_address_leads_past_the_pooler_or_is_refused() {
+    let house = House::pgbouncer().await;
+    let direct = house.direct.as_deref().unwrap();
+    let tenant = house.tenant("shop").await;
+    // Who listens there hears of what is committed through the pooler.
+    let other = Store::connect_past(&house.url, Some(direct), 2).await.unwrap();
+    let mut wakes = other.wakes();
+    woken(&mut wakes).await; // it listens
+    house.accept(training(tenant)).await;
+    woken(&mut wakes).await;
+    let refusal = async |url: &str, direct: &str| match Store::connect_past(url, Some(direct), 2).await {
+        Err(Error::Bad(line)) => line,
+        other => panic!("{other:?}"),
+    };
+    let line = refusal(&house.url, &house.url).await;
+    assert!(line.contains("HYPNOS_DATABASE_DIRECT leads to a pooler too"), "{line}");
+    let line = refusal(&house.url, "postgres://host:99999/x").await;
+    assert!(line.contains("HYPNOS_DATABASE_DIRECT is not a postgres:// URL"), "{line}");
+    let sqlite = House::sqlite().await;
+    let line = refusal(&sqlite.url, direct).await;
+    assert!(line.contains("HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file"), "{line}");
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_in_sessions_that_are_everybodys() {
+    let house = House::pgbouncer().await;
+    let tenant = house.tenant("shop").await;
+    let mut wakes = house.store.wakes();
+    for _ in 0..20 {
+        house.trained(tenant).await;
+    }
+    house.store.migrate().await.unwrap();
+    house.store.check_schema().await.unwrap();
+    house.store.rescue().await.unwrap();
+    woken(&mut wakes).await;
+    let select = "select (select count(*) from pg_prepared_statements where name <> '')
+        + (select count(*) from pg_listening_channels())
+        + (select count(*) from pg_locks where locktype = 'advisory')
+        || current_setting('statement_timeout') || current_setting('lock_timeout')
+        || current_setting('idle_in_transaction_session_timeout')";
+    assert_eq!(in_every_session(&house, select).await, ["0000"; 4]);
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_left_in_a_session_harms_nobody() {
+    let house = House::pgbouncer().await;
+    let tenant = house.tenant("shop").await;
+    // As the build before did: it listened on a session that was not its own.
+    in_every_session(&house, "listen hypnos; select ''").await;
+    // And statements by the names that a client like ours gives.
+    in_every_session(&house, "prepare sqlx_s_1 as select 1; prepare sqlx_s_2 as select 2; select ''").await;
+    let submits = (0..40).map(|_| house.store.submit(training(tenant)));
+    for answer in join_all(submits).await {
+        assert!(matches!(answer, Ok(Submitted::New(_))), "{answer:?}");
+    }
+    let listening = "select count(*)::text from pg_listening_channels()";
+    assert_eq!(in_every_session(&house, listening).await, ["0"; 4], "who cannot hear is not told");
+}
+
+// case A7
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_die_behind_a_pooler_lose_nothing_that_was_acknowledged() {
+    let house = House::pgbouncer().await;
+    let tenant = house.tenant("shop").await;
+    let mut clients = JoinSet::new();
+    for _ in 0..8 {
+        let store = house.store.clone();
+        clients.spawn(async move {
+            let mut accepted = Vec::new();
+            for _ in 0..50 {
+                let new = training(tenant);
+                let id = new.id;
+                match store.submit(new).await {
+                    Ok(Submitted::New(_)) => accepted.push(id),
+                    Err(Error::Away(_) | Error::Unknown(_)) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+            accepted
+        });
+    }
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let kill = "select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and pid <> pg_backend_pid()";
+        house.sql(kill).await;
+    }
+    let accepted: Vec<JobId> = clients.join_all().await.concat();
+    for &id in &accepted {
+        assert!(house.train(tenant, id).await.is_some(), "an accepted job is gone");
+    }
+    assert!(accepted.len() > 300, "most of them were accepted in spite of it: {}", accepted.len());
+    house.accept(training(tenant)).await;
+}

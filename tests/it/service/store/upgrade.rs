@@ -1,0 +1,121 @@
+//! Databases of earlier builds: their rows keep working.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use hypnos::job::State;
+use hypnos::store::{Error, Rescued};
+use sqlx::migrate::Migrator;
+
+use super::*;
+
+/// Applies the migrations up to `version` as the builds before did, by sqlx's own migrator.
+async fn migrate_as_before(url: &str, version: i64) {
+    let kind = if url.starts_with("sqlite:") { "sqlite" } else { "postgres" };
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
+    let mut migrator = Migrator::new(directory).await.unwrap();
+    let kept = migrator.migrations.iter().filter(|one| one.version <= version).cloned();
+    migrator.migrations = Cow::Owned(kept.collect());
+    assert_eq!(migrator.migrations.len() as i64, version);
+    if kind == "sqlite" {
+        let options: sqlx::sqlite::SqliteConnectOptions = url.parse().unwrap();
+        let pool = sqlx::SqlitePool::connect_with(options.create_if_missing(true)).await.unwrap();
+        migrator.run(&pool).await.unwrap();
+        pool.close().await;
+    } else {
+        let mut connection = PgConnection::connect(url).await.unwrap();
+        migrator.run(&mut connection).await.unwrap();
+    }
+}
+
+/// Rows as build a18987a left them: one that waits, one that ran and whose worker is gone, one whose worker is alive.
+async fn of_the_first_build(url: String) {
+    migrate_as_before(&url, 1).await;
+    let store = Store::connect(&url, 4).await.unwrap();
+    match store.check_schema().await {
+        Err(Error::Schema(line)) => assert!(line.contains("run `hypnos migrate`"), "{line}"),
+        other => panic!("{other:?}"),
+    }
+    let house = House { url, direct: None, store, dir: None, _bouncer: None };
+    let ids = [JobId::new(), JobId::new(), JobId::new()];
+    let spec = json!({"kind": "train", "class_name": "mug", "seed": 7, "options": TrainOptions::default()});
+    for (id, running) in ids.iter().zip([None, Some(-1000), Some(600_000)]) {
+        let (state, attempt, worker, times) = match running {
+            None => ("queued", 0, "null".to_owned(), "null, null".to_owned()),
+            Some(left) => {
+                ("running", 1, format!("'{}'", Uuid::now_v7()), format!("ms + {left}, ms + 3600000"))
+            }
+        };
+        let insert = format!(
+            "insert into job (id, tenant, kind, class_name, spec, photos, priority, state, run_lease, attempt,
+                max_attempts, not_before_ms, created_ms, worker, lease_until_ms, deadline_ms)
+             select '{id}', '{}', 'train', 'mug', '{spec}', '[]', 0, '{state}', {attempt}, {attempt}, 3, ms, ms,
+                {worker}, {times} from clock",
+            TenantId::LOCAL
+        );
+        house.sql(&insert).await;
+    }
+    house.store.migrate().await.unwrap();
+    house.store.check_schema().await.unwrap();
+    let state = async |id| house.train(TenantId::LOCAL, id).await.unwrap().state;
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    assert_eq!(state(ids[1]).await, State::Queued, "its lease was over");
+    assert_eq!(state(ids[2]).await, State::Running, "the build before still holds it");
+    house
+        .sql(&format!("update job set lease_until_ms = lease_until_ms - 700000 where id = '{}'", ids[2]))
+        .await;
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    for _ in 0..3 {
+        let lease = house.claim().await.unwrap().lease();
+        assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+    }
+    // What sqlx's migrator wrote down is what ours writes, and the reverse.
+    migrate_as_before(&house.url, newest()).await;
+}
+
+/// The newest migration.
+fn newest() -> i64 {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/sqlite");
+    std::fs::read_dir(directory).unwrap().count() as i64
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_of_the_first_build_is_brought_up_to_date_with_its_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    of_the_first_build(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_of_the_first_build_is_brought_up_to_date_with_its_rows() {
+    of_the_first_build(Postgres::database().await).await;
+}
+
+/// A database that was made at the newest version and one that was brought there are the same, column for column.
+#[tokio::test(flavor = "multi_thread")]
+async fn both_databases_have_the_same_columns() {
+    let columns = async |house: &House, select: &'static str| -> Vec<String> {
+        if house.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&house.url).await.unwrap();
+            sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap()
+        } else {
+            let mut connection = PgConnection::connect(&house.url).await.unwrap();
+            sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap()
+        }
+    };
+    let (sqlite, postgres) = (House::sqlite().await, House::postgres().await);
+    let sqlite = columns(
+        &sqlite,
+        "select m.name || '.' || c.name || case when c.type in ('INTEGER', 'integer') then ' number' else ' text' end
+            || case when c.\"notnull\" then ' not null' else '' end
+         from sqlite_master m join pragma_table_info(m.name) c
+         where m.type = 'table' and m.name not like '\\_sqlx%' escape '\\' order by 1",
+    );
+    let postgres = columns(
+        &postgres,
+        "select (table_name || '.' || column_name || case data_type when 'bigint' then ' number' else ' text' end
+            || case is_nullable when 'NO' then ' not null' else '' end)::text collate \"C\"
+         from information_schema.columns where table_schema = 'public' and table_name <> 'clock'
+            and table_name not like '\\_sqlx%' order by 1",
+    );
+    assert_eq!(sqlite.await, postgres.await);
+}
