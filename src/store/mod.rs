@@ -8,7 +8,8 @@
 //! ```text
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
 //! keys      tenants and API keys                                  objects   artifacts and class images
-//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! turns     whose turn it is to be claimed                        schema    migrations
+//! db        the two databases as one: text, numbers, rows
 //! ```
 
 mod api;
@@ -16,6 +17,7 @@ mod db;
 mod keys;
 mod objects;
 mod schema;
+mod turns;
 mod wakes;
 mod worker;
 
@@ -24,8 +26,9 @@ use std::sync::Arc;
 use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
 
 pub use keys::{Key, NewKey, Scope, Tenant};
+pub use turns::WEIGHT_MAX;
 pub use wakes::Wakes;
-pub use worker::{Renewal, Rescued};
+pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted};
 
 use db::Db;
 

@@ -10,6 +10,7 @@ mod scripted;
 
 mod blobs;
 mod cases;
+mod hosts;
 mod http_document;
 mod http_edge;
 mod http_events;
@@ -19,6 +20,7 @@ mod http_samples;
 mod page;
 mod photos;
 mod settings;
+mod shares;
 mod store;
 mod story;
 mod worker;
