@@ -21,6 +21,10 @@ pub enum Error {
     /// or not. The word says what happened, such as `503 SlowDown`, `timeout` or `connection refused`.
     #[error("the store cannot be reached: {0}")]
     Away(String),
+    /// The local file that is sent or fetched cannot be read or written: this machine's fault, not the store's. The word
+    /// says why.
+    #[error("a local file cannot be read or written: {0}")]
+    Local(String),
 }
 
 impl Error {
@@ -72,9 +76,9 @@ impl From<io::ErrorKind> for Error {
 }
 
 impl From<io::Error> for Error {
-    /// Of a local file that is sent or received: one that is not there is no missing object.
+    /// Of a local file that is sent or fetched: one that is not there is no missing object.
     fn from(error: io::Error) -> Self {
-        error.kind().into()
+        Self::Local(error.kind().to_string())
     }
 }
 

@@ -5,6 +5,7 @@
 mod admin;
 mod bench;
 mod bench_serve;
+mod bench_shares;
 mod compare;
 mod demo;
 mod evaluate;
@@ -79,6 +80,8 @@ enum Command {
     Bench(bench::Args),
     /// Measure the service beside a bare handler, and how soon a job starts.
     BenchServe(bench_serve::BenchServe),
+    /// Measure what a training keeps of its device beside samples, and how soon one starts.
+    BenchShares(bench_shares::BenchShares),
 }
 
 /// Why a command ended early, in one line.
@@ -137,6 +140,7 @@ pub fn run() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::BenchServe(args) => bench_serve::run(&args),
+        Command::BenchShares(args) => bench_shares::run(&args),
     });
     done.unwrap_or_else(|stop| {
         let (line, code) = match stop {

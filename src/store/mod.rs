@@ -9,7 +9,8 @@
 //! api       what a client does: submit, look, cancel, delete      worker    claim, renew, finish, rescue
 //! admin     what an operator does: look at all, requeue, pause    tenants   serve, disable, erase
 //! keys      API keys                                              objects   artifacts and class images
-//! db        the two databases as one: text, numbers, rows         schema    migrations
+//! turns     whose turn it is to be claimed                        schema    migrations
+//! db        the two databases as one: text, numbers, rows
 //! ```
 
 mod admin;
@@ -19,6 +20,7 @@ mod keys;
 mod objects;
 mod schema;
 mod tenants;
+mod turns;
 mod wakes;
 mod worker;
 
@@ -29,8 +31,9 @@ use crate::job::{Job, JobId, Kind, Object, Spec, State, TenantId};
 pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
 pub use keys::{Key, NewKey, Scope};
 pub use tenants::{Holdings, Tenant, TenantState};
+pub use turns::WEIGHT_MAX;
 pub use wakes::Wakes;
-pub use worker::{Renewal, Rescued};
+pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted};
 
 use db::Db;
 

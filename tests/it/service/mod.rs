@@ -10,6 +10,7 @@ mod scripted;
 
 mod blobs;
 mod cases;
+mod hosts;
 mod http_document;
 mod http_edge;
 mod http_events;
@@ -22,6 +23,7 @@ mod page;
 mod photos;
 mod retry;
 mod settings;
+mod shares;
 mod store;
 mod story;
 mod worker;

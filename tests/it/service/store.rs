@@ -5,6 +5,7 @@ mod contract;
 mod crash;
 mod walk;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use hypnos::job::{
 };
 use hypnos::store::{Idempotency, NewJob, Origin, Store, Submitted, Wakes};
 use serde_json::json;
+use sqlx::migrate::Migrator;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
@@ -75,27 +77,49 @@ impl House {
         }
     }
 
-    /// Empties the database and gives it the schema of migration 0001, as the first release left it.
-    async fn back_to_the_first_schema(&self) {
-        let sqlite = self.url.starts_with("sqlite:");
-        if sqlite {
-            let all = "select type, name from sqlite_master where type in ('view', 'table') and name not like 'sqlite_%' \
-                       order by type = 'table', rowid desc";
-            for (kind, name) in self.pairs(all).await {
-                self.sql(&format!("drop {kind} {name}")).await;
-            }
+    /// As before the first migration.
+    async fn drop_all(&self) {
+        self.sql("drop view held_back; drop table pause").await;
+        self.sql("drop table idempotency; drop table class_image; drop table artifact; drop table job").await;
+        self.sql("drop table api_key; drop table device_time; drop table tenant; drop view clock").await;
+        self.sql("drop table _sqlx_migrations").await;
+    }
+
+    /// As the first build that had a database left it.
+    async fn back_to_the_first_migration(&self) {
+        self.drop_all().await;
+        let kind = self.url.split(':').next().unwrap().replace("postgresql", "postgres");
+        let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
+        let first = tempfile::tempdir().unwrap();
+        std::fs::copy(all.join("0001_queue.sql"), first.path().join("0001_queue.sql")).unwrap();
+        let first = Migrator::new(first.path()).await.unwrap();
+        if self.url.starts_with("sqlite:") {
+            first
+                .run_direct(None, &mut SqliteConnection::connect(&self.url).await.unwrap(), false)
+                .await
+                .unwrap();
         } else {
-            self.sql("drop schema public cascade; create schema public").await;
+            first
+                .run_direct(None, &mut PgConnection::connect(&self.url).await.unwrap(), false)
+                .await
+                .unwrap();
         }
-        let dir = format!("{}/migrations", env!("CARGO_MANIFEST_DIR"));
-        let dir = Path::new(&dir).join(if sqlite { "sqlite" } else { "postgres" });
-        let mut first = sqlx::migrate::Migrator::new(dir).await.unwrap();
-        first.migrations.to_mut().retain(|migration| migration.version == 1);
-        if sqlite {
-            first.run(&mut SqliteConnection::connect(&self.url).await.unwrap()).await.unwrap();
+    }
+
+    /// What the database knows of the tenants' device time.
+    async fn device_time(&self) -> BTreeMap<String, DeviceTime> {
+        let select = "select tenant, turn, begun, train_ms, sample_ms from device_time";
+        let rows: Vec<(String, i64, i64, Option<i64>, Option<i64>)> = if self.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
         } else {
-            first.run(&mut PgConnection::connect(&self.url).await.unwrap()).await.unwrap();
-        }
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
+        };
+        let of = |(tenant, turn, begun, train_ms, sample_ms)| {
+            (tenant, DeviceTime { turn, begun, train_ms, sample_ms })
+        };
+        rows.into_iter().map(of).collect()
     }
 
     async fn tenant(&self, name: &str) -> TenantId {
@@ -110,12 +134,12 @@ impl House {
     }
 
     async fn claim(&self) -> Option<Job> {
-        self.store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap()
+        self.store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap().map(|claim| claim.job)
     }
 
     /// Claims under a lease that is over at once.
     async fn claim_briefly(&self) -> Option<Job> {
-        self.store.claim(Uuid::now_v7(), BOTH, NONE, LONG).await.unwrap()
+        self.store.claim(Uuid::now_v7(), BOTH, NONE, LONG).await.unwrap().map(|claim| claim.job)
     }
 
     async fn train(&self, tenant: TenantId, id: JobId) -> Option<Job> {
@@ -130,6 +154,15 @@ impl House {
         self.store.finish(claimed.lease(), &json!({"bundle": "x"}), &[object("weights")]).await.unwrap();
         self.train(tenant, job.id).await.unwrap()
     }
+}
+
+/// A row of `device_time`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct DeviceTime {
+    turn: i64,
+    begun: i64,
+    train_ms: Option<i64>,
+    sample_ms: Option<i64>,
 }
 
 /// Waits for a hint that must come.
