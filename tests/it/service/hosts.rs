@@ -16,7 +16,15 @@ fn conditions(health: &Health) -> Vec<Condition> {
 }
 
 fn is_resting(health: &Health) -> bool {
-    conditions(health).iter().all(|condition| matches!(condition, Condition::Resting { .. }))
+    let conditions = conditions(health);
+    !conditions.is_empty()
+        && conditions.iter().all(|condition| matches!(condition, Condition::Resting { .. }))
+}
+
+/// Waits until all devices of a worker take jobs.
+async fn works(health: &Health) {
+    let all = || conditions(health).iter().all(|condition| *condition == Condition::Working);
+    eventually("it works", async || (!health.devices().is_empty() && all()).then_some(())).await;
 }
 
 /// Waits until no device of a worker takes jobs.
@@ -33,7 +41,7 @@ async fn is_back_in_the_queue(floor: &Floor, job: &Job) -> Job {
 async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anything() {
     let floor = Floor::new().await;
     let worker = floor.work(&Script::new(QUICK));
-    eventually("it works", async || worker.health.is_ready().then_some(())).await;
+    works(&worker.health).await;
     let scratch = floor.settings.scratch.clone();
     std::fs::remove_dir_all(&scratch).unwrap();
     std::fs::write(&scratch, "not a directory any more").unwrap();
@@ -186,7 +194,7 @@ async fn a_machine_that_is_not_well_rests_longer_from_fault_to_fault() {
         });
         rests.push(rest.await);
         floor.store.cancel(super::floor::TENANT, job.id).await.unwrap();
-        eventually("it works", async || worker.health.is_ready().then_some(())).await;
+        works(&worker.health).await;
     }
     assert_eq!(rests, [1, 2, 4].map(|n| n * floor.settings.rest));
     let job = floor.train("mug", 5).await;

@@ -67,6 +67,16 @@ impl Script {
         }
     }
 
+    /// The same, drawing so many pictures at once.
+    pub(super) fn batch(self, batch: usize) -> Self {
+        Self { batch, ..self }
+    }
+
+    /// The same, with steps that take so long by the device's clock.
+    pub(super) fn device_step(self, device_step: Duration) -> Self {
+        Self { device_step, ..self }
+    }
+
     /// Makes engines that follow it. What they do on purpose to trainings of some class names: `diverges`, `panics`,
     /// `machine` (a fault of the machine, every time), `input`, `loses` (the device is lost, and stays so) and `breaks` (the
     /// same with a panic).

