@@ -600,14 +600,26 @@ pub struct Working {
     /// How long one attempt of a job may take, in hours
     #[arg(long, env = "HYPNOS_ATTEMPT_HOURS", value_name = "HOURS", default_value_t = 12.0)]
     pub attempt_hours: f64,
+    /// Part of a device's time that samples may take while it trains: above 0, at most 1
+    #[arg(long, env = "HYPNOS_SAMPLE_SHARE", value_name = "PART", default_value_t = 0.5)]
+    pub sample_share: f64,
+    /// How long work under way may take to be stored when the worker is told to stop, in seconds
+    #[arg(long, env = "HYPNOS_WORK_DRAIN_SECS", value_name = "SECONDS", default_value_t = 300.0)]
+    pub work_drain_secs: f64,
     /// How often the queue is looked at when nothing is heard of it, in seconds
     #[arg(long, env = "HYPNOS_POLL_SECS", value_name = "SECONDS", default_value_t = 1.0)]
     pub poll_secs: f64,
 }
 
 impl Working {
-    /// Refuses times that cannot work together.
+    /// Refuses settings that cannot work, alone or together.
     pub fn check(&self) -> Result<()> {
+        if !(self.sample_share > 0.0 && self.sample_share <= 1.0) {
+            return wrong(format!(
+                "HYPNOS_SAMPLE_SHARE: wanted more than 0 and at most 1, got {}",
+                self.sample_share
+            ));
+        }
         if self.beat_secs * 3.0 > self.lease_secs {
             return wrong(format!(
                 "HYPNOS_BEAT_SECS is {}, more than a third of HYPNOS_LEASE_SECS, {}",

@@ -29,6 +29,10 @@ pub enum Error {
     /// again, until somebody changes something.
     #[error("the store refuses: {0}")]
     Refused(Refusal),
+    /// The local file that is sent or fetched cannot be read or written: this machine's fault, not the store's. The word
+    /// says why.
+    #[error("a local file cannot be read or written: {0}")]
+    Local(String),
 }
 
 /// Why a store refuses, in its own words as far as they may be shown: the status and the code of its answer.
@@ -89,7 +93,7 @@ impl Error {
         match self {
             Self::Away(why) => why != NONSENSE,
             Self::Full => true,
-            Self::Missing | Self::Damaged | Self::Refused(_) => false,
+            Self::Missing | Self::Damaged | Self::Refused(_) | Self::Local(_) => false,
         }
     }
 
@@ -140,9 +144,9 @@ impl From<io::ErrorKind> for Error {
 }
 
 impl From<io::Error> for Error {
-    /// Of a local file that is sent or received: one that is not there is no missing object.
+    /// Of a local file that is sent or fetched: one that is not there is no missing object.
     fn from(error: io::Error) -> Self {
-        error.kind().into()
+        Self::Local(error.kind().to_string())
     }
 }
 

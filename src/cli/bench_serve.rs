@@ -217,6 +217,11 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
         checkpoint_every: Duration::from_mins(5),
         scratch: house.scratch.clone(),
         weights_bytes_max: 1 << 20,
+        sample_share: 0.5,
+        rest: Duration::from_secs(5),
+        drain: Duration::from_mins(1),
+        host: "bench".into(),
+        clock: worker::Clock::default(),
     };
     let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
     let engines = vec![("idle".to_owned(), make)];
@@ -269,12 +274,21 @@ fn failed(error: crate::store::Error) -> Stop {
 struct Idle;
 
 impl Artist for Idle {
+    fn batch(&self) -> usize {
+        1
+    }
+
     fn draw(
         &mut self,
         _: &DrawInput<'_>,
+        _: std::ops::Range<usize>,
         _: &mut dyn FnMut(u64, u64) -> Flow,
     ) -> Result<Option<Vec<Drawn>>, Fault> {
         Ok(None)
+    }
+
+    fn probe(&mut self) -> Result<(), Fault> {
+        Ok(())
     }
 }
 

@@ -4,7 +4,7 @@
 //! follow, draw, and lay photos and pictures on one sheet.
 
 mod client;
-mod products;
+pub(super) mod products;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

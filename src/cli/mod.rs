@@ -6,6 +6,7 @@ mod admin;
 mod backup;
 mod bench;
 mod bench_serve;
+mod bench_shares;
 mod compare;
 mod demo;
 mod evaluate;
@@ -85,6 +86,8 @@ enum Command {
     Bench(bench::Args),
     /// Measure the service beside a bare handler, how soon a job starts, and how fast jobs are deleted.
     BenchServe(bench_serve::BenchServe),
+    /// Measure what a training keeps of its device beside samples, and how soon one starts.
+    BenchShares(bench_shares::BenchShares),
 }
 
 /// Why a command ended early, in one line.
@@ -145,6 +148,7 @@ pub fn run() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::BenchServe(args) => bench_serve::run(&args),
+        Command::BenchShares(args) => bench_shares::run(&args),
     });
     done.unwrap_or_else(|stop| {
         let (line, code) = match stop {

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -15,6 +15,7 @@ use tracing::{info, warn};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use uuid::Uuid;
 
 use super::Stop;
 use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
@@ -25,7 +26,7 @@ use crate::http;
 use crate::job::{Fault, FaultCode};
 use crate::store::{self, Sessions, Store};
 use crate::telemetry::{LATENCIES, Telemetry};
-use crate::worker::{self, MakeEngine};
+use crate::worker::{self, Clock, MakeEngine};
 
 /// Longest wait between two tries to reach the database at the start.
 const WAIT_MAX: Duration = Duration::from_secs(10);
@@ -151,6 +152,9 @@ async fn keep_up(figures: PrometheusHandle) {
     }
 }
 
+/// Signals that come within this time of the first one are one: `timeout` signals its child and then the whole group.
+const ONE_SIGNAL: Duration = Duration::from_secs(1);
+
 /// Runs `work` on a runtime of many threads, until it ends or the process is told to for the second time.
 ///
 /// `work` is given a token that the first SIGTERM or SIGINT cancels.
@@ -165,17 +169,22 @@ pub(super) fn run<T, F: Future<Output = Result<T, Stop>>>(
         let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
         let work = work(stop.clone());
         tokio::pin!(work);
+        let mut first: Option<Instant> = None;
         loop {
             tokio::select! {
                 done = &mut work => return done,
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if stop.is_cancelled() {
-                return Err(Stop::AtOnce);
+            match first {
+                None => {
+                    info!("told to stop: ending what is under way");
+                    first = Some(Instant::now());
+                    stop.cancel();
+                }
+                Some(first) if first.elapsed() < ONE_SIGNAL => {}
+                Some(_) => return Err(Stop::AtOnce),
             }
-            info!("told to stop: ending what is under way");
-            stop.cancel();
         }
     });
     runtime.shutdown_background(); // a device may be in the middle of a step; its lease will run out
@@ -332,6 +341,11 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         checkpoint_every: seconds("HYPNOS_CHECKPOINT_SECS", working.checkpoint_secs)?,
         scratch: working.scratch.clone().unwrap_or_else(|| storage.scratch()),
         weights_bytes_max: gigabytes("HYPNOS_WEIGHTS_GB", working.weights_gb)?,
+        sample_share: working.sample_share,
+        rest: seconds("HYPNOS_POLL_SECS", working.poll_secs)? * 5,
+        drain: seconds("HYPNOS_WORK_DRAIN_SECS", working.work_drain_secs)?,
+        host: host(),
+        clock: Clock::default(),
     };
     let engine = engine::Settings {
         bundle: working.bundle.clone(),
@@ -352,6 +366,13 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         (name, make)
     });
     Ok((settings, engines.collect()))
+}
+
+/// Which machine this is, in a container too: all processes of one kernel are on one machine until it starts again.
+fn host() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let boot = boot.ok().map(|id| id.trim().to_owned()).filter(|id| !id.is_empty());
+    boot.unwrap_or_else(|| Uuid::now_v7().to_string()) // a machine that does not say is another at each start
 }
 
 /// How often rows of dead workers are looked for.

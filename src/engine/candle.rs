@@ -1,9 +1,10 @@
 //! The engine on candle: one bundle on one device, and the products that were trained from it.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::Tensor;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -115,36 +116,48 @@ impl CandleEngine {
 }
 
 impl Artist for CandleEngine {
+    fn batch(&self) -> usize {
+        self.settings.batch
+    }
+
     fn draw(
         &mut self,
         input: &DrawInput<'_>,
+        pictures: Range<usize>,
         watch: &mut dyn FnMut(u64, u64) -> Flow,
     ) -> Result<Option<Vec<Drawn>>, Fault> {
         let adapted = self.adapted(input.weights, input.weights_sha256)?;
         let (spec, models) = (input.spec, &adapted.models);
         let how = drawing(spec, self.how(spec.steps as usize));
         how.check(models).map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
-        let (prompts, pictures): (Vec<&str>, Vec<Picture>) = spec
+        let (prompts, batch): (Vec<&str>, Vec<Picture>) = spec
             .pictures()
+            .skip(pictures.start)
+            .take(pictures.len())
             .map(|(prompt, seed)| (prompt, picture_of(spec, prompt, seed, &adapted.product)))
             .unzip();
-        let n_batches = pictures.len().div_ceil(self.settings.batch);
-        let mut drawn = Vec::with_capacity(pictures.len());
-        for (i, batch) in pictures.chunks(self.settings.batch).enumerate() {
-            let observe =
-                &mut |step, n_steps| match watch((i * n_steps + step) as u64, (n_batches * n_steps) as u64) {
-                    Flow::Continue => ControlFlow::Continue(()),
-                    _ => ControlFlow::Break(()),
-                };
-            let Some(pixels) = sample::draw(models, batch, &how, observe).map_err(fault)? else {
-                return Ok(None);
-            };
-            for (picture, pixels) in batch.iter().zip(pixels) {
-                let prompt = prompts[drawn.len()];
-                drawn.push(self.encoded(prompt, picture, &how, &pixels, spec.format)?);
-            }
-        }
-        Ok(Some(drawn))
+        let observe = &mut |step, n_steps| match watch(step as u64, n_steps as u64) {
+            Flow::Continue => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        };
+        let Some(drawn) = sample::draw(models, &batch, &how, observe).map_err(fault)? else {
+            return Ok(None);
+        };
+        let files = prompts.iter().zip(&batch).zip(drawn);
+        let encode = |((prompt, picture), pixels): ((&&str, &Picture), Vec<u8>)| {
+            self.encoded(prompt, picture, &how, &pixels, spec.format)
+        };
+        files.map(encode).collect::<Result<_, _>>().map(Some)
+    }
+
+    fn probe(&mut self) -> Result<(), Fault> {
+        let computed = (|| {
+            let numbers = Tensor::arange(0f32, 64.0, &self.base.device)?;
+            numbers.sqr()?.sum_all()?.to_scalar::<f32>()
+        })();
+        let sum = computed.map_err(|error| fault(error.into()))?;
+        // The squares of 0 to 63: a sum that f32 holds exactly, in whatever order.
+        if sum == 85_344.0 { Ok(()) } else { Err(Fault::device_lost("the device computes wrong numbers")) }
     }
 }
 
@@ -202,20 +215,53 @@ pub(super) fn named(prompt: &str, product: &Product) -> String {
 /// What a failure of the core is to a job, where nothing nearer is known.
 pub(super) fn fault(error: Error) -> Fault {
     let words = error.to_string();
-    let code = match error {
-        Error::Diverged(_) => FaultCode::Diverged,
-        Error::Tensor(_) if is_of_the_device(&words) => FaultCode::Machine,
-        Error::Bad(_) | Error::Tensor(_) => FaultCode::Internal,
-    };
-    Fault::new(code, words)
+    match error {
+        Error::Diverged(_) => Fault::new(FaultCode::Diverged, words),
+        Error::Tensor(_) if says(&words, &OUT_OF_MEMORY) => Fault::new(FaultCode::Machine, words),
+        Error::Tensor(_) if says(&words, &OF_THE_DRIVER) => Fault::device_lost(words),
+        Error::Bad(_) | Error::Tensor(_) => Fault::new(FaultCode::Internal, words),
+    }
 }
 
-/// The driver's own errors come through candle as text only.
-fn is_of_the_device(words: &str) -> bool {
-    ["out of memory", "OUT_OF_MEMORY", "CUDA_ERROR", "DriverError"].iter().any(|sign| words.contains(sign))
+/// Errors of the driver and its libraries come through candle as text only. Out of memory, a device is as good as
+/// before; after any other it may answer everything with the same error until the process ends.
+const OUT_OF_MEMORY: [&str; 3] = ["out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED"];
+const OF_THE_DRIVER: [&str; 7] = [
+    "CUDA_ERROR",
+    "DriverError",
+    "CublasError",
+    "CUBLAS_STATUS",
+    "CudnnError",
+    "CUDNN_STATUS",
+    "CurandError",
+];
+
+fn says(words: &str, signs: &[&str]) -> bool {
+    signs.iter().any(|sign| words.contains(sign))
 }
 
 /// An error's words, with what a file is in place of where it lies: clients and logs hear no paths.
 pub(super) fn without_path(error: &Error, file: &Path, what: &str) -> String {
     error.to_string().replace(&file.display().to_string(), what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_memory_is_kept_and_one_that_fails_otherwise_is_not() {
+        let of = |words: &str| {
+            let fault = fault(Error::from(candle_core::Error::Msg(words.into())));
+            (fault.code, fault.device_lost)
+        };
+        let memory = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        assert_eq!(of(memory), (FaultCode::Machine, false));
+        assert_eq!(of("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"), (FaultCode::Machine, false));
+        let sticky = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")";
+        assert_eq!(of(sticky), (FaultCode::Machine, true));
+        assert_eq!(of("CublasError(CUBLAS_STATUS_EXECUTION_FAILED)"), (FaultCode::Machine, true));
+        assert_eq!(of("CudnnError(CUDNN_STATUS_INTERNAL_ERROR)"), (FaultCode::Machine, true));
+        assert_eq!(of("shape mismatch in add"), (FaultCode::Internal, false));
+    }
 }

@@ -8,6 +8,7 @@ mod recipe;
 mod shelf;
 mod training;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -167,13 +168,22 @@ pub struct Drawn {
 
 /// Draws pictures.
 pub trait Artist {
-    /// Draws every picture of a sample, in order. `watch` hears of steps done and steps in all; [`Flow::Continue`] goes
-    /// on, anything else ends the drawing at once with `None`.
+    /// Pictures that it draws at once, at least 1.
+    fn batch(&self) -> usize;
+
+    /// Draws some pictures of a sample as one batch: those whose places in [`SampleSpec::pictures`] are given, at most
+    /// [`Artist::batch`] of them. Which picture comes in which batch changes the rounding of sums and nothing else.
+    /// `watch` hears of steps done and steps in all; [`Flow::Continue`] goes on, anything else ends the drawing at once
+    /// with `None`.
     fn draw(
         &mut self,
         input: &DrawInput<'_>,
+        pictures: Range<usize>,
         watch: &mut dyn FnMut(u64, u64) -> Flow,
     ) -> Result<Option<Vec<Drawn>>, Fault>;
+
+    /// Computes something small, and looks whether it is right.
+    fn probe(&mut self) -> Result<(), Fault>;
 }
 
 /// Everything a device can do.

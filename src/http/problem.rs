@@ -254,7 +254,9 @@ impl From<store::Error> for Problem {
 impl From<blobs::Error> for Problem {
     fn from(error: blobs::Error) -> Self {
         let (kind, detail) = match error {
-            blobs::Error::Away(_) | blobs::Error::Refused(_) => return Self::away("object store", &error),
+            blobs::Error::Away(_) | blobs::Error::Refused(_) | blobs::Error::Local(_) => {
+                return Self::away("object store", &error);
+            }
             blobs::Error::Missing => (Kind::ArtifactMissing, "an object that the job names is gone"),
             blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object came back damaged"),
             blobs::Error::Full => (Kind::StorageFull, "the object store has no room left"),

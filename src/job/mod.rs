@@ -240,13 +240,22 @@ pub struct Fault {
     pub message: String,
     /// Whether the same job, sent again, may succeed.
     pub retryable: bool,
+    /// Whether the device cannot be used any more as it is. For whoever owns the device: no row keeps it.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub device_lost: bool,
 }
 
 impl Fault {
     /// A fault; whether it is worth another attempt follows from its code.
     pub fn new(code: FaultCode, message: impl Into<String>) -> Self {
         let retryable = matches!(code, FaultCode::Machine | FaultCode::WorkerLost | FaultCode::Deadline);
-        Self { code, message: message.into(), retryable }
+        Self { code, message: message.into(), retryable, device_lost: false }
+    }
+
+    /// A fault of the machine after which its device cannot be used any more as it is.
+    pub fn device_lost(message: impl Into<String>) -> Self {
+        Self { device_lost: true, ..Self::new(FaultCode::Machine, message) }
     }
 }
 

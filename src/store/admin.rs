@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::api::{job, job_columns};
 use super::db::{Arg, Row, args, locking};
+use super::turns::charge;
 use super::worker::let_go;
-use super::{Result, Store};
+use super::{Result, Store, parse};
 use crate::job::{Job, JobId, Kind, State, TenantId};
 
 /// A job as an operator sees it: also what no client is told.
@@ -23,6 +24,10 @@ pub struct AdminJob {
     pub worker: Option<String>,
     /// How often it was taken from a worker that was not heard of.
     pub rescues: i64,
+    /// Machines that failed under it.
+    pub fault_hosts: Vec<String>,
+    /// Device time of its last attempt, in milliseconds.
+    pub used_ms: i64,
     /// Nobody claims it earlier.
     pub not_before_ms: i64,
     /// When it was last claimed.
@@ -79,7 +84,7 @@ macro_rules! admin_select {
         concat!(
             "select ",
             job_columns!(),
-            ", class_name, priority, worker, rescues, not_before_ms, claimed_ms, deleting, \
+            ", class_name, priority, worker, rescues, fault_hosts, used_ms, not_before_ms, claimed_ms, deleting, \
              (select name from tenant where tenant.id = job.tenant) as tenant_name, \
              (select max(again.id) from job again where again.retry_of = job.id) as retried_as, \
              (select count(*) from held_back where held_back.tenant = job.tenant and held_back.kind = job.kind) as held_back \
@@ -138,7 +143,7 @@ impl Store {
         let select = locking!("select state, cancel_requested from job where id = $1"; "for update");
         let update = concat!(
             "update job set state = $2, run_lease = run_lease + 1, attempt = attempt - $3, not_before_ms = ms, \
-             finished_ms = case when $2 = 'canceled' then ms end, ",
+             used_ms = ms - claimed_ms, finished_ms = case when $2 = 'canceled' then ms end, ",
             let_go!(),
             " from clock where id = $1 and state = 'running'"
         );
@@ -150,6 +155,7 @@ impl Store {
         }
         let then = if row.flag("cancel_requested")? { State::Canceled } else { State::Queued };
         tx.run(update, args![id, then.as_str(), then == State::Queued]).await?;
+        charge(&mut tx, id, false).await?; // its tenant had the device all the same
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
@@ -201,6 +207,8 @@ fn admin_job(row: &Row) -> Result<AdminJob> {
         priority: row.int("priority")?,
         worker: row.text_or_none("worker")?.map(ToOwned::to_owned),
         rescues: row.int("rescues")?,
+        fault_hosts: parse("fault_hosts", row.text("fault_hosts")?)?,
+        used_ms: row.int("used_ms")?,
         not_before_ms: row.int("not_before_ms")?,
         claimed_ms: row.int_or_none("claimed_ms")?,
         deleting: row.flag("deleting")?,

@@ -38,17 +38,6 @@ const RECALL: &str = concat!(
     join job on id = accepted where deleting = 0"
 );
 
-/// Tenants with jobs of the kind `$1` to claim that nobody holds back, in the order of their turns, and how many each has: who has fewer
-/// running comes first, then who was served longer ago, then who waits longer.
-pub(super) const TURNS: &str = "
-    select waiting.tenant, waiting.jobs from (
-        select tenant, count(*) as jobs, min(id) as oldest from job
-        where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant
-    ) waiting
-    where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)
-    order by (select count(*) from job where job.tenant = waiting.tenant and state = 'running'),
-        (select coalesce(max(claimed_ms), 0) from job where job.tenant = waiting.tenant), waiting.oldest";
-
 impl Store {
     /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
     /// undo it. A key whose job was deleted, or that is older than a day, is free again.
@@ -172,23 +161,6 @@ impl Store {
     pub async fn version(&self, tenant: TenantId, id: JobId) -> Result<Option<i64>> {
         let sql = "select version from job where tenant = $1 and id = $2 and deleting = 0";
         self.db.row(sql, args![tenant, id]).await?.map(|row| row.int("version")).transpose()
-    }
-
-    /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts
-    /// tenants as taking turns; one with nothing running gets several in a row, so this is close, not exact.
-    pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
-        if job.state != State::Queued {
-            return Ok(None);
-        }
-        let ahead = "
-            select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
-                and (priority > me.priority or (priority = me.priority and id < me.id))) as own
-            from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
-        let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
-        let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
-        let turns = self.db.read(TURNS, args![job.kind.as_str()]).await?;
-        let turns = turns.iter().map(|row| Ok((row.word("tenant")?, row.int("jobs")?)));
-        Ok(Some(position(job.tenant, own, &turns.collect::<Result<Vec<_>>>()?)))
     }
 
     /// Ends a job that waits at once, and asks for the end of one that runs: it will not succeed any more. One that
@@ -320,15 +292,6 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
     job(&row.expect("an insert of one row returns it"))
 }
 
-/// How many go first: all of one's own that are ahead, and with each of them one of every other tenant, and one more of
-/// those whose turn is earlier.
-fn position(tenant: TenantId, own: i64, turns: &[(TenantId, i64)]) -> u64 {
-    let mine = turns.iter().position(|(other, _)| *other == tenant).unwrap_or(turns.len());
-    let others = turns.iter().enumerate().filter(|(i, _)| *i != mine);
-    let ahead: i64 = others.map(|(i, (_, jobs))| (*jobs).min(own + i64::from(i < mine))).sum();
-    (own + ahead) as u64
-}
-
 /// A row of the queue.
 pub(super) fn job(row: &Row) -> Result<Job> {
     let document = |column: &str| row.text_or_none(column);
@@ -355,20 +318,4 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         retry_of: row.word_or_none("retry_of")?,
         trace: document("trace")?.map(ToOwned::to_owned),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_position_counts_one_of_each_other_tenant_for_each_of_ones_own() {
-        let [me, big, small] = [1, 2, 3].map(|n| TenantId(uuid::Uuid::from_u128(n)));
-        assert_eq!(position(me, 0, &[(me, 1)]), 0);
-        assert_eq!(position(me, 0, &[(me, 1), (big, 10_000)]), 0);
-        assert_eq!(position(me, 0, &[(big, 10_000), (me, 1)]), 1);
-        assert_eq!(position(me, 2, &[(big, 10_000), (me, 3), (small, 1)]), 2 + 3 + 1);
-        assert_eq!(position(big, 9_999, &[(me, 3), (small, 1), (big, 10_000)]), 9_999 + 3 + 1);
-        assert_eq!(position(me, 1, &[(big, 4)]), 1 + 2, "a job that waits for its retry has no turn yet");
-    }
 }

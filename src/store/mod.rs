@@ -13,6 +13,7 @@
 //! db        the two databases as one: text, numbers, rows         schema    migrations
 //! file      SQLite: one writer                                    session   Postgres, and poolers before it
 //! boot      what SQLite's leases are measured by                  wakes     hints between processes
+//! turns     whose turn it is to be claimed
 //! deployment  which object store goes with it, what a sweep keeps
 //! ```
 
@@ -29,6 +30,7 @@ mod schema;
 mod session;
 mod settle;
 mod tenants;
+mod turns;
 mod wakes;
 mod worker;
 
@@ -41,8 +43,9 @@ pub use deployment::{Deployment, Kept};
 pub use keys::{Key, NewKey, Scope};
 pub use session::Sessions;
 pub use tenants::{Holdings, Tenant, TenantState};
+pub use turns::WEIGHT_MAX;
 pub use wakes::Wakes;
-pub use worker::{Renewal, Rescued};
+pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted};
 
 use db::Db;
 

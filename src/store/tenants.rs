@@ -30,6 +30,8 @@ pub struct Tenant {
     pub created_ms: i64,
     /// Whether it is served.
     pub state: TenantState,
+    /// Its share of the devices beside others that wait.
+    pub weight: u32,
 }
 
 /// How much a tenant has.
@@ -47,7 +49,7 @@ pub struct Holdings {
 
 macro_rules! tenant_select {
     () => {
-        "select id, name, created_ms, state from tenant"
+        "select id, name, created_ms, state, weight from tenant"
     };
 }
 
@@ -161,6 +163,7 @@ impl Store {
             "delete from idempotency where tenant = $1",
             "delete from api_key where tenant = $1",
             "delete from pause where tenant = $1",
+            "delete from device_time where tenant = $1",
         ] {
             tx.run(delete, args![id]).await?;
         }
@@ -196,5 +199,6 @@ fn tenant(row: &Row) -> Result<Tenant> {
         name: row.text("name")?.to_owned(),
         created_ms: row.int("created_ms")?,
         state: row.word("state")?,
+        weight: row.int("weight")? as u32,
     })
 }

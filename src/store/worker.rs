@@ -3,16 +3,62 @@
 //! Every write names the lease, and takes the job's row before it writes. [`Error::LeaseLost`] means that nothing was
 //! written and that the claim is over. A write whose outcome is unknown is said again: the row shows whether it was done.
 
+use std::ops::Deref;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::api::{TURNS, job, job_columns};
+use super::api::{job, job_columns};
 use super::db::{Arg, Tx, args, locking};
+use super::turns::{Turn, charge, turns};
 use super::{Error, Result, Store, json, parse};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Progress, State, TenantId};
+
+/// Machines that may fail under a job before it is taken for the job's own fault.
+pub const HOSTS_MAX: usize = 3;
+
+/// What a worker could begin now.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// Jobs of these kinds.
+    pub kinds: &'a [Kind],
+    /// But no samples of these tenants, since it holds some already.
+    pub no_samples_of: &'a [TenantId],
+}
+
+impl<'a> From<&'a [Kind]> for Wanted<'a> {
+    fn from(kinds: &'a [Kind]) -> Self {
+        Self { kinds, no_samples_of: &[] }
+    }
+}
+
+impl<'a, const N: usize> From<&'a [Kind; N]> for Wanted<'a> {
+    fn from(kinds: &'a [Kind; N]) -> Self {
+        Self::from(&kinds[..])
+    }
+}
+
+/// A job that was claimed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Claim {
+    /// The job, running.
+    pub job: Job,
+    /// Its tenant's turn, in microseconds of device time divided by the weight: of two jobs that one device holds, the
+    /// one with the earlier turn goes on.
+    pub turn: i64,
+    /// Its tenant's weight.
+    pub weight: i64,
+}
+
+impl Deref for Claim {
+    type Target = Job;
+
+    fn deref(&self) -> &Job {
+        &self.job
+    }
+}
 
 /// What a renewal found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,49 +137,100 @@ macro_rules! erasable {
 enum Wish<'a> {
     Succeed { result: &'a Value },
     Fail { fault: &'a Fault, retry: Option<Duration> },
+    MachineFailed { fault: &'a Fault, host: &'a str, retry: Duration },
     Cancel,
     GiveBack,
 }
 
+/// How a job that stops running goes on.
+struct End {
+    state: State,
+    /// Of a job that failed.
+    error: Option<String>,
+    /// Before it may be claimed again.
+    wait: Option<Duration>,
+    /// Whether the attempt does not count.
+    is_free: bool,
+}
+
+impl End {
+    fn to(state: State) -> Self {
+        Self { state, error: None, wait: None, is_free: false }
+    }
+
+    fn failed(fault: &Fault) -> Self {
+        Self { error: Some(json(fault)), ..Self::to(State::Failed) }
+    }
+
+    fn again(fault: &Fault, wait: Duration, attempts_left: bool) -> Self {
+        if attempts_left { Self { wait: Some(wait), ..Self::to(State::Queued) } } else { Self::failed(fault) }
+    }
+
+    fn free() -> Self {
+        Self { is_free: true, ..Self::to(State::Queued) }
+    }
+}
+
 impl Wish<'_> {
-    /// Where it goes: a cancel that its owner was told of comes before everything.
-    fn state(&self, cancel_requested: bool, attempts_left: bool) -> State {
+    /// How it ends: a cancel that its owner was told of comes before everything. `hosts` are the machines that failed
+    /// under it, this one among them from now on if it did.
+    fn end(&self, cancel_requested: bool, attempts_left: bool, hosts: &mut Vec<String>) -> End {
         match self {
-            _ if cancel_requested => State::Canceled,
-            Self::Cancel => State::Canceled,
-            Self::Succeed { .. } => State::Succeeded,
-            Self::Fail { retry: Some(_), .. } if attempts_left => State::Queued,
-            Self::Fail { .. } => State::Failed,
-            Self::GiveBack => State::Queued,
+            _ if cancel_requested => End::to(State::Canceled),
+            Self::Cancel => End::to(State::Canceled),
+            Self::Succeed { .. } => End::to(State::Succeeded),
+            Self::Fail { fault, retry: Some(wait) } => End::again(fault, *wait, attempts_left),
+            Self::Fail { fault, retry: None } => End::failed(fault),
+            // It was found sound since it failed under this very job: an attempt as any other.
+            Self::MachineFailed { fault, host, retry } if hosts.iter().any(|known| known == host) => {
+                End::again(fault, *retry, attempts_left)
+            }
+            Self::MachineFailed { fault, host, .. } => {
+                hosts.push((*host).to_owned());
+                if hosts.len() < HOSTS_MAX { End::free() } else { End::failed(&of_the_job(fault)) }
+            }
+            Self::GiveBack => End::free(),
         }
     }
 }
 
+/// The fault of a job under which as many machines failed as may.
+fn of_the_job(last: &Fault) -> Fault {
+    let message = format!("{HOSTS_MAX} machines failed under it, the last one with: {}", last.message);
+    Fault { message, retryable: false, ..last.clone() }
+}
+
 impl Store {
-    /// Claims the job whose turn it is, of those `kinds`: samples before trainings, then tenants by turns, then a
-    /// tenant's own by priority and age. Until `lease` is over nobody else gets it, unless `deadline` comes first,
-    /// which no renewal puts off.
-    pub async fn claim(
+    /// Claims the job whose turn it is, of those `wanted`: a training before a sample, for a device trains once at a
+    /// time and draws beside it; then tenants by the device time that they had, over their weights; then a tenant's own
+    /// by priority and age. Until `lease` is over nobody else gets it, unless `deadline` comes first, which no renewal
+    /// puts off.
+    pub async fn claim<'a>(
         &self,
         worker: Uuid,
-        kinds: &[Kind],
+        wanted: impl Into<Wanted<'a>>,
         lease: Duration,
         deadline: Duration,
-    ) -> Result<Option<Job>> {
+    ) -> Result<Option<Claim>> {
         self.settle_claims().await?;
+        let wanted = wanted.into();
+        let [Some(first), Some(last)] = [wanted.kinds.first(), wanted.kinds.last()] else { return Ok(None) };
         // Most looks find nothing, and need not wait for those who write.
-        let look =
-            "select id from job where state = 'queued' and not_before_ms <= (select ms from clock) limit 1";
-        if self.db.row(look, &[]).await?.is_none() {
+        let look = "select id from job where state = 'queued' and kind in ($1, $2) \
+                    and not_before_ms <= (select ms from clock) limit 1";
+        if self.db.row(look, args![first.as_str(), last.as_str()]).await?.is_none() {
             return Ok(None);
         }
         let mut tx = self.db.begin().await?;
-        for kind in [Kind::Sample, Kind::Train].into_iter().filter(|kind| kinds.contains(kind)) {
-            for turn in tx.rows(TURNS, args![kind.as_str()]).await? {
-                let Some(id) = pick(&mut tx, kind, turn.word("tenant")?).await? else { continue };
-                let job = take(&mut tx, id, worker, lease, deadline, self.db.lease_clock()).await?;
+        for kind in [Kind::Train, Kind::Sample].into_iter().filter(|kind| wanted.kinds.contains(kind)) {
+            for turn in turns(&mut tx, kind).await? {
+                if kind == Kind::Sample && wanted.no_samples_of.contains(&turn.tenant) {
+                    continue;
+                }
+                let Some(id) = pick(&mut tx, kind, turn.tenant).await? else { continue };
+                let job = take(&mut tx, id, &turn, worker, [lease, deadline], self.db.lease_clock()).await?;
                 return match tx.commit().await {
-                    Ok(()) => Ok(Some(job)),
+                    Ok(()) => Ok(Some(Claim { job, turn: turn.at, weight: turn.weight })),
                     Err(error) => {
                         if let Error::Unknown(_) = error {
                             self.doubtful().push(job.lease());
@@ -183,6 +280,12 @@ impl Store {
         }
     }
 
+    /// Notes how long the device worked for this attempt, which puts off its tenant's next turn when it ends.
+    pub async fn used(&self, lease: Lease, device_time: Duration) -> Result<()> {
+        let update = concat!("update job set used_ms = $3 where ", held!());
+        held(self.db.write(update, args![lease.job, lease.run_lease, device_time]).await?)
+    }
+
     /// Makes a checkpoint, which is in the bucket, the one that a further attempt goes on from. It may be said again. The
     /// one before it, whose object can go: none where `checkpoint` itself was there already.
     pub async fn commit_checkpoint(
@@ -223,6 +326,19 @@ impl Store {
         self.end(lease, Wish::Fail { fault, retry }, &[]).await
     }
 
+    /// Gives a job back because the machine `host` failed under it: at the cost of no attempt, if that is the first time
+    /// for this machine; else for after `retry`, and it counts. When [`HOSTS_MAX`] machines failed under it, it is the
+    /// job's own fault, and it fails. The state it is in then: queued, failed or canceled.
+    pub async fn machine_failed(
+        &self,
+        lease: Lease,
+        fault: &Fault,
+        host: &str,
+        retry: Duration,
+    ) -> Result<State> {
+        self.end(lease, Wish::MachineFailed { fault, host, retry }, &[]).await
+    }
+
     /// Ends a job whose owner wanted it to end.
     pub async fn cancelled(&self, lease: Lease) -> Result<()> {
         self.end(lease, Wish::Cancel, &[]).await.map(drop)
@@ -238,13 +354,14 @@ impl Store {
     /// job: the row keeps which claim it was that its own worker ended.
     async fn end(&self, lease: Lease, wish: Wish<'_>, artifacts: &[Object]) -> Result<State> {
         let select = locking!(
-            "select state, run_lease, ended_lease, cancel_requested, attempt, max_attempts from job where id = $1";
+            "select state, run_lease, ended_lease, cancel_requested, attempt, max_attempts, fault_hosts from job \
+             where id = $1";
             "for update"
         );
         let update = concat!(
             "update job set state = $3, cancel_requested = case when $3 = 'canceled' then 1 else 0 end, \
              result = $4, error = $5, not_before_ms = coalesce(ms + $6, not_before_ms), attempt = attempt - $7, \
-             finished_ms = case when $3 = 'queued' then null else ms end, ended_lease = run_lease, ",
+             fault_hosts = $8, finished_ms = case when $3 = 'queued' then null else ms end, ended_lease = run_lease, ",
             let_go!(),
             " from clock where ",
             held!()
@@ -260,22 +377,22 @@ impl Store {
             return Err(Error::LeaseLost);
         }
         let attempts_left = row.int("attempt")? < row.int("max_attempts")?;
-        let state = wish.state(row.flag("cancel_requested")?, attempts_left);
-        let (mut result, mut error, mut wait, mut uncounted) = (None, None, None, false);
-        match (state, &wish) {
-            (State::Succeeded, Wish::Succeed { result: facts }) => result = Some(json(facts)),
-            (State::Failed, Wish::Fail { fault, .. }) => error = Some(json(fault)),
-            (State::Queued, Wish::Fail { retry, .. }) => wait = *retry,
-            (State::Queued, _) => uncounted = true,
-            _ => {}
-        }
-        let values = args![lease.job, lease.run_lease, state.as_str(), result, error, wait, uncounted];
+        let mut hosts: Vec<String> = parse("fault_hosts", row.text("fault_hosts")?)?;
+        let End { state, error, wait, is_free } =
+            wish.end(row.flag("cancel_requested")?, attempts_left, &mut hosts);
+        let result = match (state, &wish) {
+            (State::Succeeded, Wish::Succeed { result }) => Some(json(result)),
+            _ => None,
+        };
+        let values =
+            args![lease.job, lease.run_lease, state.as_str(), result, error, wait, is_free, json(&hosts)];
         held(tx.run(update, values).await?)?;
         if state == State::Succeeded {
             for object in artifacts {
                 put_artifact(&mut tx, lease.job, object).await?;
             }
         }
+        charge(&mut tx, lease.job, state == State::Succeeded).await?;
         tx.notify().await?;
         tx.commit().await?;
         self.wakes.wake();
@@ -294,12 +411,18 @@ impl Store {
         let faults = args![json(&lost), json(&late)];
         let rows = tx.rows(RESCUE, &[faults, &self.db.lease_clock()[..]].concat()).await?;
         let mut rescued = Rescued::default();
+        let mut charged: Vec<(TenantId, JobId)> = Vec::new();
         for row in &rows {
             match row.word("state")? {
                 State::Queued => rescued.requeued += 1,
                 State::Canceled => rescued.canceled += 1,
                 _ => rescued.failed += 1,
             }
+            charged.push((row.word("tenant")?, row.word("id")?));
+        }
+        charged.sort_unstable(); // whoever locks several tenants' rows does so in this order
+        for (_, id) in charged {
+            charge(&mut tx, id, false).await?;
         }
         if !rows.is_empty() {
             tx.notify().await?;
@@ -368,7 +491,7 @@ const RESCUE: (&str, &str) = {
     macro_rules! rescue {
         ($lock:literal) => {
             concat!(
-                "update job set rescues = rescues + 1, \
+                "update job set rescues = rescues + 1, used_ms = ms - claimed_ms, \
                  state = case when cancel_requested = 1 then 'canceled' when attempt >= max_attempts then 'failed' else 'queued' end, \
                  error = case when cancel_requested = 1 or attempt < max_attempts then null \
                               when ",
@@ -381,7 +504,7 @@ const RESCUE: (&str, &str) = {
                 $lock,
                 ") and ",
                 overdue!(),
-                " returning state"
+                " returning id, tenant, state"
             )
         };
     }
@@ -403,19 +526,19 @@ async fn pick(tx: &mut Tx, kind: Kind, tenant: TenantId) -> Result<Option<JobId>
 async fn take(
     tx: &mut Tx,
     id: JobId,
+    turn: &Turn,
     worker: Uuid,
-    lease: Duration,
-    deadline: Duration,
+    [lease, deadline]: [Duration; 2],
     clock: [Arg; 2],
 ) -> Result<Job> {
     let update = concat!(
         "update job set state = 'running', run_lease = run_lease + 1, attempt = attempt + 1, worker = $2, \
-         lease_until_ms = ms + $3, deadline_ms = ms + $4, boot = $5, lease_until_boot_ms = $6 + $3, \
-         deadline_boot_ms = $6 + $4, claimed_ms = ms, started_ms = coalesce(started_ms, ms), version = version + 1 \
-         from clock where id = $1 and state = 'queued' returning ",
+         lease_until_ms = ms + $3, deadline_ms = ms + $4, boot = $6, lease_until_boot_ms = $7 + $3, \
+         deadline_boot_ms = $7 + $4, claimed_ms = ms, started_ms = coalesce(started_ms, ms), version = version + 1, \
+         turn = $5, used_ms = 0 from clock where id = $1 and state = 'queued' returning ",
         job_columns!()
     );
-    let values = [args![id, worker.to_string(), lease, deadline], &clock[..]].concat();
+    let values = [args![id, worker.to_string(), lease, deadline, turn.begin], &clock[..]].concat();
     let row = tx.row(update, &values).await?;
     job(&row.ok_or_else(|| Error::Corrupt("a locked row was taken".into()))?)
 }

@@ -1,6 +1,7 @@
 //! Weights on the local disk, named by their content, so that a second sample does not fetch them again.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -12,17 +13,42 @@ use crate::blobs::{self, Blobs};
 use crate::job::Object;
 use crate::store::{self, Store};
 
-/// Nothing that is being fetched stands still for so long.
-const ABANDONED: Duration = Duration::from_hours(1);
+/// Nothing that is being fetched stands still for so long: its process was killed.
+const UNFINISHED: Duration = Duration::from_hours(1);
 
-/// A directory of weights with a bound on its bytes; the least recently used go first. One object is always kept,
-/// however large.
+/// How often a file is fetched that another process removes again before it can be held.
+const FETCHES_MAX: usize = 3;
+
+/// A directory of weights with a bound on its bytes; the least recently used go first, but none that is in use here or
+/// in another process. One object is always kept, however large.
 #[derive(Clone, Debug)]
 pub(super) struct WeightsCache {
     dir: PathBuf,
     bytes_max: u64,
     /// One fetch at a time: samples of one product come in crowds.
     fetching: Arc<Mutex<()>>,
+}
+
+/// A file that nobody evicts for as long as this lives: a shared lock on it is held, of which all processes know.
+#[derive(Debug)]
+pub(super) struct Pinned {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Pinned {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes a file that turned out to be of no use. Whoever has it open keeps it.
+    pub(super) fn discard(self) {
+        if let Err(error) = fs::remove_file(&self.path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            warn!("a cached file cannot be removed: {}", error.kind());
+        }
+    }
 }
 
 impl WeightsCache {
@@ -32,20 +58,26 @@ impl WeightsCache {
     }
 
     /// The file of `object`, fetched and verified if it is not there.
-    pub(super) async fn file(&self, blobs: &Blobs, object: &Object) -> Result<PathBuf, blobs::Error> {
+    pub(super) async fn file(&self, blobs: &Blobs, object: &Object) -> Result<Pinned, blobs::Error> {
         let file = self.dir.join(format!("{}.safetensors", object.sha256));
-        let _one = self.fetching.lock().await;
-        if fs::metadata(&file).is_ok_and(|found| found.len() == object.size) {
-            touch(&file);
-            return Ok(file);
+        if let Some(pinned) = pin(&file, object.size) {
+            return Ok(pinned);
         }
-        self.make_room(object.size);
-        blobs.get_to_file(object, &file).await?;
-        Ok(file)
+        let _one = self.fetching.lock().await;
+        for _ in 0..FETCHES_MAX {
+            if let Some(pinned) = pin(&file, object.size) {
+                return Ok(pinned); // fetched meanwhile
+            }
+            fs::create_dir_all(&self.dir)?; // somebody may have removed it
+            self.make_room(object.size);
+            blobs.get_to_file(object, &file).await?;
+        }
+        pin(&file, object.size)
+            .ok_or_else(|| blobs::Error::Local("it is removed as often as it is fetched".into()))
     }
 
     /// Removes the weights that no job has to show any more: those of deleted products. Keeps all where the database cannot
-    /// say.
+    /// say, and for now what is in use.
     pub(super) async fn retain(&self, store: &Store) -> store::Result<()> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(()) };
         let mut held = Vec::new();
@@ -53,15 +85,13 @@ impl WeightsCache {
             let name = entry.file_name();
             match name.to_str().and_then(|name| name.strip_suffix(".safetensors")) {
                 Some(sha256) => held.push(sha256.to_owned()),
-                None => remove_abandoned(&entry.path()), // what was being fetched
+                None => drop(remove_unfinished(&entry.path())),
             }
         }
         let in_use = store.weights_in_use(&held).await?;
         for sha256 in held.iter().filter(|sha256| !in_use.contains(*sha256)) {
-            match fs::remove_file(self.dir.join(format!("{sha256}.safetensors"))) {
-                Ok(()) => info!("the weights of a deleted product are gone from the disk"),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {} // another process did it
-                Err(error) => warn!("the weights of a deleted product cannot be removed: {error}"),
+            if evict(&self.dir.join(format!("{sha256}.safetensors"))) {
+                info!("the weights of a deleted product are gone from the disk");
             }
         }
         Ok(())
@@ -80,28 +110,110 @@ impl WeightsCache {
         files.sort();
         let mut total: u64 = files.iter().map(|(_, size, _)| size).sum();
         for (_, bytes, path) in files {
-            if total + size <= self.bytes_max {
-                break;
+            if path.extension().is_none() {
+                if remove_unfinished(&path) {
+                    total -= bytes;
+                }
+                continue;
             }
-            match fs::remove_file(&path) {
-                Ok(()) => total -= bytes,
-                Err(error) => warn!("a cached file cannot be removed: {error}"),
+            if total + size > self.bytes_max && evict(&path) {
+                total -= bytes;
             }
         }
     }
 }
 
-/// Removes a file that nobody has written to for long: its process was killed.
-fn remove_abandoned(file: &Path) {
-    let written = fs::metadata(file).and_then(|found| found.modified());
-    if written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED)) {
-        let _ = fs::remove_file(file); // another process may have done it
+/// Holds a file, if it is there and whole, and marks it as just used.
+fn pin(path: &Path, size: u64) -> Option<Pinned> {
+    let file = File::open(path).ok()?;
+    // Whoever has it alone is about to remove it. A disk without locks is one that only one process uses.
+    if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
+        return None;
     }
+    let (held, there) = (file.metadata().ok()?, fs::metadata(path).ok()?);
+    if held.len() != size || (held.dev(), held.ino()) != (there.dev(), there.ino()) {
+        return None;
+    }
+    let _ = file.set_modified(SystemTime::now()); // or else it only goes earlier than it should
+    Some(Pinned { path: path.to_owned(), _lock: file })
 }
 
-/// Marks a file as just used. Where that fails, it only goes earlier than it should.
-fn touch(file: &Path) {
-    if let Ok(file) = fs::File::open(file) {
-        let _ = file.set_modified(SystemTime::now());
+/// Removes a file, unless somebody uses it. Whether it is gone.
+fn evict(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return true };
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        return false;
+    }
+    let removed = fs::remove_file(path);
+    if let Err(error) = &removed {
+        warn!("a cached file cannot be removed: {}", error.kind());
+    }
+    removed.is_ok()
+}
+
+/// Removes what somebody was killed at fetching, and leaves what somebody is fetching. Whether it is gone.
+fn remove_unfinished(file: &Path) -> bool {
+    let written = fs::metadata(file).and_then(|found| found.modified());
+    written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > UNFINISHED)) && fs::remove_file(file).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blobs::Key;
+    use crate::job::{JobId, Lease, TenantId};
+
+    async fn stored(blobs: &Blobs, byte: u8, size: usize) -> Object {
+        let lease = Lease { job: JobId::new(), run_lease: 1 };
+        let key = Key::artifact(TenantId::LOCAL, lease, crate::blobs::Name::Weights);
+        blobs.put(&key, vec![byte; size]).await.unwrap()
+    }
+
+    fn bytes(cache: &WeightsCache) -> u64 {
+        fs::read_dir(&cache.dir).unwrap().flatten().map(|entry| entry.metadata().unwrap().len()).sum()
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_stays_however_little_room_there_is_and_goes_when_it_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = Blobs::over(Arc::new(object_store::memory::InMemory::new()));
+        let cache = WeightsCache::open(dir.path().join("weights"), 250).unwrap();
+        let another = WeightsCache::open(dir.path().join("weights"), 250).unwrap(); // as another process has it
+        let mut objects = Vec::new();
+        for byte in 1..=4 {
+            objects.push(stored(&blobs, byte, 100).await);
+        }
+        let first = cache.file(&blobs, &objects[0]).await.unwrap();
+        let second = cache.file(&blobs, &objects[1]).await.unwrap();
+        let third = another.file(&blobs, &objects[2]).await.unwrap();
+        for (pinned, byte) in [(&first, 1), (&second, 2), (&third, 3)] {
+            assert_eq!(fs::read(pinned.path()).unwrap(), [byte; 100]);
+        }
+        assert_eq!(bytes(&cache), 300, "more than the bound, but all of it in use");
+        drop((first, third));
+        let fourth = another.file(&blobs, &objects[3]).await.unwrap();
+        assert_eq!((bytes(&cache), fs::read(fourth.path()).unwrap()), (200, vec![4; 100]));
+        assert_eq!(fs::read(second.path()).unwrap(), [2; 100]);
+    }
+
+    #[tokio::test]
+    async fn what_somebody_removed_or_cut_short_is_fetched_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = Blobs::over(Arc::new(object_store::memory::InMemory::new()));
+        let cache = WeightsCache::open(dir.path().join("weights"), 250).unwrap();
+        let object = stored(&blobs, 7, 100).await;
+        let path = cache.file(&blobs, &object).await.unwrap().path().to_owned();
+        fs::write(&path, [7; 50]).unwrap();
+        assert_eq!(fs::read(cache.file(&blobs, &object).await.unwrap().path()).unwrap(), [7; 100]);
+        fs::remove_dir_all(dir.path().join("weights")).unwrap();
+        assert_eq!(fs::read(cache.file(&blobs, &object).await.unwrap().path()).unwrap(), [7; 100]);
+        let half = dir.path().join("weights/.tmp1");
+        fs::write(&half, [0; 200]).unwrap();
+        let other = stored(&blobs, 8, 100).await;
+        drop(cache.file(&blobs, &other).await.unwrap());
+        assert!(half.exists(), "somebody may be fetching it");
+        fs::File::open(&half).unwrap().set_modified(SystemTime::now() - 2 * UNFINISHED).unwrap();
+        drop(cache.file(&blobs, &stored(&blobs, 9, 100).await).await.unwrap());
+        assert!(!half.exists(), "nobody takes that long");
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::shares::Meter;
 use crate::job::{Lease, Progress};
 use crate::store::{Renewal, Store};
 
@@ -24,12 +25,15 @@ pub(super) struct Held {
     lost: AtomicBool,
     cancel: AtomicBool,
     progress: Mutex<Option<Progress>>,
+    /// What the job has used of the device.
+    pub(super) meter: Arc<Meter>,
 }
 
 impl Held {
     fn new(lease: Lease, length: Duration, asked: Instant) -> Self {
         let (lost, cancel) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { lease, length, confirmed: Mutex::new(asked), lost, cancel, progress: Mutex::new(None) }
+        let (confirmed, progress) = (Mutex::new(asked), Mutex::new(None));
+        Self { lease, length, confirmed, lost, cancel, progress, meter: Arc::default() }
     }
 
     /// Whether the lease is gone, or may be.
@@ -156,6 +160,7 @@ pub(super) struct Holding {
 impl Drop for Holding {
     fn drop(&mut self) {
         lock(&self.heart.held).remove(&self.held.lease);
+        self.held.lose(); // the device may still be at it, if the job's task did not come to its end
     }
 }
 

@@ -63,6 +63,15 @@ impl Worker {
     /// Writes the job's end, for as long as the lease is held, and takes away what did not count.
     pub(super) async fn settle(&self, job: &Job, held: &Held, outcome: Outcome) {
         let lease = held.lease;
+        let used = held.meter.total();
+        metrics::counter!("hypnos_device_milliseconds_total", "kind" => job.kind.as_str())
+            .increment(used.as_millis() as u64);
+        if !used.is_zero()
+            && !held.is_lost()
+            && let Err(refused) = self.write(held, || self.store.used(lease, used)).await
+        {
+            warn!("its device time is not noted: {refused}");
+        }
         let ended = match &outcome {
             Outcome::Done { result, objects } => {
                 self.write(held, || self.store.finish(lease, result, objects)).await
@@ -75,7 +84,13 @@ impl Worker {
                 warn!("failed: {fault}");
                 let retry = fault.retryable.then(|| RETRY_AFTER * job.attempt.clamp(1, 60) as u32);
                 let told = told(fault);
-                self.write(held, || self.store.fail(lease, &told, retry)).await
+                if fault.code == FaultCode::Machine {
+                    let retry = retry.unwrap_or_default();
+                    let host = &self.settings.host;
+                    self.write(held, || self.store.machine_failed(lease, &told, host, retry)).await
+                } else {
+                    self.write(held, || self.store.fail(lease, &told, retry)).await
+                }
             }
             Outcome::Lost => Err(Refused::Lost),
         };

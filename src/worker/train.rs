@@ -11,10 +11,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info_span, warn};
 
-use super::Worker;
 use super::device::{Device, Order, TrainOrder, reply};
 use super::lease::Held;
 use super::settle::{Content, Outcome, Refused, patiently};
+use super::{Worker, scratch_fault};
 use crate::blobs::{self, Key, Name};
 use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
@@ -46,16 +46,11 @@ impl Worker {
         held.progress(Progress::begin(Phase::Preparing, 0));
         let preparing = phase_span(Phase::Preparing, &Span::current());
         let scratch = self.scratch_of(job)?;
-        let mut photos = Vec::new();
-        for photo in &job.photos {
-            photos.push(self.get(held, photo).await?.to_vec());
-        }
-        let wanted = device.class_images(spec).await?;
-        let (class_images, unreadable) = self.class_images_had(job, held, &wanted).await?;
-        let resume = match &job.checkpoint {
-            Some(checkpoint) => self.checkpoint(held, checkpoint, scratch.path()).await?,
-            None => None,
+        let prepared = tokio::select! {
+            prepared = self.prepare(device, job, spec, held, scratch.path()) => prepared?,
+            () = self.drain.cancelled() => return Ok(Outcome::Paused),
         };
+        let Prepared { photos, wanted, class_images, unreadable, resume } = prepared;
 
         drop(preparing);
         let (events, mut heard) = mpsc::unbounded_channel();
@@ -76,9 +71,10 @@ impl Worker {
             spec: spec.clone(),
             photos,
             class_images,
-            resume,
+            resume: resume.clone(),
             scratch: scratch.path().to_owned(),
             watch: Box::new(move |beat| watch.hear(beat)),
+            meter: held.meter.clone(),
             reply: sender,
         }));
         // The watcher, and with it the sender of events, goes when the training has ended.
@@ -94,7 +90,14 @@ impl Worker {
                 storing.store(false, Ordering::Release);
             }
         }
-        match reply(answer).await? {
+        let ending = reply(answer).await.map_err(|fault| match (fault.code, resume) {
+            // It was fetched whole: what is lost is not the checkpoint.
+            (FaultCode::ArtifactMissing, Some(file)) if !file.exists() => {
+                scratch_fault(&std::io::ErrorKind::NotFound.into())
+            }
+            _ => fault,
+        });
+        match ending? {
             Ending::Trained(mut trained) => {
                 // Of this attempt: earlier ones took theirs.
                 trained.report["seconds"] = times.seconds(Instant::now());
@@ -111,10 +114,31 @@ impl Worker {
     }
 
     fn scratch_of(&self, job: &Job) -> Result<tempfile::TempDir, Fault> {
-        let made = tempfile::Builder::new().prefix(&format!("{}-", job.id)).tempdir_in(&self.scratch);
-        made.map_err(|error| {
-            Fault::new(FaultCode::Machine, format!("no scratch directory: {}", error.kind()))
-        })
+        let made = tempfile::Builder::new().prefix(&format!("{}-", job.id)).tempdir_in(self.scratch.path());
+        made.map_err(|error| scratch_fault(&error))
+    }
+
+    /// Fetches all that a training begins with.
+    async fn prepare(
+        &self,
+        device: &Device,
+        job: &Job,
+        spec: &TrainSpec,
+        held: &Held,
+        scratch: &Path,
+    ) -> Result<Prepared, Outcome> {
+        let mut photos = Vec::new();
+        for photo in &job.photos {
+            photos.push(self.get(held, photo).await?.to_vec());
+        }
+        let resume = match &job.checkpoint {
+            Some(checkpoint) => self.checkpoint(held, checkpoint, scratch).await?,
+            None => None,
+        };
+        // Last of what can take long: from now on the device is kept free for this training.
+        let wanted = device.class_images(spec).await?;
+        let (class_images, unreadable) = self.class_images_had(job, held, &wanted).await?;
+        Ok(Prepared { photos, wanted, class_images, unreadable, resume })
     }
 
     /// The class images that earlier trainings drew, and the rows of those that the store no longer has whole: these are
@@ -268,6 +292,16 @@ impl Worker {
         objects.push(self.put(job, held, Name::Page, page, Value::Null).await?);
         Ok(Outcome::Done { result, objects })
     }
+}
+
+/// What a training begins with.
+struct Prepared {
+    photos: Vec<Vec<u8>>,
+    wanted: ClassImages,
+    class_images: Vec<Option<Vec<u8>>>,
+    /// The rows of class images that the store no longer has whole.
+    unreadable: HashMap<u64, Object>,
+    resume: Option<PathBuf>,
 }
 
 /// What the job's task does while the device goes on.

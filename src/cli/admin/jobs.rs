@@ -179,6 +179,8 @@ pub(super) fn described(job: &AdminJob) -> Value {
         "attempt": row.attempt,
         "max_attempts": row.max_attempts,
         "rescues": job.rescues,
+        "fault_hosts": job.fault_hosts,
+        "device_seconds": job.used_ms as f64 / 1e3,
         "run_lease": row.run_lease,
         "worker": job.worker,
         "created_at": time(row.created_ms),

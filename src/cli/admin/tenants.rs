@@ -15,7 +15,7 @@ use super::{Place, export, failed, tenant_named};
 use crate::cli::{Stop, say};
 use crate::janitor::{self, Eraser};
 use crate::job::TenantId;
-use crate::store::{Holdings, Store, Tenant, TenantState};
+use crate::store::{Holdings, Store, Tenant, TenantState, WEIGHT_MAX};
 
 /// Pause between two looks at a deletion that waits for a worker.
 const LOOK: Duration = Duration::from_millis(500);
@@ -29,6 +29,8 @@ pub(in crate::cli) enum Command {
     Disable(Named),
     /// Serve a disabled tenant again.
     Enable(Named),
+    /// Set a tenant's share of the devices: twice the weight of another that waits too, twice the device time.
+    Weight(Weight),
     /// Write all that a tenant has into a directory: rows as JSON, objects with their hashes.
     Export(Export),
     /// Erase a tenant with all that it has: jobs, objects, class images, keys.
@@ -48,6 +50,17 @@ pub(in crate::cli) struct List {
 pub(in crate::cli) struct Named {
     /// The tenant's name
     name: String,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Weight {
+    /// The tenant's name
+    name: String,
+    /// From 1, which every tenant has at first, to 1000
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(WEIGHT_MAX)))]
+    weight: u32,
     #[command(flatten)]
     place: Place,
 }
@@ -79,6 +92,7 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
         Command::List(args) => args.place.with_store(|store, _| list(args, store))?,
         Command::Disable(args) => args.place.with_store(|store, _| serve(args, store, false))?,
         Command::Enable(args) => args.place.with_store(|store, _| serve(args, store, true))?,
+        Command::Weight(args) => args.place.with_store(|store, _| weigh(args, store))?,
         Command::Export(args) => return args.place.with_store(|store, stop| export(args, store, stop)),
         Command::Delete(args) => args.place.with_store(|store, stop| delete(args, store, stop))?,
     }
@@ -91,17 +105,17 @@ async fn list(args: &List, store: Store) -> Result<(), Stop> {
         let Holdings { keys, queued, running, jobs } = store.holdings(tenant.id).await.map_err(failed)?;
         if args.json {
             say(&json!({
-                "name": tenant.name, "id": tenant.id, "state": tenant.state, "created_at": time(tenant.created_ms),
+                "name": tenant.name, "id": tenant.id, "state": tenant.state, "weight": tenant.weight, "created_at": time(tenant.created_ms),
                 "keys": keys, "queued": queued, "running": running, "jobs": jobs,
             })
             .to_string());
         }
         let numbers = [keys, queued, running, jobs].map(|n| n.to_string());
-        let words = [plain(&tenant.name), tenant.state.to_string()];
+        let words = [plain(&tenant.name), tenant.state.to_string(), tenant.weight.to_string()];
         rows.push(words.into_iter().chain(numbers).chain([tenant.id.to_string()]).collect());
     }
     if !args.json {
-        print_table(&["NAME", "STATE", "KEYS", "QUEUED", "RUNNING", "JOBS", "ID"], &rows);
+        print_table(&["NAME", "STATE", "WEIGHT", "KEYS", "QUEUED", "RUNNING", "JOBS", "ID"], &rows);
     }
     Ok(())
 }
@@ -119,6 +133,13 @@ async fn serve(args: &Named, store: Store, served: bool) -> Result<(), Stop> {
         return Err(Stop::Input(format!("{:?} is being deleted, and cannot be {verb}", tenant.name)));
     }
     say(&format!("{verb}; servers notice within 30 seconds"));
+    Ok(())
+}
+
+async fn weigh(args: &Weight, store: Store) -> Result<(), Stop> {
+    let tenant = tenant_named(&store, &args.name).await?;
+    store.set_tenant_weight(tenant.id, args.weight).await.map_err(failed)?;
+    say(&format!("weight {}, from the next claim on", args.weight));
     Ok(())
 }
 

@@ -6,24 +6,24 @@ use serde::Deserialize;
 static FILES: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/examples/products");
 
 /// The one that is taken if none is named.
-pub(super) const FIRST: &str = "dotted-teapot";
+pub(in crate::cli) const FIRST: &str = "dotted-teapot";
 
 /// A product and its photos.
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct Product {
+pub(in crate::cli) struct Product {
     /// By which it is chosen.
-    pub(super) name: String,
+    pub(in crate::cli) name: String,
     /// What kind of thing it is.
-    pub(super) class_name: String,
+    pub(in crate::cli) class_name: String,
     /// Where it stands in its photos, as a prompt says it.
-    pub(super) place: String,
+    pub(in crate::cli) place: String,
     /// The files, JPEG.
     #[serde(skip)]
-    pub(super) photos: Vec<Vec<u8>>,
+    pub(in crate::cli) photos: Vec<Vec<u8>>,
 }
 
 /// All of them, with their photos.
-pub(super) fn all() -> Vec<Product> {
+pub(in crate::cli) fn all() -> Vec<Product> {
     let list = FILES.get_file("products.json").expect("the list is there");
     let mut products: Vec<Product> = serde_json::from_slice(list.contents()).expect("the list is sound");
     for product in &mut products {
@@ -36,7 +36,7 @@ pub(super) fn all() -> Vec<Product> {
 }
 
 /// The product of that name; else one line that names all.
-pub(super) fn find(name: &str) -> Result<Product, String> {
+pub(in crate::cli) fn find(name: &str) -> Result<Product, String> {
     let all = all();
     let names: Vec<_> = all.iter().map(|product| product.name.clone()).collect();
     let found = all.into_iter().find(|product| product.name == name);

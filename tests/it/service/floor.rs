@@ -9,10 +9,11 @@ use bytes::Bytes;
 use hypnos::blobs::{Blobs, Key, Scope};
 use hypnos::health::Health;
 use hypnos::job::{
-    Evaluation, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions, TrainSpec,
+    Evaluation, Fault, Format, Job, JobId, SampleSpec, Scheduler, Spec, State, TenantId, TrainOptions,
+    TrainSpec,
 };
 use hypnos::store::{NewJob, Origin, Store, Submitted};
-use hypnos::worker::{self, Settings};
+use hypnos::worker::{self, Clock, Settings};
 use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -61,6 +62,11 @@ impl Floor {
             checkpoint_every: Duration::from_millis(20),
             scratch: dir.path().join("scratch"),
             weights_bytes_max: 1 << 20,
+            sample_share: 0.5,
+            rest: Duration::from_millis(50),
+            drain: Duration::from_mins(2),
+            host: "a machine".into(),
+            clock: Clock::default(),
         };
         Self { store, blobs, settings, dir }
     }
@@ -82,22 +88,32 @@ impl Floor {
 
     /// The same, with another way to the objects.
     pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
-        Worker::start(script, self.settings.clone(), self.store.clone(), blobs)
+        self.work_on(&[script], blobs)
     }
 
     /// The same, with another way to the database.
     pub(super) async fn work_through(&self, script: &Script, url: &str) -> Worker {
         let store = Store::connect(url, 8).await.unwrap();
         let settings = Settings { database: url.into(), ..self.settings.clone() };
-        Worker::start(script, settings, store, self.blobs.clone())
+        Worker::start(&[script], settings, store, self.blobs.clone())
+    }
+
+    /// A process with several devices; the first one's clock counts.
+    pub(super) fn work_on(&self, scripts: &[&Script], blobs: Blobs) -> Worker {
+        Worker::start(scripts, self.settings.clone(), self.store.clone(), blobs)
     }
 
     /// A training of `steps` steps, with its photos in place.
     pub(super) async fn train(&self, class_name: &str, steps: u32) -> Job {
+        self.train_of(TENANT, class_name, steps).await
+    }
+
+    /// The same of another tenant.
+    pub(super) async fn train_of(&self, tenant: TenantId, class_name: &str, steps: u32) -> Job {
         let id = JobId::new();
         let mut photos = Vec::new();
         for n in 0..3 {
-            let key = Key::photo(TENANT, id, n);
+            let key = Key::photo(tenant, id, n);
             photos.push(self.blobs.put(&key, format!("photo {n}")).await.unwrap());
         }
         let options = TrainOptions {
@@ -108,15 +124,27 @@ impl Floor {
             ..TrainOptions::default()
         };
         let spec = Spec::Train(Box::new(TrainSpec::new(class_name, options, 0).unwrap()));
-        self.submit(NewJob { id, tenant: TENANT, parent: None, spec, photos, ..Self::plain() }).await
+        self.submit(NewJob { id, tenant, parent: None, spec, photos, ..Self::plain() }).await
     }
 
     /// A sample of two pictures.
     pub(super) async fn sample(&self, parent: JobId, steps: u32) -> Job {
+        self.sample_of(TENANT, parent, "a photo of {product} on a beach", 2, steps).await
+    }
+
+    /// A sample of any tenant: `n` pictures of one prompt.
+    pub(super) async fn sample_of(
+        &self,
+        tenant: TenantId,
+        parent: JobId,
+        prompt: &str,
+        n: u32,
+        steps: u32,
+    ) -> Job {
         let spec = SampleSpec {
-            prompts: vec!["a photo of {product} on a beach".into()],
+            prompts: vec![prompt.into()],
             negative_prompt: String::new(),
-            n: 2,
+            n,
             seed: Some(11),
             steps,
             guidance: Some(7.5),
@@ -126,7 +154,7 @@ impl Floor {
             format: Format::Webp,
         };
         let spec = Spec::Sample(spec.complete(0).unwrap());
-        self.submit(NewJob { parent: Some(parent), spec, ..Self::plain() }).await
+        self.submit(NewJob { tenant, parent: Some(parent), spec, ..Self::plain() }).await
     }
 
     fn plain() -> NewJob {
@@ -152,7 +180,7 @@ impl Floor {
     }
 
     pub(super) async fn find(&self, job: &Job) -> Option<Job> {
-        self.store.find(TENANT, job.id, job.kind).await.unwrap()
+        self.store.find(job.tenant, job.id, job.kind).await.unwrap()
     }
 
     /// The job once it is as `wanted`.
@@ -206,23 +234,40 @@ fn directory(dir: &Path) -> LocalFileSystem {
 pub(super) struct Worker {
     drain: CancellationToken,
     pub(super) health: Health,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<(), Fault>>,
 }
 
 impl Worker {
-    fn start(script: &Script, settings: Settings, store: Store, blobs: Blobs) -> Self {
+    fn start(scripts: &[&Script], settings: Settings, store: Store, blobs: Blobs) -> Self {
         let drain = CancellationToken::new();
-        let engines = vec![("scripted".to_owned(), script.engine())];
+        let name = |(i, script): (usize, &&Script)| (format!("scripted:{i}"), script.engine());
+        let engines = scripts.iter().enumerate().map(name).collect();
         let health = Health::default();
+        let settings = Settings { clock: scripts[0].clock(), ..settings };
         let (seen, stop) = (health.clone(), drain.clone());
-        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await.unwrap() };
+        let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await };
         Self { drain, health, task: tokio::spawn(run) }
     }
 
     /// As SIGTERM does: gives back what it holds, and ends.
     pub(super) async fn stop(self) {
+        self.told_to_stop().await.unwrap();
+    }
+
+    /// Tells it to stop, and does not wait.
+    pub(super) fn drain(&self) {
         self.drain.cancel();
-        tokio::time::timeout(PATIENCE, self.task).await.expect("it drains").unwrap();
+    }
+
+    /// The same, with what it says at its end.
+    pub(super) async fn told_to_stop(self) -> Result<(), Fault> {
+        self.drain.cancel();
+        self.ended().await
+    }
+
+    /// What it says when it ends by itself.
+    pub(super) async fn ended(self) -> Result<(), Fault> {
+        tokio::time::timeout(PATIENCE, self.task).await.expect("it ends").unwrap()
     }
 
     /// As SIGKILL does, seen from the database and the store: no further write, no further beat.

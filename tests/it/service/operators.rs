@@ -110,7 +110,7 @@ impl Site {
     }
 
     async fn claim(&self) -> Job {
-        self.store.claim(Uuid::now_v7(), Kind::ALL, DAY, DAY).await.unwrap().expect("a job waits")
+        self.store.claim(Uuid::now_v7(), Kind::ALL, DAY, DAY).await.unwrap().expect("a job waits").job
     }
 
     /// A training that ended by a fault of the machine.
@@ -370,6 +370,14 @@ async fn tenants_are_listed_disabled_and_enabled(site: Site) {
     assert!(site.store.claim(Uuid::now_v7(), Kind::ALL, DAY, DAY).await.unwrap().is_none());
     site.admin(&["tenants", "enable", "shop"]).await.ok();
     assert_eq!(list().await["state"], "active");
+    assert_eq!(before["weight"], 1);
+    site.admin(&["tenants", "weight", "shop", "3"]).await.ok();
+    assert_eq!(list().await["weight"], 3);
+    let ran = site.admin(&["tenants", "weight", "shop", "0"]).await;
+    assert!(ran.code == Some(2) && ran.err.contains("1..=1000"), "{}", ran.err);
+    assert!(
+        site.admin(&["tenants", "list"]).await.ok().lines().any(|line| line.starts_with("shop   active  3"))
+    );
     let line = site.admin(&["tenants", "disable", "local"]).await.refused(2);
     assert!(line.contains("a service without keys"), "{line}");
     assert!(

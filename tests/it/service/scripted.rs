@@ -1,8 +1,9 @@
 //! An engine that computes nothing but keeps every promise of a real one: its result depends on the job's seed and on
 //! every step taken in order, its checkpoints are good to go on from, and it hears the watch between two steps.
 
+use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use hypnos::engine::{
@@ -10,7 +11,7 @@ use hypnos::engine::{
 };
 use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
 use hypnos::report::Gallery;
-use hypnos::worker::MakeEngine;
+use hypnos::worker::{Clock, MakeEngine};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -21,30 +22,137 @@ pub(super) enum Did {
     ClassImage(u64),
     /// Took a step of the training of this class name.
     Step(String, u64),
-    /// Drew the pictures of a sample, while a training was under way or not.
-    Draw { during_training: bool },
+    /// Drew a batch of pictures of a sample that began with this prompt, while a training was under way or not.
+    Draw { prompt: String, during_training: bool },
 }
 
 /// How the engines of a test go about it.
 #[derive(Clone, Debug)]
 pub(super) struct Script {
+    /// How long a step of a training or of a sampler takes here.
     pub(super) step: Duration,
     /// The kind of device: each draws one picture in bytes of its own.
     pub(super) device: &'static str,
+    /// How long it takes by the device's own clock, which nothing else moves.
+    pub(super) device_step: Duration,
+    /// Pictures drawn at once.
+    pub(super) batch: usize,
     pub(super) did: Arc<Mutex<Vec<Did>>>,
+    /// When it did so, by the device's clock.
+    when: Arc<Mutex<Vec<Duration>>>,
+    now: Arc<Mutex<Duration>>,
+    /// Whether the device is lost: no engine can be made, and none that there is computes anything.
+    lost: Arc<Mutex<bool>>,
+    held: Arc<(Mutex<Draws>, Condvar)>,
+}
+
+/// Whether draws may begin.
+#[derive(Debug, Default)]
+struct Draws {
+    are_held: bool,
+    /// One has come to its beginning and waits.
+    waits: bool,
 }
 
 impl Script {
     /// Engines whose steps take this long.
     pub(super) fn new(step: Duration) -> Self {
-        Self { step, device: "", did: Arc::default() }
+        Self {
+            step,
+            device: "",
+            device_step: step,
+            batch: 64,
+            did: Arc::default(),
+            when: Arc::default(),
+            now: Arc::default(),
+            lost: Arc::default(),
+            held: Arc::default(),
+        }
     }
 
-    /// Makes engines that follow it. What they do on purpose to trainings of some class names:
-    /// `diverges`, `panics`, `machine` (a fault of the machine, every time) and `input`.
+    /// The same, drawing so many pictures at once.
+    pub(super) fn batch(self, batch: usize) -> Self {
+        Self { batch, ..self }
+    }
+
+    /// The same, on another kind of device.
+    pub(super) fn on(self, device: &'static str) -> Self {
+        Self { device, ..self }
+    }
+
+    /// The same, with steps that take so long by the device's clock.
+    pub(super) fn device_step(self, device_step: Duration) -> Self {
+        Self { device_step, ..self }
+    }
+
+    /// Makes engines that follow it. What they do on purpose to trainings of some class names: `diverges`, `panics`,
+    /// `machine` (a fault of the machine, every time), `input`, `loses` (the device is lost, and stays so) and `breaks` (the
+    /// same with a panic).
     pub(super) fn engine(&self) -> MakeEngine {
         let script = self.clone();
-        Box::new(move || Ok(Box::new(Scripted { script: script.clone(), training: false })))
+        Box::new(move || {
+            script.is_well()?;
+            Ok(Box::new(Scripted { script: script.clone(), training: false }))
+        })
+    }
+
+    /// The device's own clock.
+    pub(super) fn clock(&self) -> Clock {
+        let now = self.now.clone();
+        Clock::new(move || *now.lock().unwrap())
+    }
+
+    /// Takes the device away, or gives it back.
+    pub(super) fn lose_device(&self, lost: bool) {
+        *self.lost.lock().unwrap() = lost;
+    }
+
+    /// From now on a draw waits before it reads the weights.
+    pub(super) fn hold_draws(&self) {
+        self.held.0.lock().unwrap().are_held = true;
+    }
+
+    /// Whether a draw waits.
+    pub(super) fn is_drawing(&self) -> bool {
+        self.held.0.lock().unwrap().waits
+    }
+
+    pub(super) fn let_draw(&self) {
+        self.held.0.lock().unwrap().are_held = false;
+        self.held.1.notify_all();
+    }
+
+    fn wait_to_draw(&self) {
+        let mut draws = self.held.0.lock().unwrap();
+        draws.waits = true;
+        let mut draws = self.held.1.wait_while(draws, |draws| draws.are_held).unwrap();
+        draws.waits = false;
+    }
+
+    /// What was done, each with when by the device's clock.
+    pub(super) fn history(&self) -> Vec<(Duration, Did)> {
+        let (when, did) = (self.when.lock().unwrap(), self.did.lock().unwrap());
+        when.iter().copied().zip(did.iter().cloned()).collect()
+    }
+
+    /// Batches that were drawn of samples whose prompt begins so.
+    pub(super) fn draws(&self, begins: &str) -> usize {
+        let did = self.did.lock().unwrap();
+        did.iter().filter(|did| matches!(did, Did::Draw { prompt, .. } if prompt.starts_with(begins))).count()
+    }
+
+    fn is_well(&self) -> Result<(), Fault> {
+        match *self.lost.lock().unwrap() {
+            true => Err(Fault::device_lost("an illegal memory access was encountered")),
+            false => Ok(()),
+        }
+    }
+
+    /// One step of anything.
+    fn takes_a_step(&self) -> Result<(), Fault> {
+        std::thread::sleep(self.step);
+        *self.now.lock().unwrap() += self.device_step;
+        self.is_well()
     }
 
     pub(super) fn steps(&self, class_name: &str) -> Vec<u64> {
@@ -57,6 +165,8 @@ impl Script {
     }
 
     fn did(&self, what: Did) {
+        let mut when = self.when.lock().unwrap();
+        when.push(*self.now.lock().unwrap());
         self.did.lock().unwrap().push(what);
     }
 }
@@ -95,23 +205,38 @@ fn picture(prompt: &str, seed: u64, format: Format) -> Drawn {
 }
 
 impl Artist for Scripted {
+    fn batch(&self) -> usize {
+        self.script.batch
+    }
+
     fn draw(
         &mut self,
         input: &DrawInput<'_>,
+        pictures: Range<usize>,
         watch: &mut dyn FnMut(u64, u64) -> Flow,
     ) -> Result<Option<Vec<Drawn>>, Fault> {
-        let weights = std::fs::read(input.weights).expect("the worker fetched the weights");
+        self.script.wait_to_draw();
+        let missing = |_| Fault::new(FaultCode::ArtifactMissing, "the weights cannot be read");
+        let weights = std::fs::read(input.weights).map_err(missing)?;
         assert_eq!(weights.len(), 32, "whole");
+        assert!(!pictures.is_empty() && pictures.len() <= self.script.batch, "{pictures:?}");
+        let prompt = input.spec.prompts[0].clone();
+        if prompt.starts_with("panics") {
+            panic!("as the script says");
+        }
         for step in 1..=u64::from(input.spec.steps) {
-            std::thread::sleep(self.script.step);
+            self.script.takes_a_step()?;
             if watch(step, u64::from(input.spec.steps)) != Flow::Continue {
                 return Ok(None);
             }
         }
-        self.script.did(Did::Draw { during_training: self.training });
-        Ok(Some(
-            input.spec.pictures().map(|(prompt, seed)| picture(prompt, seed, input.spec.format)).collect(),
-        ))
+        self.script.did(Did::Draw { prompt, during_training: self.training });
+        let all = input.spec.pictures().skip(pictures.start).take(pictures.len());
+        Ok(Some(all.map(|(prompt, seed)| picture(prompt, seed, input.spec.format)).collect()))
+    }
+
+    fn probe(&mut self) -> Result<(), Fault> {
+        self.script.is_well()
     }
 }
 
@@ -138,7 +263,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
     let (spec, script) = (input.spec, engine.script.clone());
     for (seed, had) in input.class_images.iter().enumerate() {
         if had.is_none() {
-            std::thread::sleep(script.step);
+            script.takes_a_step()?;
             script.did(Did::ClassImage(seed as u64));
             let png = picture(&format!("class{}", script.device), seed as u64, Format::Png).bytes;
             if watch(engine, Beat::ClassImage { index: seed, png }) != Flow::Continue {
@@ -154,20 +279,29 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
         }
         None => (0, [0; 32]),
     };
-    let save = |step: u64, state: [u8; 32]| -> PathBuf {
+    let save = |step: u64, state: [u8; 32]| -> Result<PathBuf, Fault> {
         let file = input.scratch.join(format!("checkpoint-{step}"));
-        std::fs::write(&file, [&step.to_le_bytes()[..], &state].concat()).expect("scratch is there");
-        file
+        let written = std::fs::write(&file, [&step.to_le_bytes()[..], &state].concat());
+        written.map_err(|_| Fault::new(FaultCode::Machine, "the checkpoint cannot be written"))?;
+        Ok(file)
     };
     let total = u64::from(spec.options.steps);
     while step < total {
-        std::thread::sleep(script.step);
+        script.takes_a_step()?;
         match spec.class_name.as_str() {
             "panics" if step == 3 => panic!("as the script says"),
+            "breaks" if step == 3 => {
+                script.lose_device(true);
+                panic!("as the script says");
+            }
             "diverges" if step == 3 => {
                 return Err(Fault::new(FaultCode::Diverged, "the loss is NaN at step 3"));
             }
             "machine" if step == 3 => return Err(Fault::new(FaultCode::Machine, "out of memory")),
+            "loses" if step == 3 => {
+                script.lose_device(true);
+                return script.is_well().map(|()| Ending::Stopped);
+            }
             "input" if step == 3 => return Err(Fault::new(FaultCode::Input, "no product can be seen")),
             _ => {}
         }
@@ -179,9 +313,9 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
         match watch(engine, Beat::Progress(progress)) {
             Flow::Continue => {}
             Flow::Checkpoint => {
-                watch(engine, Beat::Checkpoint { step, file: save(step, state) });
+                watch(engine, Beat::Checkpoint { step, file: save(step, state)? });
             }
-            Flow::Pause => return Ok(Ending::Paused(Some((step, save(step, state))))),
+            Flow::Pause => return Ok(Ending::Paused(Some((step, save(step, state)?)))),
             Flow::Stop => return Ok(Ending::Stopped),
         }
         if step == total / 2 {

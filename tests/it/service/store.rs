@@ -9,6 +9,7 @@ mod unknown;
 mod upgrade;
 mod walk;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -126,6 +127,22 @@ impl House {
         }
     }
 
+    /// What the database knows of the tenants' device time.
+    async fn device_time(&self) -> BTreeMap<String, DeviceTime> {
+        let select = "select tenant, turn, begun, train_ms, sample_ms from device_time";
+        let rows: Vec<(String, i64, i64, Option<i64>, Option<i64>)> = if self.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
+        } else {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
+        };
+        let of = |(tenant, turn, begun, train_ms, sample_ms)| {
+            (tenant, DeviceTime { turn, begun, train_ms, sample_ms })
+        };
+        rows.into_iter().map(of).collect()
+    }
+
     async fn tenant(&self, name: &str) -> TenantId {
         self.store.ensure_tenant(name).await.unwrap()
     }
@@ -138,12 +155,12 @@ impl House {
     }
 
     async fn claim(&self) -> Option<Job> {
-        self.store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap()
+        self.store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap().map(|claim| claim.job)
     }
 
     /// Claims under a lease that is over at once.
     async fn claim_briefly(&self) -> Option<Job> {
-        self.store.claim(Uuid::now_v7(), BOTH, NONE, LONG).await.unwrap()
+        self.store.claim(Uuid::now_v7(), BOTH, NONE, LONG).await.unwrap().map(|claim| claim.job)
     }
 
     async fn train(&self, tenant: TenantId, id: JobId) -> Option<Job> {
@@ -158,6 +175,15 @@ impl House {
         self.store.finish(claimed.lease(), &json!({"bundle": "x"}), &[object("weights")]).await.unwrap();
         self.train(tenant, job.id).await.unwrap()
     }
+}
+
+/// A row of `device_time`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct DeviceTime {
+    turn: i64,
+    begun: i64,
+    train_ms: Option<i64>,
+    sample_ms: Option<i64>,
 }
 
 /// Waits for a hint that must come.

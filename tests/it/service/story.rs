@@ -297,6 +297,47 @@ async fn one_killed_and_one_frozen(database: String) {
     drop(serve);
 }
 
+/// `timeout` signals its child and then its whole group, at once.
+// attack 10
+#[tokio::test(flavor = "multi_thread")]
+async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let dir = tempfile::tempdir().unwrap();
+    for is_patient in [true, false] {
+        let address = free_address();
+        let settings = BTreeMap::from([
+            ("HYPNOS_DATA", dir.path().join("data").display().to_string()),
+            ("HYPNOS_LISTEN", address.to_string()),
+        ]);
+        let mut serve = Process::start(dir.path(), "serve", &["serve"], &settings);
+        is_ready(&format!("http://{address}")).await;
+        // A request under way holds its end up.
+        let mut request = tokio::net::TcpStream::connect(address).await.unwrap();
+        let head = format!("POST /v1/jobs/{}/sample HTTP/1.1\r\nHost: {address}\r\n", uuid::Uuid::now_v7());
+        let head = format!("{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n");
+        request.write_all(head.as_bytes()).await.unwrap();
+        request.write_all(b"{").await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await; // for the server to take it up
+        let twice = format!("kill -TERM {0}; kill -TERM {0}", serve.child.id());
+        assert!(Command::new("sh").args(["-c", &twice]).status().unwrap().success());
+        eventually("it was told", async || serve.log().contains("told to stop").then_some(())).await;
+        tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
+        assert!(serve.child.try_wait().unwrap().is_none(), "the request goes on: {}", serve.log());
+        if is_patient {
+            request.write_all(b"}").await.unwrap();
+            let mut answer = Vec::new();
+            request.read_to_end(&mut answer).await.unwrap();
+            assert!(answer.starts_with(b"HTTP/1.1 4"), "{}", String::from_utf8_lossy(&answer));
+            assert!(serve.ended().await, "{}", serve.log());
+        } else {
+            serve.signal("-TERM");
+            assert!(!serve.ended().await);
+            assert!(serve.log().contains("told to stop for the second time"), "{}", serve.log());
+        }
+    }
+}
+
 async fn story_blobs(garage: &Garage) -> hypnos::blobs::Blobs {
     let bucket = hypnos::blobs::Bucket { prefix: "story".into(), ..garage.bucket() };
     let place = hypnos::blobs::Place::Bucket(bucket);

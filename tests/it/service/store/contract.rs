@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, join_all};
 use hypnos::job::State;
-use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope};
+use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope, Wanted};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -17,9 +17,19 @@ on_each! {
     a_key_is_free_again_when_its_job_is_deleted,
     one_place_in_the_queue_is_given_once,
     a_sample_needs_a_training_that_succeeded,
-    samples_come_before_trainings_and_larger_priorities_first,
+    trainings_come_before_samples_and_larger_priorities_first,
     ten_thousand_jobs_of_one_tenant_do_not_hold_up_another,
     tenants_take_turns,
+    device_time_counts_and_not_the_number_of_jobs,
+    both_kinds_count_as_one,
+    what_runs_counts_as_what_it_is_thought_to_take,
+    weights_of_one_to_three_give_one_to_three,
+    who_was_idle_comes_next_and_catches_up_on_nothing,
+    a_lost_worker_s_device_time_counts,
+    a_worker_passes_over_the_samples_of_tenants_that_it_has_some_of,
+    a_weight_is_a_small_number_of_a_tenant_that_is_there,
+    an_old_database_gives_every_tenant_the_same_weight,
+    positions_foretell_the_order_of_claims,
     a_position_says_how_many_are_claimed_before,
     a_worker_gets_the_kinds_that_it_asks_for,
     sixty_four_claimers_get_each_job_once,
@@ -33,6 +43,8 @@ on_each! {
     a_release_costs_no_attempt_and_keeps_the_checkpoint,
     a_retry_waits_until_its_time,
     a_fault_without_attempts_left_fails,
+    a_machine_that_fails_costs_no_attempt_the_first_time,
+    a_job_under_which_three_machines_fail_is_at_fault_itself,
     a_job_that_waits_is_canceled_at_once,
     a_cancel_that_was_acknowledged_never_succeeds,
     a_canceled_job_whose_worker_is_lost_is_canceled,
@@ -177,7 +189,7 @@ async fn a_sample_needs_a_training_that_succeeded(house: House) {
     assert_eq!(answer, Submitted::NoParent(None), "another tenant's training is not there");
 }
 
-async fn samples_come_before_trainings_and_larger_priorities_first(house: House) {
+async fn trainings_come_before_samples_and_larger_priorities_first(house: House) {
     let tenant = house.tenant("shop").await;
     let parent = house.trained(tenant).await.id;
     let plain = house.accept(training(tenant)).await.id;
@@ -190,7 +202,7 @@ async fn samples_come_before_trainings_and_larger_priorities_first(house: House)
         assert_eq!((job.state, job.attempt, job.run_lease), (State::Running, 1, 1));
         order.push(job.id);
     }
-    assert_eq!(order, [drawn, urgent, plain, later, patient]);
+    assert_eq!(order, [urgent, plain, later, patient, drawn]);
 }
 
 // case 44
@@ -219,15 +231,211 @@ async fn tenants_take_turns(house: House) {
     for tenant in [a, a, a, b, b] {
         house.accept(training(tenant)).await;
     }
-    // One worker, one job at a time: nobody has anything running, so who was served longer ago is next.
+    assert_eq!(turns(&house, 9, |_| NONE).await, [a, b, a, b, a], "even if no device time is told");
+}
+
+/// One worker, one job at a time: the tenants of the next `n` jobs, which take `time`.
+async fn turns(house: &House, n: usize, time: impl Fn(TenantId) -> Duration) -> Vec<TenantId> {
     let mut order = Vec::new();
-    while let Some(job) = house.claim().await {
+    while order.len() < n
+        && let Some(job) = house.claim().await
+    {
+        house.store.used(job.lease(), time(job.tenant)).await.unwrap();
         house.store.finish(job.lease(), &json!({}), &[]).await.unwrap();
         order.push(job.tenant);
-        // served in different milliseconds, or there is no longer ago
-        house.sql("update job set claimed_ms = claimed_ms - 1000").await;
     }
-    assert_eq!(order, [a, b, a, b, a]);
+    order
+}
+
+fn count(order: &[TenantId], tenant: TenantId) -> usize {
+    order.iter().filter(|one| **one == tenant).count()
+}
+
+async fn device_time_counts_and_not_the_number_of_jobs(house: House) {
+    let [slow, quick] = [house.tenant("slow").await, house.tenant("quick").await];
+    for _ in 0..40 {
+        house.accept(training(slow)).await;
+        house.accept(training(quick)).await;
+    }
+    let minute = Duration::from_mins(1);
+    let order = turns(&house, 40, |tenant| if tenant == slow { 3 * minute } else { minute }).await;
+    assert_eq!((count(&order, slow), count(&order, quick)), (10, 30), "{order:?}");
+}
+
+async fn both_kinds_count_as_one(house: House) {
+    let [drawer, trainer] = [house.tenant("drawer").await, house.tenant("trainer").await];
+    let parent = house.trained(drawer).await.id;
+    house.trained(trainer).await;
+    for _ in 0..10 {
+        house.accept(sample(drawer, parent)).await;
+    }
+    turns(&house, 10, |_| Duration::from_secs(10)).await;
+    let first = house.accept(training(drawer)).await;
+    let second = house.accept(training(trainer)).await;
+    assert_eq!(house.store.queue_position(&first).await.unwrap(), Some(1));
+    assert_eq!(house.store.queue_position(&second).await.unwrap(), Some(0));
+    assert_eq!(house.claim().await.unwrap().id, second.id, "its tenant has drawn nothing");
+}
+
+async fn what_runs_counts_as_what_it_is_thought_to_take(house: House) {
+    let [a, b] = [house.tenant("a").await, house.tenant("b").await];
+    for tenant in [a, b] {
+        house.accept(training(tenant)).await;
+    }
+    turns(&house, 2, |_| LONG).await;
+    for tenant in [a, a, a, b, b, b] {
+        house.accept(training(tenant)).await;
+    }
+    let mut order = Vec::new();
+    while let Some(job) = house.claim().await {
+        order.push(job.tenant); // and goes on running
+    }
+    assert_eq!(order, [a, b, a, b, a, b], "many devices that are free at once do not all go to one");
+}
+
+// attack 4
+async fn weights_of_one_to_three_give_one_to_three(house: House) {
+    let [light, heavy] = [house.tenant("light").await, house.tenant("heavy").await];
+    assert!(house.store.set_tenant_weight(heavy, 3).await.unwrap());
+    for _ in 0..60 {
+        house.accept(training(light)).await;
+        house.accept(training(heavy)).await;
+    }
+    let order = turns(&house, 40, |_| LONG).await;
+    assert_eq!((count(&order, light), count(&order, heavy)), (10, 30), "{order:?}");
+    for part in order.chunks(4) {
+        assert_eq!((count(part, light), count(part, heavy)), (1, 3), "{order:?}");
+    }
+    house.store.set_tenant_weight(light, 3).await.unwrap();
+    let order = turns(&house, 20, |_| LONG).await;
+    assert!((9..=11).contains(&count(&order, light)), "from the next claim on: {order:?}");
+}
+
+async fn who_was_idle_comes_next_and_catches_up_on_nothing(house: House) {
+    let [busy, idle] = [house.tenant("busy").await, house.tenant("idle").await];
+    for _ in 0..60 {
+        house.accept(training(busy)).await;
+    }
+    assert_eq!(count(&turns(&house, 30, |_| LONG).await, busy), 30, "nobody else is there");
+    for _ in 0..20 {
+        house.accept(training(idle)).await;
+    }
+    let order = turns(&house, 10, |_| LONG).await;
+    assert_eq!(order[0], idle);
+    assert!((5..=6).contains(&count(&order, idle)), "it does not get thirty in a row: {order:?}");
+    // Nor does the one pay for having been alone, when the other has been alone since.
+    turns(&house, 100, |_| LONG).await;
+    for _ in 0..20 {
+        house.accept(training(idle)).await;
+    }
+    turns(&house, 10, |_| LONG).await;
+    for _ in 0..20 {
+        house.accept(training(busy)).await;
+    }
+    let order = turns(&house, 10, |_| LONG).await;
+    assert!((4..=6).contains(&count(&order, busy)), "{order:?}");
+}
+
+async fn a_lost_worker_s_device_time_counts(house: House) {
+    let [lossy, other] = [house.tenant("lossy").await, house.tenant("other").await];
+    for tenant in [lossy, other] {
+        house.accept(training(tenant)).await;
+    }
+    let lost = house.claim_briefly().await.unwrap();
+    assert_eq!(lost.tenant, lossy);
+    house.sql(&format!("update job set claimed_ms = claimed_ms - 60000 where id = '{}'", lost.id)).await;
+    house.store.rescue().await.unwrap();
+    assert_eq!(house.claim().await.unwrap().tenant, other);
+    let used = house.device_time().await[&lossy.to_string()];
+    assert!(used.turn >= 60_000_000, "{used:?}");
+    assert_eq!(used.train_ms, None, "nothing is learned from a part");
+}
+
+async fn a_worker_passes_over_the_samples_of_tenants_that_it_has_some_of(house: House) {
+    let [a, b] = [house.tenant("a").await, house.tenant("b").await];
+    for tenant in [a, a, b] {
+        let parent = house.trained(tenant).await.id;
+        house.accept(sample(tenant, parent)).await;
+    }
+    let claim = async |no_samples_of: &[TenantId]| {
+        let wanted = Wanted { kinds: BOTH, no_samples_of };
+        house.store.claim(Uuid::now_v7(), wanted, LONG, LONG).await.unwrap().map(|claim| claim.job.tenant)
+    };
+    assert_eq!(claim(&[a]).await, Some(b));
+    assert_eq!(claim(&[a, b]).await, None);
+    assert_eq!(claim(&[b]).await, Some(a));
+    let training = house.accept(training(a)).await;
+    let wanted = Wanted { kinds: BOTH, no_samples_of: &[a] };
+    let claimed = house.store.claim(Uuid::now_v7(), wanted, LONG, LONG).await.unwrap().unwrap();
+    assert_eq!((claimed.id, claimed.weight), (training.id, 1), "trainings are another thing");
+}
+
+async fn a_weight_is_a_small_number_of_a_tenant_that_is_there(house: House) {
+    let tenant = house.tenant("shop").await;
+    assert_eq!(house.store.tenant_weight(tenant).await.unwrap(), Some(1));
+    for weight in [0, 1001, u32::MAX] {
+        let refused = house.store.set_tenant_weight(tenant, weight).await;
+        assert!(matches!(refused, Err(Error::Bad(line)) if line.contains("wanted 1 to 1000")));
+    }
+    assert!(house.store.set_tenant_weight(tenant, 1000).await.unwrap());
+    assert_eq!(house.store.tenant_weight(tenant).await.unwrap(), Some(1000));
+    assert!(!house.store.set_tenant_weight(TenantId::new(), 2).await.unwrap());
+    assert_eq!(house.store.tenant_weight(TenantId::new()).await.unwrap(), None);
+}
+
+async fn an_old_database_gives_every_tenant_the_same_weight(house: House) {
+    house.back_to_the_first_schema().await;
+    let [tenant, sample, training] = [TenantId::new().0, JobId::new().0, JobId::new().0];
+    house
+        .sql(&format!(
+            "insert into tenant (id, name, created_ms) values ('{tenant}', 'old', 1);
+            insert into job (id, tenant, kind, class_name, spec, photos, priority, max_attempts, not_before_ms,
+                created_ms, state, worker, lease_until_ms, deadline_ms, attempt, claimed_ms, run_lease)
+            values ('{training}', '{tenant}', 'train', 'mug', '{{}}', '[]', 0, 3, 1, 1, 'running', 'w', 5, 5, 1, 3, 1);
+            insert into job (id, tenant, kind, parent, spec, photos, priority, max_attempts, not_before_ms, created_ms)
+            values ('{sample}', '{tenant}', 'sample', '{training}', '{{}}', '[]', 0, 3, 1, 1)"
+        ))
+        .await;
+    assert!(matches!(house.store.check_schema().await, Err(Error::Schema(_))));
+    house.store.migrate().await.unwrap();
+    for known in house.store.tenants().await.unwrap() {
+        assert_eq!(house.store.tenant_weight(known.id).await.unwrap(), Some(1));
+    }
+    // What the build before claimed goes on: its worker's end, or its rescue, is charged as any other's.
+    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    let first = house.claim().await.unwrap();
+    assert_eq!((first.id.0, first.tenant.0, first.run_lease), (training, tenant, 2));
+    assert_eq!(house.claim().await.unwrap().id.0, sample);
+    let failed = house.store.machine_failed(first.lease(), &fault(), "a machine", LONG).await.unwrap();
+    assert_eq!(failed, State::Queued);
+}
+
+async fn positions_foretell_the_order_of_claims(house: House) {
+    let mut waiting = Vec::new();
+    for (name, weight, time) in [("a", 1, LONG), ("b", 3, LONG), ("c", 2, LONG / 10), ("d", 1, LONG * 2)] {
+        let tenant = house.tenant(name).await;
+        house.store.set_tenant_weight(tenant, weight).await.unwrap();
+        house.accept(training(tenant)).await;
+        let [order] = turns(&house, 1, |_| time).await[..] else { panic!("one") };
+        assert_eq!(order, tenant);
+    }
+    for round in 0..4 {
+        for name in ["d", "a", "b", "c"] {
+            let tenant = house.tenant(name).await;
+            waiting.push(house.accept(NewJob { priority: round % 2, ..training(tenant) }).await);
+        }
+    }
+    let mut foretold = Vec::new();
+    for job in &waiting {
+        foretold.push((house.store.queue_position(job).await.unwrap().unwrap(), job.id));
+    }
+    foretold.sort_unstable();
+    assert!(foretold.iter().map(|(position, _)| *position).eq(0..16), "{foretold:?}");
+    let mut order = Vec::new();
+    while let Some(job) = house.claim().await {
+        order.push(job.id);
+    }
+    assert_eq!(order, foretold.into_iter().map(|(_, id)| id).collect::<Vec<_>>());
 }
 
 async fn a_position_says_how_many_are_claimed_before(house: House) {
@@ -257,7 +465,7 @@ async fn a_worker_gets_the_kinds_that_it_asks_for(house: House) {
     let tenant = house.tenant("shop").await;
     let parent = house.trained(tenant).await.id;
     house.accept(training(tenant)).await;
-    let claim = async |kinds| house.store.claim(Uuid::now_v7(), kinds, LONG, LONG).await.unwrap();
+    let claim = async |kinds: &[Kind]| house.store.claim(Uuid::now_v7(), kinds, LONG, LONG).await.unwrap();
     assert_eq!(claim(&[Kind::Sample]).await, None);
     assert_eq!(claim(&[]).await, None);
     let drawn = house.accept(sample(tenant, parent)).await;
@@ -391,6 +599,8 @@ async fn writes_nothing(
         lost(store.finish(lease, &json!({"late": true}), &[object("late")]).await.map(drop));
         lost(store.fail(lease, &fault(), None).await.map(drop));
         lost(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
+        lost(store.machine_failed(lease, &fault(), "a machine", NONE).await.map(drop));
+        lost(store.used(lease, LONG).await);
         lost(store.cancelled(lease).await);
         lost(store.release(lease).await.map(drop));
     }
@@ -541,6 +751,42 @@ async fn a_fault_without_attempts_left_fails(house: House) {
     assert_eq!(house.train(tenant, second).await.unwrap().attempt, 1);
 }
 
+// attack 5
+async fn a_machine_that_fails_costs_no_attempt_the_first_time(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(NewJob { max_attempts: 2, ..training(tenant) }).await.id;
+    let job = house.claim().await.unwrap();
+    let failed = async |lease, host| house.store.machine_failed(lease, &fault(), host, NONE).await.unwrap();
+    assert_eq!(failed(job.lease(), "a").await, State::Queued);
+    let row = house.train(tenant, id).await.unwrap();
+    assert_eq!((row.attempt, row.error), (0, None));
+    let job = house.claim().await.unwrap();
+    assert_eq!(failed(job.lease(), "b").await, State::Queued);
+    assert_eq!(house.train(tenant, id).await.unwrap().attempt, 0, "nor on another machine");
+    let job = house.claim().await.unwrap();
+    assert_eq!(failed(job.lease(), "a").await, State::Queued);
+    assert_eq!(house.train(tenant, id).await.unwrap().attempt, 1, "but once more on the same one");
+    let job = house.claim().await.unwrap();
+    assert_eq!(failed(job.lease(), "b").await, State::Failed);
+    let row = house.train(tenant, id).await.unwrap();
+    assert_eq!((row.attempt, row.error), (2, Some(fault())));
+    let late = house.store.machine_failed(job.lease(), &fault(), "c", NONE).await;
+    assert!(matches!(late, Err(Error::LeaseLost)));
+}
+
+// attack 5
+async fn a_job_under_which_three_machines_fail_is_at_fault_itself(house: House) {
+    let tenant = house.tenant("shop").await;
+    let id = house.accept(NewJob { max_attempts: 100, ..training(tenant) }).await.id;
+    for (host, state) in [("a", State::Queued), ("b", State::Queued), ("c", State::Failed)] {
+        let job = house.claim().await.unwrap();
+        assert_eq!(house.store.machine_failed(job.lease(), &fault(), host, LONG).await.unwrap(), state);
+    }
+    let error = house.train(tenant, id).await.unwrap().error.unwrap();
+    assert_eq!((error.code, error.retryable), (FaultCode::Machine, false));
+    assert_eq!(error.message, "3 machines failed under it, the last one with: out of memory");
+}
+
 async fn a_job_that_waits_is_canceled_at_once(house: House) {
     let tenant = house.tenant("shop").await;
     let id = house.accept(training(tenant)).await.id;
@@ -557,13 +803,16 @@ type End = fn(Store, Lease) -> BoxFuture<'static, State>;
 
 async fn a_cancel_that_was_acknowledged_never_succeeds(house: House) {
     let tenant = house.tenant("shop").await;
-    let ends: [End; 4] = [
+    let ends: [End; 5] = [
         |store, lease| {
             Box::pin(async move { store.finish(lease, &json!({}), &[object("weights")]).await.unwrap() })
         },
         |store, lease| Box::pin(async move { store.fail(lease, &fault(), Some(NONE)).await.unwrap() }),
         |store, lease| Box::pin(async move { store.fail(lease, &fault(), None).await.unwrap() }),
         |store, lease| Box::pin(async move { store.release(lease).await.unwrap() }),
+        |store, lease| {
+            Box::pin(async move { store.machine_failed(lease, &fault(), "a", NONE).await.unwrap() })
+        },
     ];
     for end in ends {
         let id = house.accept(training(tenant)).await.id;

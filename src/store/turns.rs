@@ -1,0 +1,209 @@
+//! Whose turn it is: tenants share the devices by the time that their jobs took there, divided by their weights.
+//!
+//! Start-time fair queueing (Goyal, Vin and Cheng 1996) over the seconds of both kinds of jobs. Each tenant has a *turn*,
+//! a point in virtual time; the earliest is served next, and what its job took, divided by its weight, puts its next
+//! turn off. Nobody's turn is earlier than where the last served one began, so that a tenant that was idle comes next and
+//! does not catch up on what it did not want. What runs counts as what such a job of the tenant took of late.
+
+use super::db::{Arg, Row, Tx, args};
+use super::{Error, Result, Store};
+use crate::job::{Job, JobId, Kind, State, TenantId};
+
+/// Largest weight of a tenant; the smallest is 1.
+pub const WEIGHT_MAX: u32 = 1000;
+
+/// What a job of a kind is thought to take on a device before one of the tenant's has ended, in milliseconds.
+fn unknown_ms(kind: Kind) -> i64 {
+    match kind {
+        Kind::Train => 10 * 60 * 1000,
+        Kind::Sample => 10 * 1000,
+    }
+}
+
+/// Tenants with jobs of the kind `$1` to claim that nobody holds back, and what decides on their turns. `$2` and `$3` are the times of a
+/// training and of a sample where none is known.
+const TENANTS: &str = "
+    select waiting.tenant, waiting.jobs, weight, coalesce(turn, 0) as turn,
+        coalesce((select max(begun) from device_time), 0) as begun,
+        coalesce(case when $1 = 'train' then train_ms else sample_ms end, case when $1 = 'train' then $2 else $3 end) as cost_ms,
+        (select cast(coalesce(sum(case when ms - claimed_ms > expected_ms then ms - claimed_ms else expected_ms end), 0) as bigint)
+            from (select claimed_ms, coalesce(case when kind = 'train' then train_ms else sample_ms end,
+                    case when kind = 'train' then $2 else $3 end) as expected_ms
+                from job where job.tenant = waiting.tenant and state = 'running') running cross join clock) as running_ms
+    from (select tenant, count(*) as jobs from job
+        where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant) waiting
+    join tenant on tenant.id = waiting.tenant
+    left join device_time on device_time.tenant = waiting.tenant
+    where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)";
+
+/// A tenant that waits for its turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Turn {
+    pub(super) tenant: TenantId,
+    /// Jobs of the kind that it could have claimed now.
+    pub(super) jobs: i64,
+    /// Where its next job begins: what that job's own row remembers.
+    pub(super) begin: i64,
+    /// The same, behind what it has running: whose is least is next.
+    pub(super) at: i64,
+    /// How far one more job puts its turn off.
+    cost: i64,
+    pub(super) weight: i64,
+}
+
+impl Turn {
+    fn read(row: &Row) -> Result<Self> {
+        let weight = row.int("weight")?;
+        let begin = row.int("turn")?.max(row.int("begun")?);
+        Ok(Self {
+            tenant: row.word("tenant")?,
+            jobs: row.int("jobs")?,
+            begin,
+            at: begin.saturating_add(stretch(row.int("running_ms")?, weight)),
+            cost: stretch(row.int("cost_ms")?.max(1), weight),
+            weight,
+        })
+    }
+
+    /// How many of this tenant's jobs come before the one of `other` that has `own` of its tenant's before it.
+    fn before(&self, other: &Self, own: i64) -> i64 {
+        let until = other.at.saturating_add(other.cost.saturating_mul(own));
+        let gap = until.saturating_sub(self.at);
+        match gap {
+            ..0 => 0,
+            // That many begin earlier, and one more at the same point in time if its tenant is the older one.
+            _ if gap % self.cost == 0 => gap / self.cost + i64::from(self.tenant < other.tenant),
+            _ => gap / self.cost + 1,
+        }
+    }
+}
+
+/// Device time in a tenant's virtual time.
+fn stretch(ms: i64, weight: i64) -> i64 {
+    ms.saturating_mul(1000) / weight.max(1)
+}
+
+fn in_order(rows: &[Row]) -> Result<Vec<Turn>> {
+    let mut turns = rows.iter().map(Turn::read).collect::<Result<Vec<_>>>()?;
+    turns.sort_by_key(|turn| (turn.at, turn.tenant));
+    Ok(turns)
+}
+
+/// How many jobs are claimed before the one that has `own` of its tenant's before it: those, and of every other
+/// tenant's as many as come before by its turn.
+pub(super) fn position(tenant: TenantId, own: i64, turns: &[Turn]) -> u64 {
+    let mine = turns.iter().find(|turn| turn.tenant == tenant);
+    let ahead = turns.iter().filter(|turn| turn.tenant != tenant).map(|other| match mine {
+        Some(mine) => other.jobs.min(other.before(mine, own)),
+        None => other.jobs.min(own + 1), // it waits for its retry, and has no turn yet
+    });
+    (own + ahead.sum::<i64>()) as u64
+}
+
+impl Store {
+    /// Sets a tenant's share of the devices beside others that wait: from 1, which every tenant has at first, to
+    /// [`WEIGHT_MAX`]. Holds for every claim from now on. Whether there is such a tenant.
+    pub async fn set_tenant_weight(&self, tenant: TenantId, weight: u32) -> Result<bool> {
+        if !(1..=WEIGHT_MAX).contains(&weight) {
+            return Err(Error::Bad(format!("weight: wanted 1 to {WEIGHT_MAX}, got {weight}")));
+        }
+        let update = "update tenant set weight = $2 where id = $1";
+        Ok(self.db.write(update, args![tenant, i64::from(weight)]).await? > 0)
+    }
+
+    /// A tenant's share of the devices, if there is such a tenant.
+    pub async fn tenant_weight(&self, tenant: TenantId) -> Result<Option<u32>> {
+        let row = self.db.row("select weight from tenant where id = $1", args![tenant]).await?;
+        row.map(|row| row.int("weight").map(|weight| weight as u32)).transpose()
+    }
+
+    /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts on
+    /// every job to take what such jobs of its tenant took of late, so this is close, not exact.
+    pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
+        if job.state != State::Queued {
+            return Ok(None);
+        }
+        let ahead = "
+            select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
+                and (priority > me.priority or (priority = me.priority and id < me.id))) as own
+            from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
+        let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
+        let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
+        let turns = in_order(&self.db.read(TENANTS, &tenants_args(job.kind)).await?)?;
+        Ok(Some(position(job.tenant, own, &turns)))
+    }
+}
+
+/// Tenants with jobs of that kind to claim, the next one first.
+pub(super) async fn turns(tx: &mut Tx, kind: Kind) -> Result<Vec<Turn>> {
+    in_order(&tx.rows(TENANTS, &tenants_args(kind)).await?)
+}
+
+fn tenants_args(kind: Kind) -> [Arg; 3] {
+    [kind.as_str().into(), unknown_ms(Kind::Train).into(), unknown_ms(Kind::Sample).into()]
+}
+
+/// Puts the turn of a job's tenant off by what the job's last attempt took. `learn` says whether that is what such a job
+/// takes from beginning to end. The last statement of a transaction that locks a row.
+pub(super) async fn charge(tx: &mut Tx, id: JobId, learn: bool) -> Result<()> {
+    let charge = "
+        insert into device_time (tenant, turn, begun, train_ms, sample_ms)
+        select job.tenant, coalesce(turn, 0) + case when used_ms > 0 then used_ms else 1 end * 1000 / weight, coalesce(turn, 0),
+            case when $2 = 1 and used_ms > 0 and kind = 'train' then used_ms end,
+            case when $2 = 1 and used_ms > 0 and kind = 'sample' then used_ms end
+        from job join tenant on tenant.id = job.tenant where job.id = $1
+        on conflict (tenant) do update set
+            turn = excluded.turn + case when device_time.turn > excluded.begun then device_time.turn - excluded.begun else 0 end,
+            begun = case when device_time.begun > excluded.begun then device_time.begun else excluded.begun end,
+            train_ms = coalesce((3 * device_time.train_ms + excluded.train_ms) / 4, excluded.train_ms, device_time.train_ms),
+            sample_ms = coalesce((3 * device_time.sample_ms + excluded.sample_ms) / 4, excluded.sample_ms, device_time.sample_ms)";
+    tx.run(charge, args![id, learn]).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::TenantId;
+
+    /// A tenant with `jobs` waiting, whose turn is at `at`; its jobs put it off by `cost`.
+    fn turn(tenant: u128, jobs: i64, at: i64, cost: i64) -> Turn {
+        let tenant = TenantId(uuid::Uuid::from_u128(tenant));
+        Turn { tenant, jobs, begin: at, at, cost, weight: 1 }
+    }
+
+    #[test]
+    fn a_position_counts_of_each_other_tenant_the_jobs_whose_turn_comes_first() {
+        let (me, big) = (TenantId(uuid::Uuid::from_u128(1)), TenantId(uuid::Uuid::from_u128(2)));
+        assert_eq!(position(me, 0, &[turn(1, 1, 0, 10)]), 0);
+        assert_eq!(position(me, 0, &[turn(1, 1, 0, 10), turn(2, 10_000, 5, 10)]), 0);
+        assert_eq!(position(me, 0, &[turn(2, 10_000, 0, 10), turn(1, 1, 1, 10)]), 1);
+        assert_eq!(position(me, 0, &[turn(2, 10_000, 0, 10), turn(1, 1, 25, 10)]), 3, "at 0, 10 and 20");
+        assert_eq!(
+            position(me, 2, &[turn(2, 10_000, 0, 10), turn(1, 3, 5, 10), turn(3, 1, 7, 10)]),
+            2 + 3 + 1
+        );
+        assert_eq!(
+            position(big, 9_999, &[turn(1, 3, 0, 10), turn(3, 1, 0, 10), turn(2, 10_000, 0, 10)]),
+            9_999 + 3 + 1
+        );
+        assert_eq!(
+            position(me, 1, &[turn(2, 4, 0, 10)]),
+            1 + 2,
+            "a job that waits for its retry has no turn yet"
+        );
+    }
+
+    #[test]
+    fn of_two_whose_turn_is_at_once_the_older_tenant_comes_first() {
+        let [first, second] = [turn(1, 5, 0, 10), turn(2, 5, 0, 10)];
+        assert_eq!((first.before(&second, 0), second.before(&first, 0)), (1, 0));
+        assert_eq!((first.before(&second, 1), second.before(&first, 1)), (2, 1));
+    }
+
+    #[test]
+    fn a_long_job_lets_many_short_ones_of_another_go_first() {
+        let (short, long) = (turn(1, 100, 0, 1_000), turn(2, 100, 0, 60_000));
+        assert_eq!(short.before(&long, 1), 61);
+        assert_eq!(long.before(&short, 60), 1);
+    }
+}

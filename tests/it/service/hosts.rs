@@ -1,0 +1,295 @@
+//! Machines that fail under jobs: the job goes back at no cost, and the machine takes itself out until it is well.
+
+use std::time::Duration;
+
+use hypnos::health::{Condition, Health};
+use hypnos::job::{FaultCode, Job, State, WEIGHTS};
+
+use super::floor::{Floor, eventually, is};
+use super::scripted::{Script, expected_weights};
+
+const QUICK: Duration = Duration::from_millis(1);
+const SLOW: Duration = Duration::from_millis(10);
+
+fn conditions(health: &Health) -> Vec<Condition> {
+    health.devices().into_iter().map(|device| device.condition).collect()
+}
+
+fn is_resting(health: &Health) -> bool {
+    let conditions = conditions(health);
+    !conditions.is_empty()
+        && conditions.iter().all(|condition| matches!(condition, Condition::Resting { .. }))
+}
+
+/// Waits until all devices of a worker take jobs.
+async fn works(health: &Health) {
+    let all = || conditions(health).iter().all(|condition| *condition == Condition::Working);
+    eventually("it works", async || (!health.devices().is_empty() && all()).then_some(())).await;
+}
+
+/// Waits until no device of a worker takes jobs.
+async fn rests(health: &Health) {
+    eventually("it rests", async || is_resting(health).then_some(())).await;
+}
+
+async fn is_back_in_the_queue(floor: &Floor, job: &Job) -> Job {
+    floor.until(job, |job| job.state == State::Queued && job.attempt == 0 && job.run_lease > 0).await
+}
+
+// attack 5
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anything() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    works(&worker.health).await;
+    let scratch = floor.settings.scratch.clone();
+    std::fs::remove_dir_all(&scratch).unwrap();
+    std::fs::write(&scratch, "not a directory any more").unwrap();
+    let mut jobs = Vec::new();
+    for _ in 0..5 {
+        jobs.push(floor.train("mug", 5).await);
+    }
+    rests(&worker.health).await;
+    assert!(!worker.health.is_ready());
+    let line = worker.health.devices()[0].to_string();
+    assert!(line.starts_with("scripted:0: resting since ") && line.contains("files in use"), "{line}");
+    assert!(!line.contains(&scratch.display().to_string()), "no path: {line}");
+    // It goes on resting, however often it is probed.
+    let Condition::Resting { since, next_probe, .. } = conditions(&worker.health)[0].clone() else {
+        panic!("rests")
+    };
+    let later = async || match conditions(&worker.health)[0].clone() {
+        Condition::Resting { since: s, next_probe: n, .. } => (s == since && n > next_probe).then_some(()),
+        other => panic!("{other:?}"),
+    };
+    eventually("it was probed again", later).await;
+    let mut n_claims = 0;
+    for job in &jobs {
+        let row = floor.find(job).await.unwrap();
+        assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
+        n_claims += row.run_lease;
+    }
+    assert_eq!(n_claims, 1, "one job found out, and no other was touched");
+
+    std::fs::remove_file(&scratch).unwrap();
+    for job in &jobs {
+        let row = floor.ended(job).await;
+        assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
+    }
+    assert_eq!(conditions(&worker.health), [Condition::Working]);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scratch_that_somebody_removed_is_made_anew() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    let first = floor.train("mug", 5).await;
+    assert_eq!(floor.ended(&first).await.state, State::Succeeded);
+    std::fs::remove_dir_all(&floor.settings.scratch).unwrap();
+    let training = floor.train("mug", 5).await;
+    let row = floor.ended(&training).await;
+    assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
+    let sample = floor.sample(first.id, 1).await;
+    assert_eq!(floor.ended(&sample).await.state, State::Succeeded);
+    worker.stop().await;
+}
+
+// attack 5
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_lost_is_tried_anew_and_then_ends_the_process() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    let health = worker.health.clone();
+    let job = floor.train("loses", 50).await;
+    let waiting = floor.train("mug", 5).await;
+    let fault = worker.ended().await.unwrap_err();
+    assert_eq!(fault.code, FaultCode::Machine);
+    assert_eq!(fault.message, "no device can be used any more: an illegal memory access was encountered");
+    assert!(matches!(&conditions(&health)[..], [Condition::Dead { .. }]));
+    assert!(!health.is_ready());
+    let job = floor.find(&job).await.unwrap();
+    assert_eq!((job.state, job.attempt, job.error), (State::Queued, 0, None), "it cost nothing");
+    assert_eq!(floor.find(&waiting).await.unwrap().run_lease, 0, "and nothing else was touched");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_well_again_works_again() {
+    let mut floor = Floor::new().await;
+    floor.settings.rest = Duration::from_millis(300); // three of which end it
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let job = floor.train("mug", 60).await;
+    floor.until(&job, |job| job.checkpoint.is_some()).await;
+    script.lose_device(true);
+    rests(&worker.health).await;
+    is_back_in_the_queue(&floor, &job).await;
+    script.lose_device(false);
+    let job = floor.ended(&job).await;
+    assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
+    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60), "from its checkpoint");
+    assert_eq!(conditions(&worker.health), [Condition::Working]);
+    worker.stop().await;
+}
+
+// attack 5
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_devices_the_one_that_is_lost_takes_only_itself_out() {
+    let floor = Floor::new().await;
+    let (bad, good) = (Script::new(SLOW), Script::new(SLOW));
+    let worker = floor.work_on(&[&bad, &good], floor.blobs.clone());
+    let jobs = [floor.train("mug", 60).await, floor.train("mug", 60).await];
+    eventually("both train", async || {
+        (!bad.steps("mug").is_empty() && !good.steps("mug").is_empty()).then_some(())
+    })
+    .await;
+    bad.lose_device(true);
+    for job in &jobs {
+        let row = floor.ended(job).await;
+        assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
+        assert_eq!(floor.artifact(&row, WEIGHTS).await, expected_weights(7, 60));
+    }
+    eventually("it is given up", async || {
+        matches!(conditions(&worker.health)[0], Condition::Dead { .. }).then_some(())
+    })
+    .await;
+    assert_eq!(conditions(&worker.health)[1], Condition::Working);
+    assert!(worker.health.is_ready());
+    let job = floor.train("mug", 5).await;
+    assert_eq!(floor.ended(&job).await.state, State::Succeeded);
+    worker.stop().await;
+}
+
+// attack 5
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_three_machines_fail_under_fails_and_does_not_walk_on() {
+    let mut floor = Floor::new().await;
+    let job = floor.train("machine", 50).await;
+    for (i, host) in ["first", "second", "third"].into_iter().enumerate() {
+        floor.settings.host = host.into();
+        floor.settings.rest = Duration::from_hours(1);
+        let worker = floor.work(&Script::new(QUICK));
+        let row = floor.until(&job, |job| job.run_lease == i as i64 + 1 && job.state != State::Running).await;
+        if i < 2 {
+            assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
+        }
+        rests(&worker.health).await;
+        worker.stop().await;
+    }
+    let error = floor.find(&job).await.unwrap().error.unwrap();
+    assert_eq!((error.code, error.retryable), (FaultCode::Machine, false));
+    assert!(error.message.starts_with("3 machines failed under it"), "{}", error.message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_not_well_rests_longer_from_fault_to_fault() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    let mut rests = Vec::new();
+    for _ in 0..3 {
+        let job = floor.train("machine", 50).await; // each costs nothing
+        let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
+            Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
+            _ => None,
+        });
+        rests.push(rest.await);
+        floor.store.cancel(super::floor::TENANT, job.id).await.unwrap();
+        works(&worker.health).await;
+    }
+    assert_eq!(rests, [1, 2, 4].map(|n| n * floor.settings.rest));
+    let job = floor.train("mug", 5).await;
+    assert_eq!(floor.ended(&job).await.state, State::Succeeded);
+    floor.train("machine", 50).await;
+    let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
+        Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
+        _ => None,
+    });
+    assert_eq!(rest.await, floor.settings.rest, "it has been well in between");
+    worker.stop().await;
+}
+
+// attack 5
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_on_a_device_that_is_lost_is_the_machine_s_fault() {
+    let floor = Floor::new().await;
+    let worker = floor.work(&Script::new(QUICK));
+    let job = floor.train("breaks", 50).await;
+    let fault = worker.ended().await.unwrap_err();
+    assert!(fault.message.contains("no device can be used any more"), "{}", fault.message);
+    let row = floor.find(&job).await.unwrap();
+    assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sample_that_panics_fails_alone_and_the_training_beside_it_goes_on() {
+    let floor = Floor::new().await;
+    let script = Script::new(SLOW);
+    let worker = floor.work(&script);
+    let parent = floor.train("mug", 2).await;
+    floor.ended(&parent).await;
+    let training = floor.train("teapot", 100).await;
+    floor.until(&training, |job| job.checkpoint.is_some()).await;
+    let sample = floor.sample_of(super::floor::TENANT, parent.id, "panics", 1, 1).await;
+    let sample = floor.ended(&sample).await;
+    assert_eq!(sample.error.unwrap().code, FaultCode::Internal);
+    let training = floor.ended(&training).await;
+    assert_eq!((training.state, training.attempt), (State::Succeeded, 1));
+    assert_eq!(floor.artifact(&training, WEIGHTS).await, expected_weights(7, 100));
+    worker.stop().await;
+}
+
+// attack 11
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_in_use_stay_however_many_others_are_fetched() {
+    let mut floor = Floor::new().await;
+    floor.settings.weights_bytes_max = 1;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let mut parents = Vec::new();
+    for _ in 0..3 {
+        let job = floor.train("mug", 2).await;
+        floor.ended(&job).await;
+        parents.push(job.id);
+    }
+    worker.stop().await;
+    let scripts = [Script::new(QUICK), Script::new(QUICK), Script::new(QUICK)];
+    scripts.iter().for_each(Script::hold_draws);
+    let worker = floor.work_on(&scripts.iter().collect::<Vec<_>>(), floor.blobs.clone());
+    let mut samples = Vec::new();
+    for i in 0..20 {
+        samples.push(floor.sample(parents[i % 3], 1).await);
+    }
+    // Each device has fetched what it is about to read.
+    eventually("all draw", async || scripts.iter().all(Script::is_drawing).then_some(())).await;
+    scripts.iter().for_each(Script::let_draw);
+    for sample in &samples {
+        let sample = floor.ended(sample).await;
+        assert_eq!((sample.state, sample.attempt), (State::Succeeded, 1), "{:?}", sample.error);
+    }
+    worker.stop().await;
+}
+
+// attack 11
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_whose_local_copy_is_gone_are_fetched_again() {
+    let floor = Floor::new().await;
+    let script = Script::new(QUICK);
+    let worker = floor.work(&script);
+    let parent = floor.train("mug", 2).await;
+    floor.ended(&parent).await;
+    script.hold_draws();
+    let sample = floor.sample(parent.id, 1).await;
+    eventually("it draws", async || script.is_drawing().then_some(())).await;
+    std::fs::remove_dir_all(floor.settings.scratch.join("weights")).unwrap();
+    script.let_draw();
+    let sample = floor.ended(&sample).await;
+    assert_eq!((sample.state, sample.attempt), (State::Succeeded, 1), "{:?}", sample.error);
+    // What the store itself has lost is another thing.
+    let gone = floor.store.artifact(super::floor::TENANT, parent.id, WEIGHTS).await.unwrap().unwrap();
+    floor.blobs.delete(&hypnos::blobs::Key::parse(&gone.key).unwrap()).await.unwrap();
+    std::fs::remove_dir_all(floor.settings.scratch.join("weights")).unwrap();
+    let sample = floor.sample(parent.id, 1).await;
+    let sample = floor.until(&sample, is(State::Failed)).await;
+    assert_eq!(sample.error.unwrap().code, FaultCode::ArtifactMissing);
+    worker.stop().await;
+}
