@@ -20,28 +20,56 @@ fn unknown_ms(kind: Kind) -> i64 {
     }
 }
 
-/// Tenants with jobs of the kind `$1` to claim that nobody holds back, and what decides on their turns. `$2` and `$3` are the times of a
+/// What decides on the turns of the tenants in `waiting` whose jobs of the kind `$1` nobody holds back. `$2` and `$3` are the times of a
 /// training and of a sample where none is known.
-const TENANTS: &str = "
-    select waiting.tenant, waiting.jobs, weight, coalesce(turn, 0) as turn,
-        coalesce((select max(begun) from device_time), 0) as begun,
-        coalesce(case when $1 = 'train' then train_ms else sample_ms end, case when $1 = 'train' then $2 else $3 end) as cost_ms,
-        (select cast(coalesce(sum(case when ms - claimed_ms > expected_ms then ms - claimed_ms else expected_ms end), 0) as bigint)
-            from (select claimed_ms, coalesce(case when kind = 'train' then train_ms else sample_ms end,
-                    case when kind = 'train' then $2 else $3 end) as expected_ms
-                from job where job.tenant = waiting.tenant and state = 'running') running cross join clock) as running_ms
-    from (select tenant, count(*) as jobs from job
-        where state = 'queued' and kind = $1 and not_before_ms <= (select ms from clock) group by tenant) waiting
-    join tenant on tenant.id = waiting.tenant
-    left join device_time on device_time.tenant = waiting.tenant
-    where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)";
+macro_rules! turns {
+    ($with:literal, $waiting:literal) => {
+        concat!(
+            $with,
+            "
+            select waiting.tenant, waiting.jobs, weight, coalesce(turn, 0) as turn,
+                coalesce((select max(begun) from device_time), 0) as begun,
+                coalesce(case when $1 = 'train' then train_ms else sample_ms end,
+                    case when $1 = 'train' then $2 else $3 end) as cost_ms,
+                (select cast(coalesce(sum(case when ms - claimed_ms > expected_ms then ms - claimed_ms else expected_ms end), 0)
+                        as bigint)
+                    from (select claimed_ms, coalesce(case when kind = 'train' then train_ms else sample_ms end,
+                            case when kind = 'train' then $2 else $3 end) as expected_ms
+                        from job where job.tenant = waiting.tenant and state = 'running') running
+                    cross join clock) as running_ms
+            from (",
+            $waiting,
+            ") waiting
+            join tenant on tenant.id = waiting.tenant
+            left join device_time on device_time.tenant = waiting.tenant"
+        )
+    };
+}
+
+/// Of tenants with jobs to claim, one after the other from the index: however many jobs they have, it is as quick.
+const TO_CLAIM: &str = turns!(
+    "with recursive queued (tenant) as (
+        select min(tenant) from job where state = 'queued' and kind = $1
+        union all
+        select (select min(tenant) from job where state = 'queued' and kind = $1 and tenant > queued.tenant)
+        from queued where queued.tenant is not null)",
+    "select tenant, cast(0 as bigint) as jobs from queued where exists (select 1 from job where state = 'queued'
+        and kind = $1 and job.tenant = queued.tenant and not_before_ms <= (select ms from clock))"
+);
+
+/// The same, with how many jobs each has.
+const TO_COUNT: &str = turns!(
+    "",
+    "select tenant, count(*) as jobs from job where state = 'queued' and kind = $1
+        and not_before_ms <= (select ms from clock) group by tenant"
+);
 
 /// A tenant that waits for its turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Turn {
     pub(super) tenant: TenantId,
-    /// Jobs of the kind that it could have claimed now.
-    pub(super) jobs: i64,
+    /// Jobs of the kind that it could have claimed now, where that was asked.
+    jobs: i64,
     /// Where its next job begins: what that job's own row remembers.
     pub(super) begin: i64,
     /// The same, behind what it has running: whose is least is next.
@@ -129,17 +157,17 @@ impl Store {
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
         let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
         let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
-        let turns = in_order(&self.db.read(TENANTS, &tenants_args(job.kind)).await?)?;
+        let turns = in_order(&self.db.read(TO_COUNT, &known_args(job.kind)).await?)?;
         Ok(Some(position(job.tenant, own, &turns)))
     }
 }
 
 /// Tenants with jobs of that kind to claim, the next one first.
 pub(super) async fn turns(tx: &mut Tx, kind: Kind) -> Result<Vec<Turn>> {
-    in_order(&tx.rows(TENANTS, &tenants_args(kind)).await?)
+    in_order(&tx.rows(TO_CLAIM, &known_args(kind)).await?)
 }
 
-fn tenants_args(kind: Kind) -> [Arg; 3] {
+fn known_args(kind: Kind) -> [Arg; 3] {
     [kind.as_str().into(), unknown_ms(Kind::Train).into(), unknown_ms(Kind::Sample).into()]
 }
 

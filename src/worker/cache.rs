@@ -160,8 +160,13 @@ fn remove_unfinished(file: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::blobs::Key;
+    use crate::blobs::{BlobsConfig, Key, Place};
     use crate::job::{JobId, Lease, TenantId};
+
+    async fn a_store(dir: &Path) -> Blobs {
+        let config = BlobsConfig { place: Place::Directory(dir.join("objects")), links: None };
+        Blobs::open(&config).await.unwrap()
+    }
 
     async fn stored(blobs: &Blobs, byte: u8, size: usize) -> Object {
         let lease = Lease { job: JobId::new(), run_lease: 1 };
@@ -176,7 +181,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_in_use_stays_however_little_room_there_is_and_goes_when_it_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = Blobs::over(Arc::new(object_store::memory::InMemory::new()));
+        let blobs = a_store(dir.path()).await;
         let cache = WeightsCache::open(dir.path().join("weights"), 250).unwrap();
         let another = WeightsCache::open(dir.path().join("weights"), 250).unwrap(); // as another process has it
         let mut objects = Vec::new();
@@ -199,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn what_somebody_removed_or_cut_short_is_fetched_again() {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = Blobs::over(Arc::new(object_store::memory::InMemory::new()));
+        let blobs = a_store(dir.path()).await;
         let cache = WeightsCache::open(dir.path().join("weights"), 250).unwrap();
         let object = stored(&blobs, 7, 100).await;
         let path = cache.file(&blobs, &object).await.unwrap().path().to_owned();

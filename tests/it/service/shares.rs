@@ -79,8 +79,8 @@ async fn kept_beside_a_flood(share: f64) -> (f64, usize) {
         match did {
             Did::Step(..) => {
                 trained += 1;
-                let began = *began.get_or_insert(at - step);
-                let elapsed = (at - began).saturating_sub(batch).max(step);
+                let began = *began.get_or_insert(at.saturating_sub(step));
+                let elapsed = at.saturating_sub(began).saturating_sub(batch).max(step);
                 kept = kept.min((step * trained).as_secs_f64() / elapsed.as_secs_f64());
             }
             Did::Draw { during_training: true, .. } if began.is_some() => drawn += 1,

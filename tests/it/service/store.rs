@@ -130,7 +130,7 @@ impl House {
     /// What the database knows of the tenants' device time.
     async fn device_time(&self) -> BTreeMap<String, DeviceTime> {
         let select = "select tenant, turn, begun, train_ms, sample_ms from device_time";
-        let rows: Vec<(String, i64, i64, Option<i64>, Option<i64>)> = if self.url.starts_with("sqlite:") {
+        let rows: Vec<DeviceTimeRow> = if self.url.starts_with("sqlite:") {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
         } else {
@@ -176,6 +176,8 @@ impl House {
         self.train(tenant, job.id).await.unwrap()
     }
 }
+
+type DeviceTimeRow = (String, i64, i64, Option<i64>, Option<i64>);
 
 /// A row of `device_time`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

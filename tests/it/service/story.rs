@@ -319,9 +319,9 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
         request.write_all(head.as_bytes()).await.unwrap();
         request.write_all(b"{").await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(300)).await; // for the server to take it up
-        let twice = format!("kill -TERM {0}; kill -TERM {0}", serve.child.id());
-        assert!(Command::new("sh").args(["-c", &twice]).status().unwrap().success());
+        serve.signal("-TERM");
         eventually("it was told", async || serve.log().contains("told to stop").then_some(())).await;
+        serve.signal("-TERM"); // one that the kernel does not make one with the first
         tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
         assert!(serve.child.try_wait().unwrap().is_none(), "the request goes on: {}", serve.log());
         if is_patient {
