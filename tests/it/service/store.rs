@@ -119,7 +119,8 @@ impl House {
             return self.sql("drop schema public cascade; create schema public").await;
         }
         let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
-        let select = "select 'drop ' || type || ' ' || name from sqlite_master where type in ('table', 'view')";
+        let select =
+            "select 'drop ' || type || ' ' || name from sqlite_master where type in ('table', 'view')";
         let drops: Vec<String> = sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap();
         sqlx::raw_sql("pragma foreign_keys = off").execute(&mut connection).await.unwrap();
         for drop in drops {
