@@ -21,7 +21,8 @@ fn every_test_that_the_table_of_cases_names_is_there() {
     functions(&root.join("tests/it"), &mut sources);
     functions(&root.join("src"), &mut sources); // what lies inside is tested there
     let named: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
-    let tests = named.iter().filter_map(|name| name.rsplit("::").next()).filter(|name| !name.contains(' '));
+    let tests = named.iter().filter_map(|name| name.rsplit("::").next());
+    let tests = tests.filter(|name| !name.contains(' ') && *name != "*");
     let missing: Vec<&str> = tests
         .filter(|name| {
             !sources.contains(&format!("fn {name}(")) && !sources.contains(&format!("    {name},"))
