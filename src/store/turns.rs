@@ -20,8 +20,8 @@ fn unknown_ms(kind: Kind) -> i64 {
     }
 }
 
-/// What decides on the turns of the tenants in `waiting` whose jobs of the kind `$1` nobody holds back. `$2` and `$3` are the times of a
-/// training and of a sample where none is known.
+/// What decides on the turns of the tenants in `waiting` whose jobs of the kind `$1` nobody holds back. `$2` and `$3`
+/// are the times of a training and of a sample where none is known.
 macro_rules! turns {
     ($with:literal, $waiting:literal) => {
         concat!(
@@ -41,7 +41,8 @@ macro_rules! turns {
             $waiting,
             ") waiting
             join tenant on tenant.id = waiting.tenant
-            left join device_time on device_time.tenant = waiting.tenant"
+            left join device_time on device_time.tenant = waiting.tenant
+            where not exists (select 1 from held_back where held_back.tenant = waiting.tenant and held_back.kind = $1)"
         )
     };
 }

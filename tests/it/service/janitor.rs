@@ -108,7 +108,7 @@ async fn more_jobs_that_cannot_be_erased_than_one_look_shows_hold_up_none() {
     deleted(&floor, &last).await;
     let mut eraser = Eraser::new(floor.store.clone(), floor.blobs.clone());
     let why = eraser.round().await.unwrap().expect("most stay behind");
-    assert!(why.starts_with("120 jobs cannot be erased"), "{why}");
+    assert!(why.starts_with("120 jobs or tenants cannot be erased"), "{why}");
     assert_eq!(n_objects(&floor, &last).await, 0);
     assert_eq!(floor.store.n_deleting().await.unwrap(), 120);
 }

@@ -135,7 +135,7 @@ impl House {
             let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
             sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
         } else {
-            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            let mut connection = PgConnection::connect(self.direct()).await.unwrap();
             sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
         };
         let of = |(tenant, turn, begun, train_ms, sample_ms)| {
