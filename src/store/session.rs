@@ -111,14 +111,25 @@ fn marked(options: &PgConnectOptions, mark: &str) -> PgConnectOptions {
 
 /// Finds out whose sessions these are.
 async fn sessions(plain: &PgConnectOptions, mark: &str) -> Result<Sessions> {
-    match once(&marked(plain, mark), mark).await {
+    match once(&marked(plain, mark), async |connection| is_marked(connection, mark).await).await {
         Ok(true) => return Ok(Sessions::Own),
-        Ok(false) => return Ok(Sessions::Shared), // the parameter was passed over in silence
-        Err(error) if !refuses_parameter(&error) => return Err(refusal(error)),
-        Err(_) => {}
+        Ok(false) => {} // the parameter was passed over in silence
+        Err(error) if refuses_parameter(&error) => {}
+        Err(error) => return Err(refusal(error)),
     }
-    // Whoever does not take the parameter but does without it is no Postgres.
-    once(plain, mark).await.map(|_| Sessions::Shared).map_err(refusal)
+    // Whoever does not take the parameter but does without it is a pooler.
+    let transaction = async |connection: &mut PgConnection| {
+        sqlx::raw_sql(BEGIN_SHARED).execute(&mut *connection).await?;
+        sqlx::raw_sql("rollback").execute(connection).await.map(drop)
+    };
+    match once(plain, transaction).await {
+        Ok(()) => Ok(Sessions::Shared),
+        Err(error) if error.to_string().contains("statement pooling") => Err(Error::Bad(
+            "the pooler before the database allows no transactions (statement mode); wanted transaction or session mode"
+                .into(),
+        )),
+        Err(error) => Err(refusal(error)),
+    }
 }
 
 /// The options of a way that must lead to a session of one's own.
@@ -132,13 +143,16 @@ async fn straight(url: &str, mark: &str) -> Result<PgConnectOptions> {
     }
 }
 
-/// Connects once, and asks whether the session bears our mark.
-async fn once(options: &PgConnectOptions, mark: &str) -> sqlx::Result<bool> {
+/// Connects once, to ask one thing.
+async fn once<T>(
+    options: &PgConnectOptions,
+    ask: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+) -> sqlx::Result<T> {
     answer_within(CONNECT, async {
         let mut connection = options.connect().await?;
-        let own = is_marked(&mut connection, mark).await?;
+        let answer = ask(&mut connection).await?;
         connection.close().await?;
-        Ok(own)
+        Ok(answer)
     })
     .await
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -24,6 +24,7 @@ pub(crate) enum Loss {
 pub(crate) struct Wire {
     address: SocketAddr,
     plan: Arc<Plan>,
+    server: Arc<Mutex<PathBuf>>,
 }
 
 #[derive(Default)]
@@ -35,19 +36,24 @@ struct Plan {
 impl Wire {
     /// Before the server whose socket is in `directory`.
     pub(crate) async fn before(directory: &Path) -> Self {
-        let socket = directory.join(".s.PGSQL.5432");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let plan = Arc::new(Plan::default());
-        let wire = Self { address, plan: plan.clone() };
+        let (plan, server) = (Arc::new(Plan::default()), Arc::new(Mutex::new(directory.to_owned())));
+        let wire = Self { address, plan: plan.clone(), server: server.clone() };
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let socket = server.lock().unwrap().join(".s.PGSQL.5432");
                 if let Ok(server) = UnixStream::connect(&socket).await {
                     tokio::spawn(pass(client, server, plan.clone()));
                 }
             }
         });
         wire
+    }
+
+    /// From now on new connections go to the server, or to the pooler, whose socket is in `directory`.
+    pub(crate) fn lead_to(&self, directory: &Path) {
+        directory.clone_into(&mut self.server.lock().unwrap());
     }
 
     /// The same database by this way.

@@ -6,6 +6,7 @@ use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
 use tokio::task::JoinSet;
 
+use super::super::wire::Wire;
 use super::*;
 
 /// A client of the pooler that is none of ours.
@@ -46,6 +47,34 @@ async fn whose_the_sessions_are_is_found_out_at_the_first_connection() {
     }
     let sqlite = House::sqlite().await;
     assert_eq!(sqlite.store.sessions(), None);
+    let bouncer = Bouncer::start(socket_of(&direct), "pool_mode = statement");
+    match Store::connect(&bouncer.through(&direct), 2).await {
+        Err(Error::Bad(line)) => assert!(line.contains("statement mode); wanted transaction or"), "{line}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// An address that leads to Postgres itself, and to a pooler later: nothing runs under another session's statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_leads_to_a_pooler_later_is_away_until_a_restart() {
+    let house = House::postgres().await;
+    let tenant = house.tenant("shop").await;
+    let wire = Wire::before(socket_of(&house.url)).await;
+    let url = wire.through(&house.url);
+    let store = Store::connect(&url, 4).await.unwrap();
+    assert!(matches!(store.submit(training(tenant)).await, Ok(Submitted::New(_))));
+    let bouncer = Bouncer::start(socket_of(&house.url), "ignore_startup_parameters = options");
+    wire.lead_to(socket_of(&bouncer.through(&house.url)));
+    let kill = "select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid()";
+    house.sql(kill).await;
+    for _ in 0..3 {
+        let refused = store.submit(training(tenant)).await;
+        assert!(matches!(refused, Err(Error::Away(_))), "{refused:?}");
+    }
+    let restarted = Store::connect(&url, 4).await.unwrap();
+    assert_eq!(restarted.sessions(), Some(Sessions::Shared));
+    assert!(matches!(restarted.submit(training(tenant)).await, Ok(Submitted::New(_))));
 }
 
 // case A7
