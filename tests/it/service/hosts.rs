@@ -246,8 +246,8 @@ async fn weights_in_use_stay_however_many_others_are_fetched() {
     let script = Script::new(QUICK);
     let worker = floor.work(&script);
     let mut parents = Vec::new();
-    for _ in 0..3 {
-        let job = floor.train("mug", 2).await;
+    for steps in 2..5 {
+        let job = floor.train("mug", steps).await; // each with weights of its own
         floor.ended(&job).await;
         parents.push(job.id);
     }
