@@ -527,7 +527,8 @@ impl Signals {
     }
 
     /// What `variable` asks for: a signal is sent where it has an endpoint, unless it is turned off. How it is sent is read
-    /// from the other variables by OpenTelemetry's own library; what that cannot do is refused here.
+    /// from the other variables by OpenTelemetry's own library, which passes over values that it does not know; here they
+    /// are refused.
     fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let set = |name: &str| {
             variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
@@ -535,31 +536,69 @@ impl Signals {
         if set("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
             return Ok(Self::default());
         }
+        let first = |names: [String; 2]| names.into_iter().find_map(|name| Some((set(&name)?, name)));
+        let one_of = |name: &str, words: &[&str]| match set(name) {
+            Some(word) if !words.contains(&word.as_str()) => {
+                wrong(format!("{name}: wanted {}, got {word:?}", words.join(" or ")))
+            }
+            word => Ok(word),
+        };
         let asked = |signal: &str| {
-            let names =
-                [format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
-            let Some((endpoint, name)) = names.into_iter().find_map(|name| Some((set(&name)?, name))) else {
-                return Ok(false);
-            };
+            let own = |what: &str| format!("OTEL_EXPORTER_OTLP_{signal}_{what}");
+            let endpoints = [own("ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
+            let Some((endpoint, name)) = first(endpoints) else { return Ok(false) };
             if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
                 return wrong(format!("{name}: wanted http(s)://HOST:PORT, got {endpoint:?}"));
             }
-            let exporter = format!("OTEL_{signal}_EXPORTER");
-            match set(&exporter).as_deref() {
-                None | Some("otlp") => {}
-                Some("none") => return Ok(false),
-                Some(other) => return wrong(format!("{exporter}: wanted otlp or none, got {other:?}")),
+            for prefix in [format!("OTEL_EXPORTER_OTLP_{signal}"), "OTEL_EXPORTER_OTLP".into()] {
+                one_of(&format!("{prefix}_PROTOCOL"), &["http/protobuf"])?;
+                one_of(&format!("{prefix}_COMPRESSION"), &["none", "gzip"])?;
+                number(&format!("{prefix}_TIMEOUT"), set(&format!("{prefix}_TIMEOUT")))?;
             }
-            let names =
-                [format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"), "OTEL_EXPORTER_OTLP_PROTOCOL".into()];
-            match names.into_iter().find_map(|name| Some((set(&name)?, name))) {
-                Some((protocol, name)) if protocol != "http/protobuf" => wrong(format!(
-                    "{name}: wanted http/protobuf, which is all that is spoken here, got {protocol:?}"
-                )),
-                _ => Ok(true),
-            }
+            let exporter = one_of(&format!("OTEL_{signal}_EXPORTER"), &["otlp", "none"])?;
+            Ok(exporter.as_deref() != Some("none"))
         };
-        Ok(Self { traces: asked("TRACES")?, metrics: asked("METRICS")? })
+        let signals = Self { traces: asked("TRACES")?, metrics: asked("METRICS")? };
+        if signals != Self::default() {
+            let sampler = one_of("OTEL_TRACES_SAMPLER", &OTEL_SAMPLERS)?;
+            if sampler.is_some_and(|sampler| sampler.ends_with("ratio")) {
+                let ratio = set("OTEL_TRACES_SAMPLER_ARG").unwrap_or_default();
+                if !ratio.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio)) {
+                    return wrong(format!("OTEL_TRACES_SAMPLER_ARG: wanted 0 to 1, got {ratio:?}"));
+                }
+            }
+            OTEL_NUMBERS.iter().try_for_each(|name| number(name, set(name)))?;
+        }
+        Ok(signals)
+    }
+}
+
+/// OpenTelemetry's words for which traces are sent.
+const OTEL_SAMPLERS: [&str; 6] = [
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+];
+
+/// OpenTelemetry's variables that are milliseconds or counts.
+const OTEL_NUMBERS: [&str; 5] = [
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_METRIC_EXPORT_INTERVAL",
+];
+
+/// Refuses a value that is none of the numbers above 0.
+fn number(name: &str, value: Option<String>) -> Result<()> {
+    match value {
+        Some(value) if !value.parse::<u64>().is_ok_and(|number| number > 0) => {
+            wrong(format!("{name}: wanted a number above 0, got {value:?}"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -809,6 +848,11 @@ mod tests {
                 ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
                 "wanted http(s)://HOST:PORT, got \"collector:4317\"",
             ),
+            (("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "snappy"), "wanted none or gzip, got \"snappy\""),
+            (("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"), "OTEL_EXPORTER_OTLP_TIMEOUT: wanted a number above 0"),
+            (("OTEL_BSP_SCHEDULE_DELAY", "0"), "OTEL_BSP_SCHEDULE_DELAY: wanted a number above 0, got \"0\""),
+            (("OTEL_TRACES_SAMPLER", "traceidratio"), "OTEL_TRACES_SAMPLER_ARG: wanted 0 to 1, got \"\""),
+            (("OTEL_TRACES_SAMPLER", "half"), "OTEL_TRACES_SAMPLER: wanted always_on or "),
             (("OTEL_TRACES_EXPORTER", "zipkin"), "OTEL_TRACES_EXPORTER: wanted otlp or none, got \"zipkin\""),
             (("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), "OTEL_EXPORTER_OTLP_PROTOCOL: wanted http/protobuf"),
         ];

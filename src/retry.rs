@@ -20,6 +20,7 @@ pub struct Terms {
 
 /// What became of the wish.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "it is returned once and taken apart")]
 pub enum Retried {
     /// It was asked for, with this answer.
     Submitted(Submitted),

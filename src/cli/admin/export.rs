@@ -13,6 +13,7 @@
 //! An object is verified when it is fetched and synced before anything names it. Broken off, the same command goes on.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -159,13 +160,13 @@ impl Export<'_> {
             let named = job.job.photos.iter().chain(&artifacts).chain(checkpoint);
             let absent = self.fetch_all(named).await?;
             match self.look_again(&job, &artifacts, absent).await? {
-                None => return Ok(Some(self.line(&job, &artifacts))),
+                None => return Ok(Some(line(&job, &artifacts))),
                 Some(Gone::Job) => return Ok(None),
                 Some(Gone::Changed(now)) => job = *now,
                 Some(Gone::Object(keys)) => {
                     self.missing += 1;
                     say_error(&format!("{}: not in the store, or not whole: {keys}", job.job.id));
-                    return Ok(Some(self.line(&job, &artifacts)));
+                    return Ok(Some(line(&job, &artifacts)));
                 }
             }
         }
@@ -191,15 +192,6 @@ impl Export<'_> {
             return Ok(Some(Gone::Changed(Box::new(now))));
         }
         Ok(Some(Gone::Object(absent.join(", "))))
-    }
-
-    fn line(&self, job: &AdminJob, artifacts: &[Object]) -> Value {
-        let mut line = described(job);
-        line["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
-        line["photos"] = json!(job.job.photos);
-        line["checkpoint"] = json!(job.job.checkpoint);
-        line["artifacts"] = json!(artifacts);
-        line
     }
 
     async fn class_images(&mut self, tenant: &Tenant) -> Result<(), Stop> {
@@ -247,8 +239,10 @@ impl Export<'_> {
 
     /// The hashes, what it is all about, and the end of being incomplete.
     fn finish(self, tenant: &Tenant, n_jobs: usize) -> Result<ExitCode, Stop> {
-        let sums: String =
-            self.sums.iter().map(|(key, sha256)| format!("{sha256}  objects/{key}\n")).collect();
+        let mut sums = String::new();
+        for (key, sha256) in &self.sums {
+            let _ = writeln!(sums, "{sha256}  objects/{key}"); // a string takes all
+        }
         write(&self.out.join(SUMS), sums.as_bytes())?;
         let about = json!({
             "id": tenant.id, "name": tenant.name, "state": tenant.state, "created_at": time(tenant.created_ms),
@@ -270,6 +264,16 @@ impl Export<'_> {
         say(&said);
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// All that a job says and names.
+fn line(job: &AdminJob, artifacts: &[Object]) -> Value {
+    let mut line = described(job);
+    line["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
+    line["photos"] = json!(job.job.photos);
+    line["checkpoint"] = json!(job.job.checkpoint);
+    line["artifacts"] = json!(artifacts);
+    line
 }
 
 /// Has an object in the directory, verified and synced; whether the store has it whole. One that is there already is

@@ -219,7 +219,7 @@ async fn show(args: &Show, store: Store) -> Result<ExitCode, Stop> {
             Value::String(text) => say(&format!("{name} {}", plain(text))),
             Value::Array(all) if all.is_empty() => {}
             Value::Array(all) => {
-                all.iter().for_each(|one| say(&format!("{name} {}", plain(&one.to_string()))))
+                all.iter().for_each(|one| say(&format!("{name} {}", plain(&one.to_string()))));
             }
             other => say(&format!("{name} {}", plain(&other.to_string()))),
         }
