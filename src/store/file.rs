@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
-use sqlx::{ConnectOptions, Connection};
 use sqlx::pool::{PoolConnection, PoolOptions};
 use sqlx::sqlite::{
     Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqliteSynchronous,
 };
+use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
