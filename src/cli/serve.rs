@@ -50,7 +50,7 @@ pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
         0 => None,
         n => Some(service::worker(&args.storage, &args.working, n.into())?),
     };
-    watch.run(async |watch, stop| serve(args, work, watch, stop).await)?;
+    watch.run(async |watch, stop| Box::pin(serve(args, work, watch, stop)).await)?;
     Ok(ExitCode::SUCCESS)
 }
 

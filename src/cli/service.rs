@@ -123,7 +123,7 @@ impl Watch {
                 tokio::time::sleep(COUNT_QUEUE).await;
             }
         };
-        stop.run_until_cancelled(count).await;
+        stop.run_until_cancelled(Box::pin(count)).await;
     }
 
     /// Runs `work` as [`run`] does, and sends at the end what is left to be sent, but not when the process was told to end

@@ -152,6 +152,12 @@ fn kind(slug: &str) -> Kind {
 
 /// Where an id in an answer leads.
 fn links(path: &str, method: &str, status: &str) -> Option<Value> {
+    const SAMPLE: [(&str, &str); 4] = [
+        ("get", "get_sample"),
+        ("cancel", "cancel_sample"),
+        ("retry", "retry_sample"),
+        ("delete", "delete_sample"),
+    ];
     let to = |operations: &[(&str, &str)]| {
         let link = |&(name, operation): &(&str, &str)| {
             let id = json!({ "operationId": operation, "parameters": { "id": "$response.body#/id" } });
@@ -159,12 +165,6 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
         };
         Some(operations.iter().map(link).collect::<Map<_, _>>().into())
     };
-    const SAMPLE: [(&str, &str); 4] = [
-        ("get", "get_sample"),
-        ("cancel", "cancel_sample"),
-        ("retry", "retry_sample"),
-        ("delete", "delete_sample"),
-    ];
     match (method, path, status) {
         ("post", "/v1/jobs" | "/v1/jobs/{id}/retry", "202") => to(&[
             ("get", "get_job"),
@@ -175,8 +175,9 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
             ("artifacts", "list_artifacts"),
             ("report", "get_report"),
         ]),
-        ("post", "/v1/jobs/{id}/sample", "200" | "202") => to(&SAMPLE),
-        ("post", "/v1/samples/{id}/retry", "202") => to(&SAMPLE),
+        ("post", "/v1/jobs/{id}/sample", "200" | "202") | ("post", "/v1/samples/{id}/retry", "202") => {
+            to(&SAMPLE)
+        }
         _ => None,
     }
 }

@@ -378,7 +378,8 @@ pub(super) async fn answer_within<T>(
     work: impl Future<Output = sqlx::Result<T>>,
 ) -> sqlx::Result<T> {
     let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
-    timeout(time, work).await.unwrap_or_else(|_| Err(late().into()))
+    // In a box: what waits for it would else hold it twice, and so on outwards.
+    timeout(time, Box::pin(work)).await.unwrap_or_else(|_| Err(late().into()))
 }
 
 /// Asks what changes nothing again while the database is away, for some seconds.

@@ -181,12 +181,12 @@ async fn every_commit_may_be_lost(loss: Loss) {
 // case A1
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_loses_the_answer_of_any_commit_loses_nothing_else() {
-    every_commit_may_be_lost(Loss::Answer).await;
+    Box::pin(every_commit_may_be_lost(Loss::Answer)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_commit_is_never_sent_says_it_again() {
-    every_commit_may_be_lost(Loss::Before).await;
+    Box::pin(every_commit_may_be_lost(Loss::Before)).await;
 }
 
 // case A6

@@ -283,11 +283,14 @@ async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
     let Some(disk) = Disk::under(name) else { return };
     let house = House::sqlite().await;
     let tenant = house.tenant("shop").await;
-    let troubles: [(fn(&Disk), bool); 2] = [(Disk::fill, true), (Disk::fail, false)];
-    for (trouble, surely) in troubles {
-        trouble(&disk);
+    for full in [true, false] {
+        if full {
+            disk.fill();
+        } else {
+            disk.fail();
+        }
         let refused = house.store.submit(training(tenant)).await;
-        if surely {
+        if full {
             assert!(
                 matches!(refused, Err(Error::Away(_))),
                 "its own word that nothing was done: {refused:?}"
