@@ -10,11 +10,13 @@
 //! How soon a job starts: on an idle worker whose engine does nothing, `--starts` trainings are sent in by HTTP, one
 //! after the other; counted are milliseconds from the row's creation to its claim, by the database's clock.
 //!
-//! How many deletions a second: `bench_serve/deletions.rs`.
+//! How many deletions a second: `bench_serve/deletions.rs`. Lists and claims beside many ended jobs:
+//! `bench_serve/history.rs`.
 
 mod bare;
 mod client;
 mod deletions;
+mod history;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -61,6 +63,9 @@ pub(super) struct BenchServe {
     /// Trainings with their objects that are deleted to the last of them
     #[arg(long, default_value_t = 300)]
     deletions: usize,
+    /// Ended jobs in the table, beside which lists and claims are timed as well
+    #[arg(long, default_value_t = 0)]
+    ended: usize,
 }
 
 pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
@@ -70,10 +75,12 @@ pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
 }
 
 async fn bench(args: &BenchServe) -> Result<(), Stop> {
+    let _ = rustls::crypto::ring::default_provider().install_default(); // for the clients of HTTP
     let dir = tempfile::tempdir().map_err(|error| Stop::Failed(error.to_string()))?;
     let url =
         args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
     let house = House::open(&url, dir.path()).await?;
+    let training = if args.ended > 0 { Some(history::fill(&house, args.ended).await?) } else { None };
     house.fill(args.jobs).await?;
     // One that has ended: a place in the queue is a second question, which the bare handler is not asked.
     let id = house.submit().await?;
@@ -81,8 +88,8 @@ async fn bench(args: &BenchServe) -> Result<(), Stop> {
     let bare = bare::serve(&url, CONNECTIONS, house.tenant).await?;
 
     say(&format!(
-        "{} trainings, {} connections, {} rounds of {} s",
-        args.jobs, args.clients, args.rounds, args.seconds
+        "{} trainings, {} ended jobs, {} connections, {} rounds of {} s",
+        args.jobs, args.ended, args.clients, args.rounds, args.seconds
     ));
     say("case          ours/s    bare/s   ratio (smallest to largest)");
     let cases = [
@@ -93,6 +100,9 @@ async fn bench(args: &BenchServe) -> Result<(), Stop> {
         house.compare(args, name, ours, bare, theirs).await?;
     }
     starts(args, &house).await?;
+    if let Some(training) = training {
+        history::measure(&house, training, args.starts).await?;
+    }
     if args.deletions > 0 {
         deletions::deletions(&house, args.deletions, args.clients).await?;
     }

@@ -1003,6 +1003,8 @@ async fn lists_are_filtered_and_turned_page_by_page(house: House) {
     assert_eq!(ids(chairs, None, 9).await, [trainings[1]]);
     let drawn = Filter { parent: Some(parent.id), state: Some(State::Queued), ..of(Kind::Sample) };
     assert_eq!(ids(drawn, Some(samples[1]), 9).await, samples[2..]);
+    let drawn = Filter { parent: Some(parent.id), ..of(Kind::Train) };
+    assert_eq!(ids(drawn, None, 9).await, [], "trainings are drawn with none");
     let later = |ms| Filter { created_after_ms: Some(ms), ..Filter::default() };
     assert_eq!(ids(later(parent.created_ms - 1), None, 99).await.len(), 11);
     house.sql(&format!("update job set created_ms = created_ms + 9999999 where id = '{}'", samples[0])).await;

@@ -1,0 +1,171 @@
+//! What jobs that ended long ago cost: how long lists and claims take beside `--ended` of them.
+//!
+//! The jobs are one tenant's, spread over 90 days: one in ten is a training, the others are samples, each drawn with the
+//! training before it; four in five succeeded, one in 25 was canceled, the others failed. They are written with SQL, for
+//! submitting a million takes an hour.
+//!
+//! A list is asked for by HTTP, one request at a time. A claim is that of a training that was just submitted, the only one
+//! that waits; counted is the time in the worker's process until it has the job.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
+use uuid::Uuid;
+
+use super::{House, failed};
+use crate::cli::{Stop, say};
+use crate::job::{Fault, FaultCode, JobId, Kind, TenantId, TrainOptions, TrainSpec};
+
+const ROWS_PER_STATEMENT: usize = 1000;
+const SPAN: Duration = Duration::from_hours(24 * 90);
+/// One training in so many has the class that nobody else has.
+const RARE_EVERY: usize = 5_000;
+
+/// Times of one thing, in milliseconds.
+struct Times(Vec<f64>);
+
+impl Times {
+    fn say(mut self, name: &str) {
+        self.0.sort_by(f64::total_cmp);
+        let at = |share: f64| self.0[((self.0.len() - 1) as f64 * share).round() as usize];
+        say(&format!("{name:<32} {:>8.2} {:>8.2} {:>8.2}", at(0.5), at(0.95), at(1.0)));
+    }
+}
+
+/// Writes `n` jobs that have ended into the table; a training among them, from the middle.
+pub(super) async fn fill(house: &House, n: usize) -> Result<JobId, Stop> {
+    let mut connection = Connected::open(&house.database).await.map_err(words)?;
+    let spec = TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| words(error.message))?;
+    let spec = serde_json::to_string(&spec).map_err(words)?;
+    let now = jiff::Timestamp::now().as_millisecond();
+    let (mut parent, mut middle) = (JobId::new(), None);
+    for from in (0..n).step_by(ROWS_PER_STATEMENT) {
+        let mut sql = String::from(INSERT);
+        for i in from..n.min(from + ROWS_PER_STATEMENT) {
+            let ended_ms = now - (SPAN.as_millis() as i64) * (n - i) as i64 / n as i64;
+            let id = id_of(ended_ms, i);
+            if i % 10 == 0 {
+                parent = id;
+                middle = middle.or_else(|| (i >= n / 2).then_some(id));
+            }
+            let comma = if i == from { "" } else { "," };
+            write!(sql, "{comma}\n{}", row(house.tenant, id, parent, i, ended_ms, &spec)).map_err(words)?;
+        }
+        connection.run(sql).await.map_err(words)?;
+    }
+    if let Connected::Postgres(connection) = &mut connection {
+        sqlx::raw_sql("analyze job").execute(connection).await.map_err(words)?; // as its autovacuum does in time
+    }
+    middle.ok_or_else(|| words("--ended: wanted at least 20"))
+}
+
+const INSERT: &str = "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, state, cancel_requested, \
+    attempt, max_attempts, not_before_ms, claimed_ms, result, error, created_ms, started_ms, finished_ms) values";
+
+fn row(tenant: TenantId, id: JobId, parent: JobId, i: usize, ended_ms: i64, spec: &str) -> String {
+    let (kind, parent, class, spec) = match i % 10 {
+        0 if i / 10 % RARE_EVERY == 0 => ("train", "null".into(), "'lighthouse'".into(), spec),
+        0 => ("train", "null".into(), format!("'class {}'", i / 10 % 7), spec),
+        _ => ("sample", format!("'{parent}'"), "null".into(), r#"{"prompts": ["{product} on a table"]}"#),
+    };
+    let (state, result, error, canceled) = match i % 25 {
+        0..20 => ("succeeded", "'{}'", "null", 0),
+        20..24 => ("failed", "null", r#"'{"code": "input", "message": "", "retryable": false}'"#, 0),
+        _ => ("canceled", "null", "null", 1),
+    };
+    format!(
+        "('{id}', '{tenant}', '{kind}', {parent}, {class}, '{spec}', '[]', 0, '{state}', {canceled}, \
+         1, 3, {ended_ms}, {ended_ms}, {result}, {error}, {ended_ms}, {ended_ms}, {ended_ms})"
+    )
+}
+
+/// An id of that time, as [`JobId::new`] makes them.
+fn id_of(ms: i64, i: usize) -> JobId {
+    let mut random = [0; 10];
+    random[2..].copy_from_slice(&(i as u64).to_be_bytes());
+    JobId(uuid::Builder::from_unix_timestamp_millis(ms as u64, &random).into_uuid())
+}
+
+/// Times lists and claims, `n` times each.
+pub(super) async fn measure(house: &House, training: JobId, n: usize) -> Result<(), Stop> {
+    let days = |days: i32| {
+        let then = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24 * i64::from(days));
+        then.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+    };
+    let cursor = training.0.simple();
+    let lists = [
+        ("trainings, newest", "/v1/jobs?limit=20".to_owned()),
+        ("trainings, page in the middle", format!("/v1/jobs?limit=20&cursor={cursor}")),
+        ("trainings, 200", "/v1/jobs?limit=200".to_owned()),
+        ("trainings, running", "/v1/jobs?state=running".to_owned()),
+        ("trainings, failed", "/v1/jobs?limit=20&state=failed".to_owned()),
+        ("trainings of a rare class", "/v1/jobs?limit=20&class_name=lighthouse".to_owned()),
+        ("trainings of a class not there", "/v1/jobs?class_name=violin".to_owned()),
+        ("trainings of the last minute", format!("/v1/jobs?created_after={}", days(0))),
+        ("trainings of a week", format!("/v1/jobs?limit=20&created_after={}", days(7))),
+        ("samples, newest", "/v1/samples?limit=20".to_owned()),
+        ("samples, canceled", "/v1/samples?limit=20&state=canceled".to_owned()),
+        ("samples of one training", format!("/v1/samples?job_id={training}")),
+    ];
+    say(&format!("{:<32} {:>8} {:>8} {:>8}", "ms", "median", "p95", "largest"));
+    let client = reqwest::Client::new();
+    for (name, path) in lists {
+        let mut times = Times(Vec::new());
+        for _ in 0..n {
+            let began = Instant::now();
+            let request = client.get(format!("http://{}{path}", house.address)).bearer_auth(&house.key);
+            let answer = request.send().await.map_err(words)?;
+            let status = answer.status().as_u16();
+            answer.bytes().await.map_err(words)?;
+            if status != 200 {
+                return Err(words(format!("{path}: wanted 200, got {status}")));
+            }
+            times.0.push(began.elapsed().as_secs_f64() * 1e3);
+        }
+        times.say(name);
+    }
+    let (worker, kinds) = (Uuid::now_v7(), [Kind::Train, Kind::Sample]);
+    let (lease, deadline) = (Duration::from_mins(1), Duration::from_mins(10));
+    let mut times = Times(Vec::new());
+    for _ in 0..n {
+        let id = house.submit().await?;
+        let began = Instant::now();
+        let claim = house.store.claim(worker, &kinds, lease, deadline).await.map_err(failed)?;
+        times.0.push(began.elapsed().as_secs_f64() * 1e3);
+        let claim = claim.filter(|claim| claim.job.id == id);
+        let claim = claim.ok_or_else(|| words("the training that was submitted was not claimed"))?;
+        let fault = Fault::new(FaultCode::Input, "nothing is trained here");
+        house.store.fail(claim.job.lease(), &fault, None).await.map_err(failed)?;
+    }
+    times.say("claim");
+    Ok(())
+}
+
+/// A connection of its own, for what no service does.
+enum Connected {
+    Sqlite(SqliteConnection),
+    Postgres(PgConnection),
+}
+
+impl Connected {
+    async fn open(url: &str) -> sqlx::Result<Self> {
+        if url.starts_with("sqlite:") {
+            SqliteConnection::connect(url).await.map(Self::Sqlite)
+        } else {
+            PgConnection::connect(url).await.map(Self::Postgres)
+        }
+    }
+
+    async fn run(&mut self, sql: String) -> sqlx::Result<()> {
+        let sql = sqlx::raw_sql(AssertSqlSafe(sql)); // ours, every letter of it
+        match self {
+            Self::Sqlite(connection) => sql.execute(connection).await.map(drop),
+            Self::Postgres(connection) => sql.execute(connection).await.map(drop),
+        }
+    }
+}
+
+fn words(error: impl std::fmt::Display) -> Stop {
+    Stop::Failed(error.to_string())
+}
