@@ -45,7 +45,7 @@ impl Store {
     /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
     /// undo it. A key whose job was deleted, or that is older than a day, is free again.
     ///
-    /// After [`Error::Unknown`], and no other error, the job may be there: the objects that it names must stay.
+    /// After [`Error::Unknown`](super::Error::Unknown), and no other error, the job may be there: the objects that it names must stay.
     pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
         settle(|| self.submit_once(&new), || self.submitted(&new)).await
     }

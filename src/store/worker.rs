@@ -91,7 +91,7 @@ macro_rules! held {
 }
 
 /// Whether a time is over: by the wall clock that is beside it, or, where the row names a start of the machine, by the time
-/// since that start, which is over with the start. Wants `clock`, and the two of [`Db::lease_clock`] as `$3` and `$4`.
+/// since that start, which is over with the start. Wants `clock`, and the two of [`Db::lease_clock`](super::db::Db::lease_clock) as `$3` and `$4`.
 macro_rules! over {
     ($wall:literal, $boot:literal) => {
         concat!(

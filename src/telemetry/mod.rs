@@ -74,7 +74,7 @@ impl Telemetry {
         self.figures.as_ref().map(Figures::new)
     }
 
-    /// Sends what is left and ends, within [`FLUSH`], whatever the collector does.
+    /// Sends what is left and ends, within five seconds, whatever the collector does.
     pub fn flush(mut self) {
         let (done, ended) = channel();
         let (spans, figures) = (self.spans.take(), self.figures.take());

@@ -55,7 +55,7 @@ pub(super) struct DrawOrder {
     /// Its tenant's turn and weight when it was claimed: of several samples the one with the earliest turn goes on.
     pub(super) turn: i64,
     pub(super) weight: i64,
-    /// Pictures that no batch was begun for yet, for whoever claims: see [`Device::batch`].
+    /// Pictures that no batch was begun for yet, which tells whoever claims whether the device needs more.
     pub(super) left: Arc<AtomicUsize>,
     /// Hears of steps done and steps in all.
     pub(super) watch: Box<dyn FnMut(u64, u64) + Send>,
