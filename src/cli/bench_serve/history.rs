@@ -65,7 +65,7 @@ const INSERT: &str = "insert into job (id, tenant, kind, parent, class_name, spe
 
 fn row(tenant: TenantId, id: JobId, parent: JobId, i: usize, ended_ms: i64, spec: &str) -> String {
     let (kind, parent, class, spec) = match i % 10 {
-        0 if i / 10 % RARE_EVERY == 0 => ("train", "null".into(), "'lighthouse'".into(), spec),
+        0 if (i / 10).is_multiple_of(RARE_EVERY) => ("train", "null".into(), "'lighthouse'".into(), spec),
         0 => ("train", "null".into(), format!("'class {}'", i / 10 % 7), spec),
         _ => ("sample", format!("'{parent}'"), "null".into(), r#"{"prompts": ["{product} on a table"]}"#),
     };
