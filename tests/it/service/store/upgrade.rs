@@ -41,14 +41,14 @@ async fn of_the_first_build(url: String) {
     let spec = json!({"kind": "train", "class_name": "mug", "seed": 7, "options": TrainOptions::default()});
     for (id, running) in ids.iter().zip([None, Some(-1000), Some(600_000)]) {
         let (state, attempt, worker, times) = match running {
-            None => ("queued", 0, "null".to_owned(), "null, null".to_owned()),
+            None => ("queued", 0, "null".to_owned(), "null, null, null, null".to_owned()),
             Some(left) => {
-                ("running", 1, format!("'{}'", Uuid::now_v7()), format!("ms + {left}, ms + 3600000"))
+                ("running", 1, format!("'{}'", Uuid::now_v7()), format!("ms + {left}, ms + 3600000, ms, ms"))
             }
         };
         let insert = format!(
             "insert into job (id, tenant, kind, class_name, spec, photos, priority, state, run_lease, attempt,
-                max_attempts, not_before_ms, created_ms, worker, lease_until_ms, deadline_ms)
+                max_attempts, not_before_ms, created_ms, worker, lease_until_ms, deadline_ms, claimed_ms, started_ms)
              select '{id}', '{}', 'train', 'mug', '{spec}', '[]', 0, '{state}', {attempt}, {attempt}, 3, ms, ms,
                 {worker}, {times} from clock",
             TenantId::LOCAL
