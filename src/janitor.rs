@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::blobs::{self, Blobs, Key, Scope};
+use crate::clock;
 use crate::deployment;
 use crate::job::{Checkpoint, JobId, TenantId};
 use crate::store::{self, Rescued, Store};
@@ -44,7 +45,7 @@ pub async fn run(store: Store, blobs: Blobs, pause: Duration, stop: Cancellation
                 "jobs of lost workers cannot be looked for",
                 whole(rescue(&store).boxed()).await.err().map(|error| error.to_string()),
             );
-            tokio::time::sleep(pause).await;
+            clock::sleep(pause).await;
         }
     };
     let erasing = async {
@@ -56,15 +57,16 @@ pub async fn run(store: Store, blobs: Blobs, pause: Duration, stop: Cancellation
                 whole(eraser.round().boxed()).await.unwrap_or_else(|error| Some(error.to_string())),
             );
             tokio::select! {
+                biased;
                 () = store.deletion() => {}
-                () = tokio::time::sleep(pause) => {}
+                () = clock::sleep(pause) => {}
             }
         }
     };
     let marking = async {
         let mut said = Said::default();
         loop {
-            tokio::time::sleep(pause).await;
+            clock::sleep(pause).await;
             let marking = async { Ok(deployment::mark(&store, &blobs, false).await?) };
             let marked = whole(marking.boxed()).await;
             said.hear(
@@ -73,7 +75,7 @@ pub async fn run(store: Store, blobs: Blobs, pause: Duration, stop: Cancellation
             );
         }
     };
-    let all = async { tokio::join!(rescuing, erasing, marking) };
+    let all = async { tokio::join!(biased; rescuing, erasing, marking) };
     stop.run_until_cancelled(all.boxed()).await;
 }
 
@@ -219,7 +221,7 @@ impl Eraser {
         }
         for tenant in tenants {
             seen.insert(Of::Tenant(tenant));
-            if self.is_due(Of::Tenant(tenant), Instant::now())
+            if self.is_due(Of::Tenant(tenant), clock::now())
                 && let Err(trouble) = finish_tenant(&self.store, &self.blobs, tenant).await
             {
                 self.note(vec![(Of::Tenant(tenant), trouble)], 0)?;
@@ -237,7 +239,7 @@ impl Eraser {
     }
 
     async fn erase(&mut self, page: Vec<(TenantId, JobId)>) -> Result<usize, Error> {
-        let now = Instant::now();
+        let now = clock::now();
         let due = page.into_iter().filter(|(_, job)| self.is_due(Of::Job(*job), now));
         let blobs = self.blobs.clone();
         let each = due.map(|(tenant, job)| {
@@ -263,7 +265,7 @@ impl Eraser {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(*last);
             seen.extend(page.iter().map(|(job, _)| Of::Job(*job)));
-            let now = Instant::now();
+            let now = clock::now();
             let (mut failed, mut n_gone) = (Vec::new(), 0);
             for (job, checkpoint) in page.into_iter().filter(|(job, _)| self.is_due(Of::Job(*job), now)) {
                 match remove_checkpoint(&self.store, &self.blobs, job, &checkpoint).await {
@@ -288,7 +290,7 @@ impl Eraser {
         for (of, trouble) in failed {
             let wait_max = if trouble.is_of_the_moment() { WAIT_AWAY_MAX } else { WAIT_MAX };
             let wait = self.failing.get(&of).map_or(WAIT, |failing| failing.wait * 2).min(wait_max);
-            let failing = Failing { wait, until: Instant::now() + wait, why: trouble.to_string() };
+            let failing = Failing { wait, until: clock::now() + wait, why: trouble.to_string() };
             self.failing.insert(of, failing);
             last = Some(trouble);
         }
@@ -314,11 +316,11 @@ impl Said {
             return;
         };
         let wait = match self.last {
-            Some((at, wait)) if at.elapsed() < wait => return,
+            Some((at, wait)) if clock::since(at) < wait => return,
             Some((_, wait)) => (wait * 2).min(SAY_MAX),
             None => SAY,
         };
-        self.last = Some((Instant::now(), wait));
+        self.last = Some((clock::now(), wait));
         warn!("{what}: {why}");
     }
 }

@@ -11,10 +11,12 @@
 //! report    what people look at: a training as a page, tables of numbers
 //! ml        the core: models, mathematics, operations
 //! job       the nouns               config    every setting            health   how the devices are doing
+//! clock     time, which a test may move by hand
 //! ```
 
 pub mod blobs;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod deployment;
 pub mod engine;

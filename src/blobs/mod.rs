@@ -40,6 +40,7 @@ pub use link::BadLink;
 pub(crate) use link::hex;
 pub use s3::{Bucket, Credentials};
 
+use crate::clock;
 use crate::job::Object;
 
 /// Files are sent and fetched in parts of this size, several at a time; S3 takes none below 5 MiB but the last.
@@ -359,7 +360,7 @@ impl Blobs {
                         return Ok(None);
                     }
                     loop {
-                        let next = tokio::time::timeout(patience, chunks.try_next()).await;
+                        let next = clock::timeout(patience, chunks.try_next()).await;
                         if let Some(chunk) = next.map_err(|_| Error::timeout())?? {
                             hash.update(&chunk);
                             n_bytes += chunk.len() as u64;
@@ -557,7 +558,8 @@ impl Blobs {
             n_swept += swept.map_err(|error| Error::from(error.kind()))?;
         }
         let mut probes = self.patiently(self.store.list(Some(&self.path(PROBES))));
-        let before = Timestamp::now().as_millisecond().saturating_sub_unsigned(older_than.as_millis() as u64);
+        let before =
+            clock::timestamp().as_millisecond().saturating_sub_unsigned(older_than.as_millis() as u64);
         while let Some(meta) = probes.try_next().await? {
             if meta.last_modified.timestamp_millis() <= before {
                 match self.within(self.store.delete(&meta.location)).await {
@@ -577,9 +579,9 @@ impl Blobs {
             self.store.put(&self.probe, Bytes::from_static(b"hypnos").into()).await?;
             self.store.get(&self.probe).await?.bytes().await
         };
-        let back = tokio::time::timeout(patience, round).await.map_err(|_| Error::timeout())?;
+        let back = clock::timeout(patience, round).await.map_err(|_| Error::timeout())?;
         let back = back.map_err(|error| Error::from(error).while_writing())?;
-        let _ = tokio::time::timeout(patience, self.store.delete(&self.probe)).await;
+        let _ = clock::timeout(patience, self.store.delete(&self.probe)).await;
         if back == b"hypnos"[..] { Ok(()) } else { Err(Error::Damaged) }
     }
 
@@ -630,7 +632,7 @@ impl Blobs {
     ) -> impl Future<Output = Result<T, Error>> + use<T, F> {
         let patience = self.patience;
         async move {
-            let outcome = tokio::time::timeout(patience, request).await;
+            let outcome = clock::timeout(patience, request).await;
             Ok(outcome.map_err(|_| Error::timeout())??)
         }
     }
@@ -642,7 +644,7 @@ impl Blobs {
     ) -> BoxStream<'a, Result<T, Error>> {
         let patience = self.patience;
         let next = move |mut items: BoxStream<'a, object_store::Result<T>>| async move {
-            match tokio::time::timeout(patience, items.next()).await {
+            match clock::timeout(patience, items.next()).await {
                 Ok(Some(item)) => Some((item.map_err(Error::from), Some(items))),
                 Ok(None) => None,
                 Err(_elapsed) => Some((Err(Error::timeout()), None)),
@@ -690,7 +692,7 @@ impl Drop for Upload {
 }
 
 async fn discard(upload: &mut dyn MultipartUpload, patience: Duration) {
-    match tokio::time::timeout(patience, upload.abort()).await {
+    match clock::timeout(patience, upload.abort()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(error = %Error::from(error), "an upload could not be aborted"),
         Err(_elapsed) => tracing::warn!("an upload could not be aborted in time"),

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::problem::{self, Kind, Problem};
 use super::{Front, keys};
+use crate::clock;
 use crate::telemetry;
 
 /// By which a request is found in logs.
@@ -153,7 +154,7 @@ pub(super) async fn hurry(request: Request, next: Next) -> Response {
     let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
     // What was to change something may have done so, and only the answer is missing.
     let kind = if request.method().is_safe() { Kind::Overloaded } else { Kind::OutcomeUnknown };
-    match tokio::time::timeout(time, next.run(request)).await {
+    match clock::timeout(time, next.run(request)).await {
         Ok(response) => response,
         Err(_) => Problem::new(kind, "the answer took too long").into_response(),
     }

@@ -53,6 +53,7 @@ pub(super) async fn receive(
     let admitted = front.line.admit(caller.tenant, announced(headers).unwrap_or(bytes_max as u64)).await?;
     form.signs(admitted.life());
     let upload = tokio::select! {
+        biased;
         upload = read(front, form, fields) => upload?,
         problem = admitted.asked_back() => return Err(problem),
     };

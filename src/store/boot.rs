@@ -6,7 +6,7 @@
 
 use std::sync::LazyLock;
 
-use nix::time::{ClockId, clock_gettime};
+use crate::clock;
 
 /// A moment after a start of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,6 @@ impl Moment {
             Some(id.trim().to_owned()).filter(|id| !id.is_empty())
         });
         let boot = BOOT.as_deref()?;
-        let time = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
-        Some(Self { boot, ms: time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000 })
+        Some(Self { boot, ms: clock::since_boot()?.as_millis() as i64 })
     }
 }

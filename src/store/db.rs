@@ -9,13 +9,13 @@ use std::time::Duration;
 use sqlx::postgres::PgRow;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr, SqlStr};
-use tokio::time::{Instant, sleep, timeout};
 
 use super::boot::Moment;
 use super::faults::{fault, uncommitted};
 use super::file::{File, Writer};
 use super::session::{Server, Session, Sessions};
 use super::{Error, Result};
+use crate::clock;
 use crate::job::{JobId, TenantId};
 
 /// How long one statement may take before the database counts as away: longer than the server's own limit.
@@ -266,7 +266,7 @@ impl Db {
                 Self::Postgres(server) => server.pool.close().await,
             }
         };
-        let _ = timeout(ANSWER, close).await; // a disk that does not answer keeps nobody from ending
+        let _ = clock::timeout(ANSWER, close).await; // a disk that does not answer keeps nobody from ending
     }
 }
 
@@ -379,16 +379,16 @@ pub(super) async fn answer_within<T>(
 ) -> sqlx::Result<T> {
     let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
     // In a box: what waits for it would else hold it twice, and so on outwards.
-    timeout(time, Box::pin(work)).await.unwrap_or_else(|_| Err(late().into()))
+    clock::timeout(time, Box::pin(work)).await.unwrap_or_else(|_| Err(late().into()))
 }
 
 /// Asks what changes nothing again while the database is away, for some seconds.
 async fn again<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
-    let until = Instant::now() + AGAIN;
+    let until = clock::now() + AGAIN;
     let mut wait = Duration::from_millis(20);
     loop {
         match ask().await {
-            Err(Error::Away(_)) if Instant::now() < until => sleep(wait).await,
+            Err(Error::Away(_)) if clock::now() < until => clock::sleep(wait).await,
             done => return done,
         }
         wait = (wait * 2).min(Duration::from_millis(500));

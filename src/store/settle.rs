@@ -18,9 +18,8 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
-
 use super::{Cause, Error, Result};
+use crate::clock;
 
 /// How long a write that surely was not done is tried again, for a client that waits.
 const AGAIN: Duration = Duration::from_secs(3);
@@ -38,7 +37,7 @@ where
     F: Future<Output = Result<T>>,
     G: Future<Output = Result<Option<T>>>,
 {
-    let write_until = Instant::now() + AGAIN;
+    let write_until = clock::now() + AGAIN;
     let mut wait = WAIT;
     loop {
         let away = match write().await {
@@ -49,7 +48,7 @@ where
             Err(Error::Away(cause)) => cause,
             done => return done,
         };
-        if Instant::now() >= write_until {
+        if clock::now() >= write_until {
             return Err(Error::Away(away));
         }
         pause(&mut wait).await;
@@ -66,13 +65,13 @@ async fn look_until_seen<T, G>(look: impl Fn() -> G, cause: Cause) -> Result<See
 where
     G: Future<Output = Result<Option<T>>>,
 {
-    let until = Instant::now() + PATIENCE;
+    let until = clock::now() + PATIENCE;
     let mut wait = WAIT;
     loop {
         match look().await {
             Ok(Some(done)) => return Ok(Seen::Done(done)),
             Ok(None) => return Ok(Seen::NotDone(cause)),
-            Err(Error::Away(_) | Error::Unknown(_)) if Instant::now() < until => pause(&mut wait).await,
+            Err(Error::Away(_) | Error::Unknown(_)) if clock::now() < until => pause(&mut wait).await,
             Err(Error::Away(_) | Error::Unknown(_)) => return Err(Error::Unknown(cause)),
             Err(error) => return Err(error),
         }
@@ -80,6 +79,6 @@ where
 }
 
 async fn pause(wait: &mut Duration) {
-    sleep(*wait).await;
+    clock::sleep(*wait).await;
     *wait = (*wait * 2).min(WAIT_MAX);
 }

@@ -6,13 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError, unbounded_channel};
 use tokio::sync::oneshot;
 use tracing::{error, warn};
 
 use super::shares::{Account, Clock, Meter};
+use crate::clock;
 use crate::engine::{Artist, Beat, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput};
 use crate::job::{Fault, FaultCode, SampleSpec, TrainSpec};
 
@@ -69,7 +70,7 @@ pub(super) struct DrawOrder {
 /// The way to a device's thread.
 #[derive(Clone, Debug)]
 pub(super) struct Device {
-    orders: Sender<Order>,
+    orders: UnboundedSender<Order>,
     account: Account,
     clock: Clock,
     is_whole: Arc<AtomicBool>,
@@ -83,7 +84,7 @@ impl Device {
         share: f64,
         clock: Clock,
     ) -> Result<(Self, String), Fault> {
-        let (orders, inbox) = channel();
+        let (orders, inbox) = unbounded_channel();
         let (ready, made) = oneshot::channel();
         let account = Account::new(share, clock.now());
         let is_whole = Arc::new(AtomicBool::new(true));
@@ -132,7 +133,7 @@ pub(super) async fn reply<T>(answer: oneshot::Receiver<Result<T, Fault>>) -> Res
 
 /// What waits for the device.
 struct Desk {
-    inbox: Receiver<Order>,
+    inbox: UnboundedReceiver<Order>,
     /// Whether more may come.
     is_open: bool,
     samples: Vec<Drawing>,
@@ -197,7 +198,7 @@ fn caught<T>(work: impl FnOnce() -> T) -> std::thread::Result<T> {
 }
 
 impl Desk {
-    fn new(inbox: Receiver<Order>, account: Account, clock: Clock) -> Self {
+    fn new(inbox: UnboundedReceiver<Order>, account: Account, clock: Clock) -> Self {
         Self {
             inbox,
             is_open: true,
@@ -215,7 +216,7 @@ impl Desk {
     fn wait(&mut self) -> bool {
         loop {
             self.look();
-            let now = Instant::now();
+            let now = clock::now();
             self.expected = self.expected.filter(|until| *until > now);
             let may_draw = !self.samples.is_empty() && self.expected.is_none();
             if may_draw || !(self.trainings.is_empty() && self.plans.is_empty() && self.probes.is_empty()) {
@@ -225,13 +226,13 @@ impl Desk {
                 return false; // a sample that is held back was given up with everything else
             }
             let next = match self.expected {
-                Some(until) if !self.samples.is_empty() => self.inbox.recv_timeout(until - now),
-                _ => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(until) if !self.samples.is_empty() => clock::receive(&mut self.inbox, until - now),
+                _ => Ok(self.inbox.blocking_recv()),
             };
             match next {
-                Ok(order) => self.put(order),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => self.is_open = false,
+                Ok(Some(order)) => self.put(order),
+                Ok(None) => self.is_open = false,
+                Err(clock::TimedOut) => {}
             }
         }
     }
@@ -270,7 +271,7 @@ impl Desk {
         self.probe(engine)?;
         while let Some((spec, reply)) = self.plans.pop_front() {
             pass_on(reply, caught(|| Ok(engine.class_images(&spec))))?;
-            self.expected = Some(Instant::now() + EXPECTED);
+            self.expected = Some(clock::now() + EXPECTED);
         }
         match self.trainings.pop_front() {
             Some(order) => self.train(engine, order),

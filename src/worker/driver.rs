@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::Worker;
 use super::device::Device;
+use crate::clock;
 use crate::health::Reporter;
 use crate::job::{Fault, FaultCode, Kind, TenantId};
 use crate::store::{Claim, Wanted};
@@ -111,6 +112,7 @@ impl Driver {
         let mut ended = Ok(());
         while !drain.is_cancelled() {
             let fit = tokio::select! {
+                biased;
                 () = drain.cancelled() => break,
                 fit = self.is_fit() => fit,
             };
@@ -136,10 +138,11 @@ impl Driver {
                 },
             };
             tokio::select! {
+                biased;
                 () = drain.cancelled() => {}
                 () = wakes.wait() => {}
                 Some(done) = self.jobs.join_next_with_id() => self.forget(done),
-                () = tokio::time::sleep(pause) => {}
+                () = clock::sleep(pause) => {}
             }
         }
         if let Err(dead) = &ended {
@@ -169,7 +172,7 @@ impl Driver {
         let unfinished = samples().filter(|held| held.left.load(Ordering::Acquire) > 0);
         let no_samples_of: Vec<TenantId> = unfinished.map(|held| held.tenant).collect();
         let wanted = Wanted { kinds, no_samples_of: &no_samples_of };
-        let asked = Instant::now();
+        let asked = clock::now();
         let settings = &self.worker.settings;
         let claimed =
             self.worker.store.claim(self.identity, wanted, settings.lease, settings.deadline).await?;
@@ -218,7 +221,7 @@ impl Driver {
             return self.lie_down(&fault).map(Fit::NotFor);
         }
         let n_faults = self.worker.n_faults.load(Ordering::Acquire);
-        match self.rest.until.map(|until| until.saturating_duration_since(Instant::now())) {
+        match self.rest.until.map(|until| until.saturating_duration_since(clock::now())) {
             Some(left) if !left.is_zero() => return Ok(Fit::NotFor(left)),
             None if self.rest.n_seen == n_faults && self.device.is_whole() => return Ok(Fit::Yes),
             _ => {}
@@ -242,7 +245,7 @@ impl Driver {
         }
         let pause = self.rest.pause;
         self.rest.pause = (pause * 2).min(self.worker.settings.rest * REST_MAX);
-        self.rest.until = Some(Instant::now() + pause);
+        self.rest.until = Some(clock::now() + pause);
         self.reporter.resting(&fault.message, pause);
         warn!("no jobs are claimed for {} s: {}", pause.as_secs_f64(), fault.message);
         metrics::counter!("hypnos_rests_total").increment(1);
@@ -257,9 +260,7 @@ impl Driver {
         probed.map_err(|error| super::scratch_fault(&error))?;
         if self.held.is_empty() {
             let silent = || Err(Fault::device_lost("the device does not answer"));
-            return tokio::time::timeout(PROBE_PATIENCE, self.device.probe())
-                .await
-                .unwrap_or_else(|_| silent());
+            return clock::timeout(PROBE_PATIENCE, self.device.probe()).await.unwrap_or_else(|_| silent());
         }
         self.device.probe().await // between two steps of whatever it is at
     }

@@ -49,6 +49,7 @@ impl Worker {
         let (weights, drawn) = loop {
             let preparing = phase_span(Phase::Preparing, &Span::current());
             let prepared = tokio::select! {
+                biased;
                 prepared = self.weights(job, held) => prepared?,
                 () = self.drain.cancelled() => return Ok(Outcome::Paused),
             };

@@ -1,6 +1,6 @@
 //! How a job ends: objects first, then one guarded write; what did not count is taken away again, once that is settled.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -8,6 +8,7 @@ use tracing::{info, warn};
 use super::Worker;
 use super::lease::Held;
 use crate::blobs::{self, Key, Name, Scope};
+use crate::clock;
 use crate::engine::Drawn;
 use crate::janitor;
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, State};
@@ -164,11 +165,11 @@ impl Worker {
     /// have been done without an answer, or may be under way still.
     async fn remove_unnamed(&self, job: &Job) -> Result<(), janitor::Error> {
         let scope = Scope::attempt(job.tenant, job.lease());
-        let until = Instant::now() + SETTLE;
+        let until = clock::now() + SETTLE;
         let named = loop {
             match self.store.named(job.id).await {
-                Err(error) if error.is_passing() && Instant::now() < until => {
-                    tokio::time::sleep(WAIT).await;
+                Err(error) if error.is_passing() && clock::now() < until => {
+                    clock::sleep(WAIT).await;
                 }
                 named => break named?,
             }
@@ -294,7 +295,7 @@ pub(super) async fn patiently<T, E: Passing, F: Future<Output = Result<T, E>>>(
                 return Err(Refused::Lost);
             }
             Err(error) if !error.is_passing() => return Err(Refused::Error(error)),
-            Err(_) => tokio::time::sleep(wait.min(held.left())).await,
+            Err(_) => clock::sleep(wait.min(held.left())).await,
         }
         wait = (wait * 2).min(WAIT_MAX);
     }

@@ -16,6 +16,7 @@ use super::lease::Held;
 use super::settle::{Content, Outcome, Refused, patiently};
 use super::{Worker, scratch_fault};
 use crate::blobs::{self, Key, Name};
+use crate::clock;
 use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
 use crate::report::{self, Times};
@@ -47,6 +48,7 @@ impl Worker {
         let preparing = phase_span(Phase::Preparing, &Span::current());
         let scratch = self.scratch_of(job)?;
         let prepared = tokio::select! {
+            biased;
             prepared = self.prepare(device, job, spec, held, scratch.path()) => prepared?,
             () = self.drain.cancelled() => return Ok(Outcome::Paused),
         };
@@ -61,7 +63,7 @@ impl Worker {
             events,
             storing: storing.clone(),
             checkpoint_every: self.settings.checkpoint_every,
-            checkpointed: Instant::now(),
+            checkpointed: clock::now(),
             pace: Pace::default(),
             job: Span::current(),
             phase: Span::none(),
@@ -100,7 +102,7 @@ impl Worker {
         match ending? {
             Ending::Trained(mut trained) => {
                 // Of this attempt: earlier ones took theirs.
-                trained.report["seconds"] = times.seconds(Instant::now());
+                trained.report["seconds"] = times.seconds(clock::now());
                 self.store_result(bundle, job, held, trained, n_images).await
             }
             Ending::Stopped if held.is_canceled() => Ok(Outcome::Canceled),
@@ -345,7 +347,7 @@ impl Watcher {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
                 if self.pace.began.is_none_or(|(phase, ..)| phase != progress.phase) {
                     self.phase = phase_span(progress.phase, &self.job);
-                    self.send(Event::Phase(progress.phase, Instant::now()));
+                    self.send(Event::Phase(progress.phase, clock::now()));
                 }
                 progress.eta_seconds = self.pace.eta(&progress);
                 self.held.progress(progress);
@@ -364,9 +366,9 @@ impl Watcher {
         if self.drain.is_cancelled() {
             return Flow::Pause;
         }
-        let due = self.checkpointed.elapsed() >= self.checkpoint_every;
+        let due = clock::since(self.checkpointed) >= self.checkpoint_every;
         if may_checkpoint && due && !self.storing.load(Ordering::Acquire) {
-            self.checkpointed = Instant::now();
+            self.checkpointed = clock::now();
             return Flow::Checkpoint;
         }
         Flow::Continue
@@ -394,12 +396,12 @@ impl Pace {
     fn eta(&mut self, progress: &Progress) -> Option<f64> {
         match self.began {
             Some((phase, began, first)) if phase == progress.phase && progress.step > first => {
-                let each = began.elapsed().as_secs_f64() / (progress.step - first) as f64;
+                let each = clock::since(began).as_secs_f64() / (progress.step - first) as f64;
                 Some(each * progress.total.saturating_sub(progress.step) as f64)
             }
             Some((phase, ..)) if phase == progress.phase => None,
             _ => {
-                self.began = Some((progress.phase, Instant::now(), progress.step));
+                self.began = Some((progress.phase, clock::now(), progress.step));
                 None
             }
         }
