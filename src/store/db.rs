@@ -10,6 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr, SqlStr};
 
+use super::answers::{Answers, Guard, Statement};
 use super::boot::Moment;
 use super::faults::{fault, uncommitted};
 use super::file::{File, Writer};
@@ -19,9 +20,9 @@ use crate::clock;
 use crate::job::{JobId, TenantId};
 
 /// How long one statement may take before the database counts as away: longer than the server's own limit.
-const ANSWER: Duration = Duration::from_secs(15);
+pub(super) const ANSWER: Duration = Duration::from_secs(15);
 /// How long a commit may take before its outcome counts as unknown. The server has no limit for it.
-const COMMIT: Duration = Duration::from_secs(10);
+pub(super) const COMMIT: Duration = Duration::from_secs(10);
 /// How long a read is tried again. It changes nothing, and a connection that broke is replaced at once.
 const AGAIN: Duration = Duration::from_secs(3);
 /// The channel of hints.
@@ -200,7 +201,7 @@ impl Db {
     }
 
     async fn read_once(&self, sql: &Sql, args: &[Arg], limit: Option<u8>) -> Result<Vec<Row>> {
-        let rows = answer(async {
+        let rows = self.answers().wait(Statement::Read, async {
             match self {
                 Self::Sqlite(File { read, .. }) => {
                     let query = bound!(sql.sqlite.clone(), args);
@@ -223,13 +224,15 @@ impl Db {
 
     /// Begins to write. On SQLite this waits until nobody else does.
     pub(super) async fn begin(&self) -> Result<Tx> {
-        let begun = answer(async {
+        let answers = self.answers();
+        let begun = answers.wait(Statement::Begin, async {
             Ok(match self {
-                Self::Sqlite(file) => Tx::Sqlite(file.begin().await?),
-                Self::Postgres(server) => Tx::Postgres(server.begin().await?),
+                Self::Sqlite(file) => Begun::Sqlite(file.begin().await?),
+                Self::Postgres(server) => Begun::Postgres(server.begin().await?),
             })
         });
-        begun.await.map_err(fault)
+        let begun = begun.await.map_err(fault)?;
+        Ok(Tx { begun, open: answers.begun(), answers: answers.clone() })
     }
 
     /// One statement that writes, and the number of rows that it wrote.
@@ -259,6 +262,30 @@ impl Db {
         [Arg::from(moment.map(|moment| moment.boot)), Arg::from(moment.map(|moment| moment.ms))]
     }
 
+    /// How its statements are waited for.
+    pub(super) fn answers(&self) -> &Answers {
+        match self {
+            Self::Sqlite(file) => &file.answers,
+            Self::Postgres(server) => &server.answers,
+        }
+    }
+
+    /// The same connections, with statements that are waited for in another way.
+    pub(super) fn with(&self, answers: Answers) -> Self {
+        match self {
+            Self::Sqlite(file) => Self::Sqlite(File { answers, ..file.clone() }),
+            Self::Postgres(server) => Self::Postgres(Server { answers, ..server.clone() }),
+        }
+    }
+
+    /// Connections that are neither idle nor gone.
+    pub(super) fn in_use(&self) -> usize {
+        match self {
+            Self::Sqlite(file) => busy(&file.write) + busy(&file.read),
+            Self::Postgres(server) => busy(&server.pool),
+        }
+    }
+
     pub(super) async fn close(&self) {
         let close = async {
             match self {
@@ -270,8 +297,19 @@ impl Db {
     }
 }
 
+fn busy<DB: sqlx::Database>(pool: &sqlx::Pool<DB>) -> usize {
+    (pool.size() as usize).saturating_sub(pool.num_idle())
+}
+
 /// A transaction. Dropped, it is rolled back.
-pub(super) enum Tx {
+pub(super) struct Tx {
+    begun: Begun,
+    answers: Answers,
+    /// A test knows by it that the transaction is open.
+    open: Option<Guard>,
+}
+
+enum Begun {
     Sqlite(Writer),
     Postgres(Session),
 }
@@ -280,13 +318,14 @@ impl Tx {
     /// Runs a statement to its end and gives its rows.
     pub(super) async fn rows(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        let rows = answer(async {
-            match self {
-                Self::Sqlite(writer) => {
+        let Self { begun, answers, .. } = self;
+        let rows = answers.wait(Statement::Within, async {
+            match begun {
+                Begun::Sqlite(writer) => {
                     let rows = bound!(sql.sqlite, args).fetch_all(writer.connection()).await?;
                     Ok(rows.into_iter().map(Row::Sqlite).collect())
                 }
-                Self::Postgres(session) => postgres_rows(session, &sql, args).await,
+                Begun::Postgres(session) => postgres_rows(session, &sql, args).await,
             }
         });
         rows.await.map_err(fault)
@@ -300,13 +339,14 @@ impl Tx {
     /// How many rows a statement wrote.
     pub(super) async fn run(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<u64> {
         let sql = sql.into();
-        let count = answer(async {
-            match self {
-                Self::Sqlite(writer) => {
+        let Self { begun, answers, .. } = self;
+        let count = answers.wait(Statement::Within, async {
+            match begun {
+                Begun::Sqlite(writer) => {
                     let done = bound!(sql.sqlite, args).execute(writer.connection()).await?;
                     Ok(done.rows_affected())
                 }
-                Self::Postgres(session) => {
+                Begun::Postgres(session) => {
                     let query = bound!(sql.postgres, args, session.keeps_statements);
                     let done = query.execute(session.ask()).await;
                     Ok(session.heard(done)?.rows_affected())
@@ -319,9 +359,9 @@ impl Tx {
     /// Runs statements without parameters, for as long as they take: a change of the schema waits for whoever is at it.
     pub(super) async fn script(&mut self, sql: impl Into<Sql>) -> Result<()> {
         let sql = sql.into();
-        let done = match self {
-            Self::Sqlite(writer) => sqlx::raw_sql(sql.sqlite).execute(writer.connection()).await.map(drop),
-            Self::Postgres(session) => {
+        let done = match &mut self.begun {
+            Begun::Sqlite(writer) => sqlx::raw_sql(sql.sqlite).execute(writer.connection()).await.map(drop),
+            Begun::Postgres(session) => {
                 let done = sqlx::raw_sql(sql.postgres).execute(session.ask()).await;
                 session.heard(done).map(drop)
             }
@@ -331,21 +371,24 @@ impl Tx {
 
     /// Tells other processes, once this is committed, that there is something to look at.
     pub(super) async fn notify(&mut self) -> Result<()> {
-        match self {
-            Self::Sqlite(_) => Ok(()), // they poll
-            Self::Postgres(_) => self.rows("select pg_notify($1, '')", args![CHANNEL]).await.map(drop),
+        match self.begun {
+            Begun::Sqlite(_) => Ok(()), // they poll
+            Begun::Postgres(_) => self.rows("select pg_notify($1, '')", args![CHANNEL]).await.map(drop),
         }
     }
 
     /// Commits. Of all errors only [`Error::Unknown`] leaves it open whether that was done: see [`settle`](super::settle).
     pub(super) async fn commit(self) -> Result<()> {
-        let done = answer_within(COMMIT, async {
-            match self {
-                Self::Sqlite(writer) => writer.commit().await,
-                Self::Postgres(session) => session.commit().await,
-            }
-        });
-        done.await.map_err(uncommitted)
+        let Self { begun, answers, open } = self;
+        let commit = async move {
+            let done = match begun {
+                Begun::Sqlite(writer) => writer.commit().await,
+                Begun::Postgres(session) => session.commit().await,
+            };
+            drop(open);
+            done
+        };
+        answers.wait_for_commit(commit).await.map_err(uncommitted)
     }
 
     /// Ends a locking read, after which what it saw is settled.
@@ -353,7 +396,7 @@ impl Tx {
     /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages there,
     /// and a crash would bring them to life unless others have been written over them.
     pub(super) async fn end_look(mut self) -> Result<()> {
-        if let Self::Postgres(_) = self {
+        if let Begun::Postgres(_) = self.begun {
             return Ok(());
         }
         self.run("update settled set looks = looks + 1", &[]).await?;
@@ -367,19 +410,20 @@ async fn postgres_rows(session: &mut Session, sql: &Sql, args: &[Arg]) -> sqlx::
     Ok(session.heard(rows)?.into_iter().map(Row::Postgres).collect())
 }
 
-/// Waits for the database, but not for ever: a host that vanished never answers.
-pub(super) async fn answer<T>(work: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
-    answer_within(ANSWER, work).await
-}
-
-/// All that is said to a database, and all that it answers, passes here.
-pub(super) async fn answer_within<T>(
+/// Waits for the database, but not for ever: a host that vanished never answers. All that is said to a database, and all
+/// that it answers, passes here.
+///
+/// In a box: what waits for it would else hold it twice, and so on outwards.
+pub(super) fn answer_within<T>(
     time: Duration,
     work: impl Future<Output = sqlx::Result<T>>,
-) -> sqlx::Result<T> {
-    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
-    // In a box: what waits for it would else hold it twice, and so on outwards.
-    clock::timeout(time, Box::pin(work)).await.unwrap_or_else(|_| Err(late().into()))
+) -> impl Future<Output = sqlx::Result<T>> {
+    let work = Box::pin(work);
+    async move {
+        let late =
+            || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
+        clock::timeout(time, work).await.unwrap_or_else(|_| Err(late().into()))
+    }
 }
 
 /// Asks what changes nothing again while the database is away, for some seconds.

@@ -11,6 +11,7 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
+use super::answers::Answers;
 use super::faults::{is_busy, refusal};
 use super::session::ACQUIRE;
 use super::{Error, Result};
@@ -28,6 +29,7 @@ pub(super) struct File {
     /// One, for SQLite knows but one writer.
     pub(super) write: SqlitePool,
     pub(super) read: SqlitePool,
+    pub(super) answers: Answers,
 }
 
 impl File {
@@ -66,7 +68,7 @@ impl File {
                 "this program was built with SQLite {version}, which can lose writes; wanted 3.51.3 or later"
             )));
         }
-        Ok(Self { write, read })
+        Ok(Self { write, read, answers: Answers::default() })
     }
 
     /// The right to write, once nobody else has it.

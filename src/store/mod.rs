@@ -13,11 +13,12 @@
 //! db        the two databases as one: text, numbers, rows         schema    migrations
 //! file      SQLite: one writer                                    session   Postgres, and poolers before it
 //! boot      what SQLite's leases are measured by                  wakes     hints between processes
-//! turns     whose turn it is to be claimed
+//! turns     whose turn it is to be claimed                        answers   how statements are waited for, faults for tests
 //! deployment  which object store goes with it, what a sweep keeps
 //! ```
 
 mod admin;
+mod answers;
 mod api;
 mod boot;
 mod db;
@@ -39,6 +40,7 @@ use std::sync::{Arc, Mutex};
 use crate::job::{Job, JobId, Kind, Lease, Object, Spec, State, TenantId};
 
 pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
+pub use answers::{Commit, Delivery, Faults, Guard, Statement};
 pub use deployment::{Deployment, Kept};
 pub use keys::{Key, NewKey, Scope};
 pub use session::Sessions;
@@ -47,6 +49,7 @@ pub use turns::WEIGHT_MAX;
 pub use wakes::Wakes;
 pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted};
 
+use answers::Answers;
 use db::Db;
 
 /// What went wrong. No message holds SQL, a path or what a client sent.
@@ -140,6 +143,18 @@ impl Store {
     /// Copies a SQLite database as it is at this moment to a file that is not there yet, and checks the copy.
     pub async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
         self.db.copy_to(file).await
+    }
+
+    /// The same connections as another process would have them, whose statements fare as `faults` say: for tests. What
+    /// other processes say is not listened to; whoever waits polls.
+    #[must_use]
+    pub fn with_faults(&self, faults: Arc<dyn Faults>) -> Self {
+        Self { db: self.db.with(Answers(Some(faults))), wakes: Arc::default(), doubtful: Arc::default() }
+    }
+
+    /// Connections that somebody uses, a transaction that is being rolled back among them.
+    pub fn connections_in_use(&self) -> usize {
+        self.db.in_use()
     }
 
     /// Ends every connection, after what they are at.

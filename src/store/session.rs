@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use super::answers::Answers;
 use super::db::answer_within;
 use super::faults::{leaves_session_sound, refusal};
 use super::{Error, Result};
@@ -55,6 +56,7 @@ pub(super) struct Server {
     pub(super) sessions: Sessions,
     /// How to reach a session of one's own, to listen in; none if there is no way.
     pub(super) listen: Option<Box<PgConnectOptions>>,
+    pub(super) answers: Answers,
 }
 
 impl Server {
@@ -82,7 +84,8 @@ impl Server {
             }),
             Sessions::Shared => pool,
         };
-        Ok(Self { pool: pool.connect_lazy_with(chosen), sessions, listen })
+        let pool = pool.connect_lazy_with(chosen);
+        Ok(Self { pool, sessions, listen, answers: Answers::default() })
     }
 
     /// Begins a transaction.

@@ -8,6 +8,7 @@ use sqlx::postgres::{PgConnectOptions, PgListener};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+use super::answers::Answers;
 use super::db::{CHANNEL, Db};
 use super::session::Server;
 
@@ -57,7 +58,7 @@ impl Hub {
 
     pub(super) fn listen(&self, db: &Db) -> Wakes {
         let wakes = Wakes(self.sender.subscribe());
-        if let Db::Postgres(Server { listen: Some(options), .. }) = db {
+        if let Db::Postgres(Server { listen: Some(options), answers: Answers(None), .. }) = db {
             let mut running = self.relay.lock().unwrap_or_else(PoisonError::into_inner);
             if running.as_ref().is_none_or(JoinHandle::is_finished) {
                 *running = Some(tokio::spawn(relay((**options).clone(), self.sender.clone())));
