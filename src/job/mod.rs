@@ -321,7 +321,7 @@ impl Spec {
 }
 
 /// The right to write to a running job: bumped at every claim, named in every write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lease {
     /// Which job.
     pub job: JobId,

@@ -4,7 +4,7 @@
 //! must not look like a dead machine. A lease counts as held only until the time that the database last confirmed, less
 //! a margin, by our own monotonic clock, begun before the question was sent: whoever cannot ask stops in time.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::shares::Meter;
+use crate::clock;
 use crate::job::{Lease, Progress};
 use crate::store::{Renewal, Store};
 
@@ -44,7 +45,7 @@ impl Held {
     /// How long the lease is surely held; a tenth of it is kept as a margin.
     pub(super) fn left(&self) -> Duration {
         let safe = self.length.mul_f64(0.9);
-        safe.saturating_sub(lock(&self.confirmed).elapsed())
+        safe.saturating_sub(clock::since(*lock(&self.confirmed)))
     }
 
     /// Whether the job's owner wants it to end.
@@ -70,27 +71,26 @@ impl Held {
     }
 }
 
-/// Renews every lease of this process, in its own thread.
+/// Renews every lease of this process.
 #[derive(Clone, Debug)]
-pub(super) struct Heart {
-    held: Arc<Mutex<HashMap<Lease, Arc<Held>>>>,
+pub struct Heart {
+    held: Arc<Mutex<BTreeMap<Lease, Arc<Held>>>>,
     length: Duration,
 }
 
 impl Heart {
-    /// Starts beating every `beat`, on a connection of its own, until `stop`.
-    pub(super) fn start(
-        store_url: &str,
-        length: Duration,
-        beat: Duration,
-        stop: CancellationToken,
-    ) -> std::io::Result<Self> {
-        let heart = Self { held: Arc::default(), length };
-        let (beating, url) = (heart.clone(), store_url.to_owned());
+    /// One for leases of this length. It does not beat yet.
+    pub fn new(length: Duration) -> Self {
+        Self { held: Arc::default(), length }
+    }
+
+    /// Starts beating every `beat`, in a thread and on a connection of its own, until `stop`.
+    pub(super) fn start(&self, url: &str, beat: Duration, stop: CancellationToken) -> std::io::Result<()> {
+        let (beating, url) = (self.clone(), url.to_owned());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let run = move || runtime.block_on(beating.run(&url, beat, stop));
+        let run = move || runtime.block_on(beating.run(async || Store::connect(&url, 1).await, beat, stop));
         std::thread::Builder::new().name("heart".into()).spawn(run)?;
-        Ok(heart)
+        Ok(())
     }
 
     /// Keeps `lease`, claimed by a question sent at `asked`, until the guard is dropped.
@@ -100,19 +100,26 @@ impl Heart {
         Holding { heart: self.clone(), held }
     }
 
-    async fn run(self, url: &str, beat: Duration, stop: CancellationToken) {
+    /// Beats every `beat` until `stop`, on the connection that `connect` makes.
+    pub async fn run(
+        self,
+        connect: impl AsyncFn() -> crate::store::Result<Store>,
+        beat: Duration,
+        stop: CancellationToken,
+    ) {
         let mut store = None;
         let mut away = false;
         loop {
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(beat) => {}
+                () = clock::sleep(beat) => {}
             }
             let held: Vec<Arc<Held>> = lock(&self.held).values().cloned().collect();
             if held.is_empty() {
                 continue;
             }
-            match self.beat(&mut store, url, &held).await {
+            match self.beat(&mut store, &connect, &held).await {
                 Ok(()) => away = false,
                 Err(error) if !away => {
                     away = true; // said once, until it is back
@@ -126,16 +133,16 @@ impl Heart {
     async fn beat(
         &self,
         store: &mut Option<Store>,
-        url: &str,
+        connect: &impl AsyncFn() -> crate::store::Result<Store>,
         held: &[Arc<Held>],
     ) -> crate::store::Result<()> {
         if store.is_none() {
-            *store = Some(Store::connect(url, 1).await?);
+            *store = Some(connect().await?);
         }
         let Some(store) = store else { return Ok(()) };
         let mut failed = None;
         for one in held {
-            let asked = Instant::now();
+            let asked = clock::now();
             let progress = lock(&one.progress).clone();
             match store.renew(one.lease, self.length, progress.as_ref()).await {
                 Ok(Renewal::Held { cancel_requested }) => {

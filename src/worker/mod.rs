@@ -31,6 +31,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, info, info_span, warn};
 
 use crate::blobs::Blobs;
+use crate::clock;
 use crate::health::Health;
 use crate::job::{Fault, FaultCode, Spec};
 use crate::store::{Claim, Store};
@@ -39,7 +40,7 @@ use cache::WeightsCache;
 use device::Device;
 pub use device::MakeEngine;
 use driver::{Alarm, Driver};
-use lease::Heart;
+pub use lease::Heart;
 use scratch::Scratch;
 use settle::Outcome;
 pub use shares::Clock;
@@ -107,18 +108,33 @@ pub async fn run(
     health: &Health,
     drain: CancellationToken,
 ) -> Result<(), Fault> {
+    let stop_heart = CancellationToken::new();
+    let _stops = stop_heart.clone().drop_guard();
+    let heart = Heart::new(settings.lease);
+    heart
+        .start(&settings.database, settings.beat, stop_heart)
+        .map_err(|error| Fault::new(FaultCode::Machine, format!("no thread for leases: {error}")))?;
+    run_with(heart, settings, store, blobs, engines, health, drain).await
+}
+
+/// The same with a heart that the caller has beat: for tests.
+pub async fn run_with(
+    heart: Heart,
+    settings: Settings,
+    store: Store,
+    blobs: Blobs,
+    engines: Vec<(String, MakeEngine)>,
+    health: &Health,
+    drain: CancellationToken,
+) -> Result<(), Fault> {
     let engines: Vec<_> = engines.into_iter().map(|(name, make)| (health.add(&name), name, make)).collect();
     let scratch = Arc::new(Scratch::open(&settings.scratch).map_err(|error| scratch_fault(&error))?);
     let weights = WeightsCache::open(settings.scratch.join("weights"), settings.weights_bytes_max);
-    let stop_heart = CancellationToken::new();
-    let _stops = stop_heart.clone().drop_guard();
-    let heart = Heart::start(&settings.database, settings.lease, settings.beat, stop_heart);
     let worker = Worker {
         store,
         blobs,
         settings: Arc::new(settings),
-        heart: heart
-            .map_err(|error| Fault::new(FaultCode::Machine, format!("no thread for leases: {error}")))?,
+        heart,
         weights: weights.map_err(|error| scratch_fault(&error))?,
         scratch: scratch.clone(),
         n_faults: Arc::default(),
@@ -135,8 +151,9 @@ pub async fn run(
         drivers.spawn(Driver::new(worker.clone(), device, bundle, reporter).drive().instrument(span));
     }
     let worked = tokio::select! {
+        biased;
         worked = all_ended(&mut drivers) => worked,
-        () = async { drain.cancelled().await; tokio::time::sleep(limit).await } => {
+        () = async { drain.cancelled().await; clock::sleep(limit).await } => {
             let message = format!("what was under way could not be stored within {} s", limit.as_secs_f64());
             return Err(Fault::new(FaultCode::Machine, message)); // its tasks end with the drivers
         }
@@ -183,7 +200,7 @@ impl Worker {
                 }
                 Err(_) => {}
             }
-            tokio::time::sleep(FORGET_EVERY).await;
+            clock::sleep(FORGET_EVERY).await;
         }
     }
 
