@@ -47,7 +47,10 @@ pub async fn pair(store: &Store, blobs: &Blobs) -> Result<Deployment, Error> {
     if let Some(own) = marked(store, blobs).await? {
         return Ok(own);
     }
-    evidence(store, blobs).await?;
+    if let Err(error) = evidence(store, blobs).await {
+        // Another may have marked them meanwhile, and accepted jobs.
+        return marked(store, blobs).await?.ok_or(error);
+    }
     let marker = read(blobs).await?;
     let is_first = store.deployment().await?.is_none();
     let own = store.found_deployment(marker.map_or_else(Uuid::now_v7, |marker| marker.deployment)).await?;

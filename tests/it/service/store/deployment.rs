@@ -1,14 +1,19 @@
 //! Databases and object stores that belong together or do not, and what a sweep finds in them.
 
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::future::BoxFuture;
 use hypnos::blobs::{Blobs, BlobsConfig, Key, Name, Place, Scope};
 use hypnos::deployment::{self, Error as Apart};
 use hypnos::job::Format;
+use hypnos::store::{Commit, Delivery, Faults, Guard, Statement};
 use hypnos::sweep::{self, Doubt};
 use jiff::Timestamp;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::*;
@@ -16,6 +21,7 @@ use super::*;
 on_each! {
     a_fresh_pair_is_marked_at_once,
     two_starts_at_once_mark_one_deployment,
+    one_that_starts_while_another_marks_the_two_and_accepts_a_job_goes_on,
     rows_whose_objects_are_in_the_store_are_evidence,
     rows_whose_objects_are_not_in_the_store_are_none,
     an_empty_database_beside_a_full_store_is_refused_and_nothing_is_removed,
@@ -102,6 +108,51 @@ async fn two_starts_at_once_mark_one_deployment(house: House) {
     let ids: HashSet<Uuid> = starts.join_all().await.into_iter().collect();
     assert_eq!(ids.len(), 1);
     deployment::check(&house.store, &objects.blobs).await.unwrap();
+}
+
+/// Holds the `n`th read until it is told to go on.
+#[derive(Debug)]
+struct Holds {
+    n: AtomicUsize,
+    has_come: Notify,
+    goes_on: Notify,
+}
+
+impl Faults for Holds {
+    fn before(&self, statement: Statement) -> BoxFuture<'_, (Delivery, Guard)> {
+        Box::pin(async move {
+            if statement == Statement::Read && self.n.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.has_come.notify_one();
+                self.goes_on.notified().await;
+            }
+            (Delivery::Answered, Box::new(()) as Guard)
+        })
+    }
+
+    fn begun(&self) -> Guard {
+        Box::new(())
+    }
+
+    fn later(&self, _: Commit) -> BoxFuture<'_, Infallible> {
+        unreachable!("no commit of it is late")
+    }
+}
+
+async fn one_that_starts_while_another_marks_the_two_and_accepts_a_job_goes_on(house: House) {
+    let objects = Objects::new().await;
+    let tenant = house.tenant("a").await;
+    // It asks for the marker, for photos of the oldest and of the newest trainings, and for class images.
+    let holds = Arc::new(Holds { n: 4.into(), has_come: Notify::new(), goes_on: Notify::new() });
+    let slow = house.store.with_faults(holds.clone());
+    let other = async {
+        holds.has_come.notified().await;
+        let first = deployment::pair(&house.store, &objects.blobs).await.unwrap();
+        with_photos(&house, &objects, tenant).await;
+        holds.goes_on.notify_one();
+        first
+    };
+    let (second, first) = tokio::join!(deployment::pair(&slow, &objects.blobs), other);
+    assert_eq!(second.unwrap().id, first.id);
 }
 
 async fn rows_whose_objects_are_in_the_store_are_evidence(house: House) {
