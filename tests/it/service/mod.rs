@@ -36,4 +36,5 @@ mod store;
 mod story;
 mod sweep;
 mod unknown;
+mod walks;
 mod worker;

@@ -20,17 +20,17 @@ use sha2::{Digest, Sha256};
 pub(super) enum Did {
     /// Drew a class image.
     ClassImage(u64),
-    /// Took a step of the training of this class name.
-    Step(String, u64),
+    /// Took a step of the training of this class name, for the job of this id.
+    Step(String, u64, String),
     /// Drew a batch of pictures of a sample that began with this prompt, while a training was under way or not.
     Draw { prompt: String, during_training: bool },
 }
 
 /// How the engines of a test go about it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Script {
-    /// How long a step of a training or of a sampler takes here.
-    pub(super) step: Duration,
+    /// What a step of a training or of a sampler waits for here.
+    pause: Arc<dyn Fn() + Send + Sync>,
     /// The kind of device: each draws one picture in bytes of its own.
     pub(super) device: &'static str,
     /// How long it takes by the device's own clock, which nothing else moves.
@@ -57,8 +57,9 @@ struct Draws {
 impl Script {
     /// Engines whose steps take this long.
     pub(super) fn new(step: Duration) -> Self {
+        let pause = move || std::thread::sleep(step);
         Self {
-            step,
+            pause: Arc::new(pause),
             device: "",
             device_step: step,
             batch: 64,
@@ -68,6 +69,11 @@ impl Script {
             lost: Arc::default(),
             held: Arc::default(),
         }
+    }
+
+    /// The same, but each step waits until `pause` returns.
+    pub(super) fn paced(self, pause: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { pause: Arc::new(pause), ..self }
     }
 
     /// The same, drawing so many pictures at once.
@@ -148,7 +154,7 @@ impl Script {
 
     /// One step of anything.
     fn takes_a_step(&self) -> Result<(), Fault> {
-        std::thread::sleep(self.step);
+        (self.pause)();
         *self.now.lock().unwrap() += self.device_step;
         self.is_well()
     }
@@ -156,7 +162,7 @@ impl Script {
     pub(super) fn steps(&self, class_name: &str) -> Vec<u64> {
         let did = self.did.lock().unwrap();
         let steps = did.iter().filter_map(|did| match did {
-            Did::Step(name, step) if name == class_name => Some(*step),
+            Did::Step(name, step, _) if name == class_name => Some(*step),
             _ => None,
         });
         steps.collect()
@@ -281,6 +287,9 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
         written.map_err(|_| Fault::new(FaultCode::Machine, "the checkpoint cannot be written"))?;
         Ok(file)
     };
+    // The worker names the directory after the job.
+    let job =
+        input.scratch.file_name().unwrap_or_default().to_string_lossy().chars().take(36).collect::<String>();
     let total = u64::from(spec.options.steps);
     while step < total {
         script.takes_a_step()?;
@@ -302,7 +311,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
             _ => {}
         }
         state = next(state, spec.seed, step);
-        script.did(Did::Step(spec.class_name.clone(), step));
+        script.did(Did::Step(spec.class_name.clone(), step, job.clone()));
         step += 1;
         let progress =
             Progress { step, loss: Some(1.0 / step as f64), ..Progress::begin(Phase::Training, total) };
