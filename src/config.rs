@@ -823,7 +823,7 @@ mod tests {
     }
 
     #[test]
-    fn opentelemetry_s_own_variables_say_what_is_sent() {
+    fn the_collector_s_own_variables_say_what_is_sent() {
         let read = |given: &[(&str, &str)]| {
             let given: Vec<(String, String)> =
                 given.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
