@@ -233,14 +233,14 @@ impl Walk<'_> {
             Step::MachineFails { lease, host } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
                 let answer = store.machine_failed(lease, &fault(), &format!("host {host}"), LONG).await;
-                let Some(known) = held else { return lost(answer) };
+                let Some(known) = held else { return self.lost_or_again(lease, answer) };
                 if known.cancel_requested {
-                    known.stop(State::Canceled);
+                    known.end(State::Canceled);
                 } else if known.hosts.insert(host) {
-                    known.stop(if known.hosts.len() < 3 { State::Queued } else { State::Failed });
+                    known.end(if known.hosts.len() < 3 { State::Queued } else { State::Failed });
                     known.attempt -= i64::from(known.state == State::Queued);
                 } else {
-                    known.stop(known.retries());
+                    known.end(known.retries());
                     known.waits = true;
                 }
                 prop_assert_eq!(answer.unwrap(), known.state);
