@@ -19,6 +19,10 @@ pub trait Time: fmt::Debug + Send + Sync {
     fn timestamp(&self) -> Timestamp;
     /// How long ago the machine was started.
     fn since_boot(&self) -> Duration;
+    /// Hears that this thread, which runs no tasks, is about to wait for a message, or waits no longer.
+    fn waits(&self, waits: bool) {
+        let _ = waits;
+    }
     /// Waits until `at`.
     fn sleep_until(&self, at: Instant) -> BoxFuture<'static, ()>;
 }
@@ -83,8 +87,21 @@ pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Resul
     }
 }
 
-/// Waits for a message on a thread that runs no tasks, but no longer than `limit`; none when no more will come.
-pub fn receive<T>(inbox: &mut UnboundedReceiver<T>, limit: Duration) -> Result<Option<T>, TimedOut> {
+/// Waits for a message on a thread that runs no tasks, but no longer than `limit` if there is one; none when no more will
+/// come.
+pub fn receive<T>(inbox: &mut UnboundedReceiver<T>, limit: Option<Duration>) -> Result<Option<T>, TimedOut> {
+    let time = by_hand();
+    let tell = |waits| time.iter().for_each(|time| time.waits(waits));
+    let Some(limit) = limit else {
+        tell(true);
+        let received = inbox.blocking_recv();
+        tell(false);
+        return Ok(received);
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    runtime.expect("one that has time only opens nothing").block_on(timeout(limit, inbox.recv()))
+    let runtime = runtime.expect("one that has time only opens nothing");
+    tell(true);
+    let received = runtime.block_on(timeout(limit, inbox.recv()));
+    tell(false);
+    received
 }

@@ -225,11 +225,8 @@ impl Desk {
             if !self.is_open {
                 return false; // a sample that is held back was given up with everything else
             }
-            let next = match self.expected {
-                Some(until) if !self.samples.is_empty() => clock::receive(&mut self.inbox, until - now),
-                _ => Ok(self.inbox.blocking_recv()),
-            };
-            match next {
+            let limit = self.expected.filter(|_| !self.samples.is_empty()).map(|until| until - now);
+            match clock::receive(&mut self.inbox, limit) {
                 Ok(Some(order)) => self.put(order),
                 Ok(None) => self.is_open = false,
                 Err(clock::TimedOut) => {}

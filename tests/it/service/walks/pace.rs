@@ -1,11 +1,16 @@
 //! A device's thread that takes a step when the walk says so.
 
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use hypnos::clock;
+use futures_util::future::BoxFuture;
+use hypnos::clock::{self, Time};
 use hypnos::worker::MakeEngine;
+use jiff::Timestamp;
 
 use super::super::scripted::Script;
 use super::idle::Idle;
@@ -14,6 +19,8 @@ use super::world::{Killed, WalkClock, World};
 /// What the thread waits for before each step.
 pub(super) struct Pace {
     state: Mutex<PaceState>,
+    /// Whether the thread is about to wait for an order, or does.
+    waits_for_order: AtomicBool,
     changed: Condvar,
     idle: Idle,
 }
@@ -30,14 +37,15 @@ struct PaceState {
 impl Pace {
     /// Of a device that is about to be started.
     pub(super) fn new(idle: &Idle) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), idle: idle.clone() })
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Arc::new(Self { state, waits_for_order: AtomicBool::new(false), changed, idle: idle.clone() })
     }
 
     /// An engine of `script`'s kind that waits here, on a thread whose clock is the walk's.
     pub(super) fn engine(self: &Arc<Self>, script: &Script, world: &Arc<World>) -> MakeEngine {
         let (pace, world, make) = (self.clone(), world.clone(), script.engine());
         Box::new(move || {
-            clock::set(Some(Arc::new(WalkClock(world.clone()))));
+            clock::set(Some(Arc::new(DeviceClock { clock: WalkClock(world.clone()), pace: pace.clone() })));
             pace.lock().stat =
                 Some(File::open("/proc/thread-self/stat").expect("the thread's place in /proc"));
             make()
@@ -76,19 +84,22 @@ impl Pace {
         self.changed.notify_all();
     }
 
-    /// Whether the thread waits, here or for orders: of these the kernel knows. One that has been woken does not sleep, whether
-    /// it runs yet or not.
+    /// Whether the thread waits, here or for an order. Of the latter the kernel knows: one that has been woken does not sleep,
+    /// whether it runs yet or not. One that sleeps and waits for no order waits for a lock, which is about to be let go.
     pub(super) fn is_still(&self) -> bool {
         let state = self.lock();
         if state.waits && !state.may_go && !state.is_over {
             return true;
         }
         let Some(stat) = &state.stat else { return false };
+        let waits_for_order = self.waits_for_order.load(Ordering::SeqCst);
         let mut line = [0; 64];
         match stat.read_at(&mut line, 0) {
             // Its number, its name in brackets, its state.
             Ok(n) => {
-                line[..n].rsplit(|byte| *byte == b')').next().is_some_and(|rest| rest.starts_with(b" S"))
+                let sleeps =
+                    line[..n].rsplit(|byte| *byte == b')').next().is_some_and(|rest| rest.starts_with(b" S"));
+                sleeps && waits_for_order && self.waits_for_order.load(Ordering::SeqCst)
             }
             Err(_) => true, // it has ended
         }
@@ -101,5 +112,39 @@ impl Pace {
 
     fn lock(&self) -> MutexGuard<'_, PaceState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The clock of a device's thread, which shows when the thread waits for an order.
+struct DeviceClock {
+    clock: WalkClock,
+    pace: Arc<Pace>,
+}
+
+impl fmt::Debug for DeviceClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceClock")
+    }
+}
+
+impl Time for DeviceClock {
+    fn now(&self) -> Instant {
+        self.clock.now()
+    }
+
+    fn timestamp(&self) -> Timestamp {
+        self.clock.timestamp()
+    }
+
+    fn since_boot(&self) -> Duration {
+        self.clock.since_boot()
+    }
+
+    fn waits(&self, waits: bool) {
+        self.pace.waits_for_order.store(waits, Ordering::SeqCst);
+    }
+
+    fn sleep_until(&self, at: Instant) -> BoxFuture<'static, ()> {
+        self.clock.sleep_until(at)
     }
 }
