@@ -124,13 +124,10 @@ async fn a_sweep_without_its_database_removes_nothing_and_makes_nothing() {
     let elsewhere = shop.dir.path().join("elsewhere");
     // HYPNOS_DATA or HYPNOS_DATABASE forgotten, or another's.
     let nowhere = [("HYPNOS_DATA", elsewhere.display().to_string()), objects.clone()];
-    is_refused(
-        &shop.sweep(&["--remove"], &nowhere).await,
-        "HYPNOS_DATABASE: the database's file is not there",
-    );
+    is_refused(&shop.sweep(&["--remove"], &nowhere).await, "there is no database at");
     assert!(!elsewhere.exists());
     let file = format!("sqlite:{}", shop.dir.path().join("typo.db").display());
-    is_refused(&shop.sweep(&["--remove"], &[("HYPNOS_DATABASE", file)]).await, "is not there");
+    is_refused(&shop.sweep(&["--remove"], &[("HYPNOS_DATABASE", file)]).await, "there is no database at");
     assert!(!shop.dir.path().join("typo.db").exists());
     let empty = Shop::with(0).await;
     let database = format!("sqlite:{}", empty.dir.path().join("data/hypnos.db").display());
