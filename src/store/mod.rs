@@ -47,7 +47,7 @@ pub use session::Sessions;
 pub use tenants::{Holdings, Tenant, TenantState};
 pub use turns::WEIGHT_MAX;
 pub use wakes::Wakes;
-pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted};
+pub use worker::{Claim, HOSTS_MAX, Renewal, Rescued, Wanted, Wish};
 
 use answers::Answers;
 use db::Db;

@@ -133,12 +133,37 @@ macro_rules! erasable {
     };
 }
 
-/// How a worker wants a job to end.
-enum Wish<'a> {
-    Succeed { result: &'a Value },
-    Fail { fault: &'a Fault, retry: Option<Duration> },
-    MachineFailed { fault: &'a Fault, host: &'a str, retry: Duration },
+/// How a worker wants a job to end. A job whose owner was told of its cancel ends canceled, whatever is wanted.
+#[derive(Clone, Copy, Debug)]
+pub enum Wish<'a> {
+    /// Succeeded, with its result and what it has to show.
+    Succeed {
+        /// Facts about what came out.
+        result: &'a Value,
+        /// What it has to show from now on.
+        artifacts: &'a [Object],
+    },
+    /// Failed; or it waits again, for after `retry`, if that is given and an attempt is left.
+    Fail {
+        /// Why.
+        fault: &'a Fault,
+        /// How long it waits before the next attempt.
+        retry: Option<Duration>,
+    },
+    /// Given back because the machine `host` failed under it: at the cost of no attempt, if that is the first time for
+    /// this machine; else for after `retry`, and it counts. When [`HOSTS_MAX`] machines failed under it, it is the job's
+    /// own fault, and it fails.
+    MachineFailed {
+        /// How the machine failed.
+        fault: &'a Fault,
+        /// The machine's name.
+        host: &'a str,
+        /// How long it waits before the next attempt, where this one counts.
+        retry: Duration,
+    },
+    /// Canceled, as its owner wanted.
     Cancel,
+    /// Given back unfinished, at the cost of no attempt. It goes on from its checkpoint.
     GiveBack,
 }
 
@@ -280,12 +305,6 @@ impl Store {
         }
     }
 
-    /// Notes how long the device worked for this attempt, which puts off its tenant's next turn when it ends.
-    pub async fn used(&self, lease: Lease, device_time: Duration) -> Result<()> {
-        let update = concat!("update job set used_ms = $3 where ", held!());
-        held(self.db.write(update, args![lease.job, lease.run_lease, device_time]).await?)
-    }
-
     /// Makes a checkpoint, which is in the bucket, the one that a further attempt goes on from. It may be said again. The
     /// one before it, whose object can go: none where `checkpoint` itself was there already.
     pub async fn commit_checkpoint(
@@ -314,21 +333,17 @@ impl Store {
         tx.commit().await
     }
 
-    /// Ends a job with its result and shows what came out, in one transaction. The state it is in then: succeeded, or
-    /// canceled if its owner was told so before, and then nothing of this is shown.
+    /// Ends a job with its result, as [`Store::end`] does, without device time.
     pub async fn finish(&self, lease: Lease, result: &Value, artifacts: &[Object]) -> Result<State> {
-        self.end(lease, Wish::Succeed { result }, artifacts).await
+        self.end(lease, Wish::Succeed { result, artifacts }, Duration::ZERO).await
     }
 
-    /// Ends a job by a fault, or puts it back for after `retry` if that is given and an attempt is left. The state it
-    /// is in then: queued, failed or canceled.
+    /// Ends a job by a fault, as [`Store::end`] does, without device time.
     pub async fn fail(&self, lease: Lease, fault: &Fault, retry: Option<Duration>) -> Result<State> {
-        self.end(lease, Wish::Fail { fault, retry }, &[]).await
+        self.end(lease, Wish::Fail { fault, retry }, Duration::ZERO).await
     }
 
-    /// Gives a job back because the machine `host` failed under it: at the cost of no attempt, if that is the first time
-    /// for this machine; else for after `retry`, and it counts. When [`HOSTS_MAX`] machines failed under it, it is the
-    /// job's own fault, and it fails. The state it is in then: queued, failed or canceled.
+    /// Gives a job back because its machine failed, as [`Store::end`] does, without device time.
     pub async fn machine_failed(
         &self,
         lease: Lease,
@@ -336,23 +351,23 @@ impl Store {
         host: &str,
         retry: Duration,
     ) -> Result<State> {
-        self.end(lease, Wish::MachineFailed { fault, host, retry }, &[]).await
+        self.end(lease, Wish::MachineFailed { fault, host, retry }, Duration::ZERO).await
     }
 
-    /// Ends a job whose owner wanted it to end.
+    /// Ends a job whose owner wanted it to end, as [`Store::end`] does, without device time.
     pub async fn cancelled(&self, lease: Lease) -> Result<()> {
-        self.end(lease, Wish::Cancel, &[]).await.map(drop)
+        self.end(lease, Wish::Cancel, Duration::ZERO).await.map(drop)
     }
 
-    /// Gives a job back unfinished, at the cost of no attempt. It goes on from its checkpoint. The state it is in
-    /// then: queued or canceled.
+    /// Gives a job back unfinished, as [`Store::end`] does, without device time.
     pub async fn release(&self, lease: Lease) -> Result<State> {
-        self.end(lease, Wish::GiveBack, &[]).await
+        self.end(lease, Wish::GiveBack, Duration::ZERO).await
     }
 
-    /// The one way out of a running job for its worker. Said again, it changes nothing, and tells what it has made of the
+    /// Ends what its worker runs, in one transaction. `used` is how long the device worked for this attempt, which puts off
+    /// its tenant's next turn. The state it is in then. Said again, it changes nothing, and tells what it has made of the
     /// job: the row keeps which claim it was that its own worker ended.
-    async fn end(&self, lease: Lease, wish: Wish<'_>, artifacts: &[Object]) -> Result<State> {
+    pub async fn end(&self, lease: Lease, wish: Wish<'_>, used: Duration) -> Result<State> {
         let select = locking!(
             "select state, run_lease, ended_lease, cancel_requested, attempt, max_attempts, fault_hosts from job \
              where id = $1";
@@ -361,7 +376,7 @@ impl Store {
         let update = concat!(
             "update job set state = $3, cancel_requested = case when $3 = 'canceled' then 1 else 0 end, \
              result = $4, error = $5, not_before_ms = coalesce(ms + $6, not_before_ms), attempt = attempt - $7, \
-             fault_hosts = $8, finished_ms = case when $3 = 'queued' then null else ms end, ended_lease = run_lease, ",
+             fault_hosts = $8, used_ms = $9, finished_ms = case when $3 = 'queued' then null else ms end, ended_lease = run_lease, ",
             let_go!(),
             " from clock where ",
             held!()
@@ -380,17 +395,24 @@ impl Store {
         let mut hosts: Vec<String> = parse("fault_hosts", row.text("fault_hosts")?)?;
         let End { state, error, wait, is_free } =
             wish.end(row.flag("cancel_requested")?, attempts_left, &mut hosts);
-        let result = match (state, &wish) {
-            (State::Succeeded, Wish::Succeed { result }) => Some(json(result)),
-            _ => None,
+        let (result, artifacts) = match (state, &wish) {
+            (State::Succeeded, Wish::Succeed { result, artifacts }) => (Some(json(result)), *artifacts),
+            _ => (None, &[][..]),
         };
-        let values =
-            args![lease.job, lease.run_lease, state.as_str(), result, error, wait, is_free, json(&hosts)];
+        let values = args![
+            lease.job,
+            lease.run_lease,
+            state.as_str(),
+            result,
+            error,
+            wait,
+            is_free,
+            json(&hosts),
+            used
+        ];
         held(tx.run(update, values).await?)?;
-        if state == State::Succeeded {
-            for object in artifacts {
-                put_artifact(&mut tx, lease.job, object).await?;
-            }
+        for object in artifacts {
+            put_artifact(&mut tx, lease.job, object).await?;
         }
         charge(&mut tx, lease.job, state == State::Succeeded).await?;
         tx.notify().await?;

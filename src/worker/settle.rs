@@ -11,8 +11,8 @@ use crate::blobs::{self, Key, Name, Scope};
 use crate::clock;
 use crate::engine::Drawn;
 use crate::janitor;
-use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, State};
-use crate::store;
+use crate::job::{Checkpoint, Fault, FaultCode, Job, Object};
+use crate::store::{self, Wish};
 
 /// What became of a claimed job.
 pub(super) enum Outcome {
@@ -67,20 +67,11 @@ impl Worker {
         let used = held.meter.total();
         metrics::counter!("hypnos_device_milliseconds_total", "kind" => job.kind.as_str())
             .increment(used.as_millis() as u64);
-        if !used.is_zero()
-            && !held.is_lost()
-            && let Err(refused) = self.write(held, || self.store.used(lease, used)).await
-        {
-            warn!("its device time is not noted: {refused}");
-        }
+        let end = async |wish| self.write(held, || self.store.end(lease, wish, used)).await;
         let ended = match &outcome {
-            Outcome::Done { result, objects } => {
-                self.write(held, || self.store.finish(lease, result, objects)).await
-            }
-            Outcome::Paused => self.write(held, || self.store.release(lease)).await,
-            Outcome::Canceled => {
-                self.write(held, || self.store.cancelled(lease)).await.map(|()| State::Canceled)
-            }
+            Outcome::Done { result, objects } => end(Wish::Succeed { result, artifacts: objects }).await,
+            Outcome::Paused => end(Wish::GiveBack).await,
+            Outcome::Canceled => end(Wish::Cancel).await,
             Outcome::Failed(fault) => {
                 warn!("failed: {fault}");
                 let retry = fault.retryable.then(|| RETRY_AFTER * job.attempt.clamp(1, 60) as u32);
@@ -88,9 +79,9 @@ impl Worker {
                 if fault.code == FaultCode::Machine {
                     let retry = retry.unwrap_or_default();
                     let host = &self.settings.host;
-                    self.write(held, || self.store.machine_failed(lease, &told, host, retry)).await
+                    end(Wish::MachineFailed { fault: &told, host, retry }).await
                 } else {
-                    self.write(held, || self.store.fail(lease, &told, retry)).await
+                    end(Wish::Fail { fault: &told, retry }).await
                 }
             }
             Outcome::Lost => Err(Refused::Lost),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, join_all};
 use hypnos::job::State;
-use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope, Wanted};
+use hypnos::store::{Error, Filter, NewKey, Renewal, Rescued, Scope, Wanted, Wish};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -240,8 +240,8 @@ async fn turns(house: &House, n: usize, time: impl Fn(TenantId) -> Duration) -> 
     while order.len() < n
         && let Some(job) = house.claim().await
     {
-        house.store.used(job.lease(), time(job.tenant)).await.unwrap();
-        house.store.finish(job.lease(), &json!({}), &[]).await.unwrap();
+        let done = Wish::Succeed { result: &json!({}), artifacts: &[] };
+        house.store.end(job.lease(), done, time(job.tenant)).await.unwrap();
         order.push(job.tenant);
     }
     order
@@ -600,7 +600,6 @@ async fn writes_nothing(
         lost(store.fail(lease, &fault(), None).await.map(drop));
         lost(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
         lost(store.machine_failed(lease, &fault(), "a machine", NONE).await.map(drop));
-        lost(store.used(lease, LONG).await);
         lost(store.cancelled(lease).await);
         lost(store.release(lease).await.map(drop));
     }

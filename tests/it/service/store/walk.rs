@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use hypnos::job::State;
-use hypnos::store::{Error, Renewal};
+use hypnos::store::{Error, Renewal, Wish};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
@@ -211,10 +211,8 @@ impl Walk<'_> {
             }
             Step::Finish { lease, used } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
-                if store.used(lease, used).await.is_err() {
-                    prop_assert!(held.is_none());
-                }
-                let answer = store.finish(lease, &json!({}), &[object("weights")]).await;
+                let done = Wish::Succeed { result: &json!({}), artifacts: &[object("weights")] };
+                let answer = store.end(lease, done, used).await;
                 let Some(known) = held else { return self.lost_or_again(lease, answer) };
                 known.end(State::Succeeded);
                 if known.state == State::Succeeded {
