@@ -6,3 +6,6 @@ create index job_listed_by_class on job (tenant, kind, class_name, id) where cla
 
 drop index job_listed_by_state;
 create index job_listed_by_state on job (tenant, state, kind, id);
+
+-- Whose turn it is no longer depends on when a tenant was served.
+drop index job_served;

@@ -16,9 +16,6 @@ create table device_time (
 
 create index device_time_begun on device_time (begun);
 
--- Whose turn it is no longer depends on when a tenant was served.
-drop index job_served;
-
 alter table job add column turn integer;                                -- its tenant's turn when it was last claimed
 alter table job add column used_ms integer not null default 0;          -- device time of the last attempt
 alter table job add column fault_hosts text not null default '[]';      -- machines that failed under it: JSON

@@ -9,14 +9,14 @@ use sqlx::migrate::Migrator;
 
 use super::*;
 
-/// Applies the migrations up to `version` as the builds before did, by sqlx's own migrator.
-async fn migrate_as_before(url: &str, version: i64) {
+/// Applies these migrations as the builds before did, by sqlx's own migrator.
+async fn migrate_as_before(url: &str, versions: &[i64]) {
     let kind = if url.starts_with("sqlite:") { "sqlite" } else { "postgres" };
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
     let mut migrator = Migrator::new(directory).await.unwrap();
-    let kept = migrator.migrations.iter().filter(|one| one.version <= version).cloned();
+    let kept = migrator.migrations.iter().filter(|one| versions.contains(&one.version)).cloned();
     migrator.migrations = Cow::Owned(kept.collect());
-    assert_eq!(migrator.migrations.len() as i64, version);
+    assert_eq!(migrator.migrations.len(), versions.len());
     if kind == "sqlite" {
         let options: sqlx::sqlite::SqliteConnectOptions = url.parse().unwrap();
         let pool = sqlx::SqlitePool::connect_with(options.create_if_missing(true)).await.unwrap();
@@ -30,7 +30,7 @@ async fn migrate_as_before(url: &str, version: i64) {
 
 /// Rows as build a18987a left them: one that waits, one that ran and whose worker is gone, one whose worker is alive.
 async fn of_the_first_build(url: String) {
-    migrate_as_before(&url, 1).await;
+    migrate_as_before(&url, &[1]).await;
     let store = Store::connect(&url, 4).await.unwrap();
     match store.check_schema().await {
         Err(Error::Schema(line)) => assert!(line.contains("run `hypnos migrate`"), "{line}"),
@@ -70,7 +70,7 @@ async fn of_the_first_build(url: String) {
         assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
     }
     // What sqlx's migrator wrote down is what ours writes, and the reverse.
-    migrate_as_before(&house.url, newest()).await;
+    migrate_as_before(&house.url, &(1..=newest()).collect::<Vec<_>>()).await;
 }
 
 /// The newest migration.
@@ -88,6 +88,30 @@ async fn a_sqlite_file_of_the_first_build_is_brought_up_to_date_with_its_rows() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_postgres_of_the_first_build_is_brought_up_to_date_with_its_rows() {
     of_the_first_build(Postgres::database().await).await;
+}
+
+/// A build between had the migrations 1, 3 and 6: the others come after them.
+async fn of_a_build_between(url: String) {
+    migrate_as_before(&url, &[1, 3, 6]).await;
+    let store = Store::connect(&url, 4).await.unwrap();
+    let house = House { url, direct: None, store, dir: None, _bouncer: None };
+    house.store.migrate().await.unwrap();
+    house.store.check_schema().await.unwrap();
+    let tenant = house.tenant("shop").await;
+    house.accept(training(tenant)).await;
+    let lease = house.claim().await.unwrap().lease();
+    assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_of_a_build_between_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    of_a_build_between(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_of_a_build_between_is_brought_up_to_date() {
+    of_a_build_between(Postgres::database().await).await;
 }
 
 /// A database that was made at the newest version and one that was brought there are the same, column for column.
