@@ -190,25 +190,28 @@ impl Db {
     /// Rows of a statement that writes nothing.
     pub(super) async fn read(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        again(|| self.read_once(&sql, args, None)).await
+        again(|| self.read_once(&sql, args, false)).await
     }
 
     /// The first row, if there is one. Unlike all rows of a statement with one, it comes without another word of the database's
     /// that there are no more: on SQLite that is a change of threads.
     pub(super) async fn row(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Option<Row>> {
         let sql = sql.into();
-        Ok(again(|| self.read_once(&sql, args, Some(1))).await?.pop())
+        Ok(again(|| self.read_once(&sql, args, true)).await?.into_iter().next())
     }
 
-    async fn read_once(&self, sql: &Sql, args: &[Arg], limit: Option<u8>) -> Result<Vec<Row>> {
+    /// `first_only` spares what comes after the first row, where that is a way to spare it.
+    async fn read_once(&self, sql: &Sql, args: &[Arg], first_only: bool) -> Result<Vec<Row>> {
         let rows = self.answers().wait(Statement::Read, async {
             match self {
                 Self::Sqlite(File { read, .. }) => {
                     let query = bound!(sql.sqlite.clone(), args);
-                    Ok(match limit {
-                        Some(_) => query.fetch_optional(read).await?.into_iter().map(Row::Sqlite).collect(),
-                        None => query.fetch_all(read).await?.into_iter().map(Row::Sqlite).collect(),
-                    })
+                    let rows = if first_only {
+                        query.fetch_optional(read).await?.into_iter().collect()
+                    } else {
+                        query.fetch_all(read).await?
+                    };
+                    Ok(rows.into_iter().map(Row::Sqlite).collect())
                 }
                 Self::Postgres(server) => {
                     let mut session = match server.sessions {
