@@ -38,8 +38,10 @@ const EACH_PHOTO: u64 = 64 << 10;
 const EACH: u64 = EACH_PHOTO * N_PHOTOS_MAX as u64;
 /// How long a byte takes until that is measured. Rather too long than too short, for a promise has to hold.
 const SECS_PER_BYTE: f64 = 3e-7;
-/// So many bytes of work make half of what is believed of the pace.
+/// Bytes of work that the pace is learned from: what was measured before counts as no more.
 const MEMORY: f64 = 64e6;
+/// The same of the pace that nothing was measured for: the first upload says more.
+const MEMORY_AT_FIRST: f64 = 8e6;
 /// What is added to a wait that is promised, for others that may come.
 const MARGIN: f64 = 1.25;
 
@@ -55,6 +57,8 @@ pub(super) struct Line {
 struct Book {
     n_turns: usize,
     secs_per_byte: f64,
+    /// Bytes of work that this was learned from.
+    learned_from: f64,
     names: u64,
     tenants: HashMap<TenantId, Vec<Entry>>,
 }
@@ -214,7 +218,8 @@ impl Drop for Booked {
 
 impl Book {
     fn new(n_turns: usize) -> Self {
-        Self { n_turns, secs_per_byte: SECS_PER_BYTE, names: 0, tenants: HashMap::new() }
+        let (secs_per_byte, learned_from) = (SECS_PER_BYTE, MEMORY_AT_FIRST);
+        Self { n_turns, secs_per_byte, learned_from, names: 0, tenants: HashMap::new() }
     }
 
     /// Writes an upload down, or when it may come back.
@@ -318,8 +323,9 @@ impl Book {
     /// The pace is what was measured last, the more so the more work it was.
     fn learn(&mut self, bytes: u64, secs: f64) {
         let bytes = bytes as f64;
-        let weight = 1.0 - (-bytes / MEMORY).exp2();
+        let weight = bytes / (self.learned_from + bytes);
         self.secs_per_byte += weight * (secs / bytes - self.secs_per_byte);
+        self.learned_from = (self.learned_from + bytes).min(MEMORY);
     }
 }
 
