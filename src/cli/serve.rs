@@ -14,7 +14,7 @@ use crate::config::{Monitoring, Serving, Storage, Working, seconds};
 use crate::health::Health;
 use crate::http::{self, Auth, Front, Patience};
 use crate::photo::{Decoder, Limits};
-use crate::{janitor, worker};
+use crate::{janitor, memory, worker};
 
 /// Photos decoded at once at most: each may take half a GiB.
 const DECODERS_MAX: usize = 4;
@@ -47,7 +47,10 @@ pub(super) fn run(args: &Serve) -> Result<ExitCode, Stop> {
     args.serving.keys_wanted()?;
     args.serving.check()?;
     let work = match args.workers {
-        0 => None,
+        0 => {
+            memory::always_give_back();
+            None
+        }
         n => Some(service::worker(&args.storage, &args.working, n.into())?),
     };
     watch.run(async |watch, stop| Box::pin(serve(args, work, watch, stop)).await)?;
