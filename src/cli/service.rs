@@ -155,13 +155,17 @@ async fn keep_up(figures: PrometheusHandle) {
 /// Signals that come within this time of the first one are one: `timeout` signals its child and then the whole group.
 const ONE_SIGNAL: Duration = Duration::from_secs(1);
 
+/// How long a thread for files and photos is kept without work. Each keeps memory of its own; a new one takes microseconds.
+const IDLE_THREAD: Duration = Duration::from_secs(1);
+
 /// Runs `work` on a runtime of many threads, until it ends or the process is told to for the second time.
 ///
 /// `work` is given a token that the first SIGTERM or SIGINT cancels.
 pub(super) fn run<T, F: Future<Output = Result<T, Stop>>>(
     work: impl FnOnce(CancellationToken) -> F,
 ) -> Result<T, Stop> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().thread_keep_alive(IDLE_THREAD).build();
     let runtime = runtime.map_err(|error| Stop::Failed(format!("no runtime: {error}")))?;
     let done = runtime.block_on(async {
         let stop = CancellationToken::new();
