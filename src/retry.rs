@@ -52,6 +52,9 @@ pub async fn retry(store: &Store, blobs: &Blobs, of: &Job, terms: Terms) -> Resu
     }
     let spec = of.spec().map_err(|_| store::Error::Corrupt("column spec is not what it should be".into()))?;
     let id = JobId::new();
+    let Some(tenant_made_ms) = store.tenant_made_ms(of.tenant).await? else {
+        return Ok(Retried::Submitted(Submitted::Disabled));
+    };
     let photos = match copy_photos(blobs, of, id).await {
         Ok(photos) => photos,
         Err(error) => {
@@ -69,7 +72,7 @@ pub async fn retry(store: &Store, blobs: &Blobs, of: &Job, terms: Terms) -> Resu
         max_attempts: terms.max_attempts,
         idempotency: terms.idempotency,
         queue_max: terms.queue_max,
-        origin: Origin { retry_of: Some(of.id), trace: terms.trace },
+        origin: Origin { retry_of: Some(of.id), trace: terms.trace, tenant_made_ms: Some(tenant_made_ms) },
     };
     let submitted = store.submit(new).await;
     // Only where the outcome is not known the row may be there in spite of an error: then it needs its photos.

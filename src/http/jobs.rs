@@ -166,6 +166,7 @@ async fn store_and_submit(
     idempotency: Option<Idempotency>,
     mut turn: Turn,
 ) -> Result<Accepted, Problem> {
+    let tenant_made_ms = front.store.tenant_made_ms(tenant).await?.ok_or_else(Problem::tenant_disabled)?;
     let photos = store(front, tenant, id, images, &mut turn).await?;
     let job = NewJob {
         id,
@@ -177,7 +178,11 @@ async fn store_and_submit(
         max_attempts: front.settings.attempts_max,
         idempotency,
         queue_max: front.settings.queue_max,
-        origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
+        origin: Origin {
+            trace: telemetry::traceparent(&Span::current()),
+            tenant_made_ms: Some(tenant_made_ms),
+            ..Origin::default()
+        },
     };
     submit(front, job).await
 }

@@ -53,9 +53,11 @@ impl Store {
     async fn submit_once(&self, new: &NewJob) -> Result<Submitted> {
         let mut tx = self.db.begin().await?;
         // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
-        let tenant =
-            locking!("select id from tenant where id = $1 and state = 'active'"; "for no key update");
-        if tx.row(tenant, args![new.tenant]).await?.is_none() {
+        let tenant = locking!(
+            "select id from tenant where id = $1 and state = 'active' and created_ms = coalesce($2, created_ms)";
+            "for no key update"
+        );
+        if tx.row(tenant, args![new.tenant, new.origin.tenant_made_ms]).await?.is_none() {
             return Ok(Submitted::Disabled);
         }
         if let Some(idempotency) = &new.idempotency {

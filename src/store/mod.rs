@@ -195,6 +195,9 @@ pub struct Origin {
     pub retry_of: Option<JobId>,
     /// W3C `traceparent` of the request, so that the worker's spans belong to its trace.
     pub trace: Option<String>,
+    /// What [`Store::tenant_made_ms`] said before the first of the job's objects was written. A tenant that was erased since
+    /// then, with all objects under its id, gets no such job.
+    pub tenant_made_ms: Option<i64>,
 }
 
 /// A request's own name, kept for a day.

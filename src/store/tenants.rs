@@ -83,6 +83,13 @@ impl Store {
         row.as_ref().map(tenant).transpose()
     }
 
+    /// When a tenant was made, in milliseconds by the database's clock; none if it is not there. The one of a server without
+    /// keys, which is erased and goes on under its id, is made again then: see [`Origin::tenant_made_ms`](super::Origin).
+    pub async fn tenant_made_ms(&self, id: TenantId) -> Result<Option<i64>> {
+        let row = self.db.row("select created_ms from tenant where id = $1", args![id]).await?;
+        row.map(|row| row.int("created_ms")).transpose()
+    }
+
     /// How much a tenant has.
     pub async fn holdings(&self, id: TenantId) -> Result<Holdings> {
         let select = "select \
@@ -168,7 +175,9 @@ impl Store {
             tx.run(delete, args![id]).await?;
         }
         let last = if id == TenantId::LOCAL {
-            "update tenant set state = 'active' where id = $1"
+            // Later than before, whatever the clock says.
+            "update tenant set state = 'active', \
+             created_ms = (select case when ms > created_ms then ms else created_ms + 1 end from clock) where id = $1"
         } else {
             "delete from tenant where id = $1"
         };
