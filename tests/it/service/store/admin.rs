@@ -81,7 +81,7 @@ async fn an_operator_sees_what_a_client_does_not(house: House) {
     assert_eq!((running.rescues, running.job.attempt), (1, 2));
     house.store.fail(claimed.lease(), &fault(), None).await.unwrap();
 
-    let again = NewJob { origin: Origin { retry_of: Some(job.id), trace: None }, ..training(tenant) };
+    let again = NewJob { origin: Origin { retry_of: Some(job.id), ..Origin::default() }, ..training(tenant) };
     let again = house.accept(again).await;
     assert_eq!((again.retry_of, see(&house, job.id).await.retried_as), (Some(job.id), Some(again.id)));
     let failed = AdminFilter { states: vec![State::Failed], ..AdminFilter::default() };
@@ -271,7 +271,7 @@ async fn with_everything(house: &House, name: &str) -> TenantId {
     house.claim().await.unwrap();
     let failed = house.accept(training(tenant)).await;
     house.store.fail(house.claim().await.unwrap().lease(), &fault(), None).await.unwrap();
-    let origin = Origin { retry_of: Some(failed.id), trace: None };
+    let origin = Origin { retry_of: Some(failed.id), ..Origin::default() };
     let idempotency = Some(named(&format!("order of {name}"), "abc"));
     house.accept(NewJob { idempotency, origin, ..training(tenant) }).await;
     house.store.create_key(&key(&format!("key of {name}"), tenant)).await.unwrap();
