@@ -26,7 +26,7 @@ impl House {
     async fn stuck(&self, path: &str, content_type: &str) -> TcpStream {
         let mut stream = self.connect().await;
         let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: 100000\r\n\
+            "POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: 10000\r\n\
              Content-Type: {content_type}\r\n\r\n--b",
             self.key
         );
