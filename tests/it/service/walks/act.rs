@@ -250,7 +250,7 @@ impl Walk<'_> {
                 }
                 client::job(wanted)
             }
-            Ask::Cancel(id) | Ask::Look(id) => client::about(&ask, self.clients.told[id].is_sample),
+            Ask::Cancel(id) | Ask::Look { id, .. } => client::about(&ask, self.clients.told[id].is_sample),
             Ask::Delete(id) => {
                 self.clients.delete_asked(id);
                 client::about(&ask, self.clients.told[id].is_sample)

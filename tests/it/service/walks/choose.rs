@@ -151,11 +151,11 @@ impl Walk<'_> {
                 could.push((weight, Action::AskAgain(n)));
             }
         }
-        for id in self.clients.told.keys() {
+        for (id, told) in &self.clients.told {
             let open = if self.seen.has_ended(id) { 1 } else { 4 };
             could.push((conditions.cancels * open, Action::About(Ask::Cancel(id.clone()))));
             could.push((conditions.deletes, Action::About(Ask::Delete(id.clone()))));
-            could.push((2, Action::About(Ask::Look(id.clone()))));
+            could.push((2, Action::About(Ask::Look { id: id.clone(), was_deleted: told.deleted })));
         }
     }
 

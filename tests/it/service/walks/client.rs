@@ -72,7 +72,11 @@ pub(super) enum Ask {
     Job(usize),
     Cancel(String),
     Delete(String),
-    Look(String),
+    Look {
+        id: String,
+        /// Whether it had been said before this was asked that the job is gone.
+        was_deleted: bool,
+    },
 }
 
 /// What came back: status and document.
@@ -141,7 +145,7 @@ pub(super) fn about(ask: &Ask, is_sample: bool) -> Request<Body> {
     let (method, id, rest) = match ask {
         Ask::Cancel(id) => ("POST", id, "/cancel"),
         Ask::Delete(id) => ("DELETE", id, ""),
-        Ask::Look(id) => ("GET", id, ""),
+        Ask::Look { id, .. } => ("GET", id, ""),
         Ask::Job(_) => unreachable!("that is a request for a job"),
     };
     let request = Request::builder().method(method).uri(format!("/v1/{}/{id}{rest}", place(is_sample)));
@@ -211,16 +215,15 @@ impl Clients {
                     told.deleted |= other == id || of_it;
                 }
             }
-            (Ask::Look(id) | Ask::Cancel(id) | Ask::Delete(id), 404) => {
+            (Ask::Look { id, .. } | Ask::Cancel(id) | Ask::Delete(id), 404) => {
                 if !self.may_be_gone(id) {
                     return Err(format!("{id} was accepted and not deleted, but is not there: {said}"));
                 }
             }
-            (Ask::Look(id), 200) => {
-                if self.told[id].deleted {
-                    return Err(format!("{id} was deleted, and is seen again"));
-                }
+            (Ask::Look { id, was_deleted: true }, 200) => {
+                return Err(format!("{id} was deleted, and is seen again"));
             }
+            (Ask::Look { .. }, 200) => {}
             (_, 500..) => {}
             _ => return Err(format!("{ask:?} was answered {said}: {body}")),
         }
