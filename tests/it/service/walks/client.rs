@@ -223,8 +223,7 @@ impl Clients {
             (Ask::Look { id, was_deleted: true }, 200) => {
                 return Err(format!("{id} was deleted, and is seen again"));
             }
-            (Ask::Look { .. }, 200) => {}
-            (_, 500..) => {}
+            (Ask::Look { .. }, 200) | (_, 500..) => {}
             _ => return Err(format!("{ask:?} was answered {said}: {body}")),
         }
         Ok(said)
