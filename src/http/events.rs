@@ -13,12 +13,13 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, stream};
 
-use super::Front;
-use super::keys::Reader;
-use super::position::Position;
+use super::auth::Reader;
+use super::conditional::version;
+use super::extract::Id;
+use super::fair_pool::Place;
 use super::problem::Problem;
-use super::reading::{Id, find, version};
-use super::shares::Place;
+use super::queue_position::Position;
+use super::state::Front;
 use super::view::JobView;
 use crate::job::{Job, JobId, Kind};
 use crate::store::Wakes;
@@ -50,11 +51,11 @@ pub(super) async fn job_events(
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let job = find(&front, reader.tenant, id, Kind::Train).await?;
+    let job = front.find_job(reader.tenant, id, Kind::Train).await?;
     reader.step_aside();
     let place = front.shares.streams.take(reader.tenant).await?;
     let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
-    let (wakes, position) = (front.store.wakes(), Position::follow(&front, None));
+    let (wakes, position) = (front.store.wakes(), front.positions.follow(None));
     let job = Some(job);
     let watch = Watch { wakes, position, front, reader, id, job, seen, next: Next::Greet, place };
     let events = Sse::new(follow(watch)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));

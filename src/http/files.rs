@@ -3,14 +3,15 @@
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, State};
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::Front;
+use super::connection::HangUp;
 use super::problem::Problem;
-use super::serve::HangUp;
+use super::state::Front;
+use super::view::time;
 use crate::blobs::Key;
 use crate::job::{Object, PAGE, TenantId};
 
@@ -70,4 +71,19 @@ fn may(name: &str) -> &'static str {
     } else {
         "default-src 'none'; sandbox"
     }
+}
+
+/// A URL to an object, and until when it works.
+pub(super) async fn signed(front: &Front, object: &Object) -> Result<(String, String), Problem> {
+    let (now, life) = (Timestamp::now(), front.settings.url_time);
+    let url = front.blobs.sign(object, life, now).await?;
+    let expires_ms = now.as_millisecond().saturating_add_unsigned(life.as_millis() as u64);
+    Ok((url, time(expires_ms)))
+}
+
+/// Sends the client to an object.
+pub(super) async fn redirect(front: &Front, object: &Object) -> Result<Response, Problem> {
+    let (url, _) = signed(front, object).await?;
+    let location = HeaderValue::from_str(&url).map_err(|error| Problem::internal(&error))?;
+    Ok((StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, location)]).into_response())
 }

@@ -1,140 +1,12 @@
-//! What operators ask: does the process live, can it serve, how is it doing.
+//! `/healthz`, `/readyz` and `/metrics` among the API's operations.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use axum::Router;
 use axum::extract::State;
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::Mutex;
-use tokio_util::sync::CancellationToken;
+use axum::response::Response;
 
-use super::keys::Operator;
-use super::problem::{Kind, Problem};
-use super::{Front, dressed};
-use crate::blobs::{self, Blobs};
-use crate::health::Health;
-use crate::store::{self, Store};
-
-/// How long an answer of the object store is believed, so that questions do not become load.
-const BELIEVED: Duration = Duration::from_secs(5);
-
-/// What operators ask of a process, whether or not it answers clients too.
-pub struct Operations {
-    store: Store,
-    blobs: Blobs,
-    figures: PrometheusHandle,
-    closing: CancellationToken,
-    probe: Mutex<Option<(Instant, Result<(), blobs::Error>)>>,
-    devices: Health,
-    answers_clients: bool,
-}
-
-impl Operations {
-    /// Of a process that answers clients: it is ready when it can serve, and one of its `devices` takes jobs, if it has some.
-    /// Its figures have the queue's.
-    pub fn of_front(
-        store: Store,
-        blobs: Blobs,
-        figures: PrometheusHandle,
-        closing: CancellationToken,
-        devices: Health,
-    ) -> Self {
-        Self { store, blobs, figures, closing, probe: Mutex::default(), devices, answers_clients: true }
-    }
-
-    /// Of a process that only works: it is ready when one of its `devices` takes jobs. The queue's figures are left to the
-    /// fronts, or they would be summed once for every worker.
-    pub fn of_worker(
-        store: Store,
-        blobs: Blobs,
-        figures: PrometheusHandle,
-        closing: CancellationToken,
-        devices: Health,
-    ) -> Self {
-        Self { answers_clients: false, ..Self::of_front(store, blobs, figures, closing, devices) }
-    }
-
-    /// All of it, without keys, for a listener that only operators reach.
-    pub fn router(self: Arc<Self>) -> Router {
-        let ready = |State(own): State<Arc<Self>>| async move { own.ready(true).await };
-        let figures = |State(own): State<Arc<Self>>| async move { own.figures().await };
-        let routes = Router::new()
-            .route("/healthz", get(healthz))
-            .route("/readyz", get(ready))
-            .route("/metrics", get(figures));
-        dressed(routes.with_state(self))
-    }
-
-    /// Whether the process can do what it is for. `whole` tells the condition of each device too.
-    async fn ready(&self, whole: bool) -> Result<String, Problem> {
-        let unready = |why: String| Err(Problem::new(Kind::Unavailable, why));
-        if self.closing.is_cancelled() {
-            return unready("the server is about to end".into());
-        }
-        self.store.ping().await?;
-        self.store.check_schema().await?;
-        let mut text = String::from("ok\n");
-        match self.probe().await {
-            Ok(()) => {}
-            // What is there can be read and deleted, which is what makes room.
-            Err(blobs::Error::Full) if self.answers_clients => {
-                text = "ok, but the object store is full: uploads are refused\n".into();
-            }
-            Err(error) => return Err(Problem::away("object store", &error)),
-        }
-        let lines: Vec<String> = self.devices.devices().iter().map(ToString::to_string).collect();
-        if lines.is_empty() && !self.answers_clients {
-            return unready("no device takes jobs: starting".into());
-        }
-        if !self.devices.is_ready() {
-            let conditions = if whole { format!(": {}", lines.join("; ")) } else { String::new() };
-            return unready(format!("no device takes jobs{conditions}"));
-        }
-        if whole {
-            lines.iter().for_each(|line| text.extend([line, "\n"]));
-        }
-        Ok(text)
-    }
-
-    /// The object store's answer, or its last one if that is fresh.
-    async fn probe(&self) -> Result<(), blobs::Error> {
-        let mut last = self.probe.lock().await; // who comes meanwhile hears the same answer
-        if let Some((at, answer)) = &*last
-            && at.elapsed() < BELIEVED
-        {
-            return answer.clone();
-        }
-        let answer = self.blobs.probe().await;
-        *last = Some((Instant::now(), answer.clone()));
-        answer
-    }
-
-    async fn figures(&self) -> Result<Response, Problem> {
-        if self.answers_clients {
-            count_queue(&self.store).await?;
-        }
-        self.figures.run_upkeep();
-        let text = "text/plain; version=0.0.4; charset=utf-8";
-        Ok(([(header::CONTENT_TYPE, text)], self.figures.render()).into_response())
-    }
-}
-
-/// Brings the figures of the queue up to date. Whoever asks for `/metrics` has it done; who pushes figures has to.
-pub async fn count_queue(store: &Store) -> store::Result<()> {
-    for gauge in store.gauges().await?.kinds {
-        let labels = [("kind", gauge.kind.as_str())];
-        metrics::gauge!("hypnos_jobs_queued", &labels).set(gauge.queued as f64);
-        metrics::gauge!("hypnos_jobs_running", &labels).set(gauge.running as f64);
-        metrics::gauge!("hypnos_jobs_oldest_queued_seconds", &labels)
-            .set(gauge.oldest_queued_ms as f64 / 1e3);
-    }
-    metrics::gauge!("hypnos_jobs_deleting").set(store.n_deleting().await? as f64);
-    Ok(())
-}
+use super::auth::Operator;
+use super::operations::ALIVE;
+use super::problem::Problem;
+use super::state::Front;
 
 /// Says that the process lives
 #[utoipa::path(
@@ -142,7 +14,7 @@ pub async fn count_queue(store: &Store) -> store::Result<()> {
     responses((status = 200, description = "It does", body = String, content_type = "text/plain")),
 )]
 pub(super) async fn healthz() -> &'static str {
-    "ok\n"
+    ALIVE
 }
 
 /// Says whether the server can serve

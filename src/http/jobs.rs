@@ -9,20 +9,21 @@ use serde::Serialize;
 use tracing::{Instrument, Span};
 use utoipa::ToSchema;
 
-use super::Front;
-use super::keys::{Reader, Writer};
-use super::line::Turn;
+use super::auth::{Reader, Writer};
+use super::conditional::row;
+use super::extract::{Asked, Id, Within};
+use super::files::{redirect, signed};
+use super::long_poll::look;
+use super::pagination::{Page, PageQuery};
 use super::problem::{Kind as ProblemKind, Problem};
-use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed};
 use super::spool::Spooled;
-use super::submit::{Accepted, RequestHash, again, answer, drawn_seed, idempotency_key, replay, submit};
-use super::upload::{Fields, Upload, receive, store};
+use super::state::Front;
+use super::submit::{Accepted, again, answer, replay, submit};
+use super::upload::{Fields, receive, store};
+use super::upload_queue::Turn;
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
-use crate::job::{
-    Invalid, Job, JobId, Kind, N_PHOTOS_MAX, N_PHOTOS_MIN, REPORT, Spec, State as JobState, TenantId,
-    TrainOptions, TrainSpec,
-};
+use crate::job::{Job, JobId, Kind, REPORT, Spec, State as JobState, TenantId, TrainOptions, TrainSpec};
 use crate::store::{Idempotency, NewJob, Origin};
 use crate::telemetry;
 
@@ -92,45 +93,6 @@ pub(super) async fn create_job(
         replayed,
         view,
     ))
-}
-
-impl Upload {
-    /// The request's own name, with a hash of all that is asked for, in a fixed order.
-    async fn idempotency(&self, headers: &HeaderMap) -> Result<Option<Idempotency>, Problem> {
-        let Some(key) = idempotency_key(headers)? else { return Ok(None) };
-        let mut request = RequestHash::default();
-        for field in [&self.class_name, &self.options] {
-            request.add(field.as_deref().unwrap_or_default());
-        }
-        for image in &self.images {
-            request = image.hashed(request).await?;
-        }
-        Ok(Some(request.named(key)))
-    }
-
-    fn spec(&self) -> Result<TrainSpec, Problem> {
-        let refused = |pointer: &str, how: String| {
-            Problem::new(ProblemKind::Field, format!("{pointer}: {how}")).at(pointer)
-        };
-        let n = self.images.len();
-        if n < N_PHOTOS_MIN {
-            let how = format!("wanted {N_PHOTOS_MIN} to {N_PHOTOS_MAX} photos, got {n}");
-            return Err(refused("/images", how));
-        }
-        let class_name =
-            self.class_name.as_deref().ok_or_else(|| refused("/class_name", "is missing".into()))?;
-        let class_name = std::str::from_utf8(class_name);
-        let class_name = class_name.map_err(|_| refused("/class_name", "is not UTF-8".into()))?;
-        let options: TrainOptions = match &self.options {
-            Some(json) => super::body::options(json, "/options")?,
-            None => TrainOptions::default(),
-        };
-        options.check().map_err(|invalid| {
-            let pointer = format!("/options{}", invalid.pointer);
-            Invalid { pointer, ..invalid }
-        })?;
-        Ok(TrainSpec::new(class_name, options, drawn_seed()?)?)
-    }
 }
 
 async fn create(
@@ -268,7 +230,7 @@ pub(super) async fn delete_job(
     writer: Writer,
     Id(id): Id,
 ) -> Result<StatusCode, Problem> {
-    find(&front, writer.tenant, id, Kind::Train).await?;
+    front.find_job(writer.tenant, id, Kind::Train).await?;
     if front.store.delete(writer.tenant, id).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
@@ -288,7 +250,7 @@ pub(super) async fn cancel_job(
     writer: Writer,
     Id(id): Id,
 ) -> Result<Response, Problem> {
-    find(&front, writer.tenant, id, Kind::Train).await?;
+    front.find_job(writer.tenant, id, Kind::Train).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None)?)).into_response())
 }
@@ -337,7 +299,7 @@ pub(super) async fn get_report(
     reader: Reader,
     Id(id): Id,
 ) -> Result<Response, Problem> {
-    let job = find(&front, reader.tenant, id, Kind::Train).await?;
+    let job = front.find_job(reader.tenant, id, Kind::Train).await?;
     let report = front.store.artifact(reader.tenant, id, REPORT).await?;
     let report = report.ok_or_else(|| match job.state {
         JobState::Succeeded => Problem::not_found("report"),
@@ -367,7 +329,7 @@ pub(super) async fn list_artifacts(
     reader: Reader,
     Id(id): Id,
 ) -> Result<Json<ArtifactList>, Problem> {
-    find(&front, reader.tenant, id, Kind::Train).await?;
+    front.find_job(reader.tenant, id, Kind::Train).await?;
     let mut data = Vec::new();
     for object in front.store.artifacts(reader.tenant, id).await? {
         let (url, expires_at) = signed(&front, &object).await?;
@@ -392,7 +354,7 @@ pub(super) async fn get_artifact(
     reader: Reader,
     Within(id, name): Within,
 ) -> Result<Response, Problem> {
-    find(&front, reader.tenant, id, Kind::Train).await?;
+    front.find_job(reader.tenant, id, Kind::Train).await?;
     let artifact = front.store.artifact(reader.tenant, id, &name).await?;
     redirect(&front, &artifact.ok_or_else(|| Problem::not_found("artifact"))?).await
 }

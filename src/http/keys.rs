@@ -1,16 +1,10 @@
-//! Who asks: API keys, and what stands in for them on a server without.
+//! API keys: generated, parsed, and checked against the database through a cache.
 //!
 //! A key is `hyp_<id>_<secret><checksum>`. The checksum refuses typing errors without a query, the id finds the row,
 //! and the row holds a SHA-256 of the secret only: it has 131 random bits, so nothing slower is needed.
 
-use std::net::IpAddr;
-use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
-use axum::extract::{FromRequestParts, Request};
-use axum::http::request::Parts;
-use axum::http::uri::Authority;
-use axum::http::{HeaderMap, HeaderName, Uri, Version, header};
 use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -18,11 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::problem::{Kind, Problem};
-use super::shares::Place;
-use super::{Auth, Front};
 use crate::blobs::hex;
-use crate::job::TenantId;
-pub use crate::store::Scope;
 use crate::store::{self, Store, TenantState};
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
@@ -103,10 +93,10 @@ pub(super) struct Keys {
 
 /// A key that was looked up.
 #[derive(Clone)]
-struct Believed {
-    key: store::Key,
+pub(super) struct Believed {
+    pub(super) key: store::Key,
     /// When it ends, if it does.
-    ends: Option<Instant>,
+    pub(super) ends: Option<Instant>,
 }
 
 impl Keys {
@@ -116,7 +106,7 @@ impl Keys {
     }
 
     /// Whose key it is and what it may do.
-    async fn check(&self, text: &str) -> Result<Believed, Problem> {
+    pub(super) async fn check(&self, text: &str) -> Result<Believed, Problem> {
         let (id, secret) = parse(text).ok_or_else(unauthorized)?;
         let found = if let Some(found) = self.believed.get(id) {
             found
@@ -140,107 +130,12 @@ impl Keys {
     }
 }
 
-fn unauthorized() -> Problem {
+pub(super) fn unauthorized() -> Problem {
     Problem::new(Kind::Unauthorized, "send a valid API key as `Authorization: Bearer hyp_...`")
 }
 
-/// Whoever asks: the tenant whose key came, with a place among the requests that are answered at once.
-pub(super) struct Caller {
-    pub(super) tenant: TenantId,
-    key: Option<String>,
-    ends: Option<Instant>,
-    place: Option<Place>,
-}
-
-/// A caller who may look.
-pub(super) struct Reader(pub(super) Caller);
-
-/// A caller who may change things.
-pub(super) struct Writer(pub(super) Caller);
-
-/// A caller who may see what concerns all tenants. Without keys, that is whoever is on this machine.
-pub(super) struct Operator(pub(super) Caller);
-
-impl Caller {
-    /// Whether the key that opened a long answer is still good.
-    pub(super) async fn still(&self, front: &Front) -> bool {
-        match &self.key {
-            Some(key) => !front
-                .keys
-                .check(key)
-                .await
-                .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
-            None => true,
-        }
-    }
-
-    /// When the key ends, if it does.
-    pub(super) fn ends(&self) -> Option<Instant> {
-        self.ends
-    }
-
-    /// Gives its place back: what follows takes long, and a place of another kind.
-    pub(super) fn step_aside(&mut self) {
-        self.place = None;
-    }
-
-    /// Takes its place again.
-    pub(super) async fn step_in(&mut self, front: &Front) -> Result<(), Problem> {
-        self.place = Some(front.shares.requests.take(self.tenant).await?);
-        Ok(())
-    }
-}
-
-macro_rules! callers {
-    ($($caller:ident: $scope:ident),+) => {$(
-        impl Deref for $caller {
-            type Target = Caller;
-
-            fn deref(&self) -> &Caller {
-                &self.0
-            }
-        }
-
-        impl DerefMut for $caller {
-            fn deref_mut(&mut self) -> &mut Caller {
-                &mut self.0
-            }
-        }
-
-        impl FromRequestParts<Front> for $caller {
-            type Rejection = Problem;
-
-            async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-                identify(parts, front, Scope::$scope).await.map(Self)
-            }
-        }
-    )+};
-}
-callers!(Reader: Read, Writer: Write, Operator: Admin);
-
-async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Caller, Problem> {
-    if parts.uri.query().is_some_and(holds_key) {
-        return Err(Problem::new(
-            Kind::KeyInQuery,
-            "a key was sent in the URL; it belongs in the Authorization header",
-        ));
-    }
-    let mut caller = Caller { tenant: TenantId::LOCAL, key: None, ends: None, place: None };
-    if front.settings.auth == Auth::Keys {
-        let text = bearer(&parts.headers).ok_or_else(unauthorized)?;
-        let Believed { key, ends } = front.keys.check(text).await?;
-        if !key.scope.covers(wanted) {
-            let detail = format!("the key's scope is {}; wanted {wanted}", key.scope);
-            return Err(Problem::new(Kind::Scope, detail));
-        }
-        caller = Caller { tenant: key.tenant, key: Some(text.to_owned()), ends, place: None };
-    }
-    caller.step_in(front).await?;
-    Ok(caller)
-}
-
 /// Whether a whole key stands in a query, escaped or not. What only looks like the beginning of one may be a name.
-fn holds_key(query: &str) -> bool {
+pub(super) fn holds_key(query: &str) -> bool {
     let plain = unescaped(query);
     let mut places = plain.match_indices(PREFIX);
     places.any(|(at, _)| plain.get(at..at + KEY_CHARS).is_some_and(|text| parse(text).is_some()))
@@ -259,103 +154,6 @@ fn unescaped(query: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The token of the one Authorization header.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let mut all = headers.get_all(header::AUTHORIZATION).iter();
-    let (first, None) = (all.next()?, all.next()) else { return None };
-    let (scheme, token) = first.to_str().ok()?.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-}
-
-/// What a proxy adds to a request, beside all that begins with `x-forwarded`.
-const PROXY_HEADERS: [&str; 16] = [
-    "forwarded",
-    "via",
-    "x-real-ip",
-    "x-client-ip",
-    "x-cluster-client-ip",
-    "x-original-forwarded-for",
-    "x-original-host",
-    "x-original-uri",
-    "x-envoy-external-address",
-    "true-client-ip",
-    "cdn-loop",
-    "cf-connecting-ip",
-    "cf-ray",
-    "fastly-client-ip",
-    "fly-client-ip",
-    "x-amzn-trace-id",
-];
-
-/// A server without keys answers its own machine only, and has no other wall against the rest of the world than these
-/// questions: did a proxy pass the request on, was the server asked for by a name of this machine (DNS rebinding), and did
-/// a page of another site ask?
-pub(super) fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
-    if front.settings.auth == Auth::None {
-        if let Some(sign) = sign_of_proxy(request.version(), request.headers()) {
-            let detail = format!(
-                "{sign} says that a proxy passed this on, and without keys the server answers its own machine only; \
-                 start it with `--auth keys`, or with the `--public-url` that clients use, and make a key with \
-                 `hypnos keys create`"
-            );
-            return Err(Problem::new(Kind::Proxied, detail));
-        }
-        if !host(request.uri(), request.headers()).is_some_and(|host| is_loopback(without_port(host))) {
-            return Err(Problem::new(
-                Kind::Host,
-                "wanted a name of this machine: localhost or a loopback address",
-            ));
-        }
-        if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
-            return Err(Problem::new(Kind::CrossSite, "the request comes from a page of another site"));
-        }
-    }
-    Ok(())
-}
-
-/// How a request shows that it came through a proxy, if it does. One that adds nothing and names a loopback host cannot be
-/// told from a client; but nginx, as it comes, asks in HTTP/1.0, which clients do not any more.
-fn sign_of_proxy(version: Version, headers: &HeaderMap) -> Option<String> {
-    let is_sign = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
-    let header = headers.keys().map(HeaderName::as_str).find(is_sign);
-    let old = version < Version::HTTP_11;
-    header.map(|name| format!("the header {name}")).or_else(|| old.then(|| "HTTP/1.0".to_owned()))
-}
-
-/// The host and port that the client asked for.
-fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
-    let authority = uri.authority().map(Authority::as_str);
-    authority.or_else(|| headers.get(header::HOST)?.to_str().ok())
-}
-
-/// Whether a host, as it stands in a URL without its port, is this machine whoever asks.
-pub(crate) fn is_loopback(host: &str) -> bool {
-    let name = host.trim_end_matches('.').to_ascii_lowercase();
-    let address: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
-    let loopback = address.is_some_and(|address| address.to_canonical().is_loopback());
-    loopback || name == "localhost" || name.ends_with(".localhost") // RFC 6761
-}
-
-fn without_port(host: &str) -> &str {
-    match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    }
-}
-
-fn is_cross_site(uri: &Uri, headers: &HeaderMap, public_url: &str) -> bool {
-    if let Some(site) = headers.get("sec-fetch-site") {
-        return site != "same-origin" && site != "none"; // "same-site" is any other port of this machine
-    }
-    let Some(origin) = headers.get(header::ORIGIN) else { return false };
-    let own = host(uri, headers).map(|host| format!("http://{host}"));
-    let public = public_url
-        .parse::<Uri>()
-        .ok()
-        .and_then(|url| Some(format!("{}://{}", url.scheme_str()?, url.authority()?)));
-    !origin.to_str().is_ok_and(|origin| [own, public].into_iter().flatten().any(|own| own == origin))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -372,19 +170,6 @@ mod tests {
             assert_eq!(parse(&text), None, "{at}");
         }
         assert_ne!(make_key().expect("random numbers").text, key.text);
-    }
-
-    #[test]
-    fn a_host_is_this_machine_by_its_name_only() {
-        let own = ["localhost", "LocalHost.:80", "a.localhost", "127.0.0.1:8080", "[::1]:80", "127.9.9.9"];
-        for own in own.into_iter().chain(["[::ffff:127.0.0.1]"]) {
-            assert!(is_loopback(without_port(own)), "{own}");
-        }
-        for other in
-            ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil.example:80", "127.1"]
-        {
-            assert!(!is_loopback(without_port(other)), "{other}");
-        }
     }
 
     #[test]
@@ -410,30 +195,5 @@ mod tests {
         ] {
             assert!(!holds_key(query), "{query}");
         }
-    }
-
-    #[test]
-    fn a_proxy_is_known_by_what_it_adds() {
-        let sign = |name: &'static str| {
-            let headers =
-                HeaderMap::from_iter([(HeaderName::from_static(name), "x".parse().expect("a value"))]);
-            sign_of_proxy(Version::HTTP_11, &headers)
-        };
-        for name in [
-            "forwarded",
-            "x-forwarded-for",
-            "x-forwarded-host",
-            "x-forwarded-proto",
-            "x-forwarded-port",
-            "via",
-            "x-real-ip",
-        ] {
-            assert_eq!(sign(name), Some(format!("the header {name}")));
-        }
-        for name in ["accept", "x-request-id", "forwarded-not", "user-agent", "traceparent"] {
-            assert_eq!(sign(name), None, "{name}");
-        }
-        assert_eq!(sign_of_proxy(Version::HTTP_10, &HeaderMap::new()).as_deref(), Some("HTTP/1.0"));
-        assert_eq!(sign_of_proxy(Version::HTTP_2, &HeaderMap::new()), None);
     }
 }

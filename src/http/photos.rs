@@ -1,7 +1,5 @@
 //! `/v1/photos/inspect`: what would become of photos, before anything is queued.
 
-use std::error::Error;
-
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -9,9 +7,10 @@ use axum::http::HeaderMap;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::Front;
-use super::keys::Writer;
+use super::auth::Writer;
 use super::problem::{Kind, Problem, TYPE_PREFIX};
+use super::product_detector::Spotted;
+use super::state::Front;
 use super::upload::{Fields, decode, receive};
 use crate::photo::{Inspection, duplicates};
 
@@ -45,31 +44,6 @@ struct Inspected {
     inspection: Option<Inspection>,
     /// Where the product is in it; null if it cannot be decoded, or this server has no model to look with.
     product: Option<Spotted>,
-}
-
-/// Where the product is in a photo, as a training that makes views of it would see it.
-#[derive(Clone, Debug, Serialize, ToSchema)]
-#[schema(as = Product)]
-pub struct Spotted {
-    /// Why such a training would refuse the photo; null if it would not.
-    pub refusal: Option<String>,
-    /// What is odd about it: it touches an edge, is not alone, is small, has a vague outline.
-    pub warnings: Vec<String>,
-    /// Share of the photo that it covers.
-    #[schema(minimum = 0.0, maximum = 1.0)]
-    pub area: f64,
-    /// How certain its outline is: 1 where every pixel is.
-    #[schema(minimum = 0.0, maximum = 1.0)]
-    pub confidence: f64,
-    /// It alone, on grey, at most 256 pixels long: a `data:` URL of a PNG.
-    #[schema(pattern = "^data:image/png;base64,")]
-    pub preview: String,
-}
-
-/// Finds the product in photos.
-pub trait Spotter: Send + Sync {
-    /// Where it is in a photo that is given as PNG. May take seconds.
-    fn spot(&self, png: &[u8]) -> Result<Spotted, Box<dyn Error + Send + Sync>>;
 }
 
 /// Why a photo would not be taken.

@@ -8,13 +8,18 @@ use serde::Serialize;
 use tracing::Span;
 use utoipa::ToSchema;
 
-use super::Front;
-use super::body;
-use super::edge::preferred_wait;
-use super::keys::{Reader, Writer};
+use super::auth::{Reader, Writer};
+use super::conditional::row;
+use super::extract::{Asked, Id, Within};
+use super::files::{redirect, signed};
+use super::idempotency::idempotency;
+use super::json::json_body;
+use super::long_poll::{look, wait};
+use super::pagination::{Page, PageQuery};
+use super::prefer::preferred_wait;
 use super::problem::Problem;
-use super::reading::{Asked, Id, Page, PageQuery, Within, find, look, redirect, row, signed, wait};
-use super::submit::{Accepted, again, answer, drawn_seed, idempotency, replay, submit};
+use super::state::Front;
+use super::submit::{Accepted, again, answer, drawn_seed, replay, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
 use crate::store::{NewJob, Origin};
@@ -52,7 +57,7 @@ pub(super) async fn create_sample(
     request: Request,
 ) -> Result<Response, Problem> {
     writer.step_aside();
-    let (spec, bytes) = body::json::<SampleSpec>(&front, writer.tenant, request).await?;
+    let (spec, bytes) = json_body::<SampleSpec>(&front, writer.tenant, request).await?;
     writer.step_in(&front).await?;
     let name = parent.to_string();
     let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
@@ -177,7 +182,7 @@ pub(super) async fn get_image(
     reader: Reader,
     Within(id, n): Within,
 ) -> Result<Response, Problem> {
-    let job = find(&front, reader.tenant, id, Kind::Sample).await?;
+    let job = front.find_job(reader.tenant, id, Kind::Sample).await?;
     let n: usize = n.parse().map_err(|_| Problem::not_found("image"))?;
     let pictures = pictures(&front, &job).await?;
     redirect(&front, pictures.get(n).ok_or_else(|| Problem::not_found("image"))?).await
@@ -194,7 +199,7 @@ pub(super) async fn delete_sample(
     writer: Writer,
     Id(id): Id,
 ) -> Result<StatusCode, Problem> {
-    find(&front, writer.tenant, id, Kind::Sample).await?;
+    front.find_job(writer.tenant, id, Kind::Sample).await?;
     if front.store.delete(writer.tenant, id).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
@@ -214,7 +219,7 @@ pub(super) async fn cancel_sample(
     writer: Writer,
     Id(id): Id,
 ) -> Result<Response, Problem> {
-    find(&front, writer.tenant, id, Kind::Sample).await?;
+    front.find_job(writer.tenant, id, Kind::Sample).await?;
     let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
     Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None).await?)).into_response())
 }

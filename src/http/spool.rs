@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
 
+use super::idempotency::RequestHash;
 use super::problem::{Kind, Problem};
-use super::submit::RequestHash;
 
 /// What is kept in memory of each; the file is written in pieces of this size.
 const PIECE_BYTES: usize = 256 << 10;

@@ -4,76 +4,20 @@ use axum::Json;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 use tracing::{Instrument, Span};
 
-use super::Front;
-use super::keys::Caller;
+use super::auth::Caller;
+use super::conditional::RETRY_AFTER_SECS;
+use super::idempotency::idempotency;
 use super::problem::{Kind as ProblemKind, Problem};
-use super::reading::{RETRY_AFTER_SECS, find};
+use super::state::Front;
 use crate::blobs;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 use crate::retry::{self, Retried, Terms, retry};
 use crate::store::{Idempotency, NewJob, Submitted};
 use crate::telemetry;
 
-const KEY_CHARS_MAX: usize = 255;
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
-
-/// The `Idempotency-Key` that a client gave its request, if it did.
-pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
-    let mut keys = headers.get_all("idempotency-key").iter();
-    let Some(key) = keys.next() else { return Ok(None) };
-    let text = key.to_str().ok().filter(|text| {
-        (1..=KEY_CHARS_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
-    });
-    if let (Some(text), None) = (text, keys.next()) {
-        return Ok(Some(text));
-    }
-    let detail = format!("Idempotency-Key: wanted one, of 1 to {KEY_CHARS_MAX} visible ASCII characters");
-    Err(Problem::new(ProblemKind::BadParameter, detail))
-}
-
-/// What makes the same request, sent twice, one job; none without an `Idempotency-Key`. `parts` are all that is asked
-/// for, in an order that does not depend on the sender.
-pub(super) fn idempotency<'a>(
-    headers: &HeaderMap,
-    parts: impl IntoIterator<Item = &'a [u8]>,
-) -> Result<Option<Idempotency>, Problem> {
-    let Some(key) = idempotency_key(headers)? else { return Ok(None) };
-    let mut request = RequestHash::default();
-    parts.into_iter().for_each(|part| request.add(part));
-    Ok(Some(request.named(key)))
-}
-
-/// A hash of all that is asked for.
-#[derive(Default)]
-pub(super) struct RequestHash(Sha256);
-
-impl RequestHash {
-    /// Adds the next part.
-    pub(super) fn add(&mut self, part: &[u8]) {
-        self.0.update((part.len() as u64).to_le_bytes());
-        self.0.update(part);
-    }
-
-    /// Adds the next part, which is `bytes` long and read piece by piece.
-    pub(super) fn add_from(&mut self, bytes: u64, mut part: impl std::io::Read) -> std::io::Result<()> {
-        self.0.update(bytes.to_le_bytes());
-        let mut piece = vec![0; 256 << 10];
-        loop {
-            match part.read(&mut piece)? {
-                0 => return Ok(()),
-                n => self.0.update(&piece[..n]),
-            }
-        }
-    }
-
-    /// The request of this hash under its name.
-    pub(super) fn named(self, key: &str) -> Idempotency {
-        Idempotency { key: key.to_owned(), request_hash: format!("{:x}", self.0.finalize()) }
-    }
-}
 
 /// A job that is in the queue, and whether it was there before.
 pub(super) struct Accepted {
@@ -111,11 +55,11 @@ pub(super) async fn again(
     if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
         return Ok(before);
     }
-    let job = find(front, tenant, id, kind).await?;
+    let job = front.find_job(tenant, id, kind).await?;
     may_be_done_again(job.state)?;
     caller.step_aside();
     let bytes = job.photos.iter().map(|photo| photo.size).sum();
-    let turn = front.line.admit(tenant, bytes).await?.turn(bytes).await?;
+    let turn = front.uploads.admit(tenant, bytes).await?.turn(bytes).await?;
     let terms = Terms {
         max_attempts: front.settings.attempts_max,
         queue_max: front.settings.queue_max,
@@ -140,7 +84,7 @@ pub(super) async fn again(
         Err(retry::Error::Store(error)) => Err(error.into()),
         // Whoever deletes a job takes its photos first.
         Err(retry::Error::Blobs(blobs::Error::Missing)) => {
-            find(front, tenant, id, kind).await?;
+            front.find_job(tenant, id, kind).await?;
             Err(blobs::Error::Missing.into())
         }
         Err(retry::Error::Blobs(error)) => Err(error.into()),

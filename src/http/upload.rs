@@ -4,17 +4,21 @@ use axum::body::{Body, Bytes};
 use axum::http::HeaderMap;
 use serde_json::{Value, json};
 
-use super::Front;
+use super::auth::Caller;
 use super::body::{Inflow, announced};
-use super::form::Form;
-use super::keys::Caller;
-use super::line::{Admitted, Turn};
-use super::problem::{Kind, Problem};
+use super::idempotency::{RequestHash, idempotency_key};
+use super::json::{from_json, misfit, whole_numbers};
+use super::multipart::Form;
+use super::problem::{Kind, Problem, shorten};
 use super::spool::{Spool, Spooled};
+use super::state::Front;
+use super::submit::drawn_seed;
+use super::upload_queue::{Admitted, Turn};
 use crate::blobs::Key;
-use crate::job::{JobId, N_PHOTOS_MAX, Object, TenantId};
+use crate::job::{Invalid, JobId, N_PHOTOS_MAX, N_PHOTOS_MIN, Object, TenantId, TrainOptions, TrainSpec};
 use crate::memory::giving_back;
 use crate::photo::{Inspection, Photo, Refusal, duplicates};
+use crate::store::Idempotency;
 
 /// Beside the photos: fields, boundaries, heads.
 const REST_BYTES_MAX: usize = 1 << 20;
@@ -50,7 +54,7 @@ pub(super) async fn receive(
     caller.step_aside();
     let bytes_max = N_PHOTOS_MAX * front.settings.photo_bytes_max + REST_BYTES_MAX;
     let mut form = Form::new(headers, Inflow::new(headers, body, bytes_max, front.settings.upload_time)?)?;
-    let admitted = front.line.admit(caller.tenant, announced(headers).unwrap_or(bytes_max as u64)).await?;
+    let admitted = front.uploads.admit(caller.tenant, announced(headers).unwrap_or(bytes_max as u64)).await?;
     form.signs(admitted.life());
     let upload = tokio::select! {
         biased;
@@ -87,7 +91,7 @@ async fn read(front: &Front, mut form: Form, fields: Fields) -> Result<Upload, P
             }
             _ => {
                 let wanted = if fields == Fields::Job { "images, class_name, options" } else { "images" };
-                let detail = format!("unknown part {:?}; wanted {wanted}", super::body::shorten(&name));
+                let detail = format!("unknown part {:?}; wanted {wanted}", shorten(&name));
                 return Err(Problem::new(Kind::Field, detail));
             }
         }
@@ -115,6 +119,49 @@ impl Upload {
     pub(super) fn bytes(&self) -> u64 {
         self.images.iter().map(Spooled::len).sum()
     }
+
+    /// The request's own name, with a hash of all that is asked for, in a fixed order.
+    pub(super) async fn idempotency(&self, headers: &HeaderMap) -> Result<Option<Idempotency>, Problem> {
+        let Some(key) = idempotency_key(headers)? else { return Ok(None) };
+        let mut request = RequestHash::default();
+        for field in [&self.class_name, &self.options] {
+            request.add(field.as_deref().unwrap_or_default());
+        }
+        for image in &self.images {
+            request = image.hashed(request).await?;
+        }
+        Ok(Some(request.named(key)))
+    }
+
+    pub(super) fn spec(&self) -> Result<TrainSpec, Problem> {
+        let refused =
+            |pointer: &str, how: String| Problem::new(Kind::Field, format!("{pointer}: {how}")).at(pointer);
+        let n = self.images.len();
+        if n < N_PHOTOS_MIN {
+            let how = format!("wanted {N_PHOTOS_MIN} to {N_PHOTOS_MAX} photos, got {n}");
+            return Err(refused("/images", how));
+        }
+        let class_name =
+            self.class_name.as_deref().ok_or_else(|| refused("/class_name", "is missing".into()))?;
+        let class_name = std::str::from_utf8(class_name);
+        let class_name = class_name.map_err(|_| refused("/class_name", "is not UTF-8".into()))?;
+        let options: TrainOptions = match &self.options {
+            Some(json) => options(json, "/options")?,
+            None => TrainOptions::default(),
+        };
+        options.check().map_err(|invalid| {
+            let pointer = format!("/options{}", invalid.pointer);
+            Invalid { pointer, ..invalid }
+        })?;
+        Ok(TrainSpec::new(class_name, options, drawn_seed()?)?)
+    }
+}
+
+/// A training's options: what the document at `pointer` says, and for the rest the defaults of its method.
+fn options(bytes: &[u8], pointer: &str) -> Result<TrainOptions, Problem> {
+    from_json::<TrainOptions>(bytes, pointer)?; // says where it is wrong
+    let some = serde_json::from_slice(&whole_numbers(bytes)).and_then(|some| TrainOptions::given(&some));
+    some.map_err(|error| misfit(&error, pointer))
 }
 
 /// Decodes a photo; none of it stays in memory but the picture.

@@ -10,11 +10,11 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use serde_json::Value;
 
-use super::Front;
-use super::document::{document, openapi};
+use super::openapi::{document, openapi};
 use super::problem::{Kind, Problem, TYPE_PREFIX};
+use super::state::Front;
 
-const STYLE: &str = include_str!("page.css");
+const STYLE: &str = include_str!("reference.css");
 const METHODS: [&str; 3] = ["post", "get", "delete"];
 
 pub(super) fn routes() -> Router<Front> {

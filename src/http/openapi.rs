@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
 
 use super::problem::{self, Document, Kind};
-use super::{about, api};
+use super::routes::{about, api};
 use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern};
 
 #[derive(OpenApi)]

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::activity::Life;
+use super::fair_pool::{Full, Place, Pool, Recall};
 use super::problem::{Kind, Problem};
-use super::shares::{Full, Life, Place, Pool, Recall};
 use crate::job::{N_PHOTOS_MAX, TenantId};
 
 /// Longest wait in the line that is begun: a client and the proxies before it wait about a minute.

@@ -7,7 +7,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 
-use super::Front;
+use super::state::Front;
 use crate::job::Method;
 
 /// Pictures come from the store, which may be another host; all else comes from here.
@@ -16,12 +16,9 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 
 pub(super) fn routes() -> Router<Front> {
     Router::new()
-        .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("app/index.html")) }))
-        .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("app/app.css")) }))
-        .route(
-            "/app.js",
-            get(|| async { file("text/javascript; charset=utf-8", include_str!("app/app.js")) }),
-        )
+        .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("ui/index.html")) }))
+        .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("ui/app.css")) }))
+        .route("/app.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("ui/app.js")) }))
         .route("/app.json", get(about))
 }
 

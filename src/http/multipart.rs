@@ -8,9 +8,9 @@ use axum::http::HeaderMap;
 use bytes::{Buf, BytesMut};
 use memchr::memmem::{self, Finder};
 
+use super::activity::Life;
 use super::body::{Inflow, media_type};
 use super::problem::{Kind, Problem};
-use super::shares::Life;
 use super::spool::Spool;
 
 const BOUNDARY_CHARS_MAX: usize = 70; // RFC 2046 section 5.1.1

@@ -6,14 +6,14 @@
 //! because of what another does, as long as there are at least as many places as tenants.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::activity::Life;
 use super::problem::{Kind, Problem};
 use crate::job::TenantId;
 
@@ -118,36 +118,6 @@ struct Holder {
     life: Life,
     /// Tells the holder to give the place back; none if it cannot.
     leave: Option<CancellationToken>,
-}
-
-/// When there was last a sign of life, in milliseconds on a clock of our own.
-#[derive(Clone, Debug)]
-pub(super) struct Life(Arc<AtomicU64>);
-
-impl Default for Life {
-    fn default() -> Self {
-        Self::begin()
-    }
-}
-
-impl Life {
-    fn now() -> u64 {
-        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-        BEGAN.elapsed().as_millis() as u64
-    }
-
-    pub(super) fn begin() -> Self {
-        Self(Arc::new(AtomicU64::new(Self::now())))
-    }
-
-    pub(super) fn sign(&self) {
-        self.0.store(Self::now(), Ordering::Relaxed);
-    }
-
-    /// How long there has been none.
-    pub(super) fn silence(&self) -> Duration {
-        Duration::from_millis(Self::now().saturating_sub(self.0.load(Ordering::Relaxed)))
-    }
 }
 
 /// A place; given back when it is dropped.

@@ -5,29 +5,34 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use axum::Router;
 use axum::body::Body;
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use axum::middleware::Next;
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
+use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use super::prefer::preferred_wait;
 use super::problem::{self, Kind, Problem};
-use super::{Front, keys};
 use crate::clock;
 use crate::telemetry;
 
 /// By which a request is found in logs.
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_CHARS_MAX: usize = 64;
 
-/// Longest that `Prefer: wait` may wait: proxies give an answer up after a minute.
-pub(super) const WAIT_MAX: Duration = Duration::from_secs(50);
 const TIME_MAX: Duration = Duration::from_secs(30);
 
+/// What all routes pass, those of operators too.
+pub(super) fn dressed(router: Router) -> Router {
+    router.layer(CatchPanicLayer::custom(panicked)).layer(from_fn(finish))
+}
+
 /// The outermost layer: gives the request its id, writes problems down, and logs one line.
-pub(super) async fn finish(request: Request, next: Next) -> Response {
+async fn finish(request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers());
     let method = known(request.method());
@@ -134,19 +139,11 @@ fn bare_refusal(response: &Response) -> Option<Problem> {
 }
 
 /// What becomes of a panic in a handler.
-pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<&str>().copied().map(ToOwned::to_owned);
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
     tracing::error!(panic = %text.escape_debug(), "a handler panicked");
     Problem::new(Kind::Internal, "something went wrong on our side").into_response()
-}
-
-/// The door of the API: on a server without keys, whoever is not on this machine goes no further.
-pub(super) async fn admit(State(front): State<Front>, request: Request, next: Next) -> Response {
-    match keys::guard_local(&front, &request) {
-        Ok(()) => next.run(request).await,
-        Err(problem) => problem.into_response(),
-    }
 }
 
 /// An answer takes half a minute at most, beside the time that its client is willing to wait.
@@ -158,15 +155,4 @@ pub(super) async fn hurry(request: Request, next: Next) -> Response {
         Ok(response) => response,
         Err(_) => Problem::new(kind, "the answer took too long").into_response(),
     }
-}
-
-/// How long the client is willing to wait for an end (RFC 7240), at most [`WAIT_MAX`].
-pub(super) fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
-    let all = headers.get_all("prefer").iter().filter_map(|value| value.to_str().ok());
-    let mut preferences = all.flat_map(|value| value.split([',', ';']));
-    let secs = preferences.find_map(|preference| {
-        let (name, value) = preference.split_once('=')?;
-        name.trim().eq_ignore_ascii_case("wait").then(|| value.trim().trim_matches('"').parse().ok())?
-    })?;
-    Some(Duration::from_secs(secs).min(WAIT_MAX))
 }

@@ -1,0 +1,119 @@
+//! Who asks: the tenant of a request's key, and what that key may do.
+
+use std::ops::{Deref, DerefMut};
+
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use tokio::time::Instant;
+
+use super::fair_pool::Place;
+use super::keys::{Believed, holds_key, unauthorized};
+use super::problem::{Kind, Problem};
+use super::settings::Auth;
+use super::state::Front;
+use crate::job::TenantId;
+use crate::store::Scope;
+
+/// Whoever asks: the tenant whose key came, with a place among the requests that are answered at once.
+pub(super) struct Caller {
+    pub(super) tenant: TenantId,
+    key: Option<String>,
+    ends: Option<Instant>,
+    place: Option<Place>,
+}
+
+/// A caller who may look.
+pub(super) struct Reader(pub(super) Caller);
+
+/// A caller who may change things.
+pub(super) struct Writer(pub(super) Caller);
+
+/// A caller who may see what concerns all tenants. Without keys, that is whoever is on this machine.
+pub(super) struct Operator(pub(super) Caller);
+
+impl Caller {
+    /// Whether the key that opened a long answer is still good.
+    pub(super) async fn still(&self, front: &Front) -> bool {
+        match &self.key {
+            Some(key) => !front
+                .keys
+                .check(key)
+                .await
+                .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
+            None => true,
+        }
+    }
+
+    /// When the key ends, if it does.
+    pub(super) fn ends(&self) -> Option<Instant> {
+        self.ends
+    }
+
+    /// Gives its place back: what follows takes long, and a place of another kind.
+    pub(super) fn step_aside(&mut self) {
+        self.place = None;
+    }
+
+    /// Takes its place again.
+    pub(super) async fn step_in(&mut self, front: &Front) -> Result<(), Problem> {
+        self.place = Some(front.shares.requests.take(self.tenant).await?);
+        Ok(())
+    }
+}
+
+macro_rules! callers {
+    ($($caller:ident: $scope:ident),+) => {$(
+        impl Deref for $caller {
+            type Target = Caller;
+
+            fn deref(&self) -> &Caller {
+                &self.0
+            }
+        }
+
+        impl DerefMut for $caller {
+            fn deref_mut(&mut self) -> &mut Caller {
+                &mut self.0
+            }
+        }
+
+        impl FromRequestParts<Front> for $caller {
+            type Rejection = Problem;
+
+            async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
+                identify(parts, front, Scope::$scope).await.map(Self)
+            }
+        }
+    )+};
+}
+callers!(Reader: Read, Writer: Write, Operator: Admin);
+
+async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Caller, Problem> {
+    if parts.uri.query().is_some_and(holds_key) {
+        return Err(Problem::new(
+            Kind::KeyInQuery,
+            "a key was sent in the URL; it belongs in the Authorization header",
+        ));
+    }
+    let mut caller = Caller { tenant: TenantId::LOCAL, key: None, ends: None, place: None };
+    if front.settings.auth == Auth::Keys {
+        let text = bearer(&parts.headers).ok_or_else(unauthorized)?;
+        let Believed { key, ends } = front.keys.check(text).await?;
+        if !key.scope.covers(wanted) {
+            let detail = format!("the key's scope is {}; wanted {wanted}", key.scope);
+            return Err(Problem::new(Kind::Scope, detail));
+        }
+        caller = Caller { tenant: key.tenant, key: Some(text.to_owned()), ends, place: None };
+    }
+    caller.step_in(front).await?;
+    Ok(caller)
+}
+
+/// The token of the one Authorization header.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut all = headers.get_all(header::AUTHORIZATION).iter();
+    let (first, None) = (all.next()?, all.next()) else { return None };
+    let (scheme, token) = first.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}

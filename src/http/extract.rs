@@ -1,0 +1,51 @@
+//! What requests name: ids in the path, parameters in the query.
+
+use axum::extract::{FromRequestParts, Path, Query};
+use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::problem::{Kind, Problem, shorten};
+use super::state::Front;
+use crate::job::JobId;
+
+/// The id in a path. What is no id names nothing.
+pub(super) struct Id(pub(super) JobId);
+
+impl FromRequestParts<Front> for Id {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, front).await;
+        let id = path.ok().and_then(|Path(text)| text.parse().ok());
+        id.map(Self).ok_or_else(|| Problem::not_found("job"))
+    }
+}
+
+/// The id and the name after it in a path.
+pub(super) struct Within(pub(super) JobId, pub(super) String);
+
+impl FromRequestParts<Front> for Within {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
+        let path = Path::<(String, String)>::from_request_parts(parts, front).await;
+        let within = path.ok().and_then(|Path((id, name))| Some(Self(id.parse().ok()?, name)));
+        within.ok_or_else(|| Problem::not_found("job"))
+    }
+}
+
+/// The query; unknown names are refused.
+pub(super) struct Asked<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequestParts<Front> for Asked<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Front) -> Result<Self, Problem> {
+        Query::try_from_uri(&parts.uri).map(|Query(query)| Self(query)).map_err(|error| {
+            // The first cause names the parameter; the rejection itself is a general remark.
+            let said =
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            Problem::new(Kind::BadParameter, format!("the query: {}", shorten(&said)))
+        })
+    }
+}

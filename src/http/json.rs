@@ -1,0 +1,148 @@
+//! JSON bodies and documents, with the place of what is wrong.
+
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::Request;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::body::{Inflow, media_type};
+use super::problem::{Kind, Problem, shorten};
+use super::state::Front;
+use crate::job::TenantId;
+
+/// Largest JSON body.
+const JSON_BYTES_MAX: usize = 64 * 1024;
+const JSON_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
+pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
+    front: &Front,
+    tenant: TenantId,
+    request: Request,
+) -> Result<(T, Bytes), Problem> {
+    let (parts, body) = request.into_parts();
+    if media_type(&parts.headers).is_none_or(|(essence, _)| essence != "application/json") {
+        return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
+    }
+    let mut inflow = Inflow::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;
+    let place = front.shares.bodies.take(tenant).await?;
+    inflow.signs(place.life());
+    let read = async {
+        let mut bytes = Vec::new();
+        while let Some(chunk) = inflow.next().await? {
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok::<_, Problem>(bytes)
+    };
+    let bytes = tokio::select! {
+        bytes = read => bytes?,
+        () = place.asked_back() => {
+            return Err(Problem::new(Kind::TooMany, "nothing more came, and others waited to send"));
+        }
+    };
+    Ok((from_json(&bytes, "")?, bytes.into()))
+}
+
+/// A JSON document that stands at `pointer` of the body.
+pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
+    let bytes = &whole_numbers(bytes)[..];
+    let mut source = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
+        let path: String = error.path().iter().map(segment).collect();
+        misfit(error.inner(), &format!("{pointer}{path}"))
+    })?;
+    source.end().map_err(|error| misfit(&error, pointer))?;
+    // serde takes an array of its fields' values for an object.
+    let (came, meant) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
+    if let (Ok(came), Ok(meant)) = (came, meant)
+        && let Some(at) = array_for_object(&came, &meant)
+    {
+        let pointer = format!("{pointer}{at}");
+        return Err(
+            Problem::new(Kind::Field, format!("{pointer}: wanted an object, got an array")).at(pointer)
+        );
+    }
+    Ok(value)
+}
+
+/// The same text with `8.0` written `8`: JSON Schema counts both as integers, serde one.
+pub(super) fn whole_numbers(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let (mut rest, mut quoted) = (text, false);
+    while let [byte, after @ ..] = rest {
+        let zeros = after.iter().take_while(|&&byte| byte == b'0').count();
+        let ends = after.get(zeros).is_none_or(|byte| !matches!(byte, b'0'..=b'9' | b'e' | b'E' | b'.'));
+        let follows_digit = plain.last().is_some_and(u8::is_ascii_digit);
+        if !quoted && *byte == b'.' && follows_digit && zeros > 0 && ends {
+            rest = &after[zeros..];
+            continue;
+        }
+        match (byte, after) {
+            (b'\\', [escaped, after @ ..]) if quoted => {
+                plain.extend([b'\\', *escaped]);
+                rest = after;
+                continue;
+            }
+            (b'"', _) => quoted = !quoted,
+            _ => {}
+        }
+        plain.push(*byte);
+        rest = after;
+    }
+    plain
+}
+
+/// Where an array came and an object is meant.
+fn array_for_object(came: &Value, meant: &Value) -> Option<String> {
+    match (came, meant) {
+        (Value::Array(_), Value::Object(_)) => Some(String::new()),
+        (Value::Object(came), Value::Object(meant)) => came.iter().find_map(|(name, came)| {
+            array_for_object(came, meant.get(name)?).map(|rest| format!("/{name}{rest}"))
+        }),
+        _ => None,
+    }
+}
+
+fn segment(segment: &serde_path_to_error::Segment) -> String {
+    use serde_path_to_error::Segment;
+    match segment {
+        Segment::Seq { index } => format!("/{index}"),
+        Segment::Map { key } => format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+        Segment::Enum { .. } | Segment::Unknown => String::new(),
+    }
+}
+
+pub(super) fn misfit(error: &serde_json::Error, pointer: &str) -> Problem {
+    let said = shorten(&error.to_string());
+    // A number beyond every range and a name given twice are our grammar's words for values, and the reverse.
+    let out_of_range = said.starts_with("number out of range");
+    let twice = said.starts_with("duplicate field");
+    if (error.is_data() && !twice) || out_of_range {
+        Problem::new(Kind::Field, format!("{pointer}: {said}")).at(pointer)
+    } else {
+        Problem::new(Kind::BadBody, format!("not acceptable as JSON: {said}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_numbers_are_written_as_such_and_nothing_else_is_touched() {
+        for (came, kept) in [
+            (r#"{"a": 8.0, "b": [-1.00, 1.5, 0.10, 1.0e3]}"#, r#"{"a": 8, "b": [-1, 1.5, 0.10, 1.0e3]}"#),
+            (r#""8.0 \\" 8.0"#, r#""8.0 \\" 8"#),
+            (r#""8.0 \" 8.0"#, r#""8.0 \" 8.0"#),
+            ("1.0.0", "1.0"),
+            (".0", ".0"),
+            ("8.", "8."),
+            ("8.0", "8"),
+        ] {
+            assert_eq!(String::from_utf8_lossy(&whole_numbers(came.as_bytes())), kept, "{came}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Lingering close: what a refused client still sends is read on for a while.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::Request;
+use axum::http::header;
+use axum::middleware::Next;
+use axum::response::Response;
+use futures_util::StreamExt;
+use tokio::time::Instant;
+
+const LINGER: Duration = Duration::from_secs(10);
+const LINGER_BYTES_MAX: usize = 512 << 20; // the largest upload that can be allowed
+/// How long a client that asks whether it may send (`Expect: 100-continue`) waits at least for the answer.
+const ASKING: Duration = Duration::from_millis(500);
+
+/// A client that is refused while it still sends would find its connection reset and our answer gone. So what it sends
+/// is read on for a while, and thrown away.
+pub(super) async fn linger(request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let (asks_first, began) = (parts.headers.contains_key(header::EXPECT), Instant::now());
+    let shared = Shared(Arc::new(Mutex::new(Lent { body, read: false })));
+    let response = next.run(Request::from_parts(parts, Body::new(shared.clone()))).await;
+    if response.status().is_client_error() || response.status().is_server_error() {
+        let Lent { body, read } = std::mem::take(&mut *shared.lock());
+        // One that asks whether it may send, and is told no soon enough, has not begun.
+        let sends = read || !asks_first || began.elapsed() > ASKING;
+        if sends && !body.is_end_stream() {
+            tokio::spawn(tokio::time::timeout(LINGER, drain(body)));
+        }
+    }
+    response
+}
+
+async fn drain(body: Body) {
+    let mut stream = body.into_data_stream();
+    let mut bytes_left = LINGER_BYTES_MAX;
+    while let Some(Ok(chunk)) = stream.next().await {
+        let Some(left) = bytes_left.checked_sub(chunk.len()) else { break };
+        bytes_left = left;
+    }
+}
+
+/// A body that can be taken back from whoever reads it.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Lent>>);
+
+/// The body, and whether anybody has begun to read it.
+#[derive(Default)]
+struct Lent {
+    body: Body,
+    read: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lent> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl HttpBody for Shared {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        let mut lent = self.lock();
+        lent.read = true;
+        Pin::new(&mut lent.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.lock().body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.lock().body.size_hint()
+    }
+}

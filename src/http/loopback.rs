@@ -1,0 +1,153 @@
+//! What a server without keys asks of every request, for it answers its own machine only.
+
+use std::net::IpAddr;
+
+use axum::extract::{Request, State};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderName, Uri, Version, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::problem::{Kind, Problem};
+use super::settings::Auth;
+use super::state::Front;
+
+/// The door of the API: on a server without keys, whoever is not on this machine goes no further.
+pub(super) async fn admit(State(front): State<Front>, request: Request, next: Next) -> Response {
+    match guard_local(&front, &request) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// What a proxy adds to a request, beside all that begins with `x-forwarded`.
+const PROXY_HEADERS: [&str; 16] = [
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-original-forwarded-for",
+    "x-original-host",
+    "x-original-uri",
+    "x-envoy-external-address",
+    "true-client-ip",
+    "cdn-loop",
+    "cf-connecting-ip",
+    "cf-ray",
+    "fastly-client-ip",
+    "fly-client-ip",
+    "x-amzn-trace-id",
+];
+
+/// A server without keys answers its own machine only, and has no other wall against the rest of the world than these
+/// questions: did a proxy pass the request on, was the server asked for by a name of this machine (DNS rebinding), and did
+/// a page of another site ask?
+fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
+    if front.settings.auth == Auth::None {
+        if let Some(sign) = sign_of_proxy(request.version(), request.headers()) {
+            let detail = format!(
+                "{sign} says that a proxy passed this on, and without keys the server answers its own machine only; \
+                 start it with `--auth keys`, or with the `--public-url` that clients use, and make a key with \
+                 `hypnos keys create`"
+            );
+            return Err(Problem::new(Kind::Proxied, detail));
+        }
+        if !host(request.uri(), request.headers()).is_some_and(|host| is_loopback(without_port(host))) {
+            return Err(Problem::new(
+                Kind::Host,
+                "wanted a name of this machine: localhost or a loopback address",
+            ));
+        }
+        if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
+            return Err(Problem::new(Kind::CrossSite, "the request comes from a page of another site"));
+        }
+    }
+    Ok(())
+}
+
+/// How a request shows that it came through a proxy, if it does. One that adds nothing and names a loopback host cannot be
+/// told from a client; but nginx, as it comes, asks in HTTP/1.0, which clients do not any more.
+fn sign_of_proxy(version: Version, headers: &HeaderMap) -> Option<String> {
+    let is_sign = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
+    let header = headers.keys().map(HeaderName::as_str).find(is_sign);
+    let old = version < Version::HTTP_11;
+    header.map(|name| format!("the header {name}")).or_else(|| old.then(|| "HTTP/1.0".to_owned()))
+}
+
+/// The host and port that the client asked for.
+fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
+    let authority = uri.authority().map(Authority::as_str);
+    authority.or_else(|| headers.get(header::HOST)?.to_str().ok())
+}
+
+/// Whether a host, as it stands in a URL without its port, is this machine whoever asks.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
+    let address: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
+    let loopback = address.is_some_and(|address| address.to_canonical().is_loopback());
+    loopback || name == "localhost" || name.ends_with(".localhost") // RFC 6761
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    }
+}
+
+fn is_cross_site(uri: &Uri, headers: &HeaderMap, public_url: &str) -> bool {
+    if let Some(site) = headers.get("sec-fetch-site") {
+        return site != "same-origin" && site != "none"; // "same-site" is any other port of this machine
+    }
+    let Some(origin) = headers.get(header::ORIGIN) else { return false };
+    let own = host(uri, headers).map(|host| format!("http://{host}"));
+    let public = public_url
+        .parse::<Uri>()
+        .ok()
+        .and_then(|url| Some(format!("{}://{}", url.scheme_str()?, url.authority()?)));
+    !origin.to_str().is_ok_and(|origin| [own, public].into_iter().flatten().any(|own| own == origin))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_this_machine_by_its_name_only() {
+        let own = ["localhost", "LocalHost.:80", "a.localhost", "127.0.0.1:8080", "[::1]:80", "127.9.9.9"];
+        for own in own.into_iter().chain(["[::ffff:127.0.0.1]"]) {
+            assert!(is_loopback(without_port(own)), "{own}");
+        }
+        for other in
+            ["evil.example", "localhost.evil.example", "10.0.0.1", "", "127.0.0.1.evil.example:80", "127.1"]
+        {
+            assert!(!is_loopback(without_port(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_known_by_what_it_adds() {
+        let sign = |name: &'static str| {
+            let headers =
+                HeaderMap::from_iter([(HeaderName::from_static(name), "x".parse().expect("a value"))]);
+            sign_of_proxy(Version::HTTP_11, &headers)
+        };
+        for name in [
+            "forwarded",
+            "x-forwarded-for",
+            "x-forwarded-host",
+            "x-forwarded-proto",
+            "x-forwarded-port",
+            "via",
+            "x-real-ip",
+        ] {
+            assert_eq!(sign(name), Some(format!("the header {name}")));
+        }
+        for name in ["accept", "x-request-id", "forwarded-not", "user-agent", "traceparent"] {
+            assert_eq!(sign(name), None, "{name}");
+        }
+        assert_eq!(sign_of_proxy(Version::HTTP_10, &HeaderMap::new()).as_deref(), Some("HTTP/1.0"));
+        assert_eq!(sign_of_proxy(Version::HTTP_2, &HeaderMap::new()), None);
+    }
+}

@@ -1,0 +1,135 @@
+//! Lists, page by page.
+
+use axum::Json;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+use uuid::Uuid;
+
+use super::problem::{Kind as ProblemKind, Problem};
+use super::state::Front;
+use crate::job::{Job, JobId, Kind, State, TenantId};
+use crate::store::Filter;
+
+/// Which part of a list.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PageQuery {
+    /// Most entries.
+    #[param(minimum = 1, maximum = 200, default = 50)]
+    limit: Option<u32>,
+    /// Where the page before ended: its `next_cursor`.
+    #[param(pattern = "^[0-9a-f]{32}$", min_length = 32, max_length = 32)]
+    cursor: Option<String>,
+    /// In this state only.
+    state: Option<State>,
+    /// Of this class only; trainings have one.
+    #[param(min_length = 1, max_length = 64)]
+    class_name: Option<String>,
+    /// Accepted later than this only (RFC 3339).
+    #[param(value_type = Option<String>, format = DateTime)]
+    created_after: Option<String>,
+    /// Drawn with this training only; samples have one.
+    #[param(value_type = Option<Uuid>)]
+    job_id: Option<String>,
+}
+
+impl PageQuery {
+    /// The list's filter, where it begins, and how long it may be.
+    pub(super) fn parse(&self, kind: Kind) -> Result<(Filter, Option<JobId>, u32), Problem> {
+        let wrong = |name: &str, wanted: &str| {
+            Problem::new(ProblemKind::BadParameter, format!("{name}: wanted {wanted}"))
+        };
+        let limit = self.limit.unwrap_or(50);
+        if !(1..=200).contains(&limit) {
+            return Err(wrong("limit", "1 to 200"));
+        }
+        let cursor = self.cursor.as_deref().map(|text| {
+            let id = Uuid::try_parse(text).ok().filter(|id| id.simple().to_string() == text);
+            id.map(JobId).ok_or_else(|| wrong("cursor", "the next_cursor of a page"))
+        });
+        let created_after = self.created_after.as_deref().map(|text| {
+            let time: Option<Timestamp> = text.parse().ok();
+            time.map(Timestamp::as_millisecond).ok_or_else(|| wrong("created_after", "a time as in RFC 3339"))
+        });
+        let class_name = self.class_name.as_deref().map(|text| {
+            crate::job::class_name(text).map_err(|invalid| {
+                Problem::new(ProblemKind::BadParameter, format!("class_name: {}", invalid.message))
+            })
+        });
+        let parent = self.job_id.as_deref().map(|text| text.parse().map_err(|_| wrong("job_id", "an id")));
+        let filter = Filter {
+            kind: Some(kind),
+            state: self.state,
+            class_name: class_name.transpose()?,
+            created_after_ms: created_after.transpose()?,
+            parent: parent.transpose()?,
+        };
+        Ok((filter, cursor.transpose()?, limit))
+    }
+
+    /// The address of the page that begins after `cursor`.
+    fn next_url(&self, base: &str, cursor: &str) -> String {
+        let state = self.state.map(|state| state.to_string());
+        let asked = [
+            ("state", state.as_ref()),
+            ("class_name", self.class_name.as_ref()),
+            ("created_after", self.created_after.as_ref()),
+            ("job_id", self.job_id.as_ref()),
+        ];
+        let asked = asked.iter().filter_map(|(name, value)| Some(format!("&{name}={}", percent((*value)?))));
+        let asked: Vec<_> = asked.collect();
+        format!("{base}?limit={}&cursor={cursor}{}", self.limit.unwrap_or(50), asked.concat())
+    }
+}
+
+/// Text as it may stand in a query (RFC 3986: all but the unreserved is escaped).
+fn percent(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    let escape = |byte: u8| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(escape).collect()
+}
+
+/// One page of a list, newest first.
+pub(super) struct Page {
+    /// The rows of the page.
+    pub(super) jobs: Vec<Job>,
+    /// Where the next page begins, if there is one.
+    pub(super) next_cursor: Option<String>,
+}
+
+impl Page {
+    pub(super) async fn read(
+        front: &Front,
+        tenant: TenantId,
+        query: &PageQuery,
+        kind: Kind,
+    ) -> Result<Self, Problem> {
+        let (filter, before, limit) = query.parse(kind)?;
+        let mut jobs = front.store.list(tenant, &filter, before, limit + 1).await?;
+        let more = jobs.len() > limit as usize;
+        jobs.truncate(limit as usize);
+        let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.0.simple().to_string());
+        Ok(Self { jobs, next_cursor })
+    }
+
+    /// The answer, with the `Link` to the next page.
+    pub(super) fn answer(
+        next_cursor: Option<&str>,
+        query: &PageQuery,
+        base: &str,
+        body: impl Serialize,
+    ) -> Response {
+        let mut response = Json(body).into_response();
+        if let Some(cursor) = next_cursor {
+            let link = format!("<{}>; rel=\"next\"", query.next_url(base, cursor));
+            if let Ok(link) = HeaderValue::from_str(&link) {
+                response.headers_mut().insert(header::LINK, link);
+            }
+        }
+        response
+    }
+}

@@ -1,0 +1,40 @@
+//! The API's operations, described as they are routed.
+
+use axum::middleware::from_fn;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::linger::linger;
+use super::state::Front;
+use super::{events, files, health, jobs, middleware, photos, samples};
+
+/// Everything that needs a key.
+pub(super) fn api() -> OpenApiRouter<Front> {
+    let short = OpenApiRouter::new()
+        .routes(routes!(jobs::list_jobs))
+        .routes(routes!(jobs::get_job, jobs::delete_job))
+        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(jobs::get_report))
+        .routes(routes!(jobs::list_artifacts))
+        .routes(routes!(jobs::get_artifact))
+        .routes(routes!(samples::create_sample))
+        .routes(routes!(samples::list_samples))
+        .routes(routes!(samples::get_sample, samples::delete_sample))
+        .routes(routes!(samples::cancel_sample))
+        .routes(routes!(samples::retry_sample))
+        .routes(routes!(samples::get_image))
+        .routes(routes!(health::metrics))
+        .layer(from_fn(middleware::hurry));
+    let uploads = OpenApiRouter::new()
+        .routes(routes!(jobs::create_job))
+        .routes(routes!(jobs::retry_job))
+        .routes(routes!(photos::inspect_photos))
+        .layer(from_fn(linger));
+    let streams = OpenApiRouter::new().routes(routes!(events::job_events)).routes(routes!(files::get_file));
+    OpenApiRouter::new().merge(short).merge(uploads).merge(streams)
+}
+
+/// What anybody may know.
+pub(super) fn about() -> OpenApiRouter<Front> {
+    OpenApiRouter::new().routes(routes!(health::healthz)).routes(routes!(health::readyz))
+}
