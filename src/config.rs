@@ -19,13 +19,14 @@ use crate::ml::bundle::{MINIATURE_NAME, miniature};
 /// What a setting is wrong about, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Wrong(String);
+pub struct ConfigError(String);
 
 /// A result whose error is one line.
-pub type Result<T, E = Wrong> = std::result::Result<T, E>;
+pub type Result<T, E = ConfigError> = std::result::Result<T, E>;
 
 /// Kinds of file systems, as the kernel names them, whose files other machines may have open too.
-const NETWORKED: [&str; 9] = ["nfs", "cifs", "smb", "afs", "9p", "ceph", "glusterfs", "fuse.sshfs", "lustre"];
+const NETWORK_FILE_SYSTEMS: [&str; 9] =
+    ["nfs", "cifs", "smb", "afs", "9p", "ceph", "glusterfs", "fuse.sshfs", "lustre"];
 
 /// The kind of file system that holds `dir`, from the text of Linux's mountinfo.
 fn file_system<'a>(mounts: &'a str, dir: &Path) -> Option<&'a str> {
@@ -37,18 +38,19 @@ fn file_system<'a>(mounts: &'a str, dir: &Path) -> Option<&'a str> {
     holding.max_by_key(|(place, _)| place.len()).map(|(_, kind)| kind)
 }
 
-fn wrong<T>(message: impl Into<String>) -> Result<T> {
-    Err(Wrong(message.into()))
+fn invalid<T>(message: impl Into<String>) -> Result<T> {
+    Err(ConfigError(message.into()))
 }
 
 /// Variables of the tests and the build, which are none of the service's business.
-const NOT_OURS: [&str; 2] = ["HYPNOS_TEST_", "HYPNOS_CUDA_"];
+const IGNORED_PREFIXES: [&str; 2] = ["HYPNOS_TEST_", "HYPNOS_CUDA_"];
 
 /// Refuses variables of the environment that begin as ours and are none of `known`.
 pub fn check_environment(names: impl Iterator<Item = String>, known: &BTreeSet<String>) -> Result<()> {
-    let ours = |name: &String| name.starts_with("HYPNOS_") && !NOT_OURS.iter().any(|p| name.starts_with(p));
+    let ours =
+        |name: &String| name.starts_with("HYPNOS_") && !IGNORED_PREFIXES.iter().any(|p| name.starts_with(p));
     match names.filter(ours).find(|name| !known.contains(name)) {
-        Some(name) => wrong(format!("{name} is set, but there is no such setting")),
+        Some(name) => invalid(format!("{name} is set, but there is no such setting")),
         None => Ok(()),
     }
 }
@@ -152,7 +154,7 @@ impl Storage {
     pub fn database_url(&self) -> Result<SecretString> {
         if self.database.is_none() && self.database_file.is_none() {
             std::fs::create_dir_all(&self.data).map_err(|error| {
-                Wrong(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
+                ConfigError(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
             })?;
         }
         self.existing_database_url()
@@ -169,7 +171,7 @@ impl Storage {
                 return Ok(url);
             }
             let scheme = shown.split(':').next().unwrap_or_default().to_owned();
-            return wrong(format!("HYPNOS_DATABASE: wanted sqlite:… or postgres://…, got {scheme:?}"));
+            return invalid(format!("HYPNOS_DATABASE: wanted sqlite:… or postgres://…, got {scheme:?}"));
         }
         Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
     }
@@ -193,7 +195,7 @@ impl Storage {
             return Ok(Some(url));
         }
         let scheme = shown.split(':').next().unwrap_or_default();
-        wrong(format!("HYPNOS_DATABASE_DIRECT: wanted postgres://…, got {scheme:?}"))
+        invalid(format!("HYPNOS_DATABASE_DIRECT: wanted postgres://…, got {scheme:?}"))
     }
 
     /// Whether the database is a file of this machine.
@@ -205,20 +207,20 @@ impl Storage {
     pub fn place(&self) -> Result<Place> {
         let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
         let Some(bucket) = place.strip_prefix("s3://") else {
-            if let Some(name) = self.s3_given().into_iter().next() {
-                return wrong(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
+            if let Some(name) = self.given_s3_settings().into_iter().next() {
+                return invalid(format!("{name} is set, but HYPNOS_OBJECTS is not s3://BUCKET"));
             }
             let dir = place.strip_prefix("file://").unwrap_or(&place);
             return match dir.split_once("://") {
                 Some((scheme, _)) => {
-                    wrong(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"))
+                    invalid(format!("HYPNOS_OBJECTS: wanted a directory or s3://BUCKET, got {scheme}://…"))
                 }
                 None => Ok(Place::Directory(dir.into())),
             };
         };
         let (name, prefix) = bucket.split_once('/').unwrap_or((bucket, ""));
         if name.is_empty() {
-            return wrong("HYPNOS_OBJECTS: s3:// names no bucket");
+            return invalid("HYPNOS_OBJECTS: s3:// names no bucket");
         }
         Ok(Place::Bucket(Bucket {
             name: name.into(),
@@ -231,18 +233,18 @@ impl Storage {
     }
 
     /// Settings of an S3 service that are set.
-    fn s3_given(&self) -> Vec<&'static str> {
+    fn given_s3_settings(&self) -> Vec<&'static str> {
         let places = [
             ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
             ("HYPNOS_S3_PUBLIC_ENDPOINT", self.s3_public_endpoint.is_some()),
             ("HYPNOS_S3_CREDENTIALS", self.s3_credentials != S3Credentials::Keys),
         ];
         let places = places.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
-        places.chain(self.s3_credentials_given().into_iter().map(|(_, name)| name)).collect()
+        places.chain(self.given_s3_credentials().into_iter().map(|(_, name)| name)).collect()
     }
 
     /// Settings of who we are to it that are set, and with which way of being somebody each goes.
-    fn s3_credentials_given(&self) -> Vec<(S3Credentials, &'static str)> {
+    fn given_s3_credentials(&self) -> Vec<(S3Credentials, &'static str)> {
         use S3Credentials::{Container, Instance, Keys, WebIdentity};
         let all = [
             (Keys, "HYPNOS_S3_ACCESS_KEY", self.s3_access_key.is_some()),
@@ -266,8 +268,8 @@ impl Storage {
     fn credentials(&self, platform: &dyn Fn(&str) -> Option<String>) -> Result<Credentials> {
         let how = self.s3_credentials;
         let chosen = how.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-        if let Some((_, name)) = self.s3_credentials_given().into_iter().find(|(of, _)| *of != how) {
-            return wrong(format!(
+        if let Some((_, name)) = self.given_s3_credentials().into_iter().find(|(of, _)| *of != how) {
+            return invalid(format!(
                 "{name} is set, but HYPNOS_S3_CREDENTIALS is {chosen}, which does not use it"
             ));
         }
@@ -276,11 +278,11 @@ impl Storage {
             own.clone().or_else(|| platform(variable).map(PathBuf::from))
         };
         let missing = |own: &str, variable: &str| {
-            wrong(format!("HYPNOS_S3_CREDENTIALS is {chosen}, but neither {own} nor {variable} is set"))
+            invalid(format!("HYPNOS_S3_CREDENTIALS is {chosen}, but neither {own} nor {variable} is set"))
         };
         let readable = |own: &str, file: PathBuf| match std::fs::read_to_string(&file) {
             Ok(_) => Ok(file),
-            Err(error) => wrong(format!("{own}: {} cannot be read: {}", file.display(), error.kind())),
+            Err(error) => invalid(format!("{own}: {} cannot be read: {}", file.display(), error.kind())),
         };
         match how {
             S3Credentials::Keys => {
@@ -292,8 +294,8 @@ impl Storage {
                     (Some(access_key), Some(secret_key)) => {
                         Ok(Credentials::Keys { access_key, secret_key, session_token })
                     }
-                    (None, _) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
-                    (_, None) => wrong("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
+                    (None, _) => invalid("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_ACCESS_KEY is not set"),
+                    (_, None) => invalid("HYPNOS_OBJECTS is s3://…, but HYPNOS_S3_SECRET_KEY is not set"),
                 }
             }
             S3Credentials::WebIdentity => {
@@ -305,7 +307,7 @@ impl Storage {
                 };
                 let sts_endpoint = either(&self.s3_sts_endpoint, "AWS_ENDPOINT_URL_STS");
                 if let Some(url) = sts_endpoint.as_ref().filter(|url| !url.starts_with("https://")) {
-                    return wrong(format!("HYPNOS_S3_STS_ENDPOINT: wanted https://HOST, got {url:?}"));
+                    return invalid(format!("HYPNOS_S3_STS_ENDPOINT: wanted https://HOST, got {url:?}"));
                 }
                 let session_name = either(&self.s3_role_session, "AWS_ROLE_SESSION_NAME");
                 Ok(Credentials::WebIdentity {
@@ -322,7 +324,7 @@ impl Storage {
                 let Some(place) = place else { return missing("HYPNOS_S3_CONTAINER_CREDENTIALS", relative) };
                 let whole = place.starts_with("http://") || place.starts_with("https://");
                 if !whole && !place.starts_with('/') {
-                    return wrong(format!(
+                    return invalid(format!(
                         "HYPNOS_S3_CONTAINER_CREDENTIALS: wanted /PATH or http(s)://HOST/PATH, got {place:?}"
                     ));
                 }
@@ -330,7 +332,7 @@ impl Storage {
                 let token_file =
                     file.map(|file| readable("HYPNOS_S3_CONTAINER_TOKEN_FILE", file)).transpose()?;
                 if whole && token_file.is_none() {
-                    return wrong(
+                    return invalid(
                         "HYPNOS_S3_CONTAINER_CREDENTIALS is a whole URL, but HYPNOS_S3_CONTAINER_TOKEN_FILE is not set",
                     );
                 }
@@ -351,9 +353,11 @@ impl Storage {
         let Ok(dir) = dir.canonicalize() else { return Ok(()) }; // whoever opens it says what is wrong
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         match file_system(&mounts, &dir) {
-            Some(kind) if NETWORKED.iter().any(|networked| kind.starts_with(networked)) => wrong(format!(
-                "HYPNOS_DATABASE is a SQLite file on a network file system ({kind}); wanted a local disk, or Postgres"
-            )),
+            Some(kind) if NETWORK_FILE_SYSTEMS.iter().any(|networked| kind.starts_with(networked)) => {
+                invalid(format!(
+                    "HYPNOS_DATABASE is a SQLite file on a network file system ({kind}); wanted a local disk, or Postgres"
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -448,7 +452,7 @@ impl Serving {
             None => None,
         };
         match (self.auth, reached) {
-            (Some(Auth::None), Some(reached)) => wrong(format!(
+            (Some(Auth::None), Some(reached)) => invalid(format!(
                 "HYPNOS_AUTH is none, but {reached}, which others reach; wanted HYPNOS_AUTH=keys, or a loopback address and URL"
             )),
             (Some(auth), _) => Ok(auth == Auth::Keys),
@@ -470,7 +474,7 @@ impl Serving {
             Some(host) if !host.is_empty() && !url.contains(['?', '#', ' ']) => {
                 Ok(url.trim_end_matches('/').to_owned())
             }
-            _ => wrong(format!("HYPNOS_PUBLIC_URL: wanted http(s)://HOST[/PATH], got {url:?}")),
+            _ => invalid(format!("HYPNOS_PUBLIC_URL: wanted http(s)://HOST[/PATH], got {url:?}")),
         }
     }
 
@@ -479,10 +483,10 @@ impl Serving {
         let given = secret("HYPNOS_URL_SECRET", self.url_secret.as_ref(), self.url_secret_file.as_deref())?;
         match given {
             Some(secret) if secret.expose_secret().len() < 16 => {
-                wrong("HYPNOS_URL_SECRET: wanted at least 16 characters")
+                invalid("HYPNOS_URL_SECRET: wanted at least 16 characters")
             }
             Some(secret) => Ok(secret),
-            None => kept_secret(&data.join("url-secret")),
+            None => load_or_create_secret(&data.join("url-secret")),
         }
     }
 }
@@ -539,7 +543,7 @@ impl Signals {
         let first = |names: [String; 2]| names.into_iter().find_map(|name| Some((set(&name)?, name)));
         let one_of = |name: &str, words: &[&str]| match set(name) {
             Some(word) if !words.contains(&word.as_str()) => {
-                wrong(format!("{name}: wanted {}, got {word:?}", words.join(" or ")))
+                invalid(format!("{name}: wanted {}, got {word:?}", words.join(" or ")))
             }
             word => Ok(word),
         };
@@ -548,7 +552,7 @@ impl Signals {
             let endpoints = [own("ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT".into()];
             let Some((endpoint, name)) = first(endpoints) else { return Ok(false) };
             if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-                return wrong(format!("{name}: wanted http(s)://HOST:PORT, got {endpoint:?}"));
+                return invalid(format!("{name}: wanted http(s)://HOST:PORT, got {endpoint:?}"));
             }
             for prefix in [format!("OTEL_EXPORTER_OTLP_{signal}"), "OTEL_EXPORTER_OTLP".into()] {
                 one_of(&format!("{prefix}_PROTOCOL"), &["http/protobuf"])?;
@@ -564,7 +568,7 @@ impl Signals {
             if sampler.is_some_and(|sampler| sampler.ends_with("ratio")) {
                 let ratio = set("OTEL_TRACES_SAMPLER_ARG").unwrap_or_default();
                 if !ratio.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio)) {
-                    return wrong(format!("OTEL_TRACES_SAMPLER_ARG: wanted 0 to 1, got {ratio:?}"));
+                    return invalid(format!("OTEL_TRACES_SAMPLER_ARG: wanted 0 to 1, got {ratio:?}"));
                 }
             }
             OTEL_NUMBERS.iter().try_for_each(|name| number(name, set(name)))?;
@@ -596,7 +600,7 @@ const OTEL_NUMBERS: [&str; 5] = [
 fn number(name: &str, value: Option<String>) -> Result<()> {
     match value {
         Some(value) if !value.parse::<u64>().is_ok_and(|number| number > 0) => {
-            wrong(format!("{name}: wanted a number above 0, got {value:?}"))
+            invalid(format!("{name}: wanted a number above 0, got {value:?}"))
         }
         _ => Ok(()),
     }
@@ -654,13 +658,13 @@ impl Working {
     /// Refuses settings that cannot work, alone or together.
     pub fn check(&self) -> Result<()> {
         if !(self.sample_share > 0.0 && self.sample_share <= 1.0) {
-            return wrong(format!(
+            return invalid(format!(
                 "HYPNOS_SAMPLE_SHARE: wanted more than 0 and at most 1, got {}",
                 self.sample_share
             ));
         }
         if self.beat_secs * 3.0 > self.lease_secs {
-            return wrong(format!(
+            return invalid(format!(
                 "HYPNOS_BEAT_SECS is {}, more than a third of HYPNOS_LEASE_SECS, {}",
                 self.beat_secs, self.lease_secs
             ));
@@ -689,7 +693,7 @@ pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
 pub fn seconds(name: &str, value: f64) -> Result<Duration> {
     match Duration::try_from_secs_f64(value) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => wrong(format!("{name}: wanted seconds above 0, got {value}")),
+        _ => invalid(format!("{name}: wanted seconds above 0, got {value}")),
     }
 }
 
@@ -698,7 +702,7 @@ pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
     if value.is_finite() && (0.0..=1e6).contains(&value) {
         return Ok((value * f64::from(1 << 30)) as u64);
     }
-    wrong(format!("{name}: wanted GiB from 0 on, got {value}"))
+    invalid(format!("{name}: wanted GiB from 0 on, got {value}"))
 }
 
 /// A variable that the platform sets, not we; read only where a setting says so by name.
@@ -709,25 +713,27 @@ fn platform(name: &str) -> Option<String> {
 /// A secret that is given itself, or by the file that holds it, but not by both.
 fn secret(name: &str, itself: Option<&SecretString>, file: Option<&Path>) -> Result<Option<SecretString>> {
     match (itself, file) {
-        (Some(_), Some(_)) => wrong(format!("{name} and {name}_FILE are both set; wanted one")),
+        (Some(_), Some(_)) => invalid(format!("{name} and {name}_FILE are both set; wanted one")),
         (Some(secret), None) => Ok(Some(secret.clone())),
         (None, Some(file)) => match std::fs::read_to_string(file) {
             Ok(text) if !text.trim().is_empty() => Ok(Some(text.trim().into())),
-            Ok(_) => wrong(format!("{name}_FILE: {} is empty", file.display())),
-            Err(error) => wrong(format!("{name}_FILE: {} cannot be read: {}", file.display(), error.kind())),
+            Ok(_) => invalid(format!("{name}_FILE: {} is empty", file.display())),
+            Err(error) => {
+                invalid(format!("{name}_FILE: {} cannot be read: {}", file.display(), error.kind()))
+            }
         },
         (None, None) => Ok(None),
     }
 }
 
 /// A secret drawn at the first start. Of two processes that start at once, both take the one that came first.
-fn kept_secret(file: &Path) -> Result<SecretString> {
+fn load_or_create_secret(file: &Path) -> Result<SecretString> {
     let failed =
-        |error: std::io::Error| Wrong(format!("{} cannot be used: {}", file.display(), error.kind()));
+        |error: std::io::Error| ConfigError(format!("{} cannot be used: {}", file.display(), error.kind()));
     if !file.exists() {
         let (mut high, mut low) = ([0; 16], [0; 16]);
         for half in [&mut high, &mut low] {
-            getrandom::fill(half).map_err(|error| Wrong(format!("no random numbers: {error}")))?;
+            getrandom::fill(half).map_err(|error| ConfigError(format!("no random numbers: {error}")))?;
         }
         let text = format!("{:032x}{:032x}", u128::from_ne_bytes(high), u128::from_ne_bytes(low));
         if let Some(dir) = file.parent() {
@@ -867,9 +873,9 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("data/url-secret");
-        let first = kept_secret(&file).unwrap();
+        let first = load_or_create_secret(&file).unwrap();
         assert_eq!(first.expose_secret().len(), 64);
-        assert_eq!(kept_secret(&file).unwrap().expose_secret(), first.expose_secret());
+        assert_eq!(load_or_create_secret(&file).unwrap().expose_secret(), first.expose_secret());
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(dir.path().join("data")).unwrap().count(), 1);
     }

@@ -61,7 +61,7 @@ impl Health {
         let mut devices = self.lock();
         devices.push(Device { name: name.to_owned(), condition: Condition::Starting });
         let reporter = Reporter { health: self.clone(), index: devices.len() - 1, name: name.to_owned() };
-        reporter.gauge(false);
+        reporter.set_gauge(false);
         reporter
     }
 
@@ -81,7 +81,7 @@ pub struct Reporter {
 impl Reporter {
     /// It takes jobs.
     pub fn working(&self) {
-        self.is(Condition::Working);
+        self.set(Condition::Working);
     }
 
     /// It takes no job for `pause`, and then it is probed. A fault on top of a fault does not change since when.
@@ -91,24 +91,24 @@ impl Reporter {
             Condition::Resting { since, .. } => since,
             _ => now,
         };
-        self.is(Condition::Resting { why: why.to_owned(), since, next_probe: now + pause });
+        self.set(Condition::Resting { why: why.to_owned(), since, next_probe: now + pause });
     }
 
     /// It is of no use any more.
     pub fn dead(&self, why: &str) {
-        self.is(Condition::Dead { why: why.to_owned(), since: SystemTime::now() });
+        self.set(Condition::Dead { why: why.to_owned(), since: SystemTime::now() });
     }
 
     fn condition(&self) -> Condition {
         self.health.lock()[self.index].condition.clone()
     }
 
-    fn is(&self, condition: Condition) {
-        self.gauge(condition == Condition::Working);
+    fn set(&self, condition: Condition) {
+        self.set_gauge(condition == Condition::Working);
         self.health.lock()[self.index].condition = condition;
     }
 
-    fn gauge(&self, works: bool) {
+    fn set_gauge(&self, works: bool) {
         let labels = [("worker", self.index.to_string()), ("device", self.name.clone())];
         metrics::gauge!("hypnos_device_working", &labels).set(f64::from(u8::from(works)));
     }

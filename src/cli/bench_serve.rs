@@ -31,7 +31,7 @@ use super::{Stop, say};
 use crate::blobs::{Blobs, BlobsConfig, Place};
 use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
 use crate::health::Health;
-use crate::http::{self, Auth, Front, Patience, keys::make_key};
+use crate::http::{self, AppState, Auth, Timeouts, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
 use crate::photo::{Decoder, Limits};
 use crate::store::{NewJob, NewKey, Origin, Scope, Store, Submitted};
@@ -143,11 +143,11 @@ impl House {
             http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
         let (rows, objects, health) = (store.clone(), blobs.clone(), Health::default());
-        let front = Front::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
+        let app = AppState::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
         let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
         let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
-        tokio::spawn(http::serve(listener, front.router(), 1024, Patience::default(), stop));
+        tokio::spawn(http::serve(listener, app.router(), 1024, Timeouts::default(), stop));
         let (database, scratch) = (url.to_owned(), dir.join("scratch"));
         Ok(Self { store, blobs, database, tenant, key: key.text, address, scratch })
     }

@@ -31,7 +31,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{self, Wrong};
+use crate::config::{self, ConfigError};
 use crate::job::{Fault, FaultCode};
 use crate::ml;
 
@@ -110,8 +110,8 @@ impl From<ml::Error> for Stop {
     }
 }
 
-impl From<Wrong> for Stop {
-    fn from(wrong: Wrong) -> Self {
+impl From<ConfigError> for Stop {
+    fn from(wrong: ConfigError) -> Self {
         Self::Input(wrong.to_string())
     }
 }

@@ -12,7 +12,7 @@ use super::{Stop, say, spot};
 use crate::blobs::Links;
 use crate::config::{Monitoring, Serving, Storage, Working, seconds};
 use crate::health::Health;
-use crate::http::{self, Auth, Front, Patience};
+use crate::http::{self, AppState, Auth, Timeouts};
 use crate::photo::{Decoder, Limits};
 use crate::{janitor, memory, worker};
 
@@ -107,10 +107,10 @@ pub(super) async fn serve(
         suggested,
         ..http::Settings::default()
     };
-    let spotter = spot::open(&args.working.bundle)?;
+    let detector = spot::open(&args.working.bundle)?;
     let decoder = Decoder::new(limits, n_parallel, DECODE);
     let (figures, health) = (watch.figures.clone(), Health::default());
-    let front = Front::new(
+    let app = AppState::new(
         store.clone(),
         blobs.clone(),
         decoder,
@@ -118,24 +118,24 @@ pub(super) async fn serve(
         figures,
         stop.clone(),
         health.clone(),
-        spotter,
+        detector,
     );
-    let patience = Patience {
+    let timeouts = Timeouts {
         head: seconds("HYPNOS_HEADER_SECS", serving.header_secs)?,
         drain: seconds("HYPNOS_DRAIN_SECS", serving.drain_secs)?,
-        ..Patience::default()
+        ..Timeouts::default()
     };
 
     // Whatever ends first ends all; the first token told from outside does so too.
     let n_connections = serving.connections_max as usize;
-    let serve = http::serve(listener, front.router(), n_connections, patience.clone(), stop.clone());
+    let serve = http::serve(listener, app.router(), n_connections, timeouts.clone(), stop.clone());
     let operations = match args.monitoring.metrics_listen {
         Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
         None => None,
     };
     let operations = async {
         if let Some(listener) = operations {
-            http::serve(listener, front.operations(), 64, patience.clone(), stop.clone()).await;
+            http::serve(listener, app.operations(), 64, timeouts.clone(), stop.clone()).await;
         }
     };
     let pause = service::janitor_pause(seconds("HYPNOS_LEASE_SECS", args.working.lease_secs)?);

@@ -102,7 +102,7 @@ impl Watch {
         let prometheus = PrometheusBuilder::new().set_buckets(&LATENCIES).map_err(|error| failed(&error))?;
         let prometheus = prometheus.build_recorder();
         let figures = prometheus.handle();
-        match telemetry.as_ref().and_then(Telemetry::figures) {
+        match telemetry.as_ref().and_then(Telemetry::recorder) {
             Some(pushed) => {
                 let both = FanoutBuilder::default().add_recorder(prometheus).add_recorder(pushed).build();
                 metrics::set_global_recorder(both).map_err(|error| failed(&error))?;
@@ -114,12 +114,12 @@ impl Watch {
 
     /// Brings the figures of the queue up to date for as long as they are pushed; returns at once where they are not.
     pub(super) async fn count_queue(&self, store: &Store, stop: &CancellationToken) {
-        if self.telemetry.as_ref().and_then(Telemetry::figures).is_none() {
+        if self.telemetry.as_ref().and_then(Telemetry::recorder).is_none() {
             return;
         }
         let count = async {
             loop {
-                let _ = http::count_queue(store).await; // whoever else asks the database says that it is away
+                let _ = http::update_queue_metrics(store).await; // whoever else asks the database says that it is away
                 tokio::time::sleep(COUNT_QUEUE).await;
             }
         };

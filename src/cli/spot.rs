@@ -11,7 +11,7 @@ use serde_json::Value;
 use tracing::info;
 
 use super::Stop;
-use crate::http::{Spotted, Spotter};
+use crate::http::{DetectedProduct, ProductDetector};
 use crate::ml::bundle::Bundle;
 use crate::ml::models::tracer::Tracer;
 use crate::ml::segment::segment;
@@ -25,7 +25,7 @@ const DEVICE: &str = "cpu";
 
 /// The segmenter of the bundle in `dir`; none if there is no bundle, as where only workers have one, or it has
 /// no segmenter.
-pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn Spotter>>, Stop> {
+pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn ProductDetector>>, Stop> {
     if !dir.join("segmenter").is_dir() {
         info!("photos are inspected without looking for the product: {} has no segmenter", dir.display());
         return Ok(None);
@@ -44,20 +44,20 @@ pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Valu
 
 struct Segmenter(Tracer);
 
-impl Spotter for Segmenter {
-    fn spot(&self, png: &[u8]) -> std::result::Result<Spotted, Box<dyn Error + Send + Sync>> {
+impl ProductDetector for Segmenter {
+    fn detect(&self, png: &[u8]) -> std::result::Result<DetectedProduct, Box<dyn Error + Send + Sync>> {
         Ok(self.look(png)?)
     }
 }
 
 impl Segmenter {
-    fn look(&self, png: &[u8]) -> Result<Spotted> {
+    fn look(&self, png: &[u8]) -> Result<DetectedProduct> {
         let photo = picture::read_png(png)?;
         let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
         let preview = picture::within(&mask.cut_out(&photo), PREVIEW);
         let (width, height) = preview.dimensions();
         let preview = picture::png(preview.as_raw(), (width as usize, height as usize), &[])?;
-        Ok(Spotted {
+        Ok(DetectedProduct {
             refusal: judgement.refusal(),
             warnings: judgement.warnings(),
             area: judgement.area,

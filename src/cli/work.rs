@@ -10,7 +10,7 @@ use super::Stop;
 use super::service::{self, Log, Watch, bind};
 use crate::config::{Monitoring, Storage, Working};
 use crate::health::Health;
-use crate::http::{self, Operations, Patience};
+use crate::http::{self, Operations, Timeouts};
 use crate::{janitor, worker};
 
 /// Connections of the listener for operators.
@@ -61,8 +61,8 @@ async fn work_on(
         if let Some(listener) = listener {
             let (figures, health) = (watch.figures.clone(), health.clone());
             let (store, blobs, stop) = (store.clone(), blobs.clone(), stop.clone());
-            let operations = Arc::new(Operations::of_worker(store, blobs, figures, stop, health));
-            http::serve(listener, operations.router(), CONNECTIONS, Patience::default(), ended.clone()).await;
+            let operations = Arc::new(Operations::for_worker(store, blobs, figures, stop, health));
+            http::serve(listener, operations.router(), CONNECTIONS, Timeouts::default(), ended.clone()).await;
         }
     };
     let work = async {

@@ -1,4 +1,4 @@
-//! When something last happened: shared by what does it and what watches.
+//! Time since the last activity, shared by what is active and what watches it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -6,32 +6,35 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// When there was last a sign of life, in milliseconds on a clock of our own.
+/// When something was last active. Clones are one.
 #[derive(Clone, Debug)]
-pub(super) struct Life(Arc<AtomicU64>);
+pub(super) struct Activity(Arc<AtomicU64>);
 
-impl Default for Life {
+impl Default for Activity {
     fn default() -> Self {
-        Self::begin()
+        Self::new()
     }
 }
 
-impl Life {
-    fn now() -> u64 {
-        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-        BEGAN.elapsed().as_millis() as u64
+impl Activity {
+    /// Active now.
+    pub(super) fn new() -> Self {
+        Self(Arc::new(AtomicU64::new(Self::now_ms())))
     }
 
-    pub(super) fn begin() -> Self {
-        Self(Arc::new(AtomicU64::new(Self::now())))
+    /// Records that there was activity now.
+    pub(super) fn touch(&self) {
+        self.0.store(Self::now_ms(), Ordering::Relaxed);
     }
 
-    pub(super) fn sign(&self) {
-        self.0.store(Self::now(), Ordering::Relaxed);
+    /// Time since the last activity.
+    pub(super) fn idle(&self) -> Duration {
+        Duration::from_millis(Self::now_ms().saturating_sub(self.0.load(Ordering::Relaxed)))
     }
 
-    /// How long there has been none.
-    pub(super) fn silence(&self) -> Duration {
-        Duration::from_millis(Self::now().saturating_sub(self.0.load(Ordering::Relaxed)))
+    /// Milliseconds since the first call in this process.
+    fn now_ms() -> u64 {
+        static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+        EPOCH.elapsed().as_millis() as u64
     }
 }

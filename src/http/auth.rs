@@ -7,11 +7,11 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use tokio::time::Instant;
 
-use super::fair_pool::Place;
-use super::keys::{Believed, holds_key, unauthorized};
+use super::fair_pool::Permit;
+use super::keys::{CachedKey, contains_key, unauthorized};
 use super::problem::{Kind, Problem};
 use super::settings::Auth;
-use super::state::Front;
+use super::state::AppState;
 use crate::job::TenantId;
 use crate::store::Scope;
 
@@ -19,8 +19,8 @@ use crate::store::Scope;
 pub(super) struct Caller {
     pub(super) tenant: TenantId,
     key: Option<String>,
-    ends: Option<Instant>,
-    place: Option<Place>,
+    expires_at: Option<Instant>,
+    permit: Option<Permit>,
 }
 
 /// A caller who may look.
@@ -34,11 +34,11 @@ pub(super) struct Operator(pub(super) Caller);
 
 impl Caller {
     /// Whether the key that opened a long answer is still good.
-    pub(super) async fn still(&self, front: &Front) -> bool {
+    pub(super) async fn is_still_valid(&self, app: &AppState) -> bool {
         match &self.key {
-            Some(key) => !front
+            Some(key) => !app
                 .keys
-                .check(key)
+                .authenticate(key)
                 .await
                 .is_err_and(|problem| matches!(problem.kind(), Kind::Unauthorized | Kind::TenantDisabled)),
             None => true,
@@ -46,18 +46,18 @@ impl Caller {
     }
 
     /// When the key ends, if it does.
-    pub(super) fn ends(&self) -> Option<Instant> {
-        self.ends
+    pub(super) fn expires_at(&self) -> Option<Instant> {
+        self.expires_at
     }
 
     /// Gives its place back: what follows takes long, and a place of another kind.
-    pub(super) fn step_aside(&mut self) {
-        self.place = None;
+    pub(super) fn release_permit(&mut self) {
+        self.permit = None;
     }
 
     /// Takes its place again.
-    pub(super) async fn step_in(&mut self, front: &Front) -> Result<(), Problem> {
-        self.place = Some(front.shares.requests.take(self.tenant).await?);
+    pub(super) async fn acquire_permit(&mut self, app: &AppState) -> Result<(), Problem> {
+        self.permit = Some(app.pools.requests.acquire(self.tenant).await?);
         Ok(())
     }
 }
@@ -78,35 +78,35 @@ macro_rules! callers {
             }
         }
 
-        impl FromRequestParts<Front> for $caller {
+        impl FromRequestParts<AppState> for $caller {
             type Rejection = Problem;
 
-            async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-                identify(parts, front, Scope::$scope).await.map(Self)
+            async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, Problem> {
+                authenticate(parts, app, Scope::$scope).await.map(Self)
             }
         }
     )+};
 }
 callers!(Reader: Read, Writer: Write, Operator: Admin);
 
-async fn identify(parts: &Parts, front: &Front, wanted: Scope) -> Result<Caller, Problem> {
-    if parts.uri.query().is_some_and(holds_key) {
+async fn authenticate(parts: &Parts, app: &AppState, wanted: Scope) -> Result<Caller, Problem> {
+    if parts.uri.query().is_some_and(contains_key) {
         return Err(Problem::new(
             Kind::KeyInQuery,
             "a key was sent in the URL; it belongs in the Authorization header",
         ));
     }
-    let mut caller = Caller { tenant: TenantId::LOCAL, key: None, ends: None, place: None };
-    if front.settings.auth == Auth::Keys {
+    let mut caller = Caller { tenant: TenantId::LOCAL, key: None, expires_at: None, permit: None };
+    if app.settings.auth == Auth::Keys {
         let text = bearer(&parts.headers).ok_or_else(unauthorized)?;
-        let Believed { key, ends } = front.keys.check(text).await?;
+        let CachedKey { key, expires_at } = app.keys.authenticate(text).await?;
         if !key.scope.covers(wanted) {
             let detail = format!("the key's scope is {}; wanted {wanted}", key.scope);
             return Err(Problem::new(Kind::Scope, detail));
         }
-        caller = Caller { tenant: key.tenant, key: Some(text.to_owned()), ends, place: None };
+        caller = Caller { tenant: key.tenant, key: Some(text.to_owned()), expires_at, permit: None };
     }
-    caller.step_in(front).await?;
+    caller.acquire_permit(app).await?;
     Ok(caller)
 }
 

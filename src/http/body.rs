@@ -7,20 +7,20 @@ use axum::http::{HeaderMap, header};
 use futures_util::StreamExt;
 use tokio::time::Instant;
 
-use super::activity::Life;
+use super::activity::Activity;
 use super::problem::{Kind, Problem};
 
 /// A body that ends after so many bytes or so long, whatever its sender does.
-pub(super) struct Inflow {
+pub(super) struct LimitedBody {
     stream: BodyDataStream,
     bytes_max: usize,
     bytes_left: usize,
     time: Duration,
     deadline: Option<Instant>,
-    life: Life,
+    activity: Activity,
 }
 
-impl Inflow {
+impl LimitedBody {
     /// Refuses at once what is packed, and what is announced to be larger than `bytes_max`. The time counts from when the
     /// first bytes are asked for.
     pub(super) fn new(
@@ -33,26 +33,26 @@ impl Inflow {
         if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
             return Err(Problem::new(Kind::MediaType, "a body must come without Content-Encoding"));
         }
-        if announced(headers).is_some_and(|bytes| bytes > bytes_max as u64) {
+        if content_length(headers).is_some_and(|bytes| bytes > bytes_max as u64) {
             return Err(too_large(bytes_max));
         }
         let stream = body.into_data_stream();
-        Ok(Self { stream, bytes_max, bytes_left: bytes_max, time, deadline: None, life: Life::begin() })
+        Ok(Self { stream, bytes_max, bytes_left: bytes_max, time, deadline: None, activity: Activity::new() })
     }
 
     /// All that comes is a sign of this life.
-    pub(super) fn signs(&mut self, life: Life) {
-        self.life = life;
+    pub(super) fn report_to(&mut self, activity: Activity) {
+        self.activity = activity;
     }
 
     /// What came next; none at the end.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
+    pub(super) async fn next_chunk(&mut self) -> Result<Option<Bytes>, Problem> {
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + self.time);
         let next = tokio::time::timeout_at(deadline, self.stream.next()).await;
         let Ok(next) = next else {
             return Err(Problem::new(Kind::BodyTimeout, "the body did not come in time"));
         };
-        self.life.sign();
+        self.activity.touch();
         let Some(chunk) = next else { return Ok(None) };
         let Ok(chunk) = chunk else {
             return Err(Problem::new(Kind::BadBody, "the body broke off"));
@@ -64,7 +64,7 @@ impl Inflow {
 }
 
 /// How long the body is said to be.
-pub(super) fn announced(headers: &HeaderMap) -> Option<u64> {
+pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 

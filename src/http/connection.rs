@@ -1,4 +1,4 @@
-//! One connection: its requests one after the other, and what ends it.
+//! One connection: serves its requests, and ends it when a time limit is over.
 
 use std::convert::Infallible;
 use std::io;
@@ -22,46 +22,46 @@ use tokio::time::{Instant, Sleep, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use super::activity::Life;
+use super::activity::Activity;
 
-/// How long a connection may take for what.
+/// Time limits of a connection.
 #[derive(Clone, Debug)]
-pub struct Patience {
-    /// To send the head of a request, its first byte included.
+pub struct Timeouts {
+    /// For the whole head of a request, before its first byte too.
     pub head: Duration,
-    /// To take the next byte of a response.
+    /// For the client to take the next byte of a response.
     pub stall: Duration,
     /// Without a request.
     pub idle: Duration,
-    /// To finish what is in flight when the server ends.
+    /// For requests in flight when the server ends.
     pub drain: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         let secs = Duration::from_secs;
         Self { head: secs(10), stall: secs(60), idle: secs(75), drain: secs(25) }
     }
 }
 
-/// What a connection needs.
+/// A connection and what it needs.
 pub(super) struct Connection {
     pub(super) router: Router,
     pub(super) builder: Arc<auto::Builder<TokioExecutor>>,
-    pub(super) patience: Patience,
+    pub(super) timeouts: Timeouts,
     pub(super) closing: CancellationToken,
-    pub(super) used: Arc<Used>,
-    pub(super) _place: OwnedSemaphorePermit,
+    pub(super) usage: Arc<Usage>,
+    pub(super) _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
     pub(super) async fn serve(self, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
-        let used = self.used;
-        let (router, closing, seen) = (self.router, self.closing.clone(), used.clone());
+        let usage = self.usage;
+        let (router, closing, request_usage) = (self.router, self.closing.clone(), usage.clone());
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-            let in_flight = InFlight::begin(seen.clone());
-            request.extensions_mut().insert(HangUp(seen.hang_up.clone()));
+            let in_flight = InFlight::begin(request_usage.clone());
+            request.extensions_mut().insert(Abort(request_usage.abort.clone()));
             let response = router.clone().oneshot(request.map(Body::new));
             let closing = closing.clone();
             async move {
@@ -69,37 +69,40 @@ impl Connection {
                 if closing.is_cancelled() {
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                // A request is in flight until the last byte of its answer.
-                Ok::<_, Infallible>(response.map(|body| Body::new(Held { body, _in_flight: in_flight })))
+                // A request is in flight until the last byte of its response.
+                Ok::<_, Infallible>(
+                    response.map(|body| Body::new(InFlightBody { body, _in_flight: in_flight })),
+                )
             }
         });
-        let io = TokioIo::new(Stalling { stream, patience: self.patience.stall, stalled: None });
+        let io = TokioIo::new(StallTimeout { stream, limit: self.timeouts.stall, deadline: None });
         let mut connection = pin!(self.builder.serve_connection(io, service));
-        // One that comes while the server ends is asked to end by its answer: hyper would not even read its request.
+        // One accepted while the server ends is closed after its response: after a graceful shutdown hyper would not
+        // even read its request.
         let mut ending = self.closing.is_cancelled();
-        let mut quiet = Quiet::default();
-        let mut look = interval(self.patience.head);
-        look.tick().await; // the first comes at once
+        let mut idle = IdleTime::default();
+        let mut check = interval(self.timeouts.head);
+        check.tick().await; // the first comes at once
         loop {
             tokio::select! {
-                _ = connection.as_mut() => return, // a peer's fault; there is nobody to tell
+                _ = connection.as_mut() => return, // an error is the peer's, and nobody is left to tell
                 () = self.closing.cancelled(), if !ending => {
                     ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                () = used.hang_up.cancelled() => return,
-                () = used.unneeded.cancelled(), if !ending => {
-                    if used.in_flight.load(Ordering::Relaxed) == 0 {
+                () = usage.abort.cancelled() => return,
+                () = usage.evicted.cancelled(), if !ending => {
+                    if usage.n_in_flight.load(Ordering::Relaxed) == 0 {
                         return;
                     }
-                    ending = true; // it was used again at this moment
+                    ending = true; // a request came at this moment
                     connection.as_mut().graceful_shutdown();
                 }
-                now = look.tick() => {
-                    if used.begun.load(Ordering::Relaxed) == 0 {
+                now = check.tick() => {
+                    if usage.n_requests.load(Ordering::Relaxed) == 0 {
                         return; // hyper does not count the time before a request's first byte
                     }
-                    if !ending && quiet.since(&used, now) >= self.patience.idle {
+                    if !ending && idle.measure(&usage, now) >= self.timeouts.idle {
                         ending = true;
                         connection.as_mut().graceful_shutdown();
                     }
@@ -109,63 +112,72 @@ impl Connection {
     }
 }
 
-/// How long there has been no request.
+/// How long a connection has had no request.
 #[derive(Default)]
-struct Quiet {
-    begun: usize,
+struct IdleTime {
+    n_requests: usize,
     since: Option<Instant>,
 }
 
-impl Quiet {
-    fn since(&mut self, used: &Used, now: Instant) -> Duration {
-        let begun = used.begun.load(Ordering::Relaxed);
-        if used.in_flight.load(Ordering::Relaxed) > 0 || begun != self.begun {
-            *self = Self { begun, since: None };
+impl IdleTime {
+    fn measure(&mut self, usage: &Usage, now: Instant) -> Duration {
+        let n_requests = usage.n_requests.load(Ordering::Relaxed);
+        if usage.n_in_flight.load(Ordering::Relaxed) > 0 || n_requests != self.n_requests {
+            *self = Self { n_requests, since: None };
             return Duration::ZERO;
         }
         now - *self.since.get_or_insert(now)
     }
 }
 
-/// What a connection is used for, and how it is told to end.
+/// The requests of a connection, and how it is told to end.
 #[derive(Default)]
-pub(super) struct Used {
-    begun: AtomicUsize,
-    pub(super) in_flight: AtomicUsize,
-    pub(super) life: Life,
-    /// Another needs its place, and it has no request.
-    pub(super) unneeded: CancellationToken,
-    hang_up: CancellationToken,
+pub(super) struct Usage {
+    /// So far.
+    n_requests: AtomicUsize,
+    n_in_flight: AtomicUsize,
+    pub(super) activity: Activity,
+    /// Another connection needs its permit, and it has no request.
+    pub(super) evicted: CancellationToken,
+    abort: CancellationToken,
 }
 
-/// Ends the connection that a request came by, whatever it is at.
-#[derive(Clone)]
-pub(super) struct HangUp(pub(super) CancellationToken);
+impl Usage {
+    /// Whether the connection has no request and is not evicted yet.
+    pub(super) fn is_evictable(&self) -> bool {
+        self.n_in_flight.load(Ordering::Relaxed) == 0 && !self.evicted.is_cancelled()
+    }
+}
 
-struct InFlight(Arc<Used>);
+/// Closes the connection of a request at once.
+#[derive(Clone)]
+pub(super) struct Abort(pub(super) CancellationToken);
+
+/// A request in flight.
+struct InFlight(Arc<Usage>);
 
 impl InFlight {
-    fn begin(used: Arc<Used>) -> Self {
-        used.begun.fetch_add(1, Ordering::Relaxed);
-        used.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(used)
+    fn begin(usage: Arc<Usage>) -> Self {
+        usage.n_requests.fetch_add(1, Ordering::Relaxed);
+        usage.n_in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(usage)
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.life.sign();
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.activity.touch();
+        self.0.n_in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A response's body, which keeps its request in flight.
-struct Held {
+struct InFlightBody {
     body: Body,
     _in_flight: InFlight,
 }
 
-impl hyper::body::Body for Held {
+impl hyper::body::Body for InFlightBody {
     type Data = bytes::Bytes;
     type Error = axum::Error;
 
@@ -185,25 +197,25 @@ impl hyper::body::Body for Held {
     }
 }
 
-/// A connection whose peer must take what is written to it within some time.
-struct Stalling {
+/// A stream whose writes fail when the peer takes nothing for `limit`.
+struct StallTimeout {
     stream: TcpStream,
-    patience: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
+    limit: Duration,
+    deadline: Option<Pin<Box<Sleep>>>,
 }
 
-impl Stalling {
-    fn watched<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+impl StallTimeout {
+    fn check<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
-            self.stalled = None;
+            self.deadline = None;
             return written;
         }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(self.patience)));
-        stalled.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(sleep(self.limit)));
+        deadline.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
-impl AsyncRead for Stalling {
+impl AsyncRead for StallTimeout {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -213,10 +225,10 @@ impl AsyncRead for Stalling {
     }
 }
 
-impl AsyncWrite for Stalling {
+impl AsyncWrite for StallTimeout {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.watched(cx, written)
+        self.check(cx, written)
     }
 
     fn poll_write_vectored(
@@ -225,7 +237,7 @@ impl AsyncWrite for Stalling {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.watched(cx, written)
+        self.check(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -234,7 +246,7 @@ impl AsyncWrite for Stalling {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
-        self.watched(cx, flushed)
+        self.check(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -14,22 +14,22 @@ use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, stream};
 
 use super::auth::Reader;
-use super::conditional::version;
-use super::extract::Id;
-use super::fair_pool::Place;
+use super::conditional::version_tag;
+use super::extract::PathId;
+use super::fair_pool::Permit;
 use super::problem::Problem;
-use super::queue_position::Position;
-use super::state::Front;
+use super::queue_position::PositionWatch;
+use super::state::AppState;
 use super::view::JobView;
 use crate::job::{Job, JobId, Kind};
 use crate::store::Wakes;
 
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// When a client that was cut off should come back.
 const RETRY: Duration = Duration::from_secs(2);
 /// What nginx, and others after it, read as: pass this on as it comes.
-const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Follows a training
 ///
@@ -46,113 +46,115 @@ const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn job_events(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut reader: Reader,
-    Id(id): Id,
+    PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let job = front.find_job(reader.tenant, id, Kind::Train).await?;
-    reader.step_aside();
-    let place = front.shares.streams.take(reader.tenant).await?;
-    let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
-    let (wakes, position) = (front.store.wakes(), front.positions.follow(None));
+    let job = app.find_job(reader.tenant, id, Kind::Train).await?;
+    reader.release_permit();
+    let permit = app.pools.streams.acquire(reader.tenant).await?;
+    let sent = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
+    let (wakes, position) = (app.store.wakes(), app.positions.watch(None));
     let job = Some(job);
-    let watch = Watch { wakes, position, front, reader, id, job, seen, next: Next::Greet, place };
-    let events = Sse::new(follow(watch)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
+    let subscription = Subscription { wakes, position, app, reader, id, job, sent, step: Step::Open, permit };
+    let events = Sse::new(event_stream(subscription)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
     let mut response = events.into_response();
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
-    headers.insert(BUFFERING, HeaderValue::from_static("no"));
+    headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
     Ok(response)
 }
 
 /// One client that follows one training.
-struct Watch {
-    front: Front,
+struct Subscription {
+    app: AppState,
     reader: Reader,
     id: JobId,
     /// The row as it was last read.
     job: Option<Job>,
     /// The version that the client has.
-    seen: Option<String>,
-    position: Position,
+    sent: Option<String>,
+    position: PositionWatch,
     wakes: Wakes,
-    next: Next,
-    place: Place,
+    step: Step,
+    permit: Permit,
 }
 
 /// What a stream does next.
-enum Next {
-    Greet,
-    Look,
-    Rest,
+enum Step {
+    Open,
+    Poll,
+    Wait,
     End,
     Close,
 }
 
-fn follow(watch: Watch) -> impl Stream<Item = Result<Event, Infallible>> {
-    stream::unfold(watch, |mut watch| async move {
+fn event_stream(subscription: Subscription) -> impl Stream<Item = Result<Event, Infallible>> {
+    stream::unfold(subscription, |mut subscription| async move {
         loop {
-            watch.place.sign();
-            match watch.next {
-                Next::Greet => {
-                    watch.next = Next::Look;
-                    return Some((Ok(Event::default().comment("open").retry(RETRY)), watch));
+            subscription.permit.touch();
+            match subscription.step {
+                Step::Open => {
+                    subscription.step = Step::Poll;
+                    return Some((Ok(Event::default().comment("open").retry(RETRY)), subscription));
                 }
-                Next::Look => {
-                    if let Some(event) = watch.look().await {
-                        return Some((Ok(event), watch));
+                Step::Poll => {
+                    if let Some(event) = subscription.next_event().await {
+                        return Some((Ok(event), subscription));
                     }
                 }
-                Next::Rest => {
-                    if watch.rest().await.is_none() || !watch.reader.still(&watch.front).await {
-                        watch.next = Next::Close;
-                        return Some((Ok(Event::default().retry(RETRY).comment("come back")), watch));
+                Step::Wait => {
+                    if subscription.wait().await.is_none()
+                        || !subscription.reader.is_still_valid(&subscription.app).await
+                    {
+                        subscription.step = Step::Close;
+                        return Some((Ok(Event::default().retry(RETRY).comment("come back")), subscription));
                     }
-                    watch.next = Next::Look;
+                    subscription.step = Step::Poll;
                 }
-                Next::End => {
-                    watch.next = Next::Close;
-                    return Some((Ok(Event::default().event("end").data("{}")), watch));
+                Step::End => {
+                    subscription.step = Step::Close;
+                    return Some((Ok(Event::default().event("end").data("{}")), subscription));
                 }
-                Next::Close => return None,
+                Step::Close => return None,
             }
         }
     })
 }
 
-impl Watch {
+impl Subscription {
     /// The training, if the client does not have it yet. A database that is away now may be back at the next look.
-    async fn look(&mut self) -> Option<Event> {
-        self.next = Next::Rest;
-        let Some(row) = self.front.store.version(self.reader.tenant, self.id).await.ok()? else {
-            self.next = Next::End; // it was deleted
+    async fn next_event(&mut self) -> Option<Event> {
+        self.step = Step::Wait;
+        let Some(row) = self.app.store.version(self.reader.tenant, self.id).await.ok()? else {
+            self.step = Step::End; // it was deleted
             return None;
         };
         if self.job.as_ref().is_none_or(|job| job.version != row) {
-            self.job = self.front.store.find(self.reader.tenant, self.id, Kind::Train).await.ok()?;
+            self.job = self.app.store.find(self.reader.tenant, self.id, Kind::Train).await.ok()?;
         }
         let job = self.job.as_ref()?;
         if job.state.is_terminal() {
-            self.next = Next::End;
+            self.step = Step::End;
         }
-        let place = self.position.of(job).await.ok()?;
-        let version = version(job, place);
-        if self.seen.as_ref() == Some(&version) {
+        let queue_position = self.position.get(job).await.ok()?;
+        let version = version_tag(job, queue_position);
+        if self.sent.as_ref() == Some(&version) {
             return None;
         }
-        let view = JobView::of(job, place, &self.front.settings.public_url).ok()?;
+        let view = JobView::of(job, queue_position, &self.app.settings.public_url).ok()?;
         let event = Event::default().event("job").id(&version).data(serde_json::to_string(&view).ok()?);
-        self.seen = Some(version);
+        self.sent = Some(version);
         Some(event)
     }
 
     /// Waits for a hint or a second; none when the stream ends: the server does, or another tenant needs the place.
-    async fn rest(&mut self) -> Option<()> {
+    async fn wait(&mut self) -> Option<()> {
         tokio::select! {
-            _ = tokio::time::timeout(LOOK, self.wakes.wait()) => Some(()),
-            () = self.front.closing.cancelled() => None,
-            () = self.place.asked_back() => None,
+            _ = tokio::time::timeout(POLL_INTERVAL, self.wakes.wait()) => Some(()),
+            () = self.app.closing.cancelled() => None,
+            () = self.permit.revoked() => None,
         }
     }
 }

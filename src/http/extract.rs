@@ -4,48 +4,48 @@ use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 
-use super::problem::{Kind, Problem, shorten};
-use super::state::Front;
+use super::problem::{Kind, Problem, excerpt};
+use super::state::AppState;
 use crate::job::JobId;
 
 /// The id in a path. What is no id names nothing.
-pub(super) struct Id(pub(super) JobId);
+pub(super) struct PathId(pub(super) JobId);
 
-impl FromRequestParts<Front> for Id {
+impl FromRequestParts<AppState> for PathId {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-        let path = Path::<String>::from_request_parts(parts, front).await;
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, app).await;
         let id = path.ok().and_then(|Path(text)| text.parse().ok());
         id.map(Self).ok_or_else(|| Problem::not_found("job"))
     }
 }
 
 /// The id and the name after it in a path.
-pub(super) struct Within(pub(super) JobId, pub(super) String);
+pub(super) struct PathIdAndName(pub(super) JobId, pub(super) String);
 
-impl FromRequestParts<Front> for Within {
+impl FromRequestParts<AppState> for PathIdAndName {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, front: &Front) -> Result<Self, Problem> {
-        let path = Path::<(String, String)>::from_request_parts(parts, front).await;
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, Problem> {
+        let path = Path::<(String, String)>::from_request_parts(parts, app).await;
         let within = path.ok().and_then(|Path((id, name))| Some(Self(id.parse().ok()?, name)));
         within.ok_or_else(|| Problem::not_found("job"))
     }
 }
 
 /// The query; unknown names are refused.
-pub(super) struct Asked<T>(pub(super) T);
+pub(super) struct ApiQuery<T>(pub(super) T);
 
-impl<T: DeserializeOwned> FromRequestParts<Front> for Asked<T> {
+impl<T: DeserializeOwned> FromRequestParts<AppState> for ApiQuery<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, _: &Front) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, Problem> {
         Query::try_from_uri(&parts.uri).map(|Query(query)| Self(query)).map_err(|error| {
             // The first cause names the parameter; the rejection itself is a general remark.
             let said =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            Problem::new(Kind::BadParameter, format!("the query: {}", shorten(&said)))
+            Problem::new(Kind::BadParameter, format!("the query: {}", excerpt(&said)))
         })
     }
 }

@@ -1,9 +1,9 @@
-//! What tenants share: places for what is under way at once.
+//! Concurrency limits that tenants share fairly.
 //!
-//! A [`Pool`] has a number of places. One tenant alone may hold them all; as soon as others ask, each gets as many as
-//! the rest: a place that is given back goes to the tenant that holds fewest, and where what is under way can be cut short
-//! without harm, the tenant that holds most gives one back for a tenant that holds fewer. So nobody is refused
-//! because of what another does, as long as there are at least as many places as tenants.
+//! A [`FairPool`] has a number of permits. One tenant alone may hold all of them; as soon as others ask, each gets as
+//! many as the rest: a released permit goes to the waiting tenant that holds fewest, and where the work can be cut
+//! short without harm, the tenant that holds most has one revoked for a tenant that holds fewer. So no tenant is
+//! refused because of what another does, as long as there are at least as many permits as tenants.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,321 +13,322 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::activity::Life;
+use super::activity::Activity;
 use super::problem::{Kind, Problem};
 use crate::job::TenantId;
 
-/// How often one that waits looks whether somebody can be asked to give a place back.
-const LOOK: Duration = Duration::from_millis(250);
+/// How often a waiting request checks whether a permit can be revoked for it.
+const REVOCATION_CHECK: Duration = Duration::from_millis(250);
 
-/// The places of a server.
-pub(super) struct Shares {
+/// The pools of a server.
+pub(super) struct FairPools {
     /// Requests that are answered at once.
-    pub(super) requests: Pool,
-    /// Small bodies that are on their way.
-    pub(super) bodies: Pool,
+    pub(super) requests: FairPool,
+    /// JSON bodies that are being received.
+    pub(super) bodies: FairPool,
     /// Requests that wait for a change.
-    pub(super) waits: Pool,
+    pub(super) waits: FairPool,
     /// Event streams and downloads.
-    pub(super) streams: Pool,
+    pub(super) streams: FairPool,
 }
 
-impl Shares {
+impl FairPools {
+    /// Pools of these sizes; `requests_max` is that of `bodies` too.
     pub(super) fn new(requests_max: usize, waits_max: usize, streams_max: usize) -> Self {
         let secs = Duration::from_secs;
+        let bodies = Revocation { for_others: Some(secs(1)), for_own: Some(secs(2)) };
+        // A wait that ends early is still answered: with the current state.
+        let waits = Revocation { for_others: Some(Duration::ZERO), for_own: Some(Duration::ZERO) };
+        let streams = Revocation { for_others: Some(Duration::ZERO), for_own: Some(secs(30)) };
         Self {
-            requests: Pool::new(requests_max, Recall::NEVER, secs(10)),
-            bodies: Pool::new(requests_max, Recall { others: Some(secs(1)), own: Some(secs(2)) }, secs(10)),
-            // One that ends early has its answer all the same: what there is now.
-            waits: Pool::new(
-                waits_max,
-                Recall { others: Some(Duration::ZERO), own: Some(Duration::ZERO) },
-                Duration::ZERO,
-            ),
-            streams: Pool::new(
-                streams_max,
-                Recall { others: Some(Duration::ZERO), own: Some(secs(30)) },
-                Duration::ZERO,
-            ),
+            requests: FairPool::new(requests_max, Revocation::NEVER, secs(10)),
+            bodies: FairPool::new(requests_max, bodies, secs(10)),
+            waits: FairPool::new(waits_max, waits, Duration::ZERO),
+            streams: FairPool::new(streams_max, streams, Duration::ZERO),
         }
     }
 }
 
-/// After how long without a sign of life a place is asked back, if there is none left; never if none.
+/// How long a permit must have been idle to be revoked when none is free; never if none.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Recall {
-    /// For another tenant, which holds at least two fewer.
-    pub(super) others: Option<Duration>,
+pub(super) struct Revocation {
+    /// For another tenant, which holds at least two permits fewer.
+    pub(super) for_others: Option<Duration>,
     /// For the same tenant.
-    pub(super) own: Option<Duration>,
+    pub(super) for_own: Option<Duration>,
 }
 
-impl Recall {
-    pub(super) const NEVER: Self = Self { others: None, own: None };
+impl Revocation {
+    pub(super) const NEVER: Self = Self { for_others: None, for_own: None };
 }
 
-/// Places that tenants share.
+/// Permits that tenants share. Clones are one.
 #[derive(Clone)]
-pub(super) struct Pool {
+pub(super) struct FairPool {
     state: Arc<Mutex<State>>,
-    recall: Recall,
-    /// How long a request waits for a place.
-    patience: Duration,
-    /// Requests of one tenant that may wait for one; more are refused at once.
+    revocation: Revocation,
+    /// How long a request waits for a permit.
+    wait_max: Duration,
+    /// Requests of one tenant that may wait; more are refused at once.
     waiting_max: usize,
 }
 
-/// There is no place.
+/// No permit was free in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Full {
+pub(super) enum Exhausted {
     /// The tenant has its share.
-    Own,
-    /// There are as many tenants as places.
-    All,
+    ByTenant,
+    /// There are as many tenants as permits.
+    ByOthers,
 }
 
-impl From<Full> for Problem {
-    fn from(full: Full) -> Self {
-        match full {
-            Full::Own => Self::new(Kind::TooMany, "as many requests of this tenant are under way as may be"),
-            Full::All => Self::new(Kind::Overloaded, "too many requests at once"),
+impl From<Exhausted> for Problem {
+    fn from(exhausted: Exhausted) -> Self {
+        match exhausted {
+            Exhausted::ByTenant => {
+                Self::new(Kind::TooMany, "this tenant has as many concurrent requests as it may have")
+            }
+            Exhausted::ByOthers => Self::new(Kind::Overloaded, "the server has too many concurrent requests"),
         }
     }
 }
 
 struct State {
     free: usize,
-    /// Places given so far: names for them, and the order in which tenants were served.
-    given: u64,
+    /// Permits granted so far: their ids, and the order in which tenants were served.
+    n_granted: u64,
     /// Requests that had to wait so far.
-    waited: u64,
-    tenants: HashMap<TenantId, Share>,
+    n_waited: u64,
+    tenants: HashMap<TenantId, TenantPermits>,
 }
 
 #[derive(Default)]
-struct Share {
-    held: Vec<Holder>,
-    /// Those that wait, by the order in which they came.
-    waiting: VecDeque<(u64, oneshot::Sender<Place>)>,
-    /// When it was last served, as a number of places given.
-    served: u64,
+struct TenantPermits {
+    held: Vec<HeldPermit>,
+    /// Waiting requests, by the order in which they came.
+    waiting: VecDeque<(u64, oneshot::Sender<Permit>)>,
+    /// Id of the last permit that it was granted.
+    last_granted: u64,
 }
 
-struct Holder {
-    name: u64,
-    life: Life,
-    /// Tells the holder to give the place back; none if it cannot.
-    leave: Option<CancellationToken>,
+struct HeldPermit {
+    id: u64,
+    activity: Activity,
+    /// Tells the holder that the permit is revoked; none if it cannot be.
+    revoked: Option<CancellationToken>,
 }
 
-/// A place; given back when it is dropped.
-pub(super) struct Place {
+/// A permit of a pool; released when dropped.
+pub(super) struct Permit {
     state: Arc<Mutex<State>>,
     tenant: TenantId,
-    name: u64,
-    life: Life,
-    leave: CancellationToken,
+    id: u64,
+    activity: Activity,
+    revoked: CancellationToken,
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Pool {
-    /// `max` places.
-    pub(super) fn new(max: usize, recall: Recall, patience: Duration) -> Self {
-        let state = State { free: max, given: 0, waited: 0, tenants: HashMap::new() };
-        Self { state: Arc::new(Mutex::new(state)), recall, patience, waiting_max: 64 }
+impl FairPool {
+    /// A pool of `size` permits, for one of which a request waits `wait_max`.
+    pub(super) fn new(size: usize, revocation: Revocation, wait_max: Duration) -> Self {
+        let state = State { free: size, n_granted: 0, n_waited: 0, tenants: HashMap::new() };
+        Self { state: Arc::new(Mutex::new(state)), revocation, wait_max, waiting_max: 64 }
     }
 
-    /// The same, with more who may wait.
-    pub(super) fn with_waiting(self, waiting_max: usize) -> Self {
+    /// The same, with `waiting_max` requests of one tenant that may wait.
+    pub(super) fn with_waiting_max(self, waiting_max: usize) -> Self {
         Self { waiting_max, ..self }
     }
 
-    /// A place, at once or within the pool's patience.
-    pub(super) async fn take(&self, tenant: TenantId) -> Result<Place, Full> {
-        self.take_or_leave(tenant, CancellationToken::new()).await
+    /// A permit, at once or within the pool's waiting time.
+    pub(super) async fn acquire(&self, tenant: TenantId) -> Result<Permit, Exhausted> {
+        self.acquire_revocable(tenant, CancellationToken::new()).await
     }
 
-    /// A place whose holder is told by `leave` to give it back.
-    pub(super) async fn take_or_leave(
+    /// A permit whose holder learns by `revoked` that it is revoked.
+    pub(super) async fn acquire_revocable(
         &self,
         tenant: TenantId,
-        leave: CancellationToken,
-    ) -> Result<Place, Full> {
-        let mut call = {
+        revoked: CancellationToken,
+    ) -> Result<Permit, Exhausted> {
+        let mut granted = {
             let mut state = lock(&self.state);
-            if state.free > 0 || state.make_room(tenant, self.recall) {
-                return Ok(state.give(&self.state, tenant, leave));
+            if state.free > 0 || state.revoke_for(tenant, self.revocation) {
+                return Ok(state.grant(&self.state, tenant, revoked));
             }
-            if self.patience.is_zero() {
-                return Err(state.full(tenant));
+            if self.wait_max.is_zero() {
+                return Err(state.exhausted(tenant));
             }
-            state.waited += 1;
-            let number = state.waited;
-            let waiting = &mut state.share(tenant).waiting;
+            state.n_waited += 1;
+            let number = state.n_waited;
+            let waiting = &mut state.tenant(tenant).waiting;
             if waiting.len() >= self.waiting_max {
-                waiting.retain(|(_, call)| !call.is_closed());
+                waiting.retain(|(_, sender)| !sender.is_closed());
             }
             if waiting.len() >= self.waiting_max {
-                return Err(Full::Own);
+                return Err(Exhausted::ByTenant);
             }
             let (sender, receiver) = oneshot::channel();
             waiting.push_back((number, sender));
             receiver
         };
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.wait_max;
         loop {
-            let next_look = deadline.min(Instant::now() + LOOK);
-            let mut place = match tokio::time::timeout_at(next_look, &mut call).await {
-                Ok(Ok(place)) => place,
-                Ok(Err(_)) => return Err(Full::All), // the pool is gone
+            let next_check = deadline.min(Instant::now() + REVOCATION_CHECK);
+            let mut permit = match tokio::time::timeout_at(next_check, &mut granted).await {
+                Ok(Ok(permit)) => permit,
+                Ok(Err(_)) => return Err(Exhausted::ByOthers), // the pool is gone
                 Err(_) => {
-                    // Places are handed over under the lock: one that has not come by now was not given.
+                    // Permits are handed over under the lock: one that has not arrived by now was not granted.
                     let mut state = lock(&self.state);
-                    match call.try_recv() {
-                        Ok(place) => place,
-                        Err(_) if state.make_room(tenant, self.recall) => {
-                            return Ok(state.give(&self.state, tenant, leave));
+                    match granted.try_recv() {
+                        Ok(permit) => permit,
+                        Err(_) if state.revoke_for(tenant, self.revocation) => {
+                            return Ok(state.grant(&self.state, tenant, revoked));
                         }
-                        Err(_) if Instant::now() >= deadline => return Err(state.full(tenant)),
+                        Err(_) if Instant::now() >= deadline => return Err(state.exhausted(tenant)),
                         Err(_) => continue,
                     }
                 }
             };
-            lock(&self.state).told_by(&mut place, leave);
-            return Ok(place);
+            lock(&self.state).set_revocation_token(&mut permit, revoked);
+            return Ok(permit);
         }
     }
 }
 
 impl State {
-    fn share(&mut self, tenant: TenantId) -> &mut Share {
+    fn tenant(&mut self, tenant: TenantId) -> &mut TenantPermits {
         self.tenants.entry(tenant).or_default()
     }
 
-    fn full(&self, tenant: TenantId) -> Full {
-        let holds = self.tenants.get(&tenant).is_some_and(|share| !share.held.is_empty());
-        if holds { Full::Own } else { Full::All }
+    fn exhausted(&self, tenant: TenantId) -> Exhausted {
+        let holds = self.tenants.get(&tenant).is_some_and(|permits| !permits.held.is_empty());
+        if holds { Exhausted::ByTenant } else { Exhausted::ByOthers }
     }
 
-    /// Gives a free place away.
-    fn give(&mut self, pool: &Arc<Mutex<Self>>, tenant: TenantId, leave: CancellationToken) -> Place {
-        let (name, life) = (self.given, Life::begin());
+    /// Grants a free permit.
+    fn grant(&mut self, pool: &Arc<Mutex<Self>>, tenant: TenantId, revoked: CancellationToken) -> Permit {
+        let (id, activity) = (self.n_granted, Activity::new());
         self.free -= 1;
-        self.given += 1;
-        let share = self.share(tenant);
-        share.served = name;
-        share.held.push(Holder { name, life: life.clone(), leave: Some(leave.clone()) });
-        Place { state: Arc::clone(pool), tenant, name, life, leave }
+        self.n_granted += 1;
+        let permits = self.tenant(tenant);
+        permits.last_granted = id;
+        permits.held.push(HeldPermit { id, activity: activity.clone(), revoked: Some(revoked.clone()) });
+        Permit { state: Arc::clone(pool), tenant, id, activity, revoked }
     }
 
-    /// Asks for a place back that can be spared for `tenant`; whether there was one.
-    fn make_room(&mut self, tenant: TenantId, recall: Recall) -> bool {
-        let own = self.tenants.get(&tenant).map_or(0, |share| share.held.len());
-        let most =
-            self.tenants.iter().filter(|(other, share)| **other != tenant && share.held.len() >= own + 2);
-        let most = most.max_by_key(|(_, share)| share.held.len()).map(|(other, _)| *other);
-        let asked = |state: &mut Self, whom: Option<TenantId>, after: Option<Duration>| {
-            let (Some(whom), Some(after)) = (whom, after) else { return false };
-            state.recall(whom, after)
+    /// Revokes a permit that can be spared for `tenant`; whether there was one.
+    fn revoke_for(&mut self, tenant: TenantId, revocation: Revocation) -> bool {
+        let own = self.tenants.get(&tenant).map_or(0, |permits| permits.held.len());
+        let most = self
+            .tenants
+            .iter()
+            .filter(|(other, permits)| **other != tenant && permits.held.len() >= own + 2)
+            .max_by_key(|(_, permits)| permits.held.len())
+            .map(|(other, _)| *other);
+        let try_revoke = |state: &mut Self, holder: Option<TenantId>, idle_min: Option<Duration>| {
+            let (Some(holder), Some(idle_min)) = (holder, idle_min) else { return false };
+            state.revoke_idlest(holder, idle_min)
         };
-        asked(self, most, recall.others) || asked(self, Some(tenant), recall.own)
+        try_revoke(self, most, revocation.for_others) || try_revoke(self, Some(tenant), revocation.for_own)
     }
 
-    /// Asks back the place of `tenant` that has been quiet longest, if that is as long as `after`.
-    fn recall(&mut self, tenant: TenantId, after: Duration) -> bool {
-        let Some(share) = self.tenants.get_mut(&tenant) else { return false };
-        let quiet = share.held.iter().enumerate().filter(|(_, holder)| holder.leave.is_some());
-        let quietest = quiet.max_by_key(|(at, holder)| (holder.life.silence(), usize::MAX - at));
-        let Some((at, holder)) = quietest else { return false };
-        if holder.life.silence() < after {
+    /// Revokes the permit of `tenant` that has been idle longest, if it has been for `idle_min`.
+    fn revoke_idlest(&mut self, tenant: TenantId, idle_min: Duration) -> bool {
+        let Some(permits) = self.tenants.get_mut(&tenant) else { return false };
+        let revocable = permits.held.iter().enumerate().filter(|(_, held)| held.revoked.is_some());
+        let idlest = revocable.max_by_key(|(at, held)| (held.activity.idle(), usize::MAX - at));
+        let Some((at, held)) = idlest else { return false };
+        if held.activity.idle() < idle_min {
             return false;
         }
-        if let Some(leave) = &holder.leave {
-            leave.cancel();
+        if let Some(revoked) = &held.revoked {
+            revoked.cancel();
         }
-        share.held.remove(at);
+        permits.held.remove(at);
         self.free += 1;
         true
     }
 
-    /// Takes a place back, and hands on what is free. What nobody is there for any more is returned, to be dropped without
-    /// the lock.
-    fn take_back(&mut self, pool: &Arc<Mutex<Self>>, tenant: TenantId, name: u64) -> Vec<Place> {
-        if let Some(share) = self.tenants.get_mut(&tenant)
-            && let Some(at) = share.held.iter().position(|holder| holder.name == name)
+    /// Takes a permit back and grants what is free to waiting requests. Permits whose requests have given up meanwhile
+    /// are returned, to be dropped without the lock.
+    fn release(&mut self, pool: &Arc<Mutex<Self>>, tenant: TenantId, id: u64) -> Vec<Permit> {
+        if let Some(permits) = self.tenants.get_mut(&tenant)
+            && let Some(at) = permits.held.iter().position(|held| held.id == id)
         {
-            share.held.remove(at);
+            permits.held.remove(at);
             self.free += 1;
         }
         let mut left_over = Vec::new();
         while self.free > 0 {
-            for share in self.tenants.values_mut() {
-                while share.waiting.front().is_some_and(|(_, call)| call.is_closed()) {
-                    share.waiting.pop_front();
+            for permits in self.tenants.values_mut() {
+                while permits.waiting.front().is_some_and(|(_, sender)| sender.is_closed()) {
+                    permits.waiting.pop_front();
                 }
             }
-            let waiting = self.tenants.iter().filter(|(_, share)| !share.waiting.is_empty());
-            let turn = |share: &Share| {
-                (share.held.len(), share.served, share.waiting.front().map(|(number, _)| *number))
+            let waiting = self.tenants.iter().filter(|(_, permits)| !permits.waiting.is_empty());
+            let order = |permits: &TenantPermits| {
+                let first = permits.waiting.front().map(|(number, _)| *number);
+                (permits.held.len(), permits.last_granted, first)
             };
-            let next = waiting.min_by_key(|(_, share)| turn(share));
+            let next = waiting.min_by_key(|(_, permits)| order(permits));
             let Some(next) = next.map(|(tenant, _)| *tenant) else { break };
-            let call = self.share(next).waiting.pop_front();
-            let place = self.give(pool, next, CancellationToken::new());
-            if let Some((_, call)) = call
-                && let Err(place) = call.send(place)
+            let sender = self.tenant(next).waiting.pop_front();
+            let permit = self.grant(pool, next, CancellationToken::new());
+            if let Some((_, sender)) = sender
+                && let Err(permit) = sender.send(permit)
             {
-                left_over.push(place);
+                left_over.push(permit);
             }
         }
-        self.tenants.retain(|_, share| !share.held.is_empty() || !share.waiting.is_empty());
+        self.tenants.retain(|_, permits| !permits.held.is_empty() || !permits.waiting.is_empty());
         left_over
     }
 
-    /// From now on `leave` tells the holder of a place that it is to be given back.
-    fn told_by(&mut self, place: &mut Place, leave: CancellationToken) {
-        let held = &mut self.share(place.tenant).held;
-        if let Some(holder) = held.iter_mut().find(|holder| holder.name == place.name) {
-            holder.leave = Some(leave.clone());
+    /// From now on `revoked` tells the holder of a permit that it is revoked.
+    fn set_revocation_token(&mut self, permit: &mut Permit, revoked: CancellationToken) {
+        let held = &mut self.tenant(permit.tenant).held;
+        if let Some(held) = held.iter_mut().find(|held| held.id == permit.id) {
+            held.revoked = Some(revoked.clone());
         } else {
-            leave.cancel(); // asked back already
+            revoked.cancel(); // it was revoked already
         }
-        place.leave = leave;
+        permit.revoked = revoked;
     }
 }
 
-impl Place {
-    /// Something happened: this place is in use.
-    pub(super) fn sign(&self) {
-        self.life.sign();
+impl Permit {
+    /// Records activity: the permit is in use.
+    pub(super) fn touch(&self) {
+        self.activity.touch();
     }
 
-    /// Signs of life, for whoever wants to know.
-    pub(super) fn life(&self) -> Life {
-        self.life.clone()
+    /// The permit's activity, for what uses it.
+    pub(super) fn activity(&self) -> Activity {
+        self.activity.clone()
     }
 
-    /// Waits until the place is asked back.
-    pub(super) async fn asked_back(&self) {
-        self.leave.cancelled().await;
+    /// Waits until the permit is revoked.
+    pub(super) async fn revoked(&self) {
+        self.revoked.cancelled().await;
     }
 
-    /// From now on it is not asked back.
-    pub(super) fn keep(&self) {
+    /// From now on the permit is not revoked.
+    pub(super) fn make_irrevocable(&self) {
         let mut state = lock(&self.state);
-        if let Some(holder) = state.share(self.tenant).held.iter_mut().find(|holder| holder.name == self.name)
-        {
-            holder.leave = None;
+        if let Some(held) = state.tenant(self.tenant).held.iter_mut().find(|held| held.id == self.id) {
+            held.revoked = None;
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let left_over = lock(&self.state).take_back(&self.state, self.tenant, self.name);
+        let left_over = lock(&self.state).release(&self.state, self.tenant, self.id);
         drop(left_over);
     }
 }
@@ -342,14 +343,14 @@ mod tests {
         TenantId(uuid::Uuid::from_u128(n))
     }
 
-    async fn take(pool: &Pool, n: u128) -> (Place, CancellationToken) {
-        let leave = CancellationToken::new();
-        (pool.take_or_leave(tenant(n), leave.clone()).await.expect("a place"), leave)
+    async fn take(pool: &FairPool, n: u128) -> (Permit, CancellationToken) {
+        let revoked = CancellationToken::new();
+        (pool.acquire_revocable(tenant(n), revoked.clone()).await.expect("a permit"), revoked)
     }
 
     #[tokio::test]
-    async fn a_place_that_is_given_back_goes_to_the_tenant_with_the_fewest() {
-        let pool = Pool::new(3, Recall::NEVER, MS(1000));
+    async fn a_released_permit_goes_to_the_tenant_with_the_fewest() {
+        let pool = FairPool::new(3, Revocation::NEVER, MS(1000));
         let mut held = Vec::new();
         for _ in 0..3 {
             held.push(take(&pool, 1).await); // one tenant may have them all
@@ -359,14 +360,14 @@ mod tests {
         for n in [1, 1, 1, 2, 2, 3] {
             let (pool, order) = (pool.clone(), Arc::clone(&order));
             waiting.spawn(async move {
-                let place = pool.take(tenant(n)).await;
-                order.lock().expect("no panic").push((n, place.is_ok()));
-                std::mem::forget(place); // it is never given back
+                let permit = pool.acquire(tenant(n)).await;
+                order.lock().expect("no panic").push((n, permit.is_ok()));
+                std::mem::forget(permit); // it is never released
             });
             tokio::task::yield_now().await;
         }
-        for place in held {
-            drop(place);
+        for permit in held {
+            drop(permit);
             tokio::time::sleep(MS(50)).await;
         }
         let served = [(2, true), (3, true), (1, true)];
@@ -378,38 +379,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_has_most_gives_back_until_all_have_as_many() {
-        let pool = Pool::new(6, Recall { others: Some(MS(0)), own: None }, MS(0));
+    async fn permits_are_revoked_from_who_has_most_until_all_have_as_many() {
+        let pool = FairPool::new(6, Revocation { for_others: Some(MS(0)), for_own: None }, MS(0));
         let mut first = Vec::new();
         for _ in 0..6 {
             first.push(take(&pool, 1).await);
             tokio::time::sleep(MS(5)).await;
         }
-        first[0].0.sign();
+        first[0].0.touch();
         let mut second = Vec::new();
         for _ in 0..3 {
             second.push(take(&pool, 2).await);
         }
-        let asked: Vec<_> = first.iter().map(|(_, leave)| leave.is_cancelled()).collect();
-        assert_eq!(asked, [false, true, true, true, false, false], "the quietest go");
-        assert_eq!(pool.take(tenant(2)).await.err(), Some(Full::Own));
-        assert_eq!(pool.take(tenant(1)).await.err(), Some(Full::Own));
+        let revoked: Vec<_> = first.iter().map(|(_, revoked)| revoked.is_cancelled()).collect();
+        assert_eq!(revoked, [false, true, true, true, false, false], "the idlest go");
+        assert_eq!(pool.acquire(tenant(2)).await.err(), Some(Exhausted::ByTenant));
+        assert_eq!(pool.acquire(tenant(1)).await.err(), Some(Exhausted::ByTenant));
         let third = [take(&pool, 3).await, take(&pool, 3).await];
-        let asked =
-            |of: &[(Place, CancellationToken)]| of.iter().filter(|(_, leave)| leave.is_cancelled()).count();
-        assert_eq!((asked(&first), asked(&second), asked(&third)), (4, 1, 0));
+        let n_revoked = |of: &[(Permit, CancellationToken)]| {
+            of.iter().filter(|(_, revoked)| revoked.is_cancelled()).count()
+        };
+        assert_eq!((n_revoked(&first), n_revoked(&second), n_revoked(&third)), (4, 1, 0));
         drop((first, second, third));
         for n in 1..=6 {
-            std::mem::forget(take(&pool, n).await); // each was given back once, and no more
+            std::mem::forget(take(&pool, n).await); // each was released once, and no more
         }
-        assert_eq!(pool.take(tenant(7)).await.err(), Some(Full::All));
+        assert_eq!(pool.acquire(tenant(7)).await.err(), Some(Exhausted::ByOthers));
     }
 
     #[tokio::test]
-    async fn a_place_is_asked_back_from_its_own_tenant_when_it_is_quiet_and_never_when_it_is_kept() {
-        let pool = Pool::new(2, Recall { others: Some(MS(100)), own: Some(MS(600)) }, MS(2000));
+    async fn an_idle_permit_is_revoked_for_its_own_tenant_and_an_irrevocable_one_never() {
+        let pool =
+            FairPool::new(2, Revocation { for_others: Some(MS(100)), for_own: Some(MS(600)) }, MS(2000));
         let (kept, idle) = (take(&pool, 1).await, take(&pool, 1).await);
-        kept.0.keep();
+        kept.0.make_irrevocable();
         let began = Instant::now();
         let own = take(&pool, 1).await;
         assert!((MS(600)..MS(1500)).contains(&began.elapsed()), "{:?}", began.elapsed());
@@ -422,26 +425,26 @@ mod tests {
             began.elapsed()
         );
         assert!(own.1.is_cancelled() && !kept.1.is_cancelled());
-        assert_eq!(pool.take(tenant(3)).await.err(), Some(Full::All));
+        assert_eq!(pool.acquire(tenant(3)).await.err(), Some(Exhausted::ByOthers));
         assert!(!other.1.is_cancelled());
     }
 
     #[tokio::test]
-    async fn one_that_gave_up_waiting_gets_no_place_and_loses_none() {
-        let pool = Pool::new(1, Recall::NEVER, MS(5000)).with_waiting(2);
+    async fn a_request_that_gave_up_waiting_gets_no_permit_and_loses_none() {
+        let pool = FairPool::new(1, Revocation::NEVER, MS(5000)).with_waiting_max(2);
         let held = take(&pool, 1).await;
         for _ in 0..5 {
-            let gone = tokio::time::timeout(MS(20), pool.take(tenant(2))).await;
+            let gone = tokio::time::timeout(MS(20), pool.acquire(tenant(2))).await;
             assert!(gone.is_err());
         }
         let two = [pool.clone(), pool.clone()];
-        let two = two.map(|pool| tokio::spawn(async move { pool.take(tenant(2)).await.err() }));
+        let two = two.map(|pool| tokio::spawn(async move { pool.acquire(tenant(2)).await.err() }));
         tokio::time::sleep(MS(50)).await;
-        assert_eq!(pool.take(tenant(2)).await.err(), Some(Full::Own), "as many wait as may");
+        assert_eq!(pool.acquire(tenant(2)).await.err(), Some(Exhausted::ByTenant), "as many wait as may");
         drop(held);
         for one in two {
             assert_eq!(one.await.expect("no panic"), None);
         }
-        assert!(pool.take(tenant(3)).await.is_ok());
+        assert!(pool.acquire(tenant(3)).await.is_ok());
     }
 }

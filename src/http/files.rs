@@ -8,9 +8,9 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::connection::HangUp;
+use super::connection::Abort;
 use super::problem::Problem;
-use super::state::Front;
+use super::state::AppState;
 use super::view::time;
 use crate::blobs::Key;
 use crate::job::{Object, PAGE, TenantId};
@@ -26,19 +26,19 @@ use crate::job::{Object, PAGE, TenantId};
     security(()),
 )]
 pub(super) async fn get_file(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     Path(key): Path<String>,
     RawQuery(query): RawQuery,
-    hang_up: Option<Extension<HangUp>>,
+    abort: Option<Extension<Abort>>,
 ) -> Result<Response, Problem> {
-    let object = front.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
+    let object = app.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
     // A link ends with its job: what is deleted may still lie in the directory for a moment.
-    let Some(tenant) = whose(&front, &object).await? else { return Err(Problem::not_found("file")) };
+    let Some(tenant) = owner(&app, &object).await? else { return Err(Problem::not_found("file")) };
     // Whoever takes nothing does not hear either that the place is asked back: the connection is ended.
-    let hang_up = hang_up.map(|Extension(HangUp(token))| token).unwrap_or_default();
-    let place = front.shares.streams.take_or_leave(tenant, hang_up).await?;
-    let bytes = front.blobs.stream(&object).await?;
-    let bytes = bytes.inspect(move |_| place.sign());
+    let abort = abort.map(|Extension(Abort(token))| token).unwrap_or_default();
+    let permit = app.pools.streams.acquire_revocable(tenant, abort).await?;
+    let bytes = app.blobs.stream(&object).await?;
+    let bytes = bytes.inspect(move |_| permit.touch());
     let mut response = Body::from_stream(bytes).into_response();
     // Names and types of objects are ours, never a client's.
     let shown = format!("inline; filename=\"{}\"", object.name);
@@ -49,23 +49,26 @@ pub(super) async fn get_file(
         }
     }
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from(object.size));
-    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(may(&object.name)));
+    headers.insert(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(content_security_policy(&object.name)),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, max-age=3600, immutable"));
     headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("none"));
     Ok(response)
 }
 
 /// Whose object it is, if a job still has it to show.
-async fn whose(front: &Front, object: &Object) -> Result<Option<TenantId>, Problem> {
+async fn owner(app: &AppState, object: &Object) -> Result<Option<TenantId>, Problem> {
     let Some((tenant, job, _)) = Key::parse(&object.key).and_then(|key| key.owner()) else {
         return Ok(None);
     };
-    let named = front.store.artifact(tenant, job, &object.name).await?;
-    Ok(named.filter(|named| named.key == object.key).map(|_| tenant))
+    let artifact = app.store.artifact(tenant, job, &object.name).await?;
+    Ok(artifact.filter(|artifact| artifact.key == object.key).map(|_| tenant))
 }
 
 /// What a browser lets a file do: nothing; a report may show the pictures and the style that are in it.
-fn may(name: &str) -> &'static str {
+fn content_security_policy(name: &str) -> &'static str {
     if name == PAGE {
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
     } else {
@@ -74,16 +77,16 @@ fn may(name: &str) -> &'static str {
 }
 
 /// A URL to an object, and until when it works.
-pub(super) async fn signed(front: &Front, object: &Object) -> Result<(String, String), Problem> {
-    let (now, life) = (Timestamp::now(), front.settings.url_time);
-    let url = front.blobs.sign(object, life, now).await?;
-    let expires_ms = now.as_millisecond().saturating_add_unsigned(life.as_millis() as u64);
+pub(super) async fn signed_url(app: &AppState, object: &Object) -> Result<(String, String), Problem> {
+    let (now, lifetime) = (Timestamp::now(), app.settings.url_time);
+    let url = app.blobs.sign(object, lifetime, now).await?;
+    let expires_ms = now.as_millisecond().saturating_add_unsigned(lifetime.as_millis() as u64);
     Ok((url, time(expires_ms)))
 }
 
 /// Sends the client to an object.
-pub(super) async fn redirect(front: &Front, object: &Object) -> Result<Response, Problem> {
-    let (url, _) = signed(front, object).await?;
+pub(super) async fn redirect(app: &AppState, object: &Object) -> Result<Response, Problem> {
+    let (url, _) = signed_url(app, object).await?;
     let location = HeaderValue::from_str(&url).map_err(|error| Problem::internal(&error))?;
     Ok((StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, location)]).into_response())
 }

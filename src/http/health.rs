@@ -6,7 +6,7 @@ use axum::response::Response;
 use super::auth::Operator;
 use super::operations::ALIVE;
 use super::problem::Problem;
-use super::state::Front;
+use super::state::AppState;
 
 /// Says that the process lives
 #[utoipa::path(
@@ -26,8 +26,8 @@ pub(super) async fn healthz() -> &'static str {
     responses((status = 200, description = "It can", body = String, content_type = "text/plain")),
     extensions(("x-problems" = json!([]))),
 )]
-pub(super) async fn readyz(State(front): State<Front>) -> Result<String, Problem> {
-    front.operations.ready(false).await
+pub(super) async fn readyz(State(app): State<AppState>) -> Result<String, Problem> {
+    app.operations.ready(false).await
 }
 
 /// Reads the server's figures
@@ -38,6 +38,6 @@ pub(super) async fn readyz(State(front): State<Front>) -> Result<String, Problem
     responses((status = 200, description = "The figures", body = String, content_type = "text/plain")),
     extensions(("x-problems" = json!(["scope"]))),
 )]
-pub(super) async fn metrics(State(front): State<Front>, _operator: Operator) -> Result<Response, Problem> {
-    front.operations.figures().await
+pub(super) async fn metrics(State(app): State<AppState>, _operator: Operator) -> Result<Response, Problem> {
+    app.operations.metrics().await
 }

@@ -12,11 +12,11 @@ const KEY_CHARS_MAX: usize = 255;
 pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
     let mut keys = headers.get_all("idempotency-key").iter();
     let Some(key) = keys.next() else { return Ok(None) };
-    let text = key.to_str().ok().filter(|text| {
-        (1..=KEY_CHARS_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+    let key = key.to_str().ok().filter(|key| {
+        (1..=KEY_CHARS_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
     });
-    if let (Some(text), None) = (text, keys.next()) {
-        return Ok(Some(text));
+    if let (Some(key), None) = (key, keys.next()) {
+        return Ok(Some(key));
     }
     let detail = format!("Idempotency-Key: wanted one, of 1 to {KEY_CHARS_MAX} visible ASCII characters");
     Err(Problem::new(Kind::BadParameter, detail))
@@ -31,7 +31,7 @@ pub(super) fn idempotency<'a>(
     let Some(key) = idempotency_key(headers)? else { return Ok(None) };
     let mut request = RequestHash::default();
     parts.into_iter().for_each(|part| request.add(part));
-    Ok(Some(request.named(key)))
+    Ok(Some(request.with_key(key)))
 }
 
 /// A hash of all that is asked for.
@@ -48,17 +48,17 @@ impl RequestHash {
     /// Adds the next part, which is `bytes` long and read piece by piece.
     pub(super) fn add_from(&mut self, bytes: u64, mut part: impl std::io::Read) -> std::io::Result<()> {
         self.0.update(bytes.to_le_bytes());
-        let mut piece = vec![0; 256 << 10];
+        let mut buffer = vec![0; 256 << 10];
         loop {
-            match part.read(&mut piece)? {
+            match part.read(&mut buffer)? {
                 0 => return Ok(()),
-                n => self.0.update(&piece[..n]),
+                n => self.0.update(&buffer[..n]),
             }
         }
     }
 
     /// The request of this hash under its name.
-    pub(super) fn named(self, key: &str) -> Idempotency {
+    pub(super) fn with_key(self, key: &str) -> Idempotency {
         Idempotency { key: key.to_owned(), request_hash: format!("{:x}", self.0.finalize()) }
     }
 }

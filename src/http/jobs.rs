@@ -10,17 +10,17 @@ use tracing::{Instrument, Span};
 use utoipa::ToSchema;
 
 use super::auth::{Reader, Writer};
-use super::conditional::row;
-use super::extract::{Asked, Id, Within};
-use super::files::{redirect, signed};
-use super::long_poll::look;
+use super::conditional::conditional_json;
+use super::extract::{ApiQuery, PathId, PathIdAndName};
+use super::files::{redirect, signed_url};
+use super::long_poll::long_poll;
 use super::pagination::{Page, PageQuery};
 use super::problem::{Kind as ProblemKind, Problem};
 use super::spool::Spooled;
-use super::state::Front;
-use super::submit::{Accepted, again, answer, replay, submit};
-use super::upload::{Fields, receive, store};
-use super::upload_queue::Turn;
+use super::state::AppState;
+use super::submit::{Accepted, job_response, replay, resubmit, submit};
+use super::upload::{FormKind, receive, store_photos};
+use super::upload_queue::ProcessingSlot;
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
 use crate::job::{Job, JobId, Kind, REPORT, Spec, State as JobState, TenantId, TrainOptions, TrainSpec};
@@ -63,73 +63,73 @@ pub(super) struct JobForm {
         "idempotency-key-reused", "queue-full", "decoder-busy", "storage-full"]))),
 )]
 pub(super) async fn create_job(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut writer: Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let (upload, admitted) = receive(&front, &mut writer, &headers, body, Fields::Job).await?;
+    let (upload, admitted) = receive(&app, &mut writer, &headers, body, FormKind::Job).await?;
     let idempotency = upload.idempotency(&headers).await?;
     // A quick look, before it stands in the line; it may be accepted while it does.
-    let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
-        before
+    let accepted = if let Some(existing) = replay(&app, writer.tenant, idempotency.as_ref()).await? {
+        existing
     } else {
         let spec = upload.spec()?;
-        let turn = admitted.turn(upload.bytes()).await?;
+        let slot = admitted.wait_for_slot(upload.bytes()).await?;
         // What came whole and has its turn is dealt with to its end, whether or not the client still listens: between the
         // objects and the row nothing may be dropped.
         let work = {
-            let (front, tenant) = (front.clone(), writer.tenant);
-            async move { create(&front, tenant, spec, upload.images, idempotency, turn).await }
+            let (app, tenant) = (app.clone(), writer.tenant);
+            async move { create(&app, tenant, spec, upload.images, idempotency, slot).await }
         };
         let accepted = tokio::spawn(work.in_current_span()).await;
         accepted.map_err(|error| Problem::internal(&error))??
     };
     let Accepted { job, replayed } = accepted;
-    let view = view(&front, &job, None)?;
-    Ok(answer(
+    let view = view(&app, &job, None)?;
+    Ok(job_response(
         StatusCode::ACCEPTED,
-        &format!("{}/v1/jobs/{}", front.settings.public_url, job.id),
+        &format!("{}/v1/jobs/{}", app.settings.public_url, job.id),
         replayed,
         view,
     ))
 }
 
 async fn create(
-    front: &Front,
+    app: &AppState,
     tenant: TenantId,
     spec: TrainSpec,
     images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
-    turn: Turn,
+    slot: ProcessingSlot,
 ) -> Result<Accepted, Problem> {
-    if let Some(before) = replay(front, tenant, idempotency.as_ref()).await? {
-        return Ok(before);
+    if let Some(existing) = replay(app, tenant, idempotency.as_ref()).await? {
+        return Ok(existing);
     }
     let id = JobId::new();
-    let accepted = store_and_submit(front, tenant, id, spec, images, idempotency, turn).await;
+    let accepted = store_and_submit(app, tenant, id, spec, images, idempotency, slot).await;
     match &accepted {
         Ok(accepted) if accepted.job.id == id => {}
         // The row may be there, or may yet be: then it needs its photos.
         Err(problem) if problem.kind() == ProblemKind::OutcomeUnknown => {
             tracing::warn!(job.id = %id, "not known whether it was accepted; its photos stay, for the sweep if it was not");
         }
-        _ => discard(front, tenant, id).await,
+        _ => discard(app, tenant, id).await,
     }
     accepted
 }
 
 async fn store_and_submit(
-    front: &Front,
+    app: &AppState,
     tenant: TenantId,
     id: JobId,
     spec: TrainSpec,
     images: Vec<Spooled>,
     idempotency: Option<Idempotency>,
-    mut turn: Turn,
+    mut slot: ProcessingSlot,
 ) -> Result<Accepted, Problem> {
-    let tenant_made_ms = front.store.tenant_made_ms(tenant).await?.ok_or_else(Problem::tenant_disabled)?;
-    let photos = store(front, tenant, id, images, &mut turn).await?;
+    let tenant_made_ms = app.store.tenant_made_ms(tenant).await?.ok_or_else(Problem::tenant_disabled)?;
+    let photos = store_photos(app, tenant, id, images, &mut slot).await?;
     let job = NewJob {
         id,
         tenant,
@@ -137,27 +137,27 @@ async fn store_and_submit(
         priority: spec.options.priority,
         spec: Spec::Train(Box::new(spec)),
         photos,
-        max_attempts: front.settings.attempts_max,
+        max_attempts: app.settings.attempts_max,
         idempotency,
-        queue_max: front.settings.queue_max,
+        queue_max: app.settings.queue_max,
         origin: Origin {
             trace: telemetry::traceparent(&Span::current()),
             tenant_made_ms: Some(tenant_made_ms),
             ..Origin::default()
         },
     };
-    submit(front, job).await
+    submit(app, job).await
 }
 
 /// Takes the photos of a job away that was surely not accepted.
-async fn discard(front: &Front, tenant: TenantId, id: JobId) {
-    if let Err(error) = front.blobs.delete_all(&Scope::job(tenant, id)).await {
+async fn discard(app: &AppState, tenant: TenantId, id: JobId) {
+    if let Err(error) = app.blobs.delete_all(&Scope::job(tenant, id)).await {
         tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
     }
 }
 
-fn view<'a>(front: &Front, job: &'a Job, queue_position: Option<u64>) -> Result<JobView<'a>, Problem> {
-    JobView::of(job, queue_position, &front.settings.public_url)
+fn view<'a>(app: &AppState, job: &'a Job, queue_position: Option<u64>) -> Result<JobView<'a>, Problem> {
+    JobView::of(job, queue_position, &app.settings.public_url)
 }
 
 /// A page of trainings, the newest first.
@@ -177,15 +177,15 @@ pub(super) struct JobPage<'a> {
     extensions(("x-problems" = json!(["bad-parameter"]))),
 )]
 pub(super) async fn list_jobs(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Asked(query): Asked<PageQuery>,
+    ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Response, Problem> {
-    let page = Page::read(&front, reader.tenant, &query, Kind::Train).await?;
-    let data = page.jobs.iter().map(|job| view(&front, job, None)).collect::<Result<_, _>>()?;
-    let base = format!("{}/v1/jobs", front.settings.public_url);
+    let page = Page::read(&app, reader.tenant, &query, Kind::Train).await?;
+    let data = page.jobs.iter().map(|job| view(&app, job, None)).collect::<Result<_, _>>()?;
+    let base = format!("{}/v1/jobs", app.settings.public_url);
     let next_cursor = page.next_cursor.clone();
-    Ok(Page::answer(page.next_cursor.as_deref(), &query, &base, JobPage { data, next_cursor }))
+    Ok(Page::respond(page.next_cursor.as_deref(), &query, &base, JobPage { data, next_cursor }))
 }
 
 /// Looks at a training
@@ -208,13 +208,13 @@ pub(super) async fn list_jobs(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn get_job(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut reader: Reader,
-    Id(id): Id,
+    PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, &mut reader, id, Kind::Train, &headers).await?;
-    Ok(row(&headers, &job, place, view(&front, &job, place)?))
+    let (job, queue_position) = long_poll(&app, &mut reader, id, Kind::Train, &headers).await?;
+    Ok(conditional_json(&headers, &job, queue_position, view(&app, &job, queue_position)?))
 }
 
 /// Deletes a training, its photos, its results and its samples
@@ -226,12 +226,12 @@ pub(super) async fn get_job(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn delete_job(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<StatusCode, Problem> {
-    front.find_job(writer.tenant, id, Kind::Train).await?;
-    if front.store.delete(writer.tenant, id).await? {
+    app.find_job(writer.tenant, id, Kind::Train).await?;
+    if app.store.delete(writer.tenant, id).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
     Err(Problem::not_found("job"))
@@ -246,13 +246,13 @@ pub(super) async fn delete_job(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn cancel_job(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<Response, Problem> {
-    front.find_job(writer.tenant, id, Kind::Train).await?;
-    let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
-    Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None)?)).into_response())
+    app.find_job(writer.tenant, id, Kind::Train).await?;
+    let job = app.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("job"))?;
+    Ok((StatusCode::ACCEPTED, Json(view(&app, &job, None)?)).into_response())
 }
 
 /// Does a training again
@@ -276,14 +276,14 @@ pub(super) async fn cancel_job(
         "artifact-missing", "artifact-damaged", "storage-full"]))),
 )]
 pub(super) async fn retry_job(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Train, &headers).await?;
-    let location = format!("{}/v1/jobs/{}", front.settings.public_url, job.id);
-    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None)?))
+    let Accepted { job, replayed } = resubmit(&app, &mut writer, id, Kind::Train, &headers).await?;
+    let location = format!("{}/v1/jobs/{}", app.settings.public_url, job.id);
+    Ok(job_response(StatusCode::ACCEPTED, &location, replayed, view(&app, &job, None)?))
 }
 
 /// Reads a training's report
@@ -295,17 +295,17 @@ pub(super) async fn retry_job(
     extensions(("x-problems" = json!(["not-found", "wrong-state", "artifact-missing", "artifact-damaged"]))),
 )]
 pub(super) async fn get_report(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<Response, Problem> {
-    let job = front.find_job(reader.tenant, id, Kind::Train).await?;
-    let report = front.store.artifact(reader.tenant, id, REPORT).await?;
+    let job = app.find_job(reader.tenant, id, Kind::Train).await?;
+    let report = app.store.artifact(reader.tenant, id, REPORT).await?;
     let report = report.ok_or_else(|| match job.state {
         JobState::Succeeded => Problem::not_found("report"),
         state => Problem::new(ProblemKind::WrongState, format!("the job is {state}; wanted succeeded")),
     })?;
-    let bytes = front.blobs.get(&report).await?;
+    let bytes = app.blobs.get(&report).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], bytes).into_response())
 }
 
@@ -325,14 +325,14 @@ pub(super) struct ArtifactList {
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn list_artifacts(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<Json<ArtifactList>, Problem> {
-    front.find_job(reader.tenant, id, Kind::Train).await?;
+    app.find_job(reader.tenant, id, Kind::Train).await?;
     let mut data = Vec::new();
-    for object in front.store.artifacts(reader.tenant, id).await? {
-        let (url, expires_at) = signed(&front, &object).await?;
+    for object in app.store.artifacts(reader.tenant, id).await? {
+        let (url, expires_at) = signed_url(&app, &object).await?;
         data.push(ArtifactView::of(object, url, expires_at));
     }
     Ok(Json(ArtifactList { data }))
@@ -350,11 +350,11 @@ pub(super) async fn list_artifacts(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn get_artifact(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Within(id, name): Within,
+    PathIdAndName(id, name): PathIdAndName,
 ) -> Result<Response, Problem> {
-    front.find_job(reader.tenant, id, Kind::Train).await?;
-    let artifact = front.store.artifact(reader.tenant, id, &name).await?;
-    redirect(&front, &artifact.ok_or_else(|| Problem::not_found("artifact"))?).await
+    app.find_job(reader.tenant, id, Kind::Train).await?;
+    let artifact = app.store.artifact(reader.tenant, id, &name).await?;
+    redirect(&app, &artifact.ok_or_else(|| Problem::not_found("artifact"))?).await
 }

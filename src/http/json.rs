@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::body::{Inflow, media_type};
-use super::problem::{Kind, Problem, shorten};
-use super::state::Front;
+use super::body::{LimitedBody, media_type};
+use super::problem::{Kind, Problem, excerpt};
+use super::state::AppState;
 use crate::job::TenantId;
 
 /// Largest JSON body.
@@ -19,7 +19,7 @@ const JSON_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
 pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
-    front: &Front,
+    app: &AppState,
     tenant: TenantId,
     request: Request,
 ) -> Result<(T, Bytes), Problem> {
@@ -27,19 +27,19 @@ pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
     if media_type(&parts.headers).is_none_or(|(essence, _)| essence != "application/json") {
         return Err(Problem::new(Kind::MediaType, "the body must be application/json"));
     }
-    let mut inflow = Inflow::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;
-    let place = front.shares.bodies.take(tenant).await?;
-    inflow.signs(place.life());
+    let mut body = LimitedBody::new(&parts.headers, body, JSON_BYTES_MAX, JSON_DEADLINE)?;
+    let permit = app.pools.bodies.acquire(tenant).await?;
+    body.report_to(permit.activity());
     let read = async {
         let mut bytes = Vec::new();
-        while let Some(chunk) = inflow.next().await? {
+        while let Some(chunk) = body.next_chunk().await? {
             bytes.extend_from_slice(&chunk);
         }
         Ok::<_, Problem>(bytes)
     };
     let bytes = tokio::select! {
         bytes = read => bytes?,
-        () = place.asked_back() => {
+        () = permit.revoked() => {
             return Err(Problem::new(Kind::TooMany, "nothing more came, and others waited to send"));
         }
     };
@@ -51,14 +51,14 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
     let bytes = &whole_numbers(bytes)[..];
     let mut source = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
-        let path: String = error.path().iter().map(segment).collect();
-        misfit(error.inner(), &format!("{pointer}{path}"))
+        let path: String = error.path().iter().map(pointer_segment).collect();
+        invalid_json(error.inner(), &format!("{pointer}{path}"))
     })?;
-    source.end().map_err(|error| misfit(&error, pointer))?;
+    source.end().map_err(|error| invalid_json(&error, pointer))?;
     // serde takes an array of its fields' values for an object.
-    let (came, meant) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
-    if let (Ok(came), Ok(meant)) = (came, meant)
-        && let Some(at) = array_for_object(&came, &meant)
+    let (given, parsed) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
+    if let (Ok(given), Ok(parsed)) = (given, parsed)
+        && let Some(at) = array_for_object(&given, &parsed)
     {
         let pointer = format!("{pointer}{at}");
         return Err(
@@ -96,17 +96,17 @@ pub(super) fn whole_numbers(text: &[u8]) -> Vec<u8> {
 }
 
 /// Where an array came and an object is meant.
-fn array_for_object(came: &Value, meant: &Value) -> Option<String> {
-    match (came, meant) {
+fn array_for_object(given: &Value, parsed: &Value) -> Option<String> {
+    match (given, parsed) {
         (Value::Array(_), Value::Object(_)) => Some(String::new()),
-        (Value::Object(came), Value::Object(meant)) => came.iter().find_map(|(name, came)| {
-            array_for_object(came, meant.get(name)?).map(|rest| format!("/{name}{rest}"))
+        (Value::Object(given), Value::Object(parsed)) => given.iter().find_map(|(name, given)| {
+            array_for_object(given, parsed.get(name)?).map(|rest| format!("/{name}{rest}"))
         }),
         _ => None,
     }
 }
 
-fn segment(segment: &serde_path_to_error::Segment) -> String {
+fn pointer_segment(segment: &serde_path_to_error::Segment) -> String {
     use serde_path_to_error::Segment;
     match segment {
         Segment::Seq { index } => format!("/{index}"),
@@ -115,15 +115,15 @@ fn segment(segment: &serde_path_to_error::Segment) -> String {
     }
 }
 
-pub(super) fn misfit(error: &serde_json::Error, pointer: &str) -> Problem {
-    let said = shorten(&error.to_string());
+pub(super) fn invalid_json(error: &serde_json::Error, pointer: &str) -> Problem {
+    let message = excerpt(&error.to_string());
     // A number beyond every range and a name given twice are our grammar's words for values, and the reverse.
-    let out_of_range = said.starts_with("number out of range");
-    let twice = said.starts_with("duplicate field");
+    let out_of_range = message.starts_with("number out of range");
+    let twice = message.starts_with("duplicate field");
     if (error.is_data() && !twice) || out_of_range {
-        Problem::new(Kind::Field, format!("{pointer}: {said}")).at(pointer)
+        Problem::new(Kind::Field, format!("{pointer}: {message}")).at(pointer)
     } else {
-        Problem::new(Kind::BadBody, format!("not acceptable as JSON: {said}"))
+        Problem::new(Kind::BadBody, format!("not acceptable as JSON: {message}"))
     }
 }
 
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn whole_numbers_are_written_as_such_and_nothing_else_is_touched() {
-        for (came, kept) in [
+        for (given, kept) in [
             (r#"{"a": 8.0, "b": [-1.00, 1.5, 0.10, 1.0e3]}"#, r#"{"a": 8, "b": [-1, 1.5, 0.10, 1.0e3]}"#),
             (r#""8.0 \\" 8.0"#, r#""8.0 \\" 8"#),
             (r#""8.0 \" 8.0"#, r#""8.0 \" 8.0"#),
@@ -142,7 +142,7 @@ mod tests {
             ("8.", "8."),
             ("8.0", "8"),
         ] {
-            assert_eq!(String::from_utf8_lossy(&whole_numbers(came.as_bytes())), kept, "{came}");
+            assert_eq!(String::from_utf8_lossy(&whole_numbers(given.as_bytes())), kept, "{given}");
         }
     }
 }

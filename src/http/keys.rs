@@ -22,12 +22,12 @@ const SECRET_CHARS: usize = 22; // 131 bits
 const CHECKSUM_CHARS: usize = 6; // 32 bits
 const KEY_CHARS: usize = PREFIX.len() + ID_CHARS + 1 + SECRET_CHARS + CHECKSUM_CHARS;
 
-const BELIEVED_MAX: u64 = 10_000;
+const CACHED_MAX: u64 = 10_000;
 const LOOKUPS_MAX: usize = 8;
 
 /// A new key: shown once, kept as its hash.
 #[derive(Debug)]
-pub struct MadeKey {
+pub struct NewApiKey {
     /// The public part, by which it is listed and revoked.
     pub id: String,
     /// The whole, to be shown once.
@@ -37,12 +37,12 @@ pub struct MadeKey {
 }
 
 /// Draws a key from the system's random numbers.
-pub fn make_key() -> Result<MadeKey, getrandom::Error> {
+pub fn make_key() -> Result<NewApiKey, getrandom::Error> {
     let id = random_text(ID_CHARS)?;
     let secret = random_text(SECRET_CHARS)?;
     let body = format!("{PREFIX}{id}_{secret}");
     let text = format!("{body}{}", checksum(&body));
-    Ok(MadeKey { id, text, hash: hash(&secret) })
+    Ok(NewApiKey { id, text, hash: hash(&secret) })
 }
 
 fn random_text(chars: usize) -> Result<String, getrandom::Error> {
@@ -84,46 +84,49 @@ fn parse(text: &str) -> Option<(&str, &str)> {
 }
 
 /// The keys, and those that were looked up a moment ago.
-pub(super) struct Keys {
+pub(super) struct KeyCache {
     store: Store,
-    believed: Cache<String, Believed>,
+    cached: Cache<String, CachedKey>,
     /// Whoever knows no key asks the database all the same; so few at a time, and those with a known key pass by.
     lookups: Semaphore,
 }
 
 /// A key that was looked up.
 #[derive(Clone)]
-pub(super) struct Believed {
+pub(super) struct CachedKey {
     pub(super) key: store::Key,
     /// When it ends, if it does.
-    pub(super) ends: Option<Instant>,
+    pub(super) expires_at: Option<Instant>,
 }
 
-impl Keys {
+impl KeyCache {
     pub(super) fn new(store: Store, time: Duration) -> Self {
-        let believed = Cache::builder().max_capacity(BELIEVED_MAX).time_to_live(time).build();
-        Self { store, believed, lookups: Semaphore::new(LOOKUPS_MAX) }
+        let cached = Cache::builder().max_capacity(CACHED_MAX).time_to_live(time).build();
+        Self { store, cached, lookups: Semaphore::new(LOOKUPS_MAX) }
     }
 
     /// Whose key it is and what it may do.
-    pub(super) async fn check(&self, text: &str) -> Result<Believed, Problem> {
+    pub(super) async fn authenticate(&self, text: &str) -> Result<CachedKey, Problem> {
         let (id, secret) = parse(text).ok_or_else(unauthorized)?;
-        let found = if let Some(found) = self.believed.get(id) {
+        let found = if let Some(found) = self.cached.get(id) {
             found
         } else {
             let _lookup = self.lookups.acquire().await.map_err(|error| Problem::internal(&error))?;
-            let asked = Instant::now();
+            let queried_at = Instant::now();
             let key = self.store.find_key(id).await?.filter(|key| key.live).ok_or_else(unauthorized)?;
             // The database counted what is left, by its own clock, after it was asked.
-            let left = key.left_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
-            let found = Believed { key, ends: left.and_then(|left| asked.checked_add(left)) };
-            self.believed.insert(id.to_owned(), found.clone());
+            let remaining = key.left_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
+            let found = CachedKey {
+                key,
+                expires_at: remaining.and_then(|remaining| queried_at.checked_add(remaining)),
+            };
+            self.cached.insert(id.to_owned(), found.clone());
             found
         };
-        let right = bool::from(hash(secret).as_bytes().ct_eq(found.key.hash.as_bytes()));
-        let over = found.ends.is_some_and(|ends| ends <= Instant::now());
+        let matches = bool::from(hash(secret).as_bytes().ct_eq(found.key.hash.as_bytes()));
+        let expired = found.expires_at.is_some_and(|expires_at| expires_at <= Instant::now());
         match found.key.tenant_state {
-            _ if !right || over => Err(unauthorized()),
+            _ if !matches || expired => Err(unauthorized()),
             TenantState::Active => Ok(found),
             TenantState::Disabled | TenantState::Deleting => Err(Problem::tenant_disabled()),
         }
@@ -135,14 +138,14 @@ pub(super) fn unauthorized() -> Problem {
 }
 
 /// Whether a whole key stands in a query, escaped or not. What only looks like the beginning of one may be a name.
-pub(super) fn holds_key(query: &str) -> bool {
-    let plain = unescaped(query);
-    let mut places = plain.match_indices(PREFIX);
-    places.any(|(at, _)| plain.get(at..at + KEY_CHARS).is_some_and(|text| parse(text).is_some()))
+pub(super) fn contains_key(query: &str) -> bool {
+    let decoded = percent_decoded(query);
+    let mut candidates = decoded.match_indices(PREFIX);
+    candidates.any(|(at, _)| decoded.get(at..at + KEY_CHARS).is_some_and(|text| parse(text).is_some()))
 }
 
 /// The text that a query's escapes stand for.
-fn unescaped(query: &str) -> String {
+fn percent_decoded(query: &str) -> String {
     let mut bytes = Vec::with_capacity(query.len());
     let mut rest = query.as_bytes();
     while let [byte, after @ ..] = rest {
@@ -182,7 +185,7 @@ mod tests {
             format!("hyp_&k=hyp_{key}"),
             format!("k={escaped}"),
         ] {
-            assert!(holds_key(&query), "{query}");
+            assert!(contains_key(&query), "{query}");
         }
         for query in [
             "class_name=hyp_x",
@@ -193,7 +196,7 @@ mod tests {
             &key[1..],
             &key[..key.len() - 1],
         ] {
-            assert!(!holds_key(query), "{query}");
+            assert!(!contains_key(query), "{query}");
         }
     }
 }

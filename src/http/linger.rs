@@ -16,20 +16,20 @@ use tokio::time::Instant;
 const LINGER: Duration = Duration::from_secs(10);
 const LINGER_BYTES_MAX: usize = 512 << 20; // the largest upload that can be allowed
 /// How long a client that asks whether it may send (`Expect: 100-continue`) waits at least for the answer.
-const ASKING: Duration = Duration::from_millis(500);
+const CONTINUE_WAIT: Duration = Duration::from_millis(500);
 
 /// A client that is refused while it still sends would find its connection reset and our answer gone. So what it sends
 /// is read on for a while, and thrown away.
 pub(super) async fn linger(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
-    let (asks_first, began) = (parts.headers.contains_key(header::EXPECT), Instant::now());
-    let shared = Shared(Arc::new(Mutex::new(Lent { body, read: false })));
-    let response = next.run(Request::from_parts(parts, Body::new(shared.clone()))).await;
+    let (expects_continue, started) = (parts.headers.contains_key(header::EXPECT), Instant::now());
+    let reclaimable = ReclaimableBody(Arc::new(Mutex::new(Inner { body, polled: false })));
+    let response = next.run(Request::from_parts(parts, Body::new(reclaimable.clone()))).await;
     if response.status().is_client_error() || response.status().is_server_error() {
-        let Lent { body, read } = std::mem::take(&mut *shared.lock());
+        let Inner { body, polled } = std::mem::take(&mut *reclaimable.lock());
         // One that asks whether it may send, and is told no soon enough, has not begun.
-        let sends = read || !asks_first || began.elapsed() > ASKING;
-        if sends && !body.is_end_stream() {
+        let is_sending = polled || !expects_continue || started.elapsed() > CONTINUE_WAIT;
+        if is_sending && !body.is_end_stream() {
             tokio::spawn(tokio::time::timeout(LINGER, drain(body)));
         }
     }
@@ -47,22 +47,22 @@ async fn drain(body: Body) {
 
 /// A body that can be taken back from whoever reads it.
 #[derive(Clone)]
-struct Shared(Arc<Mutex<Lent>>);
+struct ReclaimableBody(Arc<Mutex<Inner>>);
 
 /// The body, and whether anybody has begun to read it.
 #[derive(Default)]
-struct Lent {
+struct Inner {
     body: Body,
-    read: bool,
+    polled: bool,
 }
 
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Lent> {
+impl ReclaimableBody {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl HttpBody for Shared {
+impl HttpBody for ReclaimableBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -70,9 +70,9 @@ impl HttpBody for Shared {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
-        let mut lent = self.lock();
-        lent.read = true;
-        Pin::new(&mut lent.body).poll_frame(cx)
+        let mut inner = self.lock();
+        inner.polled = true;
+        Pin::new(&mut inner.body).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -6,65 +6,67 @@ use axum::http::{HeaderMap, header};
 use tokio::time::{Instant, sleep_until};
 
 use super::auth::Caller;
-use super::conditional::{etag, has, version};
+use super::conditional::{etag, matches_etag, version_tag};
 use super::prefer::preferred_wait;
 use super::problem::Problem;
-use super::state::Front;
+use super::state::AppState;
 use crate::job::{Job, JobId, Kind};
 
 /// How often a row that somebody waits for is looked at.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The caller's job and its place in the queue, as soon as there is something to say: at once, or within the time that
 /// the client is willing to wait for a change of what it has, or for the end.
-pub(super) async fn look(
-    front: &Front,
+pub(super) async fn long_poll(
+    app: &AppState,
     caller: &mut Caller,
     id: JobId,
     kind: Kind,
     headers: &HeaderMap,
 ) -> Result<(Job, Option<u64>), Problem> {
-    let job = front.find_job(caller.tenant, id, kind).await?;
-    let place = front.store.queue_position(&job).await?;
-    let Some(time) = preferred_wait(headers) else { return Ok((job, place)) };
-    let known = headers.contains_key(header::IF_NONE_MATCH);
-    if known && !has(headers, &etag(&job, place)) {
-        return Ok((job, place));
+    let job = app.find_job(caller.tenant, id, kind).await?;
+    let queue_position = app.store.queue_position(&job).await?;
+    let Some(time) = preferred_wait(headers) else { return Ok((job, queue_position)) };
+    let is_conditional = headers.contains_key(header::IF_NONE_MATCH);
+    if is_conditional && !matches_etag(headers, &etag(&job, queue_position)) {
+        return Ok((job, queue_position));
     }
-    let seen = version(&job, place);
-    let enough = |job: &Job, place| job.state.is_terminal() || (known && version(job, place) != seen);
-    let job = wait(front, caller, (job, place), time, enough).await?;
-    let place = front.store.queue_position(&job).await?;
-    Ok((job, place))
+    let seen = version_tag(&job, queue_position);
+    let done = |job: &Job, queue_position| {
+        job.state.is_terminal() || (is_conditional && version_tag(job, queue_position) != seen)
+    };
+    let job = wait_until(app, caller, (job, queue_position), time, done).await?;
+    let queue_position = app.store.queue_position(&job).await?;
+    Ok((job, queue_position))
 }
 
-/// The job once `enough` is true of it and its place in the queue, or after `time`, or when the key or the server ends, or when others wait whose
+/// The job once `done` is true of it and its place in the queue, or after `time`, or when the key or the server ends, or when others wait whose
 /// tenants have fewer who do, whichever comes first.
-pub(super) async fn wait(
-    front: &Front,
+pub(super) async fn wait_until(
+    app: &AppState,
     caller: &mut Caller,
-    (mut job, place): (Job, Option<u64>),
+    (mut job, queue_position): (Job, Option<u64>),
     time: Duration,
-    enough: impl Fn(&Job, Option<u64>) -> bool,
+    done: impl Fn(&Job, Option<u64>) -> bool,
 ) -> Result<Job, Problem> {
     let mut deadline = Instant::now() + time;
-    if let Some(ends) = caller.ends() {
-        deadline = deadline.min(ends);
+    if let Some(expires_at) = caller.expires_at() {
+        deadline = deadline.min(expires_at);
     }
     if job.state.is_terminal() || Instant::now() >= deadline {
         return Ok(job);
     }
-    caller.step_aside();
-    let mut position = front.positions.follow(place);
-    let Ok(place) = front.shares.waits.take(caller.tenant).await else { return Ok(job) };
-    while !enough(&job, position.of(&job).await?) && Instant::now() < deadline {
+    caller.release_permit();
+    let mut watch = app.positions.watch(queue_position);
+    let Ok(permit) = app.pools.waits.acquire(caller.tenant).await else { return Ok(job) };
+    while !done(&job, watch.get(&job).await?) && Instant::now() < deadline {
         tokio::select! {
-            () = sleep_until(deadline.min(Instant::now() + LOOK)) => {}
-            () = place.asked_back() => break,
-            () = front.closing.cancelled() => break,
+            () = sleep_until(deadline.min(Instant::now() + POLL_INTERVAL)) => {}
+            () = permit.revoked() => break,
+            () = app.closing.cancelled() => break,
         }
-        if front.store.version(job.tenant, job.id).await? != Some(job.version) {
-            job = front.find_job(job.tenant, job.id, job.kind).await?;
+        if app.store.version(job.tenant, job.id).await? != Some(job.version) {
+            job = app.find_job(job.tenant, job.id, job.kind).await?;
         }
     }
     Ok(job)

@@ -10,11 +10,11 @@ use axum::response::{IntoResponse, Response};
 
 use super::problem::{Kind, Problem};
 use super::settings::Auth;
-use super::state::Front;
+use super::state::AppState;
 
 /// The door of the API: on a server without keys, whoever is not on this machine goes no further.
-pub(super) async fn admit(State(front): State<Front>, request: Request, next: Next) -> Response {
-    match guard_local(&front, &request) {
+pub(super) async fn local_only(State(app): State<AppState>, request: Request, next: Next) -> Response {
+    match check_local(&app, &request) {
         Ok(()) => next.run(request).await,
         Err(problem) => problem.into_response(),
     }
@@ -43,11 +43,11 @@ const PROXY_HEADERS: [&str; 16] = [
 /// A server without keys answers its own machine only, and has no other wall against the rest of the world than these
 /// questions: did a proxy pass the request on, was the server asked for by a name of this machine (DNS rebinding), and did
 /// a page of another site ask?
-fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
-    if front.settings.auth == Auth::None {
-        if let Some(sign) = sign_of_proxy(request.version(), request.headers()) {
+fn check_local(app: &AppState, request: &Request) -> Result<(), Problem> {
+    if app.settings.auth == Auth::None {
+        if let Some(evidence) = proxy_evidence(request.version(), request.headers()) {
             let detail = format!(
-                "{sign} says that a proxy passed this on, and without keys the server answers its own machine only; \
+                "{evidence} says that a proxy passed this on, and without keys the server answers its own machine only; \
                  start it with `--auth keys`, or with the `--public-url` that clients use, and make a key with \
                  `hypnos keys create`"
             );
@@ -59,7 +59,7 @@ fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
                 "wanted a name of this machine: localhost or a loopback address",
             ));
         }
-        if is_cross_site(request.uri(), request.headers(), &front.settings.public_url) {
+        if is_cross_site(request.uri(), request.headers(), &app.settings.public_url) {
             return Err(Problem::new(Kind::CrossSite, "the request comes from a page of another site"));
         }
     }
@@ -68,11 +68,11 @@ fn guard_local(front: &Front, request: &Request) -> Result<(), Problem> {
 
 /// How a request shows that it came through a proxy, if it does. One that adds nothing and names a loopback host cannot be
 /// told from a client; but nginx, as it comes, asks in HTTP/1.0, which clients do not any more.
-fn sign_of_proxy(version: Version, headers: &HeaderMap) -> Option<String> {
-    let is_sign = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
-    let header = headers.keys().map(HeaderName::as_str).find(is_sign);
-    let old = version < Version::HTTP_11;
-    header.map(|name| format!("the header {name}")).or_else(|| old.then(|| "HTTP/1.0".to_owned()))
+fn proxy_evidence(version: Version, headers: &HeaderMap) -> Option<String> {
+    let is_evidence = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
+    let header = headers.keys().map(HeaderName::as_str).find(is_evidence);
+    let is_old = version < Version::HTTP_11;
+    header.map(|name| format!("the header {name}")).or_else(|| is_old.then(|| "HTTP/1.0".to_owned()))
 }
 
 /// The host and port that the client asked for.
@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn a_proxy_is_known_by_what_it_adds() {
-        let sign = |name: &'static str| {
+        let evidence = |name: &'static str| {
             let headers =
                 HeaderMap::from_iter([(HeaderName::from_static(name), "x".parse().expect("a value"))]);
-            sign_of_proxy(Version::HTTP_11, &headers)
+            proxy_evidence(Version::HTTP_11, &headers)
         };
         for name in [
             "forwarded",
@@ -142,12 +142,12 @@ mod tests {
             "via",
             "x-real-ip",
         ] {
-            assert_eq!(sign(name), Some(format!("the header {name}")));
+            assert_eq!(evidence(name), Some(format!("the header {name}")));
         }
         for name in ["accept", "x-request-id", "forwarded-not", "user-agent", "traceparent"] {
-            assert_eq!(sign(name), None, "{name}");
+            assert_eq!(evidence(name), None, "{name}");
         }
-        assert_eq!(sign_of_proxy(Version::HTTP_10, &HeaderMap::new()).as_deref(), Some("HTTP/1.0"));
-        assert_eq!(sign_of_proxy(Version::HTTP_2, &HeaderMap::new()), None);
+        assert_eq!(proxy_evidence(Version::HTTP_10, &HeaderMap::new()).as_deref(), Some("HTTP/1.0"));
+        assert_eq!(proxy_evidence(Version::HTTP_2, &HeaderMap::new()), None);
     }
 }

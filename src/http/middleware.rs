@@ -27,27 +27,27 @@ const REQUEST_ID_CHARS_MAX: usize = 64;
 const TIME_MAX: Duration = Duration::from_secs(30);
 
 /// What all routes pass, those of operators too.
-pub(super) fn dressed(router: Router) -> Router {
-    router.layer(CatchPanicLayer::custom(panicked)).layer(from_fn(finish))
+pub(super) fn with_base_layers(router: Router) -> Router {
+    router.layer(CatchPanicLayer::custom(panic_response)).layer(from_fn(observe))
 }
 
 /// The outermost layer: gives the request its id, writes problems down, and logs one line.
-async fn finish(request: Request, next: Next) -> Response {
-    let begun = Instant::now();
+async fn observe(request: Request, next: Next) -> Response {
+    let started = Instant::now();
     let id = request_id(request.headers());
-    let method = known(request.method());
-    let headless = request.method() == Method::HEAD;
+    let method = method_label(request.method());
+    let is_head = request.method() == Method::HEAD;
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!("request", request.id = %id, method, route);
-    let caller = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
-    telemetry::adopt(&span, caller);
-    let running = Running::begin();
+    let traceparent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+    telemetry::set_parent(&span, traceparent);
+    let running = RunningGuard::new();
     let response = next.run(request).instrument(span.clone()).await;
     drop(running);
 
-    let mut response = dress(response, &id, headless);
-    let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
-    telemetry::answered(&span, status);
+    let mut response = finalize(response, &id, is_head);
+    let (status, elapsed) = (response.status().as_u16(), started.elapsed());
+    telemetry::record_status(&span, status);
     span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
     let labels = [("method", method.to_owned()), ("route", route), ("status", status.to_string())];
     metrics::counter!("hypnos_http_requests_total", &labels).increment(1);
@@ -59,22 +59,22 @@ async fn finish(request: Request, next: Next) -> Response {
 }
 
 /// A method as logs and figures name it. One that nobody knows is a text of the client's, of which there are any number.
-fn known(method: &Method) -> &'static str {
+fn method_label(method: &Method) -> &'static str {
     const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"];
-    KNOWN.into_iter().find(|known| method.as_str() == *known).unwrap_or("other")
+    KNOWN.into_iter().find(|name| method.as_str() == *name).unwrap_or("other")
 }
 
 /// A request that is under way, for the figures. Its client may go at any time.
-struct Running;
+struct RunningGuard;
 
-impl Running {
-    fn begin() -> Self {
+impl RunningGuard {
+    fn new() -> Self {
         metrics::gauge!("hypnos_http_requests_running").increment(1.0);
         Self
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningGuard {
     fn drop(&mut self) {
         metrics::gauge!("hypnos_http_requests_running").decrement(1.0);
     }
@@ -82,12 +82,12 @@ impl Drop for Running {
 
 /// The client's own id if it is a harmless one, else one of ours.
 fn request_id(headers: &HeaderMap) -> String {
-    let harmless = |id: &&str| {
+    let is_valid = |id: &&str| {
         let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
         (1..=REQUEST_ID_CHARS_MAX).contains(&id.len()) && plain
     };
-    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(harmless);
-    given.map_or_else(|| new_id().to_string(), ToOwned::to_owned)
+    let client_id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(is_valid);
+    client_id.map_or_else(|| new_id().to_string(), ToOwned::to_owned)
 }
 
 /// A UUID of version 7 whose random part is this process's, with a count: the system is not asked for random numbers with
@@ -103,14 +103,14 @@ fn new_id() -> Uuid {
 }
 
 /// Problems get their body, and every answer the headers that keep browsers from guessing.
-fn dress(mut response: Response, request_id: &str, headless: bool) -> Response {
-    let problem = response.extensions_mut().remove::<Problem>().or_else(|| bare_refusal(&response));
+fn finalize(mut response: Response, request_id: &str, is_head: bool) -> Response {
+    let problem = response.extensions_mut().remove::<Problem>().or_else(|| router_problem(&response));
     if let Some(problem) = problem {
         let document = serde_json::to_vec(&problem.document(request_id)).expect("a problem is plain JSON");
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::CONTENT_TYPE));
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(document.len()));
-        *response.body_mut() = if headless { Body::empty() } else { document.into() };
+        *response.body_mut() = if is_head { Body::empty() } else { document.into() };
     }
     let fixed = [
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -126,7 +126,7 @@ fn dress(mut response: Response, request_id: &str, headless: bool) -> Response {
 }
 
 /// What the router itself refuses comes without a word.
-fn bare_refusal(response: &Response) -> Option<Problem> {
+fn router_problem(response: &Response) -> Option<Problem> {
     match response.status() {
         StatusCode::NOT_FOUND => Some(Problem::not_found("path")),
         StatusCode::METHOD_NOT_ALLOWED => {
@@ -139,7 +139,7 @@ fn bare_refusal(response: &Response) -> Option<Problem> {
 }
 
 /// What becomes of a panic in a handler.
-fn panicked(panic: Box<dyn Any + Send>) -> Response {
+fn panic_response(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<&str>().copied().map(ToOwned::to_owned);
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
     tracing::error!(panic = %text.escape_debug(), "a handler panicked");
@@ -147,7 +147,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
 }
 
 /// An answer takes half a minute at most, beside the time that its client is willing to wait.
-pub(super) async fn hurry(request: Request, next: Next) -> Response {
+pub(super) async fn time_limit(request: Request, next: Next) -> Response {
     let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
     // What was to change something may have done so, and only the answer is missing.
     let kind = if request.method().is_safe() { Kind::Overloaded } else { Kind::OutcomeUnknown };

@@ -63,12 +63,12 @@ mod upload;
 mod upload_queue;
 mod view;
 
-pub use connection::Patience;
+pub use connection::Timeouts;
 pub(crate) use loopback::is_loopback;
 pub use openapi::openapi;
-pub use operations::{Operations, count_queue};
+pub use operations::{Operations, update_queue_metrics};
 pub use problem::{Kind as ProblemKind, Problem};
-pub use product_detector::{Spotted, Spotter};
+pub use product_detector::{DetectedProduct, ProductDetector};
 pub use serve::serve;
 pub use settings::{Auth, Settings};
-pub use state::Front;
+pub use state::AppState;

@@ -8,8 +8,8 @@ use axum::http::HeaderMap;
 use bytes::{Buf, BytesMut};
 use memchr::memmem::{self, Finder};
 
-use super::activity::Life;
-use super::body::{Inflow, media_type};
+use super::activity::Activity;
+use super::body::{LimitedBody, media_type};
 use super::problem::{Kind, Problem};
 use super::spool::Spool;
 
@@ -17,18 +17,18 @@ const BOUNDARY_CHARS_MAX: usize = 70; // RFC 2046 section 5.1.1
 const HEAD_BYTES_MAX: usize = 8 * 1024;
 
 /// A form that is being read.
-pub(super) struct Form {
-    inflow: Inflow,
+pub(super) struct FormReader {
+    body: LimitedBody,
     buffer: BytesMut,
     /// What ends a part: line break, two dashes, boundary.
     delimiter: Vec<u8>,
     finder: Finder<'static>,
-    begun: bool,
+    started: bool,
 }
 
-impl Form {
-    /// A form that comes by `inflow`.
-    pub(super) fn new(headers: &HeaderMap, inflow: Inflow) -> Result<Self, Problem> {
+impl FormReader {
+    /// A form that comes by `body`.
+    pub(super) fn new(headers: &HeaderMap, body: LimitedBody) -> Result<Self, Problem> {
         let Some((_, whole)) = media_type(headers).filter(|(essence, _)| essence == "multipart/form-data")
         else {
             return Err(Problem::new(Kind::MediaType, "the body must be multipart/form-data"));
@@ -43,37 +43,37 @@ impl Form {
         let delimiter = format!("\r\n--{boundary}").into_bytes();
         // As if the body began with a line break, so that its first delimiter looks like all others.
         let (buffer, finder) = (BytesMut::from(&b"\r\n"[..]), Finder::new(&delimiter).into_owned());
-        Ok(Self { inflow, buffer, delimiter, finder, begun: false })
+        Ok(Self { body, buffer, delimiter, finder, started: false })
     }
 
     /// All that comes is a sign of this life.
-    pub(super) fn signs(&mut self, life: Life) {
-        self.inflow.signs(life);
+    pub(super) fn report_to(&mut self, activity: Activity) {
+        self.body.report_to(activity);
     }
 
     /// The next part's name; none after the last. Its content must have been read before the next is asked for.
-    pub(super) async fn next(&mut self) -> Result<Option<String>, Problem> {
-        if !self.begun {
-            self.begun = true;
-            self.until_delimiter(HEAD_BYTES_MAX).await?.ok_or_else(|| broken("holds no boundary"))?;
+    pub(super) async fn next_part(&mut self) -> Result<Option<String>, Problem> {
+        if !self.started {
+            self.started = true;
+            self.until_delimiter(HEAD_BYTES_MAX).await?.ok_or_else(|| malformed("holds no boundary"))?;
         }
         self.fill(2).await?;
         if self.buffer.starts_with(b"--") {
-            while self.inflow.next().await?.is_some() {} // an epilogue says nothing
+            while self.body.next_chunk().await?.is_some() {} // an epilogue says nothing
             return Ok(None);
         }
         let end = self.head_end().await?;
         let head = self.buffer.split_to(end + 4);
-        name(&head).map(Some)
+        part_name(&head).map(Some)
     }
 
     /// The part's content; none if it is longer than `bytes_max`.
-    pub(super) async fn content(&mut self, bytes_max: usize) -> Result<Option<Bytes>, Problem> {
+    pub(super) async fn read_part(&mut self, bytes_max: usize) -> Result<Option<Bytes>, Problem> {
         self.until_delimiter(bytes_max).await
     }
 
     /// Writes the part's content as it comes; whether it was no longer than `bytes_max`.
-    pub(super) async fn spool(&mut self, bytes_max: usize, spool: &mut Spool) -> Result<bool, Problem> {
+    pub(super) async fn spool_part(&mut self, bytes_max: usize, spool: &mut Spool) -> Result<bool, Problem> {
         let mut bytes_left = bytes_max;
         loop {
             let found = self.finder.find(&self.buffer);
@@ -86,7 +86,7 @@ impl Form {
                 self.buffer.advance(self.delimiter.len());
                 return Ok(true);
             }
-            self.more().await?;
+            self.read_more().await?;
         }
     }
 
@@ -98,10 +98,10 @@ impl Form {
                 return Ok(searched + at);
             }
             if self.buffer.len() > HEAD_BYTES_MAX {
-                return Err(broken("has a part with too long a head"));
+                return Err(malformed("has a part with too long a head"));
             }
             searched = self.buffer.len().saturating_sub(3);
-            self.more().await?;
+            self.read_more().await?;
         }
     }
 
@@ -118,25 +118,26 @@ impl Form {
             if searched > bytes_max {
                 return Ok(None);
             }
-            self.more().await?;
+            self.read_more().await?;
         }
     }
 
     async fn fill(&mut self, bytes: usize) -> Result<(), Problem> {
         while self.buffer.len() < bytes {
-            self.more().await?;
+            self.read_more().await?;
         }
         Ok(())
     }
 
-    async fn more(&mut self) -> Result<(), Problem> {
-        let chunk = self.inflow.next().await?.ok_or_else(|| broken("ends before its last boundary"))?;
+    async fn read_more(&mut self) -> Result<(), Problem> {
+        let chunk =
+            self.body.next_chunk().await?.ok_or_else(|| malformed("ends before its last boundary"))?;
         self.buffer.extend_from_slice(&chunk);
         Ok(())
     }
 }
 
-fn broken(how: &str) -> Problem {
+fn malformed(how: &str) -> Problem {
     Problem::new(Kind::BadBody, format!("the form {how}"))
 }
 
@@ -146,13 +147,13 @@ fn is_boundary(text: &str) -> bool {
 }
 
 /// The name in a part's Content-Disposition. What it says of files is not heard, in whatever alphabet it is written.
-fn name(head: &[u8]) -> Result<String, Problem> {
+fn part_name(head: &[u8]) -> Result<String, Problem> {
     let ends =
         memmem::find_iter(head, b"\r\n").scan(0, |from, at| Some((std::mem::replace(from, at + 2), at)));
     let mut lines = ends.map(|(from, at)| &head[from..at]);
     let padding = lines.next().unwrap_or_default();
     if !padding.trim_ascii().is_empty() {
-        return Err(broken("has text after a boundary"));
+        return Err(malformed("has text after a boundary"));
     }
     let disposition = lines.find_map(|line| {
         let (field, value) = split_once(line, b':')?;
@@ -162,7 +163,9 @@ fn name(head: &[u8]) -> Result<String, Problem> {
         let essence = value.split(|&byte| byte == b';').next().unwrap_or_default();
         essence.trim_ascii().eq_ignore_ascii_case(b"form-data")
     });
-    disposition.and_then(|value| parameter(value, "name")).ok_or_else(|| broken("has a part without a name"))
+    disposition
+        .and_then(|value| parameter(value, "name"))
+        .ok_or_else(|| malformed("has a part without a name"))
 }
 
 /// A parameter of a header such as `form-data; name="images"`.
@@ -171,11 +174,11 @@ fn name(head: &[u8]) -> Result<String, Problem> {
 /// of a letter, and the quote after it is the end. Where the first reading comes out wrong the second holds.
 fn parameter(header: &[u8], wanted: &str) -> Option<String> {
     let (_, rest) = split_once(header, b';')?;
-    let read = |escapes: bool| Parameters { rest, escapes, odd: false };
+    let read = |escapes: bool| Parameters { rest, escapes, is_malformed: false };
     let well_formed = |escapes: bool| {
         let mut all = read(escapes);
         all.by_ref().for_each(drop);
-        !all.odd && all.rest.trim_ascii().is_empty()
+        !all.is_malformed && all.rest.trim_ascii().is_empty()
     };
     let mut parameters = read(well_formed(true) || !well_formed(false));
     let (_, value) = parameters.find(|(name, _)| name.eq_ignore_ascii_case(wanted.as_bytes()))?;
@@ -188,7 +191,7 @@ struct Parameters<'a> {
     /// Whether a backslash in a quoted text escapes.
     escapes: bool,
     /// Whether a quoted text was followed by something else than the next parameter.
-    odd: bool,
+    is_malformed: bool,
 }
 
 impl<'a> Iterator for Parameters<'a> {
@@ -200,7 +203,7 @@ impl<'a> Iterator for Parameters<'a> {
             let (value, after) = self.unquote(quoted)?;
             let after = after.trim_ascii();
             let next = after.strip_prefix(b";");
-            self.odd |= next.is_none() && !after.is_empty();
+            self.is_malformed |= next.is_none() && !after.is_empty();
             (value, next.unwrap_or(after))
         } else {
             let (token, after) = split_once(value, b';').unwrap_or((value, b""));
@@ -260,19 +263,19 @@ mod tests {
         let content_type = format!("multipart/form-data; charset=utf-8; boundary={boundary}");
         headers.insert("content-type", content_type.parse().expect("a header"));
         let body = Body::from_stream(stream::iter(pieces));
-        let inflow = Inflow::new(&headers, body, 1 << 20, Duration::from_secs(5))?;
-        let mut form = Form::new(&headers, inflow)?;
+        let body = LimitedBody::new(&headers, body, 1 << 20, Duration::from_secs(5))?;
+        let mut form = FormReader::new(&headers, body)?;
         let mut parts = Vec::new();
-        while let Some(name) = form.next().await? {
+        while let Some(name) = form.next_part().await? {
             // By turns in memory and spooled: both read alike.
             let content = if parts.len() % 2 == 0 {
-                form.content(1000).await?.ok_or_else(|| broken("is too long"))?
+                form.read_part(1000).await?.ok_or_else(|| malformed("is too long"))?
             } else {
                 let mut spool = Spool::new(Path::new("nowhere"));
-                if !form.spool(1000, &mut spool).await? {
-                    return Err(broken("is too long"));
+                if !form.spool_part(1000, &mut spool).await? {
+                    return Err(malformed("is too long"));
                 }
-                spool.end().await?.read().await?
+                spool.finish().await?.read().await?
             };
             parts.push((name, String::from_utf8_lossy(&content).into_owned()));
         }

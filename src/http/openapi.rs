@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
 
 use super::problem::{self, Document, Kind};
-use super::routes::{about, api};
+use super::routes::{api, public};
 use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern};
 
 #[derive(OpenApi)]
@@ -25,12 +25,12 @@ use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern
         (name = "operations", description = "For whoever runs the server."),
     ),
 )]
-struct Frame;
+struct ApiDoc;
 
 /// Answers that any operation may give.
-const ALWAYS: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
+const COMMON: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
 /// And any that asks for a key. The three of a server without keys are among them.
-const KEYED: [Kind; 7] = [
+const AUTHENTICATED: [Kind; 7] = [
     Kind::KeyInQuery,
     Kind::Unauthorized,
     Kind::TenantDisabled,
@@ -49,10 +49,10 @@ pub fn openapi() -> String {
 
 /// The document.
 pub(super) fn document() -> Value {
-    let mut described = Frame::openapi();
-    described.merge(api().into_openapi());
-    described.merge(about().into_openapi());
-    let mut document = serde_json::to_value(&described).expect("a document is plain JSON");
+    let mut spec = ApiDoc::openapi();
+    spec.merge(api().into_openapi());
+    spec.merge(public().into_openapi());
+    let mut document = serde_json::to_value(&spec).expect("a document is plain JSON");
     document["info"].as_object_mut().expect("an object").remove("license");
     document["components"]["securitySchemes"] = json!({
         "key": { "type": "http", "scheme": "bearer", "bearerFormat": "hyp_ID_SECRET",
@@ -75,7 +75,7 @@ pub(super) fn document() -> Value {
     paths.insert("/v1/files/{key}".into(), file);
     for (path, item) in paths {
         for (method, operation) in item.as_object_mut().expect("operations") {
-            complete(path, method, operation.as_object_mut().expect("an operation"));
+            complete_operation(path, method, operation.as_object_mut().expect("an operation"));
         }
     }
     describe_forms(&mut document);
@@ -83,22 +83,22 @@ pub(super) fn document() -> Value {
     document
 }
 
-fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
-    let keyed =
+fn complete_operation(path: &str, method: &str, operation: &mut Map<String, Value>) {
+    let authenticated =
         operation.get("security").is_none_or(|security| security != &json!([]) && security != &json!([{}]));
-    if !keyed {
+    if !authenticated {
         operation.insert("security".into(), json!([]));
     }
-    let own = operation.remove("x-problems").unwrap_or_default();
-    let own = own.as_array().into_iter().flatten().filter_map(Value::as_str);
-    let mut kinds: Vec<Kind> = own.map(kind).chain(ALWAYS).collect();
-    if keyed {
-        kinds.extend(KEYED);
+    let declared = operation.remove("x-problems").unwrap_or_default();
+    let declared = declared.as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut kinds: Vec<Kind> = declared.map(kind).chain(COMMON).collect();
+    if authenticated {
+        kinds.extend(AUTHENTICATED);
         if method != "get" {
             kinds.push(Kind::Scope);
         }
     }
-    if keyed && method != "get" && path != "/v1/photos/inspect" {
+    if authenticated && method != "get" && path != "/v1/photos/inspect" {
         kinds.push(Kind::OutcomeUnknown);
     }
     kinds.sort_by_key(|kind| kind.slug());
@@ -130,16 +130,16 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     }
     for response in responses.values_mut() {
         let headers = response["headers"].as_object_mut();
-        headers.into_iter().flatten().for_each(|(_, header)| never_null(&mut header["schema"]));
+        headers.into_iter().flatten().for_each(|(_, header)| drop_null(&mut header["schema"]));
         response["headers"]["X-Request-Id"] = json!({ "$ref": "#/components/headers/X-Request-Id" });
     }
     let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
-    parameters.into_iter().flatten().for_each(|parameter| never_null(&mut parameter["schema"]));
+    parameters.into_iter().flatten().for_each(|parameter| drop_null(&mut parameter["schema"]));
     operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
 }
 
 /// What may be absent from a request's head is never null in it.
-fn never_null(schema: &mut Value) {
+fn drop_null(schema: &mut Value) {
     if let Some(only) = schema["type"].as_array().and_then(|types| types.first().cloned()) {
         schema["type"] = only;
     }

@@ -12,7 +12,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::middleware::dressed;
+use super::middleware::with_base_layers;
 use super::problem::{Kind, Problem};
 use crate::blobs::{self, Blobs};
 use crate::health::Health;
@@ -21,13 +21,13 @@ use crate::store::{self, Store};
 /// What `/healthz` answers.
 pub(super) const ALIVE: &str = "ok\n";
 /// How long an answer of the object store is believed, so that questions do not become load.
-const BELIEVED: Duration = Duration::from_secs(5);
+const PROBE_TTL: Duration = Duration::from_secs(5);
 
 /// What operators ask of a process, whether or not it answers clients too.
 pub struct Operations {
     store: Store,
     blobs: Blobs,
-    figures: PrometheusHandle,
+    metrics: PrometheusHandle,
     closing: CancellationToken,
     probe: Mutex<Option<(Instant, Result<(), blobs::Error>)>>,
     devices: Health,
@@ -37,44 +37,44 @@ pub struct Operations {
 impl Operations {
     /// Of a process that answers clients: it is ready when it can serve, and one of its `devices` takes jobs, if it has some.
     /// Its figures have the queue's.
-    pub fn of_front(
+    pub fn for_server(
         store: Store,
         blobs: Blobs,
-        figures: PrometheusHandle,
+        metrics: PrometheusHandle,
         closing: CancellationToken,
         devices: Health,
     ) -> Self {
-        Self { store, blobs, figures, closing, probe: Mutex::default(), devices, answers_clients: true }
+        Self { store, blobs, metrics, closing, probe: Mutex::default(), devices, answers_clients: true }
     }
 
     /// Of a process that only works: it is ready when one of its `devices` takes jobs. The queue's figures are left to the
     /// fronts, or they would be summed once for every worker.
-    pub fn of_worker(
+    pub fn for_worker(
         store: Store,
         blobs: Blobs,
-        figures: PrometheusHandle,
+        metrics: PrometheusHandle,
         closing: CancellationToken,
         devices: Health,
     ) -> Self {
-        Self { answers_clients: false, ..Self::of_front(store, blobs, figures, closing, devices) }
+        Self { answers_clients: false, ..Self::for_server(store, blobs, metrics, closing, devices) }
     }
 
     /// All of it, without keys, for a listener that only operators reach.
     pub fn router(self: Arc<Self>) -> Router {
         let ready = |State(own): State<Arc<Self>>| async move { own.ready(true).await };
-        let figures = |State(own): State<Arc<Self>>| async move { own.figures().await };
+        let metrics = |State(own): State<Arc<Self>>| async move { own.metrics().await };
         let routes = Router::new()
             .route("/healthz", get(|| async { ALIVE }))
             .route("/readyz", get(ready))
-            .route("/metrics", get(figures));
-        dressed(routes.with_state(self))
+            .route("/metrics", get(metrics));
+        with_base_layers(routes.with_state(self))
     }
 
-    /// Whether the process can do what it is for. `whole` tells the condition of each device too.
-    pub(super) async fn ready(&self, whole: bool) -> Result<String, Problem> {
-        let unready = |why: String| Err(Problem::new(Kind::Unavailable, why));
+    /// Whether the process can do what it is for. `detailed` tells the condition of each device too.
+    pub(super) async fn ready(&self, detailed: bool) -> Result<String, Problem> {
+        let not_ready = |why: String| Err(Problem::new(Kind::Unavailable, why));
         if self.closing.is_cancelled() {
-            return unready("the server is about to end".into());
+            return not_ready("the server is about to end".into());
         }
         self.store.ping().await?;
         self.store.check_schema().await?;
@@ -85,17 +85,17 @@ impl Operations {
             Err(blobs::Error::Full) if self.answers_clients => {
                 text = "ok, but the object store is full: uploads are refused\n".into();
             }
-            Err(error) => return Err(Problem::away("object store", &error)),
+            Err(error) => return Err(Problem::unavailable("object store", &error)),
         }
         let lines: Vec<String> = self.devices.devices().iter().map(ToString::to_string).collect();
         if lines.is_empty() && !self.answers_clients {
-            return unready("no device takes jobs: starting".into());
+            return not_ready("no device takes jobs: starting".into());
         }
         if !self.devices.is_ready() {
-            let conditions = if whole { format!(": {}", lines.join("; ")) } else { String::new() };
-            return unready(format!("no device takes jobs{conditions}"));
+            let details = if detailed { format!(": {}", lines.join("; ")) } else { String::new() };
+            return not_ready(format!("no device takes jobs{details}"));
         }
-        if whole {
+        if detailed {
             lines.iter().for_each(|line| text.extend([line, "\n"]));
         }
         Ok(text)
@@ -105,7 +105,7 @@ impl Operations {
     async fn probe(&self) -> Result<(), blobs::Error> {
         let mut last = self.probe.lock().await; // who comes meanwhile hears the same answer
         if let Some((at, answer)) = &*last
-            && at.elapsed() < BELIEVED
+            && at.elapsed() < PROBE_TTL
         {
             return answer.clone();
         }
@@ -114,18 +114,18 @@ impl Operations {
         answer
     }
 
-    pub(super) async fn figures(&self) -> Result<Response, Problem> {
+    pub(super) async fn metrics(&self) -> Result<Response, Problem> {
         if self.answers_clients {
-            count_queue(&self.store).await?;
+            update_queue_metrics(&self.store).await?;
         }
-        self.figures.run_upkeep();
+        self.metrics.run_upkeep();
         let text = "text/plain; version=0.0.4; charset=utf-8";
-        Ok(([(header::CONTENT_TYPE, text)], self.figures.render()).into_response())
+        Ok(([(header::CONTENT_TYPE, text)], self.metrics.render()).into_response())
     }
 }
 
 /// Brings the figures of the queue up to date. Whoever asks for `/metrics` has it done; who pushes figures has to.
-pub async fn count_queue(store: &Store) -> store::Result<()> {
+pub async fn update_queue_metrics(store: &Store) -> store::Result<()> {
     for gauge in store.gauges().await?.kinds {
         let labels = [("kind", gauge.kind.as_str())];
         metrics::gauge!("hypnos_jobs_queued", &labels).set(gauge.queued as f64);

@@ -9,7 +9,7 @@ use utoipa::IntoParams;
 use uuid::Uuid;
 
 use super::problem::{Kind as ProblemKind, Problem};
-use super::state::Front;
+use super::state::AppState;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 use crate::store::Filter;
 
@@ -40,27 +40,28 @@ pub(super) struct PageQuery {
 impl PageQuery {
     /// The list's filter, where it begins, and how long it may be.
     pub(super) fn parse(&self, kind: Kind) -> Result<(Filter, Option<JobId>, u32), Problem> {
-        let wrong = |name: &str, wanted: &str| {
+        let invalid = |name: &str, wanted: &str| {
             Problem::new(ProblemKind::BadParameter, format!("{name}: wanted {wanted}"))
         };
         let limit = self.limit.unwrap_or(50);
         if !(1..=200).contains(&limit) {
-            return Err(wrong("limit", "1 to 200"));
+            return Err(invalid("limit", "1 to 200"));
         }
         let cursor = self.cursor.as_deref().map(|text| {
             let id = Uuid::try_parse(text).ok().filter(|id| id.simple().to_string() == text);
-            id.map(JobId).ok_or_else(|| wrong("cursor", "the next_cursor of a page"))
+            id.map(JobId).ok_or_else(|| invalid("cursor", "the next_cursor of a page"))
         });
         let created_after = self.created_after.as_deref().map(|text| {
             let time: Option<Timestamp> = text.parse().ok();
-            time.map(Timestamp::as_millisecond).ok_or_else(|| wrong("created_after", "a time as in RFC 3339"))
+            time.map(Timestamp::as_millisecond)
+                .ok_or_else(|| invalid("created_after", "a time as in RFC 3339"))
         });
         let class_name = self.class_name.as_deref().map(|text| {
             crate::job::class_name(text).map_err(|invalid| {
                 Problem::new(ProblemKind::BadParameter, format!("class_name: {}", invalid.message))
             })
         });
-        let parent = self.job_id.as_deref().map(|text| text.parse().map_err(|_| wrong("job_id", "an id")));
+        let parent = self.job_id.as_deref().map(|text| text.parse().map_err(|_| invalid("job_id", "an id")));
         let filter = Filter {
             kind: Some(kind),
             state: self.state,
@@ -74,22 +75,24 @@ impl PageQuery {
     /// The address of the page that begins after `cursor`.
     fn next_url(&self, base: &str, cursor: &str) -> String {
         let state = self.state.map(|state| state.to_string());
-        let asked = [
+        let filters = [
             ("state", state.as_ref()),
             ("class_name", self.class_name.as_ref()),
             ("created_after", self.created_after.as_ref()),
             ("job_id", self.job_id.as_ref()),
         ];
-        let asked = asked.iter().filter_map(|(name, value)| Some(format!("&{name}={}", percent((*value)?))));
-        let asked: Vec<_> = asked.collect();
-        format!("{base}?limit={}&cursor={cursor}{}", self.limit.unwrap_or(50), asked.concat())
+        let filters =
+            filters.iter().filter_map(|(name, value)| Some(format!("&{name}={}", percent_encode((*value)?))));
+        let filters: Vec<_> = filters.collect();
+        format!("{base}?limit={}&cursor={cursor}{}", self.limit.unwrap_or(50), filters.concat())
     }
 }
 
 /// Text as it may stand in a query (RFC 3986: all but the unreserved is escaped).
-fn percent(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    let escape = |byte: u8| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+fn percent_encode(text: &str) -> String {
+    let is_unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    let escape =
+        |byte: u8| if is_unreserved(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     text.bytes().map(escape).collect()
 }
 
@@ -103,21 +106,21 @@ pub(super) struct Page {
 
 impl Page {
     pub(super) async fn read(
-        front: &Front,
+        app: &AppState,
         tenant: TenantId,
         query: &PageQuery,
         kind: Kind,
     ) -> Result<Self, Problem> {
-        let (filter, before, limit) = query.parse(kind)?;
-        let mut jobs = front.store.list(tenant, &filter, before, limit + 1).await?;
-        let more = jobs.len() > limit as usize;
+        let (filter, cursor, limit) = query.parse(kind)?;
+        let mut jobs = app.store.list(tenant, &filter, cursor, limit + 1).await?;
+        let has_more = jobs.len() > limit as usize;
         jobs.truncate(limit as usize);
-        let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.0.simple().to_string());
+        let next_cursor = jobs.last().filter(|_| has_more).map(|job| job.id.0.simple().to_string());
         Ok(Self { jobs, next_cursor })
     }
 
     /// The answer, with the `Link` to the next page.
-    pub(super) fn answer(
+    pub(super) fn respond(
         next_cursor: Option<&str>,
         query: &PageQuery,
         base: &str,

@@ -9,9 +9,9 @@ use utoipa::ToSchema;
 
 use super::auth::Writer;
 use super::problem::{Kind, Problem, TYPE_PREFIX};
-use super::product_detector::Spotted;
-use super::state::Front;
-use super::upload::{Fields, decode, receive};
+use super::product_detector::DetectedProduct;
+use super::state::AppState;
+use super::upload::{FormKind, decode, receive};
 use crate::photo::{Inspection, duplicates};
 
 /// The form of photos to look at.
@@ -39,16 +39,17 @@ struct Inspected {
     /// Whether it would be taken.
     accepted: bool,
     /// Why not; null if it would be.
-    problem: Option<Refused>,
+    problem: Option<PhotoProblem>,
     /// What can be seen of it; null if it cannot be decoded.
     inspection: Option<Inspection>,
     /// Where the product is in it; null if it cannot be decoded, or this server has no model to look with.
-    product: Option<Spotted>,
+    product: Option<DetectedProduct>,
 }
 
 /// Why a photo would not be taken.
 #[derive(Serialize, ToSchema)]
-struct Refused {
+#[schema(as = Refused)]
+struct PhotoProblem {
     /// URI of the type of problem, as in the answer to a job with this photo.
     #[schema(example = "/problems/image-too-small")]
     r#type: String,
@@ -68,44 +69,44 @@ struct Refused {
         "decoder-busy"]))),
 )]
 pub(super) async fn inspect_photos(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut writer: Writer,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Inspections>, Problem> {
-    let (upload, admitted) = receive(&front, &mut writer, &headers, body, Fields::Images).await?;
+    let (upload, admitted) = receive(&app, &mut writer, &headers, body, FormKind::Photos).await?;
     if upload.images.is_empty() {
         return Err(Problem::new(Kind::Field, "/images: wanted 1 to 5 photos, got 0").at("/images"));
     }
-    let mut turn = admitted.turn(upload.bytes()).await?;
+    let mut slot = admitted.wait_for_slot(upload.bytes()).await?;
     let mut photos = Vec::new();
     for image in upload.images {
-        photos.push(match decode(&front, &image).await? {
+        photos.push(match decode(&app, &image).await? {
             Ok(photo) => Inspected {
                 accepted: true,
                 problem: None,
                 inspection: Some(photo.inspection),
-                product: spot(&front, photo.png).await?,
+                product: detect_product(&app, photo.png).await?,
             },
             Err(refusal) if refusal.status == 503 => return Err(refusal.into()),
             Err(refusal) => {
                 let r#type = format!("{TYPE_PREFIX}{}", refusal.code);
-                let problem = Some(Refused { r#type, detail: refusal.message });
+                let problem = Some(PhotoProblem { r#type, detail: refusal.message });
                 Inspected { accepted: false, problem, inspection: None, product: None }
             }
         });
-        turn.done(image.len());
+        slot.photo_done(image.len());
     }
-    let (places, seen): (Vec<_>, Vec<_>) =
+    let (indices, inspections): (Vec<_>, Vec<_>) =
         photos.iter().enumerate().filter_map(|(n, photo)| Some((n, photo.inspection.clone()?))).unzip();
-    let duplicates = duplicates(&seen).into_iter().map(|(a, b)| (places[a], places[b])).collect();
+    let duplicates = duplicates(&inspections).into_iter().map(|(a, b)| (indices[a], indices[b])).collect();
     Ok(Json(Inspections { photos, duplicates }))
 }
 
 /// Where the product is, off the threads that serve.
-async fn spot(front: &Front, png: Vec<u8>) -> Result<Option<Spotted>, Problem> {
-    let Some(spotter) = front.spotter.clone() else { return Ok(None) };
-    let spotted = tokio::task::spawn_blocking(move || spotter.spot(&png)).await;
-    let spotted = spotted.map_err(|error| Problem::internal(&error))?;
-    spotted.map(Some).map_err(|error| Problem::internal(&*error))
+async fn detect_product(app: &AppState, png: Vec<u8>) -> Result<Option<DetectedProduct>, Problem> {
+    let Some(detector) = app.detector.clone() else { return Ok(None) };
+    let detected = tokio::task::spawn_blocking(move || detector.detect(&png)).await;
+    let detected = detected.map_err(|error| Problem::internal(&error))?;
+    detected.map(Some).map_err(|error| Problem::internal(&*error))
 }

@@ -163,13 +163,13 @@ impl Problem {
 
     /// The same, with the time after which it is worth another try.
     #[must_use]
-    pub(super) fn after(mut self, wait: Duration) -> Self {
+    pub(super) fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
     }
 
     /// The same, with the pointer said in the detail too.
-    pub(super) fn about(mut self, pointer: String) -> Self {
+    pub(super) fn at_named(mut self, pointer: String) -> Self {
         self.detail = format!("{pointer}: {}", self.detail);
         self.at(pointer)
     }
@@ -191,18 +191,18 @@ impl Problem {
 
     /// A fault of ours: logged with its causes, shown without.
     pub(super) fn internal(error: &dyn std::error::Error) -> Self {
-        tracing::error!(error = %chain(error), "a request failed");
-        Self::internal_said()
+        tracing::error!(error = %error_chain(error), "a request failed");
+        Self::internal_already_logged()
     }
 
     /// The same, where it was logged already.
-    pub(super) fn internal_said() -> Self {
+    pub(super) fn internal_already_logged() -> Self {
         Self::new(Kind::Internal, "something went wrong on our side")
     }
 
     /// A neighbour that cannot be reached: logged with its causes, shown without.
-    pub(super) fn away(what: &str, error: &dyn std::error::Error) -> Self {
-        tracing::warn!(error = %chain(error), "the {what} is away");
+    pub(super) fn unavailable(what: &str, error: &dyn std::error::Error) -> Self {
+        tracing::warn!(error = %error_chain(error), "the {what} is away");
         Self::new(Kind::Unavailable, format!("the {what} cannot be reached at the moment"))
     }
 
@@ -236,9 +236,9 @@ impl From<Refusal> for Problem {
 impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
         match error {
-            store::Error::Away(_) | store::Error::Schema(_) => Self::away("database", &error),
+            store::Error::Away(_) | store::Error::Schema(_) => Self::unavailable("database", &error),
             store::Error::Unknown(_) => {
-                tracing::warn!(error = %chain(&error), "the outcome of a request is not known");
+                tracing::warn!(error = %error_chain(&error), "the outcome of a request is not known");
                 Self::new(
                     Kind::OutcomeUnknown,
                     "the database did not say whether it was done; the same request with the same Idempotency-Key will tell",
@@ -255,7 +255,7 @@ impl From<blobs::Error> for Problem {
     fn from(error: blobs::Error) -> Self {
         let (kind, detail) = match error {
             blobs::Error::Away(_) | blobs::Error::Refused(_) | blobs::Error::Local(_) => {
-                return Self::away("object store", &error);
+                return Self::unavailable("object store", &error);
             }
             blobs::Error::Missing => (Kind::ArtifactMissing, "an object that the job names is gone"),
             blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object came back damaged"),
@@ -328,13 +328,13 @@ pub(super) struct Document<'a> {
 }
 
 /// An error and all that caused it, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// A stranger's text is repeated in part only, and without what cannot be seen.
-pub(super) fn shorten(text: &str) -> String {
+pub(super) fn excerpt(text: &str) -> String {
     const CHARS_MAX: usize = 200;
     let mut short: String = text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(CHARS_MAX).is_some() {

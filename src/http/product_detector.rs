@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 /// Where the product is in a photo, as a training that makes views of it would see it.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 #[schema(as = Product)]
-pub struct Spotted {
+pub struct DetectedProduct {
     /// Why such a training would refuse the photo; null if it would not.
     pub refusal: Option<String>,
     /// What is odd about it: it touches an edge, is not alone, is small, has a vague outline.
@@ -25,7 +25,7 @@ pub struct Spotted {
 }
 
 /// Finds the product in photos.
-pub trait Spotter: Send + Sync {
+pub trait ProductDetector: Send + Sync {
     /// Where it is in a photo that is given as PNG. May take seconds.
-    fn spot(&self, png: &[u8]) -> Result<Spotted, Box<dyn Error + Send + Sync>>;
+    fn detect(&self, png: &[u8]) -> Result<DetectedProduct, Box<dyn Error + Send + Sync>>;
 }

@@ -1,7 +1,7 @@
-//! The place in the queue of a job that somebody follows.
+//! The queue position of a job that a client watches.
 //!
-//! It moves without the job's row, as others are claimed, so that whoever follows has to ask. The answer takes longer the
-//! more jobs wait; therefore all who follow ask, together, for a tenth of the time at most.
+//! A position changes without the job's row, as other jobs are claimed, so it has to be queried. The query takes longer
+//! the more jobs wait, so all watches together spend at most a tenth of the time on it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,66 +12,69 @@ use tokio::time::Instant;
 use crate::job::{Job, State};
 use crate::store::{self, Store};
 
-/// Shortest time between two questions of one who follows.
-const PAUSE_MIN: Duration = Duration::from_secs(2);
-/// All who follow ask for one part in so many of the time.
-const SHARE: u32 = 10;
+/// Shortest time between two queries of one watch.
+const INTERVAL_MIN: Duration = Duration::from_secs(2);
+/// All watches together query for one part in this many of the time.
+const LOAD_DIVISOR: u32 = 10;
 
-/// All who follow.
+/// The positions that are watched now. Clones are one.
 #[derive(Clone)]
-pub(super) struct Positions(Arc<Followers>);
+pub(super) struct QueuePositions(Arc<Shared>);
 
-/// How many follow, and what a question costs.
-struct Followers {
+struct Shared {
     store: Store,
-    number: AtomicUsize,
-    micros: AtomicU64,
+    n_watches: AtomicUsize,
+    /// Duration of the last query, in microseconds.
+    query_micros: AtomicU64,
 }
 
-impl Positions {
+impl QueuePositions {
+    /// No watches yet.
     pub(super) fn new(store: Store) -> Self {
-        Self(Arc::new(Followers { store, number: AtomicUsize::new(0), micros: AtomicU64::new(0) }))
+        Self(Arc::new(Shared { store, n_watches: AtomicUsize::new(0), query_micros: AtomicU64::new(0) }))
     }
 
-    /// Begins with what is known.
-    pub(super) fn follow(&self, known: Option<u64>) -> Position {
-        self.0.number.fetch_add(1, Ordering::Relaxed);
-        Position { followers: Arc::clone(&self.0), known, asked: known.map(|_| Instant::now()) }
-    }
-}
-
-impl Followers {
-    fn pause(&self) -> Duration {
-        let all = Duration::from_micros(self.micros.load(Ordering::Relaxed)) * SHARE;
-        PAUSE_MIN.max(all.saturating_mul(self.number.load(Ordering::Relaxed) as u32))
+    /// Starts a watch; `known` is the position as it was just queried, if it was.
+    pub(super) fn watch(&self, known: Option<u64>) -> PositionWatch {
+        self.0.n_watches.fetch_add(1, Ordering::Relaxed);
+        let queried_at = known.map(|_| Instant::now());
+        PositionWatch { shared: Arc::clone(&self.0), last: known, queried_at }
     }
 }
 
-/// One who follows a job's place in the queue.
-pub(super) struct Position {
-    followers: Arc<Followers>,
-    known: Option<u64>,
-    asked: Option<Instant>,
+impl Shared {
+    /// Time between two queries of one watch.
+    fn interval(&self) -> Duration {
+        let query = Duration::from_micros(self.query_micros.load(Ordering::Relaxed)) * LOAD_DIVISOR;
+        INTERVAL_MIN.max(query.saturating_mul(self.n_watches.load(Ordering::Relaxed) as u32))
+    }
 }
 
-impl Position {
-    /// Where the job stands, as far as is known: asked now, or a moment ago.
-    pub(super) async fn of(&mut self, job: &Job) -> store::Result<Option<u64>> {
+/// One watch of a job's queue position; ends when dropped.
+pub(super) struct PositionWatch {
+    shared: Arc<Shared>,
+    last: Option<u64>,
+    queried_at: Option<Instant>,
+}
+
+impl PositionWatch {
+    /// The job's position, queried now or a moment ago; none unless the job is queued.
+    pub(super) async fn get(&mut self, job: &Job) -> store::Result<Option<u64>> {
         if job.state != State::Queued {
-            self.known = None;
-        } else if self.asked.is_none_or(|asked| asked.elapsed() >= self.followers.pause()) {
-            let began = Instant::now();
-            // One that has none any more has changed, and its row will tell.
-            self.known = self.followers.store.queue_position(job).await?.or(self.known);
-            self.asked = Some(Instant::now());
-            self.followers.micros.store(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+            self.last = None;
+        } else if self.queried_at.is_none_or(|at| at.elapsed() >= self.shared.interval()) {
+            let started = Instant::now();
+            // A job without a position has just left the queue; its next version will show that.
+            self.last = self.shared.store.queue_position(job).await?.or(self.last);
+            self.queried_at = Some(Instant::now());
+            self.shared.query_micros.store(started.elapsed().as_micros() as u64, Ordering::Relaxed);
         }
-        Ok(self.known)
+        Ok(self.last)
     }
 }
 
-impl Drop for Position {
+impl Drop for PositionWatch {
     fn drop(&mut self) {
-        self.followers.number.fetch_sub(1, Ordering::Relaxed);
+        self.shared.n_watches.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -12,12 +12,12 @@ use serde_json::Value;
 
 use super::openapi::{document, openapi};
 use super::problem::{Kind, Problem, TYPE_PREFIX};
-use super::state::Front;
+use super::state::AppState;
 
 const STYLE: &str = include_str!("reference.css");
 const METHODS: [&str; 3] = ["post", "get", "delete"];
 
-pub(super) fn routes() -> Router<Front> {
+pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/docs", get(docs))
         .route("/openapi.json", get(json))

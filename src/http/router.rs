@@ -3,18 +3,18 @@
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 
-use super::loopback::admit;
-use super::middleware::dressed;
-use super::routes::{about, api};
-use super::state::Front;
+use super::loopback::local_only;
+use super::middleware::with_base_layers;
+use super::routes::{api, public};
+use super::state::AppState;
 use super::{reference, ui};
 
-impl Front {
+impl AppState {
     /// All the service.
     pub fn router(&self) -> Router {
-        let api = Router::from(api()).layer(from_fn_with_state(self.clone(), admit));
-        dressed(
-            api.merge(Router::from(about()))
+        let api = Router::from(api()).layer(from_fn_with_state(self.clone(), local_only));
+        with_base_layers(
+            api.merge(Router::from(public()))
                 .merge(ui::routes())
                 .merge(reference::routes())
                 .with_state(self.clone()),

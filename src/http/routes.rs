@@ -5,11 +5,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::linger::linger;
-use super::state::Front;
+use super::state::AppState;
 use super::{events, files, health, jobs, middleware, photos, samples};
 
 /// Everything that needs a key.
-pub(super) fn api() -> OpenApiRouter<Front> {
+pub(super) fn api() -> OpenApiRouter<AppState> {
     let short = OpenApiRouter::new()
         .routes(routes!(jobs::list_jobs))
         .routes(routes!(jobs::get_job, jobs::delete_job))
@@ -24,7 +24,7 @@ pub(super) fn api() -> OpenApiRouter<Front> {
         .routes(routes!(samples::retry_sample))
         .routes(routes!(samples::get_image))
         .routes(routes!(health::metrics))
-        .layer(from_fn(middleware::hurry));
+        .layer(from_fn(middleware::time_limit));
     let uploads = OpenApiRouter::new()
         .routes(routes!(jobs::create_job))
         .routes(routes!(jobs::retry_job))
@@ -35,6 +35,6 @@ pub(super) fn api() -> OpenApiRouter<Front> {
 }
 
 /// What anybody may know.
-pub(super) fn about() -> OpenApiRouter<Front> {
+pub(super) fn public() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(health::healthz)).routes(routes!(health::readyz))
 }

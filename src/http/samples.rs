@@ -9,17 +9,17 @@ use tracing::Span;
 use utoipa::ToSchema;
 
 use super::auth::{Reader, Writer};
-use super::conditional::row;
-use super::extract::{Asked, Id, Within};
-use super::files::{redirect, signed};
+use super::conditional::conditional_json;
+use super::extract::{ApiQuery, PathId, PathIdAndName};
+use super::files::{redirect, signed_url};
 use super::idempotency::idempotency;
 use super::json::json_body;
-use super::long_poll::{look, wait};
+use super::long_poll::{long_poll, wait_until};
 use super::pagination::{Page, PageQuery};
 use super::prefer::preferred_wait;
 use super::problem::Problem;
-use super::state::Front;
-use super::submit::{Accepted, again, answer, drawn_seed, replay, submit};
+use super::state::AppState;
+use super::submit::{Accepted, job_response, random_seed, replay, resubmit, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
 use crate::store::{NewJob, Origin};
@@ -50,60 +50,60 @@ use crate::telemetry;
         "body-too-large", "media-type", "field", "idempotency-key-reused", "queue-full"]))),
 )]
 pub(super) async fn create_sample(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut writer: Writer,
-    Id(parent): Id,
+    PathId(parent): PathId,
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Problem> {
-    writer.step_aside();
-    let (spec, bytes) = json_body::<SampleSpec>(&front, writer.tenant, request).await?;
-    writer.step_in(&front).await?;
+    writer.release_permit();
+    let (spec, bytes) = json_body::<SampleSpec>(&app, writer.tenant, request).await?;
+    writer.acquire_permit(&app).await?;
     let name = parent.to_string();
     let idempotency = idempotency(&headers, [name.as_bytes(), &bytes])?;
-    let accepted = if let Some(before) = replay(&front, writer.tenant, idempotency.as_ref()).await? {
-        before
+    let accepted = if let Some(existing) = replay(&app, writer.tenant, idempotency.as_ref()).await? {
+        existing
     } else {
         let new = NewJob {
             id: JobId::new(),
             tenant: writer.tenant,
             parent: Some(parent),
-            spec: Spec::Sample(spec.complete(drawn_seed()?)?),
+            spec: Spec::Sample(spec.complete(random_seed()?)?),
             photos: Vec::new(),
             priority: 0,
-            max_attempts: front.settings.attempts_max,
+            max_attempts: app.settings.attempts_max,
             idempotency,
-            queue_max: front.settings.queue_max,
+            queue_max: app.settings.queue_max,
             origin: Origin { trace: telemetry::traceparent(&Span::current()), ..Origin::default() },
         };
-        submit(&front, new).await?
+        submit(&app, new).await?
     };
     let Accepted { mut job, replayed } = accepted;
     if let Some(time) = preferred_wait(&headers) {
-        job = wait(&front, &mut writer, (job, None), time, |job, _| job.state.is_terminal()).await?;
+        job = wait_until(&app, &mut writer, (job, None), time, |job, _| job.state.is_terminal()).await?;
     }
     let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
-    Ok(answer(status, &location, replayed, view(&front, &job, None).await?))
+    let location = format!("{}/v1/samples/{}", app.settings.public_url, job.id);
+    Ok(job_response(status, &location, replayed, view(&app, &job, None).await?))
 }
 
 /// The sample with its pictures, if it has some.
-async fn view(front: &Front, job: &Job, queue_position: Option<u64>) -> Result<SampleView, Problem> {
+async fn view(app: &AppState, job: &Job, queue_position: Option<u64>) -> Result<SampleView, Problem> {
     let mut images = Vec::new();
-    for image in pictures(front, job).await? {
-        let (url, expires_at) = signed(front, &image).await?;
+    for image in pictures(app, job).await? {
+        let (url, expires_at) = signed_url(app, &image).await?;
         images.push(ImageView::of(&image, url, expires_at));
     }
-    let view = SampleView::of(job, images, queue_position, &front.settings.public_url);
+    let view = SampleView::of(job, images, queue_position, &app.settings.public_url);
     view.ok_or_else(|| Problem::not_found("sample"))
 }
 
 /// Its pictures in order: `image-10` comes after `image-9`.
-async fn pictures(front: &Front, job: &Job) -> Result<Vec<Object>, Problem> {
+async fn pictures(app: &AppState, job: &Job) -> Result<Vec<Object>, Problem> {
     if job.state != JobState::Succeeded {
         return Ok(Vec::new());
     }
-    let mut artifacts = front.store.artifacts(job.tenant, job.id).await?;
+    let mut artifacts = app.store.artifacts(job.tenant, job.id).await?;
     artifacts.retain(|artifact| artifact.content_type.starts_with("image/"));
     artifacts.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
     Ok(artifacts)
@@ -126,16 +126,16 @@ pub(super) struct SamplePage {
     extensions(("x-problems" = json!(["bad-parameter"]))),
 )]
 pub(super) async fn list_samples(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Asked(query): Asked<PageQuery>,
+    ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Response, Problem> {
-    let page = Page::read(&front, reader.tenant, &query, Kind::Sample).await?;
-    let of = |job| SampleView::of(job, Vec::new(), None, &front.settings.public_url);
+    let page = Page::read(&app, reader.tenant, &query, Kind::Sample).await?;
+    let of = |job| SampleView::of(job, Vec::new(), None, &app.settings.public_url);
     let data = page.jobs.iter().filter_map(of).collect();
-    let base = format!("{}/v1/samples", front.settings.public_url);
+    let base = format!("{}/v1/samples", app.settings.public_url);
     let next_cursor = page.next_cursor.clone();
-    Ok(Page::answer(page.next_cursor.as_deref(), &query, &base, SamplePage { data, next_cursor }))
+    Ok(Page::respond(page.next_cursor.as_deref(), &query, &base, SamplePage { data, next_cursor }))
 }
 
 /// Looks at a sample
@@ -157,13 +157,13 @@ pub(super) async fn list_samples(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn get_sample(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut reader: Reader,
-    Id(id): Id,
+    PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, place) = look(&front, &mut reader, id, Kind::Sample, &headers).await?;
-    Ok(row(&headers, &job, place, view(&front, &job, place).await?))
+    let (job, queue_position) = long_poll(&app, &mut reader, id, Kind::Sample, &headers).await?;
+    Ok(conditional_json(&headers, &job, queue_position, view(&app, &job, queue_position).await?))
 }
 
 /// Fetches one of a sample's pictures
@@ -178,14 +178,14 @@ pub(super) async fn get_sample(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn get_image(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     reader: Reader,
-    Within(id, n): Within,
+    PathIdAndName(id, n): PathIdAndName,
 ) -> Result<Response, Problem> {
-    let job = front.find_job(reader.tenant, id, Kind::Sample).await?;
+    let job = app.find_job(reader.tenant, id, Kind::Sample).await?;
     let n: usize = n.parse().map_err(|_| Problem::not_found("image"))?;
-    let pictures = pictures(&front, &job).await?;
-    redirect(&front, pictures.get(n).ok_or_else(|| Problem::not_found("image"))?).await
+    let pictures = pictures(&app, &job).await?;
+    redirect(&app, pictures.get(n).ok_or_else(|| Problem::not_found("image"))?).await
 }
 
 /// Deletes a sample and its pictures
@@ -195,12 +195,12 @@ pub(super) async fn get_image(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn delete_sample(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<StatusCode, Problem> {
-    front.find_job(writer.tenant, id, Kind::Sample).await?;
-    if front.store.delete(writer.tenant, id).await? {
+    app.find_job(writer.tenant, id, Kind::Sample).await?;
+    if app.store.delete(writer.tenant, id).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
     Err(Problem::not_found("sample"))
@@ -215,13 +215,13 @@ pub(super) async fn delete_sample(
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn cancel_sample(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
 ) -> Result<Response, Problem> {
-    front.find_job(writer.tenant, id, Kind::Sample).await?;
-    let job = front.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
-    Ok((StatusCode::ACCEPTED, Json(view(&front, &job, None).await?)).into_response())
+    app.find_job(writer.tenant, id, Kind::Sample).await?;
+    let job = app.store.cancel(writer.tenant, id).await?.ok_or_else(|| Problem::not_found("sample"))?;
+    Ok((StatusCode::ACCEPTED, Json(view(&app, &job, None).await?)).into_response())
 }
 
 /// Draws a sample again
@@ -242,12 +242,12 @@ pub(super) async fn cancel_sample(
     extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full"]))),
 )]
 pub(super) async fn retry_sample(
-    State(front): State<Front>,
+    State(app): State<AppState>,
     mut writer: Writer,
-    Id(id): Id,
+    PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let Accepted { job, replayed } = again(&front, &mut writer, id, Kind::Sample, &headers).await?;
-    let location = format!("{}/v1/samples/{}", front.settings.public_url, job.id);
-    Ok(answer(StatusCode::ACCEPTED, &location, replayed, view(&front, &job, None).await?))
+    let Accepted { job, replayed } = resubmit(&app, &mut writer, id, Kind::Sample, &headers).await?;
+    let location = format!("{}/v1/samples/{}", app.settings.public_url, job.id);
+    Ok(job_response(StatusCode::ACCEPTED, &location, replayed, view(&app, &job, None).await?))
 }

@@ -1,12 +1,9 @@
-//! The accept loop: connections in, responses out, and nobody holds one for nothing.
+//! The accept loop: takes connections, serves them, and ends them within time limits.
 //!
-//! Our own, since axum's has no time limit for headers. What ends a connection: no whole request head in
-//! [`Patience::head`], no byte taken of a response for [`Patience::stall`], no request for [`Patience::idle`], and the
-//! end of the server: then requests in flight may take [`Patience::drain`], and no more. When all places are taken, a new
-//! connection takes that of the one that has been without a request longest: what nobody uses, nobody holds.
+//! Our own, since axum's has no time limit for request headers. When all permits are taken, a new connection takes that
+//! of the one that has been idle longest; see [`Connection`] for the time limits.
 
 use std::io;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -19,31 +16,31 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::connection::{Connection, Patience, Used};
+use super::connection::{Connection, Timeouts, Usage};
 
 const HEADERS_MAX: usize = 100;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const STREAMS_MAX: u32 = 100;
-/// A connection that was used a moment ago is not ended for a new one.
-const QUIET_MIN: Duration = Duration::from_millis(500);
+/// A connection that was used more recently is not closed for a new one.
+const IDLE_MIN: Duration = Duration::from_millis(500);
 
-/// Serves until `closing`, then lets what is in flight finish. Meanwhile new connections are still taken, for one request
-/// each: whoever asks whether the server is ready hears that it is not.
+/// Serves until `closing`, then lets requests in flight finish. Meanwhile new connections are still accepted, for one
+/// request each, so that readiness checks are answered.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
     connections_max: usize,
-    patience: Patience,
+    timeouts: Timeouts,
     closing: CancellationToken,
 ) {
     let server = Server {
-        places: Arc::new(Semaphore::new(connections_max)),
-        open: Open::default(),
+        permits: Arc::new(Semaphore::new(connections_max)),
+        open: OpenConnections::default(),
         connections: TaskTracker::new(),
-        builder: Arc::new(builder(&patience)),
+        builder: Arc::new(builder(&timeouts)),
         listener,
         router,
-        patience,
+        timeouts,
         closing,
     };
     server.closing.run_until_cancelled(server.accept()).await;
@@ -54,58 +51,59 @@ pub async fn serve(
             () = server.accept() => {}
         }
     };
-    if timeout(server.patience.drain, drained).await.is_err() {
-        tracing::warn!(connections = server.connections.len(), "closed before their requests were done");
+    if timeout(server.timeouts.drain, drained).await.is_err() {
+        let connections = server.connections.len();
+        tracing::warn!(connections, "drain time is over: connections closed before their requests were done");
     }
 }
 
 struct Server {
-    places: Arc<Semaphore>,
-    open: Open,
+    permits: Arc<Semaphore>,
+    open: OpenConnections,
     connections: TaskTracker,
     builder: Arc<auto::Builder<TokioExecutor>>,
     listener: TcpListener,
     router: Router,
-    patience: Patience,
+    timeouts: Timeouts,
     closing: CancellationToken,
 }
 
 impl Server {
-    /// Takes connections for ever. One beyond the last place waits until one is free, and those after it in the system's
-    /// queue.
+    /// Accepts connections for ever. One beyond the last permit waits until one is free, and those after it in the
+    /// system's backlog.
     async fn accept(&self) {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let Some(place) = self.place().await else { return };
-                    let used = self.open.begin();
+                    let Some(permit) = self.permit().await else { return };
+                    let usage = self.open.register();
                     let connection = Connection {
                         router: self.router.clone(),
                         builder: self.builder.clone(),
-                        patience: self.patience.clone(),
+                        timeouts: self.timeouts.clone(),
                         closing: self.closing.clone(),
-                        used,
-                        _place: place,
+                        usage,
+                        _permit: permit,
                     };
                     self.connections.spawn(connection.serve(stream));
                 }
                 Err(error) => {
-                    self.open.end_quietest(); // most likely there is no descriptor left
-                    rest_after(&error).await;
+                    self.open.close_idlest(); // most likely there is no file descriptor left
+                    back_off(&error).await;
                 }
             }
         }
     }
 
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+    async fn permit(&self) -> Option<OwnedSemaphorePermit> {
         loop {
-            let place = self.places.clone().acquire_owned();
-            match timeout(Duration::ZERO, place).await {
-                Ok(place) => return place.ok(),
-                Err(_) => self.open.end_quietest(),
+            let permit = self.permits.clone().acquire_owned();
+            match timeout(Duration::ZERO, permit).await {
+                Ok(permit) => return permit.ok(),
+                Err(_) => self.open.close_idlest(),
             }
-            if let Ok(place) = timeout(QUIET_MIN, self.places.clone().acquire_owned()).await {
-                return place.ok();
+            if let Ok(permit) = timeout(IDLE_MIN, self.permits.clone().acquire_owned()).await {
+                return permit.ok();
             }
         }
     }
@@ -113,42 +111,41 @@ impl Server {
 
 /// The connections that are open.
 #[derive(Default)]
-struct Open(Mutex<Vec<Weak<Used>>>);
+struct OpenConnections(Mutex<Vec<Weak<Usage>>>);
 
-impl Open {
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Used>>> {
+impl OpenConnections {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Usage>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self) -> Arc<Used> {
-        let used = Arc::new(Used::default());
+    /// The usage of a new connection.
+    fn register(&self) -> Arc<Usage> {
+        let usage = Arc::new(Usage::default());
         let mut open = self.lock();
         if open.len() == open.capacity() {
-            open.retain(|used| used.strong_count() > 0);
+            open.retain(|usage| usage.strong_count() > 0);
         }
-        open.push(Arc::downgrade(&used));
-        used
+        open.push(Arc::downgrade(&usage));
+        usage
     }
 
-    /// Ends the connection that has been without a request longest, if there is one that has been for a moment.
-    fn end_quietest(&self) {
+    /// Closes the connection that has been idle longest, if one has been for [`IDLE_MIN`].
+    fn close_idlest(&self) {
         let open = self.lock();
-        let quiet = open.iter().filter_map(Weak::upgrade);
-        let quiet =
-            quiet.filter(|used| used.in_flight.load(Ordering::Relaxed) == 0 && !used.unneeded.is_cancelled());
-        let quietest = quiet.max_by_key(|used| used.life.silence());
-        if let Some(used) = quietest.filter(|used| used.life.silence() >= QUIET_MIN) {
-            used.unneeded.cancel();
+        let idle = open.iter().filter_map(Weak::upgrade).filter(|usage| usage.is_evictable());
+        let idlest = idle.max_by_key(|usage| usage.activity.idle());
+        if let Some(usage) = idlest.filter(|usage| usage.activity.idle() >= IDLE_MIN) {
+            usage.evicted.cancel();
         }
     }
 }
 
-fn builder(patience: &Patience) -> auto::Builder<TokioExecutor> {
+fn builder(timeouts: &Timeouts) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(patience.head)
+        .header_read_timeout(timeouts.head)
         .max_headers(HEADERS_MAX)
         .max_buf_size(HEAD_BYTES_MAX);
     builder
@@ -161,12 +158,11 @@ fn builder(patience: &Patience) -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// No descriptor left is no reason to end, and none to try again a million times a second. A peer that hung up before
-/// it was accepted is nothing at all.
-async fn rest_after(error: &io::Error) {
+/// Waits before the next try to accept, unless the peer is at fault. With no file descriptor left the loop would spin.
+async fn back_off(error: &io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     if !matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted) {
-        tracing::error!(%error, "no connection can be accepted");
+        tracing::error!(%error, "cannot accept connections");
         sleep(Duration::from_millis(100)).await;
     }
 }

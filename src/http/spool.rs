@@ -11,13 +11,13 @@ use super::idempotency::RequestHash;
 use super::problem::{Kind, Problem};
 
 /// What is kept in memory of each; the file is written in pieces of this size.
-const PIECE_BYTES: usize = 256 << 10;
+const BUFFER_BYTES: usize = 256 << 10;
 
 /// Bytes that are being written.
 pub(super) struct Spool {
     dir: PathBuf,
     file: Option<File>,
-    piece: BytesMut,
+    buffer: BytesMut,
     bytes: u64,
 }
 
@@ -25,44 +25,44 @@ pub(super) struct Spool {
 #[derive(Debug)]
 pub(super) struct Spooled {
     file: Option<File>,
-    memory: Bytes,
+    in_memory: Bytes,
     bytes: u64,
 }
 
 impl Spool {
     /// An empty one, whose file will lie in `dir`.
     pub(super) fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), file: None, piece: BytesMut::new(), bytes: 0 }
+        Self { dir: dir.to_owned(), file: None, buffer: BytesMut::new(), bytes: 0 }
     }
 
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Problem> {
         self.bytes += bytes.len() as u64;
-        self.piece.extend_from_slice(bytes);
-        if self.piece.len() >= PIECE_BYTES { self.flush().await } else { Ok(()) }
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() >= BUFFER_BYTES { self.flush().await } else { Ok(()) }
     }
 
     /// Brings what is in memory to the file.
     async fn flush(&mut self) -> Result<(), Problem> {
-        let (dir, file, mut piece) = (self.dir.clone(), self.file.take(), std::mem::take(&mut self.piece));
+        let (dir, file, mut buffer) = (self.dir.clone(), self.file.take(), std::mem::take(&mut self.buffer));
         let work = move || {
             let mut file = match file {
                 Some(file) => file,
                 None => open(&dir)?,
             };
-            file.write_all(&piece)?;
-            piece.clear();
-            Ok((file, piece))
+            file.write_all(&buffer)?;
+            buffer.clear();
+            Ok((file, buffer))
         };
-        let (file, piece) = blocking(work).await?;
-        (self.file, self.piece) = (Some(file), piece);
+        let (file, buffer) = blocking(work).await?;
+        (self.file, self.buffer) = (Some(file), buffer);
         Ok(())
     }
 
-    pub(super) async fn end(mut self) -> Result<Spooled, Problem> {
-        if self.file.is_some() && !self.piece.is_empty() {
+    pub(super) async fn finish(mut self) -> Result<Spooled, Problem> {
+        if self.file.is_some() && !self.buffer.is_empty() {
             self.flush().await?;
         }
-        Ok(Spooled { file: self.file, memory: self.piece.freeze(), bytes: self.bytes })
+        Ok(Spooled { file: self.file, in_memory: self.buffer.freeze(), bytes: self.bytes })
     }
 }
 
@@ -73,12 +73,12 @@ impl Spooled {
     }
 
     /// Adds them to what a request's hash is made of.
-    pub(super) async fn hashed(&self, mut request: RequestHash) -> Result<RequestHash, Problem> {
+    pub(super) async fn hash_into(&self, mut request: RequestHash) -> Result<RequestHash, Problem> {
         let Some(file) = &self.file else {
-            request.add(&self.memory);
+            request.add(&self.in_memory);
             return Ok(request);
         };
-        let (file, bytes) = (file.try_clone().map_err(|error| failed(&error))?, self.bytes);
+        let (file, bytes) = (file.try_clone().map_err(|error| storage_problem(&error))?, self.bytes);
         let work = move || {
             let mut file = &file;
             file.rewind()?;
@@ -90,8 +90,8 @@ impl Spooled {
 
     /// All of them, in memory.
     pub(super) async fn read(&self) -> Result<Bytes, Problem> {
-        let Some(file) = &self.file else { return Ok(self.memory.clone()) };
-        let file = file.try_clone().map_err(|error| failed(&error))?;
+        let Some(file) = &self.file else { return Ok(self.in_memory.clone()) };
+        let file = file.try_clone().map_err(|error| storage_problem(&error))?;
         let bytes = self.bytes as usize;
         let work = move || {
             let (mut file, mut whole) = (&file, Vec::with_capacity(bytes));
@@ -119,16 +119,16 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Problem> {
     let done = tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?;
-    done.map_err(|error| failed(&error))
+    done.map_err(|error| storage_problem(&error))
 }
 
-fn failed(error: &std::io::Error) -> Problem {
+fn storage_problem(error: &std::io::Error) -> Problem {
     tracing::error!(%error, "an upload cannot be kept on disk until it is worked on");
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             Problem::new(Kind::StorageFull, "the server's disk has no room for uploads")
         }
-        _ => Problem::internal_said(),
+        _ => Problem::internal_already_logged(),
     }
 }
 
@@ -140,13 +140,13 @@ mod tests {
     async fn what_was_written_is_read_and_no_file_has_a_name() {
         let dir = tempfile::tempdir().expect("a directory");
         let gone = dir.path().join("made/anew");
-        for bytes in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 3 * PIECE_BYTES + 7] {
+        for bytes in [0, 1, BUFFER_BYTES - 1, BUFFER_BYTES, 3 * BUFFER_BYTES + 7] {
             let content: Vec<u8> = (0..bytes).map(|n| (n * 7 % 251) as u8).collect();
             let mut spool = Spool::new(&gone);
             for chunk in content.chunks(10_000) {
                 spool.write(chunk).await.expect("room");
             }
-            let spooled = spool.end().await.expect("room");
+            let spooled = spool.finish().await.expect("room");
             assert_eq!(spooled.len(), bytes as u64);
             for _ in 0..2 {
                 assert!(spooled.read().await.expect("a file") == content, "{bytes} bytes");

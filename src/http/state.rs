@@ -6,14 +6,14 @@ use std::sync::Arc;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::fair_pool::Shares;
-use super::keys::Keys;
+use super::fair_pool::FairPools;
+use super::keys::KeyCache;
 use super::operations::Operations;
 use super::problem::Problem;
-use super::product_detector::Spotter;
-use super::queue_position::Positions;
+use super::product_detector::ProductDetector;
+use super::queue_position::QueuePositions;
 use super::settings::Settings;
-use super::upload_queue::Line;
+use super::upload_queue::UploadQueue;
 use crate::blobs::Blobs;
 use crate::health::Health;
 use crate::job::{Job, JobId, Kind, TenantId};
@@ -22,34 +22,34 @@ use crate::store::Store;
 
 /// What all handlers share. Cheap to clone.
 #[derive(Clone)]
-pub struct Front(Arc<Shared>);
+pub struct AppState(Arc<Inner>);
 
-/// What the clones of a [`Front`] share.
-pub struct Shared {
+/// What the clones of a [`AppState`] share.
+pub struct Inner {
     pub(super) store: Store,
     pub(super) blobs: Blobs,
     pub(super) decoder: Decoder,
     pub(super) settings: Settings,
     pub(super) operations: Arc<Operations>,
     pub(super) closing: CancellationToken,
-    pub(super) keys: Keys,
-    pub(super) shares: Shares,
-    pub(super) uploads: Line,
-    pub(super) positions: Positions,
-    pub(super) spotter: Option<Arc<dyn Spotter>>,
+    pub(super) keys: KeyCache,
+    pub(super) pools: FairPools,
+    pub(super) uploads: UploadQueue,
+    pub(super) positions: QueuePositions,
+    pub(super) detector: Option<Arc<dyn ProductDetector>>,
 }
 
-impl Deref for Front {
-    type Target = Shared;
+impl Deref for AppState {
+    type Target = Inner;
 
-    fn deref(&self) -> &Shared {
+    fn deref(&self) -> &Inner {
         &self.0
     }
 }
 
-impl Front {
+impl AppState {
     /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. `devices` are those
-    /// of the workers in the same process, if there are some. Without a `spotter` photos are inspected without looking for
+    /// of the workers in the same process, if there are some. Without a `detector` photos are inspected without looking for
     /// the product.
     pub fn new(
         store: Store,
@@ -59,22 +59,22 @@ impl Front {
         metrics: PrometheusHandle,
         closing: CancellationToken,
         devices: Health,
-        spotter: Option<Arc<dyn Spotter>>,
+        detector: Option<Arc<dyn ProductDetector>>,
     ) -> Self {
         let (rows, objects, end) = (store.clone(), blobs.clone(), closing.clone());
-        let operations = Operations::of_front(rows, objects, metrics, end, devices);
-        Self(Arc::new(Shared {
+        let operations = Operations::for_server(rows, objects, metrics, end, devices);
+        Self(Arc::new(Inner {
             operations: Arc::new(operations),
-            keys: Keys::new(store.clone(), settings.key_time),
-            shares: Shares::new(settings.requests_max, settings.waits_max, settings.streams_max),
-            uploads: Line::new(settings.uploads_max, decoder.n_parallel()),
-            positions: Positions::new(store.clone()),
+            keys: KeyCache::new(store.clone(), settings.key_time),
+            pools: FairPools::new(settings.requests_max, settings.waits_max, settings.streams_max),
+            uploads: UploadQueue::new(settings.uploads_max, decoder.n_parallel()),
+            positions: QueuePositions::new(store.clone()),
             store,
             blobs,
             decoder,
             settings,
             closing,
-            spotter,
+            detector,
         }))
     }
 

@@ -7,14 +7,14 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 
-use super::state::Front;
+use super::state::AppState;
 use crate::job::Method;
 
 /// Pictures come from the store, which may be another host; all else comes from here.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
     img-src 'self' data: blob: http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-pub(super) fn routes() -> Router<Front> {
+pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("ui/index.html")) }))
         .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("ui/app.css")) }))
@@ -32,6 +32,6 @@ fn file(content_type: &'static str, text: &'static str) -> Response {
 }
 
 /// What the page cannot know by itself: the methods, and what suits this server's models.
-async fn about(State(front): State<Front>) -> Response {
-    Json(json!({ "methods": Method::ALL, "options": front.settings.suggested })).into_response()
+async fn about(State(app): State<AppState>) -> Response {
+    Json(json!({ "methods": Method::ALL, "options": app.settings.suggested })).into_response()
 }

@@ -108,7 +108,7 @@ pub(super) struct JobLinks {
 
 /// What is shown of a training's specification. The options are as long as all the rest, and are not looked into.
 #[derive(Deserialize)]
-struct Shown<'a> {
+struct SpecFields<'a> {
     class_name: String,
     #[serde(borrow)]
     options: &'a RawValue,
@@ -118,16 +118,17 @@ struct Shown<'a> {
 impl<'a> JobView<'a> {
     /// A training as its owner sees it.
     pub(super) fn of(job: &'a Job, queue_position: Option<u64>, public_url: &str) -> Result<Self, Problem> {
-        let spec: Shown = serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
+        let spec: SpecFields =
+            serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
         let this = format!("{public_url}/v1/jobs/{}", job.id);
-        let beside = |name: &str| [&this, "/", name].concat();
+        let link = |name: &str| [&this, "/", name].concat();
         let links = JobLinks {
-            cancel: beside("cancel"),
-            retry: beside("retry"),
-            events: beside("events"),
-            report: beside("report"),
-            artifacts: beside("artifacts"),
-            sample: beside("sample"),
+            cancel: link("cancel"),
+            retry: link("retry"),
+            events: link("events"),
+            report: link("report"),
+            artifacts: link("artifacts"),
+            sample: link("sample"),
             this: this.clone(),
         };
         Ok(Self {

@@ -3,7 +3,7 @@
 
 /// What the markers up to the end of the first picture say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Head {
+pub(super) struct JpegInfo {
     pub(super) width: u16,
     pub(super) height: u16,
     pub(super) n_components: u8,
@@ -12,8 +12,8 @@ pub(super) struct Head {
 }
 
 /// Walks the markers. `None` where there is not one whole picture: no frame or two, no scan, no end.
-pub(super) fn scan(bytes: &[u8]) -> Option<Head> {
-    let mut head: Option<Head> = None;
+pub(super) fn read_info(bytes: &[u8]) -> Option<JpegInfo> {
+    let mut info: Option<JpegInfo> = None;
     let mut rest = bytes.strip_prefix(&[0xFF, 0xD8])?;
     loop {
         // Entropy-coded bytes are passed over like any garbage between markers: in them FF is followed by 0.
@@ -24,7 +24,7 @@ pub(super) fn scan(bytes: &[u8]) -> Option<Head> {
         rest = &rest[fill + 1..];
         match marker {
             0x00 | 0x01 | 0xD0..=0xD8 => continue,
-            0xD9 => return head.filter(|head| head.n_scans > 0),
+            0xD9 => return info.filter(|info| info.n_scans > 0),
             _ => {}
         }
         let n_bytes = usize::from(u16::from_be_bytes([*rest.first()?, *rest.get(1)?]));
@@ -33,18 +33,18 @@ pub(super) fn scan(bytes: &[u8]) -> Option<Head> {
         match marker {
             0xC0..=0xCF if !matches!(marker, 0xC4 | 0xC8 | 0xCC) => {
                 let &[_precision, h1, h0, w1, w0, n_components, ..] = segment else { return None };
-                let frame = Head {
+                let frame = JpegInfo {
                     width: u16::from_be_bytes([w1, w0]),
                     height: u16::from_be_bytes([h1, h0]),
                     n_components,
                     progressive: matches!(marker, 0xC2 | 0xC6 | 0xCA | 0xCE),
                     n_scans: 0,
                 };
-                if head.replace(frame).is_some() {
+                if info.replace(frame).is_some() {
                     return None;
                 }
             }
-            0xDA => head.as_mut()?.n_scans += 1,
+            0xDA => info.as_mut()?.n_scans += 1,
             _ => {}
         }
     }

@@ -96,21 +96,21 @@ impl Refusal {
 /// `animated-not-supported`, `image-color-unsupported`, `image-too-complex`, `image-damaged`. A decoder that panics has
 /// met a damaged file.
 pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
-    catch_unwind(AssertUnwindSafe(|| read(bytes, limits))).unwrap_or_else(|_| {
+    catch_unwind(AssertUnwindSafe(|| decode_image(bytes, limits))).unwrap_or_else(|_| {
         metrics::counter!("hypnos_photo_panics_total").increment(1);
         Err(Refusal::damaged())
     })
 }
 
-fn read(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
+fn decode_image(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
     if bytes.is_empty() {
         return Err(Refusal::new("image-empty", format!("the file is empty; wanted {ACCEPTED}")));
     }
     let mut decoder = open(bytes, limits)?;
     let damaged = |_| Refusal::damaged();
     let (width, height) = decoder.dimensions();
-    limits.admit(width, height)?;
-    limits.afford(decoder.total_bytes())?;
+    limits.check_size(width, height)?;
+    limits.check_memory(decoder.total_bytes())?;
 
     let orientation = decoder.orientation().map_err(damaged)?;
     let icc = decoder.icc_profile().ok().flatten();
@@ -125,42 +125,42 @@ fn read(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
 /// The decoder for what `bytes` are, its own allocations bounded, nothing decoded yet.
 fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + 'a>, Refusal> {
     let damaged = |_| Refusal::damaged();
-    let mut bound = image::Limits::no_limits();
-    bound.max_image_width = Some(limits.side_max);
-    bound.max_image_height = Some(limits.side_max);
-    bound.max_alloc = Some(limits.bytes_max);
+    let mut decoder_limits = image::Limits::no_limits();
+    decoder_limits.max_image_width = Some(limits.side_max);
+    decoder_limits.max_image_height = Some(limits.side_max);
+    decoder_limits.max_alloc = Some(limits.bytes_max);
 
     match image::guess_format(bytes) {
         Ok(ImageFormat::Png) => {
             if let Some((width, height)) = png_size(bytes) {
-                limits.admit(width, height)?;
+                limits.check_size(width, height)?;
             }
-            bound.max_alloc = Some(PNG_EXTRAS_BYTES_MAX);
-            let decoder = PngDecoder::with_limits(Cursor::new(bytes), bound).map_err(damaged)?;
+            decoder_limits.max_alloc = Some(PNG_EXTRAS_BYTES_MAX);
+            let decoder = PngDecoder::with_limits(Cursor::new(bytes), decoder_limits).map_err(damaged)?;
             if decoder.is_apng().map_err(damaged)? {
-                return Err(animated());
+                return Err(animation_refusal());
             }
             Ok(Box::new(decoder))
         }
         Ok(ImageFormat::Jpeg) => {
-            let head = jpeg::scan(bytes).ok_or_else(Refusal::damaged)?;
-            limits.admit(u32::from(head.width), u32::from(head.height))?;
-            if head.n_components > 3 {
+            let info = jpeg::read_info(bytes).ok_or_else(Refusal::damaged)?;
+            limits.check_size(u32::from(info.width), u32::from(info.height))?;
+            if info.n_components > 3 {
                 let message =
                     "the JPEG is in CMYK, which has no right colours on a screen; wanted RGB or grey";
                 return Err(Refusal::new("image-color-unsupported", message));
             }
-            if head.n_scans > N_SCANS_MAX {
-                let message = format!("the JPEG has {} scans; wanted at most {N_SCANS_MAX}", head.n_scans);
+            if info.n_scans > N_SCANS_MAX {
+                let message = format!("the JPEG has {} scans; wanted at most {N_SCANS_MAX}", info.n_scans);
                 return Err(Refusal::new("image-too-complex", message));
             }
             // A progressive picture is held as coefficients, two bytes each, beside its pixels.
-            let per_sample = if head.progressive { 3 } else { 1 };
-            let samples = u64::from(head.width) * u64::from(head.height) * u64::from(head.n_components);
-            limits.afford(samples * per_sample)?;
+            let per_sample = if info.progressive { 3 } else { 1 };
+            let samples = u64::from(info.width) * u64::from(info.height) * u64::from(info.n_components);
+            limits.check_memory(samples * per_sample)?;
             let mut decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
-            decoder.set_limits(bound).map_err(damaged)?;
-            if decoder.dimensions() != (u32::from(head.width), u32::from(head.height)) {
+            decoder.set_limits(decoder_limits).map_err(damaged)?;
+            if decoder.dimensions() != (u32::from(info.width), u32::from(info.height)) {
                 return Err(Refusal::damaged());
             }
             Ok(Box::new(decoder))
@@ -173,11 +173,11 @@ fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + '
             }
             let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
             if decoder.has_animation() {
-                return Err(animated());
+                return Err(animation_refusal());
             }
             let (width, height) = decoder.dimensions();
-            limits.admit(width, height)?;
-            decoder.set_limits(bound).map_err(damaged)?;
+            limits.check_size(width, height)?;
+            decoder.set_limits(decoder_limits).map_err(damaged)?;
             Ok(Box::new(decoder))
         }
         _ => {
@@ -188,7 +188,7 @@ fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + '
     }
 }
 
-fn animated() -> Refusal {
+fn animation_refusal() -> Refusal {
     Refusal::new("animated-not-supported", "the file is an animation; wanted a single picture")
 }
 
@@ -199,7 +199,7 @@ fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
 }
 
 impl Limits {
-    fn admit(&self, width: u32, height: u32) -> Result<(), Refusal> {
+    fn check_size(&self, width: u32, height: u32) -> Result<(), Refusal> {
         let (short, long) = (width.min(height), width.max(height));
         let n_pixels = u64::from(width) * u64::from(height);
         if long > self.side_max || n_pixels > self.pixels_max {
@@ -224,7 +224,7 @@ impl Limits {
         Ok(())
     }
 
-    fn afford(&self, bytes: u64) -> Result<(), Refusal> {
+    fn check_memory(&self, bytes: u64) -> Result<(), Refusal> {
         if bytes <= self.bytes_max {
             return Ok(());
         }
@@ -247,23 +247,23 @@ fn to_srgb(image: DynamicImage, icc: Option<&[u8]>) -> RgbImage {
     match (profile, kind) {
         (Some(profile), (true, false)) if profile.color_space == DataColorSpace::Rgb => {
             let mut pixels = image.into_rgb8();
-            convert(&profile, Layout::Rgb, &mut pixels);
+            convert_in_place(&profile, Layout::Rgb, &mut pixels);
             pixels
         }
         (Some(profile), (true, true)) if profile.color_space == DataColorSpace::Rgb => {
             let mut pixels = image.into_rgba8();
-            convert(&profile, Layout::Rgba, &mut pixels);
+            convert_in_place(&profile, Layout::Rgba, &mut pixels);
             on_white(DynamicImage::ImageRgba8(pixels))
         }
         (Some(profile), (false, _)) if profile.color_space == DataColorSpace::Gray => {
-            on_white(grey(&profile, image))
+            on_white(grey_to_srgb(&profile, image))
         }
         _ => on_white(image),
     }
 }
 
 /// Brings 8-bit pixels to sRGB in their place, row by row.
-fn convert(profile: &ColorProfile, layout: Layout, pixels: &mut [u8]) {
+fn convert_in_place(profile: &ColorProfile, layout: Layout, pixels: &mut [u8]) {
     let srgb = ColorProfile::new_srgb();
     let Ok(transform) = profile.create_transform_8bit(layout, &srgb, layout, TransformOptions::default())
     else {
@@ -281,7 +281,7 @@ fn convert(profile: &ColorProfile, layout: Layout, pixels: &mut [u8]) {
 }
 
 /// Grey pixels to sRGB: every level once, then by table.
-fn grey(profile: &ColorProfile, image: DynamicImage) -> DynamicImage {
+fn grey_to_srgb(profile: &ColorProfile, image: DynamicImage) -> DynamicImage {
     let levels: Vec<u8> = (0..=255).collect();
     let mut table = vec![0; 3 * 256];
     let srgb = ColorProfile::new_srgb();
@@ -329,14 +329,14 @@ pub struct Decoder {
     limits: Limits,
     n_parallel: usize,
     slots: Arc<Semaphore>,
-    patience: Duration,
+    time_limit: Duration,
 }
 
 impl Decoder {
     /// At most `n_parallel` files at a time; together they take `n_parallel` times [`Limits::bytes_max`], twice over.
-    pub fn new(limits: Limits, n_parallel: usize, patience: Duration) -> Self {
+    pub fn new(limits: Limits, n_parallel: usize, time_limit: Duration) -> Self {
         let n_parallel = n_parallel.max(1);
-        Self { limits, n_parallel, slots: Arc::new(Semaphore::new(n_parallel)), patience }
+        Self { limits, n_parallel, slots: Arc::new(Semaphore::new(n_parallel)), time_limit }
     }
 
     /// How many files are decoded at a time.
@@ -350,7 +350,7 @@ impl Decoder {
     /// A thread cannot be stopped from outside: one that is too slow runs on to its end and keeps its slot until then,
     /// so that slow files can never take more threads than there are slots.
     pub async fn decode(&self, bytes: Bytes) -> Result<Photo, Refusal> {
-        let slot = tokio::time::timeout(self.patience, Arc::clone(&self.slots).acquire_owned()).await;
+        let slot = tokio::time::timeout(self.time_limit, Arc::clone(&self.slots).acquire_owned()).await;
         let Ok(Ok(slot)) = slot else {
             let message = "too many photos are being decoded; send it again in a few seconds";
             return Err(Refusal { status: 503, ..Refusal::new("decoder-busy", message) });
@@ -365,12 +365,12 @@ impl Decoder {
                 photo
             })
         });
-        match tokio::time::timeout(self.patience, work).await {
+        match tokio::time::timeout(self.time_limit, work).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_panicked)) => Err(Refusal::damaged()),
             Err(_elapsed) => {
                 metrics::counter!("hypnos_photo_timeouts_total").increment(1);
-                let message = format!("the picture takes longer than {:?} to decode", self.patience);
+                let message = format!("the picture takes longer than {:?} to decode", self.time_limit);
                 Err(Refusal::new("image-too-complex", message))
             }
         }

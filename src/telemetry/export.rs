@@ -16,8 +16,8 @@ use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
 use tracing::{info, warn};
 
 /// Longest that one request takes, whatever `OTEL_EXPORTER_OTLP_TIMEOUT` allows for all its repetitions.
-const REQUEST: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(3);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Attributes that are sent, and the names that they are sent by. No other is.
 const ATTRIBUTES: [(&str, &str); 10] = [
@@ -36,24 +36,36 @@ const ATTRIBUTES: [(&str, &str); 10] = [
 pub(super) fn client() -> Result<Arc<dyn HttpClient>, String> {
     // Whoever was first has installed the same one.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::blocking::Client::builder().timeout(REQUEST).connect_timeout(CONNECT).build();
+    let client = reqwest::blocking::Client::builder()
+        .timeout(REQUEST_TIMEOUT)
+        .connect_timeout(CONNECT_TIMEOUT)
+        .build();
     let client = client.map_err(|error| format!("no client for OpenTelemetry's collector: {error}"))?;
-    Ok(Arc::new(Client { client, away: AtomicBool::new(false) }))
+    Ok(Arc::new(Client { client, is_unreachable: AtomicBool::new(false) }))
 }
 
-pub(super) fn spans(client: Arc<dyn HttpClient>, resource: Resource) -> Result<SdkTracerProvider, String> {
+pub(super) fn tracer_provider(
+    client: Arc<dyn HttpClient>,
+    resource: Resource,
+) -> Result<SdkTracerProvider, String> {
     let exporter = SpanExporter::builder().with_http().with_protocol(Protocol::HttpBinary);
-    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| line(&error))?;
-    Ok(SdkTracerProvider::builder().with_batch_exporter(Named(exporter)).with_resource(resource).build())
+    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| setting_error(&error))?;
+    Ok(SdkTracerProvider::builder()
+        .with_batch_exporter(ConventionalNames(exporter))
+        .with_resource(resource)
+        .build())
 }
 
-pub(super) fn figures(client: Arc<dyn HttpClient>, resource: Resource) -> Result<SdkMeterProvider, String> {
+pub(super) fn meter_provider(
+    client: Arc<dyn HttpClient>,
+    resource: Resource,
+) -> Result<SdkMeterProvider, String> {
     let exporter = MetricExporter::builder().with_http().with_protocol(Protocol::HttpBinary);
-    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| line(&error))?;
+    let exporter = exporter.with_shared_http_client(client).build().map_err(|error| setting_error(&error))?;
     Ok(SdkMeterProvider::builder().with_periodic_exporter(exporter).with_resource(resource).build())
 }
 
-fn line(error: &dyn fmt::Display) -> String {
+fn setting_error(error: &dyn fmt::Display) -> String {
     format!("OpenTelemetry's settings (OTEL_*) cannot work: {error}")
 }
 
@@ -61,27 +73,29 @@ fn line(error: &dyn fmt::Display) -> String {
 #[derive(Debug)]
 struct Client {
     client: reqwest::blocking::Client,
-    away: AtomicBool,
+    is_unreachable: AtomicBool,
 }
 
 #[async_trait::async_trait]
 impl HttpClient for Client {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let sent = self.send(request);
-        let refusal = match &sent {
+        let failure = match &sent {
             Ok(response) if response.status().is_success() => None,
             Ok(response) => Some(format!("it answers {}", response.status())),
             Err(error) if error.is_timeout() => Some("it does not answer in time".to_owned()),
             Err(error) if error.is_connect() => Some("no connection".to_owned()),
             Err(_) => Some("the request could not be sent".to_owned()), // with its URL, which may hold a key
         };
-        match refusal {
-            Some(why) if !self.away.swap(true, Ordering::Relaxed) => {
+        match failure {
+            Some(why) if !self.is_unreachable.swap(true, Ordering::Relaxed) => {
                 warn!(
                     "OpenTelemetry's collector cannot be reached: {why}; all else goes on, and this is said once"
                 );
             }
-            None if self.away.swap(false, Ordering::Relaxed) => info!("OpenTelemetry's collector is back"),
+            None if self.is_unreachable.swap(false, Ordering::Relaxed) => {
+                info!("OpenTelemetry's collector is back")
+            }
             _ => {}
         }
         Ok(sent?)
@@ -101,11 +115,11 @@ impl Client {
 
 /// Gives spans the names, kinds and attributes of OpenTelemetry's conventions, where the log has shorter words.
 #[derive(Debug)]
-struct Named(SpanExporter);
+struct ConventionalNames(SpanExporter);
 
-impl opentelemetry_sdk::trace::SpanExporter for Named {
+impl opentelemetry_sdk::trace::SpanExporter for ConventionalNames {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        self.0.export(batch.into_iter().map(named).collect()).await
+        self.0.export(batch.into_iter().map(with_conventional_names).collect()).await
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
@@ -121,25 +135,30 @@ impl opentelemetry_sdk::trace::SpanExporter for Named {
     }
 }
 
-fn named(mut span: SpanData) -> SpanData {
-    let word = |key: &str| {
+fn with_conventional_names(mut span: SpanData) -> SpanData {
+    let attribute_text = |key: &str| {
         let found = span.attributes.iter().find(|attribute| attribute.key.as_str() == key);
         found.map(|attribute| attribute.value.as_str().into_owned()).unwrap_or_default()
     };
     match span.name.as_ref() {
         "request" => {
-            (span.name, span.span_kind) =
-                (format!("{} {}", word("method"), word("route")).into(), SpanKind::Server);
+            (span.name, span.span_kind) = (
+                format!("{} {}", attribute_text("method"), attribute_text("route")).into(),
+                SpanKind::Server,
+            );
         }
-        "job" => (span.name, span.span_kind) = (format!("job {}", word("kind")).into(), SpanKind::Consumer),
-        "phase" => span.name = word("phase").into(),
+        "job" => {
+            (span.name, span.span_kind) =
+                (format!("job {}", attribute_text("kind")).into(), SpanKind::Consumer);
+        }
+        "phase" => span.name = attribute_text("phase").into(),
         _ => {}
     }
     let attributes = std::mem::take(&mut span.attributes);
     span.attributes = attributes
         .into_iter()
         .filter_map(|KeyValue { key, value, .. }| {
-            let (_, name) = ATTRIBUTES.iter().find(|(own, _)| *own == key.as_str())?;
+            let (_, name) = ATTRIBUTES.iter().find(|(ours, _)| *ours == key.as_str())?;
             Some(KeyValue::new(*name, value))
         })
         .collect();

@@ -6,7 +6,7 @@
 //! Figures are those of `/metrics`, by the same names.
 
 mod export;
-mod figures;
+mod recorder;
 
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -25,21 +25,21 @@ use tracing_subscriber::filter::FilterFn;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::Signals;
-pub use figures::{Figures, LATENCIES};
+pub use recorder::{LATENCIES, OtelRecorder};
 
 /// How long the end of the process waits for a collector to take what is left.
-const FLUSH: Duration = Duration::from_secs(5);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SERVICE: &str = "hypnos";
 
 /// A span of the log that is none of a trace: it lasts as long as the process.
-const OF_THE_PROCESS: &str = "worker";
+const PROCESS_SPAN: &str = "worker";
 
 /// What is sent, and its senders. Ends with [`Telemetry::flush`]; dropped, it loses what was not sent yet.
 #[derive(Debug)]
 pub struct Telemetry {
-    spans: Option<SdkTracerProvider>,
-    figures: Option<SdkMeterProvider>,
+    traces: Option<SdkTracerProvider>,
+    metrics: Option<SdkMeterProvider>,
 }
 
 impl Telemetry {
@@ -50,9 +50,10 @@ impl Telemetry {
             return Ok(None);
         }
         let (client, resource) = (export::client()?, resource(role));
-        let spans = signals.traces.then(|| export::spans(client.clone(), resource.clone())).transpose()?;
-        let figures = signals.metrics.then(|| export::figures(client, resource)).transpose()?;
-        Ok(Some(Self { spans, figures }))
+        let traces =
+            signals.traces.then(|| export::tracer_provider(client.clone(), resource.clone())).transpose()?;
+        let metrics = signals.metrics.then(|| export::meter_provider(client, resource)).transpose()?;
+        Ok(Some(Self { traces, metrics }))
     }
 
     /// What hears the log's spans.
@@ -60,7 +61,7 @@ impl Telemetry {
     where
         S: Subscriber + for<'span> LookupSpan<'span>,
     {
-        let tracer = self.spans.as_ref()?.tracer(SERVICE);
+        let tracer = self.traces.as_ref()?.tracer(SERVICE);
         let layer = tracing_opentelemetry::layer()
             .with_tracer(tracer)
             .with_location(false)
@@ -70,30 +71,30 @@ impl Telemetry {
     }
 
     /// What hears the figures.
-    pub fn figures(&self) -> Option<Figures> {
-        self.figures.as_ref().map(Figures::new)
+    pub fn recorder(&self) -> Option<OtelRecorder> {
+        self.metrics.as_ref().map(OtelRecorder::new)
     }
 
     /// Sends what is left and ends, within five seconds, whatever the collector does.
     pub fn flush(mut self) {
         let (done, ended) = channel();
-        let (spans, figures) = (self.spans.take(), self.figures.take());
-        let n_senders = usize::from(spans.is_some()) + usize::from(figures.is_some());
+        let (traces, metrics) = (self.traces.take(), self.metrics.take());
+        let n_senders = usize::from(traces.is_some()) + usize::from(metrics.is_some());
         let also_done = done.clone();
         // Each on a thread of its own, which the end of the process takes with it.
-        if let Some(spans) = spans {
+        if let Some(traces) = traces {
             std::thread::spawn(move || {
-                let _ = spans.shutdown_with_timeout(FLUSH); // the sender has said what was wrong
+                let _ = traces.shutdown_with_timeout(FLUSH_TIMEOUT); // the sender has said what was wrong
                 let _ = done.send(());
             });
         }
-        if let Some(figures) = figures {
+        if let Some(metrics) = metrics {
             std::thread::spawn(move || {
-                let _ = figures.shutdown_with_timeout(FLUSH);
+                let _ = metrics.shutdown_with_timeout(FLUSH_TIMEOUT);
                 let _ = also_done.send(());
             });
         }
-        let deadline = std::time::Instant::now() + FLUSH;
+        let deadline = std::time::Instant::now() + FLUSH_TIMEOUT;
         for _ in 0..n_senders {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
             if ended.recv_timeout(left).is_err() {
@@ -106,14 +107,14 @@ impl Telemetry {
 impl Drop for Telemetry {
     /// The senders' own way to be dropped is to flush for as long as it takes.
     fn drop(&mut self) {
-        std::mem::forget((self.spans.take(), self.figures.take()));
+        std::mem::forget((self.traces.take(), self.metrics.take()));
     }
 }
 
 /// Our own spans and what is logged within them, at the level of the log's default.
 fn is_ours(metadata: &Metadata<'_>) -> bool {
     let ours = metadata.target() == "hypnos" || metadata.target().starts_with("hypnos::");
-    ours && *metadata.level() <= Level::INFO && metadata.name() != OF_THE_PROCESS
+    ours && *metadata.level() <= Level::INFO && metadata.name() != PROCESS_SPAN
 }
 
 /// Who sends: what `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` say, and what nobody has to say.
@@ -133,9 +134,10 @@ fn resource(role: &'static str) -> Resource {
 }
 
 /// Makes a span that has just begun part of the trace that a W3C `traceparent` names, or the first of a trace of its own.
-pub fn adopt(span: &Span, traceparent: Option<&str>) {
-    let parent = traceparent
-        .map(|text| TraceContextPropagator::new().extract_with_context(&Context::new(), &Carrier(text)));
+pub fn set_parent(span: &Span, traceparent: Option<&str>) {
+    let parent = traceparent.map(|text| {
+        TraceContextPropagator::new().extract_with_context(&Context::new(), &TraceparentHeader(text))
+    });
     let _ = span.set_parent(parent.unwrap_or_default()); // refused where nobody hears spans
 }
 
@@ -148,7 +150,7 @@ pub fn traceparent(span: &Span) -> Option<String> {
 }
 
 /// Says how a request was answered.
-pub fn answered(span: &Span, status: u16) {
+pub fn record_status(span: &Span, status: u16) {
     span.set_attribute("http.response.status_code", i64::from(status));
     if status >= 500 {
         span.set_status(Status::error(""));
@@ -156,15 +158,15 @@ pub fn answered(span: &Span, status: u16) {
 }
 
 /// Says that what the span covers failed, and by which kind of fault.
-pub fn failed(span: &Span, code: &'static str) {
+pub fn record_error(span: &Span, code: &'static str) {
     span.set_attribute("error.type", code);
     span.set_status(Status::error(code));
 }
 
 /// A `traceparent` as a carrier of headers.
-struct Carrier<'a>(&'a str);
+struct TraceparentHeader<'a>(&'a str);
 
-impl Extractor for Carrier<'_> {
+impl Extractor for TraceparentHeader<'_> {
     fn get(&self, key: &str) -> Option<&str> {
         (key == "traceparent").then_some(self.0)
     }

@@ -222,7 +222,7 @@ impl Worker {
     ) -> bool {
         let job = &claim.job;
         let span = info_span!("job", job = %job.id, kind = %job.kind, attempt = job.attempt);
-        telemetry::adopt(&span, job.trace.as_deref());
+        telemetry::set_parent(&span, job.trace.as_deref());
         let holding = self.heart.hold(job.lease(), asked);
         async {
             info!("claimed");
@@ -232,7 +232,7 @@ impl Worker {
                 Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
             };
             if let Outcome::Failed(fault) = &outcome {
-                telemetry::failed(&Span::current(), fault.code.as_str());
+                telemetry::record_error(&Span::current(), fault.code.as_str());
                 if fault.code == FaultCode::Machine {
                     self.n_faults.fetch_add(1, Ordering::AcqRel);
                     alarm.ring(fault);

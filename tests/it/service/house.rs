@@ -7,7 +7,7 @@ use std::time::Duration;
 use hypnos::blobs::{Blobs, BlobsConfig, Links, Place};
 use hypnos::health::Health;
 use hypnos::http::keys::make_key;
-use hypnos::http::{Auth, Front, Patience, Settings, Spotter, serve};
+use hypnos::http::{AppState, Auth, ProductDetector, Settings, Timeouts, serve};
 use hypnos::job::{Job, JobId, Kind, Spec, State, TenantId};
 use hypnos::photo::{Decoder, Limits};
 use hypnos::store::{NewKey, Scope};
@@ -29,12 +29,12 @@ const PATIENCE: Duration = Duration::from_mins(1);
 /// What a house is built with; a test changes what it is about.
 pub(super) struct Plan {
     pub(super) settings: Settings,
-    pub(super) patience: Patience,
+    pub(super) timeouts: Timeouts,
     pub(super) limits: Limits,
     pub(super) connections_max: usize,
     /// Another way to the objects than the directory itself.
     pub(super) blobs: Option<Blobs>,
-    pub(super) spotter: Option<Arc<dyn Spotter>>,
+    pub(super) detector: Option<Arc<dyn ProductDetector>>,
     /// Workers in the server's process.
     pub(super) devices: Health,
 }
@@ -43,14 +43,14 @@ impl Default for Plan {
     fn default() -> Self {
         let settings = Settings { auth: Auth::Keys, photo_bytes_max: 1 << 20, ..Settings::default() };
         let limits = Limits { side_min: 32, ..Limits::default() };
-        let patience = Patience::default();
+        let timeouts = Timeouts::default();
         Self {
             settings,
-            patience,
+            timeouts,
             limits,
             connections_max: 256,
             blobs: None,
-            spotter: None,
+            detector: None,
             devices: Health::default(),
         }
     }
@@ -96,7 +96,7 @@ impl House {
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let front = Front::new(
+        let app = AppState::new(
             floor.store.clone(),
             blobs.clone(),
             decoder,
@@ -104,9 +104,9 @@ impl House {
             handle,
             closing.clone(),
             plan.devices,
-            plan.spotter,
+            plan.detector,
         );
-        let served = serve(listener, front.router(), plan.connections_max, plan.patience, closing.clone());
+        let served = serve(listener, app.router(), plan.connections_max, plan.timeouts, closing.clone());
         let served = tokio::spawn(served);
         let tenant = floor.store.ensure_tenant("first").await.unwrap();
         let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());

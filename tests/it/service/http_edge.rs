@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use hypnos::http::Patience;
+use hypnos::http::Timeouts;
 use reqwest::Method;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -237,8 +237,8 @@ async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_an
 
 fn impatient() -> Plan {
     let secs = Duration::from_secs;
-    let patience = Patience { head: secs(1), stall: secs(1), idle: secs(2), drain: secs(5) };
-    let mut plan = Plan { patience, ..Plan::default() };
+    let timeouts = Timeouts { head: secs(1), stall: secs(1), idle: secs(2), drain: secs(5) };
+    let mut plan = Plan { timeouts, ..Plan::default() };
     plan.settings.upload_time = secs(1);
     plan
 }

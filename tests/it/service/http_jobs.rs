@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hypnos::blobs::{Blobs, Scope};
-use hypnos::http::{Spotted, Spotter};
+use hypnos::http::{DetectedProduct, ProductDetector};
 use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
@@ -561,21 +561,21 @@ async fn photos_are_looked_at_without_being_kept() {
 #[derive(Default)]
 struct HalfOfIt(AtomicBool);
 
-impl Spotter for HalfOfIt {
-    fn spot(&self, png: &[u8]) -> Result<Spotted, Box<dyn std::error::Error + Send + Sync>> {
+impl ProductDetector for HalfOfIt {
+    fn detect(&self, png: &[u8]) -> Result<DetectedProduct, Box<dyn std::error::Error + Send + Sync>> {
         assert!(png.starts_with(b"\x89PNG"));
         if self.0.swap(true, Ordering::Relaxed) {
             return Err("a secret of the model".into());
         }
         let warnings = vec!["touches the left edge".to_owned()];
         let preview = "data:image/png;base64,AAAA".to_owned();
-        Ok(Spotted { refusal: None, warnings, area: 0.5, confidence: 0.9, preview })
+        Ok(DetectedProduct { refusal: None, warnings, area: 0.5, confidence: 0.9, preview })
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_inspects_photos_sees_where_the_product_was_found() {
-    let house = House::build(Plan { spotter: Some(Arc::new(HalfOfIt::default())), ..Plan::default() }).await;
+    let house = House::build(Plan { detector: Some(Arc::new(HalfOfIt::default())), ..Plan::default() }).await;
     let inspect = async |files: &[Vec<u8>]| {
         let form = files.iter().fold(Form::new(), |form, bytes| form.part("images", file(bytes.clone())));
         house.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap()

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::routing::post;
 use hypnos::health::Health;
-use hypnos::http::{Operations, Patience, serve};
+use hypnos::http::{Operations, Timeouts, serve};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
@@ -313,10 +313,10 @@ async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_tak
     let (health, closing, ended) = (Health::default(), CancellationToken::new(), CancellationToken::new());
     let figures = PrometheusBuilder::new().build_recorder().handle();
     let (store, blobs) = (floor.store.clone(), floor.blobs.clone());
-    let operations = Operations::of_worker(store, blobs, figures, closing.clone(), health.clone());
+    let operations = Operations::for_worker(store, blobs, figures, closing.clone(), health.clone());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/readyz", listener.local_addr().unwrap());
-    let served = serve(listener, Arc::new(operations).router(), 8, Patience::default(), ended.clone());
+    let served = serve(listener, Arc::new(operations).router(), 8, Timeouts::default(), ended.clone());
     let served = tokio::spawn(served);
     let ready = async || {
         let answer = http().get(&url).send().await.unwrap();

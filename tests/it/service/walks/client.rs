@@ -10,7 +10,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use hypnos::blobs::Blobs;
 use hypnos::health::Health;
-use hypnos::http::{Auth, Front, Settings};
+use hypnos::http::{AppState, Auth, Settings};
 use hypnos::photo::{Decoder, Limits};
 use hypnos::store::Store;
 use image::{ImageFormat, Rgb, RgbImage};
@@ -33,7 +33,7 @@ pub(super) fn front(store: Store, blobs: Blobs, attempts_max: i64, spool: &Path)
     let limits = Limits { side_min: 32, ..Limits::default() };
     let decoder = Decoder::new(limits, 4, std::time::Duration::from_mins(1));
     let (closing, devices) = (CancellationToken::new(), Health::default());
-    Front::new(store, blobs, decoder, settings, METRICS.clone(), closing, devices, None).router()
+    AppState::new(store, blobs, decoder, settings, METRICS.clone(), closing, devices, None).router()
 }
 
 /// A job that a client wants.

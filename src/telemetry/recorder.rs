@@ -20,36 +20,36 @@ use super::SERVICE;
 pub const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
 
 /// Hears figures and has them sent.
-pub struct Figures(Arc<Shared>);
+pub struct OtelRecorder(Arc<Shared>);
 
 struct Shared {
-    registry: Registry<Key, Instruments>,
+    registry: Registry<Key, InstrumentStorage>,
     meter: Meter,
     /// Names that are sent already.
-    sent: Mutex<HashSet<String>>,
+    registered: Mutex<HashSet<String>>,
 }
 
-impl fmt::Debug for Figures {
+impl fmt::Debug for OtelRecorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Figures")
     }
 }
 
-impl Figures {
+impl OtelRecorder {
     pub(super) fn new(provider: &SdkMeterProvider) -> Self {
         let meter = provider.meter(SERVICE);
-        let registry = Registry::new(Instruments(meter.clone()));
-        Self(Arc::new(Shared { registry, meter, sent: Mutex::default() }))
+        let registry = Registry::new(InstrumentStorage(meter.clone()));
+        Self(Arc::new(Shared { registry, meter, registered: Mutex::default() }))
     }
 
     /// Whether a name is met for the first time.
     fn is_new(&self, key: &Key) -> bool {
-        let mut sent = self.0.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        !sent.contains(key.name()) && sent.insert(key.name().to_owned())
+        let mut registered = self.0.registered.lock().unwrap_or_else(PoisonError::into_inner);
+        !registered.contains(key.name()) && registered.insert(key.name().to_owned())
     }
 }
 
-impl Recorder for Figures {
+impl Recorder for OtelRecorder {
     fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
@@ -92,12 +92,12 @@ impl Recorder for Figures {
 }
 
 /// How figures are kept.
-struct Instruments(Meter);
+struct InstrumentStorage(Meter);
 
-impl Storage<Key> for Instruments {
+impl Storage<Key> for InstrumentStorage {
     type Counter = Arc<AtomicU64>;
     type Gauge = Arc<AtomicU64>;
-    type Histogram = Arc<Distribution>;
+    type Histogram = Arc<OtelHistogram>;
 
     fn counter(&self, _: &Key) -> Self::Counter {
         Arc::default()
@@ -110,16 +110,16 @@ impl Storage<Key> for Instruments {
     fn histogram(&self, key: &Key) -> Self::Histogram {
         let instrument =
             self.0.f64_histogram(key.name().to_owned()).with_boundaries(LATENCIES.to_vec()).build();
-        Arc::new(Distribution { instrument, attributes: attributes(key) })
+        Arc::new(OtelHistogram { instrument, attributes: attributes(key) })
     }
 }
 
-struct Distribution {
+struct OtelHistogram {
     instrument: opentelemetry::metrics::Histogram<f64>,
     attributes: Vec<KeyValue>,
 }
 
-impl HistogramFn for Distribution {
+impl HistogramFn for OtelHistogram {
     fn record(&self, value: f64) {
         self.instrument.record(value, &self.attributes);
     }
