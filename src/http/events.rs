@@ -31,11 +31,11 @@ const RETRY: Duration = Duration::from_secs(2);
 /// What nginx, and others after it, read as: pass this on as it comes.
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
-/// Follows a training
+/// Streams a training's changes
 ///
-/// Server-sent events: `job` carries the training as JSON each time it has changed, its place in the queue included, and
-/// its version as the id; `end` says that it has ended, and the stream closes. Whoever reconnects with `Last-Event-ID` is not
-/// told again what it has. A comment comes at once and then every 15 seconds.
+/// Server-sent events: `job` carries the training as JSON each time it or its queue position has changed, with its
+/// version as the id; `end` says that it has ended, and the stream closes. A client that reconnects with
+/// `Last-Event-ID` does not get again what it has. A comment is sent at once and then every 15 seconds.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/events", tag = "jobs",
     params(

@@ -17,10 +17,10 @@ use crate::job::{Object, PAGE, TenantId};
 
 /// Fetches a file by a signed URL
 ///
-/// The URL comes from an artifact or a picture and needs no key. `Range` is not heard: the whole file is sent.
+/// The URL comes from an artifact or a picture and needs no key. `Range` is ignored: the whole file is sent.
 #[utoipa::path(
     get, path = "/v1/files/{*key}", tag = "files",
-    params(("key" = String, Path, description = "From the URL, which is to be taken as it is; holds slashes")),
+    params(("key" = String, Path, description = "From the URL, which is to be used unchanged; contains slashes")),
     responses((status = 200, description = "The file", body = String, content_type = "application/octet-stream")),
     extensions(("x-problems" = json!(["url-forged", "url-expired", "not-found", "too-many-requests", "artifact-missing", "artifact-damaged"]))),
     security(()),

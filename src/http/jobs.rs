@@ -44,17 +44,17 @@ pub(super) struct JobForm {
 
 /// Trains a model on photos of a product
 ///
-/// The job is queued and answered at once; follow `Location`. Photos are decoded here, so that one that cannot be used
-/// is refused at once. Nothing stays of a request that is refused. Send an `Idempotency-Key` to repeat a request whose
+/// Returns as soon as the job is queued; follow `Location`. The photos are decoded first, so one that cannot be used is
+/// refused at once. A refused request leaves nothing behind. Send an `Idempotency-Key` to repeat safely a request whose
 /// answer was lost.
 #[utoipa::path(
     post, path = "/v1/jobs", tag = "jobs",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+    params(("Idempotency-Key" = Option<String>, Header, description = "Identifies this request for 24 hours.",
         min_length = 1, max_length = 255, pattern = "^[!-~]+$")),
     request_body(content = JobForm, content_type = "multipart/form-data"),
     responses((status = 202, description = "Accepted", body = JobView, headers(
         ("Location" = String, description = "The job"),
-        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Retry-After" = u64, description = "Seconds to wait before polling"),
         ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
     ))),
     extensions(("x-problems" = json!(["bad-parameter", "bad-body", "body-timeout", "body-too-large", "media-type",
@@ -165,7 +165,7 @@ fn view<'a>(app: &AppState, job: &'a Job, queue_position: Option<u64>) -> Result
 pub(super) struct JobPage<'a> {
     /// The trainings.
     data: Vec<JobView<'a>>,
-    /// Where the next page begins; null on the last.
+    /// Cursor of the next page; null on the last.
     next_cursor: Option<String>,
 }
 
@@ -188,10 +188,10 @@ pub(super) async fn list_jobs(
     Ok(Page::respond(page.next_cursor.as_deref(), &query, &base, JobPage { data, next_cursor }))
 }
 
-/// Looks at a training
+/// Gets a training
 ///
-/// With `If-None-Match` an unchanged one is answered with 304. With `Prefer: wait=N` the answer waits up to N seconds:
-/// for a change if there is an `If-None-Match`, else for the training's end. While too many wait, it waits less long.
+/// With `If-None-Match` an unchanged training is answered with 304. With `Prefer: wait=N` the answer waits up to N
+/// seconds: for a change if there is an `If-None-Match`, else for the training's end. Under load it waits less long.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}", tag = "jobs",
     params(
@@ -202,7 +202,7 @@ pub(super) async fn list_jobs(
     responses(
         (status = 200, description = "The training", body = JobView, headers(
             ("ETag" = String, description = "Its version"),
-            ("Retry-After" = Option<u64>, description = "Seconds to wait before looking again, until it ends"))),
+            ("Retry-After" = Option<u64>, description = "Seconds to wait before polling again, until it ends"))),
         (status = 304, description = "Unchanged"),
     ),
     extensions(("x-problems" = json!(["not-found"]))),
@@ -219,10 +219,10 @@ pub(super) async fn get_job(
 
 /// Deletes a training, its photos, its results and its samples
 ///
-/// One that still runs is ended. It is gone at once for every reader; its objects follow.
+/// A running training is canceled. The training is gone at once; its objects are deleted soon after.
 #[utoipa::path(
     delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
-    responses((status = 204, description = "Gone")),
+    responses((status = 204, description = "Deleted")),
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn delete_job(
@@ -237,9 +237,9 @@ pub(super) async fn delete_job(
     Err(Problem::not_found("job"))
 }
 
-/// Ends a training
+/// Cancels a training
 ///
-/// One that waits ends at once, one that runs within a step. One that has ended stays as it is, and is answered alike.
+/// A queued training ends at once, a running one within a step. One that has ended stays as it is.
 #[utoipa::path(
     post, path = "/v1/jobs/{id}/cancel", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
     responses((status = 202, description = "The training as it is now", body = JobView)),
@@ -255,21 +255,21 @@ pub(super) async fn cancel_job(
     Ok((StatusCode::ACCEPTED, Json(view(&app, &job, None)?)).into_response())
 }
 
-/// Does a training again
+/// Retries a training
 ///
-/// One that failed or was canceled is queued once more: as a new training, for what has ended never changes. Class name,
-/// options and seed are the same, and so are the photos, which are not sent again. Each of the two can be deleted without the
-/// other.
+/// Queues a failed or canceled training once more, as a new training, since one that has ended never changes. Class
+/// name, options, seed and photos are the same; the photos are not sent again. Each of the two can be deleted
+/// without the other.
 #[utoipa::path(
     post, path = "/v1/jobs/{id}/retry", tag = "jobs",
     params(
         ("id" = Uuid, Path, description = "The training that failed or was canceled"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+        ("Idempotency-Key" = Option<String>, Header, description = "Identifies this request for 24 hours.",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     responses((status = 202, description = "The new training", body = JobView, headers(
         ("Location" = String, description = "The new training"),
-        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Retry-After" = u64, description = "Seconds to wait before polling"),
         ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
     ))),
     extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full",
@@ -286,9 +286,9 @@ pub(super) async fn retry_job(
     Ok(job_response(StatusCode::ACCEPTED, &location, replayed, view(&app, &job, None)?))
 }
 
-/// Reads a training's report
+/// Gets a training's report
 ///
-/// All that led to the result: settings, hashes, seeds, prompts, losses, figures.
+/// All that led to the result: settings, hashes, seeds, prompts, losses, metrics.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/report", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
     responses((status = 200, description = "The report", body = Object)),
@@ -318,7 +318,7 @@ pub(super) struct ArtifactList {
 
 /// Lists a training's files
 ///
-/// The weights, the report, the pictures drawn with it; while it runs, what can be looked at already.
+/// The weights, the report, the pictures drawn with it; while it runs, those that are ready.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/artifacts", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
     responses((status = 200, description = "The files", body = ArtifactList)),
@@ -345,7 +345,7 @@ pub(super) async fn list_artifacts(
         ("id" = Uuid, Path, description = "The training"),
         ("name" = String, Path, description = "The file's name", example = "weights.safetensors"),
     ),
-    responses((status = 307, description = "Where it is, for a while", headers(
+    responses((status = 307, description = "A redirect to the file, valid for a limited time", headers(
         ("Location" = String, description = "A URL that needs no key")))),
     extensions(("x-problems" = json!(["not-found"]))),
 )]

@@ -20,9 +20,9 @@ use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern
     tags(
         (name = "jobs", description = "Trainings: photos in, a model out."),
         (name = "samples", description = "Pictures drawn with a training's result."),
-        (name = "photos", description = "Photos before they are sent."),
+        (name = "photos", description = "Photos, inspected before a job is created."),
         (name = "files", description = "Files by signed URLs."),
-        (name = "operations", description = "For whoever runs the server."),
+        (name = "operations", description = "For operators of the server."),
     ),
 )]
 struct ApiDoc;
@@ -60,7 +60,7 @@ pub(super) fn document() -> Value {
     });
     document["components"]["headers"] = json!({
         "X-Request-Id": {
-            "description": "By which the request is found in the server's log; the client's own if it sent one",
+            "description": "Id of the request in the server's log; the client's own if it sent one",
             "schema": { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" }
         },
         "Retry-After": {

@@ -18,21 +18,21 @@ use crate::store::Filter;
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PageQuery {
-    /// Most entries.
+    /// Maximum number of entries.
     #[param(minimum = 1, maximum = 200, default = 50)]
     limit: Option<u32>,
-    /// Where the page before ended: its `next_cursor`.
+    /// The `next_cursor` of the page before.
     #[param(pattern = "^[0-9a-f]{32}$", min_length = 32, max_length = 32)]
     cursor: Option<String>,
-    /// In this state only.
+    /// Only jobs in this state.
     state: Option<State>,
-    /// Of this class only; trainings have one.
+    /// Only trainings of this class.
     #[param(min_length = 1, max_length = 64)]
     class_name: Option<String>,
-    /// Accepted later than this only (RFC 3339).
+    /// Only jobs accepted later than this (RFC 3339).
     #[param(value_type = Option<String>, format = DateTime)]
     created_after: Option<String>,
-    /// Drawn with this training only; samples have one.
+    /// Only samples drawn with this training.
     #[param(value_type = Option<Uuid>)]
     job_id: Option<String>,
 }

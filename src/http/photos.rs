@@ -14,7 +14,7 @@ use super::state::AppState;
 use super::upload::{FormKind, decode, receive};
 use crate::photo::{Inspection, duplicates};
 
-/// The form of photos to look at.
+/// The form of photos to inspect.
 #[derive(ToSchema)]
 #[schema(as = Photos)]
 #[expect(dead_code, reason = "it describes a form, which is read part by part")]
@@ -24,47 +24,47 @@ pub(super) struct PhotosForm {
     images: Vec<Vec<u8>>,
 }
 
-/// What would become of some photos.
+/// The inspected photos.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Inspections {
     /// One for each photo, in order.
     photos: Vec<Inspected>,
-    /// Pairs of places, from 0, whose photos show the same picture.
+    /// Pairs of indices, from 0, of photos that show the same picture.
     duplicates: Vec<(usize, usize)>,
 }
 
-/// What would become of a photo.
+/// An inspected photo.
 #[derive(Serialize, ToSchema)]
 struct Inspected {
-    /// Whether it would be taken.
+    /// Whether a job would accept it.
     accepted: bool,
-    /// Why not; null if it would be.
+    /// Why not; null if it would.
     problem: Option<PhotoProblem>,
-    /// What can be seen of it; null if it cannot be decoded.
+    /// What was measured of it; null if it cannot be decoded.
     inspection: Option<Inspection>,
-    /// Where the product is in it; null if it cannot be decoded, or this server has no model to look with.
+    /// Where the product is in it; null if it cannot be decoded, or this server has no model to find it.
     product: Option<DetectedProduct>,
 }
 
-/// Why a photo would not be taken.
+/// Why a photo would be refused.
 #[derive(Serialize, ToSchema)]
 #[schema(as = Refused)]
 struct PhotoProblem {
     /// URI of the type of problem, as in the answer to a job with this photo.
     #[schema(example = "/problems/image-too-small")]
     r#type: String,
-    /// What came and what was wanted, in one line.
+    /// What was sent and what is expected, in one line.
     detail: String,
 }
 
-/// Looks at photos without keeping them
+/// Inspects photos without storing them
 ///
-/// Says of each photo whether a job would take it, what is odd about it (too dark, of one colour, blurry, twice the same),
-/// and where the product was found in it. Nothing is stored or queued.
+/// For each photo: whether a job would accept it, warnings (too dark, of one colour, blurry, a duplicate), and where
+/// the product was found in it. Nothing is stored or queued.
 #[utoipa::path(
     post, path = "/v1/photos/inspect", tag = "photos",
     request_body(content = PhotosForm, content_type = "multipart/form-data"),
-    responses((status = 200, description = "What would become of them", body = Inspections)),
+    responses((status = 200, description = "The inspected photos", body = Inspections)),
     extensions(("x-problems" = json!(["bad-body", "body-timeout", "body-too-large", "media-type", "field",
         "decoder-busy"]))),
 )]

@@ -54,34 +54,34 @@ macro_rules! kinds {
 
 kinds! {
     BadParameter = "bad-parameter", BAD_REQUEST, "A parameter or header is wrong",
-        "`detail` names it and says what is wanted.";
+        "`detail` names it and says what is expected.";
     BadBody = "bad-body", BAD_REQUEST, "The body cannot be read",
         "It is not the JSON or the multipart form that its Content-Type promises.";
     KeyInQuery = "key-in-query", BAD_REQUEST, "A key was sent in the URL",
         "URLs end up in logs. Revoke the key and send its successor in the Authorization header.";
     Unauthorized = "unauthorized", UNAUTHORIZED, "A valid API key is needed",
         "Send `Authorization: Bearer hyp_...`. A key that is missing, mistyped, revoked or expired is answered alike.";
-    Scope = "scope", FORBIDDEN, "The key may not do this",
-        "`detail` says which scope is wanted. Keys are made by `hypnos keys create --scope`.";
-    Proxied = "proxied", FORBIDDEN, "A proxy passed the request on",
+    Scope = "scope", FORBIDDEN, "The key's scope does not allow this",
+        "`detail` says which scope is needed. Keys are made by `hypnos keys create --scope`.";
+    Proxied = "proxied", FORBIDDEN, "The request came through a proxy",
         "A server without keys answers its own machine only. Start it with `--auth keys` or with the `--public-url` that clients use, and make a key with `hypnos keys create`.";
-    TenantDisabled = "tenant-disabled", FORBIDDEN, "The tenant is not served",
-        "Its operator has disabled it; ask there.";
+    TenantDisabled = "tenant-disabled", FORBIDDEN, "The tenant is disabled",
+        "The operator of the service has disabled it; ask them.";
     Host = "host", FORBIDDEN, "The Host header is not this server's",
         "A server without keys answers to names of its own machine only.";
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
         "A server without keys answers no pages of other sites.";
-    UrlForged = "url-forged", FORBIDDEN, "The URL is not one that we signed",
+    UrlForged = "url-forged", FORBIDDEN, "The URL's signature is invalid",
         "Ask for the artifact again.";
     UrlExpired = "url-expired", FORBIDDEN, "The URL has expired",
         "Ask for the artifact again.";
-    NotFound = "not-found", NOT_FOUND, "There is no such thing",
+    NotFound = "not-found", NOT_FOUND, "Not found",
         "Also said of what belongs to another tenant.";
-    MethodNotAllowed = "method-not-allowed", METHOD_NOT_ALLOWED, "The path does not know this method",
-        "`Allow` lists those that it knows.";
-    BodyTimeout = "body-timeout", REQUEST_TIMEOUT, "The body came too slowly",
+    MethodNotAllowed = "method-not-allowed", METHOD_NOT_ALLOWED, "The path does not support this method",
+        "`Allow` lists those that it supports.";
+    BodyTimeout = "body-timeout", REQUEST_TIMEOUT, "The body was sent too slowly",
         "Send it again.";
-    WrongState = "wrong-state", CONFLICT, "The job is not in a state for this",
+    WrongState = "wrong-state", CONFLICT, "The job's state does not allow this",
         "`detail` says which state it is in.";
     BodyTooLarge = "body-too-large", PAYLOAD_TOO_LARGE, "The body is too large",
         "`detail` says what is accepted.";
@@ -89,8 +89,8 @@ kinds! {
         "`detail` says which are. A Content-Encoding is not accepted either.";
     ImageType = "image-type-unsupported", UNSUPPORTED_MEDIA_TYPE, "The photo's type is not accepted",
         "Send PNG, JPEG or WebP. The content decides, not the name.";
-    Field = "field", UNPROCESSABLE_ENTITY, "A value cannot be accepted",
-        "`pointer` is the JSON pointer to it; `detail` says what came and what is wanted.";
+    Field = "field", UNPROCESSABLE_ENTITY, "A value is invalid",
+        "`pointer` is the JSON pointer to it; `detail` says what was sent and what is expected.";
     ImageEmpty = "image-empty", UNPROCESSABLE_ENTITY, "The photo's file is empty",
         "Send the picture's bytes.";
     ImageTooLarge = "image-too-large", UNPROCESSABLE_ENTITY, "The photo is too large",
@@ -101,30 +101,30 @@ kinds! {
         "Cut it closer to the product.";
     ImageAnimated = "animated-not-supported", UNPROCESSABLE_ENTITY, "The photo is an animation",
         "Send a single picture.";
-    ImageColor = "image-color-unsupported", UNPROCESSABLE_ENTITY, "The photo's colours cannot be shown on a screen",
+    ImageColor = "image-color-unsupported", UNPROCESSABLE_ENTITY, "The photo's colour space is not supported",
         "Send it in RGB or grey.";
     ImageTooComplex = "image-too-complex", UNPROCESSABLE_ENTITY, "The photo takes too long to decode",
-        "Save it anew with another program.";
+        "Save it again with another program.";
     ImageDamaged = "image-damaged", UNPROCESSABLE_ENTITY, "The photo is cut short or damaged",
         "Send the whole file.";
     KeyReused = "idempotency-key-reused", UNPROCESSABLE_ENTITY, "The Idempotency-Key was used for another request",
         "Use a new key for each new request.";
-    TooMany = "too-many-requests", TOO_MANY_REQUESTS, "The tenant has its share of what is under way at once",
+    TooMany = "too-many-requests", TOO_MANY_REQUESTS, "The tenant has too many concurrent requests",
         "Try again after `Retry-After` seconds, with fewer at once.";
     QueueFull = "queue-full", TOO_MANY_REQUESTS, "Too many jobs are waiting",
         "Try again after `Retry-After` seconds.";
-    Internal = "internal", INTERNAL_SERVER_ERROR, "A fault of ours",
-        "Tell us the `request_id`.";
-    ArtifactMissing = "artifact-missing", INTERNAL_SERVER_ERROR, "An object that the job names is gone",
-        "Tell us the `request_id`; a training can be run again.";
-    ArtifactDamaged = "artifact-damaged", BAD_GATEWAY, "An object came back damaged",
-        "Try again; if it stays, tell us the `request_id`.";
-    Unavailable = "unavailable", SERVICE_UNAVAILABLE, "The database or the object store is away",
+    Internal = "internal", INTERNAL_SERVER_ERROR, "Internal error",
+        "Report the `request_id` to the operator of the service.";
+    ArtifactMissing = "artifact-missing", INTERNAL_SERVER_ERROR, "An object of the job is missing",
+        "Report the `request_id` to the operator of the service. A training can be started again.";
+    ArtifactDamaged = "artifact-damaged", BAD_GATEWAY, "An object of the job is damaged",
+        "Try again; if it persists, report the `request_id` to the operator of the service.";
+    Unavailable = "unavailable", SERVICE_UNAVAILABLE, "The database or the object store is unavailable",
         "Try again after `Retry-After` seconds.";
-    OutcomeUnknown = "outcome-unknown", SERVICE_UNAVAILABLE, "Whether the request was done is not known",
+    OutcomeUnknown = "outcome-unknown", SERVICE_UNAVAILABLE, "Whether the request was executed is not known",
         "It may have been. Send the same request with the same Idempotency-Key after `Retry-After` seconds: the answer \
-         tells. Without a key, look whether it was done before sending it again.";
-    Overloaded = "overloaded", SERVICE_UNAVAILABLE, "The server has too much to do",
+         tells. Without a key, check whether it was executed before sending it again.";
+    Overloaded = "overloaded", SERVICE_UNAVAILABLE, "The server is overloaded",
         "Try again after `Retry-After` seconds.";
     DecoderBusy = "decoder-busy", SERVICE_UNAVAILABLE, "Too many photos are being decoded",
         "Try again after `Retry-After` seconds.";
@@ -302,23 +302,23 @@ impl IntoResponse for Problem {
     }
 }
 
-/// Why a request was not done (RFC 9457).
+/// Why a request was refused or failed (RFC 9457).
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Problem)]
 pub(super) struct Document<'a> {
     /// URI of the type of problem, relative to the server; stable.
     #[schema(pattern = "^/problems/[a-z-]+$", example = "/problems/field")]
     r#type: String,
-    /// The type in a few words.
-    #[schema(example = "A value cannot be accepted")]
+    /// The title of the type.
+    #[schema(example = "A value is invalid")]
     title: &'a str,
     /// The response's status.
     #[schema(minimum = 400, maximum = 599, example = 422)]
     status: u16,
-    /// What came and what was wanted, in one line.
+    /// What was sent and what is expected, in one line.
     #[schema(example = "/options/steps: wanted 1 to 10000, got 0")]
     detail: &'a str,
-    /// By which we find it in our logs; also in `X-Request-Id`.
+    /// Id of the request in the server's log; also in `X-Request-Id`.
     #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
     request_id: &'a str,
     /// JSON pointer to the value in the body; a form counts as an object of its parts.

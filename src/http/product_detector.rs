@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 pub struct DetectedProduct {
     /// Why such a training would refuse the photo; null if it would not.
     pub refusal: Option<String>,
-    /// What is odd about it: it touches an edge, is not alone, is small, has a vague outline.
+    /// Warnings: it touches an edge, is not alone, is small, has a vague outline.
     pub warnings: Vec<String>,
     /// Share of the photo that it covers.
     #[schema(minimum = 0.0, maximum = 1.0)]
@@ -19,7 +19,7 @@ pub struct DetectedProduct {
     /// How certain its outline is: 1 where every pixel is.
     #[schema(minimum = 0.0, maximum = 1.0)]
     pub confidence: f64,
-    /// It alone, on grey, at most 256 pixels long: a `data:` URL of a PNG.
+    /// The product alone, on grey, at most 256 pixels long: a `data:` URL of a PNG.
     #[schema(pattern = "^data:image/png;base64,")]
     pub preview: String,
 }

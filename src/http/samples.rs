@@ -27,14 +27,14 @@ use crate::telemetry;
 
 /// Draws pictures with a finished training
 ///
-/// Queued like a training, but never behind one. With `Prefer: wait=N` the answer waits up to N seconds for the end; 200
-/// says that it came.
+/// Queued like a training, but never behind one. With `Prefer: wait=N` the answer waits up to N seconds for the end:
+/// it is 200 if the sample has ended, else 202.
 #[utoipa::path(
     post, path = "/v1/jobs/{id}/sample", tag = "samples",
     params(
         ("id" = Uuid, Path, description = "The training"),
         ("Prefer" = Option<String>, Header, description = "`wait=N`: seconds, at most 50; more counts as 50"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+        ("Idempotency-Key" = Option<String>, Header, description = "Identifies this request for 24 hours.",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     request_body = SampleSpec,
@@ -43,7 +43,7 @@ use crate::telemetry;
             ("Location" = String, description = "The sample"))),
         (status = 202, description = "Accepted", body = SampleView, headers(
             ("Location" = String, description = "The sample"),
-            ("Retry-After" = u64, description = "Seconds to wait before looking"),
+            ("Retry-After" = u64, description = "Seconds to wait before polling"),
             ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"))),
     ),
     extensions(("x-problems" = json!(["bad-parameter", "bad-body", "not-found", "body-timeout", "wrong-state",
@@ -114,7 +114,7 @@ async fn pictures(app: &AppState, job: &Job) -> Result<Vec<Object>, Problem> {
 pub(super) struct SamplePage {
     /// The samples, without their pictures.
     data: Vec<SampleView>,
-    /// Where the next page begins; null on the last.
+    /// Cursor of the next page; null on the last.
     next_cursor: Option<String>,
 }
 
@@ -138,7 +138,7 @@ pub(super) async fn list_samples(
     Ok(Page::respond(page.next_cursor.as_deref(), &query, &base, SamplePage { data, next_cursor }))
 }
 
-/// Looks at a sample
+/// Gets a sample
 ///
 /// With `If-None-Match` and `Prefer: wait=N` as for a training. The pictures' URLs are new with every answer.
 #[utoipa::path(
@@ -151,7 +151,7 @@ pub(super) async fn list_samples(
     responses(
         (status = 200, description = "The sample", body = SampleView, headers(
             ("ETag" = String, description = "Its version"),
-            ("Retry-After" = Option<u64>, description = "Seconds to wait before looking again, until it ends"))),
+            ("Retry-After" = Option<u64>, description = "Seconds to wait before polling again, until it ends"))),
         (status = 304, description = "Unchanged"),
     ),
     extensions(("x-problems" = json!(["not-found"]))),
@@ -171,9 +171,9 @@ pub(super) async fn get_sample(
     get, path = "/v1/samples/{id}/images/{n}", tag = "samples",
     params(
         ("id" = Uuid, Path, description = "The sample"),
-        ("n" = u32, Path, description = "The picture's place, from 0", minimum = 0, maximum = 127),
+        ("n" = u32, Path, description = "The picture's index, from 0", minimum = 0, maximum = 127),
     ),
-    responses((status = 307, description = "Where it is, for a while", headers(
+    responses((status = 307, description = "A redirect to the file, valid for a limited time", headers(
         ("Location" = String, description = "A URL that needs no key")))),
     extensions(("x-problems" = json!(["not-found"]))),
 )]
@@ -191,7 +191,7 @@ pub(super) async fn get_image(
 /// Deletes a sample and its pictures
 #[utoipa::path(
     delete, path = "/v1/samples/{id}", tag = "samples", params(("id" = Uuid, Path, description = "The sample")),
-    responses((status = 204, description = "Gone")),
+    responses((status = 204, description = "Deleted")),
     extensions(("x-problems" = json!(["not-found"]))),
 )]
 pub(super) async fn delete_sample(
@@ -206,9 +206,9 @@ pub(super) async fn delete_sample(
     Err(Problem::not_found("sample"))
 }
 
-/// Ends a sample
+/// Cancels a sample
 ///
-/// One that waits ends at once, one that is being drawn within a step. One that has ended stays as it is.
+/// A queued sample ends at once, one that is being drawn within a step. One that has ended stays as it is.
 #[utoipa::path(
     post, path = "/v1/samples/{id}/cancel", tag = "samples", params(("id" = Uuid, Path, description = "The sample")),
     responses((status = 202, description = "The sample as it is now", body = SampleView)),
@@ -224,19 +224,19 @@ pub(super) async fn cancel_sample(
     Ok((StatusCode::ACCEPTED, Json(view(&app, &job, None).await?)).into_response())
 }
 
-/// Draws a sample again
+/// Retries a sample
 ///
-/// One that failed or was canceled is queued once more, as a new sample with the same prompts and seeds.
+/// Queues a failed or canceled sample once more, as a new sample with the same prompts and seeds.
 #[utoipa::path(
     post, path = "/v1/samples/{id}/retry", tag = "samples",
     params(
         ("id" = Uuid, Path, description = "The sample that failed or was canceled"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request for 24 hours.",
+        ("Idempotency-Key" = Option<String>, Header, description = "Identifies this request for 24 hours.",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     responses((status = 202, description = "The new sample", body = SampleView, headers(
         ("Location" = String, description = "The new sample"),
-        ("Retry-After" = u64, description = "Seconds to wait before looking"),
+        ("Retry-After" = u64, description = "Seconds to wait before polling"),
         ("Idempotent-Replayed" = Option<bool>, description = "The same request was accepted before"),
     ))),
     extensions(("x-problems" = json!(["bad-parameter", "not-found", "wrong-state", "idempotency-key-reused", "queue-full"]))),

@@ -18,30 +18,30 @@ pub(super) fn time(ms: i64) -> String {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Job)]
 pub(super) struct JobView<'a> {
-    /// Names it from now on.
+    /// Its id.
     id: JobId,
     /// Always `train`.
     kind: Kind,
-    /// Where it stands. `succeeded`, `failed` and `canceled` never change again.
+    /// Its state. `succeeded`, `failed` and `canceled` are final.
     state: State,
-    /// Whether its owner asked for its end.
+    /// Whether its cancellation was requested.
     cancel_requested: bool,
-    /// The training that this one does again, which may be deleted by now; null if it does none.
+    /// The training that this one retries, which may be deleted by now; null unless it is a retry.
     retry_of: Option<JobId>,
     /// What kind of thing the product is.
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
-    /// How it is trained, complete.
+    /// All options of the training, defaults included.
     #[schema(value_type = TrainOptions)]
     options: &'a RawValue,
-    /// Where all its random numbers come from: asked for, or drawn.
+    /// Seed of all its random numbers: as requested, or drawn by the server.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     seed: u64,
-    /// What came of each photo, in order.
+    /// The photos as they were decoded, in order.
     photos: Vec<PhotoView>,
-    /// How far it is; null before it first ran, and when it has ended.
+    /// Its progress; null before its first attempt and once it has ended.
     progress: Option<Progress>,
-    /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
+    /// Jobs before it in the queue, 0 for the next one; null unless it is queued, and in lists.
     #[schema(minimum = 0)]
     queue_position: Option<u64>,
     /// Attempts so far.
@@ -55,17 +55,17 @@ pub(super) struct JobView<'a> {
     /// When it was accepted.
     #[schema(format = DateTime, example = "2026-11-24T09:00:00.123Z")]
     created_at: String,
-    /// When it first ran.
+    /// When its first attempt started.
     #[schema(format = DateTime)]
     started_at: Option<String>,
     /// When it ended.
     #[schema(format = DateTime)]
     finished_at: Option<String>,
-    /// Where to go from here.
+    /// URLs of related resources.
     links: JobLinks,
 }
 
-/// What came of a photo.
+/// A photo as it was decoded.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = JobPhoto)]
 pub(super) struct PhotoView {
@@ -75,33 +75,33 @@ pub(super) struct PhotoView {
     /// Pixels, upright.
     #[schema(minimum = 1)]
     height: u64,
-    /// What is odd about it: `dark`, `uniform`, `blurry`, `duplicate`.
+    /// Warnings: `dark`, `uniform`, `blurry`, `duplicate`.
     warnings: Vec<String>,
 }
 
 /// URLs of a training.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct JobLinks {
-    /// This.
+    /// This resource.
     #[serde(rename = "self")]
     #[schema(format = "uri")]
     this: String,
-    /// POST here to end it.
+    /// POST here to cancel it.
     #[schema(format = "uri")]
     cancel: String,
-    /// POST here to do it again, once it failed or was canceled.
+    /// POST here to retry it, once it failed or was canceled.
     #[schema(format = "uri")]
     retry: String,
-    /// Its changes as they happen.
+    /// Its changes, as server-sent events.
     #[schema(format = "uri")]
     events: String,
-    /// What led to the result.
+    /// Its report.
     #[schema(format = "uri")]
     report: String,
     /// Its files.
     #[schema(format = "uri")]
     artifacts: String,
-    /// POST here to draw with it.
+    /// POST here to draw pictures with it.
     #[schema(format = "uri")]
     sample: String,
 }
@@ -169,25 +169,25 @@ impl PhotoView {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Sample)]
 pub(super) struct SampleView {
-    /// Names it from now on.
+    /// Its id.
     id: JobId,
     /// Always `sample`.
     kind: Kind,
     /// The training that it draws with.
     job_id: JobId,
-    /// The sample that this one does again, which may be deleted by now; null if it does none.
+    /// The sample that this one retries, which may be deleted by now; null unless it is a retry.
     retry_of: Option<JobId>,
-    /// Where it stands. `succeeded`, `failed` and `canceled` never change again.
+    /// Its state. `succeeded`, `failed` and `canceled` are final.
     state: State,
-    /// Whether its owner asked for its end.
+    /// Whether its cancellation was requested.
     cancel_requested: bool,
-    /// What is drawn, complete: the seed is that of the first picture.
+    /// What is drawn, defaults included; the seed is that of the first picture.
     spec: SampleSpec,
     /// The pictures, in the order of the prompts; empty until it succeeded, and in lists.
     images: Vec<ImageView>,
-    /// How far it is; null before it first ran, and when it has ended.
+    /// Its progress; null before its first attempt and once it has ended.
     progress: Option<Progress>,
-    /// Jobs before it in the queue, 0 for the next one; null unless it waits, and in lists.
+    /// Jobs before it in the queue, 0 for the next one; null unless it is queued, and in lists.
     #[schema(minimum = 0)]
     queue_position: Option<u64>,
     /// Attempts so far.
@@ -198,27 +198,27 @@ pub(super) struct SampleView {
     /// When it was accepted.
     #[schema(format = DateTime, example = "2026-11-24T09:00:00.123Z")]
     created_at: String,
-    /// When it first ran.
+    /// When its first attempt started.
     #[schema(format = DateTime)]
     started_at: Option<String>,
     /// When it ended.
     #[schema(format = DateTime)]
     finished_at: Option<String>,
-    /// Where to go from here.
+    /// URLs of related resources.
     links: SampleLinks,
 }
 
 /// URLs of a sample.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct SampleLinks {
-    /// This.
+    /// This resource.
     #[serde(rename = "self")]
     #[schema(format = "uri")]
     this: String,
-    /// POST here to end it.
+    /// POST here to cancel it.
     #[schema(format = "uri")]
     cancel: String,
-    /// POST here to draw it again, once it failed or was canceled.
+    /// POST here to retry it, once it failed or was canceled.
     #[schema(format = "uri")]
     retry: String,
     /// The training that it draws with.
@@ -230,9 +230,9 @@ pub(super) struct SampleLinks {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Image)]
 pub(super) struct ImageView {
-    /// The prompt that it shows.
+    /// Its prompt.
     prompt: String,
-    /// Draws it again.
+    /// The seed that reproduces it.
     #[schema(minimum = 0)]
     seed: u64,
     /// Pixels.

@@ -20,7 +20,7 @@ const BITS_APART: u32 = 12;
 const BRIGHTNESS_APART: f64 = 0.04;
 
 words!(
-    /// What is odd about a photo that is still accepted.
+    /// A warning about a photo that is still accepted.
     Warning {
         /// Almost black.
         Dark = "dark",
@@ -31,7 +31,7 @@ words!(
     }
 );
 
-/// What can be said about a photo.
+/// What was measured of a photo.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Inspection {
     /// Pixels.
@@ -44,7 +44,7 @@ pub struct Inspection {
     pub contrast: f64,
     /// Variance of the Laplacian in the sharpest part; below 20 nothing is in focus.
     pub sharpness: f64,
-    /// What is odd about it.
+    /// Warnings.
     pub warnings: Vec<Warning>,
     /// 256 bits in hexadecimal, nearly the same for nearly the same picture.
     pub hash: String,
