@@ -1,4 +1,4 @@
-//! Who asks: the tenant of a request's key, and what that key may do.
+//! Authentication of callers: the tenant of a request's API key, and the scope that the key has.
 
 use std::ops::{Deref, DerefMut};
 
@@ -15,7 +15,7 @@ use super::state::AppState;
 use crate::job::TenantId;
 use crate::store::Scope;
 
-/// Whoever asks: the tenant whose key came, with a place among the requests that are answered at once.
+/// An authenticated caller, with a permit of the pool of requests.
 pub(super) struct Caller {
     pub(super) tenant: TenantId,
     key: Option<String>,
@@ -23,17 +23,17 @@ pub(super) struct Caller {
     permit: Option<Permit>,
 }
 
-/// A caller who may look.
+/// A caller with the scope `read`.
 pub(super) struct Reader(pub(super) Caller);
 
-/// A caller who may change things.
+/// A caller with the scope `write`.
 pub(super) struct Writer(pub(super) Caller);
 
-/// A caller who may see what concerns all tenants. Without keys, that is whoever is on this machine.
+/// A caller with the scope `admin`, who may see what concerns all tenants. A server without keys grants it to everyone.
 pub(super) struct Operator(pub(super) Caller);
 
 impl Caller {
-    /// Whether the key that opened a long answer is still good.
+    /// Whether the key is still valid, for responses that last longer than a request.
     pub(super) async fn is_still_valid(&self, app: &AppState) -> bool {
         match &self.key {
             Some(key) => !app
@@ -45,17 +45,17 @@ impl Caller {
         }
     }
 
-    /// When the key ends, if it does.
+    /// When the key expires, if it does.
     pub(super) fn expires_at(&self) -> Option<Instant> {
         self.expires_at
     }
 
-    /// Gives its place back: what follows takes long, and a place of another kind.
+    /// Releases the permit, before something that takes long and needs a permit of another pool.
     pub(super) fn release_permit(&mut self) {
         self.permit = None;
     }
 
-    /// Takes its place again.
+    /// Acquires the permit again.
     pub(super) async fn acquire_permit(&mut self, app: &AppState) -> Result<(), Problem> {
         self.permit = Some(app.pools.requests.acquire(self.tenant).await?);
         Ok(())
@@ -110,7 +110,7 @@ async fn authenticate(parts: &Parts, app: &AppState, wanted: Scope) -> Result<Ca
     Ok(caller)
 }
 
-/// The token of the one Authorization header.
+/// The bearer token, if there is exactly one Authorization header.
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let mut all = headers.get_all(header::AUTHORIZATION).iter();
     let (first, None) = (all.next()?, all.next()) else { return None };

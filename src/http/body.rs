@@ -1,4 +1,4 @@
-//! A request's body within bounds of size and time.
+//! Request bodies, bounded in size and time.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::activity::Activity;
 use super::problem::{Kind, Problem};
 
-/// A body that ends after so many bytes or so long, whatever its sender does.
+/// A body that fails when it is larger or slower than allowed.
 pub(super) struct LimitedBody {
     stream: BodyDataStream,
     bytes_max: usize,
@@ -21,15 +21,15 @@ pub(super) struct LimitedBody {
 }
 
 impl LimitedBody {
-    /// Refuses at once what is packed, and what is announced to be larger than `bytes_max`. The time counts from when the
-    /// first bytes are asked for.
+    /// Refuses at once a body with a Content-Encoding, and one whose Content-Length is larger than `bytes_max`. `time`
+    /// counts from the first read.
     pub(super) fn new(
         headers: &HeaderMap,
         body: Body,
         bytes_max: usize,
         time: Duration,
     ) -> Result<Self, Problem> {
-        // A small body that unpacks to a large one is not read.
+        // A small body could decompress to a large one.
         if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
             return Err(Problem::new(Kind::MediaType, "a body must come without Content-Encoding"));
         }
@@ -40,22 +40,22 @@ impl LimitedBody {
         Ok(Self { stream, bytes_max, bytes_left: bytes_max, time, deadline: None, activity: Activity::new() })
     }
 
-    /// All that comes is a sign of this life.
+    /// From now on every received chunk touches `activity`.
     pub(super) fn report_to(&mut self, activity: Activity) {
         self.activity = activity;
     }
 
-    /// What came next; none at the end.
+    /// The next chunk; none at the end.
     pub(super) async fn next_chunk(&mut self) -> Result<Option<Bytes>, Problem> {
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + self.time);
         let next = tokio::time::timeout_at(deadline, self.stream.next()).await;
         let Ok(next) = next else {
-            return Err(Problem::new(Kind::BodyTimeout, "the body did not come in time"));
+            return Err(Problem::new(Kind::BodyTimeout, "the body was not received in time"));
         };
         self.activity.touch();
         let Some(chunk) = next else { return Ok(None) };
         let Ok(chunk) = chunk else {
-            return Err(Problem::new(Kind::BadBody, "the body broke off"));
+            return Err(Problem::new(Kind::BadBody, "the connection was closed before the end of the body"));
         };
         let left = self.bytes_left.checked_sub(chunk.len());
         self.bytes_left = left.ok_or_else(|| too_large(self.bytes_max))?;
@@ -63,13 +63,13 @@ impl LimitedBody {
     }
 }
 
-/// How long the body is said to be.
+/// The Content-Length, in bytes.
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn too_large(bytes_max: usize) -> Problem {
-    Problem::new(Kind::BodyTooLarge, format!("the body may hold at most {bytes_max} bytes"))
+    Problem::new(Kind::BodyTooLarge, format!("the body may have at most {bytes_max} bytes"))
 }
 
 /// The media type of a body, in lower case and without parameters, and the whole header.

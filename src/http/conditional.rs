@@ -1,4 +1,4 @@
-//! Conditional requests: versions of a row as `ETag`, and `If-None-Match`.
+//! Conditional requests: a job's version as `ETag`, compared with `If-None-Match`.
 
 use axum::Json;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -7,15 +7,15 @@ use serde::Serialize;
 
 use crate::job::Job;
 
-/// What a client that polls is asked to leave between two looks, in seconds.
+/// `Retry-After` of a job that has not ended, in seconds.
 pub(super) const POLL_AFTER_SECS: u64 = 5;
 
-/// How a row is told from its other versions. The place in the queue moves without the row.
+/// The `ETag` of a job. It covers the queue position, which changes without the row.
 pub(super) fn etag(job: &Job, queue_position: Option<u64>) -> String {
     format!("W/\"{}\"", version_tag(job, queue_position))
 }
 
-/// The same, for events.
+/// The version in an `ETag`; also the id of an event.
 pub(super) fn version_tag(job: &Job, queue_position: Option<u64>) -> String {
     match queue_position {
         Some(queue_position) => format!("{}-{queue_position}", job.version),
@@ -23,14 +23,14 @@ pub(super) fn version_tag(job: &Job, queue_position: Option<u64>) -> String {
     }
 }
 
-/// Whether the client has what `etag` stands for.
+/// Whether `If-None-Match` holds `etag`.
 pub(super) fn matches_etag(headers: &HeaderMap, etag: &str) -> bool {
     let all = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
     let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
     all.flat_map(|value| value.split(',')).any(|tag| tag.trim() == "*" || opaque(tag) == opaque(etag))
 }
 
-/// One row as an answer: its version, and when to look again.
+/// A job's representation with its `ETag`, or 304; with `Retry-After` until the job has ended.
 pub(super) fn conditional_json(
     headers: &HeaderMap,
     job: &Job,

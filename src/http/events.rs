@@ -1,8 +1,8 @@
-//! `/v1/jobs/{id}/events`: a training as it changes, as server-sent events.
+//! `/v1/jobs/{id}/events`: a training's changes as server-sent events.
 //!
-//! Every event is the whole training, so that one that was missed is no loss. The table is asked once a second; hints from
-//! the store only make it sooner. The first byte goes at once and others every few seconds, and proxies are told not to
-//! gather them: nginx would otherwise keep the first events for itself and end the stream after a minute.
+//! Every event is the whole training, so a missed one is no loss. The database is polled once a second; notifications
+//! only make it sooner. The first byte is sent at once and others every few seconds, and proxies are told not to buffer
+//! them: nginx would otherwise hold back the first events and end the stream after a minute.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -26,9 +26,9 @@ use crate::store::Wakes;
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// When a client that was cut off should come back.
+/// When a disconnected client should reconnect.
 const RETRY: Duration = Duration::from_secs(2);
-/// What nginx, and others after it, read as: pass this on as it comes.
+/// Tells nginx, and proxies that follow it, not to buffer the response.
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Streams a training's changes
@@ -66,14 +66,14 @@ pub(super) async fn job_events(
     Ok(response)
 }
 
-/// One client that follows one training.
+/// One client's stream of one training.
 struct Subscription {
     app: AppState,
     reader: Reader,
     id: JobId,
-    /// The row as it was last read.
+    /// The training as it was last read.
     job: Option<Job>,
-    /// The version that the client has.
+    /// The version that was sent last.
     sent: Option<String>,
     position: PositionWatch,
     wakes: Wakes,
@@ -81,7 +81,7 @@ struct Subscription {
     permit: Permit,
 }
 
-/// What a stream does next.
+/// What the stream does next.
 enum Step {
     Open,
     Poll,
@@ -124,7 +124,7 @@ fn event_stream(subscription: Subscription) -> impl Stream<Item = Result<Event, 
 }
 
 impl Subscription {
-    /// The training, if the client does not have it yet. A database that is away now may be back at the next look.
+    /// The training, if it has changed since it was sent. After an error of the database the next poll tries again.
     async fn next_event(&mut self) -> Option<Event> {
         self.step = Step::Wait;
         let Some(row) = self.app.store.version(self.reader.tenant, self.id).await.ok()? else {
@@ -149,7 +149,8 @@ impl Subscription {
         Some(event)
     }
 
-    /// Waits for a hint or a second; none when the stream ends: the server does, or another tenant needs the place.
+    /// Waits for a notification or a second; none when the stream has to end: the server does, or its permit is
+    /// revoked.
     async fn wait(&mut self) -> Option<()> {
         tokio::select! {
             _ = tokio::time::timeout(POLL_INTERVAL, self.wakes.wait()) => Some(()),

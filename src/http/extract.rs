@@ -1,4 +1,4 @@
-//! What requests name: ids in the path, parameters in the query.
+//! Extractors for path and query parameters, whose rejections are problems.
 
 use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
@@ -8,7 +8,7 @@ use super::problem::{Kind, Problem, excerpt};
 use super::state::AppState;
 use crate::job::JobId;
 
-/// The id in a path. What is no id names nothing.
+/// The id in a path. Anything else is answered like an unknown id.
 pub(super) struct PathId(pub(super) JobId);
 
 impl FromRequestParts<AppState> for PathId {
@@ -34,7 +34,7 @@ impl FromRequestParts<AppState> for PathIdAndName {
     }
 }
 
-/// The query; unknown names are refused.
+/// The query; unknown parameters are refused.
 pub(super) struct ApiQuery<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequestParts<AppState> for ApiQuery<T> {
@@ -42,7 +42,7 @@ impl<T: DeserializeOwned> FromRequestParts<AppState> for ApiQuery<T> {
 
     async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, Problem> {
         Query::try_from_uri(&parts.uri).map(|Query(query)| Self(query)).map_err(|error| {
-            // The first cause names the parameter; the rejection itself is a general remark.
+            // The source names the parameter; the rejection itself is general.
             let said =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             Problem::new(Kind::BadParameter, format!("the query: {}", excerpt(&said)))

@@ -1,4 +1,4 @@
-//! `/v1/files`: objects of a local store by URLs that we signed; a bucket serves its own.
+//! Signed URLs to objects, and `/v1/files`, which serves those of a local directory; S3 serves its own.
 
 use axum::Extension;
 use axum::body::Body;
@@ -32,18 +32,20 @@ pub(super) async fn get_file(
     abort: Option<Extension<Abort>>,
 ) -> Result<Response, Problem> {
     let object = app.blobs.verify(&key, query.as_deref().unwrap_or_default(), Timestamp::now())?;
-    // A link ends with its job: what is deleted may still lie in the directory for a moment.
+    // The URL of a deleted job is invalid, although its objects may still be there for a moment.
     let Some(tenant) = owner(&app, &object).await? else { return Err(Problem::not_found("file")) };
-    // Whoever takes nothing does not hear either that the place is asked back: the connection is ended.
+    // A client that reads nothing would not notice that its permit is revoked, so the connection is closed.
     let abort = abort.map(|Extension(Abort(token))| token).unwrap_or_default();
     let permit = app.pools.streams.acquire_revocable(tenant, abort).await?;
     let bytes = app.blobs.stream(&object).await?;
     let bytes = bytes.inspect(move |_| permit.touch());
     let mut response = Body::from_stream(bytes).into_response();
-    // Names and types of objects are ours, never a client's.
-    let shown = format!("inline; filename=\"{}\"", object.name);
+    // Names and types of objects are chosen by the service, never by a client.
+    let disposition = format!("inline; filename=\"{}\"", object.name);
     let headers = response.headers_mut();
-    for (name, value) in [(header::CONTENT_TYPE, object.content_type), (header::CONTENT_DISPOSITION, shown)] {
+    for (name, value) in
+        [(header::CONTENT_TYPE, object.content_type), (header::CONTENT_DISPOSITION, disposition)]
+    {
         if let Ok(value) = HeaderValue::from_str(&value) {
             headers.insert(name, value);
         }
@@ -58,7 +60,7 @@ pub(super) async fn get_file(
     Ok(response)
 }
 
-/// Whose object it is, if a job still has it to show.
+/// The tenant whose job has the object, if one still has.
 async fn owner(app: &AppState, object: &Object) -> Result<Option<TenantId>, Problem> {
     let Some((tenant, job, _)) = Key::parse(&object.key).and_then(|key| key.owner()) else {
         return Ok(None);
@@ -67,7 +69,7 @@ async fn owner(app: &AppState, object: &Object) -> Result<Option<TenantId>, Prob
     Ok(artifact.filter(|artifact| artifact.key == object.key).map(|_| tenant))
 }
 
-/// What a browser lets a file do: nothing; a report may show the pictures and the style that are in it.
+/// Lets a file do nothing in a browser; a report may show the pictures and styles that it contains.
 fn content_security_policy(name: &str) -> &'static str {
     if name == PAGE {
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
@@ -76,7 +78,7 @@ fn content_security_policy(name: &str) -> &'static str {
     }
 }
 
-/// A URL to an object, and until when it works.
+/// A signed URL to an object, and when it expires.
 pub(super) async fn signed_url(app: &AppState, object: &Object) -> Result<(String, String), Problem> {
     let (now, lifetime) = (Timestamp::now(), app.settings.url_time);
     let url = app.blobs.sign(object, lifetime, now).await?;
@@ -84,7 +86,7 @@ pub(super) async fn signed_url(app: &AppState, object: &Object) -> Result<(Strin
     Ok((url, time(expires_ms)))
 }
 
-/// Sends the client to an object.
+/// A redirect to an object's signed URL.
 pub(super) async fn redirect(app: &AppState, object: &Object) -> Result<Response, Problem> {
     let (url, _) = signed_url(app, object).await?;
     let location = HeaderValue::from_str(&url).map_err(|error| Problem::internal(&error))?;

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: what makes the same request, sent twice, one job.
+//! `Idempotency-Key`: a request that is sent twice makes one job.
 
 use axum::http::HeaderMap;
 use sha2::{Digest, Sha256};
@@ -8,7 +8,7 @@ use crate::store::Idempotency;
 
 const KEY_CHARS_MAX: usize = 255;
 
-/// The `Idempotency-Key` that a client gave its request, if it did.
+/// The request's `Idempotency-Key`, if it has one.
 pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
     let mut keys = headers.get_all("idempotency-key").iter();
     let Some(key) = keys.next() else { return Ok(None) };
@@ -22,8 +22,8 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Probl
     Err(Problem::new(Kind::BadParameter, detail))
 }
 
-/// What makes the same request, sent twice, one job; none without an `Idempotency-Key`. `parts` are all that is asked
-/// for, in an order that does not depend on the sender.
+/// The request's `Idempotency-Key` with the hash of the request; none without a key. `parts` are all of its contents,
+/// in an order that does not depend on the sender.
 pub(super) fn idempotency<'a>(
     headers: &HeaderMap,
     parts: impl IntoIterator<Item = &'a [u8]>,
@@ -34,7 +34,7 @@ pub(super) fn idempotency<'a>(
     Ok(Some(request.with_key(key)))
 }
 
-/// A hash of all that is asked for.
+/// A hash of a request's contents.
 #[derive(Default)]
 pub(super) struct RequestHash(Sha256);
 
@@ -45,7 +45,7 @@ impl RequestHash {
         self.0.update(part);
     }
 
-    /// Adds the next part, which is `bytes` long and read piece by piece.
+    /// Adds the next part, which is `bytes` long, without reading all of it into memory.
     pub(super) fn add_from(&mut self, bytes: u64, mut part: impl std::io::Read) -> std::io::Result<()> {
         self.0.update(bytes.to_le_bytes());
         let mut buffer = vec![0; 256 << 10];
@@ -57,7 +57,7 @@ impl RequestHash {
         }
     }
 
-    /// The request of this hash under its name.
+    /// The hash with the request's `Idempotency-Key`.
     pub(super) fn with_key(self, key: &str) -> Idempotency {
         Idempotency { key: key.to_owned(), request_hash: format!("{:x}", self.0.finalize()) }
     }

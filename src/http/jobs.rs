@@ -1,4 +1,4 @@
-//! `/v1/jobs`: trainings.
+//! `/v1/jobs`: handlers of trainings.
 
 use axum::Json;
 use axum::body::Body;
@@ -70,14 +70,14 @@ pub(super) async fn create_job(
 ) -> Result<Response, Problem> {
     let (upload, admitted) = receive(&app, &mut writer, &headers, body, FormKind::Job).await?;
     let idempotency = upload.idempotency(&headers).await?;
-    // A quick look, before it stands in the line; it may be accepted while it does.
+    // Checked before waiting for a slot, and again after: it may be accepted meanwhile.
     let accepted = if let Some(existing) = replay(&app, writer.tenant, idempotency.as_ref()).await? {
         existing
     } else {
         let spec = upload.spec()?;
         let slot = admitted.wait_for_slot(upload.bytes()).await?;
-        // What came whole and has its turn is dealt with to its end, whether or not the client still listens: between the
-        // objects and the row nothing may be dropped.
+        // Runs to its end even if the client disconnects: canceled between the objects and the row, it would leave
+        // objects that no row names.
         let work = {
             let (app, tenant) = (app.clone(), writer.tenant);
             async move { create(&app, tenant, spec, upload.images, idempotency, slot).await }
@@ -110,9 +110,9 @@ async fn create(
     let accepted = store_and_submit(app, tenant, id, spec, images, idempotency, slot).await;
     match &accepted {
         Ok(accepted) if accepted.job.id == id => {}
-        // The row may be there, or may yet be: then it needs its photos.
+        // The row may be there, or may still appear: then it needs its photos.
         Err(problem) if problem.kind() == ProblemKind::OutcomeUnknown => {
-            tracing::warn!(job.id = %id, "not known whether it was accepted; its photos stay, for the sweep if it was not");
+            tracing::warn!(job.id = %id, "outcome of a submission unknown: photos kept; `hypnos sweep` removes them if there is no job");
         }
         _ => discard(app, tenant, id).await,
     }
@@ -149,10 +149,10 @@ async fn store_and_submit(
     submit(app, job).await
 }
 
-/// Takes the photos of a job away that was surely not accepted.
+/// Deletes the photos of a job that was certainly not accepted.
 async fn discard(app: &AppState, tenant: TenantId, id: JobId) {
     if let Err(error) = app.blobs.delete_all(&Scope::job(tenant, id)).await {
-        tracing::warn!(job.id = %id, %error, "photos of a refused job stay behind");
+        tracing::warn!(job.id = %id, %error, "cannot delete the photos of a refused job");
     }
 }
 

@@ -1,4 +1,4 @@
-//! JSON bodies and documents, with the place of what is wrong.
+//! JSON bodies and documents; an error names the JSON pointer of what is wrong.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::job::TenantId;
 const JSON_BYTES_MAX: usize = 64 * 1024;
 const JSON_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A JSON body. What is no JSON is a bad body; what is JSON of another shape is a bad field.
+/// Reads a JSON body. Invalid JSON is a `bad-body` problem, valid JSON of another shape a `field` problem.
 pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
     app: &AppState,
     tenant: TenantId,
@@ -40,13 +40,13 @@ pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
     let bytes = tokio::select! {
         bytes = read => bytes?,
         () = permit.revoked() => {
-            return Err(Problem::new(Kind::TooMany, "nothing more came, and others waited to send"));
+            return Err(Problem::new(Kind::TooMany, "the body stalled while others waited to send theirs"));
         }
     };
     Ok((from_json(&bytes, "")?, bytes.into()))
 }
 
-/// A JSON document that stands at `pointer` of the body.
+/// Parses the JSON document at `pointer` of the body.
 pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
     let bytes = &whole_numbers(bytes)[..];
     let mut source = serde_json::Deserializer::from_slice(bytes);
@@ -55,7 +55,7 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
         invalid_json(error.inner(), &format!("{pointer}{path}"))
     })?;
     source.end().map_err(|error| invalid_json(&error, pointer))?;
-    // serde takes an array of its fields' values for an object.
+    // serde accepts an array of the fields' values for an object.
     let (given, parsed) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
     if let (Ok(given), Ok(parsed)) = (given, parsed)
         && let Some(at) = array_for_object(&given, &parsed)
@@ -68,7 +68,7 @@ pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: 
     Ok(value)
 }
 
-/// The same text with `8.0` written `8`: JSON Schema counts both as integers, serde one.
+/// The same text with `8.0` written `8`: both are integers in JSON Schema, but not for serde.
 pub(super) fn whole_numbers(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let (mut rest, mut quoted) = (text, false);
@@ -95,7 +95,7 @@ pub(super) fn whole_numbers(text: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Where an array came and an object is meant.
+/// JSON pointer to an array where an object is expected.
 fn array_for_object(given: &Value, parsed: &Value) -> Option<String> {
     match (given, parsed) {
         (Value::Array(_), Value::Object(_)) => Some(String::new()),
@@ -117,13 +117,14 @@ fn pointer_segment(segment: &serde_path_to_error::Segment) -> String {
 
 pub(super) fn invalid_json(error: &serde_json::Error, pointer: &str) -> Problem {
     let message = excerpt(&error.to_string());
-    // A number beyond every range and a name given twice are our grammar's words for values, and the reverse.
+    // serde_json counts a number out of range as a syntax error and a duplicate field as a data error; here it is the
+    // reverse.
     let out_of_range = message.starts_with("number out of range");
     let twice = message.starts_with("duplicate field");
     if (error.is_data() && !twice) || out_of_range {
         Problem::new(Kind::Field, format!("{pointer}: {message}")).at(pointer)
     } else {
-        Problem::new(Kind::BadBody, format!("not acceptable as JSON: {message}"))
+        Problem::new(Kind::BadBody, format!("invalid JSON: {message}"))
     }
 }
 

@@ -1,7 +1,7 @@
 //! API keys: generated, parsed, and checked against the database through a cache.
 //!
-//! A key is `hyp_<id>_<secret><checksum>`. The checksum refuses typing errors without a query, the id finds the row,
-//! and the row holds a SHA-256 of the secret only: it has 131 random bits, so nothing slower is needed.
+//! A key is `hyp_<id>_<secret><checksum>`. The checksum rejects typing errors without a query, the id finds the row,
+//! and the row holds only a SHA-256 of the secret: it has 131 random bits, so no slow hash is needed.
 
 use std::time::Duration;
 
@@ -25,18 +25,18 @@ const KEY_CHARS: usize = PREFIX.len() + ID_CHARS + 1 + SECRET_CHARS + CHECKSUM_C
 const CACHED_MAX: u64 = 10_000;
 const LOOKUPS_MAX: usize = 8;
 
-/// A new key: shown once, kept as its hash.
+/// A new key: shown once, stored as its hash.
 #[derive(Debug)]
 pub struct NewApiKey {
     /// The public part, by which it is listed and revoked.
     pub id: String,
-    /// The whole, to be shown once.
+    /// The whole key, to be shown once.
     pub text: String,
     /// SHA-256 of the secret, lower-case hexadecimal.
     pub hash: String,
 }
 
-/// Draws a key from the system's random numbers.
+/// Generates a key from the system's random numbers.
 pub fn make_key() -> Result<NewApiKey, getrandom::Error> {
     let id = random_text(ID_CHARS)?;
     let secret = random_text(SECRET_CHARS)?;
@@ -50,7 +50,7 @@ fn random_text(chars: usize) -> Result<String, getrandom::Error> {
     while text.len() < chars {
         let mut bytes = [0; 32];
         getrandom::fill(&mut bytes)?;
-        // 248 is the last multiple of 62 in a byte: beyond it some letters would come more often.
+        // 248 is the largest multiple of 62 in a byte: larger bytes would make some letters more likely.
         let fair = bytes.iter().filter(|&&byte| byte < 248);
         let letters = fair.map(|&byte| char::from(BASE62[usize::from(byte % 62)]));
         text.extend(letters.take(chars - text.len()));
@@ -83,19 +83,19 @@ fn parse(text: &str) -> Option<(&str, &str)> {
     (id.len() == ID_CHARS && checksum(body) == sum).then_some((id, secret))
 }
 
-/// The keys, and those that were looked up a moment ago.
+/// Looks keys up in the database, and caches them for a short time.
 pub(super) struct KeyCache {
     store: Store,
     cached: Cache<String, CachedKey>,
-    /// Whoever knows no key asks the database all the same; so few at a time, and those with a known key pass by.
+    /// Limits lookups, so that invented keys do not load the database; cached keys need none.
     lookups: Semaphore,
 }
 
-/// A key that was looked up.
+/// A key as it was looked up.
 #[derive(Clone)]
 pub(super) struct CachedKey {
     pub(super) key: store::Key,
-    /// When it ends, if it does.
+    /// When it expires, if it does.
     pub(super) expires_at: Option<Instant>,
 }
 
@@ -105,7 +105,7 @@ impl KeyCache {
         Self { store, cached, lookups: Semaphore::new(LOOKUPS_MAX) }
     }
 
-    /// Whose key it is and what it may do.
+    /// Looks a key up and checks its secret, expiry and tenant.
     pub(super) async fn authenticate(&self, text: &str) -> Result<CachedKey, Problem> {
         let (id, secret) = parse(text).ok_or_else(unauthorized)?;
         let found = if let Some(found) = self.cached.get(id) {
@@ -114,7 +114,7 @@ impl KeyCache {
             let _lookup = self.lookups.acquire().await.map_err(|error| Problem::internal(&error))?;
             let queried_at = Instant::now();
             let key = self.store.find_key(id).await?.filter(|key| key.live).ok_or_else(unauthorized)?;
-            // The database counted what is left, by its own clock, after it was asked.
+            // The database computed the remaining time by its own clock, after it was queried.
             let remaining = key.left_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
             let found = CachedKey {
                 key,
@@ -137,14 +137,14 @@ pub(super) fn unauthorized() -> Problem {
     Problem::new(Kind::Unauthorized, "send a valid API key as `Authorization: Bearer hyp_...`")
 }
 
-/// Whether a whole key stands in a query, escaped or not. What only looks like the beginning of one may be a name.
+/// Whether a query contains a whole key, escaped or not. A prefix of one may be an ordinary value.
 pub(super) fn contains_key(query: &str) -> bool {
     let decoded = percent_decoded(query);
     let mut candidates = decoded.match_indices(PREFIX);
     candidates.any(|(at, _)| decoded.get(at..at + KEY_CHARS).is_some_and(|text| parse(text).is_some()))
 }
 
-/// The text that a query's escapes stand for.
+/// The query with its percent escapes decoded.
 fn percent_decoded(query: &str) -> String {
     let mut bytes = Vec::with_capacity(query.len());
     let mut rest = query.as_bytes();

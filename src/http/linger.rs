@@ -1,4 +1,4 @@
-//! Lingering close: what a refused client still sends is read on for a while.
+//! Lingering close: goes on reading what a refused client still sends.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,12 +14,12 @@ use futures_util::StreamExt;
 use tokio::time::Instant;
 
 const LINGER: Duration = Duration::from_secs(10);
-const LINGER_BYTES_MAX: usize = 512 << 20; // the largest upload that can be allowed
-/// How long a client that asks whether it may send (`Expect: 100-continue`) waits at least for the answer.
+const LINGER_BYTES_MAX: usize = 512 << 20; // the largest upload that can be configured
+/// A client with `Expect: 100-continue` waits at least this long before it sends its body.
 const CONTINUE_WAIT: Duration = Duration::from_millis(500);
 
-/// A client that is refused while it still sends would find its connection reset and our answer gone. So what it sends
-/// is read on for a while, and thrown away.
+/// Reads and discards the rest of a refused request's body for a while. Otherwise the connection would be reset while
+/// the client still sends, and the response would be lost.
 pub(super) async fn linger(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     let (expects_continue, started) = (parts.headers.contains_key(header::EXPECT), Instant::now());
@@ -27,7 +27,7 @@ pub(super) async fn linger(request: Request, next: Next) -> Response {
     let response = next.run(Request::from_parts(parts, Body::new(reclaimable.clone()))).await;
     if response.status().is_client_error() || response.status().is_server_error() {
         let Inner { body, polled } = std::mem::take(&mut *reclaimable.lock());
-        // One that asks whether it may send, and is told no soon enough, has not begun.
+        // A client with `Expect: 100-continue` that is refused soon enough has not begun to send.
         let is_sending = polled || !expects_continue || started.elapsed() > CONTINUE_WAIT;
         if is_sending && !body.is_end_stream() {
             tokio::spawn(tokio::time::timeout(LINGER, drain(body)));
@@ -45,11 +45,11 @@ async fn drain(body: Body) {
     }
 }
 
-/// A body that can be taken back from whoever reads it.
+/// A body that can be taken back from its reader.
 #[derive(Clone)]
 struct ReclaimableBody(Arc<Mutex<Inner>>);
 
-/// The body, and whether anybody has begun to read it.
+/// The body, and whether anything was read of it.
 #[derive(Default)]
 struct Inner {
     body: Body,

@@ -1,4 +1,4 @@
-//! Answers that wait for a change or for the end (`Prefer: wait=N`).
+//! Long polling: responses that wait for a change of a job or for its end (`Prefer: wait=N`).
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use super::problem::Problem;
 use super::state::AppState;
 use crate::job::{Job, JobId, Kind};
 
-/// How often a row that somebody waits for is looked at.
+/// How often the job is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The caller's job and its place in the queue, as soon as there is something to say: at once, or within the time that
-/// the client is willing to wait for a change of what it has, or for the end.
+/// The caller's job and its queue position: at once, or, with `Prefer: wait`, once it has changed from what the client
+/// has (`If-None-Match`) or, without that, once it has ended; at the latest after the time that the client waits.
 pub(super) async fn long_poll(
     app: &AppState,
     caller: &mut Caller,
@@ -40,8 +40,8 @@ pub(super) async fn long_poll(
     Ok((job, queue_position))
 }
 
-/// The job once `done` is true of it and its place in the queue, or after `time`, or when the key or the server ends, or when others wait whose
-/// tenants have fewer who do, whichever comes first.
+/// Waits until `done` is true of the job and its queue position, and returns the job. Ends earlier after `time`, when
+/// the caller's key expires, when the server shuts down, or when the permit is revoked.
 pub(super) async fn wait_until(
     app: &AppState,
     caller: &mut Caller,

@@ -1,4 +1,4 @@
-//! What a server without keys asks of every request, for it answers its own machine only.
+//! Checks of a server without keys: it answers only requests from its own machine.
 
 use std::net::IpAddr;
 
@@ -12,7 +12,7 @@ use super::problem::{Kind, Problem};
 use super::settings::Auth;
 use super::state::AppState;
 
-/// The door of the API: on a server without keys, whoever is not on this machine goes no further.
+/// Middleware that refuses requests from elsewhere on a server without keys.
 pub(super) async fn local_only(State(app): State<AppState>, request: Request, next: Next) -> Response {
     match check_local(&app, &request) {
         Ok(()) => next.run(request).await,
@@ -20,7 +20,7 @@ pub(super) async fn local_only(State(app): State<AppState>, request: Request, ne
     }
 }
 
-/// What a proxy adds to a request, beside all that begins with `x-forwarded`.
+/// Headers that proxies add, besides those that begin with `x-forwarded`.
 const PROXY_HEADERS: [&str; 16] = [
     "forwarded",
     "via",
@@ -40,14 +40,13 @@ const PROXY_HEADERS: [&str; 16] = [
     "x-amzn-trace-id",
 ];
 
-/// A server without keys answers its own machine only, and has no other wall against the rest of the world than these
-/// questions: did a proxy pass the request on, was the server asked for by a name of this machine (DNS rebinding), and did
-/// a page of another site ask?
+/// The only protection of a server without keys. It refuses requests that came through a proxy, whose Host is not a
+/// name of this machine (DNS rebinding), or that a page of another site sent.
 fn check_local(app: &AppState, request: &Request) -> Result<(), Problem> {
     if app.settings.auth == Auth::None {
         if let Some(evidence) = proxy_evidence(request.version(), request.headers()) {
             let detail = format!(
-                "{evidence} says that a proxy passed this on, and without keys the server answers its own machine only; \
+                "{evidence} shows that the request came through a proxy, and without keys the server answers its own machine only; \
                  start it with `--auth keys`, or with the `--public-url` that clients use, and make a key with \
                  `hypnos keys create`"
             );
@@ -66,8 +65,8 @@ fn check_local(app: &AppState, request: &Request) -> Result<(), Problem> {
     Ok(())
 }
 
-/// How a request shows that it came through a proxy, if it does. One that adds nothing and names a loopback host cannot be
-/// told from a client; but nginx, as it comes, asks in HTTP/1.0, which clients do not any more.
+/// What shows that a request came through a proxy, if anything does. A proxy that adds no header and sends a loopback
+/// Host cannot be told from a client; but nginx by default sends HTTP/1.0, which clients no longer do.
 fn proxy_evidence(version: Version, headers: &HeaderMap) -> Option<String> {
     let is_evidence = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
     let header = headers.keys().map(HeaderName::as_str).find(is_evidence);
@@ -75,13 +74,13 @@ fn proxy_evidence(version: Version, headers: &HeaderMap) -> Option<String> {
     header.map(|name| format!("the header {name}")).or_else(|| is_old.then(|| "HTTP/1.0".to_owned()))
 }
 
-/// The host and port that the client asked for.
+/// The host and port in the request.
 fn host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
     let authority = uri.authority().map(Authority::as_str);
     authority.or_else(|| headers.get(header::HOST)?.to_str().ok())
 }
 
-/// Whether a host, as it stands in a URL without its port, is this machine whoever asks.
+/// Whether a URL's host, without its port, always means the local machine.
 pub(crate) fn is_loopback(host: &str) -> bool {
     let name = host.trim_end_matches('.').to_ascii_lowercase();
     let address: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
@@ -98,7 +97,7 @@ fn without_port(host: &str) -> &str {
 
 fn is_cross_site(uri: &Uri, headers: &HeaderMap, public_url: &str) -> bool {
     if let Some(site) = headers.get("sec-fetch-site") {
-        return site != "same-origin" && site != "none"; // "same-site" is any other port of this machine
+        return site != "same-origin" && site != "none"; // "same-site" is another port of this machine
     }
     let Some(origin) = headers.get(header::ORIGIN) else { return false };
     let own = host(uri, headers).map(|host| format!("http://{host}"));

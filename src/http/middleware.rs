@@ -1,4 +1,4 @@
-//! What every request passes: its id, its log line, its metrics, its time limit, the headers of every answer.
+//! Middleware of every request: id, log line, metrics, time limit, problem bodies and security headers.
 
 use std::any::Any;
 use std::sync::LazyLock;
@@ -20,18 +20,18 @@ use super::problem::{self, Kind, Problem};
 use crate::clock;
 use crate::telemetry;
 
-/// By which a request is found in logs.
+/// Identifies a request in logs.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_CHARS_MAX: usize = 64;
 
 const TIME_MAX: Duration = Duration::from_secs(30);
 
-/// What all routes pass, those of operators too.
+/// Adds the layers that all routes have, those of operators too.
 pub(super) fn with_base_layers(router: Router) -> Router {
     router.layer(CatchPanicLayer::custom(panic_response)).layer(from_fn(observe))
 }
 
-/// The outermost layer: gives the request its id, writes problems down, and logs one line.
+/// The outermost layer: assigns the request id, writes problem bodies, logs one line and records metrics.
 async fn observe(request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(request.headers());
@@ -48,7 +48,7 @@ async fn observe(request: Request, next: Next) -> Response {
     let mut response = finalize(response, &id, is_head);
     let (status, elapsed) = (response.status().as_u16(), started.elapsed());
     telemetry::record_status(&span, status);
-    span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "answered"));
+    span.in_scope(|| tracing::info!(status, duration_ms = elapsed.as_millis() as u64, "request answered"));
     let labels = [("method", method.to_owned()), ("route", route), ("status", status.to_string())];
     metrics::counter!("hypnos_http_requests_total", &labels).increment(1);
     metrics::histogram!("hypnos_http_request_seconds", &labels).record(elapsed.as_secs_f64());
@@ -58,13 +58,13 @@ async fn observe(request: Request, next: Next) -> Response {
     response
 }
 
-/// A method as logs and figures name it. One that nobody knows is a text of the client's, of which there are any number.
+/// A method as a log field and metric label. Unknown methods share one label, since clients can invent any number.
 fn method_label(method: &Method) -> &'static str {
     const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"];
     KNOWN.into_iter().find(|name| method.as_str() == *name).unwrap_or("other")
 }
 
-/// A request that is under way, for the figures. Its client may go at any time.
+/// Counts a request as running until dropped; its client may disconnect at any time.
 struct RunningGuard;
 
 impl RunningGuard {
@@ -80,7 +80,7 @@ impl Drop for RunningGuard {
     }
 }
 
-/// The client's own id if it is a harmless one, else one of ours.
+/// The client's own id if it is valid, else a new one.
 fn request_id(headers: &HeaderMap) -> String {
     let is_valid = |id: &&str| {
         let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
@@ -90,8 +90,8 @@ fn request_id(headers: &HeaderMap) -> String {
     client_id.map_or_else(|| new_id().to_string(), ToOwned::to_owned)
 }
 
-/// A UUID of version 7 whose random part is this process's, with a count: the system is not asked for random numbers with
-/// every request.
+/// A UUID of version 7 whose random part is drawn once per process and counted up, so that no request needs a system
+/// call for random numbers.
 fn new_id() -> Uuid {
     static PROCESS: LazyLock<u128> = LazyLock::new(|| Uuid::now_v7().as_u128());
     static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -102,7 +102,7 @@ fn new_id() -> Uuid {
     uuid::Builder::from_unix_timestamp_millis(now.as_millis() as u64, rest).into_uuid()
 }
 
-/// Problems get their body, and every answer the headers that keep browsers from guessing.
+/// Writes the body of a problem, and adds security headers to every response.
 fn finalize(mut response: Response, request_id: &str, is_head: bool) -> Response {
     let problem = response.extensions_mut().remove::<Problem>().or_else(|| router_problem(&response));
     if let Some(problem) = problem {
@@ -125,34 +125,34 @@ fn finalize(mut response: Response, request_id: &str, is_head: bool) -> Response
     response
 }
 
-/// What the router itself refuses comes without a word.
+/// The problem of a response that the router itself made, which has no body.
 fn router_problem(response: &Response) -> Option<Problem> {
     match response.status() {
         StatusCode::NOT_FOUND => Some(Problem::not_found("path")),
         StatusCode::METHOD_NOT_ALLOWED => {
             let allow = response.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok());
-            let detail = format!("this path knows {}", allow.unwrap_or("no method"));
+            let detail = format!("this path supports {}", allow.unwrap_or("no method"));
             Some(Problem::new(Kind::MethodNotAllowed, detail))
         }
         _ => None,
     }
 }
 
-/// What becomes of a panic in a handler.
+/// The response to a request whose handler panicked.
 fn panic_response(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<&str>().copied().map(ToOwned::to_owned);
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    tracing::error!(panic = %text.escape_debug(), "a handler panicked");
-    Problem::new(Kind::Internal, "something went wrong on our side").into_response()
+    tracing::error!(panic = %text.escape_debug(), "request handler panicked");
+    Problem::new(Kind::Internal, "an internal error occurred").into_response()
 }
 
-/// An answer takes half a minute at most, beside the time that its client is willing to wait.
+/// Limits a response to half a minute, plus the time that its client is willing to wait.
 pub(super) async fn time_limit(request: Request, next: Next) -> Response {
     let time = TIME_MAX + preferred_wait(request.headers()).unwrap_or_default();
-    // What was to change something may have done so, and only the answer is missing.
+    // A request that changes something may have been executed.
     let kind = if request.method().is_safe() { Kind::Overloaded } else { Kind::OutcomeUnknown };
     match clock::timeout(time, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Problem::new(kind, "the answer took too long").into_response(),
+        Err(_) => Problem::new(kind, "the request took too long").into_response(),
     }
 }

@@ -1,7 +1,7 @@
-//! multipart/form-data (RFC 7578), one part after the other, with bounds on everything that a sender chooses.
+//! Reads multipart/form-data (RFC 7578) part by part, with bounds on everything that a sender chooses.
 //!
-//! Written here since the common readers keep a part's headers without bound and search them again from their start
-//! with every chunk that comes.
+//! Our own, since the common readers keep a part's headers without bound and search them again from their start with
+//! every chunk.
 
 use axum::body::Bytes;
 use axum::http::HeaderMap;
@@ -16,18 +16,18 @@ use super::spool::Spool;
 const BOUNDARY_CHARS_MAX: usize = 70; // RFC 2046 section 5.1.1
 const HEAD_BYTES_MAX: usize = 8 * 1024;
 
-/// A form that is being read.
+/// A form whose parts are read one after the other.
 pub(super) struct FormReader {
     body: LimitedBody,
     buffer: BytesMut,
-    /// What ends a part: line break, two dashes, boundary.
+    /// Ends a part: line break, two dashes, boundary.
     delimiter: Vec<u8>,
     finder: Finder<'static>,
     started: bool,
 }
 
 impl FormReader {
-    /// A form that comes by `body`.
+    /// A reader of the form in `body`.
     pub(super) fn new(headers: &HeaderMap, body: LimitedBody) -> Result<Self, Problem> {
         let Some((_, whole)) = media_type(headers).filter(|(essence, _)| essence == "multipart/form-data")
         else {
@@ -46,7 +46,7 @@ impl FormReader {
         Ok(Self { body, buffer, delimiter, finder, started: false })
     }
 
-    /// All that comes is a sign of this life.
+    /// From now on everything received touches `activity`.
     pub(super) fn report_to(&mut self, activity: Activity) {
         self.body.report_to(activity);
     }
@@ -55,11 +55,11 @@ impl FormReader {
     pub(super) async fn next_part(&mut self) -> Result<Option<String>, Problem> {
         if !self.started {
             self.started = true;
-            self.until_delimiter(HEAD_BYTES_MAX).await?.ok_or_else(|| malformed("holds no boundary"))?;
+            self.until_delimiter(HEAD_BYTES_MAX).await?.ok_or_else(|| malformed("has no boundary"))?;
         }
         self.fill(2).await?;
         if self.buffer.starts_with(b"--") {
-            while self.body.next_chunk().await?.is_some() {} // an epilogue says nothing
+            while self.body.next_chunk().await?.is_some() {} // the epilogue is ignored
             return Ok(None);
         }
         let end = self.head_end().await?;
@@ -72,12 +72,12 @@ impl FormReader {
         self.until_delimiter(bytes_max).await
     }
 
-    /// Writes the part's content as it comes; whether it was no longer than `bytes_max`.
+    /// Writes the part's content to `spool`; false if it is longer than `bytes_max`.
     pub(super) async fn spool_part(&mut self, bytes_max: usize, spool: &mut Spool) -> Result<bool, Problem> {
         let mut bytes_left = bytes_max;
         loop {
             let found = self.finder.find(&self.buffer);
-            // What may be the beginning of a delimiter stays.
+            // Keeps what may be the beginning of a delimiter.
             let safe = found.unwrap_or((self.buffer.len() + 1).saturating_sub(self.delimiter.len()));
             let Some(left) = bytes_left.checked_sub(safe) else { return Ok(false) };
             bytes_left = left;
@@ -90,7 +90,7 @@ impl FormReader {
         }
     }
 
-    /// Where the empty line stands that ends a part's headers.
+    /// Position of the empty line that ends a part's headers.
     async fn head_end(&mut self) -> Result<usize, Problem> {
         let mut searched = 0;
         loop {
@@ -98,14 +98,14 @@ impl FormReader {
                 return Ok(searched + at);
             }
             if self.buffer.len() > HEAD_BYTES_MAX {
-                return Err(malformed("has a part with too long a head"));
+                return Err(malformed("has a part whose headers are too long"));
             }
             searched = self.buffer.len().saturating_sub(3);
             self.read_more().await?;
         }
     }
 
-    /// What stands before the next delimiter, which is taken too; none if it is longer than `bytes_max`.
+    /// The content before the next delimiter, which is consumed too; none if it is longer than `bytes_max`.
     async fn until_delimiter(&mut self, bytes_max: usize) -> Result<Option<Bytes>, Problem> {
         let mut searched = 0;
         loop {
@@ -146,7 +146,7 @@ fn is_boundary(text: &str) -> bool {
     (1..=BOUNDARY_CHARS_MAX).contains(&text.len()) && text.chars().all(allowed)
 }
 
-/// The name in a part's Content-Disposition. What it says of files is not heard, in whatever alphabet it is written.
+/// The name in a part's Content-Disposition. A file's name is ignored, in whatever encoding it is.
 fn part_name(head: &[u8]) -> Result<String, Problem> {
     let ends =
         memmem::find_iter(head, b"\r\n").scan(0, |from, at| Some((std::mem::replace(from, at + 2), at)));
@@ -170,8 +170,8 @@ fn part_name(head: &[u8]) -> Result<String, Problem> {
 
 /// A parameter of a header such as `form-data; name="images"`.
 ///
-/// In a quoted text a backslash makes the byte after it a plain one; but in some code pages a backslash is the second half
-/// of a letter, and the quote after it is the end. Where the first reading comes out wrong the second holds.
+/// In a quoted string a backslash escapes the byte after it; but in some code pages a backslash byte is the second half
+/// of a letter, and the quote after it ends the string. Where the first interpretation is malformed the second is used.
 fn parameter(header: &[u8], wanted: &str) -> Option<String> {
     let (_, rest) = split_once(header, b';')?;
     let read = |escapes: bool| Parameters { rest, escapes, is_malformed: false };
@@ -185,12 +185,12 @@ fn parameter(header: &[u8], wanted: &str) -> Option<String> {
     Some(String::from_utf8_lossy(&value).into_owned())
 }
 
-/// The parameters of a header, one after the other: names and values. What cannot be read as one stays in `rest`.
+/// Iterates over the parameters of a header, as names and values. What cannot be parsed stays in `rest`.
 struct Parameters<'a> {
     rest: &'a [u8],
-    /// Whether a backslash in a quoted text escapes.
+    /// Whether a backslash in a quoted string escapes.
     escapes: bool,
-    /// Whether a quoted text was followed by something else than the next parameter.
+    /// Whether a quoted string was followed by something else than the next parameter.
     is_malformed: bool,
 }
 
@@ -215,7 +215,7 @@ impl<'a> Iterator for Parameters<'a> {
 }
 
 impl<'a> Parameters<'a> {
-    /// What stands before the closing quote, and what after it.
+    /// The text before the closing quote, and what follows it.
     fn unquote(&self, text: &'a [u8]) -> Option<(Vec<u8>, &'a [u8])> {
         let mut value = Vec::new();
         let mut rest = text;
@@ -251,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    /// Every part of `body`, which comes in pieces of `step` bytes.
+    /// Every part of `body`, which arrives in chunks of `step` bytes.
     async fn read(
         body: impl AsRef<[u8]>,
         boundary: &str,
@@ -267,7 +267,7 @@ mod tests {
         let mut form = FormReader::new(&headers, body)?;
         let mut parts = Vec::new();
         while let Some(name) = form.next_part().await? {
-            // By turns in memory and spooled: both read alike.
+            // Alternately in memory and spooled: the result is the same.
             let content = if parts.len() % 2 == 0 {
                 form.read_part(1000).await?.ok_or_else(|| malformed("is too long"))?
             } else {
@@ -306,7 +306,8 @@ mod tests {
         }
     }
 
-    /// A file's name may be in any code page: Latin-1, Shift-JIS whose last byte is a backslash, GB18030, no text at all.
+    /// A file's name may be in any encoding: Latin-1, Shift-JIS whose last byte is a backslash, GB18030, no text at
+    /// all.
     #[tokio::test]
     async fn a_file_s_name_may_be_any_bytes_and_the_part_s_name_is_found_all_the_same() {
         let names: [&[u8]; 7] = [

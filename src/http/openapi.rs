@@ -1,7 +1,7 @@
-//! The OpenAPI document: what the handlers say of themselves, and what is true of all of them.
+//! The OpenAPI document: the handlers' own descriptions, completed with what is common to all of them.
 //!
-//! An operation names its problems by their words (`x-problems`); here they become responses, one for each status, with
-//! those that any operation may answer with.
+//! An operation lists its problem types by slug (`x-problems`); here they become responses, one for each status,
+//! together with those that any operation may return.
 
 use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
@@ -27,9 +27,9 @@ use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern
 )]
 struct ApiDoc;
 
-/// Answers that any operation may give.
+/// Problems that any operation may return.
 const COMMON: [Kind; 3] = [Kind::Internal, Kind::Unavailable, Kind::Overloaded];
-/// And any that asks for a key. The three of a server without keys are among them.
+/// Problems that any operation with a key may return, those of a server without keys included.
 const AUTHENTICATED: [Kind; 7] = [
     Kind::KeyInQuery,
     Kind::Unauthorized,
@@ -40,14 +40,14 @@ const AUTHENTICATED: [Kind; 7] = [
     Kind::TooMany,
 ];
 
-/// The document, pretty and stable.
+/// The OpenAPI document as indented JSON; the same bytes every time.
 pub fn openapi() -> String {
     let mut text = serde_json::to_string_pretty(&document()).expect("a document is plain JSON");
     text.push('\n');
     text
 }
 
-/// The document.
+/// The OpenAPI document.
 pub(super) fn document() -> Value {
     let mut spec = ApiDoc::openapi();
     spec.merge(api().into_openapi());
@@ -70,7 +70,7 @@ pub(super) fn document() -> Value {
     });
     document["security"] = json!([{ "key": [] }]);
     let paths = document["paths"].as_object_mut().expect("paths");
-    // A key holds slashes, which only the router has a word for.
+    // A key contains slashes, for which only the router has a syntax.
     let file = paths.remove("/v1/files/{*key}").expect("the route of files");
     paths.insert("/v1/files/{key}".into(), file);
     for (path, item) in paths {
@@ -138,7 +138,7 @@ fn complete_operation(path: &str, method: &str, operation: &mut Map<String, Valu
     operation.insert("x-problems".into(), kinds.iter().map(|kind| kind.slug()).collect());
 }
 
-/// What may be absent from a request's head is never null in it.
+/// Headers and parameters may be absent, but are never null.
 fn drop_null(schema: &mut Value) {
     if let Some(only) = schema["type"].as_array().and_then(|types| types.first().cloned()) {
         schema["type"] = only;
@@ -150,7 +150,7 @@ fn kind(slug: &str) -> Kind {
     found.unwrap_or_else(|| panic!("an operation names the problem {slug}, which is none"))
 }
 
-/// Where an id in an answer leads.
+/// Links from the id in a response to operations on it.
 fn links(path: &str, method: &str, status: &str) -> Option<Value> {
     const SAMPLE: [(&str, &str); 4] = [
         ("get", "get_sample"),
@@ -182,7 +182,7 @@ fn links(path: &str, method: &str, status: &str) -> Option<Value> {
     }
 }
 
-/// The parts of the two forms: what is a file, what is JSON, and that there are no others.
+/// Completes the schemas of the two forms: which parts are files or JSON, and that there are no others.
 fn describe_forms(document: &mut Value) {
     for name in ["NewJob", "Photos"] {
         let schema = &mut document["components"]["schemas"][name];
@@ -201,7 +201,7 @@ fn describe_forms(document: &mut Value) {
     }
 }
 
-/// What a text may hold: a pattern that a macro's literal cannot name; and what each entry of a list may be.
+/// Adds what the derive macro cannot express: patterns that are constants, and bounds of lists' items.
 fn describe_texts(document: &mut Value) {
     let schemas = &mut document["components"]["schemas"];
     schemas["NewJob"]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();

@@ -1,4 +1,4 @@
-//! What operators ask: does the process live, can it serve, how is it doing.
+//! Health checks and metrics of a process, for operators.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,12 +18,12 @@ use crate::blobs::{self, Blobs};
 use crate::health::Health;
 use crate::store::{self, Store};
 
-/// What `/healthz` answers.
+/// The answer of `/healthz`.
 pub(super) const ALIVE: &str = "ok\n";
-/// How long an answer of the object store is believed, so that questions do not become load.
+/// How long a probe of the object store is cached, so that health checks do not load it.
 const PROBE_TTL: Duration = Duration::from_secs(5);
 
-/// What operators ask of a process, whether or not it answers clients too.
+/// Health checks and metrics of a process, whether or not it serves the API.
 pub struct Operations {
     store: Store,
     blobs: Blobs,
@@ -31,12 +31,12 @@ pub struct Operations {
     closing: CancellationToken,
     probe: Mutex<Option<(Instant, Result<(), blobs::Error>)>>,
     devices: Health,
-    answers_clients: bool,
+    serves_api: bool,
 }
 
 impl Operations {
-    /// Of a process that answers clients: it is ready when it can serve, and one of its `devices` takes jobs, if it has some.
-    /// Its figures have the queue's.
+    /// Of a process that serves the API: ready when it can serve and, if it has `devices`, at least one takes jobs. Its
+    /// metrics include the queue's.
     pub fn for_server(
         store: Store,
         blobs: Blobs,
@@ -44,11 +44,11 @@ impl Operations {
         closing: CancellationToken,
         devices: Health,
     ) -> Self {
-        Self { store, blobs, metrics, closing, probe: Mutex::default(), devices, answers_clients: true }
+        Self { store, blobs, metrics, closing, probe: Mutex::default(), devices, serves_api: true }
     }
 
-    /// Of a process that only works: it is ready when one of its `devices` takes jobs. The queue's figures are left to the
-    /// fronts, or they would be summed once for every worker.
+    /// Of a process that only runs workers: ready when at least one of its `devices` takes jobs. Its metrics lack the
+    /// queue's, or a sum over all processes would count them once for every worker.
     pub fn for_worker(
         store: Store,
         blobs: Blobs,
@@ -56,10 +56,10 @@ impl Operations {
         closing: CancellationToken,
         devices: Health,
     ) -> Self {
-        Self { answers_clients: false, ..Self::for_server(store, blobs, metrics, closing, devices) }
+        Self { serves_api: false, ..Self::for_server(store, blobs, metrics, closing, devices) }
     }
 
-    /// All of it, without keys, for a listener that only operators reach.
+    /// All routes, without keys, for a listener that only operators reach.
     pub fn router(self: Arc<Self>) -> Router {
         let ready = |State(own): State<Arc<Self>>| async move { own.ready(true).await };
         let metrics = |State(own): State<Arc<Self>>| async move { own.metrics().await };
@@ -70,7 +70,7 @@ impl Operations {
         with_base_layers(routes.with_state(self))
     }
 
-    /// Whether the process can do what it is for. `detailed` tells the condition of each device too.
+    /// Whether the process is ready. `detailed` adds the condition of each device.
     pub(super) async fn ready(&self, detailed: bool) -> Result<String, Problem> {
         let not_ready = |why: String| Err(Problem::new(Kind::Unavailable, why));
         if self.closing.is_cancelled() {
@@ -81,14 +81,14 @@ impl Operations {
         let mut text = String::from("ok\n");
         match self.probe().await {
             Ok(()) => {}
-            // What is there can be read and deleted, which is what makes room.
-            Err(blobs::Error::Full) if self.answers_clients => {
+            // Objects can still be read, and deleted, which frees space.
+            Err(blobs::Error::Full) if self.serves_api => {
                 text = "ok, but the object store is full: uploads are refused\n".into();
             }
             Err(error) => return Err(Problem::unavailable("object store", &error)),
         }
         let lines: Vec<String> = self.devices.devices().iter().map(ToString::to_string).collect();
-        if lines.is_empty() && !self.answers_clients {
+        if lines.is_empty() && !self.serves_api {
             return not_ready("no device takes jobs: starting".into());
         }
         if !self.devices.is_ready() {
@@ -101,9 +101,9 @@ impl Operations {
         Ok(text)
     }
 
-    /// The object store's answer, or its last one if that is fresh.
+    /// Probes the object store, or returns the last result if it is recent.
     async fn probe(&self) -> Result<(), blobs::Error> {
-        let mut last = self.probe.lock().await; // who comes meanwhile hears the same answer
+        let mut last = self.probe.lock().await; // concurrent callers share one probe
         if let Some((at, answer)) = &*last
             && at.elapsed() < PROBE_TTL
         {
@@ -115,7 +115,7 @@ impl Operations {
     }
 
     pub(super) async fn metrics(&self) -> Result<Response, Problem> {
-        if self.answers_clients {
+        if self.serves_api {
             update_queue_metrics(&self.store).await?;
         }
         self.metrics.run_upkeep();
@@ -124,7 +124,7 @@ impl Operations {
     }
 }
 
-/// Brings the figures of the queue up to date. Whoever asks for `/metrics` has it done; who pushes figures has to.
+/// Updates the metrics of the queue. `/metrics` does it by itself; whoever pushes metrics has to call it.
 pub async fn update_queue_metrics(store: &Store) -> store::Result<()> {
     for gauge in store.gauges().await?.kinds {
         let labels = [("kind", gauge.kind.as_str())];

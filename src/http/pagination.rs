@@ -1,4 +1,4 @@
-//! Lists, page by page.
+//! Pagination and filters of lists, newest first.
 
 use axum::Json;
 use axum::http::{HeaderValue, header};
@@ -13,7 +13,7 @@ use super::state::AppState;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 use crate::store::Filter;
 
-/// Which part of a list.
+/// Query parameters of a list.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
@@ -38,7 +38,7 @@ pub(super) struct PageQuery {
 }
 
 impl PageQuery {
-    /// The list's filter, where it begins, and how long it may be.
+    /// The filter, the cursor and the limit.
     pub(super) fn parse(&self, kind: Kind) -> Result<(Filter, Option<JobId>, u32), Problem> {
         let invalid = |name: &str, wanted: &str| {
             Problem::new(ProblemKind::BadParameter, format!("{name}: wanted {wanted}"))
@@ -72,7 +72,7 @@ impl PageQuery {
         Ok((filter, cursor.transpose()?, limit))
     }
 
-    /// The address of the page that begins after `cursor`.
+    /// URL of the page after `cursor`.
     fn next_url(&self, base: &str, cursor: &str) -> String {
         let state = self.state.map(|state| state.to_string());
         let filters = [
@@ -88,7 +88,7 @@ impl PageQuery {
     }
 }
 
-/// Text as it may stand in a query (RFC 3986: all but the unreserved is escaped).
+/// Percent-encodes all but the unreserved characters (RFC 3986).
 fn percent_encode(text: &str) -> String {
     let is_unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
     let escape =
@@ -100,7 +100,7 @@ fn percent_encode(text: &str) -> String {
 pub(super) struct Page {
     /// The rows of the page.
     pub(super) jobs: Vec<Job>,
-    /// Where the next page begins, if there is one.
+    /// Cursor of the next page, if there is one.
     pub(super) next_cursor: Option<String>,
 }
 
@@ -119,7 +119,7 @@ impl Page {
         Ok(Self { jobs, next_cursor })
     }
 
-    /// The answer, with the `Link` to the next page.
+    /// The response, with the `Link` to the next page.
     pub(super) fn respond(
         next_cursor: Option<&str>,
         query: &PageQuery,

@@ -1,4 +1,4 @@
-//! `/v1/photos/inspect`: what would become of photos, before anything is queued.
+//! `/v1/photos/inspect`: checks photos without creating a job.
 
 use axum::Json;
 use axum::body::Body;
@@ -103,7 +103,7 @@ pub(super) async fn inspect_photos(
     Ok(Json(Inspections { photos, duplicates }))
 }
 
-/// Where the product is, off the threads that serve.
+/// Finds the product, on a thread for blocking work.
 async fn detect_product(app: &AppState, png: Vec<u8>) -> Result<Option<DetectedProduct>, Problem> {
     let Some(detector) = app.detector.clone() else { return Ok(None) };
     let detected = tokio::task::spawn_blocking(move || detector.detect(&png)).await;

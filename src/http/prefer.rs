@@ -1,13 +1,13 @@
-//! `Prefer: wait=N` (RFC 7240): how long a client is willing to wait.
+//! The request header `Prefer: wait=N` (RFC 7240).
 
 use std::time::Duration;
 
 use axum::http::HeaderMap;
 
-/// Longest that `Prefer: wait` may wait: proxies give an answer up after a minute.
+/// Longest wait: proxies time out after a minute.
 const WAIT_MAX: Duration = Duration::from_secs(50);
 
-/// How long the client is willing to wait for an end (RFC 7240), at most [`WAIT_MAX`].
+/// How long the client is willing to wait for a response, at most [`WAIT_MAX`].
 pub(super) fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
     let all = headers.get_all("prefer").iter().filter_map(|value| value.to_str().ok());
     let mut preferences = all.flat_map(|value| value.split([',', ';']));

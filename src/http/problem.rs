@@ -1,7 +1,7 @@
-//! RFC 9457 problems: the only place where an error becomes a status.
+//! Problem details (RFC 9457): the only place where errors become HTTP statuses.
 //!
-//! A handler returns a [`Problem`]; the outermost layer writes it down with the request's id. What went wrong inside
-//! is logged here, once, and never shown.
+//! A handler returns a [`Problem`]; the outermost layer writes its body with the request's id. Internal causes are
+//! logged here, once, and never shown to clients.
 
 use std::time::Duration;
 
@@ -15,31 +15,31 @@ use crate::job::Invalid;
 use crate::photo::Refusal;
 use crate::store;
 
-/// Every type of problem: its word, its status, its title, and what a client can do about it. The document and the
-/// reference page are made from the same table.
+/// Every problem type: slug, status, title, and what a client can do about it. The OpenAPI document and the reference
+/// page are generated from the same table.
 macro_rules! kinds {
     ($($variant:ident = $slug:literal, $status:ident, $title:literal, $advice:literal;)+) => {
-        /// A type of problem. Its word is stable: clients may act on it.
+        /// A problem type. Its slug is stable: clients may rely on it.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Kind {
             $(#[doc = $title] $variant,)+
         }
 
         impl Kind {
-            /// Every one.
+            /// All types.
             pub const ALL: &[Self] = &[$(Self::$variant),+];
 
-            /// Its word, the last part of its URI.
+            /// The last part of its URI.
             pub fn slug(self) -> &'static str {
                 match self { $(Self::$variant => $slug,)+ }
             }
 
-            /// Its status.
+            /// Its HTTP status.
             pub fn status(self) -> StatusCode {
                 match self { $(Self::$variant => StatusCode::$status,)+ }
             }
 
-            /// The same few words for each problem of this type.
+            /// Its title, the same for each problem of this type.
             pub fn title(self) -> &'static str {
                 match self { $(Self::$variant => $title,)+ }
             }
@@ -72,9 +72,9 @@ kinds! {
     CrossSite = "cross-site", FORBIDDEN, "Another site's page sent the request",
         "A server without keys answers no pages of other sites.";
     UrlForged = "url-forged", FORBIDDEN, "The URL's signature is invalid",
-        "Ask for the artifact again.";
+        "Request the artifact again.";
     UrlExpired = "url-expired", FORBIDDEN, "The URL has expired",
-        "Ask for the artifact again.";
+        "Request the artifact again.";
     NotFound = "not-found", NOT_FOUND, "Not found",
         "Also said of what belongs to another tenant.";
     MethodNotAllowed = "method-not-allowed", METHOD_NOT_ALLOWED, "The path does not support this method",
@@ -132,14 +132,14 @@ kinds! {
         "Try again later.";
 }
 
-/// Where the types' URIs begin.
+/// Prefix of the types' URIs.
 pub(super) const TYPE_PREFIX: &str = "/problems/";
-/// What a problem is sent as.
+/// Media type of a problem.
 pub(super) const CONTENT_TYPE: &str = "application/problem+json";
 
 const RETRY_AFTER_SECS: u64 = 5;
 
-/// A request that was not done, and why.
+/// Why a request was refused or failed.
 #[derive(Clone, Debug)]
 pub struct Problem {
     kind: Kind,
@@ -149,26 +149,26 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// A problem; `detail` says in one line what came and what is wanted.
+    /// A problem; `detail` says in one line what was sent and what is expected.
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
         Self { kind, detail: detail.into(), pointer: None, retry_after: None }
     }
 
-    /// The same, about the value at a JSON pointer into the body.
+    /// Sets the JSON pointer to the value in the body.
     #[must_use]
     pub fn at(mut self, pointer: impl Into<String>) -> Self {
         self.pointer = Some(pointer.into());
         self
     }
 
-    /// The same, with the time after which it is worth another try.
+    /// Sets the `Retry-After`.
     #[must_use]
     pub(super) fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
     }
 
-    /// The same, with the pointer said in the detail too.
+    /// Sets the JSON pointer, and prefixes the detail with it.
     pub(super) fn at_named(mut self, pointer: String) -> Self {
         self.detail = format!("{pointer}: {}", self.detail);
         self.at(pointer)
@@ -179,34 +179,34 @@ impl Problem {
         self.kind
     }
 
-    /// Nothing of this caller's has that name.
+    /// The caller has nothing with that id or name.
     pub(super) fn not_found(what: &str) -> Self {
         Self::new(Kind::NotFound, format!("no such {what}"))
     }
 
-    /// Whose key it is is not served any more.
+    /// The tenant of the key is disabled.
     pub(super) fn tenant_disabled() -> Self {
         Self::new(Kind::TenantDisabled, "the operator of this service has disabled this key's tenant")
     }
 
-    /// A fault of ours: logged with its causes, shown without.
+    /// An internal error: logged with its causes, shown without.
     pub(super) fn internal(error: &dyn std::error::Error) -> Self {
-        tracing::error!(error = %error_chain(error), "a request failed");
+        tracing::error!(error = %error_chain(error), "request failed with an internal error");
         Self::internal_already_logged()
     }
 
-    /// The same, where it was logged already.
+    /// An internal error that was already logged.
     pub(super) fn internal_already_logged() -> Self {
-        Self::new(Kind::Internal, "something went wrong on our side")
+        Self::new(Kind::Internal, "an internal error occurred")
     }
 
-    /// A neighbour that cannot be reached: logged with its causes, shown without.
+    /// The database or the object store is unavailable: logged with its causes, shown without.
     pub(super) fn unavailable(what: &str, error: &dyn std::error::Error) -> Self {
-        tracing::warn!(error = %error_chain(error), "the {what} is away");
+        tracing::warn!(backend = what, error = %error_chain(error), "backend unavailable");
         Self::new(Kind::Unavailable, format!("the {what} cannot be reached at the moment"))
     }
 
-    /// The body to be sent, by the one who knows the request's id.
+    /// The body, with the id of the request.
     pub(super) fn document<'a>(&'a self, request_id: &'a str) -> Document<'a> {
         Document {
             r#type: format!("{TYPE_PREFIX}{}", self.kind.slug()),
@@ -226,7 +226,7 @@ impl From<Invalid> for Problem {
 }
 
 impl From<Refusal> for Problem {
-    /// The words of refusals are words of our table; a test holds them together.
+    /// The codes of refusals are slugs of problem types; a test checks that.
     fn from(refusal: Refusal) -> Self {
         let kind = Kind::ALL.iter().copied().find(|kind| kind.slug() == refusal.code);
         Self::new(kind.unwrap_or(Kind::ImageDamaged), refusal.message)
@@ -238,10 +238,10 @@ impl From<store::Error> for Problem {
         match error {
             store::Error::Away(_) | store::Error::Schema(_) => Self::unavailable("database", &error),
             store::Error::Unknown(_) => {
-                tracing::warn!(error = %error_chain(&error), "the outcome of a request is not known");
+                tracing::warn!(error = %error_chain(&error), "outcome of a request unknown: the database did not answer a commit");
                 Self::new(
                     Kind::OutcomeUnknown,
-                    "the database did not say whether it was done; the same request with the same Idempotency-Key will tell",
+                    "the database did not confirm the request; the same request with the same Idempotency-Key will tell",
                 )
             }
             store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
@@ -257,11 +257,11 @@ impl From<blobs::Error> for Problem {
             blobs::Error::Away(_) | blobs::Error::Refused(_) | blobs::Error::Local(_) => {
                 return Self::unavailable("object store", &error);
             }
-            blobs::Error::Missing => (Kind::ArtifactMissing, "an object that the job names is gone"),
-            blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object came back damaged"),
-            blobs::Error::Full => (Kind::StorageFull, "the object store has no room left"),
+            blobs::Error::Missing => (Kind::ArtifactMissing, "an object of the job is missing"),
+            blobs::Error::Damaged => (Kind::ArtifactDamaged, "an object of the job is damaged"),
+            blobs::Error::Full => (Kind::StorageFull, "the object store is full"),
         };
-        tracing::error!(%error, "an object could not be read or written");
+        tracing::error!(%error, "cannot read or write an object");
         Self::new(kind, detail)
     }
 }
@@ -269,16 +269,16 @@ impl From<blobs::Error> for Problem {
 impl From<BadLink> for Problem {
     fn from(bad: BadLink) -> Self {
         match bad {
-            BadLink::Forged => Self::new(Kind::UrlForged, "this is no URL that we signed"),
+            BadLink::Forged => Self::new(Kind::UrlForged, "the URL's signature is invalid"),
             BadLink::Expired => {
-                Self::new(Kind::UrlExpired, "the URL has expired; ask for the artifact again")
+                Self::new(Kind::UrlExpired, "the URL has expired; request the artifact again")
             }
         }
     }
 }
 
 impl IntoResponse for Problem {
-    /// Status and headers; the body is written by the outermost layer, which finds the problem in the extensions.
+    /// Sets status and headers; the outermost layer takes the problem from the extensions and writes the body.
     fn into_response(self) -> Response {
         let mut response = self.kind.status().into_response();
         let headers = response.headers_mut();
@@ -327,13 +327,13 @@ pub(super) struct Document<'a> {
     pointer: Option<&'a str>,
 }
 
-/// An error and all that caused it, in one line.
+/// An error and its sources, in one line.
 pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// A stranger's text is repeated in part only, and without what cannot be seen.
+/// A client's text as it may be repeated in a detail: shortened, and with control characters escaped.
 pub(super) fn excerpt(text: &str) -> String {
     const CHARS_MAX: usize = 200;
     let mut short: String = text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect();

@@ -1,4 +1,4 @@
-//! Finding the product in a photo: what the server asks of whoever has the models.
+//! Interface to the model that finds the product in a photo.
 
 use std::error::Error;
 
@@ -26,6 +26,6 @@ pub struct DetectedProduct {
 
 /// Finds the product in photos.
 pub trait ProductDetector: Send + Sync {
-    /// Where it is in a photo that is given as PNG. May take seconds.
+    /// Finds the product in a photo, given as PNG. Blocks, for seconds at worst.
     fn detect(&self, png: &[u8]) -> Result<DetectedProduct, Box<dyn Error + Send + Sync>>;
 }

@@ -1,4 +1,4 @@
-//! The reference page: the document as a person reads it, and where its links lead. No script, nothing from elsewhere.
+//! The API reference at `/docs`: the OpenAPI document as a page, without scripts and without external resources.
 
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -36,7 +36,7 @@ async fn docs() -> Response {
     ([(header::CONTENT_SECURITY_POLICY, policy)], page).into_response()
 }
 
-/// A problem's type is a URL that explains it.
+/// Redirects a problem type's URI to its explanation.
 async fn explain(Path(slug): Path<String>) -> Result<Response, Problem> {
     let kind = Kind::ALL.iter().find(|kind| kind.slug() == slug);
     let kind = kind.ok_or_else(|| Problem::not_found("problem"))?;
@@ -175,7 +175,7 @@ fn row(page: &mut String, name: &str, required: bool, cells: &[String]) {
     page.push_str("</tr>");
 }
 
-/// A schema in a few words: its type, its range, its default; a link if it has a name.
+/// HTML of a schema: type, range and default; a link if it has a name.
 fn kind_of(schema: &Value) -> String {
     if let Some(name) = schema["$ref"].as_str().and_then(|path| path.rsplit('/').next()) {
         return format!("<a href=\"#schema-{0}\">{0}</a>", escape(name));
@@ -206,7 +206,7 @@ fn kind_of(schema: &Value) -> String {
     html
 }
 
-/// What a value may be, beyond its type.
+/// Constraints of a value, beyond its type.
 fn bounds(schema: &Value) -> Vec<String> {
     let mut bounds = Vec::new();
     let range = |least: &str, most: &str| match (&schema[least], &schema[most]) {
@@ -232,7 +232,7 @@ fn bounds(schema: &Value) -> Vec<String> {
     bounds
 }
 
-/// Text with `code` marked, and lines that begin with a dash as lines.
+/// HTML of a Markdown text with `code` and lists.
 fn prose(markdown: &str) -> String {
     let escaped = escape(markdown).replace("\n- ", "<br>").replace('\n', " ");
     let escaped = escaped.strip_prefix("- ").unwrap_or(&escaped);
@@ -247,7 +247,7 @@ fn escape(text: &str) -> String {
 }
 
 fn push(page: &mut String, html: std::fmt::Arguments<'_>) {
-    let _ = page.write_fmt(html); // a string takes everything
+    let _ = page.write_fmt(html); // writing to a string never fails
 }
 
 fn text(value: &Value) -> &str {

@@ -1,4 +1,4 @@
-//! All routes of the service, and those of operators alone.
+//! The routers: of the whole service, and of operators' routes alone.
 
 use axum::Router;
 use axum::middleware::from_fn_with_state;
@@ -10,7 +10,7 @@ use super::state::AppState;
 use super::{reference, ui};
 
 impl AppState {
-    /// All the service.
+    /// All routes of the service.
     pub fn router(&self) -> Router {
         let api = Router::from(api()).layer(from_fn_with_state(self.clone(), local_only));
         with_base_layers(
@@ -21,7 +21,7 @@ impl AppState {
         )
     }
 
-    /// What operators ask for, without keys, for a listener of its own.
+    /// Health checks and metrics, without keys, for a listener of their own.
     pub fn operations(&self) -> Router {
         self.operations.clone().router()
     }

@@ -1,4 +1,4 @@
-//! The API's operations, described as they are routed.
+//! The API's operations with their routes and OpenAPI descriptions.
 
 use axum::middleware::from_fn;
 use utoipa_axum::router::OpenApiRouter;
@@ -8,7 +8,7 @@ use super::linger::linger;
 use super::state::AppState;
 use super::{events, files, health, jobs, middleware, photos, samples};
 
-/// Everything that needs a key.
+/// Operations that need a key.
 pub(super) fn api() -> OpenApiRouter<AppState> {
     let short = OpenApiRouter::new()
         .routes(routes!(jobs::list_jobs))
@@ -34,7 +34,7 @@ pub(super) fn api() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().merge(short).merge(uploads).merge(streams)
 }
 
-/// What anybody may know.
+/// Operations that need no key.
 pub(super) fn public() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(health::healthz)).routes(routes!(health::readyz))
 }

@@ -1,4 +1,4 @@
-//! `/v1/samples`: pictures drawn with a training's result.
+//! `/v1/samples`: handlers of samples, the pictures drawn with a training's result.
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -87,7 +87,7 @@ pub(super) async fn create_sample(
     Ok(job_response(status, &location, replayed, view(&app, &job, None).await?))
 }
 
-/// The sample with its pictures, if it has some.
+/// The sample with its pictures, once it has succeeded.
 async fn view(app: &AppState, job: &Job, queue_position: Option<u64>) -> Result<SampleView, Problem> {
     let mut images = Vec::new();
     for image in pictures(app, job).await? {
@@ -98,7 +98,7 @@ async fn view(app: &AppState, job: &Job, queue_position: Option<u64>) -> Result<
     view.ok_or_else(|| Problem::not_found("sample"))
 }
 
-/// Its pictures in order: `image-10` comes after `image-9`.
+/// Its pictures in order: `image-10` after `image-9`.
 async fn pictures(app: &AppState, job: &Job) -> Result<Vec<Object>, Problem> {
     if job.state != JobState::Succeeded {
         return Ok(Vec::new());

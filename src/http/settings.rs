@@ -1,4 +1,4 @@
-//! How requests are answered.
+//! Settings of the HTTP server.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,47 +7,47 @@ use std::time::Duration;
 /// Who may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Auth {
-    /// Whoever has an API key.
+    /// Callers with an API key.
     Keys,
-    /// Whoever reaches the loopback interface; the caller sees to it that nobody else does.
+    /// Everyone who reaches the loopback interface; it must not listen on another.
     None,
 }
 
-/// How requests are answered.
+/// Settings of the HTTP server.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What URLs begin with, without a slash at the end.
+    /// Prefix of URLs, without a slash at the end.
     pub public_url: String,
     /// Who may call.
     pub auth: Auth,
-    /// Largest photo, in bytes.
+    /// Size limit of a photo, in bytes.
     pub photo_bytes_max: usize,
     /// How long an upload may take to arrive.
     pub upload_time: Duration,
-    /// Uploads that are on their way or wait for their turn; each has up to five photos on disk.
+    /// Uploads at a time that are received, queued or processed; each has up to five photos on disk.
     pub uploads_max: usize,
-    /// Where they lie until they are worked on: a directory, made if it is not there.
+    /// Directory where uploads are kept until they are processed; created if missing.
     pub spool: PathBuf,
-    /// Requests answered at once.
+    /// Concurrent requests.
     pub requests_max: usize,
-    /// Requests that wait for a change.
+    /// Concurrent requests that wait for a change.
     pub waits_max: usize,
-    /// Event streams and downloads at once.
+    /// Concurrent event streams and downloads.
     pub streams_max: usize,
-    /// Waiting jobs of one tenant.
+    /// Queued jobs of one tenant.
     pub queue_max: u64,
-    /// Attempts that a job may have.
+    /// Attempts of a job.
     pub attempts_max: i64,
-    /// Life of a URL to an object.
+    /// Lifetime of a signed URL to an object.
     pub url_time: Duration,
-    /// How long a key that was looked up is believed: one that is revoked works no longer than this.
+    /// How long keys are cached: a revoked one works for no longer than this.
     pub key_time: Duration,
-    /// For each method, training options that suit the models of the workers, as the page offers them.
+    /// For each method, training options that suit the workers' models; the page suggests them.
     pub suggested: BTreeMap<String, serde_json::Value>,
 }
 
 impl Default for Settings {
-    /// A server on loopback without keys.
+    /// Those of a server on loopback without keys.
     fn default() -> Self {
         Self {
             public_url: "http://127.0.0.1:8080".into(),

@@ -1,5 +1,5 @@
-//! What a client sends, until it is worked on: in memory while it is small, then in a file that has no name, so that
-//! nothing of it stays when the process ends.
+//! Temporary storage of uploaded bytes: in memory while they are few, then in a file without a name, so that nothing
+//! stays when the process ends.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -10,10 +10,10 @@ use bytes::{Bytes, BytesMut};
 use super::idempotency::RequestHash;
 use super::problem::{Kind, Problem};
 
-/// What is kept in memory of each; the file is written in pieces of this size.
+/// Largest size in memory; the file is written in chunks of this size.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Bytes that are being written.
+/// A writer of bytes.
 pub(super) struct Spool {
     dir: PathBuf,
     file: Option<File>,
@@ -21,7 +21,7 @@ pub(super) struct Spool {
     bytes: u64,
 }
 
-/// Bytes that have come whole.
+/// Bytes that were written completely.
 #[derive(Debug)]
 pub(super) struct Spooled {
     file: Option<File>,
@@ -30,7 +30,7 @@ pub(super) struct Spooled {
 }
 
 impl Spool {
-    /// An empty one, whose file will lie in `dir`.
+    /// An empty one, whose file will be in `dir`.
     pub(super) fn new(dir: &Path) -> Self {
         Self { dir: dir.to_owned(), file: None, buffer: BytesMut::new(), bytes: 0 }
     }
@@ -41,7 +41,7 @@ impl Spool {
         if self.buffer.len() >= BUFFER_BYTES { self.flush().await } else { Ok(()) }
     }
 
-    /// Brings what is in memory to the file.
+    /// Writes the buffer to the file.
     async fn flush(&mut self) -> Result<(), Problem> {
         let (dir, file, mut buffer) = (self.dir.clone(), self.file.take(), std::mem::take(&mut self.buffer));
         let work = move || {
@@ -67,12 +67,12 @@ impl Spool {
 }
 
 impl Spooled {
-    /// How many bytes there are.
+    /// Number of bytes.
     pub(super) fn len(&self) -> u64 {
         self.bytes
     }
 
-    /// Adds them to what a request's hash is made of.
+    /// Adds the bytes to a request's hash.
     pub(super) async fn hash_into(&self, mut request: RequestHash) -> Result<RequestHash, Problem> {
         let Some(file) = &self.file else {
             request.add(&self.in_memory);
@@ -88,7 +88,7 @@ impl Spooled {
         blocking(work).await
     }
 
-    /// All of them, in memory.
+    /// Reads all bytes into memory.
     pub(super) async fn read(&self) -> Result<Bytes, Problem> {
         let Some(file) = &self.file else { return Ok(self.in_memory.clone()) };
         let file = file.try_clone().map_err(|error| storage_problem(&error))?;
@@ -103,7 +103,7 @@ impl Spooled {
     }
 }
 
-/// A file without a name; its directory is made anew if somebody removed it.
+/// Creates a file without a name; its directory is created again if it was removed.
 fn open(dir: &Path) -> std::io::Result<File> {
     match tempfile::tempfile_in(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -114,7 +114,7 @@ fn open(dir: &Path) -> std::io::Result<File> {
     }
 }
 
-/// Works on files off the threads that serve.
+/// Runs file operations on a thread for blocking work.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Problem> {
@@ -123,10 +123,10 @@ async fn blocking<T: Send + 'static>(
 }
 
 fn storage_problem(error: &std::io::Error) -> Problem {
-    tracing::error!(%error, "an upload cannot be kept on disk until it is worked on");
+    tracing::error!(%error, "cannot write an upload to the scratch directory");
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            Problem::new(Kind::StorageFull, "the server's disk has no room for uploads")
+            Problem::new(Kind::StorageFull, "the server's disk is full")
         }
         _ => Problem::internal_already_logged(),
     }

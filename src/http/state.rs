@@ -1,4 +1,4 @@
-//! What all handlers share.
+//! The state that all handlers share.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -20,11 +20,11 @@ use crate::job::{Job, JobId, Kind, TenantId};
 use crate::photo::Decoder;
 use crate::store::Store;
 
-/// What all handlers share. Cheap to clone.
+/// The state that all handlers share. Cheap to clone.
 #[derive(Clone)]
 pub struct AppState(Arc<Inner>);
 
-/// What the clones of a [`AppState`] share.
+/// The contents of an [`AppState`].
 pub struct Inner {
     pub(super) store: Store,
     pub(super) blobs: Blobs,
@@ -48,9 +48,8 @@ impl Deref for AppState {
 }
 
 impl AppState {
-    /// A front of these. `closing` says that the server ends: it is no longer ready, and streams end. `devices` are those
-    /// of the workers in the same process, if there are some. Without a `detector` photos are inspected without looking for
-    /// the product.
+    /// The state of a server. Once `closing` is canceled it is no longer ready, and streams end. `devices` are those of
+    /// the workers in the same process, if there are any. Without a `detector`, inspected photos have no `product`.
     pub fn new(
         store: Store,
         blobs: Blobs,
@@ -78,7 +77,7 @@ impl AppState {
         }))
     }
 
-    /// The caller's job of that kind.
+    /// The tenant's job of that kind.
     pub(super) async fn find_job(&self, tenant: TenantId, id: JobId, kind: Kind) -> Result<Job, Problem> {
         let found = self.store.find(tenant, id, kind).await?;
         found.ok_or_else(|| Problem::not_found(if kind == Kind::Train { "job" } else { "sample" }))

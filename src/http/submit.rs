@@ -1,4 +1,4 @@
-//! The door of the queue: a request's own name, the row, and what the client is told.
+//! Enqueues jobs: idempotent submission, retries, and the response to an accepted job.
 
 use axum::Json;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -19,13 +19,13 @@ use crate::telemetry;
 
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
-/// A job that is in the queue, and whether it was there before.
+/// An accepted job, and whether an earlier request had created it.
 pub(super) struct Accepted {
     pub(super) job: Job,
     pub(super) replayed: bool,
 }
 
-/// What became of the same request if it was sent before.
+/// The job of an earlier request with the same key and contents, if there is one.
 pub(super) async fn replay(
     app: &AppState,
     tenant: TenantId,
@@ -36,13 +36,13 @@ pub(super) async fn replay(
     existing.map(accept).transpose()
 }
 
-/// Puts a job into the queue.
+/// Enqueues a job.
 pub(super) async fn submit(app: &AppState, job: NewJob) -> Result<Accepted, Problem> {
     accept(app.store.submit(job).await?)
 }
 
-/// Does a job of that kind again that failed or was canceled. Its photos are copied with a place in the line of uploads, for
-/// they are in memory meanwhile.
+/// Retries a failed or canceled job of that kind, as a new job. Its photos are copied with a permit of the upload
+/// queue, since they are in memory meanwhile.
 pub(super) async fn resubmit(
     app: &AppState,
     caller: &mut Caller,
@@ -66,7 +66,8 @@ pub(super) async fn resubmit(
         idempotency,
         trace: telemetry::traceparent(&Span::current()),
     };
-    // To its end, whether or not the client still listens: between the copies and the row nothing may be dropped.
+    // Runs to its end even if the client disconnects: canceled between the copies and the row, it would leave objects
+    // that no row names.
     let work = {
         let app = app.clone();
         async move {
@@ -82,7 +83,7 @@ pub(super) async fn resubmit(
             Err(check_retryable(state).err().unwrap_or_else(|| Problem::not_found("job")))
         }
         Err(retry::Error::Store(error)) => Err(error.into()),
-        // Whoever deletes a job takes its photos first.
+        // A deletion removes the photos first.
         Err(retry::Error::Blobs(blobs::Error::Missing)) => {
             app.find_job(tenant, id, kind).await?;
             Err(blobs::Error::Missing.into())
@@ -107,7 +108,7 @@ fn accept(submitted: Submitted) -> Result<Accepted, Problem> {
             "this Idempotency-Key was sent with another request before",
         )),
         Submitted::QueueFull => {
-            Err(Problem::new(ProblemKind::QueueFull, "as many jobs are waiting as may wait"))
+            Err(Problem::new(ProblemKind::QueueFull, "this tenant has as many queued jobs as it may have"))
         }
         Submitted::Disabled => Err(Problem::tenant_disabled()),
         Submitted::NoParent(None) => Err(Problem::not_found("job")),
@@ -117,7 +118,7 @@ fn accept(submitted: Submitted) -> Result<Accepted, Problem> {
     }
 }
 
-/// The answer to a job that was accepted.
+/// The response with an accepted job.
 pub(super) fn job_response(
     status: StatusCode,
     location: &str,
@@ -138,7 +139,7 @@ pub(super) fn job_response(
     response
 }
 
-/// Numbers that nobody can guess, for seeds that were not asked for.
+/// An unpredictable seed, for jobs that request none.
 pub(super) fn random_seed() -> Result<u64, Problem> {
     getrandom::u64().map_err(|error| Problem::internal(&error))
 }

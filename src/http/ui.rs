@@ -1,4 +1,4 @@
-//! The page at `/`: a client of the API for people, made of three files that need no building.
+//! The page at `/`: a client of the API in a browser, made of three static files.
 
 use axum::extract::State;
 use axum::http::header;
@@ -10,7 +10,7 @@ use serde_json::json;
 use super::state::AppState;
 use crate::job::Method;
 
-/// Pictures come from the store, which may be another host; all else comes from here.
+/// Pictures come from the object store, which may be another host; all else comes from this server.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
     img-src 'self' data: blob: http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -31,7 +31,7 @@ fn file(content_type: &'static str, text: &'static str) -> Response {
     (headers, text).into_response()
 }
 
-/// What the page cannot know by itself: the methods, and what suits this server's models.
+/// Configuration of the page: the training methods, and options that suit this server's models.
 async fn about(State(app): State<AppState>) -> Response {
     Json(json!({ "methods": Method::ALL, "options": app.settings.suggested })).into_response()
 }

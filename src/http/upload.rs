@@ -1,4 +1,4 @@
-//! A form of photos: read whole or refused, then decoded and stored.
+//! Uploads of photos: receives a multipart form, then decodes and stores its photos.
 
 use axum::body::{Body, Bytes};
 use axum::http::HeaderMap;
@@ -20,12 +20,12 @@ use crate::memory::giving_back;
 use crate::photo::{Inspection, Photo, Refusal, duplicates};
 use crate::store::Idempotency;
 
-/// Beside the photos: fields, boundaries, heads.
+/// Size limit of the rest of the form: fields, boundaries, headers.
 const REST_BYTES_MAX: usize = 1 << 20;
 const CLASS_NAME_BYTES_MAX: usize = 256;
 const OPTIONS_BYTES_MAX: usize = 16 * 1024;
 
-/// The form's parts as they came.
+/// The parts of a form as they were received.
 #[derive(Debug, Default)]
 pub(super) struct Upload {
     pub(super) images: Vec<Spooled>,
@@ -33,7 +33,7 @@ pub(super) struct Upload {
     pub(super) options: Option<Bytes>,
 }
 
-/// Which parts a form may have beside its images.
+/// Which parts a form may have besides its images.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum FormKind {
     /// None.
@@ -42,8 +42,8 @@ pub(super) enum FormKind {
     Job,
 }
 
-/// Lets an upload in and reads its form. What cannot be one is refused before, and so is what is too much for now: then
-/// nothing of it is read.
+/// Waits until an upload is admitted, and receives its form. A request that is not a form, or that is not admitted, is
+/// refused before anything of its body is read.
 pub(super) async fn receive(
     app: &AppState,
     caller: &mut Caller,
@@ -66,7 +66,7 @@ pub(super) async fn receive(
     Ok((upload, admitted))
 }
 
-/// Reads the form. Stops at the first part that cannot be.
+/// Reads the form. Stops at the first invalid part.
 async fn read(app: &AppState, mut form: FormReader, fields: FormKind) -> Result<Upload, Problem> {
     let photo_bytes_max = app.settings.photo_bytes_max;
     let mut upload = Upload::default();
@@ -75,12 +75,12 @@ async fn read(app: &AppState, mut form: FormReader, fields: FormKind) -> Result<
             ("images", _) => {
                 let n = upload.images.len();
                 if n == N_PHOTOS_MAX {
-                    let detail = format!("/images: wanted at most {N_PHOTOS_MAX} photos, more came");
+                    let detail = format!("/images: wanted at most {N_PHOTOS_MAX} photos, got more");
                     return Err(Problem::new(Kind::Field, detail).at("/images"));
                 }
                 let mut spool = Spool::new(&app.settings.spool);
                 if !form.spool_part(photo_bytes_max, &mut spool).await? {
-                    let detail = format!("/images/{n}: a photo may hold at most {photo_bytes_max} bytes");
+                    let detail = format!("/images/{n}: a photo may have at most {photo_bytes_max} bytes");
                     return Err(Problem::new(Kind::BodyTooLarge, detail).at(format!("/images/{n}")));
                 }
                 upload.images.push(spool.finish().await?);
@@ -109,7 +109,7 @@ async fn read_once(
 ) -> Result<(), Problem> {
     let invalid = |how: String| Problem::new(Kind::Field, format!("{pointer}: {how}")).at(pointer);
     if field.is_some() {
-        return Err(invalid("came twice".into()));
+        return Err(invalid("was sent twice".into()));
     }
     let content = form.read_part(bytes_max).await?;
     *field = Some(content.ok_or_else(|| invalid(format!("wanted at most {bytes_max} bytes")))?);
@@ -122,7 +122,7 @@ impl Upload {
         self.images.iter().map(Spooled::len).sum()
     }
 
-    /// The request's own name, with a hash of all that is asked for, in a fixed order.
+    /// The request's `Idempotency-Key` with a hash of the form, its parts in a fixed order.
     pub(super) async fn idempotency(&self, headers: &HeaderMap) -> Result<Option<Idempotency>, Problem> {
         let Some(key) = idempotency_key(headers)? else { return Ok(None) };
         let mut request = RequestHash::default();
@@ -159,20 +159,20 @@ impl Upload {
     }
 }
 
-/// A training's options: what the document at `pointer` says, and for the rest the defaults of its method.
+/// Parses training options; what the document at `pointer` leaves out has the default of its method.
 fn parse_options(bytes: &[u8], pointer: &str) -> Result<TrainOptions, Problem> {
-    from_json::<TrainOptions>(bytes, pointer)?; // says where it is wrong
+    from_json::<TrainOptions>(bytes, pointer)?; // for its errors, which name the field
     let some = serde_json::from_slice(&whole_numbers(bytes)).and_then(|some| TrainOptions::given(&some));
     some.map_err(|error| invalid_json(&error, pointer))
 }
 
-/// Decodes a photo; none of it stays in memory but the picture.
+/// Decodes a photo; only the decoded picture stays in memory.
 pub(super) async fn decode(app: &AppState, image: &Spooled) -> Result<Result<Photo, Refusal>, Problem> {
     Ok(app.decoder.decode(image.read().await?).await)
 }
 
-/// Decodes the photos and stores them under the job, one at a time: decoded, a photo may take a hundred megabytes. What was
-/// stored before one is refused is the caller's to take away.
+/// Decodes the photos and stores them under the job, one at a time: decoded, a photo may take a hundred megabytes. If
+/// one is refused, the caller has to delete those stored before.
 pub(super) async fn store_photos(
     app: &AppState,
     tenant: TenantId,
@@ -197,7 +197,7 @@ pub(super) async fn store_photos(
     Ok(objects)
 }
 
-/// What the row keeps of each photo beside its object: its size, and what is odd about it.
+/// Metadata of each photo for the job's row: size and warnings.
 fn photo_meta(inspections: &[Inspection]) -> Vec<Value> {
     let pairs = duplicates(inspections);
     let meta = |(n, seen): (usize, &Inspection)| {

@@ -1,4 +1,4 @@
-//! What a client sees of a row. Never a lease, a tenant, or a key of the store.
+//! JSON of jobs and artifacts as clients see them: never a lease, a tenant or an object's key.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::problem::Problem;
 use crate::job::{Fault, Job, JobId, Kind, Object, Progress, SampleSpec, Spec, State, TrainOptions};
 
-/// A time as we write it.
+/// A time in RFC 3339.
 pub(super) fn time(ms: i64) -> String {
     Timestamp::from_millisecond(ms).unwrap_or_default().to_string()
 }
@@ -106,7 +106,7 @@ pub(super) struct JobLinks {
     sample: String,
 }
 
-/// What is shown of a training's specification. The options are as long as all the rest, and are not looked into.
+/// Fields of a training's stored specification. The options, its largest part, are passed on unparsed.
 #[derive(Deserialize)]
 struct SpecFields<'a> {
     class_name: String,
@@ -116,7 +116,7 @@ struct SpecFields<'a> {
 }
 
 impl<'a> JobView<'a> {
-    /// A training as its owner sees it.
+    /// The JSON of a training.
     pub(super) fn of(job: &'a Job, queue_position: Option<u64>, public_url: &str) -> Result<Self, Problem> {
         let spec: SpecFields =
             serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
@@ -259,7 +259,7 @@ pub(super) struct ImageView {
 }
 
 impl SampleView {
-    /// None if the row is of the other kind.
+    /// The JSON of a sample; none if the job is a training.
     pub(super) fn of(
         job: &Job,
         images: Vec<ImageView>,
