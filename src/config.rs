@@ -1,8 +1,8 @@
-//! Every setting of the service: its name in the environment, its flag, its default, its meaning.
+//! Settings of the service: environment variable, flag, default and meaning of each.
 //!
-//! What changes a training's result is no setting but part of the job, so that a job can be done again. Flags win over the
-//! environment. A variable that begins with `HYPNOS_` and is none of these is refused: it is a slip of the pen that
-//! would go unnoticed.
+//! What changes a training's result is not a setting but part of the job, so that a job can be repeated. Flags take
+//! precedence over the environment. An unknown variable that begins with `HYPNOS_` is refused: a typing error would go
+//! unnoticed.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -16,19 +16,19 @@ use crate::blobs::{Bucket, Credentials, Place};
 use crate::http;
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
 
-/// What a setting is wrong about, in one line.
+/// An invalid setting, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(String);
 
-/// A result whose error is one line.
+/// A result whose error is an invalid setting.
 pub type Result<T, E = ConfigError> = std::result::Result<T, E>;
 
-/// Kinds of file systems, as the kernel names them, whose files other machines may have open too.
+/// Types of network file systems, as the kernel names them.
 const NETWORK_FILE_SYSTEMS: [&str; 9] =
     ["nfs", "cifs", "smb", "afs", "9p", "ceph", "glusterfs", "fuse.sshfs", "lustre"];
 
-/// The kind of file system that holds `dir`, from the text of Linux's mountinfo.
+/// Type of the file system that contains `dir`, from the text of Linux's mountinfo.
 fn file_system<'a>(mounts: &'a str, dir: &Path) -> Option<&'a str> {
     let parsed = mounts.lines().filter_map(|line| {
         let (place, kind) = line.split_once(" - ")?;
@@ -42,10 +42,10 @@ fn invalid<T>(message: impl Into<String>) -> Result<T> {
     Err(ConfigError(message.into()))
 }
 
-/// Variables of the tests and the build, which are none of the service's business.
+/// Prefixes of variables of the tests and the build, which are not settings.
 const IGNORED_PREFIXES: [&str; 2] = ["HYPNOS_TEST_", "HYPNOS_CUDA_"];
 
-/// Refuses variables of the environment that begin as ours and are none of `known`.
+/// Refuses environment variables that begin with `HYPNOS_` and are not `known`.
 pub fn check_environment(names: impl Iterator<Item = String>, known: &BTreeSet<String>) -> Result<()> {
     let ours =
         |name: &String| name.starts_with("HYPNOS_") && !IGNORED_PREFIXES.iter().any(|p| name.starts_with(p));
@@ -68,13 +68,14 @@ pub struct Storage {
     /// File that holds the URL of the database
     #[arg(long, env = "HYPNOS_DATABASE_FILE", value_name = "FILE")]
     pub database_file: Option<PathBuf>,
-    /// Second URL of the same Postgres that leads past a pooler in transaction mode, to hear of jobs at once; without it they are looked for
+    /// URL of the same Postgres past a pooler in transaction mode, for notifications of new jobs; without it the queue
+    /// is polled
     #[arg(long, env = "HYPNOS_DATABASE_DIRECT", value_name = "URL", hide_env_values = true)]
     pub database_direct: Option<SecretString>,
     /// File that holds it
     #[arg(long, env = "HYPNOS_DATABASE_DIRECT_FILE", value_name = "FILE")]
     pub database_direct_file: Option<PathBuf>,
-    /// Connections to Postgres at most
+    /// Maximum number of connections to Postgres
     #[arg(long, env = "HYPNOS_DATABASE_CONNECTIONS", value_name = "N", default_value_t = 16)]
     pub database_connections: u32,
     /// A directory, or s3://BUCKET[/PREFIX]; by default DATA/objects
@@ -89,8 +90,8 @@ pub struct Storage {
     /// Region of the bucket
     #[arg(long, env = "HYPNOS_S3_REGION", value_name = "NAME", default_value = "us-east-1")]
     pub s3_region: String,
-    /// Who we are to the S3 service: keys, web-identity (a role taken with the token in a file, as on EKS), container (the
-    /// agent beside a container, as on ECS) or instance (the virtual machine's metadata)
+    /// How to authenticate to the S3 service: keys, web-identity (a role assumed with the token in a file, as on EKS),
+    /// container (the agent beside a container, as on ECS) or instance (the virtual machine's metadata)
     #[arg(long, env = "HYPNOS_S3_CREDENTIALS", value_name = "HOW", default_value = "keys")]
     pub s3_credentials: S3Credentials,
     /// Access key id
@@ -102,7 +103,7 @@ pub struct Storage {
     /// File that holds the secret access key
     #[arg(long, env = "HYPNOS_S3_SECRET_KEY_FILE", value_name = "FILE")]
     pub s3_secret_key_file: Option<PathBuf>,
-    /// Token that temporary keys come with
+    /// Session token of temporary keys
     #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN", value_name = "TOKEN", hide_env_values = true)]
     pub s3_session_token: Option<SecretString>,
     /// File that holds it
@@ -111,15 +112,15 @@ pub struct Storage {
     /// With web-identity: the role; by default the platform's AWS_ROLE_ARN
     #[arg(long, env = "HYPNOS_S3_ROLE_ARN", value_name = "ARN")]
     pub s3_role_arn: Option<String>,
-    /// With web-identity: what the session is called in the service's logs; by default the platform's
-    /// AWS_ROLE_SESSION_NAME, else hypnos
+    /// With web-identity: name of the session in the service's logs; by default the platform's AWS_ROLE_SESSION_NAME,
+    /// else hypnos
     #[arg(long, env = "HYPNOS_S3_ROLE_SESSION", value_name = "NAME")]
     pub s3_role_session: Option<String>,
     /// With web-identity: file with the token, read again as it is renewed; by default the platform's
     /// AWS_WEB_IDENTITY_TOKEN_FILE
     #[arg(long, env = "HYPNOS_S3_WEB_IDENTITY_FILE", value_name = "FILE")]
     pub s3_web_identity_file: Option<PathBuf>,
-    /// With web-identity: https:// URL of the service where the role is taken; by default the platform's
+    /// With web-identity: https:// URL of the service where the role is assumed; by default the platform's
     /// AWS_ENDPOINT_URL_STS, else Amazon's in the region
     #[arg(long, env = "HYPNOS_S3_STS_ENDPOINT", value_name = "URL")]
     pub s3_sts_endpoint: Option<String>,
@@ -127,8 +128,8 @@ pub struct Storage {
     /// AWS_CONTAINER_CREDENTIALS_RELATIVE_URI or AWS_CONTAINER_CREDENTIALS_FULL_URI
     #[arg(long, env = "HYPNOS_S3_CONTAINER_CREDENTIALS", value_name = "PLACE")]
     pub s3_container_credentials: Option<String>,
-    /// With container: file with what the agent is shown, which a whole URL wants; by default the platform's
-    /// AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE
+    /// With container: file with the authorization token for the agent, required with a whole URL; by default the
+    /// platform's AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE
     #[arg(long, env = "HYPNOS_S3_CONTAINER_TOKEN_FILE", value_name = "FILE")]
     pub s3_container_token_file: Option<PathBuf>,
     /// With instance: URL of the metadata service; by default http://169.254.169.254
@@ -136,21 +137,21 @@ pub struct Storage {
     pub s3_metadata_endpoint: Option<String>,
 }
 
-/// Who we are to the S3 service.
+/// How to authenticate to the S3 service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum S3Credentials {
-    /// Keys that are given here.
+    /// With keys that are settings.
     Keys,
-    /// A role that is taken with the token in a file.
+    /// With a role that is assumed with the token in a file.
     WebIdentity,
-    /// What the agent beside the container hands out.
+    /// With credentials from the agent beside the container.
     Container,
-    /// What the virtual machine's metadata service hands out.
+    /// With credentials from the virtual machine's metadata service.
     Instance,
 }
 
 impl Storage {
-    /// URL of the database. Its directory is made if it is ours to make.
+    /// URL of the database. Creates its directory if the URL is the default one.
     pub fn database_url(&self) -> Result<SecretString> {
         if self.database.is_none() && self.database_file.is_none() {
             std::fs::create_dir_all(&self.data).map_err(|error| {
@@ -160,7 +161,7 @@ impl Storage {
         self.existing_database_url()
     }
 
-    /// The same, but makes nothing.
+    /// URL of the database; creates nothing.
     pub fn existing_database_url(&self) -> Result<SecretString> {
         if let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())? {
             let shown = url.expose_secret();
@@ -176,7 +177,7 @@ impl Storage {
         Ok(format!("sqlite:{}", self.data.join("hypnos.db").display()).into())
     }
 
-    /// The file of a database that is one, whether it is there or not.
+    /// The file of a SQLite database, whether it exists or not.
     pub fn sqlite_file(&self) -> Result<Option<PathBuf>> {
         let Some(url) = secret("HYPNOS_DATABASE", self.database.as_ref(), self.database_file.as_deref())?
         else {
@@ -186,7 +187,7 @@ impl Storage {
         Ok(path.map(|path| path.split('?').next().unwrap_or_default().into()))
     }
 
-    /// URL of the database past a pooler, if there is one.
+    /// URL of the database past a pooler, if it is set.
     pub fn database_direct(&self) -> Result<Option<SecretString>> {
         let (url, file) = (self.database_direct.as_ref(), self.database_direct_file.as_deref());
         let Some(url) = secret("HYPNOS_DATABASE_DIRECT", url, file)? else { return Ok(None) };
@@ -198,12 +199,12 @@ impl Storage {
         invalid(format!("HYPNOS_DATABASE_DIRECT: wanted postgres://…, got {scheme:?}"))
     }
 
-    /// Whether the database is a file of this machine.
+    /// Whether the database is a SQLite file.
     pub fn is_sqlite(&self) -> Result<bool> {
         Ok(self.existing_database_url()?.expose_secret().starts_with("sqlite:"))
     }
 
-    /// Where objects are.
+    /// The object store.
     pub fn place(&self) -> Result<Place> {
         let place = self.objects.clone().unwrap_or_else(|| self.data.join("objects").display().to_string());
         let Some(bucket) = place.strip_prefix("s3://") else {
@@ -232,7 +233,7 @@ impl Storage {
         }))
     }
 
-    /// Settings of an S3 service that are set.
+    /// Variables of the S3 settings that are given.
     fn given_s3_settings(&self) -> Vec<&'static str> {
         let places = [
             ("HYPNOS_S3_ENDPOINT", self.s3_endpoint.is_some()),
@@ -243,7 +244,7 @@ impl Storage {
         places.chain(self.given_s3_credentials().into_iter().map(|(_, name)| name)).collect()
     }
 
-    /// Settings of who we are to it that are set, and with which way of being somebody each goes.
+    /// Variables of the S3 credentials that are given, each with the way of authentication that it belongs to.
     fn given_s3_credentials(&self) -> Vec<(S3Credentials, &'static str)> {
         use S3Credentials::{Container, Instance, Keys, WebIdentity};
         let all = [
@@ -263,8 +264,8 @@ impl Storage {
         all.into_iter().filter(|(_, _, given)| *given).map(|(how, name, _)| (how, name)).collect()
     }
 
-    /// Who we are to the S3 service. `platform` reads a variable that the platform sets for the way that was chosen; without
-    /// that choice none is read.
+    /// The credentials for the S3 service. `platform` reads the platform's variables for the chosen way of
+    /// authentication; those of other ways are not read.
     fn credentials(&self, platform: &dyn Fn(&str) -> Option<String>) -> Result<Credentials> {
         let how = self.s3_credentials;
         let chosen = how.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
@@ -344,13 +345,13 @@ impl Storage {
         }
     }
 
-    /// Refuses a SQLite file on a network file system: its locks and its shared memory hold on one machine only.
+    /// Refuses a SQLite file on a network file system: its locks and shared memory work on one machine only.
     pub fn check_local(&self) -> Result<()> {
         let url = self.existing_database_url()?;
         let Some(path) = url.expose_secret().strip_prefix("sqlite:") else { return Ok(()) };
         let path = Path::new(path.trim_start_matches("//").split('?').next().unwrap_or_default());
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let Ok(dir) = dir.canonicalize() else { return Ok(()) }; // whoever opens it says what is wrong
+        let Ok(dir) = dir.canonicalize() else { return Ok(()) }; // opening the database reports the error
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         match file_system(&mounts, &dir) {
             Some(kind) if NETWORK_FILE_SYSTEMS.iter().any(|networked| kind.starts_with(networked)) => {
@@ -362,7 +363,7 @@ impl Storage {
         }
     }
 
-    /// Directory for files in use, if none is set.
+    /// Default directory for temporary files.
     pub fn scratch(&self) -> PathBuf {
         self.data.join("scratch")
     }
@@ -371,13 +372,13 @@ impl Storage {
 /// Who may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Auth {
-    /// Whoever has an API key.
+    /// Callers with an API key.
     Keys,
-    /// Whoever is on this machine.
+    /// Everyone on this machine.
     None,
 }
 
-/// How requests are answered.
+/// Settings of the HTTP server.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Serving")]
 pub struct Serving {
@@ -387,16 +388,17 @@ pub struct Serving {
     /// URL under which clients reach the service, for the links that they are given; by default the listening address
     #[arg(long, env = "HYPNOS_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
-    /// Who may call: keys, or none (without keys, on this machine only); by default none where address and public URL are loopback, else keys
+    /// Who may call: keys, or none (without keys, on this machine only); by default none where address and public URL
+    /// are loopback, else keys
     #[arg(long, env = "HYPNOS_AUTH", value_name = "WHO")]
     pub auth: Option<Auth>,
-    /// Secret that signs links to objects in a directory; by default drawn once and kept in DATA
+    /// Secret that signs links to objects in a directory; by default generated once and kept in DATA
     #[arg(long, env = "HYPNOS_URL_SECRET", value_name = "SECRET", hide_env_values = true)]
     pub url_secret: Option<SecretString>,
     /// File that holds it
     #[arg(long, env = "HYPNOS_URL_SECRET_FILE", value_name = "FILE")]
     pub url_secret_file: Option<PathBuf>,
-    /// Life of a link to an object, in seconds
+    /// Lifetime of a link to an object, in seconds
     #[arg(long, env = "HYPNOS_URL_SECS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub url_secs: u64,
     /// Largest photo, in MiB
@@ -405,19 +407,19 @@ pub struct Serving {
     /// Smallest side of a photo, in pixels
     #[arg(long, env = "HYPNOS_PHOTO_SIDE_MIN", value_name = "PIXELS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=4096))]
     pub photo_side_min: u32,
-    /// Jobs of one tenant that may wait; more are answered with 429
+    /// Queued jobs of one tenant; more are answered with 429
     #[arg(long, env = "HYPNOS_QUEUE_MAX", value_name = "N", default_value_t = 10_000)]
     pub queue_max: u32,
-    /// Attempts that a job may have
+    /// Attempts of a job
     #[arg(long, env = "HYPNOS_ATTEMPTS_MAX", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub attempts_max: u32,
-    /// Uploads at most that are on their way or wait for their turn; each has up to five photos in the scratch directory
+    /// Maximum number of uploads at a time, queued ones included; each has up to five photos in the scratch directory
     #[arg(long, env = "HYPNOS_UPLOADS_MAX", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub uploads_max: u32,
-    /// Connections at most
+    /// Maximum number of connections
     #[arg(long, env = "HYPNOS_CONNECTIONS_MAX", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections_max: u32,
-    /// Event streams and downloads at most; tenants share them, as they do all places
+    /// Maximum number of event streams and downloads; tenants share them fairly
     #[arg(long, env = "HYPNOS_STREAMS_MAX", value_name = "N", default_value_t = 1000)]
     pub streams_max: u32,
     /// How long a request's head may take to arrive, in seconds
@@ -426,13 +428,13 @@ pub struct Serving {
     /// How long a request's body may take to arrive, in seconds
     #[arg(long, env = "HYPNOS_BODY_SECS", value_name = "SECONDS", default_value_t = 60.0)]
     pub body_secs: f64,
-    /// How long requests under way may take when the service ends, in seconds
+    /// How long requests in flight may take when the service stops, in seconds
     #[arg(long, env = "HYPNOS_DRAIN_SECS", value_name = "SECONDS", default_value_t = 25.0)]
     pub drain_secs: f64,
 }
 
 impl Serving {
-    /// Refuses a setting that cannot work, before anything is opened.
+    /// Refuses invalid settings, before anything is opened.
     pub fn check(&self) -> Result<()> {
         self.public_url(self.listen)?;
         seconds("HYPNOS_HEADER_SECS", self.header_secs)?;
@@ -440,8 +442,8 @@ impl Serving {
         seconds("HYPNOS_DRAIN_SECS", self.drain_secs).map(drop)
     }
 
-    /// Whether keys are asked for. None are where only this machine calls; elsewhere nobody is let in without. A public URL
-    /// that is not loopback means others, whatever address is listened on: a proxy passes on what they ask.
+    /// Whether callers need keys. They do unless only this machine can call. With a public URL that is not loopback
+    /// others can, whatever the listening address is: a proxy forwards their requests.
     pub fn keys_wanted(&self) -> Result<bool> {
         let elsewhere = self.public_url.as_deref().filter(|url| !host(url).is_some_and(http::is_loopback));
         let reached = match elsewhere {
@@ -460,7 +462,7 @@ impl Serving {
         }
     }
 
-    /// URL that links begin with, without a slash at the end. `bound` is the address that was really bound.
+    /// Prefix of links, without a slash at the end. `bound` is the address that the listener is bound to.
     pub fn public_url(&self, bound: SocketAddr) -> Result<String> {
         let Some(url) = &self.public_url else {
             return match bound.ip() {
@@ -478,7 +480,7 @@ impl Serving {
         }
     }
 
-    /// The secret that signs links: the one given, or one drawn once and kept in `data`.
+    /// The secret that signs links: the one given, or one generated once and kept in `data`.
     pub fn url_secret(&self, data: &Path) -> Result<SecretString> {
         let given = secret("HYPNOS_URL_SECRET", self.url_secret.as_ref(), self.url_secret_file.as_deref())?;
         match given {
@@ -491,8 +493,8 @@ impl Serving {
     }
 }
 
-/// The host of an `http(s)://` URL, without its port; none of what is no such URL. One with a user's name in it is none: what
-/// stands before the `@` looks like a host to people.
+/// The host of an `http(s)://` URL, without its port; none if it is no such URL. A URL with a user's name is refused:
+/// the text before the `@` looks like a host to people.
 fn host(url: &str) -> Option<&str> {
     let lower = url.to_ascii_lowercase();
     let scheme = ["https://", "http://"].into_iter().find(|scheme| lower.starts_with(scheme))?;
@@ -506,7 +508,7 @@ fn host(url: &str) -> Option<&str> {
     }
 }
 
-/// How the process is watched.
+/// Settings of monitoring.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Monitoring")]
 pub struct Monitoring {
@@ -515,23 +517,23 @@ pub struct Monitoring {
     pub metrics_listen: Option<SocketAddr>,
 }
 
-/// What is sent to a collector of OpenTelemetry's, as its own variables ask for it.
+/// What is exported to an OpenTelemetry collector, as OpenTelemetry's own variables request it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Signals {
     /// Spans of requests and jobs.
     pub traces: bool,
-    /// The figures of `/metrics`.
+    /// The metrics of `/metrics`.
     pub metrics: bool,
 }
 
 impl Signals {
-    /// What the environment asks for.
+    /// What the environment requests.
     pub fn from_environment() -> Result<Self> {
         Self::read(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
     }
 
-    /// What `variable` asks for: a signal is sent where it has an endpoint, unless it is turned off. How it is sent is read
-    /// from the other variables by OpenTelemetry's own library, which passes over values that it does not know; here they
+    /// What `variable` requests: a signal is exported if it has an endpoint, unless it is turned off. OpenTelemetry's
+    /// own library reads how to export it from the other variables, and ignores values that it does not know; here they
     /// are refused.
     fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let set = |name: &str| {
@@ -577,7 +579,7 @@ impl Signals {
     }
 }
 
-/// OpenTelemetry's words for which traces are sent.
+/// OpenTelemetry's samplers of traces.
 const OTEL_SAMPLERS: [&str; 6] = [
     "always_on",
     "always_off",
@@ -596,7 +598,7 @@ const OTEL_NUMBERS: [&str; 5] = [
     "OTEL_METRIC_EXPORT_INTERVAL",
 ];
 
-/// Refuses a value that is none of the numbers above 0.
+/// Refuses a value that is not an integer above 0.
 fn number(name: &str, value: Option<String>) -> Result<()> {
     match value {
         Some(value) if !value.parse::<u64>().is_ok_and(|number| number > 0) => {
@@ -606,7 +608,7 @@ fn number(name: &str, value: Option<String>) -> Result<()> {
     }
 }
 
-/// How work is done.
+/// Settings of the workers.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Working")]
 pub struct Working {
@@ -622,22 +624,22 @@ pub struct Working {
     /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
     #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
     pub gradient_checkpointing: bool,
-    /// Memory for fine-tuned models that were drawn with, on each device, in GiB
+    /// Cache of fine-tuned models in each device's memory, in GiB
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,
-    /// Disk for weights that were drawn with, in GiB
+    /// Cache of weights on disk, in GiB
     #[arg(long, env = "HYPNOS_WEIGHTS_GB", value_name = "GIB", default_value_t = 40.0)]
     pub weights_gb: f64,
-    /// Directory for files in use; by default DATA/scratch
+    /// Directory for temporary files; by default DATA/scratch
     #[arg(long, env = "HYPNOS_SCRATCH", value_name = "DIR")]
     pub scratch: Option<PathBuf>,
-    /// How often a training is written to the store, in seconds
+    /// How often a training's checkpoint is stored, in seconds
     #[arg(long, env = "HYPNOS_CHECKPOINT_SECS", value_name = "SECONDS", default_value_t = 300.0)]
     pub checkpoint_secs: f64,
-    /// How long a job stays with a worker that is not heard of, in seconds
+    /// How long a job stays leased to a worker without heartbeats, in seconds
     #[arg(long, env = "HYPNOS_LEASE_SECS", value_name = "SECONDS", default_value_t = 60.0)]
     pub lease_secs: f64,
-    /// How often a worker is heard of, in seconds; at most a third of the lease
+    /// Interval of a worker's heartbeats, in seconds; at most a third of the lease
     #[arg(long, env = "HYPNOS_BEAT_SECS", value_name = "SECONDS", default_value_t = 2.0)]
     pub beat_secs: f64,
     /// How long one attempt of a job may take, in hours
@@ -646,16 +648,16 @@ pub struct Working {
     /// Part of a device's time that samples may take while it trains: above 0, at most 1
     #[arg(long, env = "HYPNOS_SAMPLE_SHARE", value_name = "PART", default_value_t = 0.5)]
     pub sample_share: f64,
-    /// How long work under way may take to be stored when the worker is told to stop, in seconds
+    /// How long running jobs may take to be stored when the worker stops, in seconds
     #[arg(long, env = "HYPNOS_WORK_DRAIN_SECS", value_name = "SECONDS", default_value_t = 300.0)]
     pub work_drain_secs: f64,
-    /// How often the queue is looked at when nothing is heard of it, in seconds
+    /// How often the queue is polled when no notification comes, in seconds
     #[arg(long, env = "HYPNOS_POLL_SECS", value_name = "SECONDS", default_value_t = 1.0)]
     pub poll_secs: f64,
 }
 
 impl Working {
-    /// Refuses settings that cannot work, alone or together.
+    /// Refuses invalid settings and combinations.
     pub fn check(&self) -> Result<()> {
         if !(self.sample_share > 0.0 && self.sample_share <= 1.0) {
             return invalid(format!(
@@ -678,7 +680,7 @@ impl Working {
     }
 }
 
-/// The directory of a bundle. The miniature is written to the user's cache when it is asked for first.
+/// The directory of a bundle. The miniature is written to the user's cache directory when it is first used.
 pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
     if name != MINIATURE_NAME {
         return Ok(name.into());
@@ -689,7 +691,7 @@ pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
     miniature(&cache.unwrap_or_else(std::env::temp_dir).join("hypnos")).map_err(|error| error.to_string())
 }
 
-/// Seconds of a setting.
+/// A setting in seconds as a duration.
 pub fn seconds(name: &str, value: f64) -> Result<Duration> {
     match Duration::try_from_secs_f64(value) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
@@ -697,7 +699,7 @@ pub fn seconds(name: &str, value: f64) -> Result<Duration> {
     }
 }
 
-/// Bytes of a setting in GiB.
+/// A setting in GiB as bytes.
 pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
     if value.is_finite() && (0.0..=1e6).contains(&value) {
         return Ok((value * f64::from(1 << 30)) as u64);
@@ -705,12 +707,12 @@ pub fn gigabytes(name: &str, value: f64) -> Result<u64> {
     invalid(format!("{name}: wanted GiB from 0 on, got {value}"))
 }
 
-/// A variable that the platform sets, not we; read only where a setting says so by name.
+/// A variable that the platform sets; read only where a setting asks for it.
 fn platform(name: &str) -> Option<String> {
     std::env::var_os(name)?.into_string().ok().filter(|value| !value.is_empty())
 }
 
-/// A secret that is given itself, or by the file that holds it, but not by both.
+/// A secret that is given directly or in a file, but not both.
 fn secret(name: &str, itself: Option<&SecretString>, file: Option<&Path>) -> Result<Option<SecretString>> {
     match (itself, file) {
         (Some(_), Some(_)) => invalid(format!("{name} and {name}_FILE are both set; wanted one")),
@@ -726,7 +728,7 @@ fn secret(name: &str, itself: Option<&SecretString>, file: Option<&Path>) -> Res
     }
 }
 
-/// A secret drawn at the first start. Of two processes that start at once, both take the one that came first.
+/// A secret that is generated at the first start. Two processes that start at once both use the one stored first.
 fn load_or_create_secret(file: &Path) -> Result<SecretString> {
     let failed =
         |error: std::io::Error| ConfigError(format!("{} cannot be used: {}", file.display(), error.kind()));
@@ -773,7 +775,7 @@ mod tests {
         assert_eq!(file_system(mounts, Path::new("/srv/shared")), Some("ext4"));
     }
 
-    /// What `serve` with these flags makes of its callers.
+    /// Whether `serve` with these flags requires keys.
     fn keys_wanted(flags: &[&str]) -> Result<bool> {
         #[derive(clap::Parser)]
         struct Line {

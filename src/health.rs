@@ -1,4 +1,4 @@
-//! How the devices of this process are doing: told by the workers, asked by whoever answers `/readyz`.
+//! Health of this process's devices: reported by the workers, read by `/readyz`.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,23 +10,23 @@ use jiff::Timestamp;
 #[derive(Clone, Debug, Default)]
 pub struct Health(Arc<Mutex<Vec<Device>>>);
 
-/// A device, and how it is doing.
+/// A device and its condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// What it is called in the settings, such as `cuda:0`. Two workers may share one.
+    /// Its name in the settings, such as `cuda:0`. Two workers may share one.
     pub name: String,
-    /// How it is doing.
+    /// Its condition.
     pub condition: Condition,
 }
 
-/// How a device is doing.
+/// Condition of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Its engine is being made.
+    /// Its engine is being created.
     Starting,
     /// It takes jobs.
     Working,
-    /// The machine failed under a job: it takes no job until a probe finds that it can work.
+    /// A job failed because of the machine: it takes no job until a probe succeeds.
     Resting {
         /// What failed, in one line.
         why: String,
@@ -35,7 +35,7 @@ pub enum Condition {
         /// When it is probed next.
         next_probe: SystemTime,
     },
-    /// It cannot be used by this process any more. When all are, the process ends.
+    /// This process cannot use it any more. When all devices are dead, the process ends.
     Dead {
         /// What failed, in one line.
         why: String,
@@ -50,13 +50,13 @@ impl Health {
         self.lock().clone()
     }
 
-    /// Whether jobs can be worked on here: at least one device takes them, or there are none that could.
+    /// Whether at least one device takes jobs, or there are no devices.
     pub fn is_ready(&self) -> bool {
         let devices = self.lock();
         devices.is_empty() || devices.iter().any(|device| device.condition == Condition::Working)
     }
 
-    /// Adds a device, whose engine is being made. What comes back tells how it goes on.
+    /// Adds a device that is starting, and returns the reporter of its condition.
     pub fn add(&self, name: &str) -> Reporter {
         let mut devices = self.lock();
         devices.push(Device { name: name.to_owned(), condition: Condition::Starting });
@@ -70,7 +70,7 @@ impl Health {
     }
 }
 
-/// The one who tells how one device is doing.
+/// Reports the condition of one device.
 #[derive(Clone, Debug)]
 pub struct Reporter {
     health: Health,
@@ -84,7 +84,8 @@ impl Reporter {
         self.set(Condition::Working);
     }
 
-    /// It takes no job for `pause`, and then it is probed. A fault on top of a fault does not change since when.
+    /// It takes no job for `pause`, and then it is probed. A further fault does not change the time since when it
+    /// rests.
     pub fn resting(&self, why: &str, pause: Duration) {
         let now = SystemTime::now();
         let since = match self.condition() {
@@ -94,7 +95,7 @@ impl Reporter {
         self.set(Condition::Resting { why: why.to_owned(), since, next_probe: now + pause });
     }
 
-    /// It is of no use any more.
+    /// This process cannot use it any more.
     pub fn dead(&self, why: &str) {
         self.set(Condition::Dead { why: why.to_owned(), since: SystemTime::now() });
     }
@@ -115,7 +116,8 @@ impl Reporter {
 }
 
 impl fmt::Display for Device {
-    /// One line, such as `cuda:0: resting since 2026-11-27T10:00:00Z, next probe at 2026-11-27T10:00:05Z: out of memory`.
+    /// One line, such as
+    /// `cuda:0: resting since 2026-11-27T10:00:00Z, next probe at 2026-11-27T10:00:05Z: out of memory`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.name)?;
         match &self.condition {
@@ -129,7 +131,7 @@ impl fmt::Display for Device {
     }
 }
 
-/// A time of day to the second.
+/// A time, truncated to the second.
 fn second(time: SystemTime) -> Timestamp {
     let time = Timestamp::try_from(time).unwrap_or(Timestamp::UNIX_EPOCH);
     Timestamp::from_second(time.as_second()).unwrap_or(time)

@@ -43,9 +43,9 @@ impl<T: DeserializeOwned> FromRequestParts<AppState> for ApiQuery<T> {
     async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, Problem> {
         Query::try_from_uri(&parts.uri).map(|Query(query)| Self(query)).map_err(|error| {
             // The source names the parameter; the rejection itself is general.
-            let said =
+            let cause =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            Problem::new(Kind::BadParameter, format!("the query: {}", excerpt(&said)))
+            Problem::new(Kind::BadParameter, format!("the query: {}", excerpt(&cause)))
         })
     }
 }

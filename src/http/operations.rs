@@ -124,7 +124,7 @@ impl Operations {
     }
 }
 
-/// Updates the metrics of the queue. `/metrics` does it by itself; whoever pushes metrics has to call it.
+/// Updates the metrics of the queue. `/metrics` does it by itself; a process that pushes metrics has to call it.
 pub async fn update_queue_metrics(store: &Store) -> store::Result<()> {
     for gauge in store.gauges().await?.kinds {
         let labels = [("kind", gauge.kind.as_str())];

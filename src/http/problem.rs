@@ -76,7 +76,7 @@ kinds! {
     UrlExpired = "url-expired", FORBIDDEN, "The URL has expired",
         "Request the artifact again.";
     NotFound = "not-found", NOT_FOUND, "Not found",
-        "Also said of what belongs to another tenant.";
+        "What belongs to another tenant is answered alike.";
     MethodNotAllowed = "method-not-allowed", METHOD_NOT_ALLOWED, "The path does not support this method",
         "`Allow` lists those that it supports.";
     BodyTimeout = "body-timeout", REQUEST_TIMEOUT, "The body was sent too slowly",
@@ -169,7 +169,7 @@ impl Problem {
     }
 
     /// Sets the JSON pointer, and prefixes the detail with it.
-    pub(super) fn at_named(mut self, pointer: String) -> Self {
+    pub(super) fn prefixed_with_pointer(mut self, pointer: String) -> Self {
         self.detail = format!("{pointer}: {}", self.detail);
         self.at(pointer)
     }
@@ -238,7 +238,7 @@ impl From<store::Error> for Problem {
         match error {
             store::Error::Away(_) | store::Error::Schema(_) => Self::unavailable("database", &error),
             store::Error::Unknown(_) => {
-                tracing::warn!(error = %error_chain(&error), "outcome of a request unknown: the database did not answer a commit");
+                tracing::warn!(error = %error_chain(&error), "request outcome unknown: the database did not confirm a commit");
                 Self::new(
                     Kind::OutcomeUnknown,
                     "the database did not confirm the request; the same request with the same Idempotency-Key will tell",

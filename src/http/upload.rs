@@ -183,7 +183,8 @@ pub(super) async fn store_photos(
     let (mut objects, mut inspections) = (Vec::new(), Vec::new());
     for (n, image) in images.into_iter().enumerate() {
         let photo = decode(app, &image).await?;
-        let photo = photo.map_err(|refusal| Problem::from(refusal).at_named(format!("/images/{n}")))?;
+        let photo =
+            photo.map_err(|refusal| Problem::from(refusal).prefixed_with_pointer(format!("/images/{n}")))?;
         let png = Bytes::from(photo.png);
         let stored = app.blobs.put(&Key::photo(tenant, id, n), png.clone()).await;
         giving_back(|| drop(png));

@@ -33,7 +33,7 @@ const SLOT_WAIT_MAX: Duration = Duration::from_secs(75);
 /// An upload that has sent nothing for this long has stalled, and does not count.
 const STALLED: Duration = Duration::from_secs(5);
 
-/// What a photo costs beside its bytes, as bytes.
+/// What a photo costs besides its bytes, as bytes.
 const PHOTO_OVERHEAD: u64 = 64 << 10;
 /// The same for a whole upload.
 const UPLOAD_OVERHEAD: u64 = PHOTO_OVERHEAD * N_PHOTOS_MAX as u64;
@@ -490,7 +490,7 @@ mod tests {
         backlog.record_time(10_000, 1.0);
         assert!(
             backlog.secs_per_byte < 1e-5,
-            "one that waited for something else says little: {}",
+            "a small measurement counts for little: {}",
             backlog.secs_per_byte
         );
         backlog.record_time(640 * MB, 64.0);

@@ -1,4 +1,4 @@
-//! What can be said about a photo without a model: how bright, how sharp, and whether two are one.
+//! Measures photos without a model: brightness, contrast, sharpness, and a hash to find duplicates.
 
 use image::RgbImage;
 use image::imageops::{FilterType, resize, thumbnail};
@@ -7,15 +7,15 @@ use utoipa::ToSchema;
 
 use crate::job::words;
 
-/// Longest side of what is looked at, so that sharpness means the same for every camera.
+/// Longest side of the measured picture, so that sharpness means the same for every camera.
 const SIDE: u32 = 512;
-/// Side of the tiles whose sharpest one counts: a plain background says nothing about focus.
+/// Side of the tiles; the sharpest one counts, since a plain background says nothing about focus.
 const TILE: usize = 64;
 /// Assumption: thresholds set by eye, for warnings only.
 const DARK: f64 = 0.12;
 const UNIFORM: f64 = 0.02;
 const BLURRY: f64 = 20.0;
-/// Bits of 256 in which two pictures of one scene may differ, and how far apart their brightness.
+/// Duplicates differ in at most this many of 256 bits, and in brightness by less than that.
 const BITS_APART: u32 = 12;
 const BRIGHTNESS_APART: f64 = 0.04;
 
@@ -78,8 +78,8 @@ impl Inspection {
     }
 }
 
-/// The pairs, by their places, that show the same picture, however resized or compressed. For a warning: two colours of
-/// one product may look alike too.
+/// Pairs of indices of photos that show the same picture, however resized or compressed. For warnings only: two colours
+/// of one product may look alike too.
 pub fn duplicates(inspections: &[Inspection]) -> Vec<(usize, usize)> {
     let mut pairs = Vec::new();
     for (j, b) in inspections.iter().enumerate() {
@@ -125,7 +125,7 @@ fn sharpness(luma: &[f64], width: usize, height: usize) -> f64 {
     sharpest
 }
 
-/// One bit for each of 16 x 16 places: whether it gets clearly brighter to the right. Takes 17 x 16 luminances.
+/// One bit for each of 16 x 16 pixels: whether the next one to the right is clearly brighter. Takes 17 x 16 luminances.
 fn hash(luma: &[f64]) -> String {
     let bits = luma.chunks(17).flat_map(|row| row.windows(2).map(|pair| pair[1] > pair[0] + 2.0));
     let bits: Vec<_> = bits.collect();

@@ -1,7 +1,7 @@
-//! What a JPEG's markers say, read without decoding: the decoder fills what is missing with grey and says nothing, and
-//! takes as long over a thousand scans as they ask for.
+//! Reads a JPEG's markers without decoding it. Needed because the decoder silently fills missing data with grey, and
+//! decodes any number of scans.
 
-/// What the markers up to the end of the first picture say.
+/// What the markers up to the end of the first picture contain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct JpegInfo {
     pub(super) width: u16,
@@ -11,12 +11,12 @@ pub(super) struct JpegInfo {
     pub(super) n_scans: usize,
 }
 
-/// Walks the markers. `None` where there is not one whole picture: no frame or two, no scan, no end.
+/// Reads the markers. `None` unless there is one whole picture: exactly one frame, a scan, and the end.
 pub(super) fn read_info(bytes: &[u8]) -> Option<JpegInfo> {
     let mut info: Option<JpegInfo> = None;
     let mut rest = bytes.strip_prefix(&[0xFF, 0xD8])?;
     loop {
-        // Entropy-coded bytes are passed over like any garbage between markers: in them FF is followed by 0.
+        // Entropy-coded bytes are skipped like any garbage between markers: in them FF is followed by 0.
         let at = rest.iter().position(|&byte| byte == 0xFF)?;
         rest = &rest[at..];
         let fill = rest.iter().position(|&byte| byte != 0xFF)?;

@@ -1,8 +1,8 @@
-//! Bytes of strangers to pixels: the only place where uploaded bytes are decoded.
+//! Decodes untrusted uploads; the only decoder of uploaded bytes.
 //!
-//! The content decides what a file is, never its name or its label. Sizes are judged before anything is allocated for
-//! them. What is kept is the pixels, upright, in sRGB, on white, written anew as PNG: metadata, tails and second
-//! pictures are gone with the file. No I/O here; a refusal is one line that a client may read.
+//! The content decides what a file is, never its name or its content type. Sizes are checked before anything is
+//! allocated for them. Only the pixels are kept, upright, in sRGB, on white, encoded anew as PNG: metadata, trailing
+//! data and further pictures are dropped. No I/O here; a refusal is one line that a client may read.
 
 mod inspect;
 mod jpeg;
@@ -24,17 +24,17 @@ pub use inspect::{Inspection, Warning, duplicates};
 
 use crate::memory::giving_back;
 
-/// What may be uploaded, as a client reads it.
+/// The accepted formats, as clients are told.
 pub const ACCEPTED: &str = "PNG, JPEG or WebP";
 
-/// Most scans of a progressive JPEG: encoders write about ten, and each costs a pass over the whole picture.
+/// Maximum scans of a progressive JPEG: encoders write about ten, and each costs a pass over the whole picture.
 const N_SCANS_MAX: usize = 64;
-/// What the chunks of a PNG beside its picture may inflate to.
+/// Largest inflated size of a PNG's chunks besides its picture.
 const PNG_EXTRAS_BYTES_MAX: u64 = 16 << 20;
-/// Larger colour profiles are taken for none.
+/// Larger colour profiles are ignored.
 const ICC_BYTES_MAX: usize = 4 << 20;
 
-/// What a photo may be like.
+/// Limits of a photo's size.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Shortest side, in pixels.
@@ -45,7 +45,7 @@ pub struct Limits {
     pub pixels_max: u64,
     /// Longest side over shortest.
     pub aspect_max: f64,
-    /// Memory for what the decoder writes. Its peak is about twice that: the picture is turned and written anew.
+    /// Memory for the decoded picture, in bytes. The peak is about twice that: the picture is rotated and encoded anew.
     pub bytes_max: u64,
 }
 
@@ -55,28 +55,28 @@ impl Default for Limits {
     }
 }
 
-/// A photo that can be worked with: upright, sRGB, opaque, and nothing of the file it came in.
+/// A decoded photo: upright, sRGB, opaque, with nothing else of its file.
 #[derive(Clone, Debug)]
 pub struct Photo {
-    /// Eight bits per channel, RGB, no metadata.
+    /// PNG: RGB, eight bits per channel, no metadata.
     pub png: Vec<u8>,
     /// Pixels.
     pub width: u32,
     /// Pixels.
     pub height: u32,
-    /// What can be seen without a model.
+    /// What was measured without a model.
     pub inspection: Inspection,
 }
 
-/// Why a file was not taken.
+/// Why a file was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
-    /// A stable word that clients may act on.
+    /// A stable code that clients may rely on; the slug of a problem type.
     pub code: &'static str,
-    /// The HTTP status that fits: 415 for another kind of file, 503 when no decoder was free in time, 422 for the rest.
+    /// The HTTP status: 415 for another type of file, 503 if no decoder was free in time, 422 for the rest.
     pub status: u16,
-    /// What came and what is wanted, in one line.
+    /// What was sent and what is expected, in one line.
     pub message: String,
 }
 
@@ -93,8 +93,8 @@ impl Refusal {
 /// Decodes one uploaded file. Blocks for as long as decoding takes; see [`Decoder`] for a bound in time.
 ///
 /// Refusals: `image-empty`, `image-type-unsupported` (415), `image-too-large`, `image-too-small`, `image-aspect`,
-/// `animated-not-supported`, `image-color-unsupported`, `image-too-complex`, `image-damaged`. A decoder that panics has
-/// met a damaged file.
+/// `animated-not-supported`, `image-color-unsupported`, `image-too-complex`, `image-damaged`. A panic of the decoder
+/// counts as a damaged file.
 pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
     catch_unwind(AssertUnwindSafe(|| decode_image(bytes, limits))).unwrap_or_else(|_| {
         metrics::counter!("hypnos_photo_panics_total").increment(1);
@@ -122,7 +122,7 @@ fn decode_image(bytes: &[u8], limits: &Limits) -> Result<Photo, Refusal> {
     Ok(Photo { png: to_png(&pixels)?, width, height, inspection: Inspection::of(&pixels) })
 }
 
-/// The decoder for what `bytes` are, its own allocations bounded, nothing decoded yet.
+/// The decoder for the format of `bytes`, its allocations bounded, with nothing decoded yet.
 fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + 'a>, Refusal> {
     let damaged = |_| Refusal::damaged();
     let mut decoder_limits = image::Limits::no_limits();
@@ -154,7 +154,7 @@ fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + '
                 let message = format!("the JPEG has {} scans; wanted at most {N_SCANS_MAX}", info.n_scans);
                 return Err(Refusal::new("image-too-complex", message));
             }
-            // A progressive picture is held as coefficients, two bytes each, beside its pixels.
+            // The decoder keeps the coefficients of a progressive picture, two bytes each, besides its pixels.
             let per_sample = if info.progressive { 3 } else { 1 };
             let samples = u64::from(info.width) * u64::from(info.height) * u64::from(info.n_components);
             limits.check_memory(samples * per_sample)?;
@@ -166,9 +166,9 @@ fn open<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Box<dyn ImageDecoder + '
             Ok(Box::new(decoder))
         }
         Ok(ImageFormat::WebP) => {
-            // The container says how long it is; the decoder draws what is missing as it likes.
-            let promised = bytes.get(4..8).and_then(|le| le.try_into().ok()).map(u32::from_le_bytes);
-            if promised.is_none_or(|size| size as usize + 8 > bytes.len()) {
+            // The container has its length; the decoder would accept a truncated file.
+            let claimed = bytes.get(4..8).and_then(|le| le.try_into().ok()).map(u32::from_le_bytes);
+            if claimed.is_none_or(|size| size as usize + 8 > bytes.len()) {
                 return Err(Refusal::damaged());
             }
             let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
@@ -192,7 +192,7 @@ fn animation_refusal() -> Refusal {
     Refusal::new("animated-not-supported", "the file is an animation; wanted a single picture")
 }
 
-/// Width and height as the first chunk of a PNG says them.
+/// Width and height in the first chunk of a PNG.
 fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
     let side = |at| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     Some((side(16)?, side(20)?))
@@ -239,7 +239,7 @@ impl Limits {
 
 /// The picture in sRGB, eight bits, composited on white.
 ///
-/// Assumption: a profile that cannot be read, or that is for another kind of pixels, is taken for sRGB, as browsers do.
+/// Assumption: a profile that cannot be read, or that is for another kind of pixels, counts as sRGB, as in browsers.
 fn to_srgb(image: DynamicImage, icc: Option<&[u8]>) -> RgbImage {
     let profile = icc.filter(|icc| icc.len() <= ICC_BYTES_MAX);
     let profile = profile.and_then(|icc| ColorProfile::new_from_slice(icc).ok());
@@ -262,7 +262,7 @@ fn to_srgb(image: DynamicImage, icc: Option<&[u8]>) -> RgbImage {
     }
 }
 
-/// Brings 8-bit pixels to sRGB in their place, row by row.
+/// Converts 8-bit pixels to sRGB in place, in chunks.
 fn convert_in_place(profile: &ColorProfile, layout: Layout, pixels: &mut [u8]) {
     let srgb = ColorProfile::new_srgb();
     let Ok(transform) = profile.create_transform_8bit(layout, &srgb, layout, TransformOptions::default())
@@ -280,7 +280,7 @@ fn convert_in_place(profile: &ColorProfile, layout: Layout, pixels: &mut [u8]) {
     }
 }
 
-/// Grey pixels to sRGB: every level once, then by table.
+/// Converts grey pixels to sRGB with a table of all levels.
 fn grey_to_srgb(profile: &ColorProfile, image: DynamicImage) -> DynamicImage {
     let levels: Vec<u8> = (0..=255).collect();
     let mut table = vec![0; 3 * 256];
@@ -316,14 +316,14 @@ fn on_white(image: DynamicImage) -> RgbImage {
 
 fn to_png(pixels: &RgbImage) -> Result<Vec<u8>, Refusal> {
     let mut png = Vec::new();
-    // Choosing a filter for each row costs as much again and saves a hundredth.
+    // Choosing a filter for each row would take twice as long and save one per cent.
     PngEncoder::new_with_quality(&mut png, CompressionType::Fast, FilterType::Up)
         .write_image(pixels, pixels.width(), pixels.height(), ExtendedColorType::Rgb8)
         .map_err(|_| Refusal::damaged())?;
     Ok(png)
 }
 
-/// Decodes few files at a time, off the runtime's threads, each within a time limit.
+/// Decodes a limited number of files at a time, on threads for blocking work, each within a time limit.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     limits: Limits,
@@ -347,8 +347,8 @@ impl Decoder {
     /// [`decode`], refused as `image-too-complex` when it takes longer than the time limit, and as `decoder-busy` (503)
     /// when no slot came free within it.
     ///
-    /// A thread cannot be stopped from outside: one that is too slow runs on to its end and keeps its slot until then,
-    /// so that slow files can never take more threads than there are slots.
+    /// A thread cannot be stopped from outside: one that is too slow runs to its end and keeps its slot until then, so
+    /// that slow files never take more threads than there are slots.
     pub async fn decode(&self, bytes: Bytes) -> Result<Photo, Refusal> {
         let slot = tokio::time::timeout(self.time_limit, Arc::clone(&self.slots).acquire_owned()).await;
         let Ok(Ok(slot)) = slot else {
@@ -358,7 +358,7 @@ impl Decoder {
         let limits = self.limits;
         let work = tokio::task::spawn_blocking(move || {
             let _slot = slot;
-            // A picture takes a hundred megabytes for a moment; a worker in the same process keeps what it frees.
+            // A picture takes a hundred megabytes for a moment, which a worker's allocator would otherwise keep.
             giving_back(|| {
                 let photo = decode(&bytes, &limits);
                 drop(bytes);

@@ -1,4 +1,4 @@
-//! The way to the collector: OTLP as protobuf over HTTP, by the client and the TLS that the rest of the program uses.
+//! Export to the collector: OTLP as protobuf over HTTP, with the HTTP client and TLS of the rest of the program.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
 use tracing::{info, warn};
 
-/// Longest that one request takes, whatever `OTEL_EXPORTER_OTLP_TIMEOUT` allows for all its repetitions.
+/// Timeout of one request; `OTEL_EXPORTER_OTLP_TIMEOUT` limits it together with its retries.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Attributes that are sent, and the names that they are sent by. No other is.
+/// Attributes that are exported, with the names that they are exported by. No others are.
 const ATTRIBUTES: [(&str, &str); 10] = [
     ("method", "http.request.method"),
     ("route", "http.route"),
@@ -34,13 +34,14 @@ const ATTRIBUTES: [(&str, &str); 10] = [
 ];
 
 pub(super) fn client() -> Result<Arc<dyn HttpClient>, String> {
-    // Whoever was first has installed the same one.
+    // Fails if the same provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::blocking::Client::builder()
         .timeout(REQUEST_TIMEOUT)
         .connect_timeout(CONNECT_TIMEOUT)
         .build();
-    let client = client.map_err(|error| format!("no client for OpenTelemetry's collector: {error}"))?;
+    let client = client
+        .map_err(|error| format!("cannot create an HTTP client for OpenTelemetry's collector: {error}"))?;
     Ok(Arc::new(Client { client, is_unreachable: AtomicBool::new(false) }))
 }
 
@@ -66,10 +67,11 @@ pub(super) fn meter_provider(
 }
 
 fn setting_error(error: &dyn fmt::Display) -> String {
-    format!("OpenTelemetry's settings (OTEL_*) cannot work: {error}")
+    format!("OpenTelemetry's settings (OTEL_*) are invalid: {error}")
 }
 
-/// Sends requests from the senders' own threads, and says once that the collector is away, and once that it is back.
+/// Sends requests from the exporters' own threads. Logs once that the collector is unreachable, and once that it is
+/// back.
 #[derive(Debug)]
 struct Client {
     client: reqwest::blocking::Client,
@@ -82,19 +84,19 @@ impl HttpClient for Client {
         let sent = self.send(request);
         let failure = match &sent {
             Ok(response) if response.status().is_success() => None,
-            Ok(response) => Some(format!("it answers {}", response.status())),
-            Err(error) if error.is_timeout() => Some("it does not answer in time".to_owned()),
+            Ok(response) => Some(format!("it responds with {}", response.status())),
+            Err(error) if error.is_timeout() => Some("it does not respond in time".to_owned()),
             Err(error) if error.is_connect() => Some("no connection".to_owned()),
-            Err(_) => Some("the request could not be sent".to_owned()), // with its URL, which may hold a key
+            Err(_) => Some("the request could not be sent".to_owned()), // the error has its URL, which may hold a key
         };
         match failure {
             Some(why) if !self.is_unreachable.swap(true, Ordering::Relaxed) => {
                 warn!(
-                    "OpenTelemetry's collector cannot be reached: {why}; all else goes on, and this is said once"
+                    "OpenTelemetry's collector cannot be reached: {why} (logged once; nothing else is affected)"
                 );
             }
             None if self.is_unreachable.swap(false, Ordering::Relaxed) => {
-                info!("OpenTelemetry's collector is back")
+                info!("OpenTelemetry's collector can be reached again");
             }
             _ => {}
         }
@@ -113,7 +115,7 @@ impl Client {
     }
 }
 
-/// Gives spans the names, kinds and attributes of OpenTelemetry's conventions, where the log has shorter words.
+/// Renames spans and their attributes by OpenTelemetry's semantic conventions; the log has shorter names.
 #[derive(Debug)]
 struct ConventionalNames(SpanExporter);
 

@@ -1,9 +1,9 @@
-//! Traces and figures by OpenTelemetry, pushed by OTLP over HTTP to whoever collects them, where OpenTelemetry's own
-//! variables (`OTEL_*`) ask for it. Everything here works without a collector, and then costs next to nothing.
+//! OpenTelemetry traces and metrics, pushed by OTLP over HTTP to a collector where OpenTelemetry's own variables
+//! (`OTEL_*`) ask for it. Without a collector everything here still works, and costs next to nothing.
 //!
-//! Spans are the log's own: `request`, `job` and the job's phases. A request's span continues the trace that its caller
-//! names in `traceparent`; its own context goes into the job's row, so that the worker's spans belong to the same trace.
-//! Figures are those of `/metrics`, by the same names.
+//! Spans are those of the log: `request`, `job` and the job's phases. A request's span continues the trace in its
+//! `traceparent` header; its own context is stored in the job's row, so that the worker's spans belong to the same
+//! trace. Metrics are those of `/metrics`, with the same names.
 
 mod export;
 mod recorder;
@@ -27,15 +27,15 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::config::Signals;
 pub use recorder::{LATENCIES, OtelRecorder};
 
-/// How long the end of the process waits for a collector to take what is left.
+/// How long the process waits at its end for the collector to take what is left.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SERVICE: &str = "hypnos";
 
-/// A span of the log that is none of a trace: it lasts as long as the process.
+/// Name of a span that is not exported: it lasts as long as the process.
 const PROCESS_SPAN: &str = "worker";
 
-/// What is sent, and its senders. Ends with [`Telemetry::flush`]; dropped, it loses what was not sent yet.
+/// The exporters. End it with [`Telemetry::flush`]; dropped, it loses what was not sent yet.
 #[derive(Debug)]
 pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
@@ -43,8 +43,8 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Begins to send `signals`; none where nothing is asked for. `role` says which part of the service this process is.
-    /// The error is a setting that cannot work, in one line.
+    /// Starts to export `signals`; none if none are requested. `role` is the part of the service that this process is.
+    /// The error is an invalid setting, in one line.
     pub fn start(signals: Signals, role: &'static str) -> Result<Option<Self>, String> {
         if signals == Signals::default() {
             return Ok(None);
@@ -56,7 +56,7 @@ impl Telemetry {
         Ok(Some(Self { traces, metrics }))
     }
 
-    /// What hears the log's spans.
+    /// The layer that exports spans.
     pub fn layer<S>(&self) -> Option<impl Layer<S> + use<S>>
     where
         S: Subscriber + for<'span> LookupSpan<'span>,
@@ -70,21 +70,21 @@ impl Telemetry {
         Some(layer.with_filter(FilterFn::new(is_ours)))
     }
 
-    /// What hears the figures.
+    /// The recorder that exports metrics.
     pub fn recorder(&self) -> Option<OtelRecorder> {
         self.metrics.as_ref().map(OtelRecorder::new)
     }
 
-    /// Sends what is left and ends, within five seconds, whatever the collector does.
+    /// Sends what is left and stops, within five seconds, whatever the collector does.
     pub fn flush(mut self) {
         let (done, ended) = channel();
         let (traces, metrics) = (self.traces.take(), self.metrics.take());
         let n_senders = usize::from(traces.is_some()) + usize::from(metrics.is_some());
         let also_done = done.clone();
-        // Each on a thread of its own, which the end of the process takes with it.
+        // Each on a thread of its own, which ends with the process.
         if let Some(traces) = traces {
             std::thread::spawn(move || {
-                let _ = traces.shutdown_with_timeout(FLUSH_TIMEOUT); // the sender has said what was wrong
+                let _ = traces.shutdown_with_timeout(FLUSH_TIMEOUT); // the exporter has logged its error
                 let _ = done.send(());
             });
         }
@@ -105,19 +105,19 @@ impl Telemetry {
 }
 
 impl Drop for Telemetry {
-    /// The senders' own way to be dropped is to flush for as long as it takes.
+    /// Leaks the exporters: their own destructors would flush without a time limit.
     fn drop(&mut self) {
         std::mem::forget((self.traces.take(), self.metrics.take()));
     }
 }
 
-/// Our own spans and what is logged within them, at the level of the log's default.
+/// Whether a span or event is ours and at least of level info.
 fn is_ours(metadata: &Metadata<'_>) -> bool {
     let ours = metadata.target() == "hypnos" || metadata.target().starts_with("hypnos::");
     ours && *metadata.level() <= Level::INFO && metadata.name() != PROCESS_SPAN
 }
 
-/// Who sends: what `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` say, and what nobody has to say.
+/// The resource: from `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES`, completed with version, instance and role.
 fn resource(role: &'static str) -> Resource {
     let own = [
         KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
@@ -133,15 +133,15 @@ fn resource(role: &'static str) -> Resource {
     if named { resource.build() } else { resource.with_service_name(SERVICE).build() }
 }
 
-/// Makes a span that has just begun part of the trace that a W3C `traceparent` names, or the first of a trace of its own.
+/// Makes a new span a child of the span in a W3C `traceparent`; without one it begins a trace of its own.
 pub fn set_parent(span: &Span, traceparent: Option<&str>) {
     let parent = traceparent.map(|text| {
         TraceContextPropagator::new().extract_with_context(&Context::new(), &TraceparentHeader(text))
     });
-    let _ = span.set_parent(parent.unwrap_or_default()); // refused where nobody hears spans
+    let _ = span.set_parent(parent.unwrap_or_default()); // fails if spans are not exported
 }
 
-/// The W3C `traceparent` that makes others' spans part of this one's trace; none where nobody hears spans.
+/// The W3C `traceparent` of a span, for its children elsewhere; none if spans are not exported.
 pub fn traceparent(span: &Span) -> Option<String> {
     let context = span.context();
     let own = context.span().span_context().clone();
@@ -149,7 +149,7 @@ pub fn traceparent(span: &Span) -> Option<String> {
         .then(|| format!("00-{}-{}-{:02x}", own.trace_id(), own.span_id(), own.trace_flags().to_u8()))
 }
 
-/// Says how a request was answered.
+/// Records the status of a request's response.
 pub fn record_status(span: &Span, status: u16) {
     span.set_attribute("http.response.status_code", i64::from(status));
     if status >= 500 {
@@ -157,13 +157,13 @@ pub fn record_status(span: &Span, status: u16) {
     }
 }
 
-/// Says that what the span covers failed, and by which kind of fault.
+/// Records that the span failed, with the kind of fault.
 pub fn record_error(span: &Span, code: &'static str) {
     span.set_attribute("error.type", code);
     span.set_status(Status::error(code));
 }
 
-/// A `traceparent` as a carrier of headers.
+/// A carrier with one header, `traceparent`.
 struct TraceparentHeader<'a>(&'a str);
 
 impl Extractor for TraceparentHeader<'_> {

@@ -1,7 +1,7 @@
-//! The program's figures as OpenTelemetry's instruments, by the same names.
+//! A recorder that exports the program's metrics as OpenTelemetry instruments with the same names.
 //!
-//! Counters and gauges are kept here and read when they are sent, as the Prometheus exporter does; a histogram is the
-//! instrument itself.
+//! Counters and gauges are kept here and read at each export, as the Prometheus exporter does; a histogram is an
+//! OpenTelemetry instrument itself.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -16,22 +16,22 @@ use opentelemetry_sdk::metrics::SdkMeterProvider;
 
 use super::SERVICE;
 
-/// Bounds of the buckets in which durations are counted, in seconds.
+/// Upper bounds of the buckets of durations, in seconds.
 pub const LATENCIES: [f64; 10] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0];
 
-/// Hears figures and has them sent.
+/// Records metrics and exports them.
 pub struct OtelRecorder(Arc<Shared>);
 
 struct Shared {
     registry: Registry<Key, InstrumentStorage>,
     meter: Meter,
-    /// Names that are sent already.
+    /// Names that have an instrument.
     registered: Mutex<HashSet<String>>,
 }
 
 impl fmt::Debug for OtelRecorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Figures")
+        f.write_str("OtelRecorder")
     }
 }
 
@@ -42,7 +42,7 @@ impl OtelRecorder {
         Self(Arc::new(Shared { registry, meter, registered: Mutex::default() }))
     }
 
-    /// Whether a name is met for the first time.
+    /// Whether the name has no instrument yet; then it counts as having one.
     fn is_new(&self, key: &Key) -> bool {
         let mut registered = self.0.registered.lock().unwrap_or_else(PoisonError::into_inner);
         !registered.contains(key.name()) && registered.insert(key.name().to_owned())
@@ -91,7 +91,7 @@ impl Recorder for OtelRecorder {
     }
 }
 
-/// How figures are kept.
+/// Creates the storage of each metric.
 struct InstrumentStorage(Meter);
 
 impl Storage<Key> for InstrumentStorage {

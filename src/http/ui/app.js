@@ -1,4 +1,4 @@
-// The page at /: a client of the API like any other, without a library and without a build.
+// The page at /: a client of the API like any other, without libraries and without a build step.
 
 const $ = (id) => document.getElementById(id);
 const PHASES = ["preparing", "refining", "class_images", "discriminating", "training", "drawing", "evaluating", "storing"];
@@ -9,7 +9,7 @@ const MEASURES = [["dino", "DINO"], ["clip_i", "CLIP-I"], ["clip_t", "CLIP-T"]];
 
 const key = { get: () => sessionStorage.getItem("key"), set: (text) => sessionStorage.setItem("key", text) };
 
-class Refused extends Error {
+class ApiError extends Error {
   constructor(status, problem) {
     super(problem.detail ?? problem.title ?? `the server answered ${status}`);
     Object.assign(this, { status, problem });
@@ -28,7 +28,7 @@ async function ask(path, request = {}) {
   }
   if (answer.ok) return answer;
   if (answer.status === 401) show("key", true);
-  throw new Refused(answer.status, await answer.json().catch(() => ({})));
+  throw new ApiError(answer.status, await answer.json().catch(() => ({})));
 }
 
 const read = async (path, request) => (await ask(path, request)).json();
@@ -46,7 +46,7 @@ function note(id, text) {
   show(id, Boolean(text));
 }
 
-/** An element with attributes and children. Texts are texts: nothing that comes from outside is read as HTML. */
+/** An element with attributes and children. Text is never parsed as HTML. */
 function element(name, attributes = {}, ...children) {
   const made = Object.assign(document.createElement(name), attributes);
   made.append(...children.filter((child) => child !== null && child !== undefined));
@@ -62,7 +62,7 @@ function duration(seconds) {
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-/** Runs a task of a form or button: what goes wrong is said beside it. */
+/** Runs the task of a form or button, and shows its error beside it. */
 async function attempt(noteId, task) {
   note(noteId);
   try {
@@ -93,7 +93,7 @@ async function inspect() {
   photos.forEach((photo) => form.append("images", photo.file));
   try {
     const found = await read("/v1/photos/inspect", { method: "POST", body: form });
-    if (asked !== looking) return; // the photos are others by now
+    if (asked !== looking) return; // the photos have changed meanwhile
     found.photos.forEach((seen, i) => (photos[i].seen = seen));
     const twice = found.duplicates.map(([a, b]) => `photos ${a + 1} and ${b + 1} show the same picture`);
     note("photos-note", twice.join("; "));
@@ -104,7 +104,7 @@ async function inspect() {
 }
 
 function remarks({ seen }) {
-  if (!seen) return [["soft", "looking..."]];
+  if (!seen) return [["soft", "checking..."]];
   if (seen.problem) return [["bad", seen.problem.detail]];
   const odd = [...(seen.inspection?.warnings ?? []), ...(seen.product?.warnings ?? [])].map((word) => ["odd", word]);
   const refusal = seen.product?.refusal;
@@ -153,7 +153,7 @@ $("new").addEventListener("submit", (event) => {
     form.append("options", JSON.stringify({ method: $("method").value, ...options }));
     $("start").disabled = true;
     try {
-      // A key of its own: a second click, or a lost answer, makes no second training.
+      // With an Idempotency-Key a second click or a lost response creates no second training.
       const job = await read("/v1/jobs", { method: "POST", body: form, headers: { "Idempotency-Key": crypto.randomUUID() } });
       photos.forEach((photo) => URL.revokeObjectURL(photo.url));
       photos = [];
@@ -182,13 +182,13 @@ async function follow(id) {
     } catch (error) {
       if (error.name === "AbortError") return;
       if (error.status && error.status < 500) return note("fault", error.message), show("job", true);
-      await new Promise((done) => setTimeout(done, wait)); // the server is away: it comes back
+      await new Promise((done) => setTimeout(done, wait)); // the server is unavailable: try again
       wait = Math.min(2 * wait, 15000);
     }
   }
 }
 
-/** Server-sent events by fetch: an EventSource cannot send a key. */
+/** Server-sent events by fetch, since an EventSource cannot send a key. */
 async function events(here) {
   const answer = await ask(`/v1/jobs/${here.id}/events`, { signal: here.stop.signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -211,9 +211,9 @@ async function paintJob(here, job) {
   if (open !== here) return;
   show("job", true);
   $("job-title").textContent = job.class_name;
-  $("state").textContent = job.cancel_requested && job.state === "running" ? "ending" : job.state;
+  $("state").textContent = job.cancel_requested && job.state === "running" ? "canceling" : job.state;
   $("state").className = `state ${job.state}`;
-  const place = job.queue_position === null ? "" : `${job.queue_position} before it in the queue, `;
+  const place = job.queue_position === null ? "" : `${job.queue_position} ahead in the queue, `;
   $("facts").textContent = `${place}${words(job.options.method)}, ${job.options.steps} steps, seed ${job.seed}, ${time(job.created_at)}`;
   const ended = ["succeeded", "failed", "canceled"].includes(job.state);
   show("cancel", !ended);
@@ -226,7 +226,7 @@ async function paintJob(here, job) {
     here.losses.push([progress.step, progress.loss]);
     plot(here.losses, job.options.steps);
   }
-  // Files are there when a phase is done, and when one more picture is.
+  // New files appear when a phase ends and with each new picture.
   const seen = `${progress?.phase} ${progress?.images}`;
   if (ended || seen !== here.shown) {
     here.shown = seen;
@@ -251,10 +251,10 @@ function paintProgress(here, job, ended) {
   $("bar").removeAttribute("value");
   if (progress.total) Object.assign($("bar"), { max: progress.total, value: progress.step });
   $("doing").textContent = `${words(progress.phase)} ${progress.total ? `${progress.step} of ${progress.total}` : ""}`;
-  $("eta").textContent = progress.eta_seconds === null ? "" : `about ${duration(progress.eta_seconds)} left in all`;
+  $("eta").textContent = progress.eta_seconds === null ? "" : `about ${duration(progress.eta_seconds)} left`;
 }
 
-/** A polyline of means, so that noise does not hide where it goes. */
+/** A polyline of moving averages, so that noise does not hide the trend. */
 function plot(losses, steps) {
   if (losses.length < 2) return;
   show("curve", true);
@@ -284,7 +284,7 @@ function plot(losses, steps) {
 }
 
 const TITLES = [
-  [/^mask-(\d+)/, (n) => `where photo ${+n + 1} shows it`],
+  [/^mask-(\d+)/, (n) => `the product in photo ${+n + 1}`],
   [/^view-(\d+)/, (n) => `view ${+n + 1}`],
   [/^attention-(\d+)/, (n) => `what the discriminator looks at, photo ${+n + 1}`],
   [/^preview-(\d+)/, (n) => `after ${n} steps`],
@@ -318,7 +318,7 @@ async function paintFiles(here, job) {
   show("draw", true);
 }
 
-/** What the report says of a picture: its prompt and how near it comes, each from -1 to 1. */
+/** A picture's prompt and scores, each from -1 to 1. */
 function described(image) {
   if (!image) return [];
   const measured = MEASURES.filter(([name]) => typeof image.fidelity?.[name] === "number");
@@ -370,7 +370,7 @@ function drawn(image, i) {
   return item;
 }
 
-// --- The list, and where we are
+// --- The list of trainings, and routing
 
 async function list() {
   try {
@@ -385,7 +385,7 @@ async function list() {
     show("recent", data.length > 0);
     show("key", false);
   } catch (error) {
-    if (!(error instanceof Refused)) note("new-note", error.message);
+    if (!(error instanceof ApiError)) note("new-note", error.message);
   }
 }
 
