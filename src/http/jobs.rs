@@ -112,7 +112,7 @@ async fn create(
         Ok(accepted) if accepted.job.id == id => {}
         // The row may be there, or may still appear: then it needs its photos.
         Err(problem) if problem.kind() == ProblemKind::OutcomeUnknown => {
-            tracing::warn!(job.id = %id, "outcome of a submission unknown: photos kept; `hypnos sweep` removes them if there is no job");
+            tracing::warn!(job.id = %id, "submission outcome unknown: photos kept, for a sweep if there is no job");
         }
         _ => discard(app, tenant, id).await,
     }
