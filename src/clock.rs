@@ -1,5 +1,5 @@
-//! The time by which processes wait for each other: the machine's own, or, on a test's threads, one that the test moves by
-//! hand. Answers, leases and patience go by it; what times a client's connection or a computation does not.
+//! The clock of timeouts, leases and retries: the machine's own, or, on a test's threads, one that the test controls.
+//! Client connections and measurements of computations use the machine's clock directly.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,73 +11,73 @@ use jiff::Timestamp;
 use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-/// A time that a test moves by hand.
-pub trait Time: fmt::Debug + Send + Sync {
-    /// A moment, to be compared with others of this process.
+/// A clock that a test controls.
+pub trait TestClock: fmt::Debug + Send + Sync {
+    /// The current instant, comparable within this process.
     fn now(&self) -> Instant;
-    /// What a calendar says.
+    /// The current date and time.
     fn timestamp(&self) -> Timestamp;
-    /// How long ago the machine was started.
+    /// Time since the machine's boot.
     fn since_boot(&self) -> Duration;
-    /// Hears that this thread, which runs no tasks, is about to wait for a message, or waits no longer.
-    fn waits(&self, waits: bool) {
-        let _ = waits;
+    /// Called when this thread, which runs no tasks, begins or ends to wait for a message.
+    fn set_waiting(&self, waiting: bool) {
+        let _ = waiting;
     }
     /// Waits until `at`.
     fn sleep_until(&self, at: Instant) -> BoxFuture<'static, ()>;
 }
 
 thread_local! {
-    static BY_HAND: RefCell<Option<Arc<dyn Time>>> = const { RefCell::new(None) };
+    static TEST_CLOCK: RefCell<Option<Arc<dyn TestClock>>> = const { RefCell::new(None) };
 }
 
-/// On this thread it is `time` from now on; the machine's own again if that is none.
-pub fn set(time: Option<Arc<dyn Time>>) {
-    BY_HAND.set(time);
+/// Sets this thread's clock; the machine's own again if none.
+pub fn set(clock: Option<Arc<dyn TestClock>>) {
+    TEST_CLOCK.set(clock);
 }
 
-fn by_hand() -> Option<Arc<dyn Time>> {
-    BY_HAND.with_borrow(Clone::clone)
+fn test_clock() -> Option<Arc<dyn TestClock>> {
+    TEST_CLOCK.with_borrow(Clone::clone)
 }
 
-/// This moment, to be compared with others of this process.
+/// The current instant, comparable within this process.
 pub fn now() -> Instant {
-    by_hand().map_or_else(Instant::now, |time| time.now())
+    test_clock().map_or_else(Instant::now, |clock| clock.now())
 }
 
-/// How long ago that was.
+/// Time since `moment`.
 pub fn since(moment: Instant) -> Duration {
     now().saturating_duration_since(moment)
 }
 
-/// What a calendar says.
+/// The current date and time.
 pub fn timestamp() -> Timestamp {
-    by_hand().map_or_else(Timestamp::now, |time| time.timestamp())
+    test_clock().map_or_else(Timestamp::now, |clock| clock.timestamp())
 }
 
-/// How long ago the machine was started, the time that it slept among it; none where it does not say.
+/// Time since the machine's boot, including the time it slept; none where it is not available.
 pub fn since_boot() -> Option<Duration> {
-    match by_hand() {
+    match test_clock() {
         None => clock_gettime(ClockId::CLOCK_BOOTTIME).ok().map(Duration::from),
-        Some(time) => Some(time.since_boot()),
+        Some(clock) => Some(clock.since_boot()),
     }
 }
 
-/// Waits so long.
+/// Waits for `time`.
 pub async fn sleep(time: Duration) {
-    match by_hand() {
+    match test_clock() {
         None => tokio::time::sleep(time).await,
-        Some(by_hand) => by_hand.sleep_until(by_hand.now() + time).await,
+        Some(clock) => clock.sleep_until(clock.now() + time).await,
     }
 }
 
-/// The work took longer than it may. It was dropped.
+/// The time limit was exceeded, and the work dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimedOut;
 
-/// Waits for `work`, but no longer than `limit`.
+/// Runs `work` for at most `limit`.
 pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, TimedOut> {
-    if by_hand().is_none() {
+    if test_clock().is_none() {
         return tokio::time::timeout(limit, work).await.map_err(|_| TimedOut);
     }
     tokio::select! {
@@ -87,21 +87,20 @@ pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Resul
     }
 }
 
-/// Waits for a message on a thread that runs no tasks, but no longer than `limit` if there is one; none when no more will
-/// come.
+/// Waits for a message on a thread that runs no tasks, for at most `limit` if given; none when the channel is closed.
 pub fn receive<T>(inbox: &mut UnboundedReceiver<T>, limit: Option<Duration>) -> Result<Option<T>, TimedOut> {
-    let time = by_hand();
-    let tell = |waits| time.iter().for_each(|time| time.waits(waits));
+    let clock = test_clock();
+    let set_waiting = |waiting| clock.iter().for_each(|clock| clock.set_waiting(waiting));
     let Some(limit) = limit else {
-        tell(true);
+        set_waiting(true);
         let received = inbox.blocking_recv();
-        tell(false);
+        set_waiting(false);
         return Ok(received);
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let runtime = runtime.expect("one that has time only opens nothing");
-    tell(true);
+    let runtime = runtime.expect("a runtime with time only opens nothing");
+    set_waiting(true);
     let received = runtime.block_on(timeout(limit, inbox.recv()));
-    tell(false);
+    set_waiting(false);
     received
 }

@@ -1,17 +1,19 @@
-//! Hypnos turns 3-5 photos of a product into a model that draws that product anywhere.
+//! Hypnos fine-tunes Stable Diffusion on 3 to 5 photos of a product, so that the model draws that product anywhere.
 //!
-//! Two programs that never call each other, an HTTP front and a worker, meet only in a table and a bucket, round one pure
-//! core that knows neither:
+//! The HTTP server and the worker never call each other. They share a database table and an object store, and a core
+//! that depends on neither:
 //!
 //! ```text
-//! cli       words in, exit codes out; wires the rest together
-//! http      requests to rows        worker    rows to results         (neither knows the other)
-//! store     the only SQL            blobs     the only object keys    photo    bytes of strangers to pixels
-//! engine    what a device can do: the seam between worker and core
-//! report    what people look at: a training as a page, tables of numbers
-//! ml        the core: models, mathematics, operations
-//! job       the nouns               config    every setting            health   how the devices are doing
-//! clock     time, which a test may move by hand
+//! cli       the command line: arguments and exit codes; connects the parts
+//! http      requests to rows            worker    rows to results (neither depends on the other)
+//! store     the database, the only SQL  blobs     the object store, the only object keys
+//! photo     decoding of uploads         engine    the interface between worker and core: one device
+//! report    reports and tables          ml        the core: models, losses, operations
+//! job       shared types                config    all settings
+//! health    condition of the devices    clock     time, which tests can control
+//! maintenance  rescue and erasure       deployment  which database and object store belong together
+//! retry     retries of ended jobs       sweep     orphaned objects
+//! memory    the allocator               telemetry traces and metrics
 //! ```
 
 pub mod blobs;
@@ -22,8 +24,8 @@ pub mod deployment;
 pub mod engine;
 pub mod health;
 pub mod http;
-pub mod janitor;
 pub mod job;
+pub mod maintenance;
 pub mod memory;
 pub mod ml;
 pub mod photo;

@@ -1,55 +1,55 @@
-//! What the allocator does with freed memory. Has an effect where mimalloc is the global allocator, as in `main.rs`.
-#![allow(unsafe_code)] // the allocator's settings have no safe face
+//! Settings of the allocator for freed memory. They apply where mimalloc is the global allocator, as in `main.rs`.
+#![allow(unsafe_code)] // the allocator's settings have no safe API
 
 use std::sync::{Mutex, PoisonError};
 
 use libmimalloc_sys::{mi_option_set, mi_option_t};
 
-/// `mi_option_purge_delay` of mimalloc.h, which the binding leaves out: milliseconds, 0 at once, -1 never.
+/// `mi_option_purge_delay` of mimalloc.h, which the binding lacks: milliseconds, 0 at once, -1 never.
 const PURGE_DELAY: mi_option_t = 15;
 
-/// Keeps freed memory from now on.
+/// Keeps freed memory in the process from now on.
 ///
-/// Gigabytes of tensors come and go each step. Giving their pages back to the kernel in between, as allocators do after
-/// a moment, costs as much as the arithmetic: each page is cleared again when it returns.
+/// Every step allocates and frees gigabytes of tensors. Returning their pages to the kernel in between, as allocators
+/// do after a moment, costs as much time as the arithmetic, since each page is cleared when it comes back.
 pub fn keep_freed() {
-    // SAFETY: sets one number that the allocator reads.
+    // SAFETY: sets one integer option of the allocator.
     unsafe { mi_option_set(PURGE_DELAY, -1) }
 }
 
-/// How many run that give back what they free.
-static GIVING: Mutex<usize> = Mutex::new(0);
+/// Number of live [`ReturnGuard`]s.
+static N_GUARDS: Mutex<usize> = Mutex::new(0);
 
-/// Runs `free`; what it frees goes back to the kernel at once, for whoever else needs it. What was freed before stays. Several
-/// may run at once; meanwhile nobody in this process keeps what is freed.
+/// Runs `free` and returns the memory that it frees to the kernel at once. Memory freed before stays. Several calls may
+/// run at once; meanwhile all memory that the process frees is returned.
 pub fn giving_back<T>(free: impl FnOnce() -> T) -> T {
-    let _giver = Giver::begin();
+    let _guard = ReturnGuard::new();
     free()
 }
 
-/// Gives back what is freed from now on: for a process that computes no tensors.
+/// Returns freed memory to the kernel from now on: for a process that computes no tensors.
 pub fn always_give_back() {
-    std::mem::forget(Giver::begin());
+    std::mem::forget(ReturnGuard::new());
 }
 
-/// One that gives back, until it is dropped.
-struct Giver;
+/// Returns freed memory to the kernel until it is dropped.
+struct ReturnGuard;
 
-impl Giver {
-    fn begin() -> Self {
-        let mut giving = GIVING.lock().unwrap_or_else(PoisonError::into_inner);
-        *giving += 1;
-        // SAFETY: sets one number that the allocator reads.
+impl ReturnGuard {
+    fn new() -> Self {
+        let mut n_guards = N_GUARDS.lock().unwrap_or_else(PoisonError::into_inner);
+        *n_guards += 1;
+        // SAFETY: sets one integer option of the allocator.
         unsafe { mi_option_set(PURGE_DELAY, 0) }
         Self
     }
 }
 
-impl Drop for Giver {
+impl Drop for ReturnGuard {
     fn drop(&mut self) {
-        let mut giving = GIVING.lock().unwrap_or_else(PoisonError::into_inner);
-        *giving -= 1;
-        if *giving == 0 {
+        let mut n_guards = N_GUARDS.lock().unwrap_or_else(PoisonError::into_inner);
+        *n_guards -= 1;
+        if *n_guards == 0 {
             keep_freed();
         }
     }

@@ -1,8 +1,8 @@
-//! The only object keys: identifiers, numbers and fixed names. No text of a client is ever part of one.
+//! Object keys: identifiers, numbers and fixed names, never a client's text.
 //!
 //! ```text
-//! t/{tenant}/j/{job}/photos/{n}.png                             what was uploaded, decoded and written anew
-//! t/{tenant}/j/{job}/a/{run_lease}/{name}                       what one claim of a job wrote; no other writes there
+//! t/{tenant}/j/{job}/photos/{n}.png                             uploaded photos, decoded and encoded again
+//! t/{tenant}/j/{job}/a/{run_lease}/{name}                       artifacts of one claim; no other claim writes there
 //! t/{tenant}/class/{settings}/{seed}-{job}-{run_lease}.png      class images, shared by the tenant's trainings; each
 //!                                                               was drawn by that claim of that job
 //! t/{tenant}/class/{settings}/{seed}.png                        the same, of earlier versions
@@ -10,37 +10,37 @@
 
 use std::fmt;
 
-use crate::job::{Format, JobId, Lease, TenantId};
+use crate::job::{Format, JobId, Lease, Object, TenantId};
 
 /// Longest name within a job, and longest `settings`.
 const NAME_CHARS_MAX: usize = 64;
 
-/// Where an object lies.
+/// The key of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key(String);
 
-/// What a claim of a job may write.
+/// Names of the artifacts that a claim may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Name {
     /// The fine-tuned weights: `weights.safetensors`.
     Weights,
-    /// Those of the last step, where another's are served: `weights-last.safetensors`.
+    /// The weights of the last step, if those of another are served: `weights-last.safetensors`.
     LastWeights,
-    /// All that led to a result: `report.json`.
+    /// The report: `report.json`.
     Report,
-    /// The same for people: `report.html`.
+    /// The report as a page: `report.html`.
     Page,
-    /// A training's state after so many steps: `checkpoint-{step}.safetensors`.
+    /// A training's state after that many steps: `checkpoint-{step}.safetensors`.
     Checkpoint(u64),
-    /// A picture of the result, by its place: `image-{n}.png`.
+    /// An image of the result, by its index: `image-{n}.png`.
     Image(usize, Format),
-    /// A picture drawn while the training goes on, by the steps before it: `preview-{step}.png`.
+    /// A preview drawn during the training, by its step: `preview-{step}.png`.
     Preview(u64, Format),
-    /// Where the product was found in a photo, by the photo's place: `mask-{n}.png`.
+    /// The mask of the product in a photo, by the photo's index: `mask-{n}.png`.
     Mask(usize, Format),
-    /// Where the discriminator looks, by the photo's place: `attention-{n}.png`.
+    /// The discriminator's attention, by the photo's index: `attention-{n}.png`.
     Attention(usize, Format),
-    /// A view that is learned from, by its place: `view-{n}.png`.
+    /// A view that is learned from, by its index: `view-{n}.png`.
     View(usize, Format),
 }
 
@@ -67,22 +67,22 @@ impl Key {
         Self(format!("t/{tenant}/j/{job}/photos/{n}.png"))
     }
 
-    /// What the holder of `lease` writes.
+    /// An artifact that the holder of `lease` writes.
     pub fn artifact(tenant: TenantId, lease: Lease, name: Name) -> Self {
         Self(format!("t/{tenant}/j/{}/a/{}/{name}", lease.job, lease.run_lease))
     }
 
-    /// The class image of `seed` under `settings`, which [`crate::engine::ClassImages`] gives as a hash, as the holder of
-    /// `lease` draws it: two kinds of device draw one image in different bytes.
+    /// The class image of `seed` with `settings`, the hash from [`crate::engine::ClassImages`], as drawn by the holder
+    /// of `lease`: different kinds of devices draw the same image in different bytes.
     ///
-    /// Panics if `settings` is not 1 to 64 ASCII letters and digits: that would be a fault of the engine.
+    /// Panics if `settings` is not 1 to 64 ASCII letters and digits: that would be a bug in the engine.
     pub fn class_image(tenant: TenantId, settings: &str, seed: u64, lease: Lease) -> Self {
         assert!(is_settings(settings), "settings are a hash in hexadecimal");
         let Lease { job, run_lease } = lease;
         Self(format!("t/{tenant}/class/{settings}/{seed}-{job}-{run_lease}.png"))
     }
 
-    /// A key that one of the above made; nothing else is one.
+    /// Parses a key that one of the constructors made; nothing else is a key.
     pub fn parse(text: &str) -> Option<Self> {
         let parts: Vec<_> = text.split('/').collect();
         let known = match parts[..] {
@@ -93,25 +93,27 @@ impl Key {
                 is_id(tenant) && is_id(job) && is_number(lease) && is_name(name)
             }
             ["t", tenant, "class", settings, image] => {
-                is_id(tenant) && is_settings(settings) && image.strip_suffix(".png").is_some_and(is_drawn)
+                is_id(tenant)
+                    && is_settings(settings)
+                    && image.strip_suffix(".png").is_some_and(is_class_image)
             }
             _ => false,
         };
         known.then(|| Self(text.to_owned()))
     }
 
-    /// The key as it stands in a row.
+    /// The key as rows keep it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The object's name within its job: its last part, but `photo-0.png` for a photo.
+    /// The object's name within its job: the last part of its key, but `photo-0.png` for a photo.
     pub fn name(&self) -> String {
         let (place, last) = self.0.rsplit_once('/').unwrap_or(("", &self.0));
         if place.ends_with("/photos") { format!("photo-{last}") } else { last.to_owned() }
     }
 
-    /// The media type, by the end of the name.
+    /// The media type, by the extension.
     pub fn content_type(&self) -> &'static str {
         match self.0.rsplit_once('.') {
             Some((_, "png")) => Format::Png.content_type(),
@@ -123,8 +125,8 @@ impl Key {
         }
     }
 
-    /// Whose it is: the tenant, the job, and the claim that wrote it; no claim for a photo. `None` for a class image,
-    /// which belongs to no job.
+    /// The tenant, the job, and the claim that wrote the object; no claim for a photo. `None` for a class image, which
+    /// belongs to no job.
     pub fn owner(&self) -> Option<(TenantId, JobId, Option<i64>)> {
         let parts: Vec<_> = self.0.split('/').collect();
         let id = |at: usize| parts.get(at).copied();
@@ -134,10 +136,20 @@ impl Key {
         let lease = if id(4) == Some("a") { id(5)?.parse().ok() } else { None };
         Some((id(1)?.parse().ok()?, id(3)?.parse().ok()?, lease))
     }
-}
 
-impl Key {
-    /// Whose class image it is, and under which settings; `None` for what belongs to a job.
+    /// The object with this key.
+    pub(super) fn object(&self, size: u64, sha256: String) -> Object {
+        Object {
+            name: self.name(),
+            key: self.as_str().into(),
+            size,
+            sha256,
+            content_type: self.content_type().into(),
+            meta: serde_json::Value::Null,
+        }
+    }
+
+    /// The tenant and the settings of a class image; `None` for an object of a job.
     pub fn class_image_of(&self) -> Option<(TenantId, &str)> {
         let mut parts = self.0.split('/').skip(1);
         let tenant = parts.next()?.parse().ok()?;
@@ -151,32 +163,32 @@ impl fmt::Display for Key {
     }
 }
 
-/// All objects of one owner.
+/// A prefix: all objects of one owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope(String);
 
 impl Scope {
-    /// Everything of a tenant.
+    /// All objects of a tenant.
     pub fn tenant(tenant: TenantId) -> Self {
         Self(format!("t/{tenant}"))
     }
 
-    /// Everything of a job.
+    /// All objects of a job.
     pub fn job(tenant: TenantId, job: JobId) -> Self {
         Self(format!("t/{tenant}/j/{job}"))
     }
 
-    /// What the holder of one lease wrote.
+    /// All objects that the holder of one lease wrote.
     pub fn attempt(tenant: TenantId, lease: Lease) -> Self {
         Self(format!("t/{tenant}/j/{}/a/{}", lease.job, lease.run_lease))
     }
 
-    /// The class images of a tenant, which no job takes with it.
+    /// All class images of a tenant.
     pub fn class_images(tenant: TenantId) -> Self {
         Self(format!("t/{tenant}/class"))
     }
 
-    /// Everything there is.
+    /// All objects.
     pub fn all() -> Self {
         Self("t".into())
     }
@@ -190,13 +202,13 @@ fn is_id(text: &str) -> bool {
     text.parse::<JobId>().is_ok()
 }
 
-/// A number as we write it: no sign, no leading zero.
+/// A number without sign and leading zeros.
 fn is_number(text: &str) -> bool {
     text.parse::<u64>().is_ok_and(|number| number.to_string() == text)
 }
 
 /// A class image's seed and the claim that drew it, or the seed alone.
-fn is_drawn(text: &str) -> bool {
+fn is_class_image(text: &str) -> bool {
     let Some((seed, claim)) = text.split_once('-') else { return is_number(text) };
     is_number(seed) && claim.rsplit_once('-').is_some_and(|(job, lease)| is_id(job) && is_number(lease))
 }

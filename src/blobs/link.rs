@@ -1,35 +1,35 @@
-//! Our own signed URLs for the local store, which has no server of its own that could sign.
+//! Signed URLs of the local store, which has no server of its own to sign them.
 //!
-//! The signature covers all that the file route acts on: key, size, hash and end. So the route needs no row, and what it
-//! sends is still verified.
+//! The signature covers everything that the file route uses: key, size, hash and expiry. So the route needs no row, and
+//! what it sends is still verified.
 
 use hmac::{Hmac, Mac};
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use sha2::Sha256;
 
-use super::Key;
+use super::key::Key;
 use crate::job::Object;
 
-/// Why a URL is not good.
+/// Why a URL is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadLink {
-    /// We never signed that.
+    /// The signature is invalid.
     #[error("the link is not one of ours")]
     Forged,
-    /// We did, but its time is over.
+    /// It has expired.
     #[error("the link has expired")]
     Expired,
 }
 
-/// The part of a URL after the path of its file.
+/// The query of an object's URL.
 pub(super) fn query(secret: &SecretString, object: &Object, expires: i64) -> String {
     let signature = hex(&mac(secret, object, expires).finalize().into_bytes());
     let Object { size, sha256, .. } = object;
     format!("expires={expires}&size={size}&sha256={sha256}&signature={signature}")
 }
 
-/// The object that `key` and `query` were signed for.
+/// The object of a valid URL.
 pub(super) fn verify(
     secret: &SecretString,
     key: &str,

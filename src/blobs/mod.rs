@@ -1,15 +1,17 @@
-//! What is kept: the only place that talks to an object store, and the only one that names objects.
+//! The object store: the only place that accesses one, and the only one that names objects.
 //!
-//! Two stores, one behaviour: a local directory, every write fsynced, or a bucket of an S3-compatible server. Only put,
-//! get, range, list, delete and multipart are used, since everything else differs between servers; size, hash and type
-//! live in the row ([`Object`]) and are verified on every read. A key is written by one holder of a lease only, so that
-//! a write whose answer was lost can be sent again.
+//! A local directory, with every write synced, or a bucket of an S3-compatible server; both behave alike. Only put,
+//! get, range, list, delete and multipart are used, since everything else differs between servers. Size, hash and type
+//! are kept in the row ([`Object`]) and verified on every read. Only one holder of a lease writes a key, so that a
+//! write whose answer was lost can be sent again.
 
 mod directory;
 mod error;
 mod key;
 mod link;
+mod listing;
 mod s3;
+mod upload;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -28,7 +30,7 @@ use object_store::aws::AmazonS3;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::signer::{Method, SignedUrlOptions, Signer};
-use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt};
+use object_store::{ObjectStore, ObjectStoreExt};
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -38,58 +40,61 @@ pub use error::{Error, Refusal};
 pub use key::{Key, Name, Scope};
 pub use link::BadLink;
 pub(crate) use link::hex;
+pub use listing::{Entry, Listing};
 pub use s3::{Bucket, Credentials};
 
 use crate::clock;
 use crate::job::Object;
+use upload::Upload;
 
-/// Files are sent and fetched in parts of this size, several at a time; S3 takes none below 5 MiB but the last.
+/// Files are sent and fetched in parts of this size, several at a time; S3 accepts none below 5 MiB but the last.
 const PART_BYTES: u64 = 8 << 20;
 const N_PARTS_AT_ONCE: usize = 4;
-/// S3 takes 10,000 parts of one object.
+/// S3 accepts 10,000 parts of one object.
 const N_PARTS_MAX: u64 = 9_000;
-/// One request and all its retries end well below a lease of 60 s.
-const PATIENCE: Duration = Duration::from_secs(45);
-/// Objects that are removed, or looked for, at once.
+/// Limit of one request with all its retries, well below a lease of 60 s.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
+/// Objects removed or looked up at once.
 const N_AT_ONCE: usize = 16;
-/// S3 takes so many keys in one request to remove them.
+/// Number of keys that S3 accepts in one bulk delete.
 const N_IN_BULK: usize = 1000;
-/// Where the store says which deployment it belongs to.
+/// Key of the deployment's marker.
 const MARKER: &str = "deployment.json";
-/// Where objects lie that are written to see whether the store works.
+/// Prefix of the objects that probes write.
 const PROBES: &str = "probe";
-const PROBE_PATIENCE: Duration = Duration::from_secs(5);
-/// No upload takes longer than that; what is older was left behind by a crash.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum duration of an upload: older unfinished files were left behind by a crash.
 const UNFINISHED: Duration = Duration::from_hours(24);
 
-/// Which store, and how clients reach what is in it.
+/// Configuration of the object store.
 #[derive(Clone, Debug)]
 pub struct BlobsConfig {
-    /// Which store.
+    /// Where objects are kept.
     pub place: Place,
-    /// How links to objects of a directory are made; only processes that answer clients need it. A bucket signs its own.
+    /// How links to objects of a directory are signed; only needed by processes that serve clients. A bucket signs its
+    /// own.
     pub links: Option<Links>,
 }
 
 /// Where objects are kept.
 #[derive(Clone, Debug)]
 pub enum Place {
-    /// A directory of this machine. Made if it is not there.
+    /// A local directory, created if needed.
     Directory(PathBuf),
     /// A bucket of an S3-compatible server.
     Bucket(Bucket),
 }
 
-/// How links to objects of a directory are made.
+/// How links to objects of a directory are signed.
 #[derive(Clone, Debug)]
 pub struct Links {
-    /// Where clients reach this server, such as `https://hypnos.example`: links begin with it.
+    /// This server's address for clients, such as `https://hypnos.example`: the beginning of links.
     pub public_url: String,
-    /// What links are signed with; the same in every process that serves them.
+    /// The signing key; the same in every process that serves links.
     pub secret: SecretString,
 }
 
-/// A store of objects. Cheap to clone.
+/// The object store. Cheap to clone.
 #[derive(Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
@@ -97,46 +102,24 @@ pub struct Blobs {
     signer: Signing,
     /// The directory of a local store.
     directory: Option<PathBuf>,
-    /// How a bucket's objects are removed by the thousand.
+    /// Bulk deletes of a bucket.
     bulk: Option<Arc<Bulk>>,
-    patience: Duration,
+    timeout: Duration,
     probe: ObjectPath,
 }
 
-/// The same bucket by a client that removes a thousand objects with one request, which not every server knows.
+/// A client of the same bucket that deletes a thousand objects with one request, which not every server supports.
 struct Bulk {
     store: AmazonS3,
-    /// Whether that was refused and one by one went well: then it is not tried again.
-    refused: AtomicBool,
+    /// Whether a bulk delete was rejected while single deletes succeeded: then it is not tried again.
+    unsupported: AtomicBool,
 }
 
-/// Who signs links: the bucket's client, or ourselves, if we were told how.
+/// Who signs links: the bucket's client, or this process, if configured.
 #[derive(Clone)]
 enum Signing {
     Bucket(Arc<AmazonS3>),
-    Ours(Option<Links>),
-}
-
-/// What a listing says of an object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Where it lies.
-    pub key: Key,
-    /// Bytes.
-    pub size: u64,
-    /// When it was written, by the store's clock.
-    pub modified_ms: i64,
-}
-
-/// What lies in a store.
-#[derive(Clone, Debug, Default)]
-pub struct Listing {
-    /// Our objects.
-    pub entries: Vec<Entry>,
-    /// Keys that we cannot have written, such as the marker of a folder or one with a doubled slash. They are left alone.
-    pub foreign: Vec<String>,
-    /// Files of a directory that an upload has not finished, or never will.
-    unfinished: Vec<PathBuf>,
+    Local(Option<Links>),
 }
 
 impl fmt::Debug for Blobs {
@@ -145,22 +128,8 @@ impl fmt::Debug for Blobs {
     }
 }
 
-impl Key {
-    /// The object that lies there.
-    fn object(&self, size: u64, sha256: String) -> Object {
-        Object {
-            name: self.name(),
-            key: self.as_str().into(),
-            size,
-            sha256,
-            content_type: self.content_type().into(),
-            meta: serde_json::Value::Null,
-        }
-    }
-}
-
 impl Blobs {
-    /// Opens a store, and removes what crashed uploads left in a directory. Asks nothing of a bucket yet; see
+    /// Opens a store, and removes what crashed uploads left in a directory. Sends nothing to a bucket yet; see
     /// [`Blobs::probe`].
     pub async fn open(config: &BlobsConfig) -> Result<Self, Error> {
         match &config.place {
@@ -168,7 +137,7 @@ impl Blobs {
                 tokio::fs::create_dir_all(directory).await?;
                 let store = LocalFileSystem::new_with_prefix(directory)?;
                 let store = Arc::new(store.with_fsync(true).with_automatic_cleanup(true));
-                let signer = Signing::Ours(config.links.clone());
+                let signer = Signing::Local(config.links.clone());
                 let blobs = Self { directory: Some(directory.clone()), ..Self::new(store, "", signer) };
                 blobs.sweep_unfinished(UNFINISHED).await?;
                 Ok(blobs)
@@ -179,44 +148,44 @@ impl Blobs {
                     Some(endpoint) => Arc::new(bucket.in_public(&store, endpoint)?),
                     None => Arc::clone(&store),
                 };
-                let bulk = Bulk { store: bucket.in_bulk(&store)?, refused: AtomicBool::new(false) };
+                let bulk = Bulk { store: bucket.in_bulk(&store)?, unsupported: AtomicBool::new(false) };
                 let blobs = Self::new(store, &bucket.prefix, Signing::Bucket(signer));
                 Ok(Self { bulk: Some(Arc::new(bulk)), ..blobs })
             }
         }
     }
 
-    /// Over any store, with links of its own: for tests that want one to fail.
+    /// Uses the given store, with its own signing key: for tests that make it fail.
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
         let links =
             Links { public_url: "http://localhost".into(), secret: Uuid::new_v4().to_string().into() };
-        Self::new(store, "", Signing::Ours(Some(links)))
+        Self::new(store, "", Signing::Local(Some(links)))
     }
 
     fn new(store: Arc<dyn ObjectStore>, prefix: &str, signer: Signing) -> Self {
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         let probe = ObjectPath::from(format!("{prefix}{PROBES}/{}", Uuid::now_v7()));
-        Self { store, prefix, signer, directory: None, bulk: None, patience: PATIENCE, probe }
+        Self { store, prefix, signer, directory: None, bulk: None, timeout: REQUEST_TIMEOUT, probe }
     }
 
-    /// Waits so long for one request and its retries, instead of 45 s.
+    /// Sets the limit of one request with its retries, instead of 45 s.
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_request_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
-    /// Writes a small object. Once it returns, a power cut does not lose it.
+    /// Writes a small object. Once it returns, the object survives a power failure.
     pub async fn put(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<Object, Error> {
         let bytes = bytes.into();
         let object = key.object(bytes.len() as u64, hex(&Sha256::digest(&bytes)));
-        let sent = self.within(self.store.put(&self.path(key.as_str()), bytes.into())).await;
+        let sent = self.with_timeout(self.store.put(&self.path(key.as_str()), bytes.into())).await;
         sent.map_err(Error::while_writing)?;
         Ok(object)
     }
 
-    /// Writes a file of any size, in parts. `sent` hears of the bytes that have arrived so far. On any end but success,
-    /// being dropped too, the parts are discarded; a bucket's own rule (`AbortIncompleteMultipartUpload`) is for those that
-    /// a killed process leaves.
+    /// Writes a file of any size, in parts. `sent` receives the number of bytes that have arrived so far. Unless it
+    /// succeeds, the parts are removed, also when it is dropped; parts left by a killed process are removed by a rule
+    /// of the bucket (`AbortIncompleteMultipartUpload`).
     pub async fn put_file(
         &self,
         key: &Key,
@@ -232,20 +201,20 @@ impl Blobs {
             sent(object.size);
             return Ok(object);
         }
-        let begun = self.within(self.store.put_multipart(&self.path(key.as_str()))).await;
+        let begun = self.with_timeout(self.store.put_multipart(&self.path(key.as_str()))).await;
         let mut upload = Upload(Some(begun.map_err(Error::while_writing)?));
         let mut parts = FuturesUnordered::new();
         let outcome = self.send(&mut upload, &mut parts, file, part_size(size), &mut sent).await;
         let (size, sha256) = match outcome {
             Ok(done) => done,
             Err(error) => {
-                // A part that arrives after the abort may stay.
+                // Parts that arrive after the abort might stay.
                 while parts.next().await.is_some() {}
-                upload.abort(self.patience).await;
+                upload.abort(self.timeout).await;
                 return Err(error);
             }
         };
-        let head = self.within(self.store.head(&self.path(key.as_str()))).await?;
+        let head = self.with_timeout(self.store.head(&self.path(key.as_str()))).await?;
         if head.size == size { Ok(key.object(size, sha256)) } else { Err(Error::Damaged) }
     }
 
@@ -273,7 +242,7 @@ impl Blobs {
             hash.update(&part);
             let n_bytes = part.len() as u64;
             size += n_bytes;
-            let sending = self.within(upload.part(part.freeze()));
+            let sending = self.with_timeout(upload.part(part.freeze()));
             parts.push(sending.map_ok(move |()| n_bytes).boxed());
             while parts.len() >= N_PARTS_AT_ONCE {
                 arrived += parts.try_next().await?.unwrap_or(0);
@@ -284,14 +253,14 @@ impl Blobs {
             arrived += n_bytes;
             sent(arrived);
         }
-        self.within(upload.complete()).await?;
+        self.with_timeout(upload.complete()).await?;
         Ok((size, hex(&hash.finalize())))
     }
 
-    /// The object's bytes, verified.
+    /// Reads an object, verified.
     pub async fn get(&self, object: &Object) -> Result<Bytes, Error> {
         match self.get_once(object).await {
-            // A bit may have flipped on the way.
+            // It may have been damaged in transit.
             Err(Error::Damaged) => self.get_once(object).await,
             outcome => outcome,
         }
@@ -299,16 +268,16 @@ impl Blobs {
 
     async fn get_once(&self, object: &Object) -> Result<Bytes, Error> {
         let path = self.path_of(object)?;
-        let found = self.within(self.store.get(&path)).await?;
+        let found = self.with_timeout(self.store.get(&path)).await?;
         if found.meta.size != object.size {
             return Err(Error::Damaged);
         }
-        let bytes = self.within(found.bytes()).await?;
-        let whole = bytes.len() as u64 == object.size && hex(&Sha256::digest(&bytes)) == object.sha256;
-        if whole { Ok(bytes) } else { Err(Error::Damaged) }
+        let bytes = self.with_timeout(found.bytes()).await?;
+        let is_valid = bytes.len() as u64 == object.size && hex(&Sha256::digest(&bytes)) == object.sha256;
+        if is_valid { Ok(bytes) } else { Err(Error::Damaged) }
     }
 
-    /// Writes the object, verified, to `file`, which appears only when it is whole.
+    /// Fetches an object, verified, to `file`, which appears only when it is complete.
     pub async fn get_to_file(&self, object: &Object, file: &Path) -> Result<(), Error> {
         match self.get_to_file_once(object, file).await {
             Err(Error::Damaged) => self.get_to_file_once(object, file).await,
@@ -318,7 +287,7 @@ impl Blobs {
 
     async fn get_to_file_once(&self, object: &Object, file: &Path) -> Result<(), Error> {
         let path = self.path_of(object)?;
-        if self.within(self.store.head(&path)).await?.size != object.size {
+        if self.with_timeout(self.store.head(&path)).await?.size != object.size {
             return Err(Error::Damaged);
         }
         let staging = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new(".")))?;
@@ -327,7 +296,7 @@ impl Blobs {
         let (mut size, part_size) = (0, PART_BYTES);
         let ranges =
             (0..object.size.div_ceil(part_size)).map(|n| n * part_size..object.size.min((n + 1) * part_size));
-        let fetch = |range: Range<u64>| self.within(self.store.get_range(&path, range));
+        let fetch = |range: Range<u64>| self.with_timeout(self.store.get_range(&path, range));
         let mut parts = stream::iter(ranges.map(fetch)).buffered(N_PARTS_AT_ONCE);
         while let Some(part) = parts.try_next().await? {
             hash.update(&part);
@@ -342,15 +311,15 @@ impl Blobs {
         Ok(())
     }
 
-    /// The object's bytes as they come. The last chunk is sent only when the whole is verified, so that nobody takes a
-    /// damaged object for a whole one.
+    /// Streams an object. The last chunk is sent only when the whole object is verified, so that a damaged object never
+    /// looks complete.
     pub async fn stream(&self, object: &Object) -> Result<BoxStream<'static, Result<Bytes, Error>>, Error> {
         let path = self.path_of(object)?;
-        let found = self.within(self.store.get(&path)).await?;
+        let found = self.with_timeout(self.store.get(&path)).await?;
         if found.meta.size != object.size {
             return Err(Error::Damaged);
         }
-        let (size, sha256, patience) = (object.size, object.sha256.clone(), self.patience);
+        let (size, sha256, timeout) = (object.size, object.sha256.clone(), self.timeout);
         let state = (found.into_stream(), Sha256::new(), 0_u64, None::<Bytes>, false);
         let verified =
             stream::try_unfold(state, move |(mut chunks, mut hash, mut n_bytes, mut held, done)| {
@@ -360,7 +329,7 @@ impl Blobs {
                         return Ok(None);
                     }
                     loop {
-                        let next = clock::timeout(patience, chunks.try_next()).await;
+                        let next = clock::timeout(timeout, chunks.try_next()).await;
                         if let Some(chunk) = next.map_err(|_| Error::timeout())?? {
                             hash.update(&chunk);
                             n_bytes += chunk.len() as u64;
@@ -379,21 +348,21 @@ impl Blobs {
         Ok(verified.boxed())
     }
 
-    /// Removes an object, if it is there.
+    /// Removes an object, if it exists.
     pub async fn delete(&self, key: &Key) -> Result<(), Error> {
-        match self.within(self.store.delete(&self.path(key.as_str()))).await {
+        match self.with_timeout(self.store.delete(&self.path(key.as_str()))).await {
             Err(Error::Missing) => Ok(()),
             outcome => outcome,
         }
     }
 
-    /// Removes objects, and goes on past those that cannot be removed: which, and why. One that is not there is removed.
+    /// Removes objects; returns those that could not be removed, and why. A missing object counts as removed.
     pub async fn delete_each(&self, keys: &[Key]) -> Vec<(Key, Error)> {
         let mut left = keys.to_vec();
         let (mut failed, mut refused) = (Vec::new(), false);
         if let Some(bulk) = &self.bulk
             && left.len() > 1
-            && !bulk.refused.load(Ordering::Relaxed)
+            && !bulk.unsupported.load(Ordering::Relaxed)
         {
             (failed, left) = self.delete_in_bulk(bulk, &left).await;
             refused = !left.is_empty();
@@ -410,14 +379,14 @@ impl Blobs {
         if refused
             && failed.len() < n_failed
             && let Some(bulk) = &self.bulk
-            && !bulk.refused.swap(true, Ordering::Relaxed)
+            && !bulk.unsupported.swap(true, Ordering::Relaxed)
         {
-            tracing::info!("the object store does not remove objects in bulk; they are removed one by one");
+            tracing::info!("bulk delete not supported by the object store; deleting objects one by one");
         }
         failed
     }
 
-    /// Those that failed, and those that are to be tried one by one, since this server does not remove in bulk.
+    /// Returns the keys that failed, and those to delete one by one because this server does not support bulk deletes.
     async fn delete_in_bulk(&self, bulk: &Bulk, keys: &[Key]) -> (Vec<(Key, Error)>, Vec<Key>) {
         let (mut failed, mut refused) = (Vec::new(), Vec::new());
         for chunk in keys.chunks(N_IN_BULK) {
@@ -426,7 +395,7 @@ impl Blobs {
                 continue;
             }
             let paths: Vec<_> = chunk.iter().map(|key| Ok(self.path(key.as_str()))).collect();
-            let mut answers = self.patiently(bulk.store.delete_stream(stream::iter(paths).boxed()));
+            let mut answers = self.with_item_timeout(bulk.store.delete_stream(stream::iter(paths).boxed()));
             let (mut gone, mut why) = (HashSet::new(), None);
             while let Some(answer) = answers.next().await {
                 match answer {
@@ -436,7 +405,7 @@ impl Blobs {
             }
             let Some(why) = why else { continue };
             let left = chunk.iter().filter(|key| !gone.contains(&self.path(key.as_str()))).cloned();
-            if why.is_of_the_moment() {
+            if why.is_transient() {
                 failed.extend(left.map(|key| (key, why.clone())));
             } else {
                 refused.extend(left);
@@ -445,18 +414,15 @@ impl Blobs {
         (failed, refused)
     }
 
-    /// Removes all objects of an owner; how many there were. Tries them all, whatever becomes of one; the first error.
+    /// Removes all objects of an owner; their number. Continues after a failure; returns the first error.
     pub async fn delete_all(&self, scope: &Scope) -> Result<usize, Error> {
-        let Listing { entries, foreign, unfinished } = self.look(scope).await?;
+        let Listing { entries, foreign, unfinished } = self.list_all(scope).await?;
         if !unfinished.is_empty() {
             let removing = move || directory::remove_older(&unfinished, Duration::ZERO);
-            let _ = tokio::task::spawn_blocking(removing).await; // what stays goes by its age
+            let _ = tokio::task::spawn_blocking(removing).await; // the rest is removed by its age
         }
         if !foreign.is_empty() {
-            tracing::warn!(
-                n = foreign.len(),
-                "keys in the object store that Hypnos has not written are left alone"
-            );
+            tracing::warn!(n = foreign.len(), "foreign keys in the object store not removed");
         }
         let keys: Vec<Key> = entries.into_iter().map(|entry| entry.key).collect();
         match self.delete_each(&keys).await.into_iter().next() {
@@ -465,31 +431,31 @@ impl Blobs {
         }
     }
 
-    /// All objects of an owner, by key.
+    /// All objects of an owner, sorted by key.
     pub async fn list(&self, scope: &Scope) -> Result<Vec<Entry>, Error> {
-        Ok(self.look(scope).await?.entries)
+        Ok(self.list_all(scope).await?.entries)
     }
 
-    /// All that lies where the objects of an owner lie.
-    pub async fn look(&self, scope: &Scope) -> Result<Listing, Error> {
+    /// Everything under the prefix of an owner, foreign keys included.
+    pub async fn list_all(&self, scope: &Scope) -> Result<Listing, Error> {
         let mut found = match self.directory.clone() {
             Some(root) => {
                 let scope = scope.as_str().to_owned();
                 let listed = tokio::task::spawn_blocking(move || directory::list(&root, &scope)).await;
-                let listed = listed.map_err(|_| Error::Away("the listing broke off".into()))?;
+                let listed = listed.map_err(|_| Error::Unavailable("the listing panicked".into()))?;
                 listed.map_err(|error| Error::from(error.kind()))?
             }
-            None => self.look_in_bucket(scope).await?,
+            None => self.list_bucket(scope).await?,
         };
         found.entries.sort_by(|a, b| a.key.cmp(&b.key));
         found.foreign.sort();
         Ok(found)
     }
 
-    async fn look_in_bucket(&self, scope: &Scope) -> Result<Listing, Error> {
+    async fn list_bucket(&self, scope: &Scope) -> Result<Listing, Error> {
         let place = self.path(scope.as_str());
         let mut found = Listing::default();
-        let mut listing = self.patiently(self.store.list(Some(&place)));
+        let mut listing = self.with_item_timeout(self.store.list(Some(&place)));
         while let Some(meta) = listing.try_next().await? {
             let text = meta.location.as_ref();
             if let Some(key) = text.strip_prefix(&self.prefix).and_then(Key::parse) {
@@ -502,100 +468,102 @@ impl Blobs {
         Ok(found)
     }
 
-    /// Whether there is any object of ours.
+    /// Whether the store holds no objects with valid keys.
     pub async fn is_empty(&self) -> Result<bool, Error> {
         Ok(self.list(&Scope::all()).await?.is_empty())
     }
 
-    /// How many of these objects are in the store, with the size that their rows give.
+    /// How many of these objects are in the store with the right size.
     pub async fn count(&self, objects: &[Object]) -> Result<usize, Error> {
-        let mut looks = FuturesUnordered::new();
+        let mut lookups = FuturesUnordered::new();
         let mut n_there = 0;
         for object in objects {
             let Ok(path) = self.path_of(object) else { continue };
-            looks.push(async move {
-                match self.within(self.store.head(&path)).await {
+            lookups.push(async move {
+                match self.with_timeout(self.store.head(&path)).await {
                     Ok(head) => Ok(head.size == object.size),
                     Err(Error::Missing) => Ok(false),
                     Err(error) => Err(error),
                 }
             });
-            if looks.len() >= N_AT_ONCE {
-                n_there += usize::from(looks.try_next().await? == Some(true));
+            if lookups.len() >= N_AT_ONCE {
+                n_there += usize::from(lookups.try_next().await? == Some(true));
             }
         }
-        while let Some(there) = looks.try_next().await? {
+        while let Some(there) = lookups.try_next().await? {
             n_there += usize::from(there);
         }
         Ok(n_there)
     }
 
-    /// What the store says of the deployment that it belongs to.
+    /// Reads the deployment's marker.
     pub async fn marker(&self) -> Result<Option<Bytes>, Error> {
         let path = self.path(MARKER);
         let read = async { self.store.get(&path).await?.bytes().await };
-        match self.within(read).await {
+        match self.with_timeout(read).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(Error::Missing) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Makes it say this.
+    /// Writes the deployment's marker.
     pub async fn put_marker(&self, bytes: impl Into<Bytes>) -> Result<(), Error> {
         let bytes = bytes.into();
-        let sent = self.within(self.store.put(&self.path(MARKER), bytes.into())).await;
+        let sent = self.with_timeout(self.store.put(&self.path(MARKER), bytes.into())).await;
         sent.map(drop).map_err(Error::while_writing)
     }
 
-    /// Removes what killed processes left that is no object, if it is older than that: files that an upload to a directory
-    /// has not finished (a bucket has a rule for these), and what was written to see whether the store works. How many.
+    /// Removes leftovers of killed processes that are older than `older_than`: unfinished files of uploads to a
+    /// directory (a bucket has a rule for these) and objects of probes. How many.
     pub async fn sweep_unfinished(&self, older_than: Duration) -> Result<usize, Error> {
-        let mut n_swept = 0;
+        let mut n_removed = 0;
         if let Some(root) = self.directory.clone() {
-            let swept = tokio::task::spawn_blocking(move || directory::sweep_unfinished(&root, older_than));
-            let swept = swept.await.map_err(|_| Error::Away("the sweep broke off".into()))?;
-            n_swept += swept.map_err(|error| Error::from(error.kind()))?;
+            let removed = tokio::task::spawn_blocking(move || directory::sweep_unfinished(&root, older_than));
+            let removed = removed.await.map_err(|_| Error::Unavailable("the cleanup panicked".into()))?;
+            n_removed += removed.map_err(|error| Error::from(error.kind()))?;
         }
-        let mut probes = self.patiently(self.store.list(Some(&self.path(PROBES))));
+        let mut probes = self.with_item_timeout(self.store.list(Some(&self.path(PROBES))));
         let before =
             clock::timestamp().as_millisecond().saturating_sub_unsigned(older_than.as_millis() as u64);
         while let Some(meta) = probes.try_next().await? {
             if meta.last_modified.timestamp_millis() <= before {
-                match self.within(self.store.delete(&meta.location)).await {
-                    Ok(()) | Err(Error::Missing) => n_swept += 1,
+                match self.with_timeout(self.store.delete(&meta.location)).await {
+                    Ok(()) | Err(Error::Missing) => n_removed += 1,
                     Err(error) => return Err(error),
                 }
             }
         }
-        Ok(n_swept)
+        Ok(n_removed)
     }
 
-    /// Whether the store takes and gives back an object, which is what work needs; answers within 5 s. That the object
-    /// can be removed again is tried, and not asked for: what stays goes with [`Blobs::sweep_unfinished`].
+    /// Checks that an object can be written and read back, within 5 s. Removing it again is tried but not required:
+    /// what is left is removed by [`Blobs::sweep_unfinished`].
     pub async fn probe(&self) -> Result<(), Error> {
-        let patience = self.patience.min(PROBE_PATIENCE);
+        let timeout = self.timeout.min(PROBE_TIMEOUT);
         let round = async {
             self.store.put(&self.probe, Bytes::from_static(b"hypnos").into()).await?;
             self.store.get(&self.probe).await?.bytes().await
         };
-        let back = clock::timeout(patience, round).await.map_err(|_| Error::timeout())?;
+        let back = clock::timeout(timeout, round).await.map_err(|_| Error::timeout())?;
         let back = back.map_err(|error| Error::from(error).while_writing())?;
-        let _ = clock::timeout(patience, self.store.delete(&self.probe)).await;
+        let _ = clock::timeout(timeout, self.store.delete(&self.probe)).await;
         if back == b"hypnos"[..] { Ok(()) } else { Err(Error::Damaged) }
     }
 
-    /// A URL by which anyone can read the object for `ttl`, and do nothing else. Its path ends with the object's name. A
-    /// bucket's own signature counts from the machine's clock, not from `now`.
+    /// A URL by which anyone can read the object for `ttl`. Its path ends with the object's name. A bucket's own
+    /// signature counts from the machine's clock, not from `now`.
     pub async fn sign(&self, object: &Object, ttl: Duration, now: Timestamp) -> Result<String, Error> {
         let path = self.path_of(object)?;
         match &self.signer {
-            Signing::Ours(Some(Links { public_url, secret })) => {
+            Signing::Local(Some(Links { public_url, secret })) => {
                 let expires = now.as_second().saturating_add_unsigned(ttl.as_secs());
                 let query = link::query(secret, object, expires);
                 Ok(format!("{}/v1/files/{}?{query}", public_url.trim_end_matches('/'), object.key))
             }
-            Signing::Ours(None) => Err(Error::Away("this process was not told how to make links".into())),
+            Signing::Local(None) => {
+                Err(Error::Unavailable("signing of links is not configured in this process".into()))
+            }
             Signing::Bucket(client) => {
                 let shown = format!("inline; filename=\"{}\"", object.name);
                 let options = SignedUrlOptions::new().with_query([
@@ -607,11 +575,11 @@ impl Blobs {
         }
     }
 
-    /// The object that a link to a directory's object was signed for: `key` is what follows `/v1/files/`, `query` what
-    /// follows the question mark.
+    /// The object of a signed link to a directory's object: `key` is what follows `/v1/files/`, `query` what follows
+    /// the question mark.
     pub fn verify(&self, key: &str, query: &str, now: Timestamp) -> Result<Object, BadLink> {
         match &self.signer {
-            Signing::Ours(Some(links)) => link::verify(&links.secret, key, query, now),
+            Signing::Local(Some(links)) => link::verify(&links.secret, key, query, now),
             _ => Err(BadLink::Forged),
         }
     }
@@ -620,31 +588,31 @@ impl Blobs {
         ObjectPath::from(format!("{}{key}", self.prefix))
     }
 
-    /// A row that names what we cannot have written names nothing.
+    /// An invalid key counts as a missing object.
     fn path_of(&self, object: &Object) -> Result<ObjectPath, Error> {
         Key::parse(&object.key).map(|key| self.path(key.as_str())).ok_or(Error::Missing)
     }
 
-    /// One request, its retries included.
-    fn within<T, F: Future<Output = object_store::Result<T>>>(
+    /// Limits the time of one request, its retries included.
+    fn with_timeout<T, F: Future<Output = object_store::Result<T>>>(
         &self,
         request: F,
     ) -> impl Future<Output = Result<T, Error>> + use<T, F> {
-        let patience = self.patience;
+        let timeout = self.timeout;
         async move {
-            let outcome = clock::timeout(patience, request).await;
+            let outcome = clock::timeout(timeout, request).await;
             Ok(outcome.map_err(|_| Error::timeout())??)
         }
     }
 
-    /// A stream whose every item is one request at most.
-    fn patiently<'a, T: Send + 'a>(
+    /// Limits the time of each item of a stream; each is at most one request.
+    fn with_item_timeout<'a, T: Send + 'a>(
         &self,
         items: BoxStream<'a, object_store::Result<T>>,
     ) -> BoxStream<'a, Result<T, Error>> {
-        let patience = self.patience;
+        let timeout = self.timeout;
         let next = move |mut items: BoxStream<'a, object_store::Result<T>>| async move {
-            match clock::timeout(patience, items.next()).await {
+            match clock::timeout(timeout, items.next()).await {
                 Ok(Some(item)) => Some((item.map_err(Error::from), Some(items))),
                 Ok(None) => None,
                 Err(_elapsed) => Some((Err(Error::timeout()), None)),
@@ -655,51 +623,7 @@ impl Blobs {
     }
 }
 
-/// A multipart upload that takes its parts with it when it is dropped half-way.
-struct Upload(Option<Box<dyn MultipartUpload>>);
-
-impl Upload {
-    fn part(&mut self, bytes: Bytes) -> object_store::UploadPart {
-        match &mut self.0 {
-            Some(upload) => upload.put_part(bytes.into()),
-            None => unreachable!("an upload is sent before it is completed"),
-        }
-    }
-
-    async fn complete(&mut self) -> object_store::Result<()> {
-        if let Some(upload) = &mut self.0 {
-            upload.complete().await?;
-        }
-        self.0 = None;
-        Ok(())
-    }
-
-    async fn abort(&mut self, patience: Duration) {
-        if let Some(mut upload) = self.0.take() {
-            discard(&mut *upload, patience).await;
-        }
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        if let Some(mut upload) = self.0.take()
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            runtime.spawn(async move { discard(&mut *upload, PATIENCE).await });
-        }
-    }
-}
-
-async fn discard(upload: &mut dyn MultipartUpload, patience: Duration) {
-    match clock::timeout(patience, upload.abort()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(error = %Error::from(error), "an upload could not be aborted"),
-        Err(_elapsed) => tracing::warn!("an upload could not be aborted in time"),
-    }
-}
-
-/// Small enough for memory, large enough for S3's number of parts.
+/// Size of a part: small enough for memory, large enough for S3's maximum number of parts.
 fn part_size(size: u64) -> u64 {
     PART_BYTES.max(size.div_ceil(N_PARTS_MAX))
 }

@@ -1,8 +1,8 @@
-//! A bucket of an S3-compatible server: how it is reached, who we are to it, and what such servers do differently.
+//! A bucket of an S3-compatible server: its address, its credentials, and the differences between servers.
 //!
-//! Every answer passes [`Answers`] before the library sees it. It keeps what the library drops and an operator needs: the
-//! code of a refusal, the bucket's region, the difference of the clocks. It ends retries of what will be refused again.
-//! And it takes foreign keys out of listings, one of which would end the listing.
+//! Every answer passes [`ErrorInterceptor`] before the library sees it. It keeps what the library drops and operators
+//! need: the code of a rejection, the bucket's region, the difference of the clocks. It stops retries of rejected
+//! requests. And it renames foreign keys in listings, one of which would make the whole listing fail.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -19,96 +19,95 @@ use object_store::path::Path as ObjectPath;
 use object_store::{ClientOptions, RetryConfig};
 use secrecy::{ExposeSecret, SecretString};
 
-use super::link::hex;
-use super::{Error, Refusal};
+use super::error::{Error, Refusal};
+use super::link::{hex, unhex};
 
 /// One request and all its retries end well below a lease of 60 s.
 const RETRY: Duration = Duration::from_secs(20);
 const REQUEST: Duration = Duration::from_secs(20);
 const CONNECT: Duration = Duration::from_secs(5);
-/// The largest difference of clocks that no signature suffers from; S3 allows 15 minutes.
+/// The largest clock difference, in seconds, that is not reported; S3 accepts 15 minutes.
 const CLOCK: i64 = 5 * 60;
-/// Characters that are shown of a server's sentence.
+/// Characters shown of a server's message.
 const MESSAGE_CHARS_MAX: usize = 200;
-/// What stands for the beginning of a foreign key in a listing; its bytes in hexadecimal follow.
+/// Prefix that marks a renamed foreign key in a listing; the key's bytes in hexadecimal follow.
 const FOREIGN: &str = "foreign key in hexadecimal ";
 
-/// A bucket, and how to reach it.
+/// A bucket, its address and its credentials.
 #[derive(Clone, Debug)]
 pub struct Bucket {
     /// Its name.
     pub name: String,
-    /// What all keys begin with; may be empty.
+    /// Prefix of all keys; may be empty.
     pub prefix: String,
-    /// The server, such as `https://s3.example`; Amazon's if not given. One that is given as `http://` is spoken to in
-    /// the clear.
+    /// The server, such as `https://s3.example`; Amazon's if not given. `http://` is unencrypted.
     pub endpoint: Option<String>,
-    /// The same server as clients reach it, if that differs: a link's signature covers its host.
+    /// The same server's address for clients, if it differs: a link's signature covers its host.
     pub public_endpoint: Option<String>,
     /// Its region.
     pub region: String,
-    /// Who we are to it.
+    /// The credentials.
     pub credentials: Credentials,
 }
 
-/// Who we are to the server.
+/// Credentials for the server.
 #[derive(Clone, Debug)]
 pub enum Credentials {
-    /// Keys that were given to us.
+    /// Static keys.
     Keys {
         /// Access key id.
         access_key: String,
         /// Secret access key.
         secret_key: SecretString,
-        /// The token that temporary keys come with.
+        /// The session token of temporary keys.
         session_token: Option<SecretString>,
     },
-    /// A role that is taken with a token in a file, which the platform renews: `AssumeRoleWithWebIdentity`.
+    /// A role assumed with a token in a file that the platform renews: `AssumeRoleWithWebIdentity`.
     WebIdentity {
-        /// The file that holds the token; read again whenever keys are fetched.
+        /// The file with the token; read again whenever keys are fetched.
         token_file: PathBuf,
         /// The role.
         role_arn: String,
-        /// What the session is called in the server's logs.
+        /// The session's name in the server's logs.
         session_name: String,
-        /// Where the role is taken, by `https://`; Amazon's STS of the region if not given.
+        /// The `https://` address of the STS; Amazon's STS of the region if not given.
         sts_endpoint: Option<String>,
     },
-    /// Keys that an agent beside the container hands out.
+    /// Keys from an agent beside the container.
     Container {
-        /// A path on Amazon ECS' agent, or the whole URL of another.
+        /// A path on Amazon ECS' agent, or the full URL of another.
         place: String,
-        /// The file that holds what the agent wants to see in `Authorization`; a whole URL needs one.
+        /// The file with the agent's `Authorization` header; needed with a full URL.
         token_file: Option<PathBuf>,
     },
-    /// The keys of the virtual machine that we run on, from its metadata service.
+    /// Keys of the virtual machine, from its metadata service.
     Instance {
-        /// The service, if it is not at its usual address.
+        /// The service's address, if it is not the usual one.
         endpoint: Option<String>,
     },
 }
 
 impl Bucket {
-    /// A client that removes objects one by one, with one request each.
+    /// A client that deletes objects with one request each.
     pub(super) fn client(&self) -> Result<AmazonS3, Error> {
         let endpoint = self.endpoint.as_deref();
-        Ok(self.credentials.given_to(self.builder(endpoint)).with_disable_bulk_delete(true).build()?)
+        Ok(self.credentials.apply_to(self.builder(endpoint)).with_disable_bulk_delete(true).build()?)
     }
 
-    /// The same bucket with the same credentials, for removing a thousand objects with one request.
+    /// A client with the same credentials that deletes a thousand objects with one request.
     pub(super) fn in_bulk(&self, client: &AmazonS3) -> Result<AmazonS3, Error> {
         let credentials = Arc::clone(client.credentials());
         Ok(self.builder(self.endpoint.as_deref()).with_credentials(credentials).build()?)
     }
 
-    /// The same bucket as clients reach it.
+    /// A client for the public endpoint with the same credentials.
     pub(super) fn in_public(&self, client: &AmazonS3, endpoint: &str) -> Result<AmazonS3, Error> {
         let credentials = Arc::clone(client.credentials());
         Ok(self.builder(Some(endpoint)).with_credentials(credentials).build()?)
     }
 
     fn builder(&self, endpoint: Option<&str>) -> AmazonS3Builder {
-        // Whoever was first has installed the same one.
+        // If one is installed already, it is the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
 
         let base = match endpoint {
@@ -134,7 +133,7 @@ impl Bucket {
 }
 
 impl Credentials {
-    fn given_to(&self, builder: AmazonS3Builder) -> AmazonS3Builder {
+    fn apply_to(&self, builder: AmazonS3Builder) -> AmazonS3Builder {
         use AmazonS3ConfigKey as Is;
         let set = |builder: AmazonS3Builder, key: Is, value: Option<String>| match value {
             Some(value) => builder.with_config(key, value),
@@ -158,9 +157,12 @@ impl Credentials {
                 set(builder, Is::StsEndpoint, sts_endpoint.clone())
             }
             Self::Container { place, token_file } => {
-                let whole = place.starts_with("http://") || place.starts_with("https://");
-                let key =
-                    if whole { Is::ContainerCredentialsFullUri } else { Is::ContainerCredentialsRelativeUri };
+                let is_url = place.starts_with("http://") || place.starts_with("https://");
+                let key = if is_url {
+                    Is::ContainerCredentialsFullUri
+                } else {
+                    Is::ContainerCredentialsRelativeUri
+                };
                 let token_file = token_file.as_ref().map(path);
                 set(builder.with_config(key, place), Is::ContainerAuthorizationTokenFile, token_file)
             }
@@ -169,29 +171,29 @@ impl Credentials {
     }
 }
 
-/// Makes the HTTP clients of a bucket and of the services that give credentials for it.
+/// Makes the HTTP clients of a bucket and of its credentials service.
 #[derive(Debug)]
 struct Connector {
-    /// What URLs of the bucket begin with.
+    /// Prefix of the bucket's URLs.
     base: String,
 }
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Answers { inner, base: self.base.clone() }))
+        Ok(HttpClient::new(ErrorInterceptor { inner, base: self.base.clone() }))
     }
 }
 
-/// Looks at every answer before the library does.
+/// Processes every answer before the library does.
 #[derive(Debug)]
-struct Answers {
+struct ErrorInterceptor {
     inner: HttpClient,
     base: String,
 }
 
 #[async_trait]
-impl HttpService for Answers {
+impl HttpService for ErrorInterceptor {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (uri, method) = (request.uri().to_string(), request.method().as_str().to_owned());
         let of_credentials = !uri.starts_with(&self.base);
@@ -204,7 +206,7 @@ impl HttpService for Answers {
                 let text = rename_foreign(&text).into_owned();
                 Ok(HttpResponse::from_parts(head, text.into()))
             }
-            // Of these the library makes more than an error, or asks again.
+            // The library handles these, or retries them.
             200..=299 | 304 | 408 | 409 | 412 | 416 | 429 | 500 | 502.. => Ok(answer),
             status => {
                 let (head, body) = answer.into_parts();
@@ -213,11 +215,11 @@ impl HttpService for Answers {
                 let clock_ahead = date.and_then(clock_ahead);
                 let region = region.map(str::to_owned);
                 let bytes = body.bytes().await?;
-                let said = String::from_utf8_lossy(&bytes);
-                let refusal = refusal(status, &said, region, clock_ahead, of_credentials);
-                let passing =
+                let text = String::from_utf8_lossy(&bytes);
+                let refusal = refusal(status, &text, region, clock_ahead, of_credentials);
+                let is_transient =
                     matches!(refusal.code.as_str(), "RequestTimeout" | "IncompleteBody" | "BadDigest");
-                if passing || status == 404 && refusal.code != "NoSuchBucket" {
+                if is_transient || status == 404 && refusal.code != "NoSuchBucket" {
                     return Ok(HttpResponse::from_parts(head, bytes.into()));
                 }
                 Err(HttpError::new(HttpErrorKind::Unknown, refusal))
@@ -226,16 +228,16 @@ impl HttpService for Answers {
     }
 }
 
-/// What an answer says, in words that may be logged: no key, no path, no XML.
+/// What may be shown of an answer: no key, no path, no XML.
 fn refusal(
     status: u16,
-    said: &str,
+    answer: &str,
     region: Option<String>,
     clock_ahead: Option<i64>,
     of_credentials: bool,
 ) -> Refusal {
     let element = |name: &str| {
-        let (_, after) = said.split_once(&format!("<{name}>"))?;
+        let (_, after) = answer.split_once(&format!("<{name}>"))?;
         Some(after.split_once("</")?.0)
     };
     let word = |text: &str| text.chars().take_while(char::is_ascii_alphanumeric).take(40).collect::<String>();
@@ -248,7 +250,7 @@ fn refusal(
         |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     let region = region.or_else(|| element("Region").map(str::to_owned)).filter(|text| is_region(text));
     let code = word(element("Code").unwrap_or_default());
-    // A region that is named with any other refusal is the right one.
+    // In other answers the region is the configured one.
     let of_region = matches!(status, 300..=399) || matches!(code.as_str(), "AuthorizationHeaderMalformed");
     Refusal {
         status,
@@ -260,15 +262,15 @@ fn refusal(
     }
 }
 
-/// By how many seconds the clock that wrote this date is ahead of ours, if it is minutes.
+/// By how many seconds the clock of this date is ahead of this machine's, if it is minutes.
 fn clock_ahead(date: &str) -> Option<i64> {
     let date = jiff::fmt::rfc2822::parse(date).ok()?;
     let ahead = date.timestamp().as_second() - jiff::Timestamp::now().as_second();
     (ahead.abs() > CLOCK).then_some(ahead)
 }
 
-/// A listing in which every key that the library cannot hold, or would hold as another key, has a name that it can
-/// hold. It refuses a whole listing for one doubled slash, and takes a folder's marker for an object of another name.
+/// Renames every key of a listing that the library cannot represent, or would take for another key. The library rejects
+/// a whole listing for one doubled slash, and takes a folder's marker for an object of another name.
 fn rename_foreign(listing: &str) -> Cow<'_, str> {
     let mut renamed = String::new();
     let mut rest = listing;
@@ -286,20 +288,20 @@ fn rename_foreign(listing: &str) -> Cow<'_, str> {
     if renamed.is_empty() { Cow::Borrowed(listing) } else { Cow::Owned(renamed + rest) }
 }
 
-/// The first key of a listing, what stands before it and what stands after it.
+/// What precedes the first key of a listing, the key, and what follows it.
 fn next_key(listing: &str) -> Option<(&str, &str, &str)> {
     let start = listing.find("<Key>")? + "<Key>".len();
     let end = start + listing[start..].find("</Key>")?;
     Some((&listing[..start], &listing[start..end], &listing[end..]))
 }
 
-/// The foreign key that [`rename_foreign`] put this for.
+/// The foreign key that [`rename_foreign`] renamed to this.
 pub(super) fn foreign(listed: &str) -> Option<String> {
-    let bytes = super::link::unhex(listed.strip_prefix(FOREIGN)?)?;
+    let bytes = unhex(listed.strip_prefix(FOREIGN)?)?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Text of an XML element.
+/// Unescapes the text of an XML element.
 fn unescape(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut rest = text;
@@ -339,7 +341,7 @@ mod tests {
         let refused = refusal(400, said, None, None, false);
         assert_eq!(refused.to_string(), "400 AuthorizationHeaderMalformed");
         assert_eq!(
-            refused.in_full(),
+            refused.details(),
             "400 AuthorizationHeaderMalformed (The region 'us-east-1' is wrong; expecting 'eu-west-1'); the bucket \
              is in the region eu-west-1, which HYPNOS_S3_REGION must name"
         );
@@ -348,7 +350,7 @@ mod tests {
         assert_eq!(moved.region.as_deref(), Some("eu-west-1"));
         let skewed = refusal(403, "<Code>RequestTimeTooSkewed</Code>", None, Some(-3600), false);
         assert_eq!(
-            skewed.in_full(),
+            skewed.details(),
             "403 RequestTimeTooSkewed; this machine's clock is 3600 s ahead of the store's"
         );
         // A region is named by many answers; only some mean that ours is wrong.

@@ -19,7 +19,7 @@
 //! that PyTorch has no need of. It is counted as ours. Fresh memory that is zero already is paid for by who writes it
 //! first: the rows of an embedding's gradient that no token picked cost us nothing until the optimiser reads them.
 //!
-//! On a GPU both sides wait for it before they look at the clock, and there are cases at Stable Diffusion 1.5's own size.
+//! On a GPU both sides wait for it before they read the clock, and there are cases at Stable Diffusion 1.5's own size.
 //! In bf16 PyTorch has bf16 weights where a model only computes, and autocast over f32 weights where it trains, as
 //! diffusers' training scripts do; in f32 it never uses TF32. Neither do we.
 
@@ -43,7 +43,7 @@ use self::load::Load;
 use self::ours::{Place, Ready};
 use self::table::{Measured, Outcome};
 use self::torch::Torch;
-use super::say;
+use super::output::print_line;
 use crate::memory::giving_back;
 use crate::ml::{Error, Result, device};
 
@@ -111,7 +111,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let chosen = chosen(&args.only, place.device.is_cuda())?;
     if args.list {
         for case in &chosen {
-            say(&case.name);
+            print_line(&case.name);
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -120,9 +120,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = |python: &String| Torch::start(python, n_threads, &args.device, theirs.dtype().as_str());
     let mut torch = args.python.as_ref().map(start).transpose()?;
     let about = about(n_threads, args, torch.as_ref());
-    say(&format!("{}\n", about_words(&about)));
+    print_line(&format!("{}\n", about_words(&about)));
     for line in table::head(torch.is_some()) {
-        say(line);
+        print_line(line);
     }
     let bar = progress(chosen.len());
     let mut entries = Vec::new();
@@ -135,7 +135,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             Err(error) if place.device.is_cuda() => Outcome::Skipped(format!("left out: {error}")),
             outcome => outcome?,
         };
-        bar.suspend(|| say(&table::row(case, &outcome, torch.is_some())));
+        bar.suspend(|| print_line(&table::row(case, &outcome, torch.is_some())));
         bar.inc(1);
         entries.push(table::entry(case, &outcome));
         if let Some(file) = &args.json {
@@ -144,7 +144,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
     if let Some(peak) = first_line_value("/proc/self/status", "VmHWM") {
-        say(&format!("\nPeak memory of our side over all cases: {peak}"));
+        print_line(&format!("\nPeak memory of our side over all cases: {peak}"));
     }
     Ok(ExitCode::SUCCESS)
 }

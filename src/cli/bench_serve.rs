@@ -1,7 +1,7 @@
 //! `hypnos bench-serve`: what the service costs beside a bare handler, and how soon a job starts.
 //!
-//! Method. In one process, on one database with `--jobs` trainings in it, run the service as `serve` runs it, with keys,
-//! and bare axum + sqlx (`bench_serve/bare.rs`) doing the same queries. Clients of [`client`] keep `--clients`
+//! Method. In one process, on one database with `--jobs` trainings in it, run the service as `serve` runs it, with
+//! keys, and bare axum + sqlx (`bench_serve/bare.rs`) doing the same queries. Clients of [`client`] keep `--clients`
 //! connections busy, first those of one server, then those of the other, in turns, `--rounds` times after a warm-up. A
 //! round's ratio is our requests a second over the bare handler's beside it; what is said is the median ratio, with the
 //! smallest and the largest. Client and servers share the machine's cores, which pulls every ratio towards 1: where it
@@ -27,7 +27,8 @@ use clap::Args;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio_util::sync::CancellationToken;
 
-use super::{Stop, say};
+use super::error::CliError;
+use super::output::print_line;
 use crate::blobs::{Blobs, BlobsConfig, Place};
 use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
 use crate::health::Health;
@@ -68,49 +69,49 @@ pub(super) struct BenchServe {
     ended: usize,
 }
 
-pub(super) fn run(args: &BenchServe) -> Result<ExitCode, Stop> {
-    let runtime = tokio::runtime::Runtime::new().map_err(|error| Stop::Failed(error.to_string()))?;
+pub(super) fn run(args: &BenchServe) -> Result<ExitCode, CliError> {
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| CliError::Failed(error.to_string()))?;
     runtime.block_on(bench(args))?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn bench(args: &BenchServe) -> Result<(), Stop> {
+async fn bench(args: &BenchServe) -> Result<(), CliError> {
     let _ = rustls::crypto::ring::default_provider().install_default(); // for the clients of HTTP
-    let dir = tempfile::tempdir().map_err(|error| Stop::Failed(error.to_string()))?;
+    let dir = tempfile::tempdir().map_err(|error| CliError::Failed(error.to_string()))?;
     let url =
         args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
-    let house = House::open(&url, dir.path()).await?;
-    let training = if args.ended > 0 { Some(history::fill(&house, args.ended).await?) } else { None };
-    house.fill(args.jobs).await?;
+    let service = Service::open(&url, dir.path()).await?;
+    let training = if args.ended > 0 { Some(history::fill(&service, args.ended).await?) } else { None };
+    service.fill(args.jobs).await?;
     // One that has ended: a place in the queue is a second question, which the bare handler is not asked.
-    let id = house.submit().await?;
-    house.store.cancel(house.tenant, id).await.map_err(failed)?;
-    let bare = bare::serve(&url, CONNECTIONS, house.tenant).await?;
+    let id = service.submit().await?;
+    service.store.cancel(service.tenant, id).await.map_err(failed)?;
+    let bare = bare::serve(&url, CONNECTIONS, service.tenant).await?;
 
-    say(&format!(
+    print_line(&format!(
         "{} trainings, {} ended jobs, {} connections, {} rounds of {} s",
         args.jobs, args.ended, args.clients, args.rounds, args.seconds
     ));
-    say("case          ours/s    bare/s   ratio (smallest to largest)");
+    print_line("case          ours/s    bare/s   ratio (smallest to largest)");
     let cases = [
         ("status", format!("/v1/jobs/{id}"), format!("/job/{id}")),
         ("list of 20", "/v1/jobs?limit=20".into(), "/jobs/20".into()),
     ];
     for (name, ours, theirs) in &cases {
-        house.compare(args, name, ours, bare, theirs).await?;
+        service.compare(args, name, ours, bare, theirs).await?;
     }
-    starts(args, &house).await?;
+    starts(args, &service).await?;
     if let Some(training) = training {
-        history::measure(&house, training, args.starts).await?;
+        history::measure(&service, training, args.starts).await?;
     }
     if args.deletions > 0 {
-        deletions::deletions(&house, args.deletions, args.clients).await?;
+        deletions::deletions(&service, args.deletions, args.clients).await?;
     }
     Ok(())
 }
 
 /// The service as `serve` runs it, with a key.
-struct House {
+struct Service {
     store: Store,
     blobs: Blobs,
     database: String,
@@ -120,12 +121,12 @@ struct House {
     scratch: std::path::PathBuf,
 }
 
-impl House {
-    async fn open(url: &str, dir: &Path) -> Result<Self, Stop> {
+impl Service {
+    async fn open(url: &str, dir: &Path) -> Result<Self, CliError> {
         let store = Store::connect(url, CONNECTIONS).await.map_err(failed)?;
         store.migrate().await.map_err(failed)?;
         let tenant = store.ensure_tenant("bench").await.map_err(failed)?;
-        let key = make_key().map_err(|error| Stop::Failed(error.to_string()))?;
+        let key = make_key().map_err(|error| CliError::Failed(error.to_string()))?;
         let new = NewKey {
             id: key.id,
             tenant,
@@ -136,33 +137,33 @@ impl House {
         };
         store.create_key(&new).await.map_err(failed)?;
         let config = BlobsConfig { place: Place::Directory(dir.join("objects")), links: None };
-        let blobs = Blobs::open(&config).await.map_err(|error| Stop::Failed(error.to_string()))?;
+        let blobs = Blobs::open(&config).await.map_err(|error| CliError::Failed(error.to_string()))?;
         let metrics = PrometheusBuilder::new().build_recorder().handle();
         let decoder = Decoder::new(Limits::default(), 2, Duration::from_secs(5));
         let settings =
             http::Settings { auth: Auth::Keys, queue_max: u64::MAX >> 1, ..http::Settings::default() };
         let stop = CancellationToken::new();
         let (rows, objects, health) = (store.clone(), blobs.clone(), Health::default());
-        let app = AppState::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
+        let front = AppState::new(rows, objects, decoder, settings, metrics, stop.clone(), health, None);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
-        let listener = listener.map_err(|error| Stop::Failed(error.to_string()))?;
-        let address = listener.local_addr().map_err(|error| Stop::Failed(error.to_string()))?;
-        tokio::spawn(http::serve(listener, app.router(), 1024, Timeouts::default(), stop));
+        let listener = listener.map_err(|error| CliError::Failed(error.to_string()))?;
+        let address = listener.local_addr().map_err(|error| CliError::Failed(error.to_string()))?;
+        tokio::spawn(http::serve(listener, front.router(), 1024, Timeouts::default(), stop));
         let (database, scratch) = (url.to_owned(), dir.join("scratch"));
         Ok(Self { store, blobs, database, tenant, key: key.text, address, scratch })
     }
 
     /// Puts trainings into the table.
-    async fn fill(&self, n: usize) -> Result<(), Stop> {
+    async fn fill(&self, n: usize) -> Result<(), CliError> {
         for _ in 0..n {
             self.submit().await?;
         }
         Ok(())
     }
 
-    async fn submit(&self) -> Result<JobId, Stop> {
-        let spec =
-            TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| Stop::Failed(error.message))?;
+    async fn submit(&self) -> Result<JobId, CliError> {
+        let spec = TrainSpec::new("mug", TrainOptions::default(), 1)
+            .map_err(|error| CliError::Failed(error.message))?;
         let new = NewJob {
             id: JobId::new(),
             tenant: self.tenant,
@@ -177,7 +178,7 @@ impl House {
         };
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job.id),
-            other => Err(Stop::Failed(format!("a training was not accepted: {other:?}"))),
+            other => Err(CliError::Failed(format!("a training was not accepted: {other:?}"))),
         }
     }
 
@@ -189,7 +190,7 @@ impl House {
         ours: &str,
         bare: SocketAddr,
         theirs: &str,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), CliError> {
         let key = format!("Authorization: Bearer {}\r\n", self.key);
         let sides = [(self.address, request(ours, &key)), (bare, request(theirs, ""))];
         for (address, request) in &sides {
@@ -206,7 +207,9 @@ impl House {
         let ratios: Vec<f64> = rates[0].iter().zip(&rates[1]).map(|(ours, bare)| ours / bare).collect();
         let [smallest, middle, largest] = spread(&ratios);
         let [ours, bare] = rates.map(|rates| spread(&rates)[1]);
-        say(&format!("{name:<12} {ours:>7.0} {bare:>9.0}   {middle:.2} ({smallest:.2} to {largest:.2})"));
+        print_line(&format!(
+            "{name:<12} {ours:>7.0} {bare:>9.0}   {middle:.2} ({smallest:.2} to {largest:.2})"
+        ));
         Ok(())
     }
 }
@@ -216,34 +219,34 @@ fn request(path: &str, headers: &str) -> String {
 }
 
 /// How soon a training starts on a worker that has nothing else to do.
-async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
+async fn starts(args: &BenchServe, service: &Service) -> Result<(), CliError> {
     let drain = CancellationToken::new();
     let settings = worker::Settings {
-        database: house.database.clone(),
+        database: service.database.clone(),
         lease: Duration::from_mins(1),
-        beat: Duration::from_secs(2),
+        heartbeat: Duration::from_secs(2),
         deadline: Duration::from_mins(10),
         poll: Duration::from_secs(1),
         checkpoint_every: Duration::from_mins(5),
-        scratch: house.scratch.clone(),
+        scratch: service.scratch.clone(),
         weights_bytes_max: 1 << 20,
         sample_share: 0.5,
-        rest: Duration::from_secs(5),
+        backoff: Duration::from_secs(5),
         drain: Duration::from_mins(1),
         host: "bench".into(),
         clock: worker::Clock::default(),
     };
     let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
     let engines = vec![("idle".to_owned(), make)];
-    let (store, blobs, stop) = (house.store.clone(), house.blobs.clone(), drain.clone());
+    let (store, blobs, stop) = (service.store.clone(), service.blobs.clone(), drain.clone());
     let work = async move { worker::run(settings, store, blobs, engines, &Health::default(), stop).await };
     let work = tokio::spawn(work);
     // First what was put there to be looked at; then one after the other.
     let mut waited: Vec<f64> = Vec::new();
     for i in 0..=args.starts {
-        let id = house.submit().await?;
+        let id = service.submit().await?;
         let job = loop {
-            let found = house.store.find(house.tenant, id, Kind::Train).await.map_err(failed)?;
+            let found = service.store.find(service.tenant, id, Kind::Train).await.map_err(failed)?;
             match found {
                 Some(job) if job.state.is_terminal() => break job,
                 _ => tokio::time::sleep(Duration::from_millis(if i == 0 { 50 } else { 2 })).await,
@@ -254,11 +257,11 @@ async fn starts(args: &BenchServe, house: &House) -> Result<(), Stop> {
         }
     }
     drain.cancel();
-    work.await.map_err(|error| Stop::Failed(error.to_string()))??;
+    work.await.map_err(|error| CliError::Failed(error.to_string()))??;
     waited.sort_by(f64::total_cmp);
     let at = |share: f64| waited[((waited.len() - 1) as f64 * share).round() as usize];
     if !waited.is_empty() {
-        say(&format!(
+        print_line(&format!(
             "enqueue to start, ms, of {}: median {:.0}, p99 {:.0}, largest {:.0}",
             waited.len(),
             at(0.5),
@@ -276,8 +279,8 @@ fn spread(values: &[f64]) -> [f64; 3] {
     [sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]]
 }
 
-fn failed(error: crate::store::Error) -> Stop {
-    Stop::Failed(error.to_string())
+fn failed(error: crate::store::Error) -> CliError {
+    CliError::Failed(error.to_string())
 }
 
 /// An engine that refuses every training at once: what is measured is the way to it.

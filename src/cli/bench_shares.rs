@@ -1,14 +1,14 @@
 //! `hypnos bench-shares`: what a training keeps of its device beside another tenant's samples, and how soon one starts.
 //!
-//! Method. One worker with a real engine, on a database and a directory of its own. A first tenant trains a product in a
-//! few steps, to have something to draw with. Then, for a second tenant:
+//! Method. One worker with a real engine, on a database and a directory of its own. A first tenant trains a product in
+//! a few steps, to have something to draw with. Then, for a second tenant:
 //!
 //! 1. *Undisturbed*: a training takes steps for `--seconds`; counted are the steps between two looks at its row.
-//! 2. *Beside a flood*: the same training while `--samples` samples of the first tenant wait, which the worker draws beside
-//!    it. Said are its steps a second over those of 1., the smallest part that any fifth of the time kept, and how many
-//!    samples ended meanwhile.
-//! 3. *Start*: the flood alone, and into it a training is sent in, `--starts` times. Said are the seconds from its row to
-//!    its claim and to the device's first word of it, beside the seconds that one sample takes on the device alone.
+//! 2. *Beside a flood*: the same training while `--samples` samples of the first tenant wait, which the worker draws
+//!    beside it. Said are its steps a second over those of 1., the smallest part that any fifth of the time kept, and
+//!    how many samples ended meanwhile.
+//! 3. *Start*: the flood alone, and into it a training is sent in, `--starts` times. Said are the seconds from its row
+//!    to its claim and to the device's first word of it, beside the seconds that one sample takes on the device alone.
 //!
 //! On a CPU the engine's threads and the rest of this process share the cores; nothing else should run.
 
@@ -20,7 +20,8 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::demo::products;
-use super::{Stop, say};
+use super::error::CliError;
+use super::output::print_line;
 use crate::blobs::{Blobs, BlobsConfig, Key, Place};
 use crate::config;
 use crate::engine::{self, CandleEngine, Engine};
@@ -67,24 +68,24 @@ pub(super) struct BenchShares {
     starts: usize,
 }
 
-pub(super) fn run(args: &BenchShares) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: &BenchShares) -> Result<ExitCode, CliError> {
     if !(args.sample_share > 0.0 && args.sample_share <= 1.0) {
         let line = format!("--sample-share: wanted more than 0 and at most 1, got {}", args.sample_share);
-        return Err(Stop::Input(line));
+        return Err(CliError::Input(line));
     }
-    let runtime = tokio::runtime::Runtime::new().map_err(|error| Stop::Failed(error.to_string()))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| CliError::Failed(error.to_string()))?;
     runtime.block_on(bench(args))?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn bench(args: &BenchShares) -> Result<(), Stop> {
-    let dir = tempfile::tempdir().map_err(|error| Stop::Failed(error.to_string()))?;
+async fn bench(args: &BenchShares) -> Result<(), CliError> {
+    let dir = tempfile::tempdir().map_err(|error| CliError::Failed(error.to_string()))?;
     let url =
         args.database.clone().unwrap_or_else(|| format!("sqlite:{}", dir.path().join("bench.db").display()));
     let store = Store::connect(&url, 8).await.map_err(failed)?;
     store.migrate().await.map_err(failed)?;
     let config = BlobsConfig { place: Place::Directory(dir.path().join("objects")), links: None };
-    let blobs = Blobs::open(&config).await.map_err(|error| Stop::Failed(error.to_string()))?;
+    let blobs = Blobs::open(&config).await.map_err(|error| CliError::Failed(error.to_string()))?;
     let [drawer, trainer] = [
         store.ensure_tenant("bench-drawer").await.map_err(failed)?,
         store.ensure_tenant("bench-trainer").await.map_err(failed)?,
@@ -93,14 +94,14 @@ async fn bench(args: &BenchShares) -> Result<(), Stop> {
     let settings = worker::Settings {
         database: url,
         lease: Duration::from_mins(1),
-        beat: Duration::from_millis(200), // as often as rows are looked at
+        heartbeat: Duration::from_millis(200), // as often as rows are looked at
         deadline: Duration::from_hours(12),
         poll: Duration::from_secs(1),
         checkpoint_every: Duration::from_mins(5),
         scratch: dir.path().join("scratch"),
         weights_bytes_max: 40 << 30,
         sample_share: args.sample_share,
-        rest: Duration::from_secs(5),
+        backoff: Duration::from_secs(5),
         drain: Duration::from_mins(5),
         host: "bench".into(),
         clock: Clock::default(),
@@ -129,7 +130,7 @@ async fn bench(args: &BenchShares) -> Result<(), Stop> {
         measured
     };
     // A worker that fails ends it all.
-    let work = async { work.await.map_err(Stop::from) };
+    let work = async { work.await.map_err(CliError::from) };
     tokio::try_join!(work, measured).map(drop)
 }
 
@@ -142,12 +143,12 @@ struct Bench {
 }
 
 impl Bench {
-    async fn measure(&self, args: &BenchShares) -> Result<(), Stop> {
-        say("a training to draw with …");
+    async fn measure(&self, args: &BenchShares) -> Result<(), CliError> {
+        print_line("a training to draw with …");
         let parent = self.train(self.drawer, 2).await?;
         let parent = self.until(&parent, |job| job.state.is_terminal()).await?;
         if parent.state != State::Succeeded {
-            return Err(Stop::Failed(format!("the training failed: {:?}", parent.error)));
+            return Err(CliError::Failed(format!("the training failed: {:?}", parent.error)));
         }
         let time = Duration::from_secs_f64(args.seconds);
 
@@ -155,7 +156,7 @@ impl Bench {
         self.until(&alone, is_training).await?;
         let undisturbed = self.steps_a_second(&alone, time).await?;
         self.end(&alone).await?;
-        say(&format!("undisturbed        {undisturbed:.2} steps a second"));
+        print_line(&format!("undisturbed        {undisturbed:.2} steps a second"));
 
         let disturbed = self.train(self.trainer, crate::job::STEPS_MAX).await?;
         self.until(&disturbed, is_training).await?;
@@ -171,18 +172,18 @@ impl Bench {
         self.end(&disturbed).await?;
         let kept = rates.iter().sum::<f64>() / f64::from(N_PARTS);
         let least = rates.iter().copied().fold(f64::INFINITY, f64::min);
-        say(&format!(
+        print_line(&format!(
             "beside a flood     {kept:.2} of that, {least:.2} in the worst fifth; {drawn} samples ended meanwhile"
         ));
         if self.queued_samples().await? == 0 {
-            say("the flood has run dry: wanted more --samples, or fewer --seconds");
+            print_line("the flood has run dry: wanted more --samples, or fewer --seconds");
         }
 
         let (began, before) = (Instant::now(), self.queued_samples().await?);
         tokio::time::sleep(time.min(Duration::from_secs(20))).await;
         let n_drawn = before.saturating_sub(self.queued_samples().await?);
         let each = began.elapsed().as_secs_f64() / n_drawn.max(1) as f64;
-        say(&format!("a sample alone     {each:.2} s"));
+        print_line(&format!("a sample alone     {each:.2} s"));
         for _ in 0..args.starts {
             let training = self.train(self.trainer, crate::job::STEPS_MAX).await?;
             let sent = Instant::now();
@@ -190,7 +191,7 @@ impl Bench {
             let claimed = claimed.started_ms.unwrap_or_default() - claimed.created_ms;
             self.until(&training, has_begun).await?;
             let waiting = self.queued_samples().await?;
-            say(&format!(
+            print_line(&format!(
                 "start              claimed after {:.2} s, on the device after {:.2} s, with {waiting} samples waiting",
                 claimed as f64 / 1e3,
                 sent.elapsed().as_secs_f64()
@@ -201,47 +202,47 @@ impl Bench {
     }
 
     /// A training without class images, discriminator and pictures of its own: nothing but steps.
-    async fn train(&self, tenant: TenantId, steps: u32) -> Result<Job, Stop> {
-        let product = products::find(products::FIRST).map_err(Stop::Failed)?;
+    async fn train(&self, tenant: TenantId, steps: u32) -> Result<Job, CliError> {
+        let product = products::find(products::FIRST).map_err(CliError::Failed)?;
         let mut options = TrainOptions { steps, class_images: 0, ..TrainOptions::default() };
         options.views.n = 8;
         options.loss_weights.prior = 0.0;
         options.loss_weights.discriminator = 0.0;
         options.evaluation.enabled = false;
         let spec = TrainSpec::new(&product.class_name, options, 1);
-        let spec = spec.map_err(|invalid| Stop::Failed(invalid.message))?;
+        let spec = spec.map_err(|invalid| CliError::Failed(invalid.message))?;
         let id = JobId::new();
         let mut photos = Vec::new();
         for (n, bytes) in product.photos.iter().enumerate() {
             let photo = photo::decode(bytes, &Limits::default())
-                .map_err(|refusal| Stop::Failed(refusal.to_string()))?;
+                .map_err(|refusal| CliError::Failed(refusal.to_string()))?;
             let stored = self.blobs.put(&Key::photo(tenant, id, n), photo.png).await;
-            photos.push(stored.map_err(|error| Stop::Failed(error.to_string()))?);
+            photos.push(stored.map_err(|error| CliError::Failed(error.to_string()))?);
         }
         self.submit(NewJob { id, photos, ..plain(tenant, Spec::Train(Box::new(spec))) }).await
     }
 
-    async fn sample(&self, parent: JobId, n: u32) -> Result<Job, Stop> {
+    async fn sample(&self, parent: JobId, n: u32) -> Result<Job, CliError> {
         let spec = serde_json::json!({ "prompts": ["a photo of {product} on a beach"], "n": n });
         let spec: SampleSpec =
-            serde_json::from_value(spec).map_err(|error| Stop::Failed(error.to_string()))?;
-        let spec = spec.complete(1).map_err(|invalid| Stop::Failed(invalid.message))?;
+            serde_json::from_value(spec).map_err(|error| CliError::Failed(error.to_string()))?;
+        let spec = spec.complete(1).map_err(|invalid| CliError::Failed(invalid.message))?;
         self.submit(NewJob { parent: Some(parent), ..plain(self.drawer, Spec::Sample(spec)) }).await
     }
 
-    async fn submit(&self, new: NewJob) -> Result<Job, Stop> {
+    async fn submit(&self, new: NewJob) -> Result<Job, CliError> {
         match self.store.submit(new).await.map_err(failed)? {
             Submitted::New(job) => Ok(job),
-            other => Err(Stop::Failed(format!("a job was not accepted: {other:?}"))),
+            other => Err(CliError::Failed(format!("a job was not accepted: {other:?}"))),
         }
     }
 
-    async fn look(&self, job: &Job) -> Result<Job, Stop> {
+    async fn look(&self, job: &Job) -> Result<Job, CliError> {
         let row = self.store.find(job.tenant, job.id, job.kind).await.map_err(failed)?;
-        row.ok_or_else(|| Stop::Failed("a row is gone".into()))
+        row.ok_or_else(|| CliError::Failed("a row is gone".into()))
     }
 
-    async fn until(&self, job: &Job, wanted: impl Fn(&Job) -> bool) -> Result<Job, Stop> {
+    async fn until(&self, job: &Job, wanted: impl Fn(&Job) -> bool) -> Result<Job, CliError> {
         let began = Instant::now();
         loop {
             let row = self.look(job).await?;
@@ -249,22 +250,22 @@ impl Bench {
                 return Ok(row);
             }
             if row.state.is_terminal() || began.elapsed() > PATIENCE {
-                return Err(Stop::Failed(format!("a job is {}: {:?}", row.state, row.error)));
+                return Err(CliError::Failed(format!("a job is {}: {:?}", row.state, row.error)));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    async fn end(&self, job: &Job) -> Result<(), Stop> {
+    async fn end(&self, job: &Job) -> Result<(), CliError> {
         self.store.cancel(job.tenant, job.id).await.map_err(failed)?;
         self.until(job, |job| job.state.is_terminal()).await.map(drop)
     }
 
     /// From one change of the row to another, at least `time` later.
-    async fn steps_a_second(&self, job: &Job, time: Duration) -> Result<f64, Stop> {
+    async fn steps_a_second(&self, job: &Job, time: Duration) -> Result<f64, CliError> {
         let next = async |after: u64| {
             let row = self.until(job, |job| step(job) > after).await?;
-            Ok::<_, Stop>((Instant::now(), step(&row)))
+            Ok::<_, CliError>((Instant::now(), step(&row)))
         };
         let now = step(&self.look(job).await?);
         let (began, first) = next(now).await?;
@@ -274,7 +275,7 @@ impl Bench {
         Ok((last - first) as f64 / ended.duration_since(began).as_secs_f64())
     }
 
-    async fn queued_samples(&self) -> Result<u64, Stop> {
+    async fn queued_samples(&self) -> Result<u64, CliError> {
         let gauges = self.store.gauges().await.map_err(failed)?;
         Ok(gauges.kinds.iter().filter(|gauge| gauge.kind == Kind::Sample).map(|gauge| gauge.queued).sum())
     }
@@ -309,6 +310,6 @@ fn has_begun(job: &Job) -> bool {
     job.progress.as_ref().is_some_and(|progress| progress.phase != Phase::Preparing || progress.total > 0)
 }
 
-fn failed(error: crate::store::Error) -> Stop {
-    Stop::Failed(error.to_string())
+fn failed(error: crate::store::Error) -> CliError {
+    CliError::Failed(error.to_string())
 }

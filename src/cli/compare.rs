@@ -1,7 +1,7 @@
-//! `hypnos compare`: several methods on several products, trained and judged alike, as the paper's tables have them.
+//! `hypnos compare`: trains several methods on several products and evaluates them, as in the paper's tables.
 //!
-//! Every cell is a training in a directory of its own, as `hypnos train` keeps it: one that is done is not done again, one
-//! that was begun goes on from its checkpoint.
+//! Every cell is a training in a directory of its own, like that of `hypnos train`: one that is done is not repeated,
+//! and one that was begun resumes from its checkpoint.
 
 mod recipes;
 
@@ -13,9 +13,11 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::error::CliError;
+use super::output::print_line;
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
-use super::{Stop, evaluate, photos, say, service};
+use super::{evaluate, photos, service};
 use crate::config;
 use crate::engine::{CandleEngine, Engine, Settings};
 use crate::job::TrainSpec;
@@ -24,7 +26,7 @@ use crate::ml::picture;
 use crate::report::{self, Found, Gallery, Shot};
 use recipes::Recipe;
 
-/// Longest side of a picture on the page.
+/// Longest side of an image on the page.
 const SHOT_SIDE: u32 = 256;
 
 #[derive(Clone, Debug, Args)]
@@ -75,17 +77,17 @@ struct Subject {
     photos: Vec<Vec<u8>>,
 }
 
-/// One method on one product.
+/// A method on a product.
 struct Cell {
     recipe: String,
     subject: usize,
     spec: TrainSpec,
 }
 
-pub(super) fn run(args: &Compare) -> Result<ExitCode, Stop> {
-    // 1. All that can be refused, before anything is loaded or written.
+pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
+    // 1. Everything that can be rejected, before anything is loaded or written.
     let recipes = args.recipes.iter().map(|text| text.parse()).collect::<Result<Vec<Recipe>, String>>();
-    let recipes = recipes.map_err(|what| Stop::Input(format!("--recipes: {what}")))?;
+    let recipes = recipes.map_err(|what| CliError::Input(format!("--recipes: {what}")))?;
     let subjects = subjects(&args.subjects)?;
     let cells = cells(args, &recipes, &subjects, Bundle::open(&args.bundle)?.manifest())?;
     let engine = CandleEngine::open(Settings {
@@ -97,15 +99,15 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, Stop> {
     })?;
     cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
 
-    // 2. The trainings, in a thread of their own, while signals are heard here.
+    // 2. The trainings, in their own thread, while signals are handled here.
     let args = args.clone();
     service::run(|stop| async move {
         let compared = tokio::task::spawn_blocking(move || compare(&args, engine, &subjects, &cells, &stop));
-        compared.await.map_err(|error| Stop::Failed(format!("the comparison broke: {error}")))?
+        compared.await.map_err(|error| CliError::Failed(format!("the comparison panicked: {error}")))?
     })
 }
 
-fn subjects(all: &[String]) -> Result<Vec<Subject>, Stop> {
+fn subjects(all: &[String]) -> Result<Vec<Subject>, CliError> {
     let mut subjects: Vec<Subject> = Vec::new();
     for text in all {
         let (dir, class_name) = match text.rsplit_once('=') {
@@ -114,7 +116,7 @@ fn subjects(all: &[String]) -> Result<Vec<Subject>, Stop> {
         };
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name.is_empty() || subjects.iter().any(|other| other.name == name) {
-            return Err(Stop::Input(format!(
+            return Err(CliError::Input(format!(
                 "--subjects: {text}: wanted directories with names of their own"
             )));
         }
@@ -124,17 +126,17 @@ fn subjects(all: &[String]) -> Result<Vec<Subject>, Stop> {
     Ok(subjects)
 }
 
-/// Every training, methods together, as the paper's tables have them.
+/// All trainings, grouped by method, as in the paper's tables.
 fn cells(
     args: &Compare,
     recipes: &[Recipe],
     subjects: &[Subject],
     bundle: &Manifest,
-) -> Result<Vec<Cell>, Stop> {
+) -> Result<Vec<Cell>, CliError> {
     let lists = args.prompt_lists.as_deref().map(evaluate::prompt_lists).transpose()?.unwrap_or_default();
     let n_varying = args.images as usize / 2;
     let mut common = json!({
-        // The last step of each is compared, as in the paper, and nobody looks on the way.
+        // The last step of each is compared, as in the paper, without previews and trials.
         "previews": [], "evaluation": { "images": args.images, "class_images": n_varying.max(1), "trials": [] },
     });
     if n_varying > 0 {
@@ -147,7 +149,7 @@ fn cells(
             let options = recipe.options(bundle, &common, &asked);
             let spec = spec_of(&subject.class_name, options, args.seed).map_err(|invalid| {
                 let at = invalid.pointer.trim_start_matches('/').replace('/', ".");
-                Stop::Input(format!("{recipe}, {}: {at}: {}", subject.name, invalid.message))
+                CliError::Input(format!("{recipe}, {}: {at}: {}", subject.name, invalid.message))
             })?;
             cells.push(Cell { recipe: recipe.to_string(), subject: i, spec });
         }
@@ -161,8 +163,8 @@ fn compare(
     subjects: &[Subject],
     cells: &[Cell],
     stop: &CancellationToken,
-) -> Result<ExitCode, Stop> {
-    let (bars, shelf) = (MultiProgress::new(), args.out.join("class_images"));
+) -> Result<ExitCode, CliError> {
+    let (bars, class_image_cache) = (MultiProgress::new(), args.out.join("class_images"));
     let style = ProgressStyle::with_template("{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone  {msg}");
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
     let whole = bars.add(ProgressBar::new(cells.len() as u64).with_style(style).with_prefix("trainings"));
@@ -173,12 +175,13 @@ fn compare(
         let dir = args.out.join(&subject.name).join(&cell.recipe);
         let (out, spec) = Out::open(&dir, &cell.spec, engine.bundle(), dir.exists())?;
         if !out.is_done() {
-            let shelf = out.class_images(Some(&shelf), &engine.class_images(&spec))?;
+            let class_image_cache =
+                out.class_images(Some(&class_image_cache), &engine.class_images(&spec))?;
             let work = Work {
                 spec: &spec,
                 photos: &subject.photos,
                 out: &out,
-                shelf: &shelf,
+                class_image_cache: &class_image_cache,
                 trace: None,
                 checkpoint_every: args.checkpoint_every,
                 stop,
@@ -190,21 +193,25 @@ fn compare(
         whole.inc(1);
     }
     whole.finish_and_clear();
-    told(args, subjects, &done)
+    write_report(args, subjects, &done)
 }
 
-/// The pictures of a cell, for the page.
-fn gallery(out: &Out) -> Result<Gallery, Stop> {
+/// The images of a cell, for the page.
+fn gallery(out: &Out) -> Result<Gallery, CliError> {
     let report = out.report()?;
     let shots = out.images()?.into_iter().enumerate().map(|(i, png)| {
         let webp = picture::thumbnail(&picture::read_png(&png)?, SHOT_SIDE)?;
         Ok(Shot { webp, caption: report["images"][i]["prompt"].as_str().unwrap_or_default().to_owned() })
     });
-    Ok(Gallery { pictures: shots.collect::<Result<_, Stop>>()?, ..Gallery::default() })
+    Ok(Gallery { pictures: shots.collect::<Result<_, CliError>>()?, ..Gallery::default() })
 }
 
-/// Both tables, on the terminal and on disk, and the page.
-fn told(args: &Compare, subjects: &[Subject], done: &[(&Cell, Value, Gallery)]) -> Result<ExitCode, Stop> {
+/// Prints and writes both tables, and writes the page.
+fn write_report(
+    args: &Compare,
+    subjects: &[Subject],
+    done: &[(&Cell, Value, Gallery)],
+) -> Result<ExitCode, CliError> {
     let found: Vec<Found<'_>> = (done.iter())
         .map(|(cell, report, _)| Found {
             recipe: &cell.recipe,
@@ -218,14 +225,14 @@ fn told(args: &Compare, subjects: &[Subject], done: &[(&Cell, Value, Gallery)]) 
     let tables = table("Table 1: prompt-invariant", "prompt_invariant")
         + "\n"
         + &table("Table 2: prompt-varying", "prompt_varying");
-    say(&tables);
+    print_line(&tables);
     let drawn: Vec<(&Value, &Gallery)> = done.iter().map(|(_, report, gallery)| (report, gallery)).collect();
     let page = report::comparison_page("Methods side by side", &found, &drawn);
     for (name, text) in [("tables.md", &tables), ("comparison.html", &page)] {
         let path = args.out.join(name);
         std::fs::write(&path, text)
-            .map_err(|error| Stop::Failed(format!("{}: cannot be written: {error}", path.display())))?;
+            .map_err(|error| CliError::Failed(format!("{}: cannot be written: {error}", path.display())))?;
     }
-    say(&args.out.display().to_string());
+    print_line(&args.out.display().to_string());
     Ok(ExitCode::SUCCESS)
 }

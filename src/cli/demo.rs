@@ -1,7 +1,7 @@
-//! `hypnos demo`: the whole service on this machine, with a product that is in the program.
+//! `hypnos demo`: runs the whole service locally with an embedded product.
 //!
-//! It starts what `hypnos serve --workers 1` starts. All else is a client's part, by HTTP as any other would do it: upload,
-//! follow, draw, and lay photos and pictures on one sheet.
+//! It starts what `hypnos serve --workers 1` starts. Everything else is done by HTTP, as any client would: upload,
+//! follow, draw, and compose photos and images on one sheet.
 
 mod client;
 pub(super) mod products;
@@ -12,9 +12,10 @@ use std::process::ExitCode;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
+use super::error::CliError;
+use super::output::print_line;
 use super::serve::{self, Serve};
-use super::service::{self, Log, Watch};
-use super::{Stop, say};
+use super::service::{self, Instrumentation, Log};
 use crate::config::{Monitoring, Serving, Storage, Working};
 use crate::job::Method;
 use crate::ml::bundle::Bundle;
@@ -22,7 +23,7 @@ use crate::ml::{picture, sheet};
 use client::Client;
 use products::Product;
 
-/// Where the product is drawn.
+/// Prompts of the sample.
 const PROMPTS: [&str; 8] = [
     "a photo of {product} on a wooden table",
     "a photo of {product} on the beach",
@@ -34,9 +35,9 @@ const PROMPTS: [&str; 8] = [
     "a photo of {product} in the forest",
 ];
 
-/// Pictures in a row of the sheet.
+/// Images in a row of the sheet.
 const COLUMNS: usize = 4;
-/// Their side on it, in pixels.
+/// Side of an image on the sheet, in pixels.
 const SIDE: u32 = 256;
 
 #[derive(Debug, Args)]
@@ -65,17 +66,19 @@ pub(super) struct Demo {
     log: Log,
 }
 
-pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: Demo) -> Result<ExitCode, CliError> {
     if args.product == "list" {
-        products::all().iter().for_each(|product| say(&format!("{} ({})", product.name, product.class_name)));
+        products::all()
+            .iter()
+            .for_each(|product| print_line(&format!("{} ({})", product.name, product.class_name)));
         return Ok(ExitCode::SUCCESS);
     }
-    let product = products::find(&args.product).map_err(Stop::Input)?;
+    let product = products::find(&args.product).map_err(CliError::Input)?;
     if args.serving.keys_wanted()? {
-        return Err(Stop::Input("the demo runs without keys; HYPNOS_AUTH wants them".into()));
+        return Err(CliError::Input("the demo runs without keys; HYPNOS_AUTH wants them".into()));
     }
     if args.serving.listen.port() == 0 {
-        return Err(Stop::Input(
+        return Err(CliError::Input(
             "HYPNOS_LISTEN: the demo is its own client and wants a port that it knows, got 0".into(),
         ));
     }
@@ -85,26 +88,26 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     let Demo { method, sheet, exit, storage, serving, working, monitoring, log, .. } = args;
     let log = log.quieter();
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, monitoring, log };
-    let watch = Watch::start(&serve.log, "demo")?;
+    let instrumentation = Instrumentation::start(&serve.log, "demo")?;
     let work = service::worker(&serve.storage, &serve.working, 1)?;
-    watch.run(async |watch, stop| {
+    instrumentation.run(async |instrumentation, stop| {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
             let laid = sheet::sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
             let size = (laid.width() as usize, laid.height() as usize);
             picture::save_png(&sheet, laid.as_raw(), size, &[])?;
-            say(&format!("sheet      {}", sheet.display()));
+            print_line(&format!("sheet      {}", sheet.display()));
             if exit {
                 stop.cancel();
             } else {
-                say("The service runs on; Ctrl-C ends it.");
+                print_line("The service runs on; Ctrl-C ends it.");
             }
             Ok(())
         };
-        // Whichever fails ends both.
+        // If one fails, both end.
         tokio::try_join!(
-            ending(serve::serve(&serve, Some(work), watch, stop.clone()), &stop),
+            ending(serve::serve(&serve, Some(work), instrumentation, stop.clone()), &stop),
             ending(show, &stop)
         )?;
         Ok(())
@@ -112,8 +115,11 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, Stop> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tells the other side when this one failed.
-async fn ending(work: impl Future<Output = Result<(), Stop>>, stop: &CancellationToken) -> Result<(), Stop> {
+/// Cancels `stop` when `work` fails.
+async fn ending(
+    work: impl Future<Output = Result<(), CliError>>,
+    stop: &CancellationToken,
+) -> Result<(), CliError> {
     let done = work.await;
     if done.is_err() {
         stop.cancel();
@@ -121,20 +127,20 @@ async fn ending(work: impl Future<Output = Result<(), Stop>>, stop: &Cancellatio
     done
 }
 
-/// Photos to pictures, told line by line; both as files.
+/// Trains on the photos, draws the images, prints each step, and writes both to files.
 async fn draw(
     client: &Client,
     product: Product,
     method: Method,
     options: serde_json::Value,
-) -> Result<[Vec<Vec<u8>>; 2], Stop> {
-    say(&format!("product    {}, {} photos; {method}", product.name, product.photos.len()));
+) -> Result<[Vec<Vec<u8>>; 2], CliError> {
+    print_line(&format!("product    {}, {} photos; {method}", product.name, product.photos.len()));
     let job = client.upload(&product, &options).await?;
     let id = job["id"].as_str().unwrap_or_default().to_owned();
-    say(&format!("watch      {}/#job={id}", client.url()));
+    print_line(&format!("watch      {}/#job={id}", client.url()));
     client.follow(&job).await?;
     for name in ["report.html", "weights.safetensors"] {
-        say(&format!(
+        print_line(&format!(
             "{:10} {}/v1/jobs/{id}/artifacts/{name}",
             name.split('.').next().unwrap_or(name),
             client.url()
@@ -147,7 +153,7 @@ async fn draw(
     for (i, (image, prompt)) in sample["images"].as_array().into_iter().flatten().zip(&prompts).enumerate() {
         let (url, place) =
             (image["url"].as_str().unwrap_or_default(), prompt.trim_start_matches("a photo of {product} "));
-        say(&format!("picture    {}/v1/samples/{drawn}/images/{i}  {place}", client.url()));
+        print_line(&format!("picture    {}/v1/samples/{drawn}/images/{i}  {place}", client.url()));
         pictures.push(client.fetch(url).await?);
     }
     Ok([product.photos, pictures])

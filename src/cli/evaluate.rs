@@ -1,4 +1,4 @@
-//! `hypnos evaluate`: what pictures are worth beside the photos of a product.
+//! `hypnos evaluate`: scores images against the photos of a product and their prompts.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,9 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::{Stop, photos, say};
+use super::error::CliError;
+use super::output::print_line;
+use super::photos;
 use crate::config;
 use crate::ml::adapted::Adapted;
 use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
@@ -75,7 +77,7 @@ pub(super) struct Evaluate {
     device: String,
 }
 
-/// What is judged.
+/// The images to evaluate.
 struct Pictures {
     class_name: String,
     /// Each with its name, the prompt-invariant ones first.
@@ -84,7 +86,7 @@ struct Pictures {
     class_images: Vec<Generated>,
 }
 
-pub(super) fn run(args: &Evaluate) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let read = photos::pngs(&args.photos, 1..=usize::MAX)?;
     let real = read.iter().map(|(_, png)| picture::read_png(png)).collect::<Result<Vec<_>, _>>()?;
     let generated = args.generated.as_deref().map(|dir| from_disk(args, dir)).transpose()?;
@@ -99,21 +101,21 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, Stop> {
             let adapted = Adapted::load(model, &bundle, &base)?;
             drawn(args, &bundle, &adapted, &lists, judge.can_tell_the_class())?
         }
-        (None, None) => return Err(Stop::Input("wanted --generated or --model".into())),
+        (None, None) => return Err(CliError::Input("wanted --generated or --model".into())),
     };
     let found = judged(&judge, &pictures)?;
     if args.json {
-        say(&format!("{found:#}"));
+        print_line(&format!("{found:#}"));
     } else {
-        say(report::of_evaluation(&found).markdown().trim_end());
-        say("");
-        say(found["pairing"].as_str().unwrap_or_default());
+        print_line(report::of_evaluation(&found).markdown().trim_end());
+        print_line("");
+        print_line(found["pairing"].as_str().unwrap_or_default());
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Pictures from anywhere, with the prompts beside them.
-fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, Stop> {
+/// Images from a directory, with their prompts.
+fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, CliError> {
     let file = args.prompts.clone().unwrap_or_default();
     let text = read_text(&file)?;
     let prompts: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -121,7 +123,7 @@ fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, Stop> {
     if prompts.len() != files.len() {
         let (n, wanted) = (prompts.len(), files.len());
         let (file, dir) = (file.display(), dir.display());
-        return Err(Stop::Input(format!(
+        return Err(CliError::Input(format!(
             "{file}: wanted {wanted} prompts, one for each picture of {dir}, got {n}"
         )));
     }
@@ -136,24 +138,25 @@ fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, Stop> {
     Ok(Pictures { class_name, all, n_invariant, class_images: Vec::new() })
 }
 
-/// Lists of a file of the user's own.
-pub(super) fn prompt_lists(file: &Path) -> Result<PromptLists, Stop> {
-    PromptLists::parse(&read_text(file)?).map_err(|error| Stop::Input(format!("{}: {error}", file.display())))
+/// Prompt lists from a user's file.
+pub(super) fn prompt_lists(file: &Path) -> Result<PromptLists, CliError> {
+    PromptLists::parse(&read_text(file)?)
+        .map_err(|error| CliError::Input(format!("{}: {error}", file.display())))
 }
 
-fn read_text(file: &Path) -> Result<String, Stop> {
+fn read_text(file: &Path) -> Result<String, CliError> {
     std::fs::read_to_string(file)
-        .map_err(|error| Stop::Input(format!("{}: cannot be read: {error}", file.display())))
+        .map_err(|error| CliError::Input(format!("{}: cannot be read: {error}", file.display())))
 }
 
-/// What a fine-tuned model draws: `n` pictures for each protocol, and as many of the class where that says anything.
+/// Images drawn by a fine-tuned model: `n` for each protocol, and `n` of the class if that is evaluated.
 fn drawn(
     args: &Evaluate,
     bundle: &Bundle,
     adapted: &Adapted,
     lists: &PromptLists,
     with_class: bool,
-) -> Result<Pictures, Stop> {
+) -> Result<Pictures, CliError> {
     let (n, side, product) = (args.n as usize, bundle.resolution(), &adapted.product);
     let Drawing { scheduler, guidance } = bundle.manifest().drawing;
     let how = Settings {
@@ -186,8 +189,9 @@ fn drawn(
             if let Some(dir) = &args.out {
                 let model = (bundle.manifest().name.as_str(), bundle.hash()?);
                 let texts = picture::texts(picture, &how, model, false);
-                std::fs::create_dir_all(dir)
-                    .map_err(|error| Stop::Input(format!("{}: cannot be made: {error}", dir.display())))?;
+                std::fs::create_dir_all(dir).map_err(|error| {
+                    CliError::Input(format!("{}: cannot be made: {error}", dir.display()))
+                })?;
                 picture::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
             }
             all.push((name, Generated { pixels: picture::of_pixels(pixels, (side, side))?, prompt }));
@@ -199,8 +203,8 @@ fn drawn(
     Ok(Pictures { class_name: product.class_name.clone(), all, n_invariant: n, class_images })
 }
 
-/// The evaluation as reports have it, each picture with its name and its prompt.
-fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, Stop> {
+/// The evaluation as in reports, each image with its name and prompt.
+fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, CliError> {
     let (names, generated): (Vec<&String>, Vec<Generated>) =
         pictures.all.iter().map(|(name, one)| (name, one.clone())).unzip();
     let (invariant, varying) = generated.split_at(pictures.n_invariant);

@@ -1,4 +1,4 @@
-//! `hypnos export`: a fine-tune as files that other programs read.
+//! `hypnos export`: writes fine-tuned models in formats of other programs.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
-use super::{say, warn};
+use super::output::{print_line, print_warning};
 use crate::config;
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
@@ -53,7 +53,7 @@ impl FormName {
         }
     }
 
-    /// An error if it would lie where something is.
+    /// Fails if its place in `dir` is taken.
     pub(super) fn vacant(self, dir: &Path) -> Result<()> {
         self.form().vacant(dir).map(drop)
     }
@@ -64,7 +64,7 @@ pub(super) fn run(args: &Export) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the fine-tune `model` into the directory `out` in each of these forms.
+/// Writes the fine-tuned `model` into the directory `out` in each of these formats.
 pub(super) fn write(
     bundle: &Path,
     model: &Path,
@@ -81,13 +81,13 @@ pub(super) fn write(
     let bundle = Bundle::open(bundle)?;
     let fine_tune = FineTune::open(model, &bundle)?;
     let warnings: BTreeSet<String> = forms.iter().flat_map(|form| fine_tune.warnings(form.form())).collect();
-    warnings.iter().for_each(|warning| warn(warning));
+    warnings.iter().for_each(|warning| print_warning(warning));
     let width = match width {
         WidthName::F32 => Width::F32,
         WidthName::F16 => Width::F16,
     };
     for form in forms {
-        say(&fine_tune.export(form.form(), width, out)?.display().to_string());
+        print_line(&fine_tune.export(form.form(), width, out)?.display().to_string());
     }
     Ok(())
 }

@@ -1,11 +1,12 @@
-//! `hypnos keys`: who may call.
+//! `hypnos keys`: creates, revokes and lists API keys.
 
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use super::error::CliError;
+use super::output::print_line;
 use super::service::{self, Log};
-use super::{Stop, say};
 use crate::config::Storage;
 use crate::http::keys::make_key;
 use crate::store::{self, NewKey, Scope, Store, TenantState};
@@ -58,7 +59,7 @@ pub(super) struct List {
     log: Log,
 }
 
-pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
+pub(super) fn run(command: &Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Create(args) => with_store(&args.storage, &args.log, |store| create(args, store))?,
         Command::Revoke(args) => with_store(&args.storage, &args.log, |store| revoke(args, store))?,
@@ -67,11 +68,11 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn with_store<F: Future<Output = Result<(), Stop>>>(
+fn with_store<F: Future<Output = Result<(), CliError>>>(
     storage: &Storage,
     log: &Log,
     work: impl FnOnce(Store) -> F,
-) -> Result<(), Stop> {
+) -> Result<(), CliError> {
     log.start()?;
     service::run(|stop| async move {
         let store = service::open_store(storage, storage.is_sqlite()?, &stop).await?;
@@ -79,16 +80,16 @@ fn with_store<F: Future<Output = Result<(), Stop>>>(
     })
 }
 
-async fn create(args: &Create, store: Store) -> Result<(), Stop> {
+async fn create(args: &Create, store: Store) -> Result<(), CliError> {
     let tenant = args.tenant.trim();
     if tenant.is_empty() {
-        return Err(Stop::Input("--tenant: wanted a name, got nothing".into()));
+        return Err(CliError::Input("--tenant: wanted a name, got nothing".into()));
     }
     let there = store.tenant_named(tenant).await.map_err(failed)?;
     if there.is_some_and(|there| there.state == TenantState::Deleting) {
-        return Err(Stop::Input(format!("--tenant: {tenant:?} is being deleted")));
+        return Err(CliError::Input(format!("--tenant: {tenant:?} is being deleted")));
     }
-    let key = make_key().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
+    let key = make_key().map_err(|error| CliError::Failed(format!("no random numbers: {error}")))?;
     let now_ms = jiff::Timestamp::now().as_millisecond();
     let new = NewKey {
         id: key.id,
@@ -99,19 +100,19 @@ async fn create(args: &Create, store: Store) -> Result<(), Stop> {
         expires_ms: args.days.map(|days| now_ms + i64::from(days) * 86_400_000),
     };
     store.create_key(&new).await.map_err(failed)?;
-    say(&key.text);
+    print_line(&key.text);
     Ok(())
 }
 
-async fn revoke(args: &Revoke, store: Store) -> Result<(), Stop> {
+async fn revoke(args: &Revoke, store: Store) -> Result<(), CliError> {
     if store.revoke_key(&args.id).await.map_err(failed)? {
-        say("revoked");
+        print_line("revoked");
         return Ok(());
     }
-    Err(Stop::Input(format!("there is no living key with the id {:?}", args.id)))
+    Err(CliError::Input(format!("there is no live key with the id {:?}", args.id)))
 }
 
-async fn list(store: Store) -> Result<(), Stop> {
+async fn list(store: Store) -> Result<(), CliError> {
     let tenants = store.tenants().await.map_err(failed)?;
     for key in store.list_keys().await.map_err(failed)? {
         let tenant = tenants.iter().find(|tenant| tenant.id == key.tenant);
@@ -121,7 +122,7 @@ async fn list(store: Store) -> Result<(), Stop> {
             (None, Some(ms)) => format!("until {}", day(ms)),
             (None, None) => "no end".into(),
         };
-        say(&format!(
+        print_line(&format!(
             "{}\t{tenant}\t{}\tmade {}\t{ends}\t{}",
             key.id,
             key.scope,
@@ -137,6 +138,6 @@ fn day(ms: i64) -> String {
     time.strftime("%Y-%m-%d").to_string()
 }
 
-fn failed(error: store::Error) -> Stop {
-    Stop::Failed(error.to_string())
+fn failed(error: store::Error) -> CliError {
+    CliError::Failed(error.to_string())
 }

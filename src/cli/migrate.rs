@@ -1,11 +1,12 @@
-//! `hypnos migrate`: brings the database up to date, and marks it and the object store as one deployment.
+//! `hypnos migrate`: migrates the database, and marks it and the object store as one deployment.
 
 use std::process::ExitCode;
 
 use clap::Args;
 
+use super::error::CliError;
+use super::output::{print_line, print_warning};
 use super::service::{self, Log};
-use super::{Stop, say, warn};
 use crate::config::Storage;
 use crate::deployment;
 
@@ -17,12 +18,12 @@ pub(super) struct Migrate {
     log: Log,
 }
 
-pub(super) fn run(args: &Migrate) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: &Migrate) -> Result<ExitCode, CliError> {
     args.log.start()?;
     service::run(|stop| async move {
         let store = service::open_store(&args.storage, true, &stop).await?;
-        say("the database is up to date");
-        // Where nothing says which object store goes with it, whoever needs that says so at its start.
+        print_line("the database is up to date");
+        // Without a configured object store, the first program that needs one pairs them.
         let is_named = args.storage.objects.is_some() || args.storage.is_sqlite()?;
         if !is_named || args.storage.place().is_err() {
             return Ok(());
@@ -30,11 +31,13 @@ pub(super) fn run(args: &Migrate) -> Result<ExitCode, Stop> {
         let blobs = service::open_blobs(&args.storage, None).await?;
         match deployment::pair(&store, &blobs).await {
             Ok(_) => Ok(()),
-            Err(deployment::Error::Blobs(error)) if error.is_of_the_moment() => {
-                warn(&format!("the deployment's marker is left to the next start: {error}"));
+            Err(deployment::Error::Blobs(error)) if error.is_transient() => {
+                print_warning(&format!(
+                    "the deployment's marker is not written until the next start: {error}"
+                ));
                 Ok(())
             }
-            Err(error) => Err(service::apart(error)),
+            Err(error) => Err(service::pairing_error(error)),
         }
     })?;
     Ok(ExitCode::SUCCESS)

@@ -1,6 +1,6 @@
-//! The command line: words in, words and exit codes out. It decides nothing; it wires the rest together.
+//! The command line: parses arguments, connects the other modules, prints results.
 //!
-//! Exit codes: 0 done, 1 the machine failed, 2 the input cannot work.
+//! Exit codes: 0 success, 1 the machine failed, 2 invalid input.
 
 mod admin;
 mod backup;
@@ -9,31 +9,32 @@ mod bench_serve;
 mod bench_shares;
 mod compare;
 mod demo;
+mod error;
 mod evaluate;
 mod export;
 mod keys;
 mod migrate;
 mod models;
+mod output;
 mod pair;
 mod photos;
+mod product_detector;
 mod sample;
 mod segment;
 mod serve;
 mod service;
-mod spot;
 mod sweep;
 mod train;
 mod work;
 
 use std::collections::BTreeSet;
-use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{self, ConfigError};
-use crate::job::{Fault, FaultCode};
-use crate::ml;
+use crate::config;
+use error::CliError;
+use output::{print_error, print_line};
 
 /// Turns 3-5 photos of a product into a model that draws that product anywhere.
 #[derive(Debug, Parser)]
@@ -90,39 +91,7 @@ enum Command {
     BenchShares(bench_shares::BenchShares),
 }
 
-/// Why a command ended early, in one line.
-#[derive(Debug)]
-enum Stop {
-    /// The input cannot work.
-    Input(String),
-    /// The machine failed.
-    Failed(String),
-    /// Told to stop for the second time.
-    AtOnce,
-}
-
-impl From<ml::Error> for Stop {
-    fn from(error: ml::Error) -> Self {
-        match error {
-            ml::Error::Tensor(_) => Self::Failed(error.to_string()),
-            _ => Self::Input(error.to_string()),
-        }
-    }
-}
-
-impl From<ConfigError> for Stop {
-    fn from(wrong: ConfigError) -> Self {
-        Self::Input(wrong.to_string())
-    }
-}
-
-impl From<Fault> for Stop {
-    fn from(fault: Fault) -> Self {
-        if fault.code == FaultCode::Input { Self::Input(fault.message) } else { Self::Failed(fault.message) }
-    }
-}
-
-/// Runs what the process's arguments ask for.
+/// Runs the command of the process's arguments.
 pub fn run() -> ExitCode {
     let cli = Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
     let done = check_environment().and_then(|()| match cli.command {
@@ -136,7 +105,7 @@ pub fn run() -> ExitCode {
         Command::Keys(command) => keys::run(&command),
         Command::Admin(command) => admin::run(&command),
         Command::Openapi => {
-            say(crate::http::openapi().trim_end());
+            print_line(crate::http::openapi().trim_end());
             Ok(ExitCode::SUCCESS)
         }
         Command::Models(command) => Ok(models::run(command)?),
@@ -150,45 +119,30 @@ pub fn run() -> ExitCode {
         Command::BenchServe(args) => bench_serve::run(&args),
         Command::BenchShares(args) => bench_shares::run(&args),
     });
-    done.unwrap_or_else(|stop| {
-        let (line, code) = match stop {
-            Stop::Input(line) => (line, 2),
-            Stop::Failed(line) => (line, 1),
-            Stop::AtOnce => ("told to stop for the second time: stopped at once".into(), 1),
+    done.unwrap_or_else(|error| {
+        let (line, code) = match error {
+            CliError::Input(line) => (line, 2),
+            CliError::Failed(line) => (line, 1),
+            CliError::Interrupted => ("second termination signal: stopped at once".into(), 1),
         };
-        say_error(&line);
+        print_error(&line);
         ExitCode::from(code)
     })
 }
 
-/// The whole command line, for those who describe it.
+/// The definition of the command line, for documentation.
 pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Every setting that the environment may hold.
+/// All environment variables that are settings.
 fn known_variables(command: &clap::Command) -> BTreeSet<String> {
     let own = command.get_arguments().filter_map(|arg| arg.get_env());
     let own = own.map(|name| name.to_string_lossy().into_owned());
     own.chain(command.get_subcommands().flat_map(known_variables)).collect()
 }
 
-fn check_environment() -> Result<(), Stop> {
+fn check_environment() -> Result<(), CliError> {
     let names = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
     Ok(config::check_environment(names, &known_variables(&command()))?)
-}
-
-/// One line for whoever ran the command.
-fn say(line: &str) {
-    let _ = writeln!(io::stdout(), "{line}"); // a closed pipe is no reason to fail
-}
-
-/// One line about something odd that stops nothing.
-fn warn(line: &str) {
-    let _ = writeln!(io::stderr(), "warning: {line}");
-}
-
-/// One line about what went wrong, however many lines its cause has.
-fn say_error(line: &str) {
-    let _ = writeln!(io::stderr(), "error: {}", line.lines().collect::<Vec<_>>().join(" "));
 }

@@ -1,4 +1,4 @@
-//! `hypnos models`: is a bundle sound, and bundles of random weights.
+//! `hypnos models`: checks bundles, and makes bundles with random weights.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use candle_core::DType;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{say, say_error};
+use super::output::{print_error, print_line};
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, Like, check, random, random_metrics};
 
@@ -61,22 +61,22 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
-/// One line for each thing wrong, then how many; or what the bundle is.
+/// Prints one line for each problem and their number, or a summary of the bundle.
 fn run_check(dir: &std::path::Path) -> Result<ExitCode> {
     let findings = check(dir);
     for finding in &findings {
-        say_error(&finding.to_string());
+        print_error(&finding.to_string());
     }
     match findings.len() {
         0 => {
             let bundle = Bundle::open(dir)?;
             let (side, hash) = (bundle.resolution(), bundle.hash()?);
-            say(&format!("{}: a sound bundle for {side}x{side} pixels, {hash}", dir.display()));
+            print_line(&format!("{}: a sound bundle for {side}x{side} pixels, {hash}", dir.display()));
             Ok(ExitCode::SUCCESS)
         }
         n => {
             let things = if n == 1 { "thing is" } else { "things are" };
-            say(&format!("{}: {n} {things} wrong", dir.display()));
+            print_line(&format!("{}: {n} {things} wrong", dir.display()));
             Ok(ExitCode::from(2))
         }
     }
@@ -102,6 +102,6 @@ fn run_random(args: &Random) -> Result<ExitCode> {
     if args.metrics {
         random_metrics(&args.out, args.seed)?;
     }
-    say(&format!("{}: written", args.out.display()));
+    print_line(&format!("{}: written", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }

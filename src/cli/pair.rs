@@ -1,11 +1,12 @@
-//! `hypnos pair`: says that a database and an object store belong together.
+//! `hypnos pair`: marks a database and an object store as one deployment.
 
 use std::process::ExitCode;
 
 use clap::Args;
 
+use super::error::CliError;
+use super::output::print_line;
 use super::service::{self, Log};
-use super::{Stop, say};
 use crate::config::Storage;
 use crate::deployment;
 
@@ -17,8 +18,8 @@ use crate::deployment;
 /// database was begun anew or both were copied to become a deployment of their own, say so with --replace.
 #[derive(Debug, Args)]
 pub(super) struct Pair {
-    /// Mark both as one deployment, whatever they bear. MARKER is what the object store bears now, as the refusal names it,
-    /// or none
+    /// Mark both as one deployment, whatever they bear. MARKER is what the object store bears now, as the refusal names
+    /// it, or none
     #[arg(long, value_name = "MARKER")]
     replace: Option<String>,
     #[command(flatten)]
@@ -27,7 +28,7 @@ pub(super) struct Pair {
     log: Log,
 }
 
-pub(super) fn run(args: &Pair) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: &Pair) -> Result<ExitCode, CliError> {
     args.log.start()?;
     service::run(|_| async move {
         let store = service::open_existing_store(&args.storage).await?;
@@ -36,8 +37,8 @@ pub(super) fn run(args: &Pair) -> Result<ExitCode, Stop> {
             Some(replaced) => deployment::replace(&store, &blobs, replaced).await,
             None => deployment::pair(&store, &blobs).await,
         };
-        let deployment = paired.map_err(service::apart)?;
-        say(&format!("database and object store are of deployment {}", deployment.id));
+        let deployment = paired.map_err(service::pairing_error)?;
+        print_line(&format!("database and object store are of deployment {}", deployment.id));
         Ok(())
     })?;
     Ok(ExitCode::SUCCESS)

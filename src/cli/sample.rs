@@ -1,4 +1,4 @@
-//! `hypnos sample`: pictures from a bundle and words.
+//! `hypnos sample`: draws images from a bundle and a prompt.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::say;
+use super::output::print_line;
 use crate::config;
 use crate::job::PRODUCT;
 use crate::ml::adapted::{Adapted, Product};
@@ -19,7 +19,7 @@ use crate::ml::samplers::Sampler;
 use crate::ml::tensorfile::{TensorFile, save};
 use crate::ml::{Error, Result, device, picture};
 
-/// Name of the tensor in files of latents.
+/// Name of the tensor in latents files.
 const LATENTS: &str = "latents";
 
 #[derive(Debug, Args)]
@@ -139,7 +139,7 @@ fn draw(
             let model = (bundle.manifest().name.as_str(), bundle.hash()?);
             let texts = picture::texts(picture, settings, model, args.latents.is_some());
             picture::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
-            bar.suspend(|| say(&file.display().to_string()));
+            bar.suspend(|| print_line(&file.display().to_string()));
         }
         done.push(drawn.to_device(&Device::Cpu)?);
     }
@@ -151,7 +151,7 @@ fn draw(
     Ok(ExitCode::SUCCESS)
 }
 
-/// A prompt with the product's words in its place.
+/// A prompt with the product's words in place of the placeholder.
 fn named(option: &str, prompt: &str, product: Option<&Product>) -> Result<String> {
     match product {
         Some(product) => Ok(product.named(prompt)),
@@ -167,7 +167,9 @@ fn warn_of_long_prompts(prompt: &str, negative: &str, models: &Models) {
     for (name, text) in [("--prompt", prompt), ("--negative", negative)] {
         let n_tokens = models.tokenizer.count(text);
         if n_tokens > room {
-            super::warn(&format!("{name} has {n_tokens} tokens; all after the first {room} are not seen"));
+            super::output::print_warning(&format!(
+                "{name} has {n_tokens} tokens; all after the first {room} are not seen"
+            ));
         }
     }
 }

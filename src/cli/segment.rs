@@ -1,4 +1,4 @@
-//! `hypnos segment`: where the product is in each photo, to be looked at before anything is trained.
+//! `hypnos segment`: masks of the product in photos, to check them before a training.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,9 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::{Stop, photos, say, say_error, warn};
+use super::error::CliError;
+use super::output::{print_error, print_line, print_warning};
+use super::photos;
 use crate::config;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME, write_json};
 use crate::ml::device;
@@ -30,21 +32,21 @@ pub(super) struct Segment {
     device: String,
 }
 
-/// One line for each photo, and exit code 2 if one of them cannot be used.
-pub(super) fn run(args: &Segment) -> Result<ExitCode, Stop> {
+/// Prints one line for each photo; exit code 2 if one of them cannot be used.
+pub(super) fn run(args: &Segment) -> Result<ExitCode, CliError> {
     let files = files(&args.photos)?;
     let device = device::open(&args.device)?;
     let bundle = Bundle::open(&args.bundle)?;
     let segmenter = bundle.segmenter(&device)?;
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| Stop::Input(format!("{}: cannot be made: {error}", args.out.display())))?;
+        .map_err(|error| CliError::Input(format!("{}: cannot be made: {error}", args.out.display())))?;
 
     let (mut found, mut names, mut n_refused) = (Vec::new(), BTreeSet::new(), 0);
     for file in &files {
         let photo = match photos::decoded(file) {
             Ok(photo) => photo,
-            Err(Stop::Input(line)) => {
-                say_error(&line);
+            Err(CliError::Input(line)) => {
+                print_error(&line);
                 n_refused += 1;
                 found.push(json!({"photo": file, "refusal": line}));
                 continue;
@@ -52,7 +54,7 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, Stop> {
             Err(stop) => return Err(stop),
         };
         for warning in &photo.inspection.warnings {
-            warn(&format!("{}: is {warning}", file.display()));
+            print_warning(&format!("{}: is {warning}", file.display()));
         }
         let pixels = read_png(&photo.png)?;
         let (mask, judgement) = segment(&segmenter, &pixels, &device)?.cleaned();
@@ -63,9 +65,9 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, Stop> {
         save_png(&args.out.join(&cut_out_name), &mask.cut_out(&pixels), size, &[])?;
         let refusal = judgement.refusal();
         match &refusal {
-            None => say(&format!("{}: {}", file.display(), words(&judgement))),
+            None => print_line(&format!("{}: {}", file.display(), words(&judgement))),
             Some(refusal) => {
-                say_error(&format!("{}: {refusal}", file.display()));
+                print_error(&format!("{}: {refusal}", file.display()));
                 n_refused += 1;
             }
         }
@@ -81,15 +83,15 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, Stop> {
     Ok(if n_refused == 0 { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
-/// The files that are meant.
-fn files(places: &[PathBuf]) -> Result<Vec<PathBuf>, Stop> {
+/// The photos at the given places: files, and the files of directories.
+fn files(places: &[PathBuf]) -> Result<Vec<PathBuf>, CliError> {
     let mut files = Vec::new();
     for place in places {
         if place.is_dir() {
             let photos = photos::of_directory(place)?;
             if photos.is_empty() {
                 let (place, wanted) = (place.display(), crate::photo::ACCEPTED);
-                return Err(Stop::Input(format!("{place}: has no photos; wanted {wanted}")));
+                return Err(CliError::Input(format!("{place}: has no photos; wanted {wanted}")));
             }
             files.extend(photos);
         } else {
@@ -99,7 +101,7 @@ fn files(places: &[PathBuf]) -> Result<Vec<PathBuf>, Stop> {
     Ok(files)
 }
 
-/// What a photo's pictures are called: as it is, without its extension; with a number where that is taken.
+/// Name of a photo's outputs: the photo's without its extension, with a number if that is taken.
 fn name(file: &Path, taken: &mut BTreeSet<String>) -> String {
     let stem = file.file_stem().map_or_else(|| "photo".into(), |stem| stem.to_string_lossy().into_owned());
     let numbered = (2..).map(|n| format!("{stem}-{n}"));
@@ -107,7 +109,7 @@ fn name(file: &Path, taken: &mut BTreeSet<String>) -> String {
     names.find(|name| taken.insert(name.clone())).unwrap_or(stem)
 }
 
-/// What was found, in a line.
+/// The result for a photo, in a line.
 fn words(judgement: &Judgement) -> String {
     let percent = judgement.area * 100.0;
     let seen = format!("a product on {percent:.1} % of it, confidence {:.2}", judgement.confidence);

@@ -1,4 +1,4 @@
-//! `hypnos sweep`: finds objects that no row names, left by processes that were killed between the two.
+//! `hypnos sweep`: finds and removes orphaned objects, which killed processes left in the object store.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -6,8 +6,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use jiff::{SignedDuration, Timestamp};
 
+use super::error::CliError;
+use super::output::print_line;
 use super::service::{self, Log};
-use super::{Stop, say};
 use crate::blobs::{self, Blobs};
 use crate::config::Storage;
 use crate::store::Store;
@@ -33,47 +34,47 @@ pub(super) struct Sweep {
     log: Log,
 }
 
-/// What a removal looks like, and is done all the same.
+/// Doubts that the operator overrides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Despite {
     MostObjects,
     NewerThanRows,
 }
 
-pub(super) fn run(args: &Sweep) -> Result<ExitCode, Stop> {
+pub(super) fn run(args: &Sweep) -> Result<ExitCode, CliError> {
     args.log.start()?;
     service::run(|stop| async move {
         let store = service::open_existing_store(&args.storage).await?;
         let blobs = service::open_existing_blobs(&args.storage).await?;
         stop.run_until_cancelled(Box::pin(sweep(args, &store, &blobs)))
             .await
-            .unwrap_or_else(|| Err(Stop::Failed("told to stop: some of it may be left".into())))
+            .unwrap_or_else(|| Err(CliError::Failed("stopped: some objects may be left".into())))
     })?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn sweep(args: &Sweep, store: &Store, blobs: &Blobs) -> Result<(), Stop> {
+async fn sweep(args: &Sweep, store: &Store, blobs: &Blobs) -> Result<(), CliError> {
     let older = Duration::from_hours(args.older_hours.into());
     let before = Timestamp::now() - SignedDuration::from_hours(args.older_hours.into());
     let found = sweep::find(store, blobs, before).await.map_err(stopped)?;
     let n_bytes: u64 = found.orphans.iter().map(|orphan| orphan.size).sum();
     for orphan in &found.orphans {
-        say(&format!("{}\t{} bytes", orphan.key, orphan.size));
+        print_line(&format!("{}\t{} bytes", orphan.key, orphan.size));
     }
     for key in &found.foreign {
-        say(&format!("{}\tnot written by Hypnos, left alone", key.escape_debug()));
+        print_line(&format!("{}\tnot written by Hypnos, left alone", key.escape_debug()));
     }
     let n_orphans = found.orphans.len();
     let counted = format!("{n_orphans} objects of {} that no row names, {n_bytes} bytes", found.n_objects);
     if !args.remove {
-        say(&format!("{counted}; 0 removed"));
+        print_line(&format!("{counted}; 0 removed"));
         for doubt in &found.doubts {
-            say(&format!("not removed without --despite {}: {}", word(*doubt), why(*doubt, &found)));
+            print_line(&format!("not removed without --despite {}: {}", word(*doubt), why(*doubt, &found)));
         }
         return Ok(());
     }
     if let Some(doubt) = found.doubts.iter().find(|doubt| !args.despite.contains(&despite(**doubt))) {
-        return Err(Stop::Input(format!(
+        return Err(CliError::Input(format!(
             "{counted}; nothing was removed, for {}. If they are to go all the same: --despite {}",
             why(*doubt, &found),
             word(*doubt)
@@ -82,18 +83,18 @@ async fn sweep(args: &Sweep, store: &Store, blobs: &Blobs) -> Result<(), Stop> {
     let Removed { n_removed, n_kept, failed } =
         sweep::remove(store, blobs, &found.orphans).await.map_err(stopped)?;
     let unfinished = blobs.sweep_unfinished(older).await;
-    say(&format!("{counted}; {n_removed} removed"));
+    print_line(&format!("{counted}; {n_removed} removed"));
     if n_kept > 0 {
-        say(&format!("{n_kept} were kept: meanwhile rows name them"));
+        print_line(&format!("{n_kept} were kept: rows name them now"));
     }
     for (key, error) in &failed {
-        say(&format!("{key}\tnot removed: {error}"));
+        print_line(&format!("{key}\tnot removed: {error}"));
     }
     if let Some((_, error)) = failed.first() {
-        return Err(Stop::Failed(format!("{} objects could not be removed: {error}", failed.len())));
+        return Err(CliError::Failed(format!("{} objects could not be removed: {error}", failed.len())));
     }
     unfinished.map_err(|error| stopped(error.into()))?;
-    sweep::settled(store, before).await.map_err(stopped)
+    sweep::clear_restored(store, before).await.map_err(stopped)
 }
 
 fn despite(doubt: Doubt) -> Despite {
@@ -121,15 +122,15 @@ fn why(doubt: Doubt, found: &Found) -> String {
     }
 }
 
-fn stopped(error: sweep::Error) -> Stop {
+fn stopped(error: sweep::Error) -> CliError {
     match error {
-        sweep::Error::Deployment(error) => service::apart(error),
+        sweep::Error::Deployment(error) => service::pairing_error(error),
         sweep::Error::Blobs(error @ blobs::Error::Refused(_)) => {
-            service::apart(deployment::Error::Blobs(error))
+            service::pairing_error(deployment::Error::Blobs(error))
         }
-        sweep::Error::Store(error @ (store::Error::Schema(_) | store::Error::Bad(_))) => {
-            Stop::Input(error.to_string())
+        sweep::Error::Store(error @ (store::Error::Schema(_) | store::Error::InvalidSettings(_))) => {
+            CliError::Input(error.to_string())
         }
-        error => Stop::Failed(error.to_string()),
+        error => CliError::Failed(error.to_string()),
     }
 }

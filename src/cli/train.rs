@@ -1,5 +1,4 @@
-//! `hypnos train`: photos to a model, by hand. It runs the engine that workers run, and keeps what comes out in a
-//! directory instead of a store.
+//! `hypnos train`: trains a model without a service. It runs the workers' engine, and keeps the result in a directory.
 
 pub(super) mod out;
 mod show;
@@ -12,14 +11,16 @@ use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::error::CliError;
 use super::export::{self, FormName, WidthName};
-use super::{Stop, photos, say, service};
+use super::output::print_line;
+use super::{photos, service};
 use crate::config;
 use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
-use crate::job::{Invalid, Method, TrainOptions, TrainSpec, overlay};
+use crate::job::{Invalid, Method, TrainOptions, TrainSpec, merge_json};
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
 use crate::ml::train::Trace;
-use out::{Out, Shelf};
+use out::{ClassImageCache, Out};
 use show::Show;
 
 #[derive(Clone, Debug, Args)]
@@ -71,14 +72,17 @@ pub(super) struct Train {
     checkpointing: bool,
 }
 
-pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
-    // 1. All that can be refused, before anything is loaded or written.
+pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
+    // 1. Everything that can be rejected, before anything is loaded or written.
     let spec = spec(args)?;
     let photos = photos::of_product(&args.photos)?;
     if let Some(step) =
         args.trace_steps.iter().find(|&&step| step == 0 || step > u64::from(spec.options.steps))
     {
-        return Err(Stop::Input(format!("--trace-steps: wanted 1 to {}, got {step}", spec.options.steps)));
+        return Err(CliError::Input(format!(
+            "--trace-steps: wanted 1 to {}, got {step}",
+            spec.options.steps
+        )));
     }
     for form in &args.export {
         form.vacant(&args.out)?;
@@ -93,11 +97,11 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, Stop> {
     engine.check(&spec)?;
     let (out, spec) = Out::open(&args.out, &spec, engine.bundle(), args.resume)?;
 
-    // 2. The training, in a thread of its own, while signals are heard here.
+    // 2. The training, in its own thread, while signals are handled here.
     let args = args.clone();
     service::run(|stop| async move {
         let trained = tokio::task::spawn_blocking(move || train(&args, engine, &spec, &photos, &out, &stop));
-        trained.await.map_err(|error| Stop::Failed(format!("the training broke: {error}")))?
+        trained.await.map_err(|error| CliError::Failed(format!("the training panicked: {error}")))?
     })
 }
 
@@ -108,55 +112,55 @@ fn train(
     photos: &[Vec<u8>],
     out: &Out,
     stop: &CancellationToken,
-) -> Result<ExitCode, Stop> {
+) -> Result<ExitCode, CliError> {
     let trace = args.trace.as_deref().map(|dir| trace(dir, &args.trace_steps)).transpose()?;
-    let shelf = out.class_images(args.class_images.as_deref(), &engine.class_images(spec))?;
+    let class_image_cache = out.class_images(args.class_images.as_deref(), &engine.class_images(spec))?;
     let checkpoint_every = args.checkpoint_every;
     let work = Work {
         spec,
         photos,
         out,
-        shelf: &shelf,
+        class_image_cache: &class_image_cache,
         trace: trace.as_ref(),
         checkpoint_every,
         stop,
         again: "--resume",
     };
     let weights = work.done_by(&mut engine, ProgressBar::new(0))?;
-    say(&out.dir().display().to_string());
+    print_line(&out.dir().display().to_string());
     drop(engine); // its models take the memory that an export may need
     export::write(&args.bundle, &weights, &args.export, WidthName::F32, out.dir())?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// One training in a directory of its own.
+/// One training in its own directory.
 pub(super) struct Work<'a> {
     pub(super) spec: &'a TrainSpec,
     pub(super) photos: &'a [Vec<u8>],
     pub(super) out: &'a Out,
-    pub(super) shelf: &'a Shelf,
+    pub(super) class_image_cache: &'a ClassImageCache,
     pub(super) trace: Option<&'a Trace>,
     /// Steps between two checkpoints.
     pub(super) checkpoint_every: u64,
     pub(super) stop: &'a CancellationToken,
-    /// What goes on where it was stopped.
+    /// The command that resumes it.
     pub(super) again: &'static str,
 }
 
 impl Work<'_> {
-    /// Trains, from the last checkpoint if there is one, and keeps what comes out; says where the weights are. What ended it
-    /// early is an error.
-    pub(super) fn done_by(&self, engine: &mut CandleEngine, bar: ProgressBar) -> Result<PathBuf, Stop> {
+    /// Trains, from the last checkpoint if there is one, and keeps the result; the path of the weights. An interruption
+    /// is an error.
+    pub(super) fn done_by(&self, engine: &mut CandleEngine, bar: ProgressBar) -> Result<PathBuf, CliError> {
         let (resume, scratch) = (self.out.checkpoint(), self.out.scratch()?);
         let input = TrainInput {
             spec: self.spec,
             photos: self.photos,
-            class_images: self.shelf.had(),
+            class_images: self.class_image_cache.had(),
             resume: resume.as_deref(),
             scratch: scratch.path(),
             trace: self.trace,
         };
-        let mut show = Show::new(self.out, self.shelf, self.checkpoint_every, self.stop, bar);
+        let mut show = Show::new(self.out, self.class_image_cache, self.checkpoint_every, self.stop, bar);
         let ending = engine.train(input, &mut |_, beat| show.hear(beat));
         let seconds = show.finish()?;
         match ending? {
@@ -172,20 +176,20 @@ impl Work<'_> {
                     }
                     None => "before the first step".into(),
                 };
-                Err(Stop::Failed(format!("told to stop: stopped {at}")))
+                Err(CliError::Failed(format!("stopped {at}")))
             }
-            Ending::Stopped => Err(Stop::Failed("the training was stopped".into())),
+            Ending::Stopped => Err(CliError::Failed("the training was stopped".into())),
         }
     }
 }
 
-/// The training that the arguments ask for.
-fn spec(args: &Train) -> Result<TrainSpec, Stop> {
+/// The training of the arguments.
+fn spec(args: &Train) -> Result<TrainSpec, CliError> {
     let mut all = Bundle::open(&args.bundle)?.manifest().suited(args.method.as_str());
-    overlay(&mut all, &Value::Object(options(&args.set)?));
-    overlay(&mut all, &json!({ "method": args.method }));
+    merge_json(&mut all, &Value::Object(options(&args.set)?));
+    merge_json(&mut all, &json!({ "method": args.method }));
     let options = all.as_object().cloned().unwrap_or_default();
-    let drawn = getrandom::u64().map_err(|error| Stop::Failed(format!("no random numbers: {error}")))?;
+    let drawn = getrandom::u64().map_err(|error| CliError::Failed(format!("no random numbers: {error}")))?;
     spec_of(&args.class_name, options, drawn).map_err(|invalid| {
         let name = invalid.pointer.trim_start_matches('/').replace('/', ".");
         let flag = match name.as_str() {
@@ -193,11 +197,11 @@ fn spec(args: &Train) -> Result<TrainSpec, Stop> {
             "" => "--set".to_owned(),
             name => format!("--set {name}"),
         };
-        Stop::Input(format!("{flag}: {}", invalid.message))
+        CliError::Input(format!("{flag}: {}", invalid.message))
     })
 }
 
-/// A training of these options, which takes `drawn_seed` where they name none.
+/// A training with these options, which takes `drawn_seed` if they name none.
 pub(super) fn spec_of(
     class_name: &str,
     options: Map<String, Value>,
@@ -208,21 +212,21 @@ pub(super) fn spec_of(
     TrainSpec::new(class_name, options, drawn_seed)
 }
 
-/// Options as KEY=VALUE pairs name them.
-pub(super) fn options(pairs: &[String]) -> Result<Map<String, Value>, Stop> {
+/// Options from KEY=VALUE pairs.
+pub(super) fn options(pairs: &[String]) -> Result<Map<String, Value>, CliError> {
     let mut options = Map::new();
     for pair in pairs {
         let Some((key, value)) = pair.split_once('=') else {
-            return Err(Stop::Input(format!("--set: wanted KEY=VALUE, got {pair:?}")));
+            return Err(CliError::Input(format!("--set: wanted KEY=VALUE, got {pair:?}")));
         };
-        // What is no JSON is a text: method=hypnos needs no quotes.
+        // Invalid JSON counts as a string: method=hypnos needs no quotes.
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-        set(&mut options, key, value).map_err(|()| Stop::Input(format!("--set: {key} is no option")))?;
+        set(&mut options, key, value).map_err(|()| CliError::Input(format!("--set: {key} is no option")))?;
     }
     Ok(options)
 }
 
-/// Puts a value at a dotted key.
+/// Sets the value of a dotted key.
 pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> Result<(), ()> {
     match key.split_once('.') {
         None => {
@@ -236,8 +240,8 @@ pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> 
     }
 }
 
-fn trace(dir: &Path, steps: &[u64]) -> Result<Trace, Stop> {
+fn trace(dir: &Path, steps: &[u64]) -> Result<Trace, CliError> {
     std::fs::create_dir_all(dir)
-        .map_err(|error| Stop::Input(format!("{}: cannot be made: {error}", dir.display())))?;
+        .map_err(|error| CliError::Input(format!("{}: cannot be made: {error}", dir.display())))?;
     Ok(Trace { dir: dir.to_owned(), steps: steps.iter().copied().collect() })
 }

@@ -1,4 +1,4 @@
-//! `hypnos work`: a worker for each device.
+//! `hypnos work`: workers, one for each device.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -6,14 +6,14 @@ use std::sync::Arc;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
-use super::Stop;
-use super::service::{self, Log, Watch, bind};
+use super::error::CliError;
+use super::service::{self, Instrumentation, Log, bind};
 use crate::config::{Monitoring, Storage, Working};
 use crate::health::Health;
 use crate::http::{self, Operations, Timeouts};
-use crate::{janitor, worker};
+use crate::{maintenance, worker};
 
-/// Connections of the listener for operators.
+/// Connections of the operators' listener.
 const CONNECTIONS: usize = 64;
 
 #[derive(Debug, Args)]
@@ -31,20 +31,20 @@ pub(super) struct Work {
     log: Log,
 }
 
-pub(super) fn run(args: &Work) -> Result<ExitCode, Stop> {
-    let watch = Watch::start(&args.log, "work")?;
+pub(super) fn run(args: &Work) -> Result<ExitCode, CliError> {
+    let instrumentation = Instrumentation::start(&args.log, "work")?;
     let n = args.workers.map_or(args.working.devices.len(), usize::from);
     let work = service::worker(&args.storage, &args.working, n)?;
-    watch.run(async |watch, stop| work_on(args, work, watch, stop).await)?;
+    instrumentation.run(async |instrumentation, stop| work_on(args, work, instrumentation, stop).await)?;
     Ok(ExitCode::SUCCESS)
 }
 
 async fn work_on(
     args: &Work,
     (settings, engines): service::Work,
-    watch: &Watch,
+    instrumentation: &Instrumentation,
     stop: CancellationToken,
-) -> Result<(), Stop> {
+) -> Result<(), CliError> {
     let listener = match args.monitoring.metrics_listen {
         Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
         None => None,
@@ -52,14 +52,14 @@ async fn work_on(
     let store = service::open_store(&args.storage, args.storage.is_sqlite()?, &stop).await?;
     let blobs = service::open_blobs(&args.storage, None).await?;
     service::pair(&store, &blobs, &stop).await?;
-    let pause = service::janitor_pause(settings.lease);
-    tokio::spawn(janitor::run(store.clone(), blobs.clone(), pause, stop.clone()));
+    let pause = service::maintenance_interval(settings.lease);
+    tokio::spawn(maintenance::run(store.clone(), blobs.clone(), pause, stop.clone()));
     let health = Health::default();
-    // Operators may ask until the last job is given back; that the worker is about to end they hear from the first moment.
+    // The operators' listener runs until the last job is released; it reports the shutdown from its beginning.
     let ended = CancellationToken::new();
     let answer = async {
         if let Some(listener) = listener {
-            let (figures, health) = (watch.figures.clone(), health.clone());
+            let (figures, health) = (instrumentation.figures.clone(), health.clone());
             let (store, blobs, stop) = (store.clone(), blobs.clone(), stop.clone());
             let operations = Arc::new(Operations::for_worker(store, blobs, figures, stop, health));
             http::serve(listener, operations.router(), CONNECTIONS, Timeouts::default(), ended.clone()).await;
@@ -72,5 +72,5 @@ async fn work_on(
         worked
     };
     let ((), worked) = tokio::join!(answer, work);
-    worked.map_err(Stop::from)
+    worked.map_err(CliError::from)
 }

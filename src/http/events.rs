@@ -22,7 +22,7 @@ use super::queue_position::PositionWatch;
 use super::state::AppState;
 use super::view::JobView;
 use crate::job::{Job, JobId, Kind};
-use crate::store::Wakes;
+use crate::store::Subscription as Notifications;
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -55,9 +55,10 @@ pub(super) async fn job_events(
     reader.release_permit();
     let permit = app.pools.streams.acquire(reader.tenant).await?;
     let sent = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
-    let (wakes, position) = (app.store.wakes(), app.positions.watch(None));
+    let (notifications, position) = (app.store.subscribe(), app.positions.watch(None));
     let job = Some(job);
-    let subscription = Subscription { wakes, position, app, reader, id, job, sent, step: Step::Open, permit };
+    let subscription =
+        Subscription { notifications, position, app, reader, id, job, sent, step: Step::Open, permit };
     let events = Sse::new(event_stream(subscription)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
     let mut response = events.into_response();
     let headers = response.headers_mut();
@@ -76,7 +77,7 @@ struct Subscription {
     /// The version that was sent last.
     sent: Option<String>,
     position: PositionWatch,
-    wakes: Wakes,
+    notifications: Notifications,
     step: Step,
     permit: Permit,
 }
@@ -153,7 +154,7 @@ impl Subscription {
     /// revoked.
     async fn wait(&mut self) -> Option<()> {
         tokio::select! {
-            _ = tokio::time::timeout(POLL_INTERVAL, self.wakes.wait()) => Some(()),
+            _ = tokio::time::timeout(POLL_INTERVAL, self.notifications.wait()) => Some(()),
             () = self.app.closing.cancelled() => None,
             () = self.permit.revoked() => None,
         }

@@ -128,7 +128,8 @@ async fn store_and_submit(
     idempotency: Option<Idempotency>,
     mut slot: ProcessingSlot,
 ) -> Result<Accepted, Problem> {
-    let tenant_made_ms = app.store.tenant_made_ms(tenant).await?.ok_or_else(Problem::tenant_disabled)?;
+    let tenant_created_ms =
+        app.store.tenant_created_ms(tenant).await?.ok_or_else(Problem::tenant_disabled)?;
     let photos = store_photos(app, tenant, id, images, &mut slot).await?;
     let job = NewJob {
         id,
@@ -142,7 +143,7 @@ async fn store_and_submit(
         queue_max: app.settings.queue_max,
         origin: Origin {
             trace: telemetry::traceparent(&Span::current()),
-            tenant_made_ms: Some(tenant_made_ms),
+            tenant_created_ms: Some(tenant_created_ms),
             ..Origin::default()
         },
     };

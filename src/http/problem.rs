@@ -236,7 +236,7 @@ impl From<Refusal> for Problem {
 impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
         match error {
-            store::Error::Away(_) | store::Error::Schema(_) => Self::unavailable("database", &error),
+            store::Error::Unavailable(_) | store::Error::Schema(_) => Self::unavailable("database", &error),
             store::Error::Unknown(_) => {
                 tracing::warn!(error = %error_chain(&error), "request outcome unknown: the database did not confirm a commit");
                 Self::new(
@@ -244,7 +244,7 @@ impl From<store::Error> for Problem {
                     "the database did not confirm the request; the same request with the same Idempotency-Key will tell",
                 )
             }
-            store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::Bad(_) => {
+            store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::InvalidSettings(_) => {
                 Self::internal(&error)
             }
         }
@@ -254,7 +254,7 @@ impl From<store::Error> for Problem {
 impl From<blobs::Error> for Problem {
     fn from(error: blobs::Error) -> Self {
         let (kind, detail) = match error {
-            blobs::Error::Away(_) | blobs::Error::Refused(_) | blobs::Error::Local(_) => {
+            blobs::Error::Unavailable(_) | blobs::Error::Refused(_) | blobs::Error::Local(_) => {
                 return Self::unavailable("object store", &error);
             }
             blobs::Error::Missing => (Kind::ArtifactMissing, "an object of the job is missing"),

@@ -1,9 +1,10 @@
-//! The nouns: what a client asks for, what a row holds, what a worker reports. No I/O here.
+//! Shared types: what clients request, what rows hold, what workers report. No I/O.
 //!
-//! A *job* is a row of the queue and has one of two kinds: a *training*, made from photos, or a *sample*, pictures
-//! drawn with a training's result. Both go the same way: queued, claimed under a lease, run, finished once.
+//! A *job* is a row of the queue. It is either a *training*, on photos, or a *sample*: images drawn with a training's
+//! result. Both are queued, claimed under a lease, run, and finished once.
 
 mod spec;
+mod string_enum;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -12,18 +13,19 @@ use uuid::Uuid;
 pub use spec::{
     CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
     Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
-    STEPS_MAX, SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, overlay,
+    STEPS_MAX, SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, merge_json,
     template_pattern,
 };
+pub(crate) use string_enum::string_enum;
 
 /// Name of the artifact with a training's weights.
 pub const WEIGHTS: &str = "weights.safetensors";
-/// Name of the artifact that tells what led to them.
+/// Name of the artifact with a training's report.
 pub const REPORT: &str = "report.json";
-/// Name of the artifact that shows it to people.
+/// Name of the artifact with the report as a page.
 pub const PAGE: &str = "report.html";
 
-/// An identifier that cannot be taken for another's: UUID version 7, so that ids sort by time.
+/// Defines an identifier type: UUID version 7, so that ids sort by time.
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -33,7 +35,7 @@ macro_rules! id {
         pub struct $name(pub Uuid);
 
         impl $name {
-            /// A new one.
+            /// A new id.
             #[allow(clippy::new_without_default)]
             pub fn new() -> Self {
                 Self(Uuid::now_v7())
@@ -49,11 +51,11 @@ macro_rules! id {
         impl std::str::FromStr for $name {
             type Err = String;
 
-            /// The hyphenated form in lower case, as we write it, and no other.
+            /// Parses only the hyphenated lower-case form, as ids are written.
             fn from_str(text: &str) -> Result<Self, String> {
                 let parsed = Uuid::try_parse(text).ok().map(Self);
-                let ours = |id: &Self| id.0.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text;
-                parsed.filter(ours).ok_or_else(|| "not an id".into())
+                let is_canonical = |id: &Self| id.0.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text;
+                parsed.filter(is_canonical).ok_or_else(|| "not an id".into())
             }
         }
     };
@@ -73,66 +75,7 @@ impl TenantId {
     pub const LOCAL: Self = Self(Uuid::nil());
 }
 
-/// An enum that is one lower-case word in rows, JSON and logs.
-macro_rules! words {
-    (
-        $(#[doc = $doc:literal])+
-        $name:ident { $($(#[doc = $vdoc:literal])+ $variant:ident = $word:literal,)+ }
-    ) => {
-        $(#[doc = $doc])+
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-        pub enum $name {
-            $($(#[doc = $vdoc])+ #[serde(rename = $word)] $variant,)+
-        }
-
-        // Not derived: the derive does not see a name that a macro gives.
-        impl utoipa::PartialSchema for $name {
-            fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
-                let meaning = [$(concat!("\n- `", $word, "`:", $($vdoc),+)),+].concat();
-                utoipa::openapi::ObjectBuilder::new()
-                    .schema_type(utoipa::openapi::Type::String)
-                    .enum_values(Some([$($word),+]))
-                    .description(Some(concat!($($doc),+).trim().to_owned() + &meaning))
-                    .into()
-            }
-        }
-
-        impl utoipa::ToSchema for $name {}
-
-        impl $name {
-            /// Every one, in order.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// Its word.
-            pub fn as_str(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $word,)+
-                }
-            }
-        }
-
-        impl std::fmt::Display for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-
-        impl std::str::FromStr for $name {
-            type Err = String;
-
-            fn from_str(word: &str) -> std::result::Result<Self, String> {
-                let found = Self::ALL.iter().copied().find(|one| one.as_str() == word);
-                found.ok_or_else(|| {
-                    let all: Vec<_> = Self::ALL.iter().map(|one| one.as_str()).collect();
-                    format!("wanted one of {}, got {word:?}", all.join(", "))
-                })
-            }
-        }
-    };
-}
-pub(crate) use words;
-
-words!(
+string_enum!(
     /// What a job does.
     Kind {
         /// Fine-tunes the bundle on photos.
@@ -142,7 +85,7 @@ words!(
     }
 );
 
-words!(
+string_enum!(
     /// Where a job stands. The last three never change again.
     State {
         /// Waits for a worker.
@@ -165,7 +108,7 @@ impl State {
     }
 }
 
-words!(
+string_enum!(
     /// What a running job is at.
     Phase {
         /// Fetches photos and weights, encodes what never changes.
@@ -211,7 +154,7 @@ impl Progress {
     }
 }
 
-words!(
+string_enum!(
     /// Why a job failed. Stable: clients may act on it.
     FaultCode {
         /// The photos or the words cannot work, in a way that could not be seen at the door.
@@ -265,34 +208,34 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// An object in the store that a row names. What it is like stands here, not in the store's own attributes.
+/// An object in the object store, as rows name it. Its properties are kept here, not in the store's own attributes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Object {
     /// Its name within the job, such as `photo-0.png` or `weights.safetensors`.
     pub name: String,
     /// Its key in the store.
     pub key: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Lower-case hexadecimal.
+    /// SHA-256, lower-case hexadecimal.
     pub sha256: String,
     /// Media type.
     pub content_type: String,
-    /// What else there is to know, such as an image's seed and prompt. A JSON object or null.
+    /// Metadata, such as an image's seed and prompt. A JSON object or null.
     #[serde(default)]
     pub meta: serde_json::Value,
 }
 
-/// A training's state in the store, good to go on from.
+/// A training's stored state, to resume from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// Steps done.
     pub step: u64,
-    /// Where it lies.
+    /// The object that holds it.
     pub object: Object,
 }
 
-/// What a job is to do, as its row keeps it: complete, with nothing left to defaults that may change.
+/// A job's specification, as its row keeps it: complete, without defaults that may change.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Spec {
@@ -311,7 +254,7 @@ impl Spec {
         }
     }
 
-    /// Which of the tenant's own jobs goes first: the larger.
+    /// Order among the tenant's own jobs: larger first.
     pub fn priority(&self) -> i32 {
         match self {
             Self::Train(spec) => spec.options.priority,
@@ -320,12 +263,12 @@ impl Spec {
     }
 }
 
-/// The right to write to a running job: bumped at every claim, named in every write.
+/// The right to write to a running job: incremented at every claim, named in every write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lease {
-    /// Which job.
+    /// The job.
     pub job: JobId,
-    /// Which claim of it.
+    /// The number of the claim.
     pub run_lease: i64,
 }
 
@@ -334,31 +277,31 @@ pub struct Lease {
 pub struct Job {
     /// Its id.
     pub id: JobId,
-    /// Whose it is.
+    /// Its tenant.
     pub tenant: TenantId,
-    /// The training that a sample draws with.
+    /// The training of a sample.
     pub parent: Option<JobId>,
     /// Its kind.
     pub kind: Kind,
-    /// What it is to do, as JSON: most who look at a row do not want to know. See [`Job::spec`].
+    /// The specification as JSON, parsed only when needed: see [`Job::spec`].
     pub spec_json: String,
     /// The photos of a training, in order; empty for a sample.
     pub photos: Vec<Object>,
-    /// Where it stands.
+    /// Its state.
     pub state: State,
-    /// Claims so far.
+    /// Number of claims so far.
     pub run_lease: i64,
-    /// Attempts so far that count.
+    /// Number of counted attempts so far.
     pub attempt: i64,
-    /// Attempts that it may have.
+    /// Maximum number of attempts.
     pub max_attempts: i64,
-    /// Whether its owner wants it to end.
+    /// Whether its owner has requested its cancellation.
     pub cancel_requested: bool,
-    /// Where a further attempt goes on from.
+    /// The checkpoint that a further attempt resumes from.
     pub checkpoint: Option<Checkpoint>,
-    /// How far it is; none before it first ran.
+    /// Its progress; none before it first ran.
     pub progress: Option<Progress>,
-    /// Facts about the result, such as the bundle's hash; set when it succeeded.
+    /// The result, such as the bundle's hash; set when it succeeded.
     pub result: Option<serde_json::Value>,
     /// Why it failed.
     pub error: Option<Fault>,
@@ -368,21 +311,21 @@ pub struct Job {
     pub created_ms: i64,
     /// When it was first claimed.
     pub started_ms: Option<i64>,
-    /// When it reached its last state.
+    /// When it ended.
     pub finished_ms: Option<i64>,
-    /// The job that it does again, which may be deleted by now.
+    /// The job that it retries, which may be deleted by now.
     pub retry_of: Option<JobId>,
-    /// W3C `traceparent` of the request that asked for it.
+    /// W3C `traceparent` of the request that submitted it.
     pub trace: Option<String>,
 }
 
 impl Job {
-    /// What it is to do; an error if no program of ours wrote that.
+    /// The specification; an error if it is invalid.
     pub fn spec(&self) -> serde_json::Result<Spec> {
         serde_json::from_str(&self.spec_json)
     }
 
-    /// The claim that a worker writes under.
+    /// The lease of the current claim.
     pub fn lease(&self) -> Lease {
         Lease { job: self.id, run_lease: self.run_lease }
     }

@@ -1,13 +1,13 @@
-//! What may be asked for: every option with its range and default. An invalid specification cannot be made.
+//! Specifications of jobs: every option with its range and default. An invalid specification cannot be constructed.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use unicode_normalization::UnicodeNormalization;
 use utoipa::ToSchema;
 
-use super::words;
+use super::string_enum::string_enum;
 
-/// What [`is_printable`] refuses, as a regular expression's set has it, but for the controls of ASCII.
+/// The characters that [`is_printable`] rejects, as a set of a regular expression, without the ASCII controls.
 macro_rules! unseen {
     () => {
         concat!(
@@ -17,7 +17,7 @@ macro_rules! unseen {
     };
 }
 
-/// A pattern of texts with something to see, and with nothing unseen and none of these controls.
+/// A pattern of texts with at least one visible character, and without invisible characters and these controls.
 macro_rules! pattern {
     ($controls:literal) => {
         concat!(
@@ -43,15 +43,15 @@ pub const N_PHOTOS_MAX: usize = 5;
 pub const CLASS_NAME_CHARS_MAX: usize = 64;
 /// Largest seed: what every JSON reader keeps exactly, 2^53 - 1.
 pub const SEED_MAX: u64 = (1 << 53) - 1;
-/// What stands for the product in a prompt.
+/// The placeholder for the product in a prompt.
 pub const PRODUCT: &str = "{product}";
 
-/// What a class name looks like, as JSON Schema says it: something to see, and nothing that cannot be seen.
+/// JSON Schema pattern of a class name: at least one visible character, and no invisible ones.
 pub const CLASS_NAME_PATTERN: &str = pattern!("\\u0000-\\u001f");
-/// What a prompt looks like: the same, but line breaks and tabs may stand.
+/// JSON Schema pattern of a prompt: like a class name, with line breaks and tabs allowed.
 pub const PROMPT_PATTERN: &str = pattern!("\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f");
 
-/// What a prompt in which a word is open looks like, with `{word}` among it.
+/// JSON Schema pattern of a prompt template that contains `{word}`.
 pub fn template_pattern(word: &str) -> String {
     let seen = concat!("[^\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f", unseen!(), "]*");
     format!("^{seen}\\{{{word}\\}}{seen}$")
@@ -60,23 +60,23 @@ pub fn template_pattern(word: &str) -> String {
 const PROMPT_CHARS_MAX: usize = 1000;
 const N_PROMPTS_MAX: usize = 16;
 
-/// Why a value cannot be accepted.
+/// Why a value is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
     /// JSON pointer to the value, such as `/steps`.
     pub pointer: String,
-    /// What came and what was wanted, in one line.
+    /// What was wanted and what came, in one line.
     pub message: String,
 }
 
 impl Invalid {
-    /// A value at `pointer` that cannot be accepted.
+    /// The rejection of the value at `pointer`.
     pub fn new(pointer: impl Into<String>, message: impl Into<String>) -> Self {
         Self { pointer: pointer.into(), message: message.into() }
     }
 }
 
-words!(
+string_enum!(
     /// How a training goes about it. A method is a set of defaults: every setting of it can be changed.
     Method {
         /// Views before plain colours, the inverse Gaussian, perceptual and adversarial losses (arXiv 2410.14265).
@@ -88,7 +88,7 @@ words!(
     }
 );
 
-words!(
+string_enum!(
     /// How far a predicted noise is from the true one.
     Reconstruction {
         /// The inverse of a Gaussian, steeper than a square where the error is large.
@@ -98,7 +98,7 @@ words!(
     }
 );
 
-words!(
+string_enum!(
     /// What a picture is written as.
     Format {
         /// Lossless; carries its parameters.
@@ -120,7 +120,7 @@ impl Format {
         }
     }
 
-    /// The end of its file names.
+    /// The extension of its files.
     pub fn extension(self) -> &'static str {
         match self {
             Self::Png => "png",
@@ -432,15 +432,15 @@ impl TrainOptions {
         }
     }
 
-    /// Options of which a JSON object names some; all others take the defaults of the method that it names.
+    /// Options from a JSON object that names some of them; all others take the defaults of its method.
     pub fn given(some: &Value) -> Result<Self, serde_json::Error> {
         let method = some.get("method").map_or(Ok(Method::default()), Method::deserialize)?;
         let mut whole = serde_json::to_value(Self::of(method))?;
-        overlay(&mut whole, some);
+        merge_json(&mut whole, some);
         serde_json::from_value(whole)
     }
 
-    /// Refuses what is out of range, by its JSON pointer.
+    /// Rejects options out of range, by their JSON pointers.
     pub fn check(&self) -> Result<(), Invalid> {
         whole("/steps", self.steps, 1, STEPS_MAX)?;
         rate("/learning_rate", self.learning_rate)?;
@@ -490,12 +490,12 @@ impl TrainOptions {
     }
 }
 
-/// Puts the values of `some` in place of those of `whole`, object by object.
-pub fn overlay(whole: &mut Value, some: &Value) {
+/// Replaces values of `whole` by those of `some`, object by object.
+pub fn merge_json(whole: &mut Value, some: &Value) {
     match (whole, some) {
         (Value::Object(whole), Value::Object(some)) => {
             for (name, value) in some {
-                overlay(whole.entry(name).or_insert(Value::Null), value);
+                merge_json(whole.entry(name).or_insert(Value::Null), value);
             }
         }
         (whole, some) => *whole = some.clone(),
@@ -505,7 +505,7 @@ pub fn overlay(whole: &mut Value, some: &Value) {
 /// Most steps of a training.
 pub const STEPS_MAX: u32 = 10_000;
 
-/// A training, complete.
+/// The complete specification of a training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainSpec {
     /// What kind of thing the product is, such as `mug`.
@@ -517,7 +517,7 @@ pub struct TrainSpec {
 }
 
 impl TrainSpec {
-    /// A training of `options`, which takes `drawn_seed` where they name none.
+    /// A training with `options`, which takes `drawn_seed` if they name none.
     pub fn new(class_name: &str, options: TrainOptions, drawn_seed: u64) -> Result<Self, Invalid> {
         options.check()?;
         let seed = options.seed.unwrap_or(drawn_seed & SEED_MAX);
@@ -527,7 +527,7 @@ impl TrainSpec {
     }
 }
 
-/// A class name as it is kept: NFC, trimmed.
+/// Normalizes a class name: NFC, trimmed.
 pub fn class_name(text: &str) -> Result<String, Invalid> {
     let name: String = text.trim().nfc().collect();
     let invalid = |message: String| Err(Invalid::new("/class_name", message));
@@ -541,7 +541,7 @@ pub fn class_name(text: &str) -> Result<String, Invalid> {
     }
 }
 
-/// A text may be too long as it came or as it is kept; the JSON Schema knows the first only.
+/// The longer of a text's lengths as given and as normalized; the JSON Schema limits only the first.
 fn n_chars(came: &str, kept: &str) -> usize {
     came.chars().count().max(kept.chars().count())
 }
@@ -592,7 +592,7 @@ pub struct SampleSpec {
     pub format: Format,
 }
 
-words!(
+string_enum!(
     /// Ways from noise to picture.
     Scheduler {
         /// Song et al. 2021.
@@ -611,7 +611,7 @@ words!(
 );
 
 impl SampleSpec {
-    /// Refuses what is out of range, brings texts to NFC, and takes `drawn_seed` if none is named.
+    /// Rejects values out of range, normalizes texts to NFC, and takes `drawn_seed` if none is named.
     pub fn complete(mut self, drawn_seed: u64) -> Result<Self, Invalid> {
         let n_prompts = self.prompts.len();
         if n_prompts == 0 || n_prompts > N_PROMPTS_MAX {
@@ -640,7 +640,7 @@ impl SampleSpec {
         Ok(self)
     }
 
-    /// Every picture in order: its prompt and its seed.
+    /// All images in order: prompt and seed.
     pub fn pictures(&self) -> impl Iterator<Item = (&str, u64)> {
         let seed = self.seed.unwrap_or(0);
         let prompts = self.prompts.iter().flat_map(|prompt| (0..self.n).map(move |_| prompt.as_str()));
@@ -648,7 +648,7 @@ impl SampleSpec {
     }
 }
 
-/// A prompt as it is kept: NFC. Line breaks and tabs are spaces to the tokenizer and may stand.
+/// Normalizes a prompt to NFC. Line breaks and tabs are allowed, since the tokenizer treats them as spaces.
 fn text(pointer: &str, text: &str, min: usize) -> Result<String, Invalid> {
     let came = text;
     let text: String = came.nfc().collect();
@@ -666,7 +666,7 @@ fn text(pointer: &str, text: &str, min: usize) -> Result<String, Invalid> {
     }
 }
 
-/// Neither a control character nor one that only changes how others are shown: directions, zero widths, tags.
+/// Neither a control character nor one that only changes how others are displayed: directions, zero widths, tags.
 fn is_printable(c: char) -> bool {
     let unseen = matches!(c, '\u{AD}' | '\u{61C}' | '\u{180E}' | '\u{200B}' | '\u{200E}'..='\u{200F}'
         | '\u{2028}'..='\u{202E}' | '\u{2060}'..='\u{206F}' | '\u{FEFF}' | '\u{FFF9}'..='\u{FFFB}'
@@ -708,7 +708,7 @@ fn whole<T: PartialOrd + std::fmt::Display>(pointer: &str, value: T, min: T, max
 }
 
 fn real(pointer: &str, value: f64, min: f64, max: f64) -> Result<(), Invalid> {
-    whole(pointer, value, min, max) // not a number is in no range
+    whole(pointer, value, min, max) // NaN is in no range
 }
 
 fn one() -> u32 {

@@ -5,7 +5,7 @@ use image::imageops::{FilterType, resize, thumbnail};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::job::words;
+use crate::job::string_enum;
 
 /// Longest side of the measured picture, so that sharpness means the same for every camera.
 const SIDE: u32 = 512;
@@ -19,7 +19,7 @@ const BLURRY: f64 = 20.0;
 const BITS_APART: u32 = 12;
 const BRIGHTNESS_APART: f64 = 0.04;
 
-words!(
+string_enum!(
     /// A warning about a photo that is still accepted.
     Warning {
         /// Almost black.

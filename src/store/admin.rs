@@ -1,46 +1,48 @@
-//! What an operator does: looks at the jobs of every tenant, takes one from its worker, holds claims back.
+//! Operations of operators: list the jobs of every tenant, requeue a running one, pause claims.
 
 use std::time::Duration;
 
 use super::api::{job, job_columns};
 use super::db::{Arg, Row, args, locking};
-use super::turns::charge;
-use super::worker::let_go;
-use super::{Result, Store, parse};
+use super::error::Result;
+use super::fair_queue::charge;
+use super::handle::Store;
+use super::json::parse;
+use super::worker::released_columns;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 
-/// A job as an operator sees it: also what no client is told.
+/// A job as operators see it, with details that clients do not see.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdminJob {
     /// The job.
     pub job: Job,
-    /// What the operator calls its tenant.
+    /// Name of its tenant.
     pub tenant_name: String,
     /// A training's class.
     pub class_name: Option<String>,
-    /// Which of one tenant's own goes first: the larger.
+    /// Order among the tenant's own waiting jobs: larger first.
     pub priority: i64,
-    /// The worker that holds it: a UUID made at the worker's start.
+    /// The worker that holds it: a UUID, new at every start of the worker.
     pub worker: Option<String>,
-    /// How often it was taken from a worker that was not heard of.
+    /// How often it was taken from a worker whose lease had expired.
     pub rescues: i64,
     /// Machines that failed under it.
     pub fault_hosts: Vec<String>,
     /// Device time of its last attempt, in milliseconds.
     pub used_ms: i64,
-    /// Nobody claims it earlier.
+    /// No worker claims it earlier.
     pub not_before_ms: i64,
     /// When it was last claimed.
     pub claimed_ms: Option<i64>,
-    /// Whether it is being erased: no client sees it any more.
+    /// Whether it was deleted and is being erased: no client sees it any more.
     pub deleting: bool,
-    /// The newest job that does it again.
+    /// The newest job that retries it.
     pub retried_as: Option<JobId>,
-    /// Whether claims of its tenant and kind are held back.
+    /// Whether claims of its tenant and kind are paused.
     pub held_back: bool,
 }
 
-/// Which jobs of all tenants; what is none does not matter.
+/// Conditions on jobs of all tenants; `None` means any.
 #[derive(Clone, Debug, Default)]
 pub struct AdminFilter {
     /// Of this tenant.
@@ -53,27 +55,27 @@ pub struct AdminFilter {
     pub class_name: Option<String>,
     /// Accepted longer ago than this.
     pub older_than: Option<Duration>,
-    /// Only those that no other job does again.
+    /// Only those that no other job retries.
     pub not_retried: bool,
 }
 
-/// What became of the wish to take a job from its worker.
+/// The outcome of a requeue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Requeued {
-    /// It was taken; this is its state now: queued, or canceled if its owner wanted it to end.
+    /// Taken from its worker. Its new state: queued, or canceled if its owner had requested that.
     Taken(State),
-    /// No worker has it.
+    /// Not running; its state.
     NotRunning(State),
 }
 
-/// What an operator holds back.
+/// A pause of claims.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pause {
-    /// What the operator calls the tenant; none for every tenant.
+    /// Name of the tenant; none for every tenant.
     pub tenant_name: Option<String>,
     /// The kind; none for both.
     pub kind: Option<Kind>,
-    /// Why, in the operator's words.
+    /// The operator's reason.
     pub reason: String,
     /// Since when.
     pub created_ms: i64,
@@ -94,7 +96,7 @@ macro_rules! admin_select {
 }
 
 impl Store {
-    /// Jobs of every tenant, the newest first, at most `limit`, those before `before` if it is given.
+    /// Jobs of every tenant, newest first, at most `limit`, those before `before` if given.
     pub async fn all_jobs(
         &self,
         filter: &AdminFilter,
@@ -131,46 +133,46 @@ impl Store {
         self.db.read(sql, &values).await?.iter().map(admin_job).collect()
     }
 
-    /// One job, whosever it is.
+    /// One job of any tenant.
     pub async fn any_job(&self, id: JobId) -> Result<Option<AdminJob>> {
         let row = self.db.row(concat!(admin_select!(), " where id = $1"), args![id]).await?;
         row.as_ref().map(admin_job).transpose()
     }
 
-    /// Takes a running job from its worker, at the cost of no attempt: whatever that worker still writes counts for
-    /// nothing. The job waits again, to go on from its checkpoint. None if there is no such job.
+    /// Takes a running job from its worker, without counting an attempt: whatever that worker still writes is rejected.
+    /// The job waits again, to resume from its checkpoint. None if the job does not exist.
     pub async fn requeue(&self, id: JobId) -> Result<Option<Requeued>> {
         let select = locking!("select state, cancel_requested from job where id = $1"; "for update");
         let update = concat!(
             "update job set state = $2, run_lease = run_lease + 1, attempt = attempt - $3, not_before_ms = ms, \
              used_ms = ms - claimed_ms, finished_ms = case when $2 = 'canceled' then ms end, ",
-            let_go!(),
+            released_columns!(),
             " from clock where id = $1 and state = 'running'"
         );
         let mut tx = self.db.begin().await?;
         let Some(row) = tx.row(select, args![id]).await? else { return Ok(None) };
-        let state: State = row.word("state")?;
+        let state: State = row.parsed("state")?;
         if state != State::Running {
             return Ok(Some(Requeued::NotRunning(state)));
         }
-        let then = if row.flag("cancel_requested")? { State::Canceled } else { State::Queued };
-        tx.run(update, args![id, then.as_str(), then == State::Queued]).await?;
-        charge(&mut tx, id, false).await?; // its tenant had the device all the same
+        let new_state = if row.flag("cancel_requested")? { State::Canceled } else { State::Queued };
+        tx.run(update, args![id, new_state.as_str(), new_state == State::Queued]).await?;
+        charge(&mut tx, id, false).await?; // its tenant has used the device all the same
         tx.notify().await?;
         tx.commit().await?;
-        self.wakes.wake();
-        Ok(Some(Requeued::Taken(then)))
+        self.notifier.notify();
+        Ok(Some(Requeued::Taken(new_state)))
     }
 
-    /// Holds claims back: of a tenant or of all, of a kind or of both. What runs goes on. Said again, the reason is the
-    /// newest.
+    /// Pauses claims: of a tenant or of all, of a kind or of both. Running jobs go on. A repeated pause replaces the
+    /// reason.
     pub async fn pause(&self, tenant: Option<TenantId>, kind: Option<Kind>, reason: &str) -> Result<()> {
         let insert = "insert into pause (tenant, kind, reason, created_ms) select $1, $2, $3, ms from clock where true \
                       on conflict (coalesce(tenant, ''), coalesce(kind, '')) do update set reason = excluded.reason";
         self.db.write(insert, args![tenant, kind.map(Kind::as_str), reason]).await.map(drop)
     }
 
-    /// Ends one pause, named as it was made. Whether there was one.
+    /// Ends one pause, given by the same tenant and kind. Whether there was one.
     pub async fn resume(&self, tenant: Option<TenantId>, kind: Option<Kind>) -> Result<bool> {
         let delete =
             "delete from pause where tenant is not distinct from $1 and kind is not distinct from $2";
@@ -178,11 +180,11 @@ impl Store {
         let resumed = tx.run(delete, args![tenant, kind.map(Kind::as_str)]).await? > 0;
         tx.notify().await?;
         tx.commit().await?;
-        self.wakes.wake();
+        self.notifier.notify();
         Ok(resumed)
     }
 
-    /// All that is held back, the oldest first.
+    /// All pauses, oldest first.
     pub async fn pauses(&self) -> Result<Vec<Pause>> {
         let select = "select (select name from tenant where tenant.id = pause.tenant) as tenant_name, kind, reason, \
                       created_ms from pause order by created_ms, tenant_name, kind";
@@ -190,7 +192,7 @@ impl Store {
         let pause = |row: &Row| {
             Ok(Pause {
                 tenant_name: row.text_or_none("tenant_name")?.map(ToOwned::to_owned),
-                kind: row.word_or_none("kind")?,
+                kind: row.parsed_or_none("kind")?,
                 reason: row.text("reason")?.to_owned(),
                 created_ms: row.int("created_ms")?,
             })
@@ -212,7 +214,7 @@ fn admin_job(row: &Row) -> Result<AdminJob> {
         not_before_ms: row.int("not_before_ms")?,
         claimed_ms: row.int_or_none("claimed_ms")?,
         deleting: row.flag("deleting")?,
-        retried_as: row.word_or_none("retried_as")?,
+        retried_as: row.parsed_or_none("retried_as")?,
         held_back: row.flag("held_back")?,
     })
 }

@@ -1,17 +1,20 @@
-//! What a client does: submit, look, cancel, delete. Every query takes a tenant, and a row that is being deleted is
-//! not there.
+//! Operations of clients: submit, read, cancel, delete. Every query takes a tenant, and a row that is being deleted
+//! counts as absent.
 
 use std::time::Duration;
 
 use super::db::{Arg, Row, Tx, args, locking};
-use super::settle::settle;
-use super::{Filter, Gauge, Gauges, Idempotency, NewJob, Result, Store, Submitted, json, parse};
+use super::error::Result;
+use super::handle::Store;
+use super::in_doubt::write_resolving;
+use super::jobs::{Filter, Gauge, Gauges, Idempotency, NewJob, Submitted};
+use super::json::{json, parse};
 use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
 
-/// How long a client's name for a request is kept.
+/// How long an idempotency key is kept.
 const IDEMPOTENCY: Duration = Duration::from_hours(24);
-/// How much earlier than its row a job's id may have been made, in milliseconds: the one has the time of the front, the other
-/// that of the database.
+/// By how much, in milliseconds, a job's id may be older than its row: the id has the HTTP server's clock, the row the
+/// database's.
 const ID_EARLIER_MS: i64 = 24 * 60 * 60 * 1000;
 
 macro_rules! job_columns {
@@ -22,18 +25,18 @@ macro_rules! job_columns {
 }
 pub(super) use job_columns;
 
-/// Ends what waits, asks for the end of what runs, leaves what has ended.
-macro_rules! end {
+/// Cancels a waiting job, requests the cancel of a running one, leaves an ended one.
+macro_rules! cancel_columns {
     () => {
         "cancel_requested = case when finished_ms is null then 1 else cancel_requested end, \
          finished_ms = case when state = 'queued' then (select ms from clock) else finished_ms end, \
          state = case when state = 'queued' then 'canceled' else state end, version = version + 1"
     };
 }
-pub(super) use end;
+pub(super) use cancel_columns;
 
-/// What became of the request `$2`, if it is younger than `$3`.
-const RECALL: &str = concat!(
+/// The job of the idempotency key `$2`, if the key is younger than `$3`.
+const FIND_BY_KEY: &str = concat!(
     "select request_hash, ",
     job_columns!(),
     " from (select job as accepted, request_hash from idempotency
@@ -42,38 +45,39 @@ const RECALL: &str = concat!(
 );
 
 impl Store {
-    /// Accepts a job, or says why not, in one transaction. Once this answers [`Submitted::New`], a power cut does not
-    /// undo it. A key whose job was deleted, or that is older than a day, is free again.
+    /// Accepts a job, or returns why not, in one transaction. Once this returns [`Submitted::New`], a power failure
+    /// does not undo it. A key whose job was deleted, or that is older than a day, is free again.
     ///
-    /// After [`Error::Unknown`](super::Error::Unknown), and no other error, the job may be there: the objects that it names must stay.
+    /// After [`Error::Unknown`](super::Error::Unknown), and no other error, the job may exist: the objects that it
+    /// names must stay.
     pub async fn submit(&self, new: NewJob) -> Result<Submitted> {
-        settle(|| self.submit_once(&new), || self.submitted(&new)).await
+        write_resolving(|| self.submit_once(&new), || self.find_submitted(&new)).await
     }
 
     async fn submit_once(&self, new: &NewJob) -> Result<Submitted> {
         let mut tx = self.db.begin().await?;
-        // One tenant's submissions go one by one, so that neither its quota nor its keys can be raced.
+        // Serializes a tenant's submissions, so that neither its quota nor its keys can be raced.
         let tenant = locking!(
             "select id from tenant where id = $1 and state = 'active' and created_ms = coalesce($2, created_ms)";
             "for no key update"
         );
-        if tx.row(tenant, args![new.tenant, new.origin.tenant_made_ms]).await?.is_none() {
+        if tx.row(tenant, args![new.tenant, new.origin.tenant_created_ms]).await?.is_none() {
             return Ok(Submitted::Disabled);
         }
         if let Some(idempotency) = &new.idempotency {
-            forget(&mut tx, new.tenant, &idempotency.key).await?;
-            if let Some(row) = tx.row(RECALL, &recall_args(new.tenant, idempotency)).await? {
-                return recalled(&row, idempotency);
+            remove_old_keys(&mut tx, new.tenant, &idempotency.key).await?;
+            if let Some(row) = tx.row(FIND_BY_KEY, &key_args(new.tenant, idempotency)).await? {
+                return by_key(&row, idempotency);
             }
         }
         if let Some(parent) = new.parent {
-            // The lock keeps a deletion from passing between this look and the new row.
+            // The lock prevents a deletion between this read and the insert of the new row.
             let select = locking!(
                 "select state from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
                 "for share"
             );
             let row = tx.row(select, args![new.tenant, parent]).await?;
-            let state = row.map(|row| row.word("state")).transpose()?;
+            let state = row.map(|row| row.parsed("state")).transpose()?;
             if state != Some(State::Succeeded) {
                 return Ok(Submitted::NoParent(state));
             }
@@ -92,30 +96,30 @@ impl Store {
         }
         tx.notify().await?;
         tx.commit().await?;
-        self.wakes.wake();
+        self.notifier.notify();
         Ok(Submitted::New(job))
     }
 
-    /// What came of a submission whose commit was not answered. It holds its tenant's row until that is decided. It is not
-    /// repeated instead: the job may have been there, seen, and deleted with its objects.
-    async fn submitted(&self, new: &NewJob) -> Result<Option<Submitted>> {
+    /// Looks up a submission whose commit was not answered, which holds its tenant's row until it is resolved. It is
+    /// not repeated instead: the job may have existed, been seen, and been deleted with its objects.
+    async fn find_submitted(&self, new: &NewJob) -> Result<Option<Submitted>> {
         let tenant = locking!("select id from tenant where id = $1"; "for no key update");
         let select = concat!("select ", job_columns!(), " from job where id = $1");
         let mut tx = self.db.begin().await?;
         tx.row(tenant, args![new.tenant]).await?;
         let row = tx.row(select, args![new.id]).await?;
-        tx.end_look().await?;
+        tx.end_locking_read().await?;
         if row.is_some() {
-            self.wakes.wake();
+            self.notifier.notify();
         }
         row.map(|row| job(&row).map(Submitted::New)).transpose()
     }
 
-    /// What became of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
-    /// the key is free. A quick look, before objects are written; [`Store::submit`] looks again.
+    /// The outcome of a request that was sent before: [`Submitted::Replayed`], [`Submitted::OtherRequest`], or none if
+    /// the key is free. A cheap check before objects are written; [`Store::submit`] checks again.
     pub async fn replay(&self, tenant: TenantId, idempotency: &Idempotency) -> Result<Option<Submitted>> {
-        let row = self.db.row(RECALL, &recall_args(tenant, idempotency)).await?;
-        row.map(|row| recalled(&row, idempotency)).transpose()
+        let row = self.db.row(FIND_BY_KEY, &key_args(tenant, idempotency)).await?;
+        row.map(|row| by_key(&row, idempotency)).transpose()
     }
 
     /// One job of that kind.
@@ -136,7 +140,7 @@ impl Store {
         before: Option<JobId>,
         limit: u32,
     ) -> Result<Vec<Job>> {
-        // Only the conditions that are asked for, so that each has the index it needs.
+        // Only the conditions that are given, so that each query uses the right index.
         let mut conditions = vec!["tenant = $1 and deleting = 0".to_owned()];
         let mut values = vec![Arg::from(tenant)];
         let mut and = |condition: &str, value: Option<Arg>| {
@@ -145,7 +149,7 @@ impl Store {
                 conditions.push(format!("{condition} ${}", values.len()));
             }
         };
-        // Only samples have a parent, and few have the same: their kind as well could lead to an index of many more.
+        // Only samples have a parent, and few share one: with their kind as well, a less selective index might be used.
         let kind = filter.kind.filter(|kind| filter.parent.is_none() || *kind != Kind::Sample);
         and("kind =", kind.map(|kind| kind.as_str().into()));
         and("state =", filter.state.map(|state| state.as_str().into()));
@@ -165,22 +169,26 @@ impl Store {
         rows.iter().map(job).collect()
     }
 
-    /// A job's version: whether there is anything new to see.
+    /// A job's version, which changes with every visible change.
     pub async fn version(&self, tenant: TenantId, id: JobId) -> Result<Option<i64>> {
         let sql = "select version from job where tenant = $1 and id = $2 and deleting = 0";
         self.db.row(sql, args![tenant, id]).await?.map(|row| row.int("version")).transpose()
     }
 
-    /// Ends a job that waits at once, and asks for the end of one that runs: it will not succeed any more. One that
-    /// has ended stays as it is. The job as it is then.
+    /// Cancels a waiting job at once, and requests the cancel of a running one, which cannot succeed any more. An ended
+    /// job stays as it is. The job after that.
     pub async fn cancel(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
-        settle(|| self.cancel_once(tenant, id), async || self.cancel_once(tenant, id).await.map(Some)).await
+        write_resolving(
+            || self.cancel_once(tenant, id),
+            async || self.cancel_once(tenant, id).await.map(Some),
+        )
+        .await
     }
 
     async fn cancel_once(&self, tenant: TenantId, id: JobId) -> Result<Option<Job>> {
         let update = concat!(
             "update job set ",
-            end!(),
+            cancel_columns!(),
             " where tenant = $1 and id = $2 and deleting = 0 and cancel_requested = 0 and finished_ms is null"
         );
         let select = locking!(
@@ -192,15 +200,15 @@ impl Store {
         }
         let row = tx.row(select, args![tenant, id]).await?;
         tx.commit().await?;
-        self.wakes.wake();
+        self.notifier.notify();
         row.as_ref().map(job).transpose()
     }
 
-    /// Deletes a job, and with a training the samples drawn with it: from now on no reader sees them, and what runs is
-    /// canceled. Their objects go later, see [`Store::erasable`]. Whether there was one.
+    /// Deletes a job, and with a training its samples: from now on no reader sees them, and a running one is canceled.
+    /// Their objects are removed later, see [`Store::erasable`]. Whether the job existed.
     pub async fn delete(&self, tenant: TenantId, id: JobId) -> Result<bool> {
-        // There was one: else there had been nothing to commit. Said again it is gone, whoever it was.
-        settle(
+        // The job existed, or there had been no commit. When repeated it is gone, whoever deleted it.
+        write_resolving(
             || self.delete_once(tenant, id),
             async || self.delete_once(tenant, id).await.map(|_| Some(true)),
         )
@@ -209,10 +217,10 @@ impl Store {
 
     async fn delete_once(&self, tenant: TenantId, id: JobId) -> Result<bool> {
         let mut tx = self.db.begin().await?;
-        // The training first: whoever submits a sample of it holds or waits for its row.
+        // The training first: a submission of one of its samples holds its row or waits for it.
         let update = concat!(
             "update job set deleting = 1, ",
-            end!(),
+            cancel_columns!(),
             " where tenant = $1 and id = $2 and deleting = 0"
         );
         if tx.run(update, args![tenant, id]).await? == 0 {
@@ -220,18 +228,18 @@ impl Store {
         }
         let update = concat!(
             "update job set deleting = 1, ",
-            end!(),
+            cancel_columns!(),
             " where tenant = $1 and parent = $2 and deleting = 0"
         );
         tx.run(update, args![tenant, id]).await?;
         tx.notify().await?;
         tx.commit().await?;
-        self.wakes.wake();
-        self.wakes.deleted();
+        self.notifier.notify();
+        self.notifier.notify_deletion();
         Ok(true)
     }
 
-    /// How full the queue is.
+    /// The lengths of the queue.
     pub async fn gauges(&self) -> Result<Gauges> {
         let queued = "select kind, count(*) as jobs, max(ms - created_ms) as oldest_ms from job cross join clock \
                       where state = 'queued' group by kind";
@@ -253,11 +261,11 @@ impl Store {
     }
 }
 
-fn recall_args(tenant: TenantId, idempotency: &Idempotency) -> [Arg; 3] {
+fn key_args(tenant: TenantId, idempotency: &Idempotency) -> [Arg; 3] {
     [tenant.into(), idempotency.key.as_str().into(), IDEMPOTENCY.into()]
 }
 
-fn recalled(row: &Row, idempotency: &Idempotency) -> Result<Submitted> {
+fn by_key(row: &Row, idempotency: &Idempotency) -> Result<Submitted> {
     if row.text("request_hash")? == idempotency.request_hash {
         job(row).map(Submitted::Replayed)
     } else {
@@ -265,14 +273,14 @@ fn recalled(row: &Row, idempotency: &Idempotency) -> Result<Submitted> {
     }
 }
 
-/// Forgets the tenant's requests of more than a day ago, and this one if its job was deleted.
-async fn forget(tx: &mut Tx, tenant: TenantId, key: &str) -> Result<()> {
+/// Removes the tenant's keys that are older than a day, and this key if its job was deleted.
+async fn remove_old_keys(tx: &mut Tx, tenant: TenantId, key: &str) -> Result<()> {
     let delete = "delete from idempotency where tenant = $1 and (created_ms <= (select ms from clock) - $3 \
                   or (key = $2 and exists (select 1 from job where id = idempotency.job and deleting = 1)))";
     tx.run(delete, args![tenant, key, IDEMPOTENCY]).await.map(drop)
 }
 
-/// An id that sorts before those of jobs that were asked for later than `ms`, by the clock of whoever made them.
+/// An id that sorts before those made later than `ms`.
 fn first_id_after(ms: i64) -> JobId {
     JobId(uuid::Builder::from_unix_timestamp_millis(ms.max(0) as u64, &[0; 10]).into_uuid())
 }
@@ -305,17 +313,17 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
     job(&row.expect("an insert of one row returns it"))
 }
 
-/// A row of the queue.
+/// Reads a row of the queue.
 pub(super) fn job(row: &Row) -> Result<Job> {
     let document = |column: &str| row.text_or_none(column);
     Ok(Job {
-        id: row.word("id")?,
-        tenant: row.word("tenant")?,
-        parent: row.word_or_none("parent")?,
-        kind: row.word("kind")?,
+        id: row.parsed("id")?,
+        tenant: row.parsed("tenant")?,
+        parent: row.parsed_or_none("parent")?,
+        kind: row.parsed("kind")?,
         spec_json: row.text("spec")?.to_owned(),
         photos: parse("photos", row.text("photos")?)?,
-        state: row.word("state")?,
+        state: row.parsed("state")?,
         run_lease: row.int("run_lease")?,
         attempt: row.int("attempt")?,
         max_attempts: row.int("max_attempts")?,
@@ -328,7 +336,7 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         created_ms: row.int("created_ms")?,
         started_ms: row.int_or_none("started_ms")?,
         finished_ms: row.int_or_none("finished_ms")?,
-        retry_of: row.word_or_none("retry_of")?,
+        retry_of: row.parsed_or_none("retry_of")?,
         trace: document("trace")?.map(ToOwned::to_owned),
     })
 }

@@ -1,8 +1,7 @@
-//! Two databases as one: statements of text and numbers in, rows of text and numbers out.
+//! SQLite and Postgres behind one interface: statements and rows of text and integers.
 //!
-//! Most statements are one text for both. Where they must differ, a [`Sql`] holds two.
+//! Most statements are the same text for both databases. Where they differ, a [`Sql`] holds two.
 
-use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,22 +9,18 @@ use sqlx::postgres::PgRow;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr, SqlStr};
 
-use super::answers::{Answers, Guard, Statement};
-use super::boot::Moment;
-use super::faults::{fault, uncommitted};
-use super::file::{File, Writer};
-use super::session::{Server, Session, Sessions};
-use super::{Error, Result};
+use super::boot_clock::BootTime;
+use super::error::{Error, Result, classify, classify_commit};
+use super::fault_injection::{Executor, Guard, Statement};
+use super::postgres::{PostgresServer, Session, Sessions};
+use super::sqlite::{SqliteFile, Writer};
+use super::timeout::STATEMENT_TIMEOUT;
 use crate::clock;
 use crate::job::{JobId, TenantId};
 
-/// How long one statement may take before the database counts as away: longer than the server's own limit.
-pub(super) const ANSWER: Duration = Duration::from_secs(15);
-/// How long a commit may take before its outcome counts as unknown. The server has no limit for it.
-pub(super) const COMMIT: Duration = Duration::from_secs(10);
-/// How long a read is tried again. It changes nothing, and a connection that broke is replaced at once.
-const AGAIN: Duration = Duration::from_secs(3);
-/// The channel of hints.
+/// How long a read is retried. It changes nothing, and a broken connection is replaced at once.
+const READ_RETRY: Duration = Duration::from_secs(3);
+/// The channel of notifications.
 pub(super) const CHANNEL: &str = "hypnos";
 
 /// One statement for both databases.
@@ -40,7 +35,7 @@ impl From<&'static str> for Sql {
     }
 }
 
-/// SQLite's text and Postgres'.
+/// The texts for SQLite and for Postgres.
 impl From<(&'static str, &'static str)> for Sql {
     fn from((sqlite, postgres): (&'static str, &'static str)) -> Self {
         Self { sqlite: sqlite.into_sql_str(), postgres: postgres.into_sql_str() }
@@ -53,7 +48,7 @@ impl From<SqlStr> for Sql {
     }
 }
 
-/// A text put together from pieces of this program, never from what came in.
+/// A text composed of constant parts, never of a client's data.
 impl From<String> for Sql {
     fn from(text: String) -> Self {
         let text = AssertSqlSafe(text).into_sql_str();
@@ -61,13 +56,13 @@ impl From<String> for Sql {
     }
 }
 
-/// The same statement with a row lock at its end where that exists; SQLite's only writer needs none.
+/// A statement with a row lock at its end on Postgres; SQLite's only writer needs none.
 macro_rules! locking {
     ($($text:expr),+ ; $lock:literal) => { (concat!($($text),+), concat!($($text),+, " ", $lock)) };
 }
 pub(super) use locking;
 
-/// A parameter.
+/// A parameter of a statement.
 #[derive(Clone, Debug)]
 pub(super) enum Arg {
     Int(Option<i64>),
@@ -123,7 +118,7 @@ macro_rules! bound {
     }};
 }
 
-/// A row of text and numbers.
+/// A row of text and integers.
 pub(super) enum Row {
     Sqlite(SqliteRow),
     Postgres(PgRow),
@@ -136,7 +131,7 @@ macro_rules! column {
                 Self::Sqlite(row) => row.try_get(column),
                 Self::Postgres(row) => row.try_get(column),
             }
-            .map_err(fault)
+            .map_err(classify)
         }
     };
 }
@@ -151,60 +146,62 @@ impl Row {
         self.int(column).map(|value| value != 0)
     }
 
-    /// A column that is written as its word.
-    pub(super) fn word<T: FromStr>(&self, column: &str) -> Result<T> {
+    /// A text column, parsed.
+    pub(super) fn parsed<T: FromStr>(&self, column: &str) -> Result<T> {
         let text = self.text(column)?;
-        text.parse().map_err(|_| Error::Corrupt(format!("column {column} is not what it should be").into()))
+        text.parse().map_err(|_| Error::Corrupt(format!("column {column} holds an invalid value").into()))
     }
 
-    /// The same of a column that may be null.
-    pub(super) fn word_or_none<T: FromStr>(&self, column: &str) -> Result<Option<T>> {
-        self.text_or_none(column)?.map(|_| self.word(column)).transpose()
+    /// A nullable text column, parsed.
+    pub(super) fn parsed_or_none<T: FromStr>(&self, column: &str) -> Result<Option<T>> {
+        self.text_or_none(column)?.map(|_| self.parsed(column)).transpose()
     }
 }
 
-/// The connections.
+/// The connections to a database.
 #[derive(Clone, Debug)]
 pub(super) enum Db {
-    Sqlite(File),
-    Postgres(Server),
+    Sqlite(SqliteFile),
+    Postgres(PostgresServer),
 }
 
 impl Db {
-    /// Connects. `direct` is a way to the same database past a pooler, if there is one.
+    /// Connects. `direct` is an address of the same database that bypasses a pooler, if there is one.
     pub(super) async fn connect(url: &str, direct: Option<&str>, pool_max: u32) -> Result<Self> {
         match (url.split_once(':'), direct) {
-            (Some(("sqlite", _)), Some(_)) => {
-                Err(Error::Bad("HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file".into()))
-            }
+            (Some(("sqlite", _)), Some(_)) => Err(Error::InvalidSettings(
+                "HYPNOS_DATABASE_DIRECT is set, but the database is a SQLite file".into(),
+            )),
             (Some(("sqlite", path)), None) => {
-                File::open(path.strip_prefix("//").unwrap_or(path), pool_max).await.map(Self::Sqlite)
+                SqliteFile::open(path.strip_prefix("//").unwrap_or(path), pool_max).await.map(Self::Sqlite)
             }
             (Some(("postgres" | "postgresql", _)), direct) => {
-                Box::pin(Server::connect(url, direct, pool_max)).await.map(Self::Postgres)
+                Box::pin(PostgresServer::connect(url, direct, pool_max)).await.map(Self::Postgres)
             }
-            _ => Err(Error::Bad("the database's address: wanted sqlite:PATH or postgres://…".into())),
+            _ => Err(Error::InvalidSettings(
+                "the database's address: wanted sqlite:PATH or postgres://…".into(),
+            )),
         }
     }
 
-    /// Rows of a statement that writes nothing.
+    /// The rows of a statement that only reads.
     pub(super) async fn read(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        again(|| self.read_once(&sql, args, false)).await
+        retry_read(|| self.read_once(&sql, args, false)).await
     }
 
-    /// The first row, if there is one. Unlike all rows of a statement with one, it comes without another word of the database's
-    /// that there are no more: on SQLite that is a change of threads.
+    /// The first row, if there is one. It does not wait for the database to report the end of the rows, which on SQLite
+    /// takes another switch of threads.
     pub(super) async fn row(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Option<Row>> {
         let sql = sql.into();
-        Ok(again(|| self.read_once(&sql, args, true)).await?.into_iter().next())
+        Ok(retry_read(|| self.read_once(&sql, args, true)).await?.into_iter().next())
     }
 
-    /// `first_only` spares what comes after the first row, where that is a way to spare it.
+    /// `first_only` skips what comes after the first row, where the driver allows it.
     async fn read_once(&self, sql: &Sql, args: &[Arg], first_only: bool) -> Result<Vec<Row>> {
-        let rows = self.answers().wait(Statement::Read, async {
+        let rows = self.executor().execute(Statement::Read, async {
             match self {
-                Self::Sqlite(File { read, .. }) => {
+                Self::Sqlite(SqliteFile { read, .. }) => {
                     let query = bound!(sql.sqlite.clone(), args);
                     let rows = if first_only {
                         query.fetch_optional(read).await?.into_iter().collect()
@@ -222,23 +219,23 @@ impl Db {
                 }
             }
         });
-        rows.await.map_err(fault)
+        rows.await.map_err(classify)
     }
 
-    /// Begins to write. On SQLite this waits until nobody else does.
+    /// Begins a transaction that writes. On SQLite this waits for the current writer.
     pub(super) async fn begin(&self) -> Result<Tx> {
-        let answers = self.answers();
-        let begun = answers.wait(Statement::Begin, async {
+        let executor = self.executor();
+        let begun = executor.execute(Statement::Begin, async {
             Ok(match self {
                 Self::Sqlite(file) => Begun::Sqlite(file.begin().await?),
                 Self::Postgres(server) => Begun::Postgres(server.begin().await?),
             })
         });
-        let begun = begun.await.map_err(fault)?;
-        Ok(Tx { begun, open: answers.begun(), answers: answers.clone() })
+        let begun = begun.await.map_err(classify)?;
+        Ok(Tx { begun, open: executor.transaction_begun(), executor: executor.clone() })
     }
 
-    /// One statement that writes, and the number of rows that it wrote.
+    /// Runs one statement that writes, in a transaction of its own; the number of rows written.
     pub(super) async fn write(&self, sql: impl Into<Sql>, args: &[Arg]) -> Result<u64> {
         let mut tx = self.begin().await?;
         let count = tx.run(sql, args).await?;
@@ -246,42 +243,42 @@ impl Db {
         Ok(count)
     }
 
-    /// Copies SQLite's file. However long it takes, nobody waits for it: it reads.
+    /// Copies SQLite's file. It only reads, so that it blocks no writer.
     pub(super) async fn copy_to(&self, file: &std::path::Path) -> Result<()> {
         let Self::Sqlite(own) = self else {
-            return Err(Error::Bad("only a SQLite file can be copied".into()));
+            return Err(Error::InvalidSettings("only a SQLite file can be copied".into()));
         };
-        let check = own.copy_to(file).await.map_err(fault)?;
+        let check = own.copy_to(file).await.map_err(classify)?;
         if check == "ok" { Ok(()) } else { Err(Error::Corrupt(check.into())) }
     }
 
-    /// The two arguments by which leases are measured, `boot` and `now`: which start of the machine and milliseconds since
-    /// then in a SQLite file; nulls where the database's own clock does it, which every process shares.
+    /// The two arguments that leases are measured by, `boot` and `now`: in a SQLite file the machine's boot id and the
+    /// milliseconds since that boot; nulls on Postgres, whose own clock all processes share.
     pub(super) fn lease_clock(&self) -> [Arg; 2] {
         let moment = match self {
-            Self::Sqlite(_) => Moment::now(),
+            Self::Sqlite(_) => BootTime::now(),
             Self::Postgres(_) => None,
         };
         [Arg::from(moment.map(|moment| moment.boot)), Arg::from(moment.map(|moment| moment.ms))]
     }
 
-    /// How its statements are waited for.
-    pub(super) fn answers(&self) -> &Answers {
+    /// What runs its statements.
+    pub(super) fn executor(&self) -> &Executor {
         match self {
-            Self::Sqlite(file) => &file.answers,
-            Self::Postgres(server) => &server.answers,
+            Self::Sqlite(file) => &file.executor,
+            Self::Postgres(server) => &server.executor,
         }
     }
 
-    /// The same connections, with statements that are waited for in another way.
-    pub(super) fn with(&self, answers: Answers) -> Self {
+    /// The same connections with another executor.
+    pub(super) fn with_executor(&self, executor: Executor) -> Self {
         match self {
-            Self::Sqlite(file) => Self::Sqlite(File { answers, ..file.clone() }),
-            Self::Postgres(server) => Self::Postgres(Server { answers, ..server.clone() }),
+            Self::Sqlite(file) => Self::Sqlite(SqliteFile { executor, ..file.clone() }),
+            Self::Postgres(server) => Self::Postgres(PostgresServer { executor, ..server.clone() }),
         }
     }
 
-    /// Connections that are neither idle nor gone.
+    /// Connections in use.
     pub(super) fn in_use(&self) -> usize {
         match self {
             Self::Sqlite(file) => busy(&file.write) + busy(&file.read),
@@ -296,7 +293,7 @@ impl Db {
                 Self::Postgres(server) => server.pool.close().await,
             }
         };
-        let _ = clock::timeout(ANSWER, close).await; // a disk that does not answer keeps nobody from ending
+        let _ = clock::timeout(STATEMENT_TIMEOUT, close).await; // a disk that does not answer must not block shutdown
     }
 }
 
@@ -304,11 +301,11 @@ fn busy<DB: sqlx::Database>(pool: &sqlx::Pool<DB>) -> usize {
     (pool.size() as usize).saturating_sub(pool.num_idle())
 }
 
-/// A transaction. Dropped, it is rolled back.
+/// A transaction. Rolled back when dropped.
 pub(super) struct Tx {
     begun: Begun,
-    answers: Answers,
-    /// A test knows by it that the transaction is open.
+    executor: Executor,
+    /// Shows a test that the transaction is open.
     open: Option<Guard>,
 }
 
@@ -318,11 +315,11 @@ enum Begun {
 }
 
 impl Tx {
-    /// Runs a statement to its end and gives its rows.
+    /// Runs a statement to its end; its rows.
     pub(super) async fn rows(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
-        let Self { begun, answers, .. } = self;
-        let rows = answers.wait(Statement::Within, async {
+        let Self { begun, executor, .. } = self;
+        let rows = executor.execute(Statement::Within, async {
             match begun {
                 Begun::Sqlite(writer) => {
                     let rows = bound!(sql.sqlite, args).fetch_all(writer.connection()).await?;
@@ -331,19 +328,19 @@ impl Tx {
                 Begun::Postgres(session) => postgres_rows(session, &sql, args).await,
             }
         });
-        rows.await.map_err(fault)
+        rows.await.map_err(classify)
     }
 
-    /// The only row, if there is one.
+    /// Runs a statement that gives at most one row.
     pub(super) async fn row(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Option<Row>> {
         Ok(self.rows(sql, args).await?.pop())
     }
 
-    /// How many rows a statement wrote.
+    /// Runs a statement; the number of rows written.
     pub(super) async fn run(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<u64> {
         let sql = sql.into();
-        let Self { begun, answers, .. } = self;
-        let count = answers.wait(Statement::Within, async {
+        let Self { begun, executor, .. } = self;
+        let count = executor.execute(Statement::Within, async {
             match begun {
                 Begun::Sqlite(writer) => {
                     let done = bound!(sql.sqlite, args).execute(writer.connection()).await?;
@@ -351,28 +348,28 @@ impl Tx {
                 }
                 Begun::Postgres(session) => {
                     let query = bound!(sql.postgres, args, session.keeps_statements);
-                    let done = query.execute(session.ask()).await;
-                    Ok(session.heard(done)?.rows_affected())
+                    let done = query.execute(session.connection()).await;
+                    Ok(session.completed(done)?.rows_affected())
                 }
             }
         });
-        count.await.map_err(fault)
+        count.await.map_err(classify)
     }
 
-    /// Runs statements without parameters, for as long as they take: a change of the schema waits for whoever is at it.
+    /// Runs statements without parameters and without a time limit: a migration waits for concurrent ones.
     pub(super) async fn script(&mut self, sql: impl Into<Sql>) -> Result<()> {
         let sql = sql.into();
         let done = match &mut self.begun {
             Begun::Sqlite(writer) => sqlx::raw_sql(sql.sqlite).execute(writer.connection()).await.map(drop),
             Begun::Postgres(session) => {
-                let done = sqlx::raw_sql(sql.postgres).execute(session.ask()).await;
-                session.heard(done).map(drop)
+                let done = sqlx::raw_sql(sql.postgres).execute(session.connection()).await;
+                session.completed(done).map(drop)
             }
         };
-        done.map_err(fault)
+        done.map_err(classify)
     }
 
-    /// Tells other processes, once this is committed, that there is something to look at.
+    /// Notifies other processes, once this is committed, that there is something to do.
     pub(super) async fn notify(&mut self) -> Result<()> {
         match self.begun {
             Begun::Sqlite(_) => Ok(()), // they poll
@@ -380,9 +377,9 @@ impl Tx {
         }
     }
 
-    /// Commits. Of all errors only [`Error::Unknown`] leaves it open whether that was done: see [`settle`](super::settle).
+    /// Commits. Only [`Error::Unknown`] leaves open whether that was done: see `in_doubt.rs`.
     pub(super) async fn commit(self) -> Result<()> {
-        let Self { begun, answers, open } = self;
+        let Self { begun, executor, open } = self;
         let commit = async move {
             let done = match begun {
                 Begun::Sqlite(writer) => writer.commit().await,
@@ -391,14 +388,14 @@ impl Tx {
             drop(open);
             done
         };
-        answers.wait_for_commit(commit).await.map_err(uncommitted)
+        executor.commit(commit).await.map_err(classify_commit)
     }
 
-    /// Ends a locking read, after which what it saw is settled.
+    /// Ends a locking read; what it saw is final.
     ///
-    /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages there,
-    /// and a crash would bring them to life unless others have been written over them.
-    pub(super) async fn end_look(mut self) -> Result<()> {
+    /// On SQLite that takes a write: a commit that failed while the log was being synced may have left all its pages
+    /// there, and a crash would revive them unless others have been written over them.
+    pub(super) async fn end_locking_read(mut self) -> Result<()> {
         if let Begun::Postgres(_) = self.begun {
             return Ok(());
         }
@@ -409,33 +406,17 @@ impl Tx {
 
 async fn postgres_rows(session: &mut Session, sql: &Sql, args: &[Arg]) -> sqlx::Result<Vec<Row>> {
     let query = bound!(sql.postgres.clone(), args, session.keeps_statements);
-    let rows = query.fetch_all(session.ask()).await;
-    Ok(session.heard(rows)?.into_iter().map(Row::Postgres).collect())
+    let rows = query.fetch_all(session.connection()).await;
+    Ok(session.completed(rows)?.into_iter().map(Row::Postgres).collect())
 }
 
-/// Waits for the database, but not for ever: a host that vanished never answers. All that is said to a database, and all
-/// that it answers, passes here.
-///
-/// In a box: what waits for it would else hold it twice, and so on outwards.
-pub(super) fn answer_within<T>(
-    time: Duration,
-    work: impl Future<Output = sqlx::Result<T>>,
-) -> impl Future<Output = sqlx::Result<T>> {
-    let work = Box::pin(work);
-    async move {
-        let late =
-            || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", time.as_secs()));
-        clock::timeout(time, work).await.unwrap_or_else(|_| Err(late().into()))
-    }
-}
-
-/// Asks what changes nothing again while the database is away, for some seconds.
-async fn again<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
-    let until = clock::now() + AGAIN;
+/// Retries a read for some seconds while the database is unavailable.
+async fn retry_read<T, F: Future<Output = Result<T>>>(read: impl Fn() -> F) -> Result<T> {
+    let until = clock::now() + READ_RETRY;
     let mut wait = Duration::from_millis(20);
     loop {
-        match ask().await {
-            Err(Error::Away(_)) if clock::now() < until => clock::sleep(wait).await,
+        match read().await {
+            Err(Error::Unavailable(_)) if clock::now() < until => clock::sleep(wait).await,
             done => return done,
         }
         wait = (wait * 2).min(Duration::from_millis(500));

@@ -1,4 +1,4 @@
-//! Which object store this database belongs to, and what of that store its rows name.
+//! The deployment that the database belongs to, and the objects that its rows reference.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -7,35 +7,37 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::db::{Arg, Row, args};
+use super::error::{Error, Result};
+use super::handle::Store;
+use super::json::parse;
 use super::objects::object;
-use super::{Error, Result, Store, parse};
 use crate::job::{Checkpoint, JobId, Object, State, TenantId};
 
-/// Parameters of one statement at most.
+/// Maximum number of parameters of one statement.
 const PARAMETERS_MAX: usize = 500;
 
-/// A database and an object store that belong together, as the database has it.
+/// A database and an object store that belong together, as recorded in the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deployment {
-    /// What both are marked with.
+    /// The id that both are marked with.
     pub id: Uuid,
-    /// When the two were last seen together, in milliseconds since 1970. The object store's copy of this is never later,
-    /// unless the database was restored from a backup.
+    /// When the two were last seen together, in milliseconds since 1970. The object store's copy of this is never
+    /// later, unless the database was restored from a backup.
     pub seen_ms: i64,
-    /// From when until when objects may have been written whose rows a restored backup does not have.
+    /// The period in which objects may have been written whose rows a restored backup does not have.
     pub restored: Option<(i64, i64)>,
 }
 
-/// What a sweep keeps of a job: what it names in the object store, or may name yet.
+/// The objects that a job references, or may still reference.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kept {
+pub struct References {
     /// Its tenant.
     pub tenant: TenantId,
     /// Keys of its photos, its checkpoint and its artifacts.
     pub keys: HashSet<String>,
-    /// The claim that is under way: it may name anything that it has written.
+    /// The current claim, if any: it may still reference everything that it has written.
     pub running: Option<i64>,
-    /// Whether it was deleted: then its objects are already on their way out.
+    /// Whether it was deleted: then its objects are being erased.
     pub deleting: bool,
 }
 
@@ -46,14 +48,14 @@ macro_rules! columns {
 }
 
 impl Store {
-    /// Which it is, if it was ever said.
+    /// The deployment, if recorded.
     pub async fn deployment(&self) -> Result<Option<Deployment>> {
         let sql = concat!("select ", columns!(), " from deployment");
         self.db.row(sql, &[]).await?.as_ref().map(deployment).transpose()
     }
 
-    /// Says which it is, unless that was said before; what holds then.
-    pub async fn found_deployment(&self, id: Uuid) -> Result<Deployment> {
+    /// Records the deployment unless one is recorded already; the recorded one.
+    pub async fn create_deployment(&self, id: Uuid) -> Result<Deployment> {
         let insert = "insert into deployment (one, id, seen_ms) select 1, $1, ms from clock where true \
                       on conflict (one) do nothing";
         let select = concat!("select ", columns!(), " from deployment");
@@ -61,11 +63,11 @@ impl Store {
         tx.run(insert, args![id.to_string()]).await?;
         let row = tx.row(select, &[]).await?;
         tx.commit().await?;
-        deployment(&row.ok_or_else(|| Error::Corrupt("a row that was just made is gone".into()))?)
+        deployment(&row.ok_or_else(|| Error::Corrupt("a row that was just written is missing".into()))?)
     }
 
-    /// Says which it is, whatever was said before, and forgets that it was restored from a backup.
-    pub async fn refound_deployment(&self, id: Uuid) -> Result<()> {
+    /// Replaces the recorded deployment, and clears that it was restored from a backup.
+    pub async fn replace_deployment(&self, id: Uuid) -> Result<()> {
         let mut tx = self.db.begin().await?;
         tx.run("delete from deployment", &[]).await?;
         let insert = "insert into deployment (one, id, seen_ms) select 1, $1, ms from clock";
@@ -73,14 +75,14 @@ impl Store {
         tx.commit().await
     }
 
-    /// Whether it was noted longer than `every` ago that database and object store were seen together.
+    /// Whether database and object store were last recorded as seen together longer than `every` ago.
     pub async fn is_seen_due(&self, every: Duration) -> Result<bool> {
         let due = "select 1 from deployment cross join clock where seen_ms <= ms - $1";
         Ok(self.db.row(due, args![every]).await?.is_some())
     }
 
-    /// Notes that they were just seen together, if that was noted longer than `every` ago: then the object store is to be
-    /// told. Of any number of processes one gets an answer.
+    /// Records that they were just seen together, if that was last recorded longer than `every` ago: then the object
+    /// store has to be updated. Of concurrent processes only one gets a result.
     pub async fn note_seen(&self, every: Duration) -> Result<Option<Deployment>> {
         let update = concat!(
             "update deployment set seen_ms = case when ms > seen_ms then ms else seen_ms + 1 end from clock \
@@ -93,8 +95,8 @@ impl Store {
         row.as_ref().map(deployment).transpose()
     }
 
-    /// Notes that the object store was seen together with this database at `store_seen_ms`, of which this database knows
-    /// nothing: it was restored from a backup. Whether that is news.
+    /// Records that the object store was seen together with this database at `store_seen_ms`, which this database does
+    /// not know: it was restored from a backup. Whether that is new.
     pub async fn note_restored(&self, store_seen_ms: i64) -> Result<bool> {
         let update = "update deployment set restored_from_ms = case when restored_from_ms < seen_ms \
                       then restored_from_ms else seen_ms end, restored_until_ms = ms, \
@@ -102,21 +104,21 @@ impl Store {
         Ok(self.db.write(update, args![store_seen_ms]).await? > 0)
     }
 
-    /// Notes that every row since the newest job may be lost.
+    /// Records that every row since the newest job may be lost.
     pub async fn note_lost_since_newest_job(&self) -> Result<()> {
         let update = "update deployment set restored_from_ms = \
                       coalesce((select created_ms from job order by id desc limit 1), 0), restored_until_ms = ms from clock";
         self.db.write(update, &[]).await.map(drop)
     }
 
-    /// Forgets that it was: what belonged to the lost rows is gone too.
-    pub async fn forget_restored(&self) -> Result<()> {
+    /// Clears that it was restored: the objects of the lost rows are removed too.
+    pub async fn clear_restored(&self) -> Result<()> {
         let update = "update deployment set restored_from_ms = null, restored_until_ms = null";
         self.db.write(update, &[]).await.map(drop)
     }
 
-    /// Objects that must be in the object store that this database belongs to, `n` at most: photos of the oldest and of the
-    /// newest trainings, one of each; class images where there are no trainings.
+    /// A sample of objects that must be in this database's object store, at most `n`: one photo each of the oldest and
+    /// of the newest trainings; class images if there are no trainings.
     pub async fn sample_objects(&self, n: u32) -> Result<Vec<Object>> {
         let mut found: Vec<Object> = Vec::new();
         for order in ["asc", "desc"] {
@@ -139,38 +141,38 @@ impl Store {
         Ok(found)
     }
 
-    /// The job that was accepted last; none if there is no job.
+    /// The newest job, if there is any.
     pub async fn newest_job(&self) -> Result<Option<JobId>> {
-        // Their ids sort by time.
+        // Ids sort by time.
         let row = self.db.row("select id from job order by id desc limit 1", &[]).await?;
-        row.map(|row| row.word("id")).transpose()
+        row.map(|row| row.parsed("id")).transpose()
     }
 
-    /// What is to be kept of a job; none if there is no such job.
-    pub async fn kept(&self, id: JobId) -> Result<Option<Kept>> {
-        // The row first: as long as it says that a claim is under way, whatever that claim names later is kept.
+    /// The objects that a job references; none if the job does not exist.
+    pub async fn references(&self, id: JobId) -> Result<Option<References>> {
+        // The row first: while it shows a claim, everything that the claim references later is references.
         let select = "select tenant, state, run_lease, deleting, photos, checkpoint from job where id = $1";
         let Some(row) = self.db.row(select, args![id]).await? else { return Ok(None) };
-        let mut kept = Kept {
-            tenant: row.word("tenant")?,
-            running: (row.word::<State>("state")? == State::Running)
+        let mut references = References {
+            tenant: row.parsed("tenant")?,
+            running: (row.parsed::<State>("state")? == State::Running)
                 .then(|| row.int("run_lease"))
                 .transpose()?,
             deleting: row.flag("deleting")?,
             keys: HashSet::new(),
         };
-        let photos: Vec<At> = parse("photos", row.text("photos")?)?;
-        kept.keys.extend(photos.into_iter().map(|photo| photo.key));
+        let photos: Vec<ObjectKey> = parse("photos", row.text("photos")?)?;
+        references.keys.extend(photos.into_iter().map(|photo| photo.key));
         if let Some(text) = row.text_or_none("checkpoint")? {
-            kept.keys.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
+            references.keys.insert(parse::<Checkpoint>("checkpoint", text)?.object.key);
         }
         for row in self.db.read("select key from artifact where job = $1", args![id]).await? {
-            kept.keys.insert(row.text("key")?.to_owned());
+            references.keys.insert(row.text("key")?.to_owned());
         }
-        Ok(Some(kept))
+        Ok(Some(references))
     }
 
-    /// Of these hashes, those of weights that a job has to show.
+    /// Of these hashes, those of weights that a row references.
     pub async fn weights_in_use(&self, sha256: &[String]) -> Result<HashSet<String>> {
         let mut found = HashSet::new();
         for some in sha256.chunks(PARAMETERS_MAX) {
@@ -189,9 +191,9 @@ impl Store {
     }
 }
 
-/// Where an object lies; all else of it is passed over.
+/// The key of an object, without its other fields.
 #[derive(Deserialize)]
-struct At {
+struct ObjectKey {
     key: String,
 }
 
@@ -200,5 +202,5 @@ fn deployment(row: &Row) -> Result<Deployment> {
         (Some(from), Some(until)) => Some((from, until)),
         _ => None,
     };
-    Ok(Deployment { id: row.word("id")?, seen_ms: row.int("seen_ms")?, restored })
+    Ok(Deployment { id: row.parsed("id")?, seen_ms: row.int("seen_ms")?, restored })
 }

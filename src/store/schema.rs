@@ -1,18 +1,18 @@
-//! The schema: brought up to this program, or refused.
+//! The schema: migrations, and the check that it is this program's.
 
 use std::collections::BTreeMap;
 
 use sqlx::migrate::{Migration, Migrator};
 
 use super::db::{Db, Row, args};
-use super::{Error, Result};
+use super::error::{Error, Result};
 use crate::blobs::hex;
 
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 
-/// Where sqlx's own migrator, which databases of the first builds were made with, notes what it has done. It is not asked to
-/// do it: it locks a session, and leaves prepared statements there, which a pooler would hand to others.
+/// The table in which sqlx's own migrator, used by the first builds, records applied migrations. The migrator itself is
+/// not used: it locks a session and leaves prepared statements there, which a pooler would hand to other clients.
 const TABLE: (&str, &str) = (
     "create table if not exists _sqlx_migrations (version bigint primary key, description text not null, \
      installed_on timestamp not null default current_timestamp, success boolean not null, checksum blob not null, \
@@ -32,15 +32,15 @@ const APPLY: (&str, &str) = (
      values ($1, $2, true, decode($3, 'hex'), -1)",
 );
 
-/// Brings the schema up to this program, in one transaction.
+/// Migrates the schema to this program's, in one transaction.
 pub(super) async fn migrate(db: &Db) -> Result<()> {
-    let mut tx = db.begin().await?; // on SQLite nobody else writes until it is done
+    let mut tx = db.begin().await?; // on SQLite no other process writes until it is done
     if let Db::Postgres(_) = db {
-        // Another's migration may take its time, and so may ours.
+        // Migrations may take long, concurrent ones too.
         tx.script("set local statement_timeout = 0; set local lock_timeout = 0").await?;
         let name = tx.row("select current_database()::text as name", &[]).await?;
         let name = name.map_or(Ok(0), |row| row.text("name").map(|name| crc32fast::hash(name.as_bytes())))?;
-        // The same that sqlx's migrator of the first builds takes for its session, which waits for this one.
+        // The lock that sqlx's migrator of the first builds takes for its session, so that it waits for this one.
         tx.script(format!("select pg_advisory_xact_lock({})", 0x3d32_ad9e * i64::from(name))).await?;
     }
     tx.script(TABLE).await?;
@@ -51,11 +51,11 @@ pub(super) async fn migrate(db: &Db) -> Result<()> {
         let values = args![migration.version, &*migration.description, checksum(migration)];
         tx.run(APPLY, values).await?;
     }
-    // What was there already needs no commit, which may fail.
+    // If nothing was applied, no commit is needed, which may fail.
     if missing.is_empty() { Ok(()) } else { tx.commit().await }
 }
 
-/// Refuses what is not exactly the schema that this program makes.
+/// Fails if the schema is not exactly this program's.
 pub(super) async fn check(db: &Db) -> Result<()> {
     let applied = db.read(APPLIED, &[]).await?;
     if compare(migrator(db), &applied)?.is_empty() { Ok(()) } else { Err(older()) }
@@ -68,7 +68,7 @@ fn migrator(db: &Db) -> &'static Migrator {
     }
 }
 
-/// What is still to be done; refuses what other programs have done.
+/// The migrations still to be applied; fails if another program has applied others.
 fn compare<'a>(wanted: &'a Migrator, applied: &[Row]) -> Result<Vec<&'a Migration>> {
     let mut found = BTreeMap::new();
     for row in applied {

@@ -1,13 +1,14 @@
-//! Tenants as an operator sees them: who they are, whether they are served, and how one is erased.
+//! Tenants: their names and states, and how one is erased.
 
-use super::api::end;
+use super::api::cancel_columns;
 use super::db::{Row, args};
+use super::error::Result;
+use super::handle::Store;
+use super::in_doubt::write_resolving;
 use super::objects::object;
-use super::settle::settle;
-use super::{Result, Store};
-use crate::job::{Object, TenantId, words};
+use crate::job::{Object, TenantId, string_enum};
 
-words!(
+string_enum!(
     /// Whether a tenant is served.
     TenantState {
         /// It is.
@@ -19,31 +20,31 @@ words!(
     }
 );
 
-/// Whose things there are.
+/// A tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant {
     /// Its id.
     pub id: TenantId,
-    /// What the operator calls it.
+    /// Its name.
     pub name: String,
-    /// When it was made.
+    /// When it was created.
     pub created_ms: i64,
     /// Whether it is served.
     pub state: TenantState,
-    /// Its share of the devices beside others that wait.
+    /// Its share of the devices, relative to other tenants with waiting jobs.
     pub weight: u32,
 }
 
-/// How much a tenant has.
+/// Numbers of a tenant's keys and jobs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holdings {
-    /// Keys that open something.
+    /// Live keys.
     pub keys: u64,
-    /// Jobs that wait.
+    /// Waiting jobs.
     pub queued: u64,
-    /// Jobs that run.
+    /// Running jobs.
     pub running: u64,
-    /// Jobs in whatever state, those being erased too.
+    /// Jobs in any state, including those being erased.
     pub jobs: u64,
 }
 
@@ -54,9 +55,13 @@ macro_rules! tenant_select {
 }
 
 impl Store {
-    /// The tenant of that name, made if there is none.
+    /// The tenant of that name, created if needed.
     pub async fn ensure_tenant(&self, name: &str) -> Result<TenantId> {
-        settle(|| self.ensure_tenant_once(name), async || self.ensure_tenant_once(name).await.map(Some)).await
+        write_resolving(
+            || self.ensure_tenant_once(name),
+            async || self.ensure_tenant_once(name).await.map(Some),
+        )
+        .await
     }
 
     async fn ensure_tenant_once(&self, name: &str) -> Result<TenantId> {
@@ -68,10 +73,10 @@ impl Store {
         .await?;
         let row = tx.row("select id from tenant where name = $1", args![name]).await?;
         tx.commit().await?;
-        row.expect("made or there before").word("id")
+        row.expect("created now or before").parsed("id")
     }
 
-    /// Every tenant, the oldest first.
+    /// All tenants, oldest first.
     pub async fn tenants(&self) -> Result<Vec<Tenant>> {
         let rows = self.db.read(concat!(tenant_select!(), " order by id"), &[]).await?;
         rows.iter().map(tenant).collect()
@@ -83,14 +88,15 @@ impl Store {
         row.as_ref().map(tenant).transpose()
     }
 
-    /// When a tenant was made, in milliseconds by the database's clock; none if it is not there. The one of a server without
-    /// keys, which is erased and goes on under its id, is made again then: see [`Origin::tenant_made_ms`](super::Origin).
-    pub async fn tenant_made_ms(&self, id: TenantId) -> Result<Option<i64>> {
+    /// When a tenant was created, in milliseconds by the database's clock; none if it does not exist. The tenant of a
+    /// server without keys keeps its id when it is erased, and is created again then: see
+    /// [`Origin::tenant_created_ms`](super::Origin).
+    pub async fn tenant_created_ms(&self, id: TenantId) -> Result<Option<i64>> {
         let row = self.db.row("select created_ms from tenant where id = $1", args![id]).await?;
         row.map(|row| row.int("created_ms")).transpose()
     }
 
-    /// How much a tenant has.
+    /// Numbers of a tenant's keys and jobs.
     pub async fn holdings(&self, id: TenantId) -> Result<Holdings> {
         let select = "select \
             (select count(*) from api_key where tenant = $1 and revoked_ms is null and (expires_ms is null or expires_ms > ms)) \
@@ -109,40 +115,40 @@ impl Store {
         })
     }
 
-    /// Serves a tenant again, or serves it no more. Whether it is so now: one that is being deleted stays that.
-    pub async fn serve_tenant(&self, id: TenantId, served: bool) -> Result<bool> {
-        let state = if served { TenantState::Active } else { TenantState::Disabled };
+    /// Enables or disables a tenant. Whether that was done: a tenant that is being deleted stays so.
+    pub async fn enable_tenant(&self, id: TenantId, enabled: bool) -> Result<bool> {
+        let state = if enabled { TenantState::Active } else { TenantState::Disabled };
         let update = "update tenant set state = $2 where id = $1 and state <> 'deleting'";
         let mut tx = self.db.begin().await?;
         let done = tx.run(update, args![id, state.as_str()]).await? > 0;
         tx.notify().await?;
         tx.commit().await?;
-        self.wakes.wake();
+        self.notifier.notify();
         Ok(done)
     }
 
-    /// Marks a tenant as one to be erased, and takes its keys away. From now on it can do nothing. What it has goes in
-    /// pieces: [`Store::delete_jobs_of`] until there are none, each erased as any deleted job; then its objects; then
-    /// [`Store::forget_tenant`].
+    /// Marks a tenant as deleted, and removes its keys: from now on it can do nothing. It is erased in steps:
+    /// [`Store::delete_jobs_of`] until there are none, each erased like any deleted job; then its objects; then
+    /// [`Store::remove_tenant`].
     pub async fn delete_tenant(&self, id: TenantId) -> Result<()> {
         let mut tx = self.db.begin().await?;
-        // Whoever submits a job holds the tenant's row, so that none is accepted after this.
+        // A submission locks the tenant's row, so that none is accepted after this.
         tx.run("update tenant set state = 'deleting' where id = $1", args![id]).await?;
         tx.run("delete from api_key where tenant = $1", args![id]).await?;
         tx.commit().await
     }
 
-    /// Tenants that are to be erased.
+    /// Deleted tenants that are not erased yet.
     pub async fn deleting_tenants(&self) -> Result<Vec<TenantId>> {
         let rows = self.db.read("select id from tenant where state = 'deleting'", &[]).await?;
-        rows.iter().map(|row| row.word("id")).collect()
+        rows.iter().map(|row| row.parsed("id")).collect()
     }
 
-    /// Deletes up to `limit` more jobs of a tenant that is to be erased, as its owner would. How many.
+    /// Deletes up to `limit` more jobs of a deleted tenant, as its owner would; how many.
     pub async fn delete_jobs_of(&self, id: TenantId, limit: u32) -> Result<u64> {
         let update = concat!(
             "update job set deleting = 1, ",
-            end!(),
+            cancel_columns!(),
             " where id in (select id from job where tenant = $1 and deleting = 0 limit $2) and exists \
              (select 1 from tenant where id = $1 and state = 'deleting')"
         );
@@ -152,13 +158,13 @@ impl Store {
             tx.notify().await?;
         }
         tx.commit().await?;
-        self.wakes.wake();
+        self.notifier.notify();
         Ok(deleted)
     }
 
-    /// The last step of a tenant's deletion: its rows go, if no job of it is left. Whether they went. The tenant of a
-    /// server without keys stays, with nothing.
-    pub async fn forget_tenant(&self, id: TenantId) -> Result<bool> {
+    /// The last step of a tenant's deletion: removes its rows if it has no jobs left. Whether they were removed. The
+    /// tenant of a server without keys stays, empty.
+    pub async fn remove_tenant(&self, id: TenantId) -> Result<bool> {
         let mut tx = self.db.begin().await?;
         let erasable = "select 1 from tenant where id = $1 and state = 'deleting' \
                         and not exists (select 1 from job where tenant = $1)";
@@ -175,7 +181,7 @@ impl Store {
             tx.run(delete, args![id]).await?;
         }
         let last = if id == TenantId::LOCAL {
-            // Later than before, whatever the clock says.
+            // Later than before, even if the clock was set back.
             "update tenant set state = 'active', \
              created_ms = (select case when ms > created_ms then ms else created_ms + 1 end from clock) where id = $1"
         } else {
@@ -186,7 +192,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Bytes of the artifacts and class images that a tenant's rows name; photos and checkpoints are not counted.
+    /// Bytes of a tenant's artifacts and class images, without photos and checkpoints.
     pub async fn bytes_of(&self, id: TenantId) -> Result<u64> {
         let select = "select cast(coalesce((select sum(artifact.size) from artifact join job on job.id = artifact.job \
                       where tenant = $1), 0) + coalesce((select sum(size) from class_image where tenant = $1), 0) as bigint) as bytes";
@@ -194,7 +200,7 @@ impl Store {
         Ok(row.map_or(Ok(0), |row| row.int("bytes"))?.max(0) as u64)
     }
 
-    /// Every class image of a tenant.
+    /// All class images of a tenant.
     pub async fn class_images_of(&self, id: TenantId) -> Result<Vec<Object>> {
         let sql = "select name, key, size, sha256, content_type, meta from class_image \
                    where tenant = $1 order by settings, seed";
@@ -204,10 +210,10 @@ impl Store {
 
 fn tenant(row: &Row) -> Result<Tenant> {
     Ok(Tenant {
-        id: row.word("id")?,
+        id: row.parsed("id")?,
         name: row.text("name")?.to_owned(),
         created_ms: row.int("created_ms")?,
-        state: row.word("state")?,
+        state: row.parsed("state")?,
         weight: row.int("weight")? as u32,
     })
 }

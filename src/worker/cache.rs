@@ -1,4 +1,4 @@
-//! Weights on the local disk, named by their content, so that a second sample does not fetch them again.
+//! Cache of weights on the local disk, named by their hash, so that a second sample does not fetch them again.
 
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
@@ -13,23 +13,23 @@ use crate::blobs::{self, Blobs};
 use crate::job::Object;
 use crate::store::{self, Store};
 
-/// Nothing that is being fetched stands still for so long: its process was killed.
+/// Age of an unfinished file at which its process must have been killed.
 const UNFINISHED: Duration = Duration::from_hours(1);
 
-/// How often a file is fetched that another process removes again before it can be held.
+/// How often a file is fetched again that another process removes before it is pinned.
 const FETCHES_MAX: usize = 3;
 
-/// A directory of weights with a bound on its bytes; the least recently used go first, but none that is in use here or
-/// in another process. One object is always kept, however large.
+/// A directory of weights with a bound on its bytes. The least recently used are evicted first, but none that is in use
+/// in this or another process. One object is always kept, however large.
 #[derive(Clone, Debug)]
 pub(super) struct WeightsCache {
     dir: PathBuf,
     bytes_max: u64,
-    /// One fetch at a time: samples of one product come in crowds.
+    /// One fetch at a time: samples of one product come in bursts.
     fetching: Arc<Mutex<()>>,
 }
 
-/// A file that nobody evicts for as long as this lives: a shared lock on it is held, of which all processes know.
+/// A file that no process evicts while this is alive: it holds a shared lock on the file.
 #[derive(Debug)]
 pub(super) struct Pinned {
     path: PathBuf,
@@ -41,12 +41,12 @@ impl Pinned {
         &self.path
     }
 
-    /// Removes a file that turned out to be of no use. Whoever has it open keeps it.
+    /// Removes an unusable file. Processes that have it open keep it.
     pub(super) fn discard(self) {
         if let Err(error) = fs::remove_file(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            warn!("a cached file cannot be removed: {}", error.kind());
+            warn!(error = %error.kind(), "cached file not removed");
         }
     }
 }
@@ -57,7 +57,7 @@ impl WeightsCache {
         Ok(Self { dir, bytes_max, fetching: Arc::default() })
     }
 
-    /// The file of `object`, fetched and verified if it is not there.
+    /// The file of `object`, fetched and verified if it is not cached.
     pub(super) async fn file(&self, blobs: &Blobs, object: &Object) -> Result<Pinned, blobs::Error> {
         let file = self.dir.join(format!("{}.safetensors", object.sha256));
         if let Some(pinned) = pin(&file, object.size) {
@@ -73,12 +73,12 @@ impl WeightsCache {
             blobs.get_to_file(object, &file).await?;
         }
         pin(&file, object.size)
-            .ok_or_else(|| blobs::Error::Local("it is removed as often as it is fetched".into()))
+            .ok_or_else(|| blobs::Error::Local("it is removed whenever it is fetched".into()))
     }
 
-    /// Removes the weights that no job has to show any more: those of deleted products. Keeps all where the database cannot
-    /// say, and for now what is in use.
-    pub(super) async fn retain(&self, store: &Store) -> store::Result<()> {
+    /// Removes the weights that no row names any more: those of deleted products. Keeps everything if the database
+    /// fails, and files in use until the next call.
+    pub(super) async fn remove_deleted(&self, store: &Store) -> store::Result<()> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(()) };
         let mut held = Vec::new();
         for entry in entries.flatten() {
@@ -91,7 +91,7 @@ impl WeightsCache {
         let in_use = store.weights_in_use(&held).await?;
         for sha256 in held.iter().filter(|sha256| !in_use.contains(*sha256)) {
             if evict(&self.dir.join(format!("{sha256}.safetensors"))) {
-                info!("the weights of a deleted product are gone from the disk");
+                info!(sha256, "cached weights of a deleted product removed");
             }
         }
         Ok(())
@@ -123,10 +123,10 @@ impl WeightsCache {
     }
 }
 
-/// Holds a file, if it is there and whole, and marks it as just used.
+/// Pins a file, if it is there and complete, and marks it as just used.
 fn pin(path: &Path, size: u64) -> Option<Pinned> {
     let file = File::open(path).ok()?;
-    // Whoever has it alone is about to remove it. A disk without locks is one that only one process uses.
+    // An exclusive lock means that it is about to be removed. A disk without locks is used by one process only.
     if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
         return None;
     }
@@ -134,11 +134,11 @@ fn pin(path: &Path, size: u64) -> Option<Pinned> {
     if held.len() != size || (held.dev(), held.ino()) != (there.dev(), there.ino()) {
         return None;
     }
-    let _ = file.set_modified(SystemTime::now()); // or else it only goes earlier than it should
+    let _ = file.set_modified(SystemTime::now()); // on failure it is only evicted earlier
     Some(Pinned { path: path.to_owned(), _lock: file })
 }
 
-/// Removes a file, unless somebody uses it. Whether it is gone.
+/// Removes a file, unless it is in use. Whether it is gone.
 fn evict(path: &Path) -> bool {
     let Ok(file) = File::open(path) else { return true };
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
@@ -146,12 +146,12 @@ fn evict(path: &Path) -> bool {
     }
     let removed = fs::remove_file(path);
     if let Err(error) = &removed {
-        warn!("a cached file cannot be removed: {}", error.kind());
+        warn!(error = %error.kind(), "cached file not removed");
     }
     removed.is_ok()
 }
 
-/// Removes what somebody was killed at fetching, and leaves what somebody is fetching. Whether it is gone.
+/// Removes a file whose fetch was killed, and leaves one that is being fetched. Whether it is gone.
 fn remove_unfinished(file: &Path) -> bool {
     let written = fs::metadata(file).and_then(|found| found.modified());
     written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > UNFINISHED)) && fs::remove_file(file).is_ok()

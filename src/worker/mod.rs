@@ -1,105 +1,68 @@
-//! Rows to results: claims jobs, has a device do them, stores what came out.
+//! The worker: claims jobs, runs them on devices, and stores their results.
 //!
-//! One driver a device. It holds at most one training, and beside it a few samples, as many as the samples' share of the
-//! device allows: their rows are claimed and their weights fetched while the device takes steps. Every write goes under
-//! the job's lease; a lease that is lost, or cannot be confirmed, ends the work without a trace. When the machine fails
-//! under a job, the job goes back to the queue and the driver claims nothing more until a probe finds that it can work.
+//! Each device has one driver. It holds at most one training, and beside it as many samples as their share of the
+//! device allows: their rows are claimed and their weights fetched while the device trains. Every write names the job's
+//! lease; a lease that is lost, or cannot be confirmed, ends the work without any write. When the machine fails under a
+//! job, the job goes back to the queue, and the driver claims nothing until a probe succeeds.
 //!
 //! ```text
-//! claim -> fetch -> device thread (engine) -> put objects -> finish      one task a job
-//!            heart: renews the lease, writes progress, hears of cancellation
+//! claim -> fetch -> device thread (engine) -> store objects -> finish      one task per job
+//!          lease keeper: renews the leases, writes progress, learns of cancellation
+//!
+//! driver    one device: claims, backs off after machine faults   job        one job from claim to end
+//! device    the thread that owns a device                        train      a training's steps
+//! shares    device time of trainings and samples                 sample     a sample's steps
+//! lease     held leases and their renewal                        artifacts  objects in the store
+//! retry     retries while a lease is held                        finish     the last write of an attempt
+//! cache     weights on the local disk                            outcome    how an attempt ended
+//! scratch   the process's temporary directory                    progress   phases and their remaining time
 //! ```
 
+mod artifacts;
 mod cache;
+mod context;
 mod device;
+mod disk_cleanup;
 mod driver;
+mod finish;
+mod job;
 mod lease;
+mod outcome;
+mod progress;
+mod retry;
 mod sample;
 mod scratch;
-mod settle;
+mod settings;
 mod shares;
 mod train;
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument, Span, info, info_span, warn};
+use tracing::{Instrument, info, info_span, warn};
 
 use crate::blobs::Blobs;
 use crate::clock;
 use crate::health::Health;
-use crate::job::{Fault, FaultCode, Spec};
-use crate::store::{Claim, Store};
-use crate::telemetry;
+use crate::job::{Fault, FaultCode};
+use crate::store::Store;
 use cache::WeightsCache;
+use context::Worker;
 use device::Device;
 pub use device::MakeEngine;
-use driver::{Alarm, Driver};
-pub use lease::Heart;
-use scratch::Scratch;
-use settle::Outcome;
+use driver::Driver;
+pub use lease::LeaseKeeper;
+use scratch::{Scratch, scratch_fault};
+pub use settings::Settings;
 pub use shares::Clock;
 
-/// How often weights of deleted products are looked for on the disk.
-const FORGET_EVERY: Duration = Duration::from_secs(10);
-
-/// How a worker goes about its work.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Where the heart connects to.
-    pub database: String,
-    /// How long a claim holds without being renewed.
-    pub lease: Duration,
-    /// How often leases are renewed.
-    pub beat: Duration,
-    /// How long one attempt may take.
-    pub deadline: Duration,
-    /// How often the table is looked at when nothing wakes the worker.
-    pub poll: Duration,
-    /// How often a training is written to the store.
-    pub checkpoint_every: Duration,
-    /// For files in use; may be emptied between runs.
-    pub scratch: PathBuf,
-    /// Bound on the weights kept in `scratch`.
-    pub weights_bytes_max: u64,
-    /// The part of a device's time that samples may take while it trains: above 0, at most 1.
-    pub sample_share: f64,
-    /// How long nothing is claimed after a first fault of the machine; twice as long after each further one.
-    pub rest: Duration,
-    /// How long work under way may take to be stored when told to drain.
-    pub drain: Duration,
-    /// Which machine this is: rows remember those that failed under them.
-    pub host: String,
-    /// What device time is measured by.
-    pub clock: Clock,
-}
-
-/// What all the drivers of a process share.
-#[derive(Clone, Debug)]
-struct Worker {
-    store: Store,
-    blobs: Blobs,
-    settings: Arc<Settings>,
-    heart: Heart,
-    weights: WeightsCache,
-    scratch: Arc<Scratch>,
-    /// Faults of the machine, on any device of this process: a device that has not looked at itself since does so before
-    /// it claims.
-    n_faults: Arc<AtomicU64>,
-    /// No more claims; what is under way goes back to the queue, trainings with a checkpoint.
-    drain: CancellationToken,
-}
-
-/// Works until `drain` is called and what is held has been finished or given back. One driver for each engine, by the
-/// name of its device; `health` hears how each is doing.
+/// Works until `drain` is cancelled and all held jobs are finished or given back. Starts one driver for each engine,
+/// named by its device; `health` receives the condition of each.
 ///
-/// Fails before the first claim if an engine cannot be made, and later only if every device is dead, or if what was under
-/// way when `drain` was called could not be stored in time: then its leases run out.
+/// Fails before the first claim if an engine cannot be made. Fails later only if every device is dead, or if the work
+/// in progress at shutdown could not be stored in time: then its leases expire.
 pub async fn run(
     settings: Settings,
     store: Store,
@@ -108,18 +71,18 @@ pub async fn run(
     health: &Health,
     drain: CancellationToken,
 ) -> Result<(), Fault> {
-    let stop_heart = CancellationToken::new();
-    let _stops = stop_heart.clone().drop_guard();
-    let heart = Heart::new(settings.lease);
-    heart
-        .start(&settings.database, settings.beat, stop_heart)
+    let stop_keeper = CancellationToken::new();
+    let _stop_on_return = stop_keeper.clone().drop_guard();
+    let lease_keeper = LeaseKeeper::new(settings.lease);
+    lease_keeper
+        .start(&settings.database, settings.heartbeat, stop_keeper)
         .map_err(|error| Fault::new(FaultCode::Machine, format!("no thread for leases: {error}")))?;
-    run_with(heart, settings, store, blobs, engines, health, drain).await
+    run_with(lease_keeper, settings, store, blobs, engines, health, drain).await
 }
 
-/// The same with a heart that the caller has beat: for tests.
+/// [`run`] with a lease keeper that the caller runs: for tests.
 pub async fn run_with(
-    heart: Heart,
+    lease_keeper: LeaseKeeper,
     settings: Settings,
     store: Store,
     blobs: Blobs,
@@ -134,19 +97,19 @@ pub async fn run_with(
         store,
         blobs,
         settings: Arc::new(settings),
-        heart,
+        lease_keeper,
         weights: weights.map_err(|error| scratch_fault(&error))?,
         scratch: scratch.clone(),
-        n_faults: Arc::default(),
+        n_machine_faults: Arc::default(),
         drain: drain.clone(),
     };
-    let _forgetting = AbortOnDropHandle::new(tokio::spawn(worker.clone().forget_deleted()));
+    let _cleanup = AbortOnDropHandle::new(tokio::spawn(worker.clone().clean_up_disk()));
     let limit = worker.settings.drain;
     let mut drivers = JoinSet::new();
     for (reporter, name, make) in engines {
         let (share, clock) = (worker.settings.sample_share, worker.settings.clock.clone());
         let (device, bundle) = Device::start(&name, make, share, clock).await?;
-        info!(device = name, bundle, "ready");
+        info!(device = name, bundle, "device ready");
         let span = info_span!("worker", device = name);
         drivers.spawn(Driver::new(worker.clone(), device, bundle, reporter).drive().instrument(span));
     }
@@ -154,21 +117,22 @@ pub async fn run_with(
         biased;
         worked = all_ended(&mut drivers) => worked,
         () = async { drain.cancelled().await; clock::sleep(limit).await } => {
-            let message = format!("what was under way could not be stored within {} s", limit.as_secs_f64());
+            let message =
+                format!("the work in progress could not be stored within {} s", limit.as_secs_f64());
             return Err(Fault::new(FaultCode::Machine, message)); // its tasks end with the drivers
         }
     };
     if let Err(error) = scratch.remove() {
-        warn!("scratch is left behind: {error}");
+        warn!(%error, "scratch directory not removed");
     }
     worked
 }
 
-/// Waits for all drivers. Fails if each of them failed: one device that works is enough to go on.
+/// Waits for all drivers. Fails if each of them failed: one working device is enough to go on.
 async fn all_ended(drivers: &mut JoinSet<Result<(), Fault>>) -> Result<(), Fault> {
     let (mut worked, mut failed) = (0, None);
     while let Some(ended) = drivers.join_next().await {
-        match ended.unwrap_or_else(|error| Err(driver::died(&error))) {
+        match ended.unwrap_or_else(|error| Err(driver_panicked(&error))) {
             Ok(()) => worked += 1,
             Err(fault) => failed = Some(fault),
         }
@@ -182,67 +146,6 @@ async fn all_ended(drivers: &mut JoinSet<Result<(), Fault>>) -> Result<(), Fault
     }
 }
 
-/// Files in use cannot be written or read.
-fn scratch_fault(error: &std::io::Error) -> Fault {
-    Fault::new(FaultCode::Machine, format!("the directory for files in use fails: {}", error.kind()))
-}
-
-impl Worker {
-    /// Removes from the disk the weights of deleted products, as they are deleted, and what processes that have died left.
-    async fn forget_deleted(self) {
-        let mut failing = false;
-        loop {
-            match self.try_forget_deleted().await {
-                Ok(()) => failing = false,
-                Err(error) if !failing => {
-                    failing = true; // said once, until it goes well
-                    warn!("what is left of deleted products on the disk stays for now: {error}");
-                }
-                Err(_) => {}
-            }
-            clock::sleep(FORGET_EVERY).await;
-        }
-    }
-
-    async fn try_forget_deleted(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.weights.retain(&self.store).await?;
-        Ok(scratch::remove_abandoned(&self.settings.scratch)?)
-    }
-
-    /// One job from its claim to its last row; whether it ended well. `left` are the pictures of a sample that no batch
-    /// was begun for.
-    async fn run(
-        self,
-        device: Device,
-        bundle: String,
-        claim: Claim,
-        left: Arc<AtomicUsize>,
-        asked: Instant,
-        alarm: Alarm,
-    ) -> bool {
-        let job = &claim.job;
-        let span = info_span!("job", job = %job.id, kind = %job.kind, attempt = job.attempt);
-        telemetry::set_parent(&span, job.trace.as_deref());
-        let holding = self.heart.hold(job.lease(), asked);
-        async {
-            info!("claimed");
-            let outcome = match job.spec() {
-                Ok(Spec::Train(spec)) => self.train(&device, &bundle, job, &spec, &holding.held).await,
-                Ok(Spec::Sample(spec)) => self.sample(&device, &claim, &spec, left, &holding.held).await,
-                Err(_) => Fault::new(FaultCode::Internal, "its row does not say what it is to do").into(),
-            };
-            if let Outcome::Failed(fault) = &outcome {
-                telemetry::record_error(&Span::current(), fault.code.as_str());
-                if fault.code == FaultCode::Machine {
-                    self.n_faults.fetch_add(1, Ordering::AcqRel);
-                    alarm.ring(fault);
-                }
-            }
-            let is_done = matches!(outcome, Outcome::Done { .. });
-            self.settle(job, &holding.held, outcome).await;
-            is_done
-        }
-        .instrument(span)
-        .await
-    }
+fn driver_panicked(error: &JoinError) -> Fault {
+    Fault::new(FaultCode::Internal, format!("the driver of a device panicked: {error}"))
 }

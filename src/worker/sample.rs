@@ -1,4 +1,4 @@
-//! The story of one sample, from its row to its pictures.
+//! One sample: fetches the training's weights, has the device draw, stores the images.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -7,12 +7,13 @@ use serde_json::json;
 use tokio::sync::oneshot;
 use tracing::{Span, warn};
 
-use super::Worker;
 use super::cache::Pinned;
-use super::device::{Device, DrawOrder, Order, reply};
-use super::lease::Held;
-use super::settle::{Outcome, patiently};
-use super::train::phase_span;
+use super::context::Worker;
+use super::device::{Command, Device, DrawCommand, answer};
+use super::lease::LeaseHandle;
+use super::outcome::Outcome;
+use super::progress::phase_span;
+use super::retry::retry_while_leased;
 use crate::blobs::Name;
 use crate::engine::Drawn;
 use crate::job::{
@@ -21,16 +22,16 @@ use crate::job::{
 use crate::store::Claim;
 
 impl Worker {
-    /// Prompts to pictures. `left` hears how many of them no batch was begun for.
+    /// Draws a sample. `left` is set to the number of images that no batch was begun for.
     pub(super) async fn sample(
         &self,
         device: &Device,
         claim: &Claim,
         spec: &SampleSpec,
         left: Arc<AtomicUsize>,
-        held: &Arc<Held>,
+        lease: &Arc<LeaseHandle>,
     ) -> Outcome {
-        match self.try_sample(device, claim, spec, left, held).await {
+        match self.try_sample(device, claim, spec, left, lease).await {
             Ok(outcome) | Err(outcome) => outcome,
         }
     }
@@ -41,55 +42,52 @@ impl Worker {
         claim: &Claim,
         spec: &SampleSpec,
         left: Arc<AtomicUsize>,
-        held: &Arc<Held>,
+        lease: &Arc<LeaseHandle>,
     ) -> Result<Outcome, Outcome> {
         let job = &claim.job;
-        held.progress(Progress::begin(Phase::Preparing, 0));
+        lease.set_progress(Progress::begin(Phase::Preparing, 0));
         let mut is_second_try = false;
         let (weights, drawn) = loop {
             let preparing = phase_span(Phase::Preparing, &Span::current());
             let prepared = tokio::select! {
                 biased;
-                prepared = self.weights(job, held) => prepared?,
+                prepared = self.weights(job, lease) => prepared?,
                 () = self.drain.cancelled() => return Ok(Outcome::Paused),
             };
             drop(preparing);
             let (train, weights, file) = prepared;
-            let drawn = self.draw(device, claim, spec, left.clone(), held, train, &weights, &file).await;
+            let drawn = self.draw(device, claim, spec, left.clone(), lease, train, &weights, &file).await;
             match drawn {
-                // They were verified when they were fetched: more likely the local file is gone or spoiled since.
+                // The weights were verified when they were fetched: the local file is probably gone or damaged since.
                 Err(fault) if fault.code == FaultCode::ArtifactMissing && !is_second_try => {
-                    warn!(
-                        "the local copy of the weights cannot be used, and is fetched again: {}",
-                        fault.message
-                    );
+                    warn!(fault = fault.message, "cached weights unusable; fetching them again");
                     file.discard();
                     is_second_try = true;
                 }
                 drawn => break (weights, drawn?),
             }
         };
-        let Some(pictures) = drawn else {
-            // Told to drain, it is begun anew elsewhere.
-            let otherwise = if held.is_lost() { Outcome::Lost } else { Outcome::Paused };
-            return Ok(if held.is_canceled() { Outcome::Canceled } else { otherwise });
+        let Some(images) = drawn else {
+            // Interrupted by shutdown, it begins again elsewhere.
+            let otherwise = if lease.is_lost() { Outcome::Lost } else { Outcome::Paused };
+            return Ok(if lease.is_canceled() { Outcome::Canceled } else { otherwise });
         };
 
         let _storing = phase_span(Phase::Storing, &Span::current());
-        let mut storing = Progress::begin(Phase::Storing, pictures.len() as u64);
+        let mut storing = Progress::begin(Phase::Storing, images.len() as u64);
         let mut objects = Vec::new();
-        for (i, picture) in pictures.iter().enumerate() {
-            held.progress(storing.clone());
-            let name = Name::Image(i, picture.format);
-            objects.push(self.put_picture(job, held, name, picture).await?);
+        for (i, image) in images.iter().enumerate() {
+            lease.set_progress(storing.clone());
+            let name = Name::Image(i, image.format);
+            objects.push(self.put_image(job, lease, name, image).await?);
             storing.step += 1;
             storing.images += 1;
         }
-        held.progress(storing);
+        lease.set_progress(storing);
         Ok(Outcome::Done { result: json!({ "weights_sha256": weights.sha256 }), objects })
     }
 
-    /// Has the device draw. `None` if the sample is not wanted any more, or not here.
+    /// Has the device draw. `None` if the sample is no longer wanted, or not on this worker.
     #[allow(clippy::too_many_arguments)]
     async fn draw(
         &self,
@@ -97,15 +95,15 @@ impl Worker {
         claim: &Claim,
         spec: &SampleSpec,
         left: Arc<AtomicUsize>,
-        held: &Arc<Held>,
+        lease: &Arc<LeaseHandle>,
         train: TrainSpec,
         weights: &Object,
         file: &Pinned,
     ) -> Result<Option<Vec<Drawn>>, Fault> {
-        let _drawing = phase_span(Phase::Drawing, &Span::current()); // what it waits for the device included
-        let (sender, answer) = oneshot::channel();
-        let (watched, wanted, drain) = (held.clone(), held.clone(), self.drain.clone());
-        device.send(Order::Draw(DrawOrder {
+        let _drawing = phase_span(Phase::Drawing, &Span::current()); // includes the wait for the device
+        let (reply, answered) = oneshot::channel();
+        let (watched, wanted, drain) = (lease.clone(), lease.clone(), self.drain.clone());
+        device.send(Command::Draw(DrawCommand {
             spec: spec.clone(),
             train,
             weights: file.path().to_owned(),
@@ -113,33 +111,33 @@ impl Worker {
             turn: claim.turn,
             weight: claim.weight,
             left,
-            watch: Box::new(move |step, total| {
+            on_step: Box::new(move |step, total| {
                 let mut progress = Progress::begin(Phase::Drawing, total);
                 progress.step = step;
-                watched.progress(progress);
+                watched.set_progress(progress);
             }),
             is_wanted: Box::new(move || !(wanted.is_lost() || wanted.is_canceled() || drain.is_cancelled())),
-            meter: held.meter.clone(),
-            reply: sender,
+            device_time: lease.device_time.clone(),
+            reply,
         }));
-        reply(answer).await
+        answer(answered).await
     }
 
-    /// The training that the sample draws with, its weights, and where they lie, for as long as they are looked at.
-    async fn weights(&self, job: &Job, held: &Held) -> Result<(TrainSpec, Object, Pinned), Outcome> {
-        let (train, weights) = self.trained(job, held).await?;
-        let file = patiently(held, || self.weights.file(&self.blobs, &weights)).await?;
+    /// The sample's training, its weights, and their pinned local file.
+    async fn weights(&self, job: &Job, lease: &LeaseHandle) -> Result<(TrainSpec, Object, Pinned), Outcome> {
+        let (train, weights) = self.trained(job, lease).await?;
+        let file = retry_while_leased(lease, || self.weights.file(&self.blobs, &weights)).await?;
         Ok((train, weights, file))
     }
 
-    /// The training that the sample draws with, and its weights.
-    async fn trained(&self, job: &Job, held: &Held) -> Result<(TrainSpec, Object), Outcome> {
+    /// The sample's training and its weights.
+    async fn trained(&self, job: &Job, lease: &LeaseHandle) -> Result<(TrainSpec, Object), Outcome> {
         let gone = || Fault::new(FaultCode::ArtifactMissing, "the training it draws with was deleted");
         let parent = job.parent.ok_or_else(gone)?;
         let row =
-            self.write(held, || self.store.find(job.tenant, parent, Kind::Train)).await?.ok_or_else(gone)?;
+            self.write(lease, || self.store.find(job.tenant, parent, Kind::Train)).await?.ok_or_else(gone)?;
         let Ok(Spec::Train(train)) = row.spec() else { return Err(gone().into()) };
-        let weights = self.write(held, || self.store.artifact(job.tenant, parent, WEIGHTS)).await?;
+        let weights = self.write(lease, || self.store.artifact(job.tenant, parent, WEIGHTS)).await?;
         Ok((*train, weights.ok_or_else(gone)?))
     }
 }

@@ -1,4 +1,4 @@
-//! The directory of this process for files in use.
+//! The process's own scratch directory, for temporary files.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -7,16 +7,18 @@ use std::sync::{Mutex, PoisonError};
 
 use uuid::Uuid;
 
-/// What is written to see whether the disk takes it.
+use crate::job::{Fault, FaultCode};
+
+/// Size of the file that a probe writes.
 const PROBE_BYTES: usize = 1 << 20;
 
-/// Where the processes of a machine have their directories.
+/// Below the setting's directory: where the processes of a machine have theirs.
 const RUNS: &str = "runs";
 
-/// How the name of a directory ends while it is being made.
+/// Extension of a directory while it is being made.
 const MAKING: &str = "making";
 
-/// A directory of this process's own below the one of the settings, and the lock that says it is in use.
+/// The process's own directory below the one of the settings, and the lock that marks it as in use.
 #[derive(Debug)]
 pub(super) struct Scratch {
     own: PathBuf,
@@ -24,7 +26,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes it, and removes those of processes that have died.
+    /// Makes the directory, and removes those of dead processes.
     pub(super) fn open(scratch: &Path) -> io::Result<Self> {
         let runs = scratch.join(RUNS);
         fs::create_dir_all(&runs)?;
@@ -38,7 +40,7 @@ impl Scratch {
         &self.own
     }
 
-    /// Whether what is written there can be read again. If somebody removed it, it is made anew.
+    /// Whether a file written there can be read back. A removed directory is made again.
     pub(super) fn probe(&self) -> io::Result<()> {
         if !self.own.join("lock").exists() {
             *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = locked(&self.own)?;
@@ -50,18 +52,18 @@ impl Scratch {
         if fs::read(file.path())? == written {
             Ok(())
         } else {
-            Err(io::Error::other("it gives back other bytes than were written"))
+            Err(io::Error::other("the bytes read back differ from those written"))
         }
     }
 
-    /// Removes it, with all that is in it.
+    /// Removes the directory with everything in it.
     pub(super) fn remove(&self) -> io::Result<()> {
         fs::remove_dir_all(&self.own)
     }
 }
 
-/// Makes the directory and locks it for as long as the file is open. It gets its name when it is locked: whoever sees it
-/// before could take it for abandoned.
+/// Makes the directory, locked for as long as the file is open. It gets its final name once it is locked, so that no
+/// process takes it for abandoned.
 fn locked(own: &Path) -> io::Result<File> {
     let is_there = own.is_dir(); // somebody removed the lock alone
     let making = if is_there { own.to_owned() } else { own.with_extension(MAKING) };
@@ -74,7 +76,7 @@ fn locked(own: &Path) -> io::Result<File> {
     Ok(lock)
 }
 
-/// Removes the directories of processes that have died, with what they hold of products.
+/// Removes the directories of dead processes, which may hold customers' data.
 pub(super) fn remove_abandoned(scratch: &Path) -> io::Result<()> {
     for entry in fs::read_dir(scratch.join(RUNS))?.flatten() {
         let is_being_made = entry.path().extension().is_some_and(|end| end == MAKING);
@@ -91,6 +93,11 @@ pub(super) fn remove_abandoned(scratch: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The fault of the machine for a failing scratch directory.
+pub(super) fn scratch_fault(error: &io::Error) -> Fault {
+    Fault::new(FaultCode::Machine, format!("the directory for files in use fails: {}", error.kind()))
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
-//! How a device's time is divided between a training and the samples that are drawn beside it.
+//! Divides a device's time between a training and the samples that are drawn beside it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What time it is on a device. Only differences count.
+/// The clock that device time is measured by. Only differences count.
 #[derive(Clone)]
 pub struct Clock(Arc<dyn Fn() -> Duration + Send + Sync>);
 
 impl Clock {
-    /// A clock of one's own: for tests that count device time exactly.
+    /// A clock that the caller sets: for tests that count device time exactly.
     pub fn new(now: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         Self(Arc::new(now))
     }
@@ -33,11 +33,11 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// Device time that a job has used, told by the device's thread and read by the job's task.
+/// Device time that a job has used, added by the device's thread and read by the job's task.
 #[derive(Debug, Default)]
-pub(super) struct Meter(AtomicU64);
+pub(super) struct DeviceTime(AtomicU64);
 
-impl Meter {
+impl DeviceTime {
     pub(super) fn add(&self, time: Duration) {
         self.0.fetch_add(time.as_micros() as u64, Ordering::Relaxed);
     }
@@ -47,8 +47,9 @@ impl Meter {
     }
 }
 
-/// The account of one device. Samples may begin while they owe the training nothing; each one then owes it time enough
-/// to keep to the share. Nothing can be saved up, so that no crowd of samples has a turn to itself.
+/// The account of one device. A batch of a sample may begin while samples owe the training nothing; afterwards they owe
+/// it enough time to keep to their share. Time cannot be saved up, so that no burst of samples gets the device for
+/// itself.
 #[derive(Clone, Debug)]
 pub(super) struct Account(Arc<Mutex<State>>);
 
@@ -61,7 +62,7 @@ struct State {
     beside: Beside,
 }
 
-/// What the samples are drawn beside.
+/// What samples are drawn beside.
 #[derive(Debug)]
 enum Beside {
     Nothing { since: Duration },
@@ -76,8 +77,8 @@ impl Account {
         Self(Arc::new(Mutex::new(State { price, owed: Duration::ZERO, beside })))
     }
 
-    /// A training begins. What is still owed from an earlier one is owed to it, less the time between.
-    pub(super) fn begin(&self, now: Duration) {
+    /// A training begins. It is owed what an earlier one still was, less the time in between.
+    pub(super) fn training_began(&self, now: Duration) {
         let mut state = self.lock();
         if let Beside::Nothing { since } = state.beside {
             state.owed = state.owed.saturating_sub(now.saturating_sub(since));
@@ -85,26 +86,26 @@ impl Account {
         }
     }
 
-    /// The training has ended.
-    pub(super) fn end(&self, now: Duration) {
+    /// The training ends.
+    pub(super) fn training_ended(&self, now: Duration) {
         self.lock().beside = Beside::Nothing { since: now };
     }
 
-    /// The training went on for so long.
+    /// The training took `time` of the device.
     pub(super) fn trained(&self, time: Duration) {
         let mut state = self.lock();
         state.owed = state.owed.saturating_sub(time);
     }
 
-    /// A batch is about to be drawn.
-    pub(super) fn draws(&self, now: Duration) {
+    /// A batch begins.
+    pub(super) fn batch_began(&self, now: Duration) {
         if let Beside::Training { drawing_since } = &mut self.lock().beside {
             *drawing_since = Some(now);
         }
     }
 
-    /// A batch was drawn, and took so long.
-    pub(super) fn drew(&self, time: Duration) {
+    /// A batch ends; it took `time` of the device.
+    pub(super) fn batch_ended(&self, time: Duration) {
         let mut state = self.lock();
         if let Beside::Training { drawing_since } = &mut state.beside {
             *drawing_since = None;
@@ -118,7 +119,7 @@ impl Account {
         self.lock().owed.is_zero()
     }
 
-    /// How long another sample would wait, as far as can be told.
+    /// Estimate of how long another sample would wait.
     pub(super) fn wait(&self, now: Duration) -> Duration {
         let state = self.lock();
         match state.beside {
@@ -141,18 +142,18 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// The part of the time that a training keeps for itself beside samples that never end, but for the first batch, which
-    /// is drawn before anything is owed.
+    /// The part of the time that a training keeps beside samples that never end, without the first batch, which is
+    /// drawn before anything is owed.
     fn kept(share: f64, step: Duration, batch: Duration) -> f64 {
         let account = Account::new(share, Duration::ZERO);
-        account.begin(Duration::ZERO);
+        account.training_began(Duration::ZERO);
         let (mut trained, mut drawn) = (Duration::ZERO, Duration::ZERO);
         while trained < step * 10_000 {
             trained += step;
             account.trained(step);
             while account.may_draw() && drawn < step * 100_000 {
-                account.draws(trained + drawn);
-                account.drew(batch);
+                account.batch_began(trained + drawn);
+                account.batch_ended(batch);
                 drawn += batch;
             }
         }
@@ -174,8 +175,8 @@ mod tests {
     #[test]
     fn with_a_share_of_one_nothing_is_owed() {
         let account = Account::new(1.0, Duration::ZERO);
-        account.begin(Duration::ZERO);
-        account.drew(SECOND * 100);
+        account.training_began(Duration::ZERO);
+        account.batch_ended(SECOND * 100);
         assert!(account.may_draw());
         assert_eq!(account.wait(SECOND), Duration::ZERO);
     }
@@ -183,25 +184,25 @@ mod tests {
     #[test]
     fn what_is_owed_when_a_training_ends_is_owed_to_the_next_but_not_for_ever() {
         let account = Account::new(0.5, Duration::ZERO);
-        account.begin(Duration::ZERO);
-        account.drew(SECOND * 10);
-        account.end(SECOND * 10);
-        account.drew(SECOND * 5);
+        account.training_began(Duration::ZERO);
+        account.batch_ended(SECOND * 10);
+        account.training_ended(SECOND * 10);
+        account.batch_ended(SECOND * 5);
         assert_eq!(account.wait(SECOND * 11), Duration::ZERO, "nothing is trained");
-        account.begin(SECOND * 14);
+        account.training_began(SECOND * 14);
         assert_eq!(account.wait(SECOND * 14), SECOND * 6);
-        account.end(SECOND * 14);
-        account.begin(SECOND * 60);
+        account.training_ended(SECOND * 14);
+        account.training_began(SECOND * 60);
         assert!(account.may_draw());
     }
 
     #[test]
     fn the_wait_grows_with_the_batch_that_is_being_drawn() {
         let account = Account::new(0.25, Duration::ZERO);
-        account.begin(Duration::ZERO);
-        account.draws(SECOND);
+        account.training_began(Duration::ZERO);
+        account.batch_began(SECOND);
         assert_eq!(account.wait(SECOND * 3), SECOND * 6);
-        account.drew(SECOND * 2);
+        account.batch_ended(SECOND * 2);
         assert_eq!(account.wait(SECOND * 9), SECOND * 6);
         account.trained(SECOND * 5);
         assert_eq!(account.wait(SECOND * 9), SECOND);

@@ -1,4 +1,4 @@
-//! The story of one training, from its row to its weights.
+//! One training: fetches the photos, has the device train, stores checkpoints, previews and the result.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,16 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::{Span, info_span, warn};
+use tracing::{Span, warn};
 
-use super::device::{Device, Order, TrainOrder, reply};
-use super::lease::Held;
-use super::settle::{Content, Outcome, Refused, patiently};
-use super::{Worker, scratch_fault};
+use super::artifacts::Content;
+use super::context::Worker;
+use super::device::{Command, Device, TrainCommand, answer};
+use super::lease::LeaseHandle;
+use super::outcome::Outcome;
+use super::progress::{EtaEstimator, phase_span};
+use super::retry::{Refused, retry_while_leased};
+use super::scratch::scratch_fault;
 use crate::blobs::{self, Key, Name};
 use crate::clock;
 use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
@@ -22,16 +26,16 @@ use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, Tra
 use crate::report::{self, Times};
 
 impl Worker {
-    /// Photos to weights.
+    /// Trains on the job's photos and stores the result.
     pub(super) async fn train(
         &self,
         device: &Device,
         bundle: &str,
         job: &Job,
         spec: &TrainSpec,
-        held: &Arc<Held>,
+        lease: &Arc<LeaseHandle>,
     ) -> Outcome {
-        match self.try_train(device, bundle, job, spec, held).await {
+        match self.try_train(device, bundle, job, spec, lease).await {
             Ok(outcome) | Err(outcome) => outcome,
         }
     }
@@ -42,58 +46,58 @@ impl Worker {
         bundle: &str,
         job: &Job,
         spec: &TrainSpec,
-        held: &Arc<Held>,
+        lease: &Arc<LeaseHandle>,
     ) -> Result<Outcome, Outcome> {
-        held.progress(Progress::begin(Phase::Preparing, 0));
+        lease.set_progress(Progress::begin(Phase::Preparing, 0));
         let preparing = phase_span(Phase::Preparing, &Span::current());
         let scratch = self.scratch_of(job)?;
         let prepared = tokio::select! {
             biased;
-            prepared = self.prepare(device, job, spec, held, scratch.path()) => prepared?,
+            prepared = self.prepare(device, job, spec, lease, scratch.path()) => prepared?,
             () = self.drain.cancelled() => return Ok(Outcome::Paused),
         };
         let Prepared { photos, wanted, class_images, unreadable, resume } = prepared;
 
         drop(preparing);
-        let (events, mut heard) = mpsc::unbounded_channel();
+        let (events, mut received) = mpsc::unbounded_channel();
         let storing = Arc::new(AtomicBool::new(false));
-        let mut watch = Watcher {
-            held: held.clone(),
+        let mut observer = TrainingObserver {
+            lease: lease.clone(),
             drain: self.drain.clone(),
             events,
             storing: storing.clone(),
             checkpoint_every: self.settings.checkpoint_every,
             checkpointed: clock::now(),
-            pace: Pace::default(),
+            eta: EtaEstimator::default(),
             job: Span::current(),
             phase: Span::none(),
         };
-        let (sender, answer) = oneshot::channel();
-        device.send(Order::Train(TrainOrder {
+        let (reply, answered) = oneshot::channel();
+        device.send(Command::Train(TrainCommand {
             spec: spec.clone(),
             photos,
             class_images,
             resume: resume.clone(),
             scratch: scratch.path().to_owned(),
-            watch: Box::new(move |beat| watch.hear(beat)),
-            meter: held.meter.clone(),
-            reply: sender,
+            observer: Box::new(move |beat| observer.observe(beat)),
+            device_time: lease.device_time.clone(),
+            reply,
         }));
-        // The watcher, and with it the sender of events, goes when the training has ended.
+        // The observer, and with it the sender of events, is dropped when the training has ended.
         let (mut n_images, mut times) = (0, Times::default());
-        while let Some(event) = heard.recv().await {
+        while let Some(event) = received.recv().await {
             if let Event::Phase(phase, since) = event {
                 times.hear(phase, since);
                 continue;
             }
             let was_checkpoint = matches!(event, Event::Checkpoint { .. });
-            self.keep(job, held, (&wanted, &unreadable), event, &mut n_images).await;
+            self.store_event(job, lease, (&wanted, &unreadable), event, &mut n_images).await;
             if was_checkpoint {
                 storing.store(false, Ordering::Release);
             }
         }
-        let ending = reply(answer).await.map_err(|fault| match (fault.code, resume) {
-            // It was fetched whole: what is lost is not the checkpoint.
+        let ending = answer(answered).await.map_err(|fault| match (fault.code, resume) {
+            // The checkpoint was fetched and verified: it is the scratch directory that failed.
             (FaultCode::ArtifactMissing, Some(file)) if !file.exists() => {
                 scratch_fault(&std::io::ErrorKind::NotFound.into())
             }
@@ -101,15 +105,15 @@ impl Worker {
         });
         match ending? {
             Ending::Trained(mut trained) => {
-                // Of this attempt: earlier ones took theirs.
+                // Of this attempt only.
                 trained.report["seconds"] = times.seconds(clock::now());
-                self.store_result(bundle, job, held, trained, n_images).await
+                self.store_result(bundle, job, lease, trained, n_images).await
             }
-            Ending::Stopped if held.is_canceled() => Ok(Outcome::Canceled),
+            Ending::Stopped if lease.is_canceled() => Ok(Outcome::Canceled),
             Ending::Stopped => Ok(Outcome::Lost),
             Ending::Paused(None) => Ok(Outcome::Paused),
             Ending::Paused(Some((step, file))) => {
-                self.store_checkpoint(job, held, step, &file).await?;
+                self.store_checkpoint(job, lease, step, &file).await?;
                 Ok(Outcome::Paused)
             }
         }
@@ -120,49 +124,49 @@ impl Worker {
         made.map_err(|error| scratch_fault(&error))
     }
 
-    /// Fetches all that a training begins with.
+    /// Fetches everything that a training begins with.
     async fn prepare(
         &self,
         device: &Device,
         job: &Job,
         spec: &TrainSpec,
-        held: &Held,
+        lease: &LeaseHandle,
         scratch: &Path,
     ) -> Result<Prepared, Outcome> {
         let mut photos = Vec::new();
         for photo in &job.photos {
-            photos.push(self.get(held, photo).await?.to_vec());
+            photos.push(self.get(lease, photo).await?.to_vec());
         }
         let resume = match &job.checkpoint {
-            Some(checkpoint) => self.checkpoint(held, checkpoint, scratch).await?,
+            Some(checkpoint) => self.fetch_checkpoint(lease, checkpoint, scratch).await?,
             None => None,
         };
-        // Last of what can take long: from now on the device is kept free for this training.
+        // Last of what may take long: from now on the device expects this training and holds samples back.
         let wanted = device.class_images(spec).await?;
-        let (class_images, unreadable) = self.class_images_had(job, held, &wanted).await?;
+        let (class_images, unreadable) = self.stored_class_images(job, lease, &wanted).await?;
         Ok(Prepared { photos, wanted, class_images, unreadable, resume })
     }
 
-    /// The class images that earlier trainings drew, and the rows of those that the store no longer has whole: these are
-    /// drawn again.
-    async fn class_images_had(
+    /// The class images of earlier trainings, and the rows of those that the object store has lost or damaged: these
+    /// are drawn again.
+    async fn stored_class_images(
         &self,
         job: &Job,
-        held: &Held,
+        lease: &LeaseHandle,
         wanted: &ClassImages,
     ) -> Result<(Vec<Option<Vec<u8>>>, HashMap<u64, Object>), Outcome> {
         let (mut had, mut unreadable) = (Vec::new(), HashMap::new());
         if wanted.seeds.is_empty() {
             return Ok((had, unreadable));
         }
-        let rows = self.write(held, || self.store.class_images(job.tenant, &wanted.settings)).await?;
+        let rows = self.write(lease, || self.store.class_images(job.tenant, &wanted.settings)).await?;
         let mut rows: HashMap<u64, Object> = rows.into_iter().collect();
         for seed in &wanted.seeds {
             let Some(object) = rows.remove(seed) else {
                 had.push(None);
                 continue;
             };
-            match patiently(held, || self.blobs.get(&object)).await {
+            match retry_while_leased(lease, || self.blobs.get(&object)).await {
                 Ok(bytes) => had.push(Some(bytes.to_vec())),
                 Err(Refused::Error(blobs::Error::Missing | blobs::Error::Damaged)) => {
                     had.push(None);
@@ -174,51 +178,52 @@ impl Worker {
         Ok((had, unreadable))
     }
 
-    /// The file of the checkpoint to go on from; none if the store no longer has it whole: then from the beginning.
-    async fn checkpoint(
+    /// The file of the checkpoint to resume from; none if the object store has lost or damaged it: then the training
+    /// starts again.
+    async fn fetch_checkpoint(
         &self,
-        held: &Held,
+        lease: &LeaseHandle,
         checkpoint: &Checkpoint,
         scratch: &Path,
     ) -> Result<Option<PathBuf>, Outcome> {
         let file = scratch.join("resume.safetensors");
-        let fetched = patiently(held, || self.blobs.get_to_file(&checkpoint.object, &file)).await;
+        let fetched = retry_while_leased(lease, || self.blobs.get_to_file(&checkpoint.object, &file)).await;
         match fetched {
             Ok(()) => Ok(Some(file)),
             Err(Refused::Error(error @ (blobs::Error::Missing | blobs::Error::Damaged))) => {
-                warn!("the checkpoint of step {} cannot be used: {error}", checkpoint.step);
+                warn!(step = checkpoint.step, %error, "checkpoint unusable; starting from the beginning");
                 Ok(None)
             }
             Err(refused) => Err(refused.into()),
         }
     }
 
-    /// Keeps what a training reports on its way. None of it is worth failing for.
-    async fn keep(
+    /// Stores what a training reports on its way. A failure is logged and does not fail the training.
+    async fn store_event(
         &self,
         job: &Job,
-        held: &Held,
+        lease: &LeaseHandle,
         (wanted, unreadable): (&ClassImages, &HashMap<u64, Object>),
         event: Event,
         n_images: &mut u64,
     ) {
         match event {
-            Event::Phase(..) => {} // the times are the caller's
+            Event::Phase(..) => {} // the caller measures the phases
             Event::ClassImage { index, png } => {
                 let Some(&seed) = wanted.seeds.get(index) else { return };
-                let key = Key::class_image(job.tenant, &wanted.settings, seed, held.lease);
+                let key = Key::class_image(job.tenant, &wanted.settings, seed, lease.lease);
                 let (settings, old) = (&wanted.settings, unreadable.get(&seed));
                 let kept = async {
-                    let object = patiently(held, || self.blobs.put(&key, png.clone())).await?;
+                    let object = retry_while_leased(lease, || self.blobs.put(&key, png.clone())).await?;
                     let add = || self.store.add_class_image(job.tenant, settings, seed, &object, old);
-                    if self.write(held, add).await? != object.key {
-                        // Another training was first, and its row stays. Nobody else writes or names this key.
-                        patiently(held, || self.blobs.delete(&key)).await?;
+                    if self.write(lease, add).await? != object.key {
+                        // Another training was first, and its row stays. No other process writes or names this key.
+                        retry_while_leased(lease, || self.blobs.delete(&key)).await?;
                     }
                     Ok::<(), Outcome>(())
                 };
                 if let Err(outcome) = kept.await {
-                    warn!("a class image is not kept for later trainings: {}", outcome.why());
+                    warn!(seed, reason = outcome.reason(), "class image not stored");
                 }
             }
             Event::Shown { what, picture } => {
@@ -229,84 +234,90 @@ impl Worker {
                     Shown::Preview(step) => Name::Preview(step, picture.format),
                 };
                 let kept = async {
-                    let object = self.put_picture(job, held, name, &picture).await?;
-                    self.write(held, || self.store.add_artifact(held.lease, &object)).await?;
+                    let object = self.put_image(job, lease, name, &picture).await?;
+                    self.write(lease, || self.store.add_artifact(lease.lease, &object)).await?;
                     Ok::<(), Outcome>(())
                 };
                 match kept.await {
                     Ok(()) => *n_images += u64::from(matches!(what, Shown::Preview(_))),
-                    Err(outcome) => warn!("{name} is not kept: {}", outcome.why()),
+                    Err(outcome) => warn!(%name, reason = outcome.reason(), "image not stored"),
                 }
-                held.images(*n_images);
+                lease.set_images(*n_images);
             }
             Event::Checkpoint { step, file } => {
-                if let Err(outcome) = self.store_checkpoint(job, held, step, &file).await {
-                    warn!("the checkpoint of step {step} is not stored: {}", outcome.why());
+                if let Err(outcome) = self.store_checkpoint(job, lease, step, &file).await {
+                    warn!(step, reason = outcome.reason(), "checkpoint not stored");
                 }
             }
         }
     }
 
-    /// Bytes first, then the row; the file goes either way.
-    async fn store_checkpoint(&self, job: &Job, held: &Held, step: u64, file: &Path) -> Result<(), Outcome> {
+    /// Stores a checkpoint: first the object, then the row. Removes the local file in any case.
+    async fn store_checkpoint(
+        &self,
+        job: &Job,
+        lease: &LeaseHandle,
+        step: u64,
+        file: &Path,
+    ) -> Result<(), Outcome> {
         let name = Name::Checkpoint(step);
-        let object = self.put(job, held, name, Content::File(file), json!({ "step": step })).await;
+        let object = self.put(job, lease, name, Content::File(file), json!({ "step": step })).await;
         if let Err(error) = std::fs::remove_file(file) {
-            warn!("a checkpoint's file stays in scratch: {error}");
+            warn!(step, %error, "local checkpoint file not removed");
         }
-        Ok(self.commit(held, &Checkpoint { step, object: object? }).await?)
+        Ok(self.commit_checkpoint(lease, &Checkpoint { step, object: object? }).await?)
     }
 
     async fn store_result(
         &self,
         bundle: &str,
         job: &Job,
-        held: &Held,
+        lease: &LeaseHandle,
         trained: Trained,
         n_previews: u64,
     ) -> Result<Outcome, Outcome> {
         let _storing = phase_span(Phase::Storing, &Span::current());
         let mut storing = Progress::begin(Phase::Storing, trained.images.len() as u64 + 3);
         storing.images = n_previews;
-        held.progress(storing.clone());
+        lease.set_progress(storing.clone());
         let mut objects = Vec::new();
-        for (i, picture) in trained.images.iter().enumerate() {
-            let name = Name::Image(i, picture.format);
-            objects.push(self.put_picture(job, held, name, picture).await?);
+        for (i, image) in trained.images.iter().enumerate() {
+            let name = Name::Image(i, image.format);
+            objects.push(self.put_image(job, lease, name, image).await?);
             storing.step += 1;
             storing.images += 1;
-            held.progress(storing.clone());
+            lease.set_progress(storing.clone());
         }
         let meta = json!({ "bundle_sha256": bundle });
-        let weights = self.put(job, held, Name::Weights, Content::File(&trained.weights), meta).await?;
+        let weights = self.put(job, lease, Name::Weights, Content::File(&trained.weights), meta).await?;
         let result = json!({ "bundle_sha256": bundle, "weights_sha256": weights.sha256 });
         objects.push(weights);
         if let Some(last) = &trained.last {
             let meta = json!({ "bundle_sha256": bundle });
-            objects.push(self.put(job, held, Name::LastWeights, Content::File(last), meta).await?);
+            objects.push(self.put(job, lease, Name::LastWeights, Content::File(last), meta).await?);
         }
         let written = serde_json::to_vec_pretty(&trained.report).map_err(|error| {
             Fault::new(FaultCode::Internal, format!("the report cannot be written: {error}"))
         })?;
         let written = Content::Bytes(written.into());
-        objects.push(self.put(job, held, Name::Report, written, Value::Null).await?);
+        objects.push(self.put(job, lease, Name::Report, written, Value::Null).await?);
         let page = Content::Bytes(report::page(&trained.report, &trained.gallery).into());
-        objects.push(self.put(job, held, Name::Page, page, Value::Null).await?);
+        objects.push(self.put(job, lease, Name::Page, page, Value::Null).await?);
         Ok(Outcome::Done { result, objects })
     }
 }
 
-/// What a training begins with.
+/// Everything that a training begins with.
 struct Prepared {
     photos: Vec<Vec<u8>>,
     wanted: ClassImages,
     class_images: Vec<Option<Vec<u8>>>,
-    /// The rows of class images that the store no longer has whole.
+    /// Rows of class images that the object store has lost or damaged, by seed.
     unreadable: HashMap<u64, Object>,
     resume: Option<PathBuf>,
 }
 
-/// What the job's task does while the device goes on.
+/// What the job's task handles while the device goes on.
 enum Event {
     /// A phase began.
     Phase(Phase, Instant),
@@ -324,43 +335,43 @@ enum Event {
     },
 }
 
-/// Hears a training's beats, on the device's thread, and decides how it goes on.
-struct Watcher {
-    held: Arc<Held>,
+/// Receives the events of a training, on the device's thread, and decides how it goes on.
+struct TrainingObserver {
+    lease: Arc<LeaseHandle>,
     drain: CancellationToken,
     events: mpsc::UnboundedSender<Event>,
-    /// Whether a checkpoint is on its way to the store: then there is no other.
+    /// Whether a checkpoint is being stored: no other is taken meanwhile.
     storing: Arc<AtomicBool>,
     checkpoint_every: std::time::Duration,
     checkpointed: Instant,
-    pace: Pace,
+    eta: EtaEstimator,
     job: Span,
-    /// Of the phase at hand; it ends when the next one begins.
+    /// Span of the current phase; it ends when the next one begins.
     phase: Span,
 }
 
-impl Watcher {
-    fn hear(&mut self, beat: Beat) -> Flow {
+impl TrainingObserver {
+    fn observe(&mut self, beat: Beat) -> Flow {
         let mut may_checkpoint = false;
         match beat {
             Beat::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
-                if self.pace.began.is_none_or(|(phase, ..)| phase != progress.phase) {
+                if !self.eta.is_in(progress.phase) {
                     self.phase = phase_span(progress.phase, &self.job);
                     self.send(Event::Phase(progress.phase, clock::now()));
                 }
-                progress.eta_seconds = self.pace.eta(&progress);
-                self.held.progress(progress);
+                progress.eta_seconds = self.eta.eta(&progress);
+                self.lease.set_progress(progress);
             }
             Beat::ClassImage { index, png } => self.send(Event::ClassImage { index, png }),
-            Beat::Taken { .. } => {} // the report has them all
+            Beat::Taken { .. } => {} // the report has all steps
             Beat::Shown { what, picture } => self.send(Event::Shown { what, picture }),
             Beat::Checkpoint { step, file } => {
                 self.storing.store(true, Ordering::Release);
                 self.send(Event::Checkpoint { step, file });
             }
         }
-        if self.held.is_lost() || self.held.is_canceled() {
+        if self.lease.is_lost() || self.lease.is_canceled() {
             return Flow::Stop;
         }
         if self.drain.is_cancelled() {
@@ -376,34 +387,5 @@ impl Watcher {
 
     fn send(&self, event: Event) {
         let _ = self.events.send(event); // the job's task is gone only if the process is ending
-    }
-}
-
-/// A phase of a job, for traces: it takes as long as this lives.
-pub(super) fn phase_span(phase: Phase, job: &Span) -> Span {
-    info_span!(parent: job, "phase", phase = %phase)
-}
-
-/// How fast the phase at hand goes, and so when it ends.
-#[derive(Debug, Default)]
-struct Pace {
-    /// The phase, when its first step was heard of, and which that was.
-    began: Option<(Phase, Instant, u64)>,
-}
-
-impl Pace {
-    /// Seconds to the end of the phase, from its steps so far.
-    fn eta(&mut self, progress: &Progress) -> Option<f64> {
-        match self.began {
-            Some((phase, began, first)) if phase == progress.phase && progress.step > first => {
-                let each = clock::since(began).as_secs_f64() / (progress.step - first) as f64;
-                Some(each * progress.total.saturating_sub(progress.step) as f64)
-            }
-            Some((phase, ..)) if phase == progress.phase => None,
-            _ => {
-                self.began = Some((progress.phase, clock::now(), progress.step));
-                None
-            }
-        }
     }
 }

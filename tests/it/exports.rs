@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::bundles::copy;
-use crate::by_hand::{bundle, demo_photos, refused, scratch, succeeds, train};
+use crate::cli_train::{bundle, demo_photos, refused, scratch, succeeds, train};
 
 /// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there.
 #[derive(Debug, Deserialize)]

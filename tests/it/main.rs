@@ -17,7 +17,7 @@ mod sample;
 mod samplers;
 mod train;
 
-mod by_hand;
+mod cli_train;
 mod exports;
 mod segment;
 

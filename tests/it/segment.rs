@@ -15,7 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::bundles::copy;
-use crate::by_hand::{bundle, scratch};
+use crate::cli_train::{bundle, scratch};
 use crate::golden::{Golden, path};
 
 /// The miniature with the golden's segmenter, its last bias raised by `raised`.

@@ -1,16 +1,17 @@
-//! A tenant as a directory:
+//! Export of a tenant as a directory:
 //!
 //! ```text
-//! tenant.json            who it is, and when this was written
-//! keys.jsonl             its API keys, without what opens anything
-//! jobs.jsonl             its jobs with all that they say and name, the newest first
+//! tenant.json            the tenant, and when this was written
+//! keys.jsonl             its API keys, without secrets
+//! jobs.jsonl             its jobs with all their fields and artifacts, newest first
 //! class_images.jsonl     its class images
-//! objects/t/...          every object that one of these names, by its key
+//! objects/t/...          every object that one of these references, by its key
 //! SHA256SUMS             their hashes, for `sha256sum --check`
-//! INCOMPLETE             there until all of it is there
+//! INCOMPLETE             exists until the export is complete
 //! ```
 //!
-//! An object is verified when it is fetched and synced before anything names it. Broken off, the same command goes on.
+//! An object is verified when it is fetched, and synced before anything names it. The same command resumes an
+//! interrupted export.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -29,31 +30,32 @@ use super::failed;
 use super::jobs::described;
 use super::text::time;
 use crate::blobs::{self, Blobs, Key};
-use crate::cli::{Stop, say, say_error, warn};
+use crate::cli::error::CliError;
+use crate::cli::output::{print_error, print_line, print_warning};
 use crate::job::{JobId, Object};
 use crate::store::{AdminFilter, AdminJob, Store, Tenant, TenantState};
 
 /// Objects fetched at once.
 const AT_ONCE: usize = 4;
-/// Jobs asked for at once.
+/// Rows read at once.
 const PAGE: u32 = 200;
-/// How often a job is read again that changes while it is exported.
+/// Number of attempts to export a job that changes meanwhile.
 const TRIES: usize = 3;
 
 const INCOMPLETE: &str = "INCOMPLETE";
 const ABOUT: &str = "tenant.json";
 const SUMS: &str = "SHA256SUMS";
 
-/// Writes all that `tenant` has into `out`.
+/// Exports everything of `tenant` into `out`.
 pub(super) async fn export(
     store: &Store,
     blobs: &Blobs,
     tenant: &Tenant,
     out: &Path,
     stop: &CancellationToken,
-) -> Result<ExitCode, Stop> {
+) -> Result<ExitCode, CliError> {
     if tenant.state == TenantState::Active {
-        warn(
+        print_warning(
             "the tenant is served meanwhile: what comes from now on may be missing; `hypnos admin tenants disable` ends that",
         );
     }
@@ -67,20 +69,20 @@ pub(super) async fn export(
         let n_jobs = export.jobs(tenant).await?;
         export.class_images(tenant).await?;
         export.keys(tenant).await?;
-        Ok::<_, Stop>(n_jobs)
+        Ok::<_, CliError>(n_jobs)
     };
     let n_jobs = tokio::select! {
         done = whole => done?,
-        () = stop.cancelled() => return Err(Stop::Failed(format!(
-            "told to stop: {} is incomplete; the same command goes on with it", out.display()
+        () = stop.cancelled() => return Err(CliError::Failed(format!(
+            "stopped: {} is incomplete; the same command resumes it", out.display()
         ))),
     };
     export.bar.finish_and_clear();
     export.finish(tenant, n_jobs)
 }
 
-/// A new directory, or one of an export of the same tenant that was broken off.
-fn prepare(out: &Path, tenant: &Tenant) -> Result<(), Stop> {
+/// Creates the directory, or checks that it holds an interrupted export of the same tenant.
+fn prepare(out: &Path, tenant: &Tenant) -> Result<(), CliError> {
     let marker = out.join(INCOMPLETE);
     let is_empty = match fs::read_dir(out) {
         Ok(mut entries) => entries.next().is_none(),
@@ -88,30 +90,30 @@ fn prepare(out: &Path, tenant: &Tenant) -> Result<(), Stop> {
             fs::create_dir_all(out).map_err(|error| cannot_write(out, &error))?;
             true
         }
-        Err(error) => return Err(Stop::Input(format!("--out: {}: {}", out.display(), error.kind()))),
+        Err(error) => return Err(CliError::Input(format!("--out: {}: {}", out.display(), error.kind()))),
     };
     let line = format!("tenant {}", tenant.id);
     match fs::read_to_string(&marker) {
         Ok(text) if text.lines().next() == Some(&line) => Ok(()),
-        Ok(_) => Err(Stop::Input(format!("--out: {} holds an export of another tenant", out.display()))),
+        Ok(_) => Err(CliError::Input(format!("--out: {} holds an export of another tenant", out.display()))),
         Err(_) if is_empty => {
-            let text = format!("{line}\nThis export is not complete. The same command goes on with it.\n");
+            let text = format!("{line}\nThis export is not complete. The same command resumes it.\n");
             write(&marker, text.as_bytes())
         }
-        Err(_) => Err(Stop::Input(format!(
+        Err(_) => Err(CliError::Input(format!(
             "--out: wanted a new directory or an export that was broken off, got {}, which holds something else",
             out.display()
         ))),
     }
 }
 
-/// What is left of a job whose object is not there.
-enum Gone {
+/// Why an object of a job is missing.
+enum Missing {
     /// The job was deleted meanwhile.
     Job,
-    /// It has changed meanwhile; this is what it is now.
+    /// The job has changed meanwhile; its current row.
     Changed(Box<AdminJob>),
-    /// It names an object that the store has not got, or not whole.
+    /// The object store has lost or damaged the object.
     Object(String),
 }
 
@@ -122,13 +124,13 @@ struct Export<'a> {
     bar: ProgressBar,
     /// Hashes by key.
     sums: BTreeMap<String, String>,
-    /// Objects that rows name and the store has not got.
+    /// Keys of objects that the object store has lost or damaged.
     missing: usize,
 }
 
 impl Export<'_> {
-    /// Every job; how many there were.
-    async fn jobs(&mut self, tenant: &Tenant) -> Result<usize, Stop> {
+    /// Exports all jobs; their number.
+    async fn jobs(&mut self, tenant: &Tenant) -> Result<usize, CliError> {
         let filter = AdminFilter { tenant: Some(tenant.id), ..AdminFilter::default() };
         let mut lines = Lines::create(self.out, "jobs.jsonl")?;
         let (mut before, mut n_jobs) = (None::<JobId>, 0);
@@ -150,8 +152,8 @@ impl Export<'_> {
         Ok(n_jobs)
     }
 
-    /// One job with its objects in place; none if it was deleted meanwhile.
-    async fn job(&mut self, mut job: AdminJob) -> Result<Option<Value>, Stop> {
+    /// Exports a job with its objects; none if it was deleted meanwhile.
+    async fn job(&mut self, mut job: AdminJob) -> Result<Option<Value>, CliError> {
         for _ in 0..TRIES {
             let artifacts = self.store.artifacts(job.job.tenant, job.job.id).await.map_err(failed)?;
             let checkpoint = job.job.checkpoint.as_ref().map(|checkpoint| &checkpoint.object);
@@ -161,40 +163,40 @@ impl Export<'_> {
             let absent = self.fetch_all(named).await?;
             match self.look_again(&job, &artifacts, absent).await? {
                 None => return Ok(Some(line(&job, &artifacts))),
-                Some(Gone::Job) => return Ok(None),
-                Some(Gone::Changed(now)) => job = *now,
-                Some(Gone::Object(keys)) => {
+                Some(Missing::Job) => return Ok(None),
+                Some(Missing::Changed(now)) => job = *now,
+                Some(Missing::Object(keys)) => {
                     self.missing += 1;
-                    say_error(&format!("{}: not in the store, or not whole: {keys}", job.job.id));
+                    print_error(&format!("{}: not in the store, or not whole: {keys}", job.job.id));
                     return Ok(Some(line(&job, &artifacts)));
                 }
             }
         }
         self.missing += 1;
-        say_error(&format!("{}: it changes faster than it can be exported", job.job.id));
+        print_error(&format!("{}: it changes faster than it can be exported", job.job.id));
         Ok(None)
     }
 
-    /// Why objects of a job are absent; none if none is.
+    /// Why objects of a job are missing; none if none is.
     async fn look_again(
         &self,
         job: &AdminJob,
         artifacts: &[Object],
         absent: Vec<String>,
-    ) -> Result<Option<Gone>, Stop> {
+    ) -> Result<Option<Missing>, CliError> {
         if absent.is_empty() {
             return Ok(None);
         }
         let now = self.store.any_job(job.job.id).await.map_err(failed)?;
-        let Some(now) = now.filter(|now| !now.deleting) else { return Ok(Some(Gone::Job)) };
+        let Some(now) = now.filter(|now| !now.deleting) else { return Ok(Some(Missing::Job)) };
         let named = self.store.artifacts(now.job.tenant, now.job.id).await.map_err(failed)?;
         if named != artifacts || now.job.checkpoint != job.job.checkpoint {
-            return Ok(Some(Gone::Changed(Box::new(now))));
+            return Ok(Some(Missing::Changed(Box::new(now))));
         }
-        Ok(Some(Gone::Object(absent.join(", "))))
+        Ok(Some(Missing::Object(absent.join(", "))))
     }
 
-    async fn class_images(&mut self, tenant: &Tenant) -> Result<(), Stop> {
+    async fn class_images(&mut self, tenant: &Tenant) -> Result<(), CliError> {
         let mut lines = Lines::create(self.out, "class_images.jsonl")?;
         let images = self.store.class_images_of(tenant.id).await.map_err(failed)?;
         for image in &images {
@@ -203,12 +205,12 @@ impl Export<'_> {
         let absent = self.fetch_all(images.iter()).await?;
         for key in &absent {
             self.missing += 1;
-            say_error(&format!("class image: not in the store, or not whole: {key}"));
+            print_error(&format!("class image: not in the store, or not whole: {key}"));
         }
         lines.finish()
     }
 
-    async fn keys(&self, tenant: &Tenant) -> Result<(), Stop> {
+    async fn keys(&self, tenant: &Tenant) -> Result<(), CliError> {
         let mut lines = Lines::create(self.out, "keys.jsonl")?;
         let keys = self.store.list_keys().await.map_err(failed)?;
         for key in keys.iter().filter(|key| key.tenant == tenant.id) {
@@ -220,8 +222,8 @@ impl Export<'_> {
         lines.finish()
     }
 
-    /// Has every one of these objects in the directory; the keys of those that the store has not got whole.
-    async fn fetch_all(&mut self, objects: impl Iterator<Item = &Object>) -> Result<Vec<String>, Stop> {
+    /// Fetches objects into the directory; the keys of those that the object store has lost or damaged.
+    async fn fetch_all(&mut self, objects: impl Iterator<Item = &Object>) -> Result<Vec<String>, CliError> {
         let objects: Vec<Object> = objects.cloned().collect();
         let (blobs, out, bar) = (self.blobs, self.out, &self.bar);
         let fetched = stream::iter(objects.iter().map(|object| fetch(blobs, out, bar, object)));
@@ -237,8 +239,8 @@ impl Export<'_> {
         Ok(absent)
     }
 
-    /// The hashes, what it is all about, and the end of being incomplete.
-    fn finish(self, tenant: &Tenant, n_jobs: usize) -> Result<ExitCode, Stop> {
+    /// Writes the hashes and the tenant's file, and marks the export as complete.
+    fn finish(self, tenant: &Tenant, n_jobs: usize) -> Result<ExitCode, CliError> {
         let mut sums = String::new();
         for (key, sha256) in &self.sums {
             let _ = writeln!(sums, "{sha256}  objects/{key}"); // a string takes all
@@ -253,20 +255,20 @@ impl Export<'_> {
         let shown = self.out.display();
         let said = format!("{n_jobs} jobs, {} objects, each verified: {shown}", self.sums.len());
         if self.missing > 0 {
-            say(&said);
-            return Err(Stop::Failed(format!(
+            print_line(&said);
+            return Err(CliError::Failed(format!(
                 "{shown} is incomplete: what {} jobs or class images name is not in the store",
                 self.missing
             )));
         }
         fs::remove_file(self.out.join(INCOMPLETE)).map_err(|error| cannot_write(self.out, &error))?;
         sync(self.out)?;
-        say(&said);
+        print_line(&said);
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// All that a job says and names.
+/// All fields and artifacts of a job.
 fn line(job: &AdminJob, artifacts: &[Object]) -> Value {
     let mut line = described(job);
     line["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
@@ -276,9 +278,9 @@ fn line(job: &AdminJob, artifacts: &[Object]) -> Value {
     line
 }
 
-/// Has an object in the directory, verified and synced; whether the store has it whole. One that is there already is
-/// believed by its hash.
-async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) -> Result<bool, Stop> {
+/// Fetches an object into the directory, verified and synced. Whether the object store has it undamaged. A file with
+/// the right hash is kept.
+async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) -> Result<bool, CliError> {
     let Some(key) = Key::parse(&object.key) else { return Ok(false) }; // nothing else is ever written
     let file = out.join("objects").join(key.as_str());
     if !is_there(&file, object) {
@@ -288,8 +290,8 @@ async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) ->
             Ok(()) => {}
             Err(blobs::Error::Missing | blobs::Error::Damaged) => return Ok(false),
             Err(error) => {
-                return Err(Stop::Failed(format!(
-                    "broken off: {error}; {} is incomplete, and the same command goes on with it",
+                return Err(CliError::Failed(format!(
+                    "interrupted: {error}; {} is incomplete, and the same command resumes it",
                     out.display()
                 )));
             }
@@ -301,7 +303,7 @@ async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) ->
     Ok(true)
 }
 
-/// Whether a file holds an object, whole.
+/// Whether a file holds the object undamaged.
 fn is_there(file: &Path, object: &Object) -> bool {
     let Ok(mut file) = File::open(file) else { return false };
     if !file.metadata().is_ok_and(|found| found.len() == object.size) {
@@ -317,7 +319,7 @@ fn is_there(file: &Path, object: &Object) -> bool {
     }
 }
 
-/// A file of JSON lines that appears when it is whole.
+/// A file of JSON lines that appears when it is complete.
 struct Lines {
     file: PathBuf,
     part: PathBuf,
@@ -325,17 +327,17 @@ struct Lines {
 }
 
 impl Lines {
-    fn create(out: &Path, name: &str) -> Result<Self, Stop> {
+    fn create(out: &Path, name: &str) -> Result<Self, CliError> {
         let (file, part) = (out.join(name), out.join(format!("{name}.part")));
         let writer = File::create(&part).map_err(|error| cannot_write(&part, &error))?;
         Ok(Self { file, part, writer: BufWriter::new(writer) })
     }
 
-    fn push(&mut self, line: &Value) -> Result<(), Stop> {
+    fn push(&mut self, line: &Value) -> Result<(), CliError> {
         writeln!(self.writer, "{line}").map_err(|error| cannot_write(&self.part, &error))
     }
 
-    fn finish(self) -> Result<(), Stop> {
+    fn finish(self) -> Result<(), CliError> {
         let Self { file, part, writer } = self;
         let written = writer.into_inner().map_err(std::io::IntoInnerError::into_error);
         let placed = written.and_then(|written| written.sync_all()).and_then(|()| fs::rename(&part, &file));
@@ -343,7 +345,7 @@ impl Lines {
     }
 }
 
-fn write(file: &Path, bytes: &[u8]) -> Result<(), Stop> {
+fn write(file: &Path, bytes: &[u8]) -> Result<(), CliError> {
     let written = File::create(file).and_then(|mut file| {
         file.write_all(bytes)?;
         file.sync_all()
@@ -351,11 +353,11 @@ fn write(file: &Path, bytes: &[u8]) -> Result<(), Stop> {
     written.map_err(|error| cannot_write(file, &error))
 }
 
-/// Has the disk keep a file, or a directory's names.
-fn sync(path: &Path) -> Result<(), Stop> {
+/// Syncs a file or a directory to the disk.
+fn sync(path: &Path) -> Result<(), CliError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| cannot_write(path, &error))
 }
 
-fn cannot_write(path: &Path, error: &std::io::Error) -> Stop {
-    Stop::Failed(format!("{} cannot be written: {}", path.display(), error.kind()))
+fn cannot_write(path: &Path, error: &std::io::Error) -> CliError {
+    CliError::Failed(format!("{} cannot be written: {}", path.display(), error.kind()))
 }

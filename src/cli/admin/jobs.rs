@@ -1,4 +1,4 @@
-//! `hypnos admin jobs`: every tenant's jobs.
+//! `hypnos admin jobs`: lists and changes the jobs of all tenants.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,8 @@ use super::selection::{Action, Conditions, Selection};
 use super::text::{age, plain, print_table, time};
 use super::{Place, failed, tenant_named};
 use crate::blobs;
-use crate::cli::{Stop, say, say_error};
+use crate::cli::error::CliError;
+use crate::cli::output::{print_error, print_line};
 use crate::job::{JobId, Kind, Object, State};
 use crate::retry::{self, Retried, Terms};
 use crate::store::{AdminJob, Requeued, Store, Submitted};
@@ -109,7 +110,7 @@ pub(in crate::cli) struct Paused {
     place: Place,
 }
 
-pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
+pub(super) fn run(command: &Command) -> Result<ExitCode, CliError> {
     match command {
         Command::List(args) => args.place.with_store(|store, _| list(args, store)),
         Command::Show(args) => args.place.with_store(|store, _| show(args, store)),
@@ -122,11 +123,11 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
     }
 }
 
-async fn list(args: &List, store: Store) -> Result<ExitCode, Stop> {
+async fn list(args: &List, store: Store) -> Result<ExitCode, CliError> {
     let filter = args.conditions.filter(&store).await?;
     let jobs = store.all_jobs(&filter, None, args.limit).await.map_err(failed)?;
     if args.json {
-        jobs.iter().for_each(|job| say(&described(job).to_string()));
+        jobs.iter().for_each(|job| print_line(&described(job).to_string()));
     } else {
         let head = ["ID", "TENANT", "KIND", "STATE", "AGE", "ATTEMPT", "PROGRESS", "CLASS", "ERROR"];
         print_table(&head, &jobs.iter().map(row).collect::<Vec<_>>());
@@ -160,7 +161,7 @@ fn row(job: &AdminJob) -> Vec<String> {
     ]
 }
 
-/// Everything of a row but what the client wrote and what it is to do.
+/// All fields of a row except the specification, which holds the client's texts.
 pub(super) fn described(job: &AdminJob) -> Value {
     let AdminJob { job: row, .. } = job;
     json!({
@@ -197,9 +198,9 @@ pub(super) fn described(job: &AdminJob) -> Value {
     })
 }
 
-async fn show(args: &Show, store: Store) -> Result<ExitCode, Stop> {
+async fn show(args: &Show, store: Store) -> Result<ExitCode, CliError> {
     let job = store.any_job(args.id).await.map_err(failed)?;
-    let job = job.ok_or_else(|| Stop::Input(unknown(args.id)))?;
+    let job = job.ok_or_else(|| CliError::Input(unknown(args.id)))?;
     let mut shown = described(&job);
     let artifacts = store.artifacts(job.job.tenant, job.job.id).await.map_err(failed)?;
     let artifact =
@@ -209,25 +210,25 @@ async fn show(args: &Show, store: Store) -> Result<ExitCode, Stop> {
         shown["spec"] = serde_json::from_str(&job.job.spec_json).unwrap_or(Value::Null);
     }
     if args.json {
-        say(&shown.to_string());
+        print_line(&shown.to_string());
         return Ok(ExitCode::SUCCESS);
     }
     for (name, value) in shown.as_object().into_iter().flatten() {
         let name = format!("{name:16}");
         match value {
             Value::Null => {}
-            Value::String(text) => say(&format!("{name} {}", plain(text))),
+            Value::String(text) => print_line(&format!("{name} {}", plain(text))),
             Value::Array(all) if all.is_empty() => {}
             Value::Array(all) => {
-                all.iter().for_each(|one| say(&format!("{name} {}", plain(&one.to_string()))));
+                all.iter().for_each(|one| print_line(&format!("{name} {}", plain(&one.to_string()))));
             }
-            other => say(&format!("{name} {}", plain(&other.to_string()))),
+            other => print_line(&format!("{name} {}", plain(&other.to_string()))),
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what became of each job, a line each, and ends with whether all went as was asked.
+/// Prints the outcome for each job, and keeps the exit code: whether all succeeded.
 struct Outcomes {
     json: bool,
     refused: bool,
@@ -245,22 +246,22 @@ impl Outcomes {
             let mut line = json!({ "id": id, "outcome": what });
             let more = more.as_object().cloned().unwrap_or_default();
             line.as_object_mut().into_iter().for_each(|line| line.extend(more.clone()));
-            say(&line.to_string());
+            print_line(&line.to_string());
         } else {
             let more = more.as_object().into_iter().flatten();
             let more: Vec<&str> = more.filter_map(|(_, value)| value.as_str()).collect();
-            say(format!("{id} {what} {}", more.join(" ")).trim_end());
+            print_line(format!("{id} {what} {}", more.join(" ")).trim_end());
         }
     }
 
     fn refuse(&mut self, id: JobId, why: &str) {
         self.refused = true;
-        say_error(&format!("{id}: {why}"));
+        print_error(&format!("{id}: {why}"));
     }
 
     fn end(self, n: usize) -> ExitCode {
         if n == 0 && !self.refused && !self.json {
-            say("no job meets the conditions");
+            print_line("no job meets the conditions");
         }
         if self.refused { ExitCode::from(2) } else { ExitCode::SUCCESS }
     }
@@ -270,7 +271,7 @@ fn unknown(id: JobId) -> String {
     format!("{id}: there is no such job")
 }
 
-async fn retry(args: &Act, store: Store) -> Result<ExitCode, Stop> {
+async fn retry(args: &Act, store: Store) -> Result<ExitCode, CliError> {
     let action = Action { verb: "retry", states: &[State::Failed], not_retried: true };
     let (jobs, unknown) = args.selection.jobs(&store, &action).await?;
     let blobs = args.place.blobs(&store).await?;
@@ -301,19 +302,19 @@ async fn retry(args: &Act, store: Store) -> Result<ExitCode, Stop> {
                 outcomes.refuse(job.job.id, &format!("the training that it draws with is {is}"));
             }
             Ok(Retried::Submitted(other)) => {
-                return Err(Stop::Failed(format!("{}: not accepted: {other:?}", job.job.id)));
+                return Err(CliError::Failed(format!("{}: not accepted: {other:?}", job.job.id)));
             }
             Err(retry::Error::Store(error)) => return Err(failed(error)),
             Err(retry::Error::Blobs(error @ (blobs::Error::Missing | blobs::Error::Damaged))) => {
                 outcomes.refuse(job.job.id, &format!("its photos: {error}"));
             }
-            Err(retry::Error::Blobs(error)) => return Err(Stop::Failed(error.to_string())),
+            Err(retry::Error::Blobs(error)) => return Err(CliError::Failed(error.to_string())),
         }
     }
     Ok(outcomes.end(jobs.len()))
 }
 
-async fn requeue(args: &Act, store: Store) -> Result<ExitCode, Stop> {
+async fn requeue(args: &Act, store: Store) -> Result<ExitCode, CliError> {
     let action = Action { verb: "requeue", states: &[State::Running], not_retried: false };
     let (jobs, unknown) = args.selection.jobs(&store, &action).await?;
     let mut outcomes = Outcomes::new(args, &unknown);
@@ -329,7 +330,7 @@ async fn requeue(args: &Act, store: Store) -> Result<ExitCode, Stop> {
     Ok(outcomes.end(jobs.len()))
 }
 
-async fn cancel(args: &Act, store: Store) -> Result<ExitCode, Stop> {
+async fn cancel(args: &Act, store: Store) -> Result<ExitCode, CliError> {
     let action = Action { verb: "cancel", states: &[State::Queued, State::Running], not_retried: false };
     let (jobs, unknown) = args.selection.jobs(&store, &action).await?;
     let mut outcomes = Outcomes::new(args, &unknown);
@@ -344,47 +345,51 @@ async fn cancel(args: &Act, store: Store) -> Result<ExitCode, Stop> {
     Ok(outcomes.end(jobs.len()))
 }
 
-async fn pause(args: &Hold, store: Store) -> Result<ExitCode, Stop> {
+async fn pause(args: &Hold, store: Store) -> Result<ExitCode, CliError> {
     let tenant = match &args.tenant {
         Some(name) => Some(tenant_named(&store, name).await?.id),
         None => None,
     };
     store.pause(tenant, args.kind, &args.reason).await.map_err(failed)?;
-    say(&format!("paused: {}", what(args.tenant.as_deref(), args.kind)));
+    print_line(&format!("paused: {}", what(args.tenant.as_deref(), args.kind)));
     Ok(ExitCode::SUCCESS)
 }
 
-async fn resume(args: &Resume, store: Store) -> Result<ExitCode, Stop> {
+async fn resume(args: &Resume, store: Store) -> Result<ExitCode, CliError> {
     let tenant = match &args.tenant {
         Some(name) => Some(tenant_named(&store, name).await?.id),
         None => None,
     };
     let what = what(args.tenant.as_deref(), args.kind);
     if store.resume(tenant, args.kind).await.map_err(failed)? {
-        say(&format!("resumed: {what}"));
+        print_line(&format!("resumed: {what}"));
         return Ok(ExitCode::SUCCESS);
     }
-    Err(Stop::Input(format!("there is no pause of {what}; `hypnos admin jobs paused` has all")))
+    Err(CliError::Input(format!("there is no pause of {what}; `hypnos admin jobs paused` has all")))
 }
 
-/// What a pause covers, in words.
+/// Describes what a pause covers.
 fn what(tenant: Option<&str>, kind: Option<Kind>) -> String {
     let kind = kind.map_or("all jobs".to_owned(), |kind| format!("{kind} jobs"));
     tenant.map_or(format!("{kind} of every tenant"), |name| format!("{kind} of {}", plain(name)))
 }
 
-async fn paused(args: &Paused, store: Store) -> Result<ExitCode, Stop> {
+async fn paused(args: &Paused, store: Store) -> Result<ExitCode, CliError> {
     for pause in store.pauses().await.map_err(failed)? {
         if args.json {
-            say(&json!({
-                "tenant": pause.tenant_name, "kind": pause.kind, "reason": pause.reason,
-                "since": time(pause.created_ms),
-            })
-            .to_string());
+            print_line(
+                &json!({
+                    "tenant": pause.tenant_name, "kind": pause.kind, "reason": pause.reason,
+                    "since": time(pause.created_ms),
+                })
+                .to_string(),
+            );
         } else {
             let what = what(pause.tenant_name.as_deref(), pause.kind);
-            say(format!("{what}, for {}: {}", age(pause.created_ms), plain(&pause.reason))
-                .trim_end_matches(": "));
+            print_line(
+                format!("{what}, for {}: {}", age(pause.created_ms), plain(&pause.reason))
+                    .trim_end_matches(": "),
+            );
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! `hypnos admin`: what whoever runs the service does to jobs and tenants, on the database itself.
+//! `hypnos admin`: operators' commands on jobs and tenants, directly on the database.
 
 mod export;
 mod jobs;
@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use tokio_util::sync::CancellationToken;
 
-use super::Stop;
+use super::error::CliError;
 use super::service::{self, Log};
 use crate::blobs::Blobs;
 use crate::config::Storage;
@@ -28,14 +28,14 @@ pub(super) enum Command {
     Tenants(tenants::Command),
 }
 
-pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
+pub(super) fn run(command: &Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Jobs(command) => jobs::run(command),
         Command::Tenants(command) => tenants::run(command),
     }
 }
 
-/// Where the service keeps what it has.
+/// The service's database and object store.
 #[derive(Debug, Args)]
 struct Place {
     #[command(flatten)]
@@ -46,10 +46,10 @@ struct Place {
 
 impl Place {
     /// Runs `work` with the service's database and a token that SIGINT and SIGTERM cancel.
-    fn with_store<T, F: Future<Output = Result<T, Stop>>>(
+    fn with_store<T, F: Future<Output = Result<T, CliError>>>(
         &self,
         work: impl FnOnce(Store, CancellationToken) -> F,
-    ) -> Result<T, Stop> {
+    ) -> Result<T, CliError> {
         self.log.clone().quieter().start()?;
         service::run(|stop| async move {
             let store = service::open_existing_store(&self.storage).await?;
@@ -57,22 +57,22 @@ impl Place {
         })
     }
 
-    /// The service's objects, which must be those that go with its database.
-    async fn blobs(&self, store: &Store) -> Result<Blobs, Stop> {
+    /// Opens the object store, which must be paired with the database.
+    async fn blobs(&self, store: &Store) -> Result<Blobs, CliError> {
         let blobs = service::open_existing_blobs(&self.storage).await?;
-        deployment::pair(store, &blobs).await.map_err(service::apart)?;
+        deployment::pair(store, &blobs).await.map_err(service::pairing_error)?;
         Ok(blobs)
     }
 }
 
-/// The tenant that somebody named.
-async fn tenant_named(store: &Store, name: &str) -> Result<Tenant, Stop> {
+/// The tenant of that name.
+async fn tenant_named(store: &Store, name: &str) -> Result<Tenant, CliError> {
     let tenant = store.tenant_named(name).await.map_err(failed)?;
     tenant.ok_or_else(|| {
-        Stop::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` has all"))
+        CliError::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` has all"))
     })
 }
 
-fn failed(error: store::Error) -> Stop {
-    Stop::Failed(error.to_string())
+fn failed(error: store::Error) -> CliError {
+    CliError::Failed(error.to_string())
 }

@@ -1,4 +1,4 @@
-//! Which jobs a command is about: those whose ids are given, or those that a filter finds.
+//! The jobs that a command acts on: given by their ids, or found by a filter.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::time::Duration;
@@ -7,14 +7,14 @@ use clap::Args;
 
 use super::text::span;
 use super::{failed, tenant_named};
-use crate::cli::Stop;
+use crate::cli::error::CliError;
 use crate::job::{JobId, Kind, State};
 use crate::store::{AdminFilter, AdminJob, Store};
 
-/// Jobs asked for at once.
+/// Rows read at once.
 const PAGE: u32 = 500;
 
-/// Conditions that a job must meet, all of them.
+/// Conditions that a job must all meet.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Which jobs")]
 pub(super) struct Conditions {
@@ -42,7 +42,7 @@ impl Conditions {
     }
 
     /// The store's filter.
-    pub(super) async fn filter(&self, store: &Store) -> Result<AdminFilter, Stop> {
+    pub(super) async fn filter(&self, store: &Store) -> Result<AdminFilter, CliError> {
         let tenant = match &self.tenant {
             Some(name) => Some(tenant_named(store, name).await?.id),
             None => None,
@@ -73,34 +73,33 @@ pub(super) struct Selection {
     yes: bool,
 }
 
-/// What an action is called, and which jobs it makes sense for where no state is given.
+/// The name of an action, and the states that it applies to by default.
 pub(super) struct Action {
     pub(super) verb: &'static str,
     pub(super) states: &'static [State],
-    /// Leave out what was retried already.
+    /// Leave out jobs that were retried already.
     pub(super) not_retried: bool,
 }
 
 impl Selection {
-    /// The jobs; those that a filter found only after whoever runs the command agreed. None is left of what was not
-    /// agreed to. The second part are ids that no job has.
+    /// The selected jobs, and the ids that do not exist. Jobs found by a filter must be confirmed by the operator.
     pub(super) async fn jobs(
         &self,
         store: &Store,
         action: &Action,
-    ) -> Result<(Vec<AdminJob>, Vec<JobId>), Stop> {
+    ) -> Result<(Vec<AdminJob>, Vec<JobId>), CliError> {
         match (self.ids.is_empty(), self.conditions.are_none()) {
             (false, true) => self.by_id(store).await,
             (true, false) => Ok((self.by_filter(store, action).await?, Vec::new())),
-            (true, true) => Err(Stop::Input(format!(
+            (true, true) => Err(CliError::Input(format!(
                 "which jobs to {}: wanted ids, or conditions such as --tenant NAME or --state STATE",
                 action.verb
             ))),
-            (false, false) => Err(Stop::Input("wanted ids or conditions, got both".into())),
+            (false, false) => Err(CliError::Input("wanted ids or conditions, got both".into())),
         }
     }
 
-    async fn by_id(&self, store: &Store) -> Result<(Vec<AdminJob>, Vec<JobId>), Stop> {
+    async fn by_id(&self, store: &Store) -> Result<(Vec<AdminJob>, Vec<JobId>), CliError> {
         let (mut found, mut unknown) = (Vec::new(), Vec::new());
         for &id in &self.ids {
             match store.any_job(id).await.map_err(failed)? {
@@ -111,7 +110,7 @@ impl Selection {
         Ok((found, unknown))
     }
 
-    async fn by_filter(&self, store: &Store, action: &Action) -> Result<Vec<AdminJob>, Stop> {
+    async fn by_filter(&self, store: &Store, action: &Action) -> Result<Vec<AdminJob>, CliError> {
         let mut filter = self.conditions.filter(store).await?;
         filter.not_retried = action.not_retried;
         if filter.states.is_empty() {
@@ -139,18 +138,18 @@ impl Selection {
             1 => format!("{} 1 job", action.verb),
             n => format!("{} {n} jobs", action.verb),
         };
-        if agreed(&question)? { Ok(jobs) } else { Err(Stop::Input("nothing was done".into())) }
+        if agreed(&question)? { Ok(jobs) } else { Err(CliError::Input("nothing was done".into())) }
     }
 }
 
-/// Asks on the terminal. Where there is none, nobody agrees.
-fn agreed(question: &str) -> Result<bool, Stop> {
+/// Asks for confirmation on the terminal; an error if there is none.
+fn agreed(question: &str) -> Result<bool, CliError> {
     if !io::stdin().is_terminal() {
-        return Err(Stop::Input(format!("this would {question}; say --yes if that is meant")));
+        return Err(CliError::Input(format!("this would {question}; say --yes if that is meant")));
     }
     let _ = write!(io::stderr(), "{question}? [y/N] ");
     let mut answer = String::new();
     let read = io::stdin().lock().read_line(&mut answer);
-    read.map_err(|error| Stop::Failed(format!("the answer cannot be read: {}", error.kind())))?;
+    read.map_err(|error| CliError::Failed(format!("the answer cannot be read: {}", error.kind())))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

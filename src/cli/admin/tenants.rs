@@ -1,4 +1,4 @@
-//! `hypnos admin tenants`: who is served, and the end of one who is not any more.
+//! `hypnos admin tenants`: list, enable, disable, export and delete tenants.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
@@ -12,20 +12,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::text::{plain, print_table, time};
 use super::{Place, export, failed, tenant_named};
-use crate::cli::{Stop, say};
-use crate::janitor::{self, Eraser};
+use crate::cli::error::CliError;
+use crate::cli::output::print_line;
 use crate::job::TenantId;
+use crate::maintenance::{self, Eraser};
 use crate::store::{Holdings, Store, Tenant, TenantState, WEIGHT_MAX};
 
-/// Pause between two looks at a deletion that waits for a worker.
+/// Poll interval of a deletion that waits for a worker.
 const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Command {
     /// List tenants and how much they have.
     List(List),
-    /// Serve a tenant no more: its keys are answered with 403, its waiting jobs stay where they are. What runs goes on to
-    /// its end; `hypnos admin jobs cancel --tenant NAME` ends that too.
+    /// Disable a tenant: its keys are answered with 403, its waiting jobs stay queued. Running jobs go on to their end;
+    /// `hypnos admin jobs cancel --tenant NAME` ends that too.
     Disable(Named),
     /// Serve a disabled tenant again.
     Enable(Named),
@@ -87,7 +88,7 @@ pub(in crate::cli) struct Delete {
     place: Place,
 }
 
-pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
+pub(super) fn run(command: &Command) -> Result<ExitCode, CliError> {
     match command {
         Command::List(args) => args.place.with_store(|store, _| list(args, store))?,
         Command::Disable(args) => args.place.with_store(|store, _| serve(args, store, false))?,
@@ -99,12 +100,12 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, Stop> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn list(args: &List, store: Store) -> Result<(), Stop> {
+async fn list(args: &List, store: Store) -> Result<(), CliError> {
     let mut rows = Vec::new();
     for tenant in store.tenants().await.map_err(failed)? {
         let Holdings { keys, queued, running, jobs } = store.holdings(tenant.id).await.map_err(failed)?;
         if args.json {
-            say(&json!({
+            print_line(&json!({
                 "name": tenant.name, "id": tenant.id, "state": tenant.state, "weight": tenant.weight, "created_at": time(tenant.created_ms),
                 "keys": keys, "queued": queued, "running": running, "jobs": jobs,
             })
@@ -120,35 +121,35 @@ async fn list(args: &List, store: Store) -> Result<(), Stop> {
     Ok(())
 }
 
-async fn serve(args: &Named, store: Store, served: bool) -> Result<(), Stop> {
+async fn serve(args: &Named, store: Store, served: bool) -> Result<(), CliError> {
     let tenant = tenant_named(&store, &args.name).await?;
     let verb = if served { "enabled" } else { "disabled" };
     if tenant.id == TenantId::LOCAL {
-        return Err(Stop::Input(format!(
+        return Err(CliError::Input(format!(
             "{:?} is the tenant of a service without keys, which cannot be {verb}: stop the service instead",
             tenant.name
         )));
     }
-    if !store.serve_tenant(tenant.id, served).await.map_err(failed)? {
-        return Err(Stop::Input(format!("{:?} is being deleted, and cannot be {verb}", tenant.name)));
+    if !store.enable_tenant(tenant.id, served).await.map_err(failed)? {
+        return Err(CliError::Input(format!("{:?} is being deleted, and cannot be {verb}", tenant.name)));
     }
-    say(&format!("{verb}; servers notice within 30 seconds"));
+    print_line(&format!("{verb}; servers notice within 30 seconds"));
     Ok(())
 }
 
-async fn weigh(args: &Weight, store: Store) -> Result<(), Stop> {
+async fn weigh(args: &Weight, store: Store) -> Result<(), CliError> {
     let tenant = tenant_named(&store, &args.name).await?;
     store.set_tenant_weight(tenant.id, args.weight).await.map_err(failed)?;
-    say(&format!("weight {}, from the next claim on", args.weight));
+    print_line(&format!("weight {}, from the next claim on", args.weight));
     Ok(())
 }
 
-async fn export(args: &Export, store: Store, stop: CancellationToken) -> Result<ExitCode, Stop> {
+async fn export(args: &Export, store: Store, stop: CancellationToken) -> Result<ExitCode, CliError> {
     let tenant = tenant_named(&store, &args.name).await?;
     export::export(&store, &args.place.blobs(&store).await?, &tenant, &args.out, &stop).await
 }
 
-async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<(), Stop> {
+async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<(), CliError> {
     let tenant = tenant_named(&store, &args.name).await?;
     let blobs = args.place.blobs(&store).await?;
     let holdings = store.holdings(tenant.id).await.map_err(failed)?;
@@ -160,13 +161,13 @@ async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<
     let bar =
         ProgressBar::new(holdings.jobs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut left = holdings.jobs;
-    // This process is one more of those that tidy up; what it does not come to, they do.
+    // This process runs the maintenance itself; the service continues what it does not finish.
     let mut eraser = Eraser::new(store.clone(), blobs);
     let broken_off = |why: &dyn std::fmt::Display| {
-        Stop::Failed(format!("broken off: {why}; the service goes on with it, or the same command"))
+        CliError::Failed(format!("interrupted: {why}; the service or the same command continues"))
     };
     loop {
-        janitor::rescue(&store).await.map_err(|error| broken_off(&error))?;
+        maintenance::rescue(&store).await.map_err(|error| broken_off(&error))?;
         let stays = eraser.round().await.map_err(|error| broken_off(&error))?;
         let there = store.tenant_named(&tenant.name).await.map_err(failed)?;
         if there.is_none_or(|there| there.id != tenant.id || there.state != TenantState::Deleting) {
@@ -183,13 +184,13 @@ async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<
         left = now;
         tokio::select! {
             () = stop.cancelled() => {
-                return Err(Stop::Failed("told to stop: the service goes on with it, or the same command".into()));
+                return Err(CliError::Failed("stopped: the service or the same command continues".into()));
             }
             () = tokio::time::sleep(pause) => {}
         }
     }
     bar.finish_and_clear();
-    say(&match tenant.id {
+    print_line(&match tenant.id {
         TenantId::LOCAL => format!("all that {:?} had is erased; the tenant itself stays", tenant.name),
         _ => format!("{:?} is erased", tenant.name),
     });
@@ -197,7 +198,7 @@ async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<
 }
 
 /// Has the name typed once more.
-fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), Stop> {
+fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), CliError> {
     let typed = match &args.yes_delete {
         Some(name) => name.clone(),
         None if io::stdin().is_terminal() => {
@@ -209,17 +210,17 @@ fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), St
             );
             let mut line = String::new();
             let read = io::stdin().lock().read_line(&mut line);
-            read.map_err(|error| Stop::Failed(format!("the name cannot be read: {}", error.kind())))?;
+            read.map_err(|error| CliError::Failed(format!("the name cannot be read: {}", error.kind())))?;
             line.trim_end_matches(['\r', '\n']).to_owned()
         }
         None => {
             let wanted =
                 format!("this would erase {:?} for good; say --yes-delete {:?}", tenant.name, tenant.name);
-            return Err(Stop::Input(format!("{wanted} if that is meant")));
+            return Err(CliError::Input(format!("{wanted} if that is meant")));
         }
     };
     if typed == tenant.name {
         return Ok(());
     }
-    Err(Stop::Input(format!("nothing was erased: wanted the name {:?}, got {typed:?}", tenant.name)))
+    Err(CliError::Input(format!("nothing was erased: wanted the name {:?}, got {typed:?}", tenant.name)))
 }

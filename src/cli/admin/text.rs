@@ -1,12 +1,12 @@
-//! Rows for a terminal: aligned columns, times and ages as people read them.
+//! Formatting for the terminal: aligned columns, times and ages.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::cli::say;
+use crate::cli::output::print_line;
 
-/// Prints rows under a head, each column as wide as its widest cell.
+/// Prints rows under a header, each column as wide as its widest cell.
 pub(super) fn print_table(head: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..head.len())
         .map(|i| {
@@ -15,7 +15,7 @@ pub(super) fn print_table(head: &[&str], rows: &[Vec<String>]) {
         .collect();
     let line = |cells: Vec<&str>| {
         let padded = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
-        say(padded.collect::<Vec<_>>().join("  ").trim_end());
+        print_line(padded.collect::<Vec<_>>().join("  ").trim_end());
     };
     line(head.to_vec());
     for row in rows {
@@ -23,17 +23,17 @@ pub(super) fn print_table(head: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-/// Text of a client's or an operator's, in one line and without what a terminal would obey.
+/// A client's or operator's text in one line, without control characters.
 pub(super) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-/// A time as JSON has it.
+/// A time in RFC 3339.
 pub(super) fn time(ms: i64) -> String {
     Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |time| time.to_string())
 }
 
-/// How long ago a time is, in its largest unit.
+/// The age of a time, in its largest unit.
 pub(super) fn age(ms: i64) -> String {
     let secs = (Timestamp::now().as_millisecond() - ms).max(0) / 1000;
     match secs {

@@ -21,8 +21,8 @@ pub(super) struct Torch {
 }
 
 impl Torch {
-    /// Starts `python` with PyTorch on `n_threads` threads, for work on `device` in `dtype`. [`Error::Bad`] if it cannot be
-    /// started or lacks torch.
+    /// Starts `python` with PyTorch on `n_threads` threads, for work on `device` in `dtype`. [`Error::Bad`] if it
+    /// cannot be started or lacks torch.
     pub(super) fn start(python: &str, n_threads: usize, device: &str, dtype: &str) -> Result<Self> {
         let mut child = Command::new(python)
             .args(["-c", PROGRAM, &n_threads.to_string(), device, dtype])

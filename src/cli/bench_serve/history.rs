@@ -1,11 +1,11 @@
 //! What jobs that ended long ago cost: how long lists and claims take beside `--ended` of them.
 //!
-//! The jobs are one tenant's, spread over 90 days: one in ten is a training, the others are samples, each drawn with the
-//! training before it; four in five succeeded, one in 25 was canceled, the others failed. They are written with SQL, for
-//! submitting a million takes an hour.
+//! The jobs are one tenant's, spread over 90 days: one in ten is a training, the others are samples, each drawn with
+//! the training before it; four in five succeeded, one in 25 was canceled, the others failed. They are written with
+//! SQL, for submitting a million takes an hour.
 //!
-//! A list is asked for by HTTP, one request at a time. A claim is that of a training that was just submitted, the only one
-//! that waits; counted is the time in the worker's process until it has the job.
+//! A list is asked for by HTTP, one request at a time. A claim is that of a training that was just submitted, the only
+//! one that waits; counted is the time in the worker's process until it has the job.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
-use super::{House, failed};
-use crate::cli::{Stop, say};
+use super::{Service, failed};
+use crate::cli::error::CliError;
+use crate::cli::output::print_line;
 use crate::job::{Fault, FaultCode, JobId, Kind, TenantId, TrainOptions, TrainSpec};
 
 const ROWS_PER_STATEMENT: usize = 1000;
@@ -26,16 +27,16 @@ const RARE_EVERY: usize = 5_000;
 struct Times(Vec<f64>);
 
 impl Times {
-    fn say(mut self, name: &str) {
+    fn print(mut self, name: &str) {
         self.0.sort_by(f64::total_cmp);
         let at = |share: f64| self.0[((self.0.len() - 1) as f64 * share).round() as usize];
-        say(&format!("{name:<32} {:>8.2} {:>8.2} {:>8.2}", at(0.5), at(0.95), at(1.0)));
+        print_line(&format!("{name:<32} {:>8.2} {:>8.2} {:>8.2}", at(0.5), at(0.95), at(1.0)));
     }
 }
 
 /// Writes `n` jobs that have ended into the table; a training among them, from the middle.
-pub(super) async fn fill(house: &House, n: usize) -> Result<JobId, Stop> {
-    let mut connection = Connected::open(&house.database).await.map_err(words)?;
+pub(super) async fn fill(service: &Service, n: usize) -> Result<JobId, CliError> {
+    let mut connection = Connected::open(&service.database).await.map_err(words)?;
     let spec = TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| words(error.message))?;
     let spec = serde_json::to_string(&spec).map_err(words)?;
     let now = jiff::Timestamp::now().as_millisecond();
@@ -50,7 +51,7 @@ pub(super) async fn fill(house: &House, n: usize) -> Result<JobId, Stop> {
                 middle = middle.or_else(|| (i >= n / 2).then_some(id));
             }
             let comma = if i == from { "" } else { "," };
-            write!(sql, "{comma}\n{}", row(house.tenant, id, parent, i, ended_ms, &spec)).map_err(words)?;
+            write!(sql, "{comma}\n{}", row(service.tenant, id, parent, i, ended_ms, &spec)).map_err(words)?;
         }
         connection.run(sql).await.map_err(words)?;
     }
@@ -88,7 +89,7 @@ fn id_of(ms: i64, i: usize) -> JobId {
 }
 
 /// Times lists and claims, `n` times each.
-pub(super) async fn measure(house: &House, training: JobId, n: usize) -> Result<(), Stop> {
+pub(super) async fn measure(service: &Service, training: JobId, n: usize) -> Result<(), CliError> {
     let days = |days: i32| {
         let then = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24 * i64::from(days));
         then.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
@@ -108,13 +109,13 @@ pub(super) async fn measure(house: &House, training: JobId, n: usize) -> Result<
         ("samples, canceled", "/v1/samples?limit=20&state=canceled".to_owned()),
         ("samples of one training", format!("/v1/samples?job_id={training}")),
     ];
-    say(&format!("{:<32} {:>8} {:>8} {:>8}", "ms", "median", "p95", "largest"));
+    print_line(&format!("{:<32} {:>8} {:>8} {:>8}", "ms", "median", "p95", "largest"));
     let client = reqwest::Client::new();
     for (name, path) in lists {
         let mut times = Times(Vec::new());
         for _ in 0..n {
             let began = Instant::now();
-            let request = client.get(format!("http://{}{path}", house.address)).bearer_auth(&house.key);
+            let request = client.get(format!("http://{}{path}", service.address)).bearer_auth(&service.key);
             let answer = request.send().await.map_err(words)?;
             let status = answer.status().as_u16();
             answer.bytes().await.map_err(words)?;
@@ -123,22 +124,22 @@ pub(super) async fn measure(house: &House, training: JobId, n: usize) -> Result<
             }
             times.0.push(began.elapsed().as_secs_f64() * 1e3);
         }
-        times.say(name);
+        times.print(name);
     }
     let (worker, kinds) = (Uuid::now_v7(), [Kind::Train, Kind::Sample]);
     let (lease, deadline) = (Duration::from_mins(1), Duration::from_mins(10));
     let mut times = Times(Vec::new());
     for _ in 0..n {
-        let id = house.submit().await?;
+        let id = service.submit().await?;
         let began = Instant::now();
-        let claim = house.store.claim(worker, &kinds, lease, deadline).await.map_err(failed)?;
+        let claim = service.store.claim(worker, &kinds, lease, deadline).await.map_err(failed)?;
         times.0.push(began.elapsed().as_secs_f64() * 1e3);
         let claim = claim.filter(|claim| claim.job.id == id);
         let claim = claim.ok_or_else(|| words("the training that was submitted was not claimed"))?;
         let fault = Fault::new(FaultCode::Input, "nothing is trained here");
-        house.store.fail(claim.job.lease(), &fault, None).await.map_err(failed)?;
+        service.store.fail(claim.job.lease(), &fault, None).await.map_err(failed)?;
     }
-    times.say("claim");
+    times.print("claim");
     Ok(())
 }
 
@@ -166,6 +167,6 @@ impl Connected {
     }
 }
 
-fn words(error: impl std::fmt::Display) -> Stop {
-    Stop::Failed(error.to_string())
+fn words(error: impl std::fmt::Display) -> CliError {
+    CliError::Failed(error.to_string())
 }

@@ -1,4 +1,4 @@
-//! Names of methods and their ablations, and what they stand for.
+//! Names of methods and their ablations, and their training options.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,13 +6,13 @@ use std::str::FromStr;
 use serde_json::{Map, Value, json};
 
 use crate::cli::train::set;
-use crate::job::{Method, TrainOptions, overlay};
+use crate::job::{Method, TrainOptions, merge_json};
 use crate::ml::bundle::Manifest;
 
-/// What may be left out of a method (section 4.2 of arXiv 2410.14265), and how.
+/// Parts that can be left out of a method (section 4.2 of arXiv 2410.14265).
 const PARTS: [&str; 5] = ["s_p", "perceptual", "discriminator", "views", "prior"];
 
-/// A method, what is left out of it, and its learning rate: `hypnos-no-s_p`, `dreambooth@1e-6`.
+/// A method, the parts left out of it, and its learning rate: `hypnos-no-s_p`, `dreambooth@1e-6`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Recipe {
     method: Method,
@@ -55,8 +55,8 @@ impl fmt::Display for Recipe {
 }
 
 impl Recipe {
-    /// The options of a training, from below: what suits the `bundle` for this method, what is `common` to all, what was `asked`
-    /// for, and what the name says.
+    /// The options of a training. Later ones override earlier ones: what suits the `bundle` for this method, what is
+    /// `common` to all, what was `asked` for, and the recipe itself.
     pub(super) fn options(
         &self,
         bundle: &Manifest,
@@ -64,8 +64,8 @@ impl Recipe {
         asked: &Map<String, Value>,
     ) -> Map<String, Value> {
         let mut all = bundle.suited(self.method.as_str());
-        overlay(&mut all, common);
-        overlay(&mut all, &Value::Object(asked.clone()));
+        merge_json(&mut all, common);
+        merge_json(&mut all, &Value::Object(asked.clone()));
         let mut all = all.as_object().cloned().unwrap_or_default();
         all.insert("method".to_owned(), json!(self.method));
         let steps = all.get("steps").cloned().unwrap_or_else(|| json!(TrainOptions::of(self.method).steps));
@@ -78,14 +78,14 @@ impl Recipe {
         });
         let rate = self.learning_rate.map(|rate| ("learning_rate", json!(rate)));
         for (key, value) in without.chain(rate) {
-            // Where something else than an object stands on the way, the options' own check says so.
+            // If the path leads through something other than an object, the options' own check reports it.
             let _ = set(&mut all, key, value);
         }
         all
     }
 }
 
-/// The class that a directory is named for: `rattan_chair-2` is a rattan chair.
+/// The class name from the name of a directory: `rattan_chair-2` is a rattan chair.
 pub(super) fn class_of(name: &str) -> String {
     let words = name.trim_end_matches(|c: char| c.is_ascii_digit() || matches!(c, '-' | '_' | ' '));
     words.replace(['_', '-'], " ")

@@ -1,4 +1,4 @@
-//! A client of the service, as a shop's backend would write it.
+//! A client of the service, as a shop's backend would use it.
 
 use std::time::{Duration, Instant};
 
@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::products::Product;
-use crate::cli::{Stop, say};
+use crate::cli::error::CliError;
+use crate::cli::output::print_line;
 
-/// How long an answer may wait for a change, in seconds.
+/// Query parameter: how long an answer may wait for a change, in seconds.
 const WAIT: &str = "wait=20";
 
 pub(super) struct Client {
@@ -21,7 +22,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(url: String) -> Result<Self, Stop> {
+    pub(super) fn new(url: String) -> Result<Self, CliError> {
         let _ = rustls::crypto::ring::default_provider().install_default(); // the first one stays
         let http = reqwest::Client::builder().timeout(Duration::from_mins(2)).build().map_err(failed)?;
         Ok(Self { http, url })
@@ -31,8 +32,8 @@ impl Client {
         &self.url
     }
 
-    /// Waits until the service takes requests, or ends.
-    pub(super) async fn is_ready(&self, stop: &CancellationToken) -> Result<(), Stop> {
+    /// Waits until the service is ready, or until it stops.
+    pub(super) async fn is_ready(&self, stop: &CancellationToken) -> Result<(), CliError> {
         let ready = async {
             while !self
                 .http
@@ -44,11 +45,13 @@ impl Client {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        stop.run_until_cancelled(ready).await.ok_or_else(|| Stop::Failed("the service did not start".into()))
+        stop.run_until_cancelled(ready)
+            .await
+            .ok_or_else(|| CliError::Failed("the service did not start".into()))
     }
 
     /// Queues a training.
-    pub(super) async fn upload(&self, product: &Product, options: &Value) -> Result<Value, Stop> {
+    pub(super) async fn upload(&self, product: &Product, options: &Value) -> Result<Value, CliError> {
         let mut form =
             Form::new().text("class_name", product.class_name.clone()).text("options", options.to_string());
         for (i, photo) in product.photos.iter().enumerate() {
@@ -57,8 +60,8 @@ impl Client {
         json_of(self.http.post(format!("{}/v1/jobs", self.url)).multipart(form)).await
     }
 
-    /// Follows a training to its end: a bar, and a line for each phase that is done with the time it took.
-    pub(super) async fn follow(&self, job: &Value) -> Result<(), Stop> {
+    /// Follows a training to its end: shows a progress bar, and prints a line with the duration of each finished phase.
+    pub(super) async fn follow(&self, job: &Value) -> Result<(), CliError> {
         let url = job["links"]["self"].as_str().unwrap_or_default();
         let style = ProgressStyle::with_template("{prefix:18} {bar:32} {pos} of {len}  {msg}");
         let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -78,7 +81,7 @@ impl Client {
                 state
             });
             if now != phase.name {
-                bar.suspend(|| say(&phase.told()));
+                bar.suspend(|| print_line(&phase.summary()));
                 phase = Phase::begin(now);
             }
             match state {
@@ -87,7 +90,7 @@ impl Client {
                 _ => {
                     bar.finish_and_clear();
                     let why = job["error"]["message"].as_str().unwrap_or("it was canceled");
-                    return Err(Stop::Failed(format!("the training {state}: {why}")));
+                    return Err(CliError::Failed(format!("the training {state}: {why}")));
                 }
             }
         }
@@ -95,8 +98,8 @@ impl Client {
         Ok(())
     }
 
-    /// Draws, and waits for the pictures.
-    pub(super) async fn draw(&self, job: &str, prompts: &[&str]) -> Result<Value, Stop> {
+    /// Draws a sample, and waits for its images.
+    pub(super) async fn draw(&self, job: &str, prompts: &[&str]) -> Result<Value, CliError> {
         let spec = json!({ "prompts": prompts, "seed": 1 });
         let begun = Instant::now();
         let asked = self.http.post(format!("{}/v1/jobs/{job}/sample", self.url)).json(&spec);
@@ -107,20 +110,25 @@ impl Client {
         }
         if sample["state"] != "succeeded" {
             let why = sample["error"]["message"].as_str().unwrap_or("it was canceled");
-            return Err(Stop::Failed(format!("nothing was drawn: {why}")));
+            return Err(CliError::Failed(format!("nothing was drawn: {why}")));
         }
-        say(&format!("{:10} {} pictures, {:.0} s", "sample", prompts.len(), begun.elapsed().as_secs_f64()));
+        print_line(&format!(
+            "{:10} {} pictures, {:.0} s",
+            "sample",
+            prompts.len(),
+            begun.elapsed().as_secs_f64()
+        ));
         Ok(sample)
     }
 
-    /// The bytes behind a link.
-    pub(super) async fn fetch(&self, url: &str) -> Result<Vec<u8>, Stop> {
+    /// Fetches the bytes of a link.
+    pub(super) async fn fetch(&self, url: &str) -> Result<Vec<u8>, CliError> {
         let answer = self.http.get(url).send().await.and_then(Response::error_for_status).map_err(failed)?;
         Ok(answer.bytes().await.map_err(failed)?.to_vec())
     }
 }
 
-/// A phase of the job, from when it was first seen.
+/// A phase of the job, since it was first seen.
 struct Phase {
     name: String,
     begun: Instant,
@@ -142,27 +150,27 @@ impl Phase {
         bar.set_message(left.unwrap_or_default());
     }
 
-    fn told(&self) -> String {
+    fn summary(&self) -> String {
         let steps = if self.total > 0 { format!("{} steps, ", self.total) } else { String::new() };
         format!("{:18} {steps}{:.0} s", self.name.replace('_', " "), self.begun.elapsed().as_secs_f64())
     }
 }
 
-async fn json_of(request: RequestBuilder) -> Result<Value, Stop> {
+async fn json_of(request: RequestBuilder) -> Result<Value, CliError> {
     good(request.send().await.map_err(failed)?).await
 }
 
-/// The document of an answer; a refusal's own line else.
-async fn good(answer: Response) -> Result<Value, Stop> {
+/// The JSON document of an answer; an error with the problem's detail otherwise.
+async fn good(answer: Response) -> Result<Value, CliError> {
     let status = answer.status();
     let document: Value = answer.json().await.map_err(failed)?;
     if status.is_success() {
         return Ok(document);
     }
     let why = document["detail"].as_str().unwrap_or("no reason was given");
-    Err(Stop::Failed(format!("the service answered {status}: {why}")))
+    Err(CliError::Failed(format!("the service answered {status}: {why}")))
 }
 
-fn failed(error: reqwest::Error) -> Stop {
-    Stop::Failed(format!("the service: {error}"))
+fn failed(error: reqwest::Error) -> CliError {
+    CliError::Failed(format!("the service: {error}"))
 }

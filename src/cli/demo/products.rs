@@ -1,28 +1,28 @@
-//! The demo's products: `examples/products`, in the program itself.
+//! The demo's products: `examples/products`, embedded in the program.
 
 use include_dir::{Dir, include_dir};
 use serde::Deserialize;
 
 static FILES: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/examples/products");
 
-/// The one that is taken if none is named.
+/// The default product.
 pub(in crate::cli) const FIRST: &str = "dotted-teapot";
 
 /// A product and its photos.
 #[derive(Clone, Debug, Deserialize)]
 pub(in crate::cli) struct Product {
-    /// By which it is chosen.
+    /// Its name.
     pub(in crate::cli) name: String,
-    /// What kind of thing it is.
+    /// Its class name.
     pub(in crate::cli) class_name: String,
-    /// Where it stands in its photos, as a prompt says it.
+    /// Its place in the photos, as prompts say it.
     pub(in crate::cli) place: String,
-    /// The files, JPEG.
+    /// Its photos, JPEG files.
     #[serde(skip)]
     pub(in crate::cli) photos: Vec<Vec<u8>>,
 }
 
-/// All of them, with their photos.
+/// All products, with their photos.
 pub(in crate::cli) fn all() -> Vec<Product> {
     let list = FILES.get_file("products.json").expect("the list is there");
     let mut products: Vec<Product> = serde_json::from_slice(list.contents()).expect("the list is sound");
@@ -35,7 +35,7 @@ pub(in crate::cli) fn all() -> Vec<Product> {
     products
 }
 
-/// The product of that name; else one line that names all.
+/// The product of that name; an error that lists all otherwise.
 pub(in crate::cli) fn find(name: &str) -> Result<Product, String> {
     let all = all();
     let names: Vec<_> = all.iter().map(|product| product.name.clone()).collect();

@@ -1,4 +1,4 @@
-//! A training as it goes: bars on the terminal, pictures, checkpoints and the log on disk.
+//! The progress of a training: bars on the terminal; images, checkpoints and the log on disk.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -8,8 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::out::{Out, Shelf};
-use crate::cli::Stop;
+use super::out::{ClassImageCache, Out};
+use crate::cli::error::CliError;
 use crate::engine::{Beat, Flow};
 use crate::job::{Phase, Progress};
 use crate::ml::train::Taken;
@@ -17,10 +17,10 @@ use crate::report::{self, Times};
 
 const LOG: &str = "log.jsonl";
 
-/// Hears a training.
+/// Receives the events of a training.
 pub(super) struct Show<'a> {
     out: &'a Out,
-    shelf: &'a Shelf,
+    class_image_cache: &'a ClassImageCache,
     checkpoint_every: u64,
     stop: &'a CancellationToken,
     bar: ProgressBar,
@@ -29,14 +29,14 @@ pub(super) struct Show<'a> {
     log: Log,
     /// Steps at the last checkpoint.
     kept: u64,
-    /// Why the disk would not have it; the training ends then.
-    failed: Option<Stop>,
+    /// The write error that ends the training.
+    failed: Option<CliError>,
 }
 
 impl<'a> Show<'a> {
     pub(super) fn new(
         out: &'a Out,
-        shelf: &'a Shelf,
+        class_image_cache: &'a ClassImageCache,
         checkpoint_every: u64,
         stop: &'a CancellationToken,
         bar: ProgressBar,
@@ -48,7 +48,7 @@ impl<'a> Show<'a> {
         let log = Log { path: out.dir().join(LOG), file: None, last: Instant::now() };
         Self {
             out,
-            shelf,
+            class_image_cache,
             checkpoint_every,
             stop,
             bar,
@@ -60,7 +60,7 @@ impl<'a> Show<'a> {
         }
     }
 
-    /// Takes a beat and says how the training goes on.
+    /// Handles an event and says how the training goes on.
     pub(super) fn hear(&mut self, beat: Beat) -> Flow {
         let step = match &beat {
             Beat::Progress(at) if at.phase == Phase::Training => Some(at.step),
@@ -82,13 +82,13 @@ impl<'a> Show<'a> {
         }
     }
 
-    fn take(&mut self, beat: Beat) -> Result<(), Stop> {
+    fn take(&mut self, beat: Beat) -> Result<(), CliError> {
         match beat {
             Beat::Progress(at) => {
                 self.progress(&at)?;
                 Ok(())
             }
-            Beat::ClassImage { index, png } => self.shelf.keep(index, &png),
+            Beat::ClassImage { index, png } => self.class_image_cache.keep(index, &png),
             Beat::Taken { step, taken } => self.log.step(step, &taken),
             Beat::Shown { what, picture } => self.out.show(what, &picture),
             Beat::Checkpoint { file, .. } => {
@@ -98,7 +98,7 @@ impl<'a> Show<'a> {
         }
     }
 
-    fn progress(&mut self, at: &Progress) -> Result<(), Stop> {
+    fn progress(&mut self, at: &Progress) -> Result<(), CliError> {
         self.times.hear(at.phase, Instant::now());
         if self.phase != Some(at.phase) {
             self.phase = Some(at.phase);
@@ -115,8 +115,8 @@ impl<'a> Show<'a> {
         Ok(())
     }
 
-    /// Ends the bars and draws the log. Gives how long each phase took; an error is what ended the training.
-    pub(super) fn finish(mut self) -> Result<Value, Stop> {
+    /// Ends the bars and draws the losses. Returns the duration of each phase, or the error that ended the training.
+    pub(super) fn finish(mut self) -> Result<Value, CliError> {
         self.bar.finish_and_clear();
         self.log.flush()?;
         if let Some(stop) = self.failed {
@@ -133,7 +133,7 @@ impl<'a> Show<'a> {
     }
 }
 
-/// One JSON object a line for each step.
+/// One line of JSON for each step.
 struct Log {
     path: std::path::PathBuf,
     file: Option<File>,
@@ -141,8 +141,8 @@ struct Log {
 }
 
 impl Log {
-    /// Opens the log after `step`: lines of later steps, which a checkpoint does not know, are taken out.
-    fn begin(&mut self, step: u64) -> Result<(), Stop> {
+    /// Opens the log after `step`: lines of later steps, which the checkpoint does not include, are removed.
+    fn begin(&mut self, step: u64) -> Result<(), CliError> {
         let lines = self.read()?;
         let kept = lines.iter().filter(|line| line["step"].as_u64().is_some_and(|s| s <= step));
         let text = kept.fold(String::new(), |text, line| text + &line.to_string() + "\n");
@@ -152,7 +152,7 @@ impl Log {
         Ok(())
     }
 
-    fn step(&mut self, step: u64, taken: &Taken) -> Result<(), Stop> {
+    fn step(&mut self, step: u64, taken: &Taken) -> Result<(), CliError> {
         let seconds = self.last.elapsed().as_secs_f64();
         self.last = Instant::now();
         let numbers = Taken::COLUMNS.iter().map(|&(name, of)| {
@@ -167,13 +167,13 @@ impl Log {
         written.map_err(|error| self.failed(&error))
     }
 
-    fn flush(&mut self) -> Result<(), Stop> {
+    fn flush(&mut self) -> Result<(), CliError> {
         let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
         synced.map_err(|error| self.failed(&error))
     }
 
-    /// Every whole line; the last may be torn.
-    fn read(&self) -> Result<Vec<Value>, Stop> {
+    /// All complete lines; the last one may be incomplete.
+    fn read(&self) -> Result<Vec<Value>, CliError> {
         let file = match File::open(&self.path) {
             Ok(file) => BufReader::new(file),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -183,7 +183,7 @@ impl Log {
         Ok(lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
-    fn failed(&self, error: &std::io::Error) -> Stop {
-        Stop::Failed(format!("{}: {error}", self.path.display()))
+    fn failed(&self, error: &std::io::Error) -> CliError {
+        CliError::Failed(format!("{}: {error}", self.path.display()))
     }
 }

@@ -1,4 +1,4 @@
-//! The page on backup and restore: its commands, as they stand there, on real databases and real stores.
+//! Backup and restore as docs/backup.md describes them, with its commands, on real databases and object stores.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -123,8 +123,8 @@ async fn is_whole(store: &Store, blobs: &Blobs, job: &Job) {
     }
 }
 
-/// What the page says of the time after a restore, once what was lost is older than a day: the sweep names it, and removes
-/// nothing of it unless told so by name.
+/// What the page says of the time after a restore, once what was lost is older than a day: the sweep names it, and
+/// removes nothing of it unless told so by name.
 async fn sweeping_wants_a_word(shop: &Shop, url: &str, blobs: &Blobs, lost: &Job) {
     let n_left = async || blobs.list(&Scope::job(lost.tenant, lost.id)).await.unwrap().len();
     let young = shop.hypnos(&["sweep", "--remove"]).await;
@@ -180,7 +180,7 @@ async fn sqlite_and_a_directory_come_back_as_they_were_backed_up() {
     let lost = trained(&store, &blobs).await;
     let deleted = kept[1].clone();
     assert!(store.delete(deleted.tenant, deleted.id).await.unwrap());
-    hypnos::janitor::Eraser::new(store.clone(), blobs.clone()).round().await.unwrap();
+    hypnos::maintenance::Eraser::new(store.clone(), blobs.clone()).round().await.unwrap();
     store.close().await;
 
     // An older database beside newer objects.

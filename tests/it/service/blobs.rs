@@ -1,4 +1,4 @@
-//! One contract, three stores: a local directory, Garage, s3s-fs. Then what only one of them can show.
+//! The contract of the object store, for a local directory, Garage and s3s-fs; then the behaviour of single ones.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -251,7 +251,7 @@ async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &Stage) {
     for nth in 0..6 {
         chaos.strike(nth, What::FailsBefore);
         let error = blobs.put_file(&key, &file, |_| {}).await.unwrap_err();
-        assert_eq!(error, Error::Away("connection reset".into()), "operation {nth}");
+        assert_eq!(error, Error::Unavailable("connection reset".into()), "operation {nth}");
         assert_eq!(stage.unfinished().await, 0, "operation {nth}");
     }
     chaos.strike(3, What::Full);
@@ -293,7 +293,7 @@ async fn what_lies_there_of_others_is_named_and_left_alone(stage: &Stage) {
     for key in &foreign {
         stage.bare.put(&format!("{}{key}", stage.prefix).into(), "x".into()).await.unwrap();
     }
-    let found = stage.blobs.look(&Scope::job(tenant, job)).await.unwrap();
+    let found = stage.blobs.list_all(&Scope::job(tenant, job)).await.unwrap();
     assert_eq!(found.entries.iter().map(|entry| entry.key.clone()).collect::<Vec<_>>(), ours);
     assert_eq!(
         found.foreign,
@@ -433,7 +433,7 @@ async fn a_bucket_with_the_wrong_secret_refuses(stage: &Stage) {
 #[tokio::test]
 async fn a_bucket_that_is_not_there_and_a_server_that_is_gone_are_away_and_not_missing() {
     let garage = Garage::start().await;
-    let blobs = open_bucket(garage.bucket()).await.with_patience(Duration::from_secs(2));
+    let blobs = open_bucket(garage.bucket()).await.with_request_timeout(Duration::from_secs(2));
     let object = blobs.put(&image_key(), "x").await.unwrap();
     let nowhere = open_bucket(Bucket { name: "nowhere".into(), ..garage.bucket() }).await;
     for error in [
@@ -452,7 +452,7 @@ async fn a_bucket_that_is_not_there_and_a_server_that_is_gone_are_away_and_not_m
     drop(garage);
     // case 68
     for error in [blobs.probe().await.unwrap_err(), blobs.get(&object).await.unwrap_err()] {
-        assert!(matches!(error, Error::Away(_)), "{error}");
+        assert!(matches!(error, Error::Unavailable(_)), "{error}");
         assert_discreet(&error);
     }
 }
@@ -533,14 +533,14 @@ async fn what_a_killed_upload_left_in_a_directory_is_swept_when_it_is_old() {
 async fn a_store_that_fails_hangs_or_is_full_says_so_in_time() {
     let directory = tempfile::tempdir().unwrap();
     let chaos = Chaos::over(Arc::new(LocalFileSystem::new_with_prefix(directory.path()).unwrap()));
-    let blobs = Blobs::over(Arc::new(chaos.clone())).with_patience(Duration::from_millis(200));
+    let blobs = Blobs::over(Arc::new(chaos.clone())).with_request_timeout(Duration::from_millis(200));
     let key = image_key();
     let object = blobs.put(&key, "picture").await.unwrap();
     let scope = job_of(&key);
     let expected = [
-        (What::FailsBefore, Error::Away("connection reset".into())),
-        (What::HangsBefore, Error::Away("timeout".into())),
-        (What::HangsAfter, Error::Away("timeout".into())),
+        (What::FailsBefore, Error::Unavailable("connection reset".into())),
+        (What::HangsBefore, Error::Unavailable("timeout".into())),
+        (What::HangsAfter, Error::Unavailable("timeout".into())),
         (What::Full, Error::Full),
     ];
     for (what, expected) in expected {
@@ -590,10 +590,10 @@ async fn a_server_in_trouble_is_asked_again_and_keeps_one_object() {
         server.calm();
     }
     // For good: an error in time, in our words.
-    let blobs = blobs.with_patience(Duration::from_secs(2));
+    let blobs = blobs.with_request_timeout(Duration::from_secs(2));
     server.strike(|_, _| true, Fault::Broken, usize::MAX);
     let error = blobs.put(&image_key(), "x").await.unwrap_err();
-    assert!(matches!(error, Error::Away(_)), "{error}");
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
     assert_discreet(&error);
 }
 
@@ -621,13 +621,13 @@ async fn a_body_cut_short_or_with_a_turned_bit_is_fetched_again_and_never_believ
 #[tokio::test]
 async fn an_upload_that_cannot_be_completed_leaves_no_part_on_the_server() {
     let server = Faulty::start().await;
-    let blobs = open_bucket(server.bucket()).await.with_patience(Duration::from_secs(3));
+    let blobs = open_bucket(server.bucket()).await.with_request_timeout(Duration::from_secs(3));
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("weights");
     std::fs::write(&file, large(7, 20 << 20)).unwrap();
     server.strike(|method, uri| method == "POST" && uri.contains("uploadId="), Fault::Broken, usize::MAX);
     let error = blobs.put_file(&weights_key(), &file, |_| {}).await.unwrap_err();
-    assert!(matches!(error, Error::Away(_)), "{error}");
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
     assert_discreet(&error);
     assert_eq!(server.unfinished(), 0);
     server.calm();
@@ -641,7 +641,7 @@ async fn an_upload_that_cannot_be_completed_leaves_no_part_on_the_server() {
 #[tokio::test]
 async fn under_any_faults_what_is_read_is_what_was_written_or_an_error() {
     let server = Faulty::start().await;
-    let blobs = open_bucket(server.bucket()).await.with_patience(Duration::from_secs(10));
+    let blobs = open_bucket(server.bucket()).await.with_request_timeout(Duration::from_secs(10));
     server.strike_at_random(11, 4);
     let (mut n_read, mut n_written) = (0, 0);
     for n in 0..60 {

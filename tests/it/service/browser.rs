@@ -1,5 +1,5 @@
-//! A browser without a window, driven through chromedriver: the few words of the WebDriver protocol (W3C) that are needed, as
-//! plain HTTP.
+//! A browser without a window, driven through chromedriver: the few words of the WebDriver protocol (W3C) that are
+//! needed, as plain HTTP.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 
-use super::floor::eventually;
 use super::s3::http;
+use super::test_workers::eventually;
 
 /// The key of an element's id in the protocol.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";

@@ -1,4 +1,4 @@
-//! The table of bad inputs: every test that it names is there.
+//! Every test that the table of bad inputs names exists.
 
 use std::fs;
 use std::path::Path;

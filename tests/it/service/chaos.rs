@@ -1,4 +1,4 @@
-//! An object store that fails where it is told to: before an operation, after it, or by never answering.
+//! An object store that fails on demand: before an operation, after it, or by never answering.
 
 use std::collections::BTreeMap;
 use std::fmt;

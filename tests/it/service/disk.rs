@@ -1,5 +1,5 @@
-//! A disk that syncs SQLite's log slowly, or not at all, when a test says so: a library that the test is run with again, in
-//! a process of its own.
+//! A disk that syncs SQLite's log slowly, or not at all, when a test says so: a library that the test is run with
+//! again, in a process of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,8 +11,8 @@ const DIRECTORY: &str = "HYPNOS_TEST_DISK";
 pub(crate) struct Disk(PathBuf);
 
 impl Disk {
-    /// In the process that has such a disk: that disk. In any other: runs the test `name` again in one that has, and gives
-    /// none when it has passed.
+    /// In the process that has such a disk: that disk. In any other: runs the test `name` again in one that has, and
+    /// gives none when it has passed.
     pub(crate) fn under(name: &str) -> Option<Self> {
         if let Some(directory) = std::env::var_os(DIRECTORY) {
             return Some(Self(directory.into()));

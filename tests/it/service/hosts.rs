@@ -1,12 +1,12 @@
-//! Machines that fail under jobs: the job goes back at no cost, and the machine takes itself out until it is well.
+//! Machines that fail under jobs: the job is released without counting an attempt, and the machine stops claiming.
 
 use std::time::Duration;
 
 use hypnos::health::{Condition, Health};
 use hypnos::job::{FaultCode, Job, State, WEIGHTS};
 
-use super::floor::{Floor, eventually, is};
 use super::scripted::{Script, expected_weights};
+use super::test_workers::{TestWorkers, eventually, is};
 
 const QUICK: Duration = Duration::from_millis(1);
 const SLOW: Duration = Duration::from_millis(10);
@@ -32,22 +32,22 @@ async fn rests(health: &Health) {
     eventually("it rests", async || is_resting(health).then_some(())).await;
 }
 
-async fn is_back_in_the_queue(floor: &Floor, job: &Job) -> Job {
-    floor.until(job, |job| job.state == State::Queued && job.attempt == 0 && job.run_lease > 0).await
+async fn is_back_in_the_queue(workers: &TestWorkers, job: &Job) -> Job {
+    workers.until(job, |job| job.state == State::Queued && job.attempt == 0 && job.run_lease > 0).await
 }
 
 // attack 5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anything() {
-    let floor = Floor::new().await;
-    let worker = floor.work(&Script::new(QUICK));
+    let workers = TestWorkers::new().await;
+    let worker = workers.start(&Script::new(QUICK));
     works(&worker.health).await;
-    let scratch = floor.settings.scratch.clone();
+    let scratch = workers.settings.scratch.clone();
     std::fs::remove_dir_all(&scratch).unwrap();
     std::fs::write(&scratch, "not a directory any more").unwrap();
     let mut jobs = Vec::new();
     for _ in 0..5 {
-        jobs.push(floor.train("mug", 5).await);
+        jobs.push(workers.train("mug", 5).await);
     }
     rests(&worker.health).await;
     assert!(!worker.health.is_ready());
@@ -65,7 +65,7 @@ async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anythi
     eventually("it was probed again", later).await;
     let mut n_claims = 0;
     for job in &jobs {
-        let row = floor.find(job).await.unwrap();
+        let row = workers.find(job).await.unwrap();
         assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
         n_claims += row.run_lease;
     }
@@ -73,7 +73,7 @@ async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anythi
 
     std::fs::remove_file(&scratch).unwrap();
     for job in &jobs {
-        let row = floor.ended(job).await;
+        let row = workers.ended(job).await;
         assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
     }
     assert_eq!(conditions(&worker.health), [Condition::Working]);
@@ -82,52 +82,52 @@ async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anythi
 
 #[tokio::test(flavor = "multi_thread")]
 async fn scratch_that_somebody_removed_is_made_anew() {
-    let floor = Floor::new().await;
-    let worker = floor.work(&Script::new(QUICK));
-    let first = floor.train("mug", 5).await;
-    assert_eq!(floor.ended(&first).await.state, State::Succeeded);
-    std::fs::remove_dir_all(&floor.settings.scratch).unwrap();
-    let training = floor.train("mug", 5).await;
-    let row = floor.ended(&training).await;
+    let workers = TestWorkers::new().await;
+    let worker = workers.start(&Script::new(QUICK));
+    let first = workers.train("mug", 5).await;
+    assert_eq!(workers.ended(&first).await.state, State::Succeeded);
+    std::fs::remove_dir_all(&workers.settings.scratch).unwrap();
+    let training = workers.train("mug", 5).await;
+    let row = workers.ended(&training).await;
     assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
-    let sample = floor.sample(first.id, 1).await;
-    assert_eq!(floor.ended(&sample).await.state, State::Succeeded);
+    let sample = workers.sample(first.id, 1).await;
+    assert_eq!(workers.ended(&sample).await.state, State::Succeeded);
     worker.stop().await;
 }
 
 // attack 5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_is_lost_is_tried_anew_and_then_ends_the_process() {
-    let floor = Floor::new().await;
-    let worker = floor.work(&Script::new(QUICK));
+    let workers = TestWorkers::new().await;
+    let worker = workers.start(&Script::new(QUICK));
     let health = worker.health.clone();
-    let job = floor.train("loses", 50).await;
-    let waiting = floor.train("mug", 5).await;
+    let job = workers.train("loses", 50).await;
+    let waiting = workers.train("mug", 5).await;
     let fault = worker.ended().await.unwrap_err();
     assert_eq!(fault.code, FaultCode::Machine);
     assert_eq!(fault.message, "no device can be used any more: an illegal memory access was encountered");
     assert!(matches!(&conditions(&health)[..], [Condition::Dead { .. }]));
     assert!(!health.is_ready());
-    let job = floor.find(&job).await.unwrap();
+    let job = workers.find(&job).await.unwrap();
     assert_eq!((job.state, job.attempt, job.error), (State::Queued, 0, None), "it cost nothing");
-    assert_eq!(floor.find(&waiting).await.unwrap().run_lease, 0, "and nothing else was touched");
+    assert_eq!(workers.find(&waiting).await.unwrap().run_lease, 0, "and nothing else was touched");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_is_well_again_works_again() {
-    let mut floor = Floor::new().await;
-    floor.settings.rest = Duration::from_millis(300); // three of which end it
+    let mut workers = TestWorkers::new().await;
+    workers.settings.backoff = Duration::from_millis(300); // three of which end it
     let script = Script::new(SLOW);
-    let worker = floor.work(&script);
-    let job = floor.train("mug", 60).await;
-    floor.until(&job, |job| job.checkpoint.is_some()).await;
+    let worker = workers.start(&script);
+    let job = workers.train("mug", 60).await;
+    workers.until(&job, |job| job.checkpoint.is_some()).await;
     script.lose_device(true);
     rests(&worker.health).await;
-    is_back_in_the_queue(&floor, &job).await;
+    is_back_in_the_queue(&workers, &job).await;
     script.lose_device(false);
-    let job = floor.ended(&job).await;
+    let job = workers.ended(&job).await;
     assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
-    assert_eq!(floor.artifact(&job, WEIGHTS).await, expected_weights(7, 60), "from its checkpoint");
+    assert_eq!(workers.artifact(&job, WEIGHTS).await, expected_weights(7, 60), "from its checkpoint");
     assert_eq!(conditions(&worker.health), [Condition::Working]);
     worker.stop().await;
 }
@@ -135,19 +135,19 @@ async fn a_device_that_is_well_again_works_again() {
 // attack 5
 #[tokio::test(flavor = "multi_thread")]
 async fn of_several_devices_the_one_that_is_lost_takes_only_itself_out() {
-    let floor = Floor::new().await;
+    let workers = TestWorkers::new().await;
     let (bad, good) = (Script::new(SLOW), Script::new(SLOW));
-    let worker = floor.work_on(&[&bad, &good], floor.blobs.clone());
-    let jobs = [floor.train("mug", 60).await, floor.train("mug", 60).await];
+    let worker = workers.start_devices(&[&bad, &good], workers.blobs.clone());
+    let jobs = [workers.train("mug", 60).await, workers.train("mug", 60).await];
     eventually("both train", async || {
         (!bad.steps("mug").is_empty() && !good.steps("mug").is_empty()).then_some(())
     })
     .await;
     bad.lose_device(true);
     for job in &jobs {
-        let row = floor.ended(job).await;
+        let row = workers.ended(job).await;
         assert_eq!((row.state, row.attempt), (State::Succeeded, 1));
-        assert_eq!(floor.artifact(&row, WEIGHTS).await, expected_weights(7, 60));
+        assert_eq!(workers.artifact(&row, WEIGHTS).await, expected_weights(7, 60));
     }
     eventually("it is given up", async || {
         matches!(conditions(&worker.health)[0], Condition::Dead { .. }).then_some(())
@@ -155,115 +155,116 @@ async fn of_several_devices_the_one_that_is_lost_takes_only_itself_out() {
     .await;
     assert_eq!(conditions(&worker.health)[1], Condition::Working);
     assert!(worker.health.is_ready());
-    let job = floor.train("mug", 5).await;
-    assert_eq!(floor.ended(&job).await.state, State::Succeeded);
+    let job = workers.train("mug", 5).await;
+    assert_eq!(workers.ended(&job).await.state, State::Succeeded);
     worker.stop().await;
 }
 
 // attack 5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_three_machines_fail_under_fails_and_does_not_walk_on() {
-    let mut floor = Floor::new().await;
-    let job = floor.train("machine", 50).await;
+    let mut workers = TestWorkers::new().await;
+    let job = workers.train("machine", 50).await;
     for (i, host) in ["first", "second", "third"].into_iter().enumerate() {
-        floor.settings.host = host.into();
-        floor.settings.rest = Duration::from_hours(1);
-        let worker = floor.work(&Script::new(QUICK));
-        let row = floor.until(&job, |job| job.run_lease == i as i64 + 1 && job.state != State::Running).await;
+        workers.settings.host = host.into();
+        workers.settings.backoff = Duration::from_hours(1);
+        let worker = workers.start(&Script::new(QUICK));
+        let row =
+            workers.until(&job, |job| job.run_lease == i as i64 + 1 && job.state != State::Running).await;
         if i < 2 {
             assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
         }
         rests(&worker.health).await;
         worker.stop().await;
     }
-    let error = floor.find(&job).await.unwrap().error.unwrap();
+    let error = workers.find(&job).await.unwrap().error.unwrap();
     assert_eq!((error.code, error.retryable), (FaultCode::Machine, false));
     assert!(error.message.starts_with("3 machines failed under it"), "{}", error.message);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_is_not_well_rests_longer_from_fault_to_fault() {
-    let floor = Floor::new().await;
-    let worker = floor.work(&Script::new(QUICK));
+    let workers = TestWorkers::new().await;
+    let worker = workers.start(&Script::new(QUICK));
     let mut rests = Vec::new();
     for _ in 0..3 {
-        let job = floor.train("machine", 50).await; // each costs nothing
+        let job = workers.train("machine", 50).await; // each costs nothing
         let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
             Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
             _ => None,
         });
         rests.push(rest.await);
-        floor.store.cancel(super::floor::TENANT, job.id).await.unwrap();
+        workers.store.cancel(super::test_workers::TENANT, job.id).await.unwrap();
         works(&worker.health).await;
     }
-    assert_eq!(rests, [1, 2, 4].map(|n| n * floor.settings.rest));
-    let job = floor.train("mug", 5).await;
-    assert_eq!(floor.ended(&job).await.state, State::Succeeded);
-    floor.train("machine", 50).await;
+    assert_eq!(rests, [1, 2, 4].map(|n| n * workers.settings.backoff));
+    let job = workers.train("mug", 5).await;
+    assert_eq!(workers.ended(&job).await.state, State::Succeeded);
+    workers.train("machine", 50).await;
     let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
         Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
         _ => None,
     });
-    assert_eq!(rest.await, floor.settings.rest, "it has been well in between");
+    assert_eq!(rest.await, workers.settings.backoff, "it has been well in between");
     worker.stop().await;
 }
 
 // attack 5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_on_a_device_that_is_lost_is_the_machine_s_fault() {
-    let floor = Floor::new().await;
-    let worker = floor.work(&Script::new(QUICK));
-    let job = floor.train("breaks", 50).await;
+    let workers = TestWorkers::new().await;
+    let worker = workers.start(&Script::new(QUICK));
+    let job = workers.train("breaks", 50).await;
     let fault = worker.ended().await.unwrap_err();
     assert!(fault.message.contains("no device can be used any more"), "{}", fault.message);
-    let row = floor.find(&job).await.unwrap();
+    let row = workers.find(&job).await.unwrap();
     assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sample_that_panics_fails_alone_and_the_training_beside_it_goes_on() {
-    let floor = Floor::new().await;
+    let workers = TestWorkers::new().await;
     let script = Script::new(SLOW);
-    let worker = floor.work(&script);
-    let parent = floor.train("mug", 2).await;
-    floor.ended(&parent).await;
-    let training = floor.train("teapot", 100).await;
-    floor.until(&training, |job| job.checkpoint.is_some()).await;
-    let sample = floor.sample_of(super::floor::TENANT, parent.id, "panics", 1, 1).await;
-    let sample = floor.ended(&sample).await;
+    let worker = workers.start(&script);
+    let parent = workers.train("mug", 2).await;
+    workers.ended(&parent).await;
+    let training = workers.train("teapot", 100).await;
+    workers.until(&training, |job| job.checkpoint.is_some()).await;
+    let sample = workers.sample_of(super::test_workers::TENANT, parent.id, "panics", 1, 1).await;
+    let sample = workers.ended(&sample).await;
     assert_eq!(sample.error.unwrap().code, FaultCode::Internal);
-    let training = floor.ended(&training).await;
+    let training = workers.ended(&training).await;
     assert_eq!((training.state, training.attempt), (State::Succeeded, 1));
-    assert_eq!(floor.artifact(&training, WEIGHTS).await, expected_weights(7, 100));
+    assert_eq!(workers.artifact(&training, WEIGHTS).await, expected_weights(7, 100));
     worker.stop().await;
 }
 
 // attack 11
 #[tokio::test(flavor = "multi_thread")]
 async fn weights_in_use_stay_however_many_others_are_fetched() {
-    let mut floor = Floor::new().await;
-    floor.settings.weights_bytes_max = 1;
+    let mut workers = TestWorkers::new().await;
+    workers.settings.weights_bytes_max = 1;
     let script = Script::new(QUICK);
-    let worker = floor.work(&script);
+    let worker = workers.start(&script);
     let mut parents = Vec::new();
     for steps in 2..5 {
-        let job = floor.train("mug", steps).await; // each with weights of its own
-        floor.ended(&job).await;
+        let job = workers.train("mug", steps).await; // each with weights of its own
+        workers.ended(&job).await;
         parents.push(job.id);
     }
     worker.stop().await;
     let scripts = [Script::new(QUICK), Script::new(QUICK), Script::new(QUICK)];
     scripts.iter().for_each(Script::hold_draws);
-    let worker = floor.work_on(&scripts.iter().collect::<Vec<_>>(), floor.blobs.clone());
+    let worker = workers.start_devices(&scripts.iter().collect::<Vec<_>>(), workers.blobs.clone());
     let mut samples = Vec::new();
     for i in 0..20 {
-        samples.push(floor.sample(parents[i % 3], 1).await);
+        samples.push(workers.sample(parents[i % 3], 1).await);
     }
     // Each device has fetched what it is about to read.
     eventually("all draw", async || scripts.iter().all(Script::is_drawing).then_some(())).await;
     scripts.iter().for_each(Script::let_draw);
     for sample in &samples {
-        let sample = floor.ended(sample).await;
+        let sample = workers.ended(sample).await;
         assert_eq!((sample.state, sample.attempt), (State::Succeeded, 1), "{:?}", sample.error);
     }
     worker.stop().await;
@@ -272,24 +273,25 @@ async fn weights_in_use_stay_however_many_others_are_fetched() {
 // attack 11
 #[tokio::test(flavor = "multi_thread")]
 async fn weights_whose_local_copy_is_gone_are_fetched_again() {
-    let floor = Floor::new().await;
+    let workers = TestWorkers::new().await;
     let script = Script::new(QUICK);
-    let worker = floor.work(&script);
-    let parent = floor.train("mug", 2).await;
-    floor.ended(&parent).await;
+    let worker = workers.start(&script);
+    let parent = workers.train("mug", 2).await;
+    workers.ended(&parent).await;
     script.hold_draws();
-    let sample = floor.sample(parent.id, 1).await;
+    let sample = workers.sample(parent.id, 1).await;
     eventually("it draws", async || script.is_drawing().then_some(())).await;
-    std::fs::remove_dir_all(floor.settings.scratch.join("weights")).unwrap();
+    std::fs::remove_dir_all(workers.settings.scratch.join("weights")).unwrap();
     script.let_draw();
-    let sample = floor.ended(&sample).await;
+    let sample = workers.ended(&sample).await;
     assert_eq!((sample.state, sample.attempt), (State::Succeeded, 1), "{:?}", sample.error);
     // What the store itself has lost is another thing.
-    let gone = floor.store.artifact(super::floor::TENANT, parent.id, WEIGHTS).await.unwrap().unwrap();
-    floor.blobs.delete(&hypnos::blobs::Key::parse(&gone.key).unwrap()).await.unwrap();
-    std::fs::remove_dir_all(floor.settings.scratch.join("weights")).unwrap();
-    let sample = floor.sample(parent.id, 1).await;
-    let sample = floor.until(&sample, is(State::Failed)).await;
+    let gone =
+        workers.store.artifact(super::test_workers::TENANT, parent.id, WEIGHTS).await.unwrap().unwrap();
+    workers.blobs.delete(&hypnos::blobs::Key::parse(&gone.key).unwrap()).await.unwrap();
+    std::fs::remove_dir_all(workers.settings.scratch.join("weights")).unwrap();
+    let sample = workers.sample(parent.id, 1).await;
+    let sample = workers.until(&sample, is(State::Failed)).await;
     assert_eq!(sample.error.unwrap().code, FaultCode::ArtifactMissing);
     worker.stop().await;
 }

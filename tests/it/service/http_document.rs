@@ -1,11 +1,11 @@
-//! The OpenAPI document: committed as it is generated, and what is true of every operation in it.
+//! The OpenAPI document: the committed one is current, and every operation in it follows the rules.
 
 use hypnos::http::{ProblemKind, openapi};
 use hypnos::job::JobId;
 use reqwest::{Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 
-use super::house::{House, form, problem};
+use super::test_app::{TestApp, form, problem};
 
 fn document() -> Value {
     serde_json::from_str(&openapi()).unwrap()
@@ -79,7 +79,7 @@ fn every_word_of_a_refused_photo_is_a_problem_of_ours() {
 
 /// A request of that operation, on these ids, with a body that would do.
 fn request(
-    house: &House,
+    app: &TestApp,
     key: Option<&str>,
     path: &str,
     method: &Method,
@@ -88,7 +88,7 @@ fn request(
 ) -> RequestBuilder {
     let id = if path.starts_with("/v1/samples") { sample } else { job };
     let path = path.replace("{id}", id).replace("{name}", "weights.safetensors").replace("{n}", "0");
-    let request = house.client.request(method.clone(), format!("{}{path}", house.url));
+    let request = app.client.request(method.clone(), format!("{}{path}", app.url));
     let request = key.into_iter().fold(request, RequestBuilder::bearer_auth);
     match path.as_str() {
         "/v1/jobs" | "/v1/photos/inspect" if method == Method::POST => request.multipart(form(3, "mug")),
@@ -100,26 +100,26 @@ fn request(
 // case 31
 #[tokio::test(flavor = "multi_thread")]
 async fn every_operation_that_says_so_wants_a_key() {
-    let house = House::start().await;
-    let id = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let app = TestApp::start().await;
+    let id = app.new_job().await["id"].as_str().unwrap().to_owned();
     for (path, method, operation) in operations(&document()) {
-        let answer = request(&house, None, &path, &method, &id, &id).send().await.unwrap();
+        let answer = request(&app, None, &path, &method, &id, &id).send().await.unwrap();
         assert_eq!(answer.status() == 401, is_keyed(&operation), "{method} {path}");
     }
-    assert!(house.row(&id, hypnos::job::Kind::Train).await.is_some());
-    house.stop().await;
+    assert!(app.row(&id, hypnos::job::Kind::Train).await.is_some());
+    app.stop().await;
 }
 
 // case 33
 #[tokio::test(flavor = "multi_thread")]
 async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
-    let house = House::start().await;
-    let job = house.trained().await.to_string();
-    let sampled = house.ask(Method::POST, &format!("/v1/jobs/{job}/sample"));
+    let app = TestApp::start().await;
+    let job = app.trained().await.to_string();
+    let sampled = app.ask(Method::POST, &format!("/v1/jobs/{job}/sample"));
     let sampled = sampled.json(&json!({ "prompts": ["{product}"] })).send().await.unwrap();
     let sample = sampled.json::<Value>().await.unwrap()["id"].as_str().unwrap().to_owned();
-    let stranger = house.floor.store.ensure_tenant("second").await.unwrap();
-    let stranger = house.new_key(stranger, hypnos::store::Scope::Write, None).await;
+    let stranger = app.workers.store.ensure_tenant("second").await.unwrap();
+    let stranger = app.new_key(stranger, hypnos::store::Scope::Write, None).await;
     let nobody = JobId::new().to_string();
 
     let told = async |response: Response| {
@@ -129,8 +129,8 @@ async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
     };
     let mut walked = 0;
     for (path, method, _) in operations(&document()).iter().filter(|(path, ..)| path.contains("{id}")) {
-        let theirs = request(&house, Some(&stranger), path, method, &job, &sample).send().await.unwrap();
-        let nothing = request(&house, Some(&stranger), path, method, &nobody, &nobody).send().await.unwrap();
+        let theirs = request(&app, Some(&stranger), path, method, &job, &sample).send().await.unwrap();
+        let nothing = request(&app, Some(&stranger), path, method, &nobody, &nobody).send().await.unwrap();
         let (theirs, nothing) = (told(theirs).await, told(nothing).await);
         assert_eq!((theirs.0, theirs.1.as_str()), (404, "not-found"), "{method} {path}");
         assert_eq!(theirs, nothing, "{method} {path}: the answer tells that it exists");
@@ -139,12 +139,12 @@ async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
     assert!(walked >= 12);
     for list in ["/v1/jobs", "/v1/samples", &format!("/v1/samples?job_id={job}")] {
         let page: Value =
-            house.ask_as(&stranger, Method::GET, list).send().await.unwrap().json().await.unwrap();
+            app.ask_as(&stranger, Method::GET, list).send().await.unwrap().json().await.unwrap();
         assert_eq!(page["data"], json!([]), "{list}");
     }
     // All is as it was.
-    assert!(house.row(&job, hypnos::job::Kind::Train).await.is_some());
-    let kept = house.row(&sample, hypnos::job::Kind::Sample).await.unwrap();
+    assert!(app.row(&job, hypnos::job::Kind::Train).await.is_some());
+    let kept = app.row(&sample, hypnos::job::Kind::Sample).await.unwrap();
     assert!(!kept.cancel_requested);
-    house.stop().await;
+    app.stop().await;
 }

@@ -1,4 +1,4 @@
-//! The wire: odd requests, slow clients, many clients, and the end of the server.
+//! HTTP connections: malformed requests, slow clients, many clients, shutdown of the server.
 
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::chaos::{Chaos, What};
-use super::floor::{Floor, eventually};
-use super::house::{House, Plan, form, problem, refusal};
 use super::postgres::Postgres;
+use super::test_app::{AppConfig, TestApp, form, problem, refusal};
+use super::test_workers::{TestWorkers, eventually};
 
 // case 34
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_id_names_nothing() {
-    let house = House::start().await;
-    let job = house.new_job().await;
+    let app = TestApp::start().await;
+    let job = app.new_job().await;
     let id = job["id"].as_str().unwrap();
     let braces = format!("%7B{id}%7D");
     let cases = [
@@ -40,21 +40,20 @@ async fn what_is_no_id_names_nothing() {
         {
             let request = format!(
                 "GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n",
-                house.key
+                app.key
             );
-            let answer = house.raw(request.as_bytes()).await;
+            let answer = app.raw(request.as_bytes()).await;
             assert!(answer.starts_with("HTTP/1.1 404"), "{path}: {answer}");
         }
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 35
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
-    let house = House::start().await;
-    let ask =
-        |id: String| house.client.get(format!("{}/healthz", house.url)).header("x-request-id", id).send();
+    let app = TestApp::start().await;
+    let ask = |id: String| app.client.get(format!("{}/healthz", app.url)).header("x-request-id", id).send();
     let long = "x".repeat(64);
     for kept in ["a", "A-1_b.2", &long] {
         assert_eq!(ask(kept.into()).await.unwrap().headers()["x-request-id"], kept);
@@ -64,31 +63,31 @@ async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
         let own = answer.headers()["x-request-id"].to_str().unwrap();
         assert!(own.len() == 36 && own != replaced, "{replaced}");
     }
-    let answer = house
+    let answer = app
         .raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\n b\r\nConnection: close\r\n\r\n")
         .await;
     assert!(answer.starts_with("HTTP/1.1 400") || !answer.contains("x-request-id: a\r\n"), "{answer}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 38
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_is_json_whatever_was_hoped_for() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     for accept in ["text/xml", "image/avif", "*/*;q=0", "nonsense"] {
-        let answer = house.ask(Method::GET, "/v1/jobs").header("accept", accept).send().await.unwrap();
+        let answer = app.ask(Method::GET, "/v1/jobs").header("accept", accept).send().await.unwrap();
         assert_eq!(
             (answer.status().as_u16(), &answer.headers()["content-type"]),
             (200, &"application/json".parse().unwrap())
         );
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 39
 #[tokio::test(flavor = "multi_thread")]
 async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     for (method, path, allow) in [
         ("PUT", "/v1/jobs", "GET,HEAD,POST"),
         ("PATCH", "/v1/jobs/x", "GET,HEAD,DELETE"),
@@ -97,7 +96,7 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
         ("DELETE", "/healthz", "GET,HEAD"),
         ("POST", "/docs", "GET,HEAD"),
     ] {
-        let answer = house.ask(method.parse().unwrap(), path).send().await.unwrap();
+        let answer = app.ask(method.parse().unwrap(), path).send().await.unwrap();
         let mut known: Vec<_> =
             answer.headers()["allow"].to_str().unwrap().split(',').map(str::to_owned).collect();
         let mut wanted: Vec<_> = allow.split(',').map(str::to_owned).collect();
@@ -106,31 +105,31 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
         assert_eq!(known, wanted, "{method} {path}");
         assert_eq!(refusal(answer).await, (405, "method-not-allowed".into()), "{method} {path}");
     }
-    let nowhere = house.get("/v2/jobs").await;
+    let nowhere = app.get("/v2/jobs").await;
     assert_eq!(refusal(nowhere).await, (404, "not-found".into()));
-    let head = house.ask(Method::HEAD, "/v1/jobs").send().await.unwrap();
+    let head = app.ask(Method::HEAD, "/v1/jobs").send().await.unwrap();
     assert_eq!(head.status(), 200);
     assert!(head.bytes().await.unwrap().is_empty());
-    let head = house.client.head(format!("{}/v1/jobs", house.url)).send().await.unwrap();
+    let head = app.client.head(format!("{}/v1/jobs", app.url)).send().await.unwrap();
     assert_eq!(head.status(), 401);
-    let connect = house
+    let connect = app
         .raw(b"CONNECT evil.example:80 HTTP/1.1\r\nHost: evil.example:80\r\nConnection: close\r\n\r\n")
         .await;
     assert!(connect.starts_with("HTTP/1.1 4"), "{connect}");
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_keeps_browsers_from_guessing() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     for path in ["/v1/jobs", "/", "/app.json", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
-        let answer = house.get(path).await;
+        let answer = app.get(path).await;
         assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{path}");
         assert!(
             answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'")
         );
     }
-    let page = house.get("/docs").await.text().await.unwrap();
+    let page = app.get("/docs").await.text().await.unwrap();
     assert!(!page.contains("<script") && !page.contains("src="), "nothing is fetched and nothing runs");
     for word in ["create_sample", "idempotency-key-reused", "TrainOptions", "At most"] {
         assert!(page.contains(word) || page.contains(&word.to_lowercase()), "{word}");
@@ -141,21 +140,21 @@ async fn every_answer_keeps_browsers_from_guessing() {
         ("/app.css", "text/css"),
         ("/app.json", "application/json"),
     ] {
-        let answer = house.get(path).await;
+        let answer = app.get(path).await;
         assert_eq!(answer.status(), 200, "{path}");
         assert!(answer.headers()["content-type"].to_str().unwrap().starts_with(kind), "{path}");
     }
-    let policy = house.get("/").await.headers()["content-security-policy"].to_str().unwrap().to_owned();
+    let policy = app.get("/").await.headers()["content-security-policy"].to_str().unwrap().to_owned();
     assert!(policy.contains("script-src 'self'") && !policy.contains("unsafe"), "{policy}");
-    let why = house.get("/problems/queue-full").await;
+    let why = app.get("/problems/queue-full").await;
     assert_eq!(why.headers()["location"], "/docs#problem-queue-full");
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 40
 #[tokio::test(flavor = "multi_thread")]
 async fn two_lengths_of_one_body_are_not_two_requests() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
     let post = "POST /v1/jobs HTTP/1.1\r\nHost: x\r\n";
     for request in [
@@ -170,7 +169,7 @@ async fn two_lengths_of_one_body_are_not_two_requests() {
         format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "y".repeat(200_000)),
         "\0\0\0\0\r\n\r\n".into(),
     ] {
-        let mut stream = house.connect().await;
+        let mut stream = app.connect().await;
         let _ = stream.write_all(request.as_bytes()).await;
         let mut answer = Vec::new();
         // The server may keep the connection for a further request, which does not come.
@@ -181,8 +180,8 @@ async fn two_lengths_of_one_body_are_not_two_requests() {
             "{request}: {answer}"
         );
     }
-    house.is_alive().await;
-    house.stop().await;
+    app.is_alive().await;
+    app.stop().await;
 }
 
 /// A frame of HTTP/2.
@@ -194,8 +193,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 // case 40
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_and_nothing_else() {
-    let house = House::start().await;
-    let mut stream = house.connect().await;
+    let app = TestApp::start().await;
+    let mut stream = app.connect().await;
     let mut hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     hello.extend(frame(4, 0, 0, &[]));
     stream.write_all(&hello).await.unwrap();
@@ -213,10 +212,10 @@ async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_an
     let mut rest = Vec::new();
     let ended = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut rest)).await.is_ok();
     assert!(cut || ended, "the connection is ended");
-    house.is_alive().await;
+    app.is_alive().await;
 
     // A thousand streams at once, ten times as many as there may be: some are answered.
-    let mut stream = house.connect().await;
+    let mut stream = app.connect().await;
     for n in 0..1000_u32 {
         hello.extend(frame(1, 5, 2 * n + 1, &headers));
     }
@@ -231,16 +230,16 @@ async fn streams_that_are_reset_as_fast_as_they_are_opened_end_the_connection_an
         }
     }
     drop(stream);
-    house.is_alive().await;
-    house.stop().await;
+    app.is_alive().await;
+    app.stop().await;
 }
 
-fn impatient() -> Plan {
+fn impatient() -> AppConfig {
     let secs = Duration::from_secs;
     let timeouts = Timeouts { head: secs(1), stall: secs(1), idle: secs(2), drain: secs(5) };
-    let mut plan = Plan { timeouts, ..Plan::default() };
-    plan.settings.upload_time = secs(1);
-    plan
+    let mut config = AppConfig { timeouts, ..AppConfig::default() };
+    config.settings.upload_time = secs(1);
+    config
 }
 
 /// Reads until the server ends the connection.
@@ -254,16 +253,16 @@ async fn closed(stream: &mut TcpStream) -> String {
 // case 41
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_clients_are_cut_off_and_others_served_meanwhile() {
-    let house = House::build(impatient()).await;
+    let app = TestApp::build(impatient()).await;
     let mut slow = Vec::new();
     for begin in ["", "P", "PRI * HT", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "] {
         for _ in 0..40 {
-            let mut stream = house.connect().await;
+            let mut stream = app.connect().await;
             stream.write_all(begin.as_bytes()).await.unwrap();
             slow.push(stream);
         }
     }
-    house.is_alive().await;
+    app.is_alive().await;
     for stream in &mut slow {
         closed(stream).await;
     }
@@ -271,26 +270,26 @@ async fn slow_clients_are_cut_off_and_others_served_meanwhile() {
     let head = format!(
         "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: 1000\r\n\
          Content-Type: multipart/form-data; boundary=b\r\n\r\n--b",
-        house.key
+        app.key
     );
-    let mut stream = house.connect().await;
+    let mut stream = app.connect().await;
     stream.write_all(head.as_bytes()).await.unwrap();
     let answer = closed(&mut stream).await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     // A connection that is kept and not used.
-    let mut stream = house.connect().await;
+    let mut stream = app.connect().await;
     stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert!(closed(&mut stream).await.starts_with("HTTP/1.1 200"));
-    house.is_clean().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.stop().await;
 }
 
 // case 41
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_does_not_read_is_cut_off() {
-    let house = House::build(impatient()).await;
+    let app = TestApp::build(impatient()).await;
     let request = "GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n".repeat(400);
-    let mut stream = house.connect().await;
+    let mut stream = app.connect().await;
     // It asks for forty megabytes and takes none: first its window is full, then the server's patience at an end.
     let asked = async {
         let mut n = 0;
@@ -300,143 +299,143 @@ async fn a_client_that_does_not_read_is_cut_off() {
         }
     };
     tokio::time::timeout(Duration::from_secs(30), asked).await.expect("the server closes");
-    house.is_alive().await;
-    house.stop().await;
+    app.is_alive().await;
+    app.stop().await;
 }
 
 // case 63
 #[tokio::test(flavor = "multi_thread")]
 async fn more_connections_than_there_are_places_wait_for_one() {
-    let house = House::build(Plan { connections_max: 4, ..impatient() }).await;
+    let app = TestApp::build(AppConfig { connections_max: 4, ..impatient() }).await;
     let mut held = Vec::new();
     for _ in 0..8 {
-        held.push(house.connect().await);
+        held.push(app.connect().await);
     }
-    house.is_alive().await; // as soon as those that say nothing are cut off
-    house.stop().await;
+    app.is_alive().await; // as soon as those that say nothing are cut off
+    app.stop().await;
 }
 
 // case 59
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_in_a_handler_is_an_answer_and_the_process_lives() {
-    let floor = Floor::new().await;
-    let chaos = Chaos::over(std::sync::Arc::new(floor.objects_store()));
+    let workers = TestWorkers::new().await;
+    let chaos = Chaos::over(std::sync::Arc::new(workers.objects_store()));
     let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
-    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
     chaos.strike(0, What::Panics);
-    let (status, slug, body) = problem(house.get("/readyz").await).await;
+    let (status, slug, body) = problem(app.get("/readyz").await).await;
     assert_eq!((status, slug.as_str()), (500, "internal"));
     assert!(!body["detail"].as_str().unwrap().contains("chaos"), "what it said is in the log only");
-    assert_eq!(house.get("/readyz").await.status(), 200);
-    house.stop().await;
+    assert_eq!(app.get("/readyz").await.status(), 200);
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new() {
-    let house = House::start().await;
-    assert_eq!(house.get("/readyz").await.status(), 200);
-    let job = house.new_job().await;
+    let app = TestApp::start().await;
+    assert_eq!(app.get("/readyz").await.status(), 200);
+    let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
     // One request is under way, an upload whose end has not come yet.
     let body = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n--b--";
     let head = format!(
         "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\
          Content-Type: multipart/form-data; boundary=b\r\n\r\n",
-        house.key,
+        app.key,
         body.len()
     );
-    let mut upload = house.connect().await;
+    let mut upload = app.connect().await;
     upload.write_all(head.as_bytes()).await.unwrap();
     upload.write_all(&body.as_bytes()[..10]).await.unwrap();
     let begun = eventually("the upload is under way", async || {
-        let figures = house.figures().await;
+        let figures = app.figures().await;
         figures.contains("hypnos_http_requests_running 2").then_some(())
     });
     begun.await;
 
-    house.closing.cancel();
+    app.closing.cancel();
     let unready = eventually("it is not ready", async || {
-        let answer = house.client.get(format!("{}/readyz", house.url)).send().await.ok()?;
+        let answer = app.client.get(format!("{}/readyz", app.url)).send().await.ok()?;
         (answer.status() == 503).then_some(answer)
     });
     assert_eq!(refusal(unready.await).await, (503, "unavailable".into()));
-    assert_eq!(house.get(&path).await.headers()["connection"], "close");
+    assert_eq!(app.get(&path).await.headers()["connection"], "close");
     upload.write_all(&body.as_bytes()[10..]).await.unwrap();
     let answer = closed(&mut upload).await;
     assert!(answer.starts_with("HTTP/1.1 422"), "{answer}");
-    let address = house.address;
-    house.stop().await;
+    let address = app.address;
+    app.stop().await;
     assert!(TcpStream::connect(address).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_figures_tell_of_requests_and_of_the_queue_but_of_no_path() {
-    let house = House::start().await;
-    let job = house.new_job().await;
+    let app = TestApp::start().await;
+    let job = app.new_job().await;
     let id = job["id"].as_str().unwrap();
-    house.get(&format!("/v1/jobs/{id}")).await;
-    let closed = house.client.get(format!("{}/metrics", house.url)).send().await.unwrap();
+    app.get(&format!("/v1/jobs/{id}")).await;
+    let closed = app.client.get(format!("{}/metrics", app.url)).send().await.unwrap();
     assert_eq!(closed.status(), 401);
-    let figures = house.figures().await;
+    let figures = app.figures().await;
     assert!(figures.contains("hypnos_jobs_queued{kind=\"train\"} 1"), "{figures}");
     assert!(figures.contains("route=\"/v1/jobs/{id}\""), "{figures}");
     assert!(!figures.contains(id));
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 9
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_invents_is_no_label_of_a_figure() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let lines = async || {
-        let figures = house.figures().await;
+        let figures = app.figures().await;
         figures.lines().filter(|line| line.starts_with("hypnos_http_requests_total")).count()
     };
-    house.ask("INVENTED".parse().unwrap(), "/v1/jobs").send().await.unwrap();
+    app.ask("INVENTED".parse().unwrap(), "/v1/jobs").send().await.unwrap();
     lines().await; // the figures' own line
     let before = lines().await;
     for n in 0..200 {
         let method: Method = format!("INVENTED{n}").parse().unwrap();
         let path = ["/v1/jobs", "/v1/nowhere"][n % 2];
         let path = format!("{path}?invented{n}");
-        let status = house.ask(method, &path).send().await.unwrap().status().as_u16();
+        let status = app.ask(method, &path).send().await.unwrap().status().as_u16();
         assert!([404, 405].contains(&status), "{status}");
-        house.get(&format!("/v1/invented{n}/x")).await;
+        app.get(&format!("/v1/invented{n}/x")).await;
     }
-    let figures = house.figures().await;
+    let figures = app.figures().await;
     assert!(!figures.contains("INVENTED") && !figures.contains("invented"), "a client's text");
     assert!(lines().await <= before + 3, "{before} lines, then {}", lines().await);
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 15
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_full_takes_no_server_out_of_service_and_one_that_is_away_does() {
-    let floor = Floor::new().await;
-    let chaos = Chaos::over(std::sync::Arc::new(floor.objects_store()));
+    let workers = TestWorkers::new().await;
+    let chaos = Chaos::over(std::sync::Arc::new(workers.objects_store()));
     let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
-    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
     chaos.strike_all(Some(What::Full));
-    let full = house.get("/readyz").await;
+    let full = app.get("/readyz").await;
     assert_eq!(full.status(), 200);
     assert!(full.text().await.unwrap().contains("full"));
     assert_eq!(
-        refusal(house.post_job(super::house::form(3, "mug")).await).await,
+        refusal(app.post_job(super::test_app::form(3, "mug")).await).await,
         (507, "storage-full".into())
     );
     chaos.strike_all(Some(What::FailsBefore));
     let away = eventually("an answer of a moment ago is not believed any more", async || {
-        Some(house.get("/readyz").await).filter(|answer| answer.status() != 200)
+        Some(app.get("/readyz").await).filter(|answer| answer.status() != 200)
     });
     assert_eq!(refusal(away.await).await, (503, "unavailable".into()));
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
     let devices = hypnos::health::Health::default();
-    let house = House::build(Plan { devices: devices.clone(), ..Plan::default() }).await;
-    assert_eq!(house.get("/readyz").await.text().await.unwrap(), "ok\n");
+    let app = TestApp::build(AppConfig { devices: devices.clone(), ..AppConfig::default() }).await;
+    assert_eq!(app.get("/readyz").await.text().await.unwrap(), "ok\n");
     let (first, second) = (devices.add("cuda:0"), devices.add("cuda:1"));
     for (say, ready) in [
         (&(|| first.working()) as &dyn Fn(), true),
@@ -445,7 +444,7 @@ async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
         (&|| first.working(), true),
     ] {
         say();
-        let answer = house.get("/readyz").await;
+        let answer = app.get("/readyz").await;
         if ready {
             assert_eq!(answer.text().await.unwrap(), "ok\n");
         } else {
@@ -454,14 +453,14 @@ async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
             assert!(!body["detail"].as_str().unwrap().contains("secret"), "that is for operators: {body}");
         }
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 15
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_without_a_body_may_say_how_it_is_packed() {
-    let house = House::start().await;
-    let job = house.new_job().await;
+    let app = TestApp::start().await;
+    let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
     for (method, path) in [
         (Method::GET, "/v1/jobs"),
@@ -469,52 +468,51 @@ async fn a_request_without_a_body_may_say_how_it_is_packed() {
         (Method::POST, &format!("{path}/cancel")),
         (Method::GET, "/readyz"),
     ] {
-        let answer = house.ask(method.clone(), path).header("content-encoding", "gzip").send().await.unwrap();
+        let answer = app.ask(method.clone(), path).header("content-encoding", "gzip").send().await.unwrap();
         assert!(answer.status().is_success(), "{method} {path}: {}", answer.status());
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_is_refused_early_still_hears_why() {
-    let mut plan = Plan::default();
-    plan.settings.photo_bytes_max = 4 << 20;
-    let house = House::build(plan).await;
+    let mut config = AppConfig::default();
+    config.settings.photo_bytes_max = 4 << 20;
+    let app = TestApp::build(config).await;
     // Each sends megabytes after the part that is refused.
     for _ in 0..20 {
         let big = reqwest::multipart::Part::bytes(vec![0; 3 << 20]);
-        let refused = house.post_job(form(1, "mug").text("unknown", "x").part("images", big)).await;
+        let refused = app.post_job(form(1, "mug").text("unknown", "x").part("images", big)).await;
         assert_eq!(refusal(refused).await, (422, "field".into()));
     }
     let began = Instant::now();
-    let _: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    let _: Value = app.get("/v1/jobs").await.json().await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(30));
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 73
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_database_is_away_the_answer_says_so_and_when_it_is_back_all_is_well() {
     let server = Postgres::own();
-    let floor = Floor::on(tempfile::tempdir().unwrap(), &server.fresh().await).await;
-    let house = House::on(floor, Plan::default()).await;
-    let job = house.new_job().await;
+    let workers = TestWorkers::on(tempfile::tempdir().unwrap(), &server.fresh().await).await;
+    let app = TestApp::on(workers, AppConfig::default()).await;
+    let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
-    assert_eq!(house.get(&path).await.status(), 200);
+    assert_eq!(app.get(&path).await.status(), 200);
     server.cut_power();
     for path in [path.as_str(), "/v1/jobs", "/readyz"] {
-        let answer = house.get(path).await;
+        let answer = app.get(path).await;
         assert!(answer.headers().contains_key("retry-after"), "{path}");
         assert_eq!(refusal(answer).await, (503, "unavailable".into()), "{path}");
     }
-    let refused = house.post_job(form(3, "mug")).await;
+    let refused = app.post_job(form(3, "mug")).await;
     assert_eq!(refusal(refused).await, (503, "unavailable".into()));
-    house.is_alive().await;
+    app.is_alive().await;
     server.start();
-    eventually("it is ready again", async || (house.get("/readyz").await.status() == 200).then_some(()))
-        .await;
-    let page: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    eventually("it is ready again", async || (app.get("/readyz").await.status() == 200).then_some(())).await;
+    let page: Value = app.get("/v1/jobs").await.json().await.unwrap();
     assert_eq!(page["data"].as_array().unwrap().len(), 1, "what was refused is not there");
     assert_eq!(page["data"][0]["id"], job["id"]);
-    house.stop().await;
+    app.stop().await;
 }

@@ -1,4 +1,4 @@
-//! A training as it changes, as server-sent events.
+//! Server-sent events of a training.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use hypnos::store::Scope;
 use reqwest::{Method, Response};
 use serde_json::Value;
 
-use super::floor::eventually;
-use super::house::{House, Plan, form, refusal};
 use super::scripted::Script;
+use super::test_app::{AppConfig, TestApp, form, refusal};
+use super::test_workers::eventually;
 
 /// A client that reads events.
 struct Events {
@@ -57,17 +57,17 @@ fn field<'a>(event: &'a [(String, String)], name: &str) -> Option<&'a str> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_is_told_once_and_the_end_ends_the_stream() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let options = r#"{"steps": 30, "class_images": 0, "evaluation": {"images": 1}}"#;
-    let job: Value = house.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
+    let job: Value = app.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
     let path = format!("/v1/jobs/{}/events", job["id"].as_str().unwrap());
-    let mut events = Events::of(house.get(&path).await);
+    let mut events = Events::of(app.get(&path).await);
     let first = events.next().await.unwrap();
     assert_eq!(field(&first, "event"), Some("job"));
     let seen: Value = serde_json::from_str(field(&first, "data").unwrap()).unwrap();
     assert_eq!((&seen["id"], &seen["state"]), (&job["id"], &serde_json::json!("queued")));
 
-    let worker = house.floor.work(&Script::new(Duration::from_millis(50)));
+    let worker = app.workers.start(&Script::new(Duration::from_millis(50)));
     let (mut versions, mut states) = (vec![field(&first, "id").unwrap().to_owned()], vec![]);
     loop {
         let event = events.next().await.expect("the stream ends after its last event");
@@ -90,31 +90,31 @@ async fn every_change_is_told_once_and_the_end_ends_the_stream() {
     worker.stop().await;
 
     // Whoever comes back with the last id is told the end, and nothing else.
-    let request = house.ask(Method::GET, &path).header("last-event-id", versions.last().unwrap());
+    let request = app.ask(Method::GET, &path).header("last-event-id", versions.last().unwrap());
     let mut events = Events::of(request.send().await.unwrap());
     assert_eq!(field(&events.next().await.unwrap(), "event"), Some("end"));
     assert!(events.next().await.is_none());
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
-    let house = House::start().await;
-    let first = house.new_job().await["id"].as_str().unwrap().to_owned();
-    let second = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let app = TestApp::start().await;
+    let first = app.new_job().await["id"].as_str().unwrap().to_owned();
+    let second = app.new_job().await["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/jobs/{second}");
-    let mut events = Events::of(house.get(&format!("{path}/events")).await);
+    let mut events = Events::of(app.get(&format!("{path}/events")).await);
     let place = |event: &[(String, String)]| {
         let job: Value = serde_json::from_str(field(event, "data").unwrap()).unwrap();
         (job["id"].as_str().unwrap().to_owned(), job["queue_position"].as_u64())
     };
     let event = events.next().await.unwrap();
     assert_eq!(place(&event), (second.clone(), Some(1)));
-    let seen = house.get(&path).await.headers()["etag"].clone();
+    let seen = app.get(&path).await.headers()["etag"].clone();
     let waiting =
-        house.ask(Method::GET, &path).header("if-none-match", seen).header("prefer", "wait=50").send();
+        app.ask(Method::GET, &path).header("if-none-match", seen).header("prefer", "wait=50").send();
     let moves = async {
-        let canceled = house.ask(Method::POST, &format!("/v1/jobs/{first}/cancel")).send().await.unwrap();
+        let canceled = app.ask(Method::POST, &format!("/v1/jobs/{first}/cancel")).send().await.unwrap();
         assert_eq!(canceled.status(), 202);
         tokio::time::timeout(Duration::from_secs(20), events.next()).await.expect("it is told").unwrap()
     };
@@ -123,57 +123,57 @@ async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
     assert_eq!(place(&event), (second, Some(0)));
     assert_eq!(waited.unwrap().json::<Value>().await.unwrap()["queue_position"], 0);
     assert!(began.elapsed() < Duration::from_secs(20), "whoever waits for a change hears of it too");
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 43
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_are_numbered_and_a_place_is_given_back_when_its_client_goes() {
-    let mut plan = Plan::default();
-    plan.settings.streams_max = 3;
-    let house = House::build(plan).await;
-    let path = format!("/v1/jobs/{}/events", house.new_job().await["id"].as_str().unwrap());
+    let mut config = AppConfig::default();
+    config.settings.streams_max = 3;
+    let app = TestApp::build(config).await;
+    let path = format!("/v1/jobs/{}/events", app.new_job().await["id"].as_str().unwrap());
     let mut open = Vec::new();
     for _ in 0..3 {
-        let mut events = Events::of(house.get(&path).await);
+        let mut events = Events::of(app.get(&path).await);
         events.next().await.unwrap();
         open.push(events);
     }
-    let refused = house.get(&path).await;
+    let refused = app.get(&path).await;
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(refusal(refused).await, (429, "too-many-requests".into()));
     open.pop();
-    eventually("a place is free", async || (house.get(&path).await.status() == 200).then_some(())).await;
-    house.stop().await;
+    eventually("a place is free", async || (app.get(&path).await.status() == 200).then_some(())).await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_ends_with_the_server_with_its_job_and_with_its_key() {
-    let mut plan = Plan::default();
-    plan.settings.key_time = Duration::from_millis(50);
-    let house = House::build(plan).await;
-    let id = house.new_job().await["id"].as_str().unwrap().to_owned();
+    let mut config = AppConfig::default();
+    config.settings.key_time = Duration::from_millis(50);
+    let app = TestApp::build(config).await;
+    let id = app.new_job().await["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/jobs/{id}/events");
 
-    let reader = house.new_key(house.tenant, Scope::Read, None).await;
-    let mut events = Events::of(house.ask_as(&reader, Method::GET, &path).send().await.unwrap());
+    let reader = app.new_key(app.tenant, Scope::Read, None).await;
+    let mut events = Events::of(app.ask_as(&reader, Method::GET, &path).send().await.unwrap());
     events.next().await.unwrap();
-    house.floor.store.revoke_key(&reader[4..16]).await.unwrap();
+    app.workers.store.revoke_key(&reader[4..16]).await.unwrap();
     let last = events.next().await.unwrap();
     assert!(field(&last, "retry").is_some() && events.next().await.is_none());
 
-    let other = house.new_job().await["id"].as_str().unwrap().to_owned();
-    let mut events = Events::of(house.get(&format!("/v1/jobs/{other}/events")).await);
+    let other = app.new_job().await["id"].as_str().unwrap().to_owned();
+    let mut events = Events::of(app.get(&format!("/v1/jobs/{other}/events")).await);
     events.next().await.unwrap();
-    house.ask(Method::DELETE, &format!("/v1/jobs/{other}")).send().await.unwrap();
+    app.ask(Method::DELETE, &format!("/v1/jobs/{other}")).send().await.unwrap();
     assert_eq!(field(&events.next().await.unwrap(), "event"), Some("end"));
-    assert!(house.row(&other, Kind::Train).await.is_none());
+    assert!(app.row(&other, Kind::Train).await.is_none());
 
-    let mut events = Events::of(house.get(&path).await);
+    let mut events = Events::of(app.get(&path).await);
     events.next().await.unwrap();
-    house.closing.cancel();
+    app.closing.cancel();
     let last = events.next().await.unwrap();
     assert_eq!(field(&last, "retry"), Some("2000"));
     assert!(events.next().await.is_none());
-    house.stop().await;
+    app.stop().await;
 }

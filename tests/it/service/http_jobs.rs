@@ -1,4 +1,4 @@
-//! Trainings over HTTP: what is accepted, what is refused, and that nothing stays of what is refused.
+//! Trainings over HTTP: what is accepted, what is rejected, and that a rejected request leaves nothing behind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,86 +11,86 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::chaos::{Chaos, What};
-use super::floor::Floor;
-use super::house::{House, Plan, file, form, photo, problem, refusal};
+use super::test_app::{AppConfig, TestApp, file, form, photo, problem, refusal};
+use super::test_workers::TestWorkers;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_accepted_seen_listed_canceled_and_deleted() {
-    let house = House::start().await;
-    let response = house.post_job(form(3, "mug")).await;
+    let app = TestApp::start().await;
+    let response = app.post_job(form(3, "mug")).await;
     assert_eq!(response.status(), 202);
     let location = response.headers()["location"].to_str().unwrap().to_owned();
     assert!(response.headers().contains_key("retry-after"));
     let job: Value = response.json().await.unwrap();
     let id = job["id"].as_str().unwrap();
-    assert_eq!(location, format!("{}/v1/jobs/{id}", house.url));
+    assert_eq!(location, format!("{}/v1/jobs/{id}", app.url));
     assert_eq!((&job["state"], &job["class_name"]), (&json!("queued"), &json!("mug")));
     assert_eq!(job["options"]["steps"], 800);
     assert_eq!(job["photos"][0], json!({ "width": 64, "height": 64, "warnings": [] }));
 
     let path = format!("/v1/jobs/{id}");
-    let seen: Value = house.get(&path).await.json().await.unwrap();
+    let seen: Value = app.get(&path).await.json().await.unwrap();
     assert_eq!((&seen["id"], &seen["queue_position"]), (&job["id"], &json!(0)));
-    let listed: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    let listed: Value = app.get("/v1/jobs").await.json().await.unwrap();
     assert_eq!((&listed["data"][0]["id"], &listed["next_cursor"]), (&job["id"], &Value::Null));
 
-    let canceled = house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    let canceled = app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
     assert_eq!(canceled.status(), 202);
     let canceled: Value = canceled.json().await.unwrap();
     assert_eq!(canceled["state"], "canceled");
-    let again = house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    let again = app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
     assert_eq!(again.json::<Value>().await.unwrap(), canceled, "it is the same the second time");
 
-    let deleted = house.ask(Method::DELETE, &path).send().await.unwrap();
+    let deleted = app.ask(Method::DELETE, &path).send().await.unwrap();
     assert_eq!(deleted.status(), 204);
-    assert_eq!(refusal(house.get(&path).await).await, (404, "not-found".into()));
-    let again = house.ask(Method::DELETE, &path).send().await.unwrap();
+    assert_eq!(refusal(app.get(&path).await).await, (404, "not-found".into()));
+    let again = app.ask(Method::DELETE, &path).send().await.unwrap();
     assert_eq!(refusal(again).await.0, 404);
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 21
 #[tokio::test(flavor = "multi_thread")]
 async fn three_to_five_photos_are_wanted() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     for n in [0, 1, 2, 6, 100] {
-        let (status, slug, body) = problem(house.post_job(form(n, "mug")).await).await;
+        let (status, slug, body) = problem(app.post_job(form(n, "mug")).await).await;
         assert_eq!(
             (status, slug.as_str(), &body["pointer"]),
             (422, "field", &json!("/images")),
             "{n} photos"
         );
     }
-    house.is_clean().await;
+    app.is_clean().await;
     for n in [3, 4, 5] {
-        assert_eq!(house.post_job(form(n, "mug")).await.status(), 202);
+        assert_eq!(app.post_job(form(n, "mug")).await.status(), 202);
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 22
 #[tokio::test(flavor = "multi_thread")]
 async fn a_class_name_has_1_to_64_characters() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let photos = || (0..3).fold(Form::new(), |form, n| form.part("images", file(photo(n))));
-    let (status, slug, body) = problem(house.post_job(photos()).await).await;
+    let (status, slug, body) = problem(app.post_job(photos()).await).await;
     assert_eq!((status, slug.as_str(), &body["pointer"]), (422, "field", &json!("/class_name")));
     for wrong in ["", "   ", &"x".repeat(65), &"x".repeat(256), &"x".repeat(10_000)] {
         let (status, _, body) =
-            problem(house.post_job(photos().text("class_name", wrong.to_owned())).await).await;
+            problem(app.post_job(photos().text("class_name", wrong.to_owned())).await).await;
         assert_eq!((status, &body["pointer"]), (422, &json!("/class_name")), "{} characters", wrong.len());
     }
     let binary = photos().part("class_name", Part::bytes(vec![0xff, 0xfe]));
-    assert_eq!(refusal(house.post_job(binary).await).await.0, 422);
-    house.is_clean().await;
-    assert_eq!(house.post_job(photos().text("class_name", "é".repeat(64))).await.status(), 202);
-    house.stop().await;
+    assert_eq!(refusal(app.post_job(binary).await).await.0, 422);
+    app.is_clean().await;
+    assert_eq!(app.post_job(photos().text("class_name", "é".repeat(64))).await.status(), 202);
+    app.stop().await;
 }
 
 // cases 23, 24
 #[tokio::test(flavor = "multi_thread")]
 async fn a_class_name_is_text_and_nothing_else() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let unseen = [
         "a\0b",
         "a\u{202e}b",
@@ -101,11 +101,11 @@ async fn a_class_name_is_text_and_nothing_else() {
         "\u{feff}a\u{2066}b",
     ];
     for wrong in unseen {
-        let (status, _, body) = problem(house.post_job(form(3, wrong)).await).await;
+        let (status, _, body) = problem(app.post_job(form(3, wrong)).await).await;
         assert_eq!((status, &body["pointer"]), (422, &json!("/class_name")), "{wrong:?}");
         assert!(!body["detail"].as_str().unwrap().contains(wrong), "what cannot be seen is not sent back");
     }
-    house.is_clean().await;
+    app.is_clean().await;
     let plain = [
         ("../../etc/passwd", "../../etc/passwd"),
         ("a/b", "a/b"),
@@ -118,22 +118,22 @@ async fn a_class_name_is_text_and_nothing_else() {
         ("'; drop table job; --", "'; drop table job; --"),
     ];
     for (sent, kept) in plain {
-        let response = house.post_job(form(3, sent)).await;
+        let response = app.post_job(form(3, sent)).await;
         assert_eq!(response.status(), 202, "{sent}");
         assert_eq!(response.json::<Value>().await.unwrap()["class_name"], kept);
     }
-    for entry in house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap() {
+    for entry in app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap() {
         assert!(entry.key.owner().is_some(), "{} is a key of ours", entry.key);
     }
-    let listed: Value = house.get("/v1/jobs?class_name=caf%C3%A9").await.json().await.unwrap();
+    let listed: Value = app.get("/v1/jobs?class_name=caf%C3%A9").await.json().await.unwrap();
     assert_eq!(listed["data"].as_array().unwrap().len(), 1);
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 25
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_may_come_in_any_order_but_none_twice_and_none_unknown() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let twice = [
         form(3, "mug").text("class_name", "cup"),
         form(3, "mug").text("options", "{}").text("options", "{}"),
@@ -142,9 +142,9 @@ async fn parts_may_come_in_any_order_but_none_twice_and_none_unknown() {
         form(3, "mug").text("Images", "10"),
     ];
     for wrong in twice {
-        assert_eq!(refusal(house.post_job(wrong).await).await, (422, "field".into()));
+        assert_eq!(refusal(app.post_job(wrong).await).await, (422, "field".into()));
     }
-    house.is_clean().await;
+    app.is_clean().await;
     let bare = |n| Part::bytes(photo(n));
     let reversed = Form::new()
         .text("options", r#"{"steps": 5}"#)
@@ -152,18 +152,18 @@ async fn parts_may_come_in_any_order_but_none_twice_and_none_unknown() {
         .part("images", bare(1).file_name("x".repeat(4000)))
         .text("class_name", "mug")
         .part("images", bare(2).file_name("../../../a\"b.exe").mime_str("text/html").unwrap());
-    let response = house.post_job(reversed).await;
+    let response = app.post_job(reversed).await;
     assert_eq!(response.status(), 202);
     assert_eq!(response.json::<Value>().await.unwrap()["options"]["steps"], 5);
-    house.stop().await;
+    app.stop().await;
 }
 
 /// A request with a form written by hand.
-fn by_hand(house: &House, content_type: &str, body: &[u8]) -> Vec<u8> {
+fn by_hand(app: &TestApp, content_type: &str, body: &[u8]) -> Vec<u8> {
     let head = format!(
         "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: {content_type}\r\n\
          Content-Length: {}\r\nConnection: close\r\n\r\n",
-        house.key,
+        app.key,
         body.len()
     );
     [head.as_bytes(), body].concat()
@@ -172,7 +172,7 @@ fn by_hand(house: &House, content_type: &str, body: &[u8]) -> Vec<u8> {
 // case 25, attack 15
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_s_name_may_be_in_any_code_page() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let names: [&[u8]; 5] = [
         b"Gr\xf6\xdfe.jpg",
         b"\x83\x5c\x95\x5c",
@@ -193,17 +193,17 @@ async fn a_file_s_name_may_be_in_any_code_page() {
                 );
             }
             body.extend_from_slice(b"--b--\r\n");
-            let answer = house.raw(&by_hand(&house, "multipart/form-data; boundary=b", &body)).await;
+            let answer = app.raw(&by_hand(&app, "multipart/form-data; boundary=b", &body)).await;
             assert!(answer.starts_with("HTTP/1.1 202"), "{}: {answer}", file_name.escape_ascii());
         }
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 26
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_that_is_none_is_refused_within_bounds() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let part = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n";
     let multipart = "multipart/form-data; boundary=b";
     let long = format!("multipart/form-data; boundary={}", "b".repeat(71));
@@ -223,31 +223,31 @@ async fn a_form_that_is_none_is_refused_within_bounds() {
         ("text/plain", "mug", "415"),
     ];
     for (content_type, body, status) in cases {
-        let answer = house.raw(&by_hand(&house, content_type, body.as_bytes())).await;
+        let answer = app.raw(&by_hand(&app, content_type, body.as_bytes())).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{content_type}: {answer}");
         assert!(answer.contains("application/problem+json"));
     }
-    house.is_clean().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.stop().await;
 }
 
 // case 27
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_is_too_long_is_refused_by_its_length_or_cut() {
-    let mut plan = Plan::default();
-    plan.settings.photo_bytes_max = 20_000;
-    let house = House::build(plan).await;
+    let mut config = AppConfig::default();
+    config.settings.photo_bytes_max = 20_000;
+    let app = TestApp::build(config).await;
     let head = |more: &str| {
         format!(
             "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\
              Content-Type: multipart/form-data; boundary=b\r\nConnection: close\r\n{more}\r\n\r\n",
-            house.key
+            app.key
         )
     };
-    let announced = house.raw(head("Content-Length: 10737418240").as_bytes()).await;
+    let announced = app.raw(head("Content-Length: 10737418240").as_bytes()).await;
     assert!(announced.starts_with("HTTP/1.1 413"), "{announced}");
 
-    let mut stream = house.connect().await;
+    let mut stream = app.connect().await;
     stream.write_all(head("Transfer-Encoding: chunked").as_bytes()).await.unwrap();
     let part = "--b\r\nContent-Disposition: form-data; name=\"images\"\r\n\r\n";
     stream.write_all(format!("{:x}\r\n{part}\r\n", part.len()).as_bytes()).await.unwrap();
@@ -260,30 +260,30 @@ async fn a_body_that_is_too_long_is_refused_by_its_length_or_cut() {
     drop(stream);
 
     let photo_too_long = form(2, "mug").part("images", file(vec![0; 20_001]));
-    let (status, slug, body) = problem(house.post_job(photo_too_long).await).await;
+    let (status, slug, body) = problem(app.post_job(photo_too_long).await).await;
     assert_eq!((status, slug.as_str(), &body["pointer"]), (413, "body-too-large", &json!("/images/2")));
 
     // Shorter than its length: the client ends its side.
-    let mut stream = house.connect().await;
-    stream.write_all(&by_hand(&house, "multipart/form-data; boundary=b", &[b'x'; 100])[..250]).await.unwrap();
+    let mut stream = app.connect().await;
+    stream.write_all(&by_hand(&app, "multipart/form-data; boundary=b", &[b'x'; 100])[..250]).await.unwrap();
     stream.shutdown().await.unwrap();
     let mut answer = String::new();
     let _ = stream.read_to_string(&mut answer).await;
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400"), "{answer}");
     // Longer than its length: the rest is no request.
-    let mut longer = by_hand(&house, "multipart/form-data; boundary=b", b"--b--");
+    let mut longer = by_hand(&app, "multipart/form-data; boundary=b", b"--b--");
     longer.extend_from_slice(b"GARBAGE\r\n\r\n");
-    let answer = house.raw(&longer).await;
+    let answer = app.raw(&longer).await;
     assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{answer}");
-    house.is_clean().await;
-    house.is_alive().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.is_alive().await;
+    app.stop().await;
 }
 
 // case 28
 #[tokio::test(flavor = "multi_thread")]
 async fn an_option_out_of_range_is_named() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let cases = [
         (r#"{"steps": -1}"#, "/options/steps"),
         (r#"{"steps": 0}"#, "/options/steps"),
@@ -307,31 +307,31 @@ async fn an_option_out_of_range_is_named() {
         ("[]", "/options"),
     ];
     for (options, pointer) in cases {
-        let response = house.post_job(form(3, "mug").text("options", options)).await;
+        let response = app.post_job(form(3, "mug").text("options", options)).await;
         let (status, slug, body) = problem(response).await;
         assert_eq!((status, slug.as_str(), &body["pointer"]), (422, "field", &json!(pointer)), "{options}");
     }
     for no_json in ["", "{", r#"{"steps": NaN}"#, r#"{"steps": 1,}"#, r#"{"steps": 1} x"#] {
-        let response = house.post_job(form(3, "mug").text("options", no_json)).await;
+        let response = app.post_job(form(3, "mug").text("options", no_json)).await;
         assert_eq!(refusal(response).await, (400, "bad-body".into()), "{no_json}");
     }
-    house.is_clean().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.stop().await;
 }
 
 // case 30
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_is_packed_is_not_unpacked() {
-    let house = House::start().await;
-    let request = house.ask(Method::POST, "/v1/jobs").header("content-encoding", "gzip").body(vec![0; 100]);
+    let app = TestApp::start().await;
+    let request = app.ask(Method::POST, "/v1/jobs").header("content-encoding", "gzip").body(vec![0; 100]);
     assert_eq!(refusal(request.send().await.unwrap()).await, (415, "media-type".into()));
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 42
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_stays_of_an_upload_that_breaks_off() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let photo = photo(0);
     let mut body = Vec::new();
     for _ in 0..3 {
@@ -339,24 +339,24 @@ async fn nothing_stays_of_an_upload_that_breaks_off() {
         body.extend_from_slice(&photo);
         body.extend_from_slice(b"\r\n");
     }
-    let whole = by_hand(&house, "multipart/form-data; boundary=b", &body);
+    let whole = by_hand(&app, "multipart/form-data; boundary=b", &body);
     for cut in [300, whole.len() / 2, whole.len() - 1] {
-        let mut stream = house.connect().await;
+        let mut stream = app.connect().await;
         stream.write_all(&whole[..cut]).await.unwrap();
         drop(stream);
     }
-    house.is_clean().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.stop().await;
 }
 
 // case 46
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_equal_requests_at_once_make_one_job_with_one_set_of_photos() {
-    let mut plan = Plan::default();
-    plan.settings.uploads_max = 100;
-    let house = House::build(plan).await;
+    let mut config = AppConfig::default();
+    config.settings.uploads_max = 100;
+    let app = TestApp::build(config).await;
     let send = |_| {
-        house.ask(Method::POST, "/v1/jobs").header("idempotency-key", "one").multipart(form(3, "mug")).send()
+        app.ask(Method::POST, "/v1/jobs").header("idempotency-key", "one").multipart(form(3, "mug")).send()
     };
     let answers = futures_util::future::join_all((0..50).map(send)).await;
     let mut ids = Vec::new();
@@ -369,17 +369,17 @@ async fn fifty_equal_requests_at_once_make_one_job_with_one_set_of_photos() {
     }
     ids.dedup();
     assert_eq!((ids.len(), replayed), (1, 49));
-    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(objects.len(), 3, "{objects:?}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // case 47
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idempotency_key_names_one_request() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let send = |key: &str, class_name: &str| {
-        let request = house.ask(Method::POST, "/v1/jobs").header("idempotency-key", key.to_owned());
+        let request = app.ask(Method::POST, "/v1/jobs").header("idempotency-key", key.to_owned());
         request.multipart(form(3, class_name)).send()
     };
     let first: Value = send("one", "mug").await.unwrap().json().await.unwrap();
@@ -399,37 +399,37 @@ async fn an_idempotency_key_names_one_request() {
         );
     }
     assert_eq!(send(&"k".repeat(255), "mug").await.unwrap().status(), 202);
-    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(objects.len(), 6);
-    house.stop().await;
+    app.stop().await;
 }
 
 // cases 45, 48
 #[tokio::test(flavor = "multi_thread")]
 async fn one_place_in_the_queue_is_given_once() {
-    let mut plan = Plan::default();
-    plan.settings.queue_max = 1;
-    plan.settings.uploads_max = 100;
-    let house = House::build(plan).await;
-    let answers = futures_util::future::join_all((0..50).map(|_| house.post_job(form(3, "mug")))).await;
+    let mut config = AppConfig::default();
+    config.settings.queue_max = 1;
+    config.settings.uploads_max = 100;
+    let app = TestApp::build(config).await;
+    let answers = futures_util::future::join_all((0..50).map(|_| app.post_job(form(3, "mug")))).await;
     let accepted = answers.iter().filter(|answer| answer.status() == 202).count();
     assert_eq!(accepted, 1);
     for answer in answers.into_iter().filter(|answer| answer.status() != 202) {
         assert!(answer.headers().contains_key("retry-after"));
         assert_eq!(refusal(answer).await, (429, "queue-full".into()));
     }
-    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(objects.len(), 3, "{objects:?}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // cases 61, 68
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
-    let floor = Floor::new().await;
-    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let workers = TestWorkers::new().await;
+    let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let blobs = Some(Blobs::over(Arc::new(chaos.clone())));
-    let house = House::on(floor, Plan { blobs, ..Plan::default() }).await;
+    let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
     for nth in 0..3 {
         for (what, status, slug) in [
             (What::FailsBefore, 503, "unavailable"),
@@ -438,43 +438,43 @@ async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
             (What::Panics, 500, "internal"),
         ] {
             chaos.strike(nth, what);
-            let answer = house.post_job(form(3, "mug")).await;
+            let answer = app.post_job(form(3, "mug")).await;
             assert_eq!(answer.headers().contains_key("retry-after"), status == 503);
             assert_eq!(refusal(answer).await, (status, slug.into()), "{nth} {what:?}");
         }
     }
-    let page: Value = house.get("/v1/jobs").await.json().await.unwrap();
+    let page: Value = app.get("/v1/jobs").await.json().await.unwrap();
     assert_eq!(page["data"], json!([]));
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_that_failed_or_was_canceled_is_done_again_without_its_photos_being_sent() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let options = r#"{"steps": 7, "seed": 11}"#;
-    let job: Value = house.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
+    let job: Value = app.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
     let retry = async |path: &str, key: Option<&str>| {
-        let request = house.ask(Method::POST, &format!("{path}/retry"));
+        let request = app.ask(Method::POST, &format!("{path}/retry"));
         let request = key.into_iter().fold(request, |request, key| request.header("idempotency-key", key));
         request.send().await.unwrap()
     };
     let (status, slug, body) = problem(retry(&path, None).await).await;
     assert_eq!((status, slug.as_str()), (409, "wrong-state"));
     assert!(body["detail"].as_str().unwrap().contains("is queued; wanted failed or canceled"), "{body}");
-    house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
 
     let answer = retry(&path, Some("again")).await;
     assert_eq!(answer.status(), 202);
     let location = answer.headers()["location"].to_str().unwrap().to_owned();
     let again: Value = answer.json().await.unwrap();
-    assert_eq!(location, format!("{}/v1/jobs/{}", house.url, again["id"].as_str().unwrap()));
+    assert_eq!(location, format!("{}/v1/jobs/{}", app.url, again["id"].as_str().unwrap()));
     assert_ne!(again["id"], job["id"]);
     assert_eq!((&again["retry_of"], &again["state"]), (&job["id"], &json!("queued")));
     for same in ["class_name", "options", "seed", "photos"] {
         assert_eq!(again[same], job[same], "{same}");
     }
-    let seen: Value = house.get(&path).await.json().await.unwrap();
+    let seen: Value = app.get(&path).await.json().await.unwrap();
     assert_eq!(
         (&seen["state"], &seen["retry_of"]),
         (&json!("canceled"), &Value::Null),
@@ -485,63 +485,63 @@ async fn a_training_that_failed_or_was_canceled_is_done_again_without_its_photos
     let replayed = retry(&path, Some("again")).await;
     assert_eq!(replayed.headers()["idempotent-replayed"], "true");
     assert_eq!(replayed.json::<Value>().await.unwrap()["id"], again["id"]);
-    let request = house.ask(Method::POST, "/v1/jobs").header("idempotency-key", "again");
+    let request = app.ask(Method::POST, "/v1/jobs").header("idempotency-key", "again");
     let other = request.multipart(form(3, "mug")).send().await.unwrap();
     assert_eq!(refusal(other).await, (422, "idempotency-key-reused".into()));
 
     // Each is deleted without the other.
-    assert_eq!(house.ask(Method::DELETE, &path).send().await.unwrap().status(), 204);
+    assert_eq!(app.ask(Method::DELETE, &path).send().await.unwrap().status(), 204);
     let id = job["id"].as_str().unwrap().parse().unwrap();
-    hypnos::janitor::erase(&house.floor.store, &house.floor.blobs, house.tenant, id).await.unwrap();
+    hypnos::maintenance::erase(&app.workers.store, &app.workers.blobs, app.tenant, id).await.unwrap();
     assert_eq!(refusal(retry(&path, None).await).await, (404, "not-found".into()));
-    let kept = house.row(again["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap();
+    let kept = app.row(again["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap();
     for photo in &kept.photos {
-        house.floor.blobs.get(photo).await.unwrap();
+        app.workers.blobs.get(photo).await.unwrap();
     }
-    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(objects.len(), 3, "{objects:?}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // cases 48, 61, for copies
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_stays_of_a_training_that_could_not_be_done_again() {
-    let floor = Floor::new().await;
-    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let workers = TestWorkers::new().await;
+    let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let blobs = Some(Blobs::over(Arc::new(chaos.clone())));
-    let mut plan = Plan { blobs, ..Plan::default() };
-    plan.settings.queue_max = 1;
-    let house = House::on(floor, plan).await;
-    let job = house.new_job().await;
+    let mut config = AppConfig { blobs, ..AppConfig::default() };
+    config.settings.queue_max = 1;
+    let app = TestApp::on(workers, config).await;
+    let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
-    house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
-    let retry = async || house.ask(Method::POST, &format!("{path}/retry")).send().await.unwrap();
+    app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    let retry = async || app.ask(Method::POST, &format!("{path}/retry")).send().await.unwrap();
     for nth in 0..6 {
         chaos.strike(nth, What::FailsBefore);
         assert_eq!(refusal(retry().await).await, (503, "unavailable".into()), "{nth}");
     }
     chaos.strike(1, What::Full);
     assert_eq!(refusal(retry().await).await, (507, "storage-full".into()));
-    house.new_job().await;
+    app.new_job().await;
     assert_eq!(refusal(retry().await).await, (429, "queue-full".into()));
-    let objects = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(objects.len(), 6, "the photos of the two that are there: {objects:?}");
-    for photo in &house.row(job["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap().photos {
-        house.floor.blobs.delete(&hypnos::blobs::Key::parse(&photo.key).unwrap()).await.unwrap();
+    for photo in &app.row(job["id"].as_str().unwrap(), hypnos::job::Kind::Train).await.unwrap().photos {
+        app.workers.blobs.delete(&hypnos::blobs::Key::parse(&photo.key).unwrap()).await.unwrap();
     }
     assert_eq!(refusal(retry().await).await, (500, "artifact-missing".into()));
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn photos_are_looked_at_without_being_kept() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let form = Form::new()
         .part("images", file(photo(1)))
         .part("images", file(b"GIF89a not welcome".to_vec()))
         .part("images", file(photo(1)))
         .part("images", file(Vec::new()));
-    let answer = house.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap();
+    let answer = app.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap();
     assert_eq!(answer.status(), 200);
     let seen: Value = answer.json().await.unwrap();
     let accepted: Vec<_> =
@@ -550,11 +550,10 @@ async fn photos_are_looked_at_without_being_kept() {
     assert_eq!(seen["photos"][1]["problem"]["type"], "/problems/image-type-unsupported");
     assert_eq!(seen["photos"][3]["problem"]["type"], "/problems/image-empty");
     assert_eq!(seen["duplicates"], json!([[0, 2]]));
-    let none =
-        house.ask(Method::POST, "/v1/photos/inspect").multipart(Form::new().text("x", "y")).send().await;
+    let none = app.ask(Method::POST, "/v1/photos/inspect").multipart(Form::new().text("x", "y")).send().await;
     assert_eq!(refusal(none.unwrap()).await.0, 422);
-    house.is_clean().await;
-    house.stop().await;
+    app.is_clean().await;
+    app.stop().await;
 }
 
 /// Finds a product that fills half of every photo, the first time; then it breaks.
@@ -575,10 +574,12 @@ impl ProductDetector for HalfOfIt {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_inspects_photos_sees_where_the_product_was_found() {
-    let house = House::build(Plan { detector: Some(Arc::new(HalfOfIt::default())), ..Plan::default() }).await;
+    let app =
+        TestApp::build(AppConfig { detector: Some(Arc::new(HalfOfIt::default())), ..AppConfig::default() })
+            .await;
     let inspect = async |files: &[Vec<u8>]| {
         let form = files.iter().fold(Form::new(), |form, bytes| form.part("images", file(bytes.clone())));
-        house.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap()
+        app.ask(Method::POST, "/v1/photos/inspect").multipart(form).send().await.unwrap()
     };
     let seen: Value = inspect(&[photo(1), b"no photo".to_vec()]).await.json().await.unwrap();
     let found = json!({"refusal": null, "warnings": ["touches the left edge"], "area": 0.5, "confidence": 0.9,
@@ -587,13 +588,13 @@ async fn whoever_inspects_photos_sees_where_the_product_was_found() {
     let answer = inspect(&[photo(1)]).await;
     assert_eq!(answer.status(), 500);
     assert!(!answer.text().await.unwrap().contains("secret"));
-    house.stop().await;
+    app.stop().await;
 }
 
 // cases 1, 8 as a client sees them
 #[tokio::test(flavor = "multi_thread")]
 async fn a_photo_that_cannot_be_used_is_named_by_its_place() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let cases = [
         (Vec::new(), 422, "image-empty"),
         (b"%PDF-1.4".to_vec(), 415, "image-type-unsupported"),
@@ -601,38 +602,38 @@ async fn a_photo_that_cannot_be_used_is_named_by_its_place() {
     ];
     for (bytes, status, slug) in cases {
         let form = form(2, "mug").part("images", file(bytes));
-        let (is_status, is_slug, body) = problem(house.post_job(form).await).await;
+        let (is_status, is_slug, body) = problem(app.post_job(form).await).await;
         assert_eq!((is_status, is_slug.as_str(), &body["pointer"]), (status, slug, &json!("/images/2")));
     }
-    house.is_clean().await;
-    let response = house.post_job(form(3, "mug").part("images", file(photo(0)))).await;
+    app.is_clean().await;
+    let response = app.post_job(form(3, "mug").part("images", file(photo(0)))).await;
     let job: Value = response.json().await.unwrap();
     assert_eq!(job["photos"][3]["warnings"], json!(["duplicate"]));
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_is_read_page_by_page_and_by_what_is_asked_for() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let mut ids = Vec::new();
     for class_name in ["mug", "cup", "mug", "cup", "mug"] {
-        let job: Value = house.post_job(form(3, class_name)).await.json().await.unwrap();
+        let job: Value = app.post_job(form(3, class_name)).await.json().await.unwrap();
         ids.insert(0, job["id"].clone());
     }
     let (mut seen, mut path) = (Vec::new(), "/v1/jobs?limit=2".to_owned());
     loop {
-        let response = house.get(&path).await;
+        let response = app.get(&path).await;
         let link = response.headers().get("link").map(|link| link.to_str().unwrap().to_owned());
         let page: Value = response.json().await.unwrap();
         seen.extend(page["data"].as_array().unwrap().iter().map(|job| job["id"].clone()));
         let Some(cursor) = page["next_cursor"].as_str() else { break };
         path = format!("/v1/jobs?limit=2&cursor={cursor}");
-        assert_eq!(link.unwrap(), format!("<{}{path}>; rel=\"next\"", house.url));
+        assert_eq!(link.unwrap(), format!("<{}{path}>; rel=\"next\"", app.url));
     }
     assert_eq!(seen, ids);
-    let mugs: Value = house.get("/v1/jobs?class_name=mug&state=queued").await.json().await.unwrap();
+    let mugs: Value = app.get("/v1/jobs?class_name=mug&state=queued").await.json().await.unwrap();
     assert_eq!(mugs["data"].as_array().unwrap().len(), 3);
-    let none: Value = house.get("/v1/jobs?created_after=2100-01-01T00:00:00Z").await.json().await.unwrap();
+    let none: Value = app.get("/v1/jobs?created_after=2100-01-01T00:00:00Z").await.json().await.unwrap();
     assert_eq!(none["data"], json!([]));
     for wrong in [
         "limit=0",
@@ -647,21 +648,21 @@ async fn a_list_is_read_page_by_page_and_by_what_is_asked_for() {
         "job_id=x",
         "limit=%ff",
     ] {
-        let refused = refusal(house.get(&format!("/v1/jobs?{wrong}")).await).await;
+        let refused = refusal(app.get(&format!("/v1/jobs?{wrong}")).await).await;
         assert_eq!(refused, (400, "bad-parameter".into()), "{wrong}");
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_has_already_is_not_sent_again() {
-    let house = House::start().await;
-    let job = house.new_job().await;
+    let app = TestApp::start().await;
+    let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
-    let first = house.get(&path).await;
+    let first = app.get(&path).await;
     let etag = first.headers()["etag"].to_str().unwrap().to_owned();
     assert!(etag.starts_with("W/\"") && first.headers().contains_key("retry-after"));
-    let ask = |etag: &str| house.ask(Method::GET, &path).header("if-none-match", etag.to_owned());
+    let ask = |etag: &str| app.ask(Method::GET, &path).header("if-none-match", etag.to_owned());
     let same = ask(&etag).send().await.unwrap();
     assert_eq!((same.status().as_u16(), same.headers()["etag"].to_str().unwrap()), (304, etag.as_str()));
     assert!(same.bytes().await.unwrap().is_empty());
@@ -669,7 +670,7 @@ async fn what_a_client_has_already_is_not_sent_again() {
     // A look that waits for a change hears of it.
     let waiting = ask(&etag).header("prefer", "wait=60").send();
     let cancel = async {
-        house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+        app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
     };
     let (changed, ()) = tokio::join!(waiting, cancel);
     let changed = changed.unwrap();
@@ -677,5 +678,5 @@ async fn what_a_client_has_already_is_not_sent_again() {
     assert!(!changed.headers().contains_key("retry-after"), "it has ended");
     assert_eq!(changed.json::<Value>().await.unwrap()["state"], "canceled");
     assert_eq!(ask(&etag).send().await.unwrap().status(), 200);
-    house.stop().await;
+    app.stop().await;
 }

@@ -1,4 +1,4 @@
-//! What stands between a client and the server: a real nginx, as it comes.
+//! Reverse proxies in front of the server: a real nginx with its default settings.
 
 use std::time::{Duration, Instant};
 
@@ -8,17 +8,17 @@ use reqwest::Method;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-use super::house::{House, Plan, problem, refusal};
 use super::nginx::Nginx;
+use super::test_app::{AppConfig, TestApp, problem, refusal};
 
 // attack 3
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_keys_refuses_what_a_proxy_passed_on_and_says_how_to_have_keys() {
-    let mut plan = Plan::default();
-    plan.settings.auth = Auth::None;
-    let house = House::build(plan).await;
+    let mut config = AppConfig::default();
+    config.settings.auth = Auth::None;
+    let app = TestApp::build(config).await;
     let ask = |name: &'static str, value: &'static str| {
-        house.client.get(format!("{}/v1/jobs", house.url)).header(name, value).send()
+        app.client.get(format!("{}/v1/jobs", app.url)).header(name, value).send()
     };
     for (name, value) in [
         ("forwarded", "for=192.0.2.60;proto=http;by=203.0.113.43"),
@@ -37,29 +37,29 @@ async fn a_server_without_keys_refuses_what_a_proxy_passed_on_and_says_how_to_ha
             "{detail}"
         );
     }
-    let old = house.raw(b"GET /v1/jobs HTTP/1.0\r\nHost: localhost\r\n\r\n").await;
+    let old = app.raw(b"GET /v1/jobs HTTP/1.0\r\nHost: localhost\r\n\r\n").await;
     assert!(old.contains("/problems/proxied") && old.contains("HTTP/1.0"), "{old}");
     assert_eq!(ask("accept", "*/*").await.unwrap().status(), 200);
 
     // nginx as it comes, and as most set it up.
     let set_up = "proxy_http_version 1.1; proxy_set_header Host localhost; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;";
-    for nginx in [Nginx::before(house.address).await, Nginx::with(house.address, set_up).await] {
-        let answer = house.client.get(format!("{}/v1/jobs", nginx.url)).send().await.unwrap();
+    for nginx in [Nginx::before(app.address).await, Nginx::with(app.address, set_up).await] {
+        let answer = app.client.get(format!("{}/v1/jobs", nginx.url)).send().await.unwrap();
         assert_eq!(refusal(answer).await, (403, "proxied".into()));
-        let ready = house.client.get(format!("{}/readyz", nginx.url)).send().await.unwrap();
+        let ready = app.client.get(format!("{}/readyz", nginx.url)).send().await.unwrap();
         assert_eq!(ready.status(), 200, "what anybody may know");
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 14
 #[tokio::test(flavor = "multi_thread")]
 async fn events_come_through_nginx_as_they_happen() {
-    let house = House::start().await;
-    let nginx = Nginx::before(house.address).await;
-    let path = format!("/v1/jobs/{}", house.new_job().await["id"].as_str().unwrap());
+    let app = TestApp::start().await;
+    let nginx = Nginx::before(app.address).await;
+    let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
     let began = Instant::now();
-    let answer = house.client.get(format!("{}{path}/events", nginx.url)).bearer_auth(&house.key).send();
+    let answer = app.client.get(format!("{}{path}/events", nginx.url)).bearer_auth(&app.key).send();
     let answer = answer.await.unwrap();
     assert_eq!(answer.status(), 200);
     let mut events = Box::pin(answer.bytes_stream());
@@ -73,20 +73,20 @@ async fn events_come_through_nginx_as_they_happen() {
     };
     until("\"queued\"").await;
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-    let canceled = house.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    let canceled = app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
     assert_eq!(canceled.status(), 202);
     until("\"canceled\"").await;
     until("event: end").await;
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 14: nginx gives a server's answer up after 60 s
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_as_long_as_anybody_asks_for_ends_before_nginx_gives_it_up() {
-    let house = House::start().await;
-    let nginx = Nginx::before(house.address).await;
-    let path = format!("/v1/jobs/{}", house.new_job().await["id"].as_str().unwrap());
-    let ask = house.client.get(format!("{}{path}", nginx.url)).bearer_auth(&house.key);
+    let app = TestApp::start().await;
+    let nginx = Nginx::before(app.address).await;
+    let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
+    let ask = app.client.get(format!("{}{path}", nginx.url)).bearer_auth(&app.key);
     let ask = ask.timeout(Duration::from_secs(90)).header("prefer", "wait=3600");
     let began = Instant::now();
     let answer = ask.send().await.unwrap();
@@ -94,17 +94,17 @@ async fn a_wait_as_long_as_anybody_asks_for_ends_before_nginx_gives_it_up() {
     assert_eq!(answer.json::<serde_json::Value>().await.unwrap()["state"], json!("queued"));
     let waited = began.elapsed().as_secs_f64();
     assert!((49.0..55.0).contains(&waited), "{waited} s");
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 14
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_says_something_at_once_even_to_one_who_has_all_there_is() {
-    let house = House::start().await;
-    let path = format!("/v1/jobs/{}", house.new_job().await["id"].as_str().unwrap());
-    let has = house.get(&path).await.headers()["etag"].to_str().unwrap().to_owned();
+    let app = TestApp::start().await;
+    let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
+    let has = app.get(&path).await.headers()["etag"].to_str().unwrap().to_owned();
     let has = has.trim_start_matches("W/").trim_matches('"').to_owned();
-    let ask = house.ask(Method::GET, &format!("{path}/events")).header("last-event-id", has);
+    let ask = app.ask(Method::GET, &format!("{path}/events")).header("last-event-id", has);
     let answer = ask.send().await.unwrap();
     assert_eq!(answer.headers()["x-accel-buffering"], "no");
     assert!(answer.headers()["cache-control"].to_str().unwrap().contains("no-transform"));
@@ -112,25 +112,25 @@ async fn a_stream_says_something_at_once_even_to_one_who_has_all_there_is() {
     let first = tokio::time::timeout(Duration::from_secs(2), events.next()).await.expect("at once");
     let first = String::from_utf8(first.unwrap().unwrap().to_vec()).unwrap();
     assert!(first.starts_with(':') && first.contains("retry:") && !first.contains("data:"), "{first}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 8: an answer that is decided before the body is read is heard, whether or not the client sends on
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_asks_whether_it_may_send_is_told_no_without_sending() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let head = |key: &str| {
         format!(
             "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 3000000000\r\n\
              Expect: 100-continue\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
         )
     };
-    let mut stream = house.connect().await;
-    stream.write_all(head(&house.key).as_bytes()).await.unwrap();
+    let mut stream = app.connect().await;
+    stream.write_all(head(&app.key).as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     let reading = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut answer);
     tokio::time::timeout(Duration::from_secs(5), reading).await.expect("the server closes").unwrap();
     let answer = String::from_utf8_lossy(&answer);
     assert!(answer.starts_with("HTTP/1.1 413") && !answer.contains("100 Continue"), "{answer}");
-    house.stop().await;
+    app.stop().await;
 }

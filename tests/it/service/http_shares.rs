@@ -1,4 +1,4 @@
-//! What tenants share: whatever one of them does, another is served.
+//! Limits shared by tenants: no tenant can block another.
 
 use std::time::{Duration, Instant};
 
@@ -9,16 +9,16 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::floor::eventually;
-use super::house::{House, Plan, form, refusal};
+use super::test_app::{AppConfig, TestApp, form, refusal};
+use super::test_workers::eventually;
 
 /// Much less than the time that a body may take to come.
 const SOON: Duration = Duration::from_secs(15);
 
-impl House {
+impl TestApp {
     /// A key of another tenant.
     async fn neighbour(&self) -> String {
-        let tenant = self.floor.store.ensure_tenant("second").await.unwrap();
+        let tenant = self.workers.store.ensure_tenant("second").await.unwrap();
         self.new_key(tenant, Scope::Write, None).await
     }
 
@@ -43,21 +43,21 @@ impl House {
 // attack 8
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_uploads_of_one_tenant_hold_up_neither_another_nor_its_own() {
-    let mut plan = Plan::default();
-    plan.settings.uploads_max = 4;
-    let house = House::build(plan).await;
-    let neighbour = house.neighbour().await;
+    let mut config = AppConfig::default();
+    config.settings.uploads_max = 4;
+    let app = TestApp::build(config).await;
+    let neighbour = app.neighbour().await;
     let mut idle = Vec::new();
     for _ in 0..16 {
-        idle.push(house.stuck("/v1/jobs", "multipart/form-data; boundary=b").await);
+        idle.push(app.stuck("/v1/jobs", "multipart/form-data; boundary=b").await);
     }
     tokio::time::sleep(Duration::from_millis(300)).await; // all are under way
     let began = Instant::now();
-    let answers = futures_util::future::join_all((0..8).map(|_| house.post_job_as(&neighbour))).await;
+    let answers = futures_util::future::join_all((0..8).map(|_| app.post_job_as(&neighbour))).await;
     for answer in answers {
         assert_eq!(answer.status(), 202, "{}", answer.text().await.unwrap());
     }
-    assert_eq!(house.post_job(form(3, "mug")).await.status(), 202);
+    assert_eq!(app.post_job(form(3, "mug")).await.status(), 202);
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
     // Those that made room were told so.
     let mut told = String::new();
@@ -69,57 +69,57 @@ async fn idle_uploads_of_one_tenant_hold_up_neither_another_nor_its_own() {
         }
     }
     assert!(told.contains("HTTP/1.1 429") && told.contains("retry-after: "), "{told}");
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 8
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_bodies_of_one_tenant_hold_up_no_request_of_another() {
-    let mut plan = Plan::default();
-    plan.settings.requests_max = 4;
-    let house = House::build(plan).await;
-    let trained = house.finished().await;
-    let neighbour = house.neighbour().await;
+    let mut config = AppConfig::default();
+    config.settings.requests_max = 4;
+    let app = TestApp::build(config).await;
+    let trained = app.finished().await;
+    let neighbour = app.neighbour().await;
     let mut idle = Vec::new();
     for _ in 0..16 {
-        idle.push(house.stuck(&format!("/v1/jobs/{trained}/sample"), "application/json").await);
+        idle.push(app.stuck(&format!("/v1/jobs/{trained}/sample"), "application/json").await);
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
     let began = Instant::now();
-    let list = house.ask_as(&neighbour, Method::GET, "/v1/jobs").send().await.unwrap();
+    let list = app.ask_as(&neighbour, Method::GET, "/v1/jobs").send().await.unwrap();
     assert_eq!(list.status(), 200);
-    assert_eq!(house.get("/v1/jobs").await.status(), 200, "its own either");
+    assert_eq!(app.get("/v1/jobs").await.status(), 200, "its own either");
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     let sample = json!({ "prompts": ["{product}"] });
     let path = format!("/v1/jobs/{trained}/sample");
-    let body = house.ask_as(&neighbour, Method::POST, &path).json(&sample).send().await.unwrap();
+    let body = app.ask_as(&neighbour, Method::POST, &path).json(&sample).send().await.unwrap();
     assert_eq!(refusal(body).await, (404, "not-found".into()), "its body was read");
-    let own = house.ask(Method::POST, &path).json(&sample).send().await.unwrap();
+    let own = app.ask(Method::POST, &path).json(&sample).send().await.unwrap();
     assert_eq!(own.status(), 202);
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 8
 #[tokio::test(flavor = "multi_thread")]
 async fn waits_of_one_tenant_are_cut_short_before_another_s_are_and_none_is_refused() {
-    let mut plan = Plan::default();
-    plan.settings.waits_max = 4;
-    plan.settings.requests_max = 4;
-    let house = House::build(plan).await;
-    let neighbour = house.neighbour().await;
-    let own = format!("/v1/jobs/{}", house.new_job().await["id"].as_str().unwrap());
-    let theirs: Value = house.post_job_as(&neighbour).await.json().await.unwrap();
+    let mut config = AppConfig::default();
+    config.settings.waits_max = 4;
+    config.settings.requests_max = 4;
+    let app = TestApp::build(config).await;
+    let neighbour = app.neighbour().await;
+    let own = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
+    let theirs: Value = app.post_job_as(&neighbour).await.json().await.unwrap();
     let theirs = format!("/v1/jobs/{}", theirs["id"].as_str().unwrap());
     let wait = |key: &str, path: &str| {
-        let request = house.ask_as(key, Method::GET, path).header("prefer", "wait=600");
+        let request = app.ask_as(key, Method::GET, path).header("prefer", "wait=600");
         tokio::spawn(async move {
             let began = Instant::now();
             let answer = request.send().await.unwrap();
             (answer.status().as_u16(), answer.json::<Value>().await.unwrap(), began.elapsed())
         })
     };
-    let many: Vec<_> = (0..12).map(|_| wait(&house.key, &own)).collect();
+    let many: Vec<_> = (0..12).map(|_| wait(&app.key, &own)).collect();
     let short = eventually("those beyond the places are answered", async || {
         (many.iter().filter(|wait| wait.is_finished()).count() == 8).then_some(())
     });
@@ -131,8 +131,8 @@ async fn waits_of_one_tenant_are_cut_short_before_another_s_are_and_none_is_refu
     made_room.await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(patient.iter().all(|wait| !wait.is_finished()), "they wait for what they asked for");
-    for (key, path) in [(&neighbour, &theirs), (&house.key, &own)] {
-        let canceled = house.ask_as(key, Method::POST, &format!("{path}/cancel")).send().await.unwrap();
+    for (key, path) in [(&neighbour, &theirs), (&app.key, &own)] {
+        let canceled = app.ask_as(key, Method::POST, &format!("{path}/cancel")).send().await.unwrap();
         assert_eq!(canceled.status(), 202);
     }
     for wait in patient {
@@ -146,7 +146,7 @@ async fn waits_of_one_tenant_are_cut_short_before_another_s_are_and_none_is_refu
         *if job["state"] == "canceled" { &mut ended } else { &mut early } += 1;
     }
     assert_eq!((ended, early), (2, 10));
-    house.stop().await;
+    app.stop().await;
 }
 
 /// Whether a stream of events ends within a moment.
@@ -160,21 +160,21 @@ async fn ends(
 // attack 8, case 43
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_with_many_streams_gives_some_up_for_one_with_few() {
-    let mut plan = Plan::default();
-    plan.settings.streams_max = 4;
-    let house = House::build(plan).await;
-    let neighbour = house.neighbour().await;
-    let own = format!("/v1/jobs/{}/events", house.new_job().await["id"].as_str().unwrap());
-    let theirs: Value = house.post_job_as(&neighbour).await.json().await.unwrap();
+    let mut config = AppConfig::default();
+    config.settings.streams_max = 4;
+    let app = TestApp::build(config).await;
+    let neighbour = app.neighbour().await;
+    let own = format!("/v1/jobs/{}/events", app.new_job().await["id"].as_str().unwrap());
+    let theirs: Value = app.post_job_as(&neighbour).await.json().await.unwrap();
     let theirs = format!("/v1/jobs/{}/events", theirs["id"].as_str().unwrap());
-    let open = async |key: &str, path: &str| house.ask_as(key, Method::GET, path).send().await.unwrap();
+    let open = async |key: &str, path: &str| app.ask_as(key, Method::GET, path).send().await.unwrap();
     let mut many = Vec::new();
     for _ in 0..4 {
-        let stream = open(&house.key, &own).await;
+        let stream = open(&app.key, &own).await;
         assert_eq!(stream.status(), 200);
         many.push(Box::pin(stream.bytes_stream()));
     }
-    let refused = open(&house.key, &own).await;
+    let refused = open(&app.key, &own).await;
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(refusal(refused).await, (429, "too-many-requests".into()), "its share is all there is");
     let mut few = Vec::new();
@@ -193,39 +193,39 @@ async fn a_tenant_with_many_streams_gives_some_up_for_one_with_few() {
     for stream in &mut few {
         assert!(!ends(stream).await);
     }
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 8
 #[tokio::test(flavor = "multi_thread")]
 async fn downloads_that_nobody_reads_hold_up_no_stream_of_another() {
-    let mut plan = Plan::default();
-    plan.settings.streams_max = 2;
-    let house = House::build(plan).await;
-    let neighbour = house.neighbour().await;
-    let trained = house.trained().await;
-    let files: Value = house.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
+    let mut config = AppConfig::default();
+    config.settings.streams_max = 2;
+    let app = TestApp::build(config).await;
+    let neighbour = app.neighbour().await;
+    let trained = app.trained().await;
+    let files: Value = app.get(&format!("/v1/jobs/{trained}/artifacts")).await.json().await.unwrap();
     let url = files["data"][3]["url"].as_str().unwrap().to_owned();
     // A file larger than what lies between the two ends.
-    let object = house.floor.store.artifact(house.tenant, trained, "report.json").await.unwrap().unwrap();
+    let object = app.workers.store.artifact(app.tenant, trained, "report.json").await.unwrap().unwrap();
     let large = hypnos::job::Object { size: 64 << 20, ..object.clone() };
-    let path = house.floor.objects().join(&object.key);
+    let path = app.workers.objects().join(&object.key);
     std::fs::File::options().write(true).open(path).unwrap().set_len(large.size).unwrap();
     let now = jiff::Timestamp::now();
-    let large = house.blobs.sign(&large, Duration::from_mins(5), now).await.unwrap();
+    let large = app.blobs.sign(&large, Duration::from_mins(5), now).await.unwrap();
     let mut unread = Vec::new();
     for _ in 0..2 {
-        let mut stream = house.connect().await;
-        let path = large.strip_prefix(&house.url).unwrap();
+        let mut stream = app.connect().await;
+        let path = large.strip_prefix(&app.url).unwrap();
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
         stream.readable().await.unwrap();
         unread.push(stream);
     }
-    let refused = house.client.get(&url).send().await.unwrap();
+    let refused = app.client.get(&url).send().await.unwrap();
     assert_eq!(refusal(refused).await, (429, "too-many-requests".into()));
-    let theirs: Value = house.post_job_as(&neighbour).await.json().await.unwrap();
+    let theirs: Value = app.post_job_as(&neighbour).await.json().await.unwrap();
     let events = format!("/v1/jobs/{}/events", theirs["id"].as_str().unwrap());
-    let stream = house.ask_as(&neighbour, Method::GET, &events).send().await.unwrap();
+    let stream = app.ask_as(&neighbour, Method::GET, &events).send().await.unwrap();
     assert_eq!(stream.status(), 200);
     // The one that was cut off has come to an end before all of it was there.
     let mut cut = 0;
@@ -241,16 +241,16 @@ async fn downloads_that_nobody_reads_hold_up_no_stream_of_another() {
         cut += usize::from(bytes < 32 << 20);
     }
     assert_eq!(cut, 1);
-    house.stop().await;
+    app.stop().await;
 }
 
 // attack 8, case 63
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_nobody_uses_makes_room_for_a_new_one() {
-    let house = House::build(Plan { connections_max: 4, ..Plan::default() }).await;
+    let app = TestApp::build(AppConfig { connections_max: 4, ..AppConfig::default() }).await;
     let mut kept = Vec::new();
     for _ in 0..4 {
-        let mut stream = house.connect().await;
+        let mut stream = app.connect().await;
         stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         let mut answer = [0; 12];
         stream.read_exact(&mut answer).await.unwrap();
@@ -258,11 +258,11 @@ async fn a_connection_that_nobody_uses_makes_room_for_a_new_one() {
         kept.push(stream);
     }
     let began = Instant::now();
-    house.is_alive().await;
+    app.is_alive().await;
     assert!(
         began.elapsed() < Duration::from_secs(5),
         "long before it is idle for too long: {:?}",
         began.elapsed()
     );
-    house.stop().await;
+    app.stop().await;
 }

@@ -1,4 +1,4 @@
-//! What whoever runs the service sees: a worker's own listener, and OpenTelemetry's collectors.
+//! Monitoring: a worker's own listener, and export to OpenTelemetry collectors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -24,9 +24,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::floor::{Floor, eventually};
+use super::e2e::{Process, free_address, is_ready, photo};
 use super::s3::http;
-use super::story::{Process, free_address, is_ready, photo};
+use super::test_workers::{TestWorkers, eventually};
 
 /// A collector of OpenTelemetry's, which keeps what it is sent.
 #[derive(Clone, Default)]
@@ -309,10 +309,10 @@ async fn a_worker_answers_operators_on_a_listener_of_its_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_takes_jobs() {
-    let floor = Floor::new().await;
+    let workers = TestWorkers::new().await;
     let (health, closing, ended) = (Health::default(), CancellationToken::new(), CancellationToken::new());
     let figures = PrometheusBuilder::new().build_recorder().handle();
-    let (store, blobs) = (floor.store.clone(), floor.blobs.clone());
+    let (store, blobs) = (workers.store.clone(), workers.blobs.clone());
     let operations = Operations::for_worker(store, blobs, figures, closing.clone(), health.clone());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/readyz", listener.local_addr().unwrap());
@@ -340,7 +340,7 @@ async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_tak
     );
     first.working();
     assert_eq!(ready().await.0, 200);
-    floor.store.close().await;
+    workers.store.close().await;
     let (status, said) = ready().await;
     assert!(status == 503 && said.contains("the database cannot be reached"), "{said}");
     closing.cancel();

@@ -1,4 +1,4 @@
-//! A real nginx in front of a house, with its settings left as they come.
+//! A real nginx in front of a [`TestApp`](super::test_app::TestApp), with its default settings.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::floor::eventually;
+use super::test_workers::eventually;
 
 /// nginx, until this is dropped.
 pub(super) struct Nginx {

@@ -1,4 +1,4 @@
-//! `hypnos admin`: the program itself, on both databases, as whoever runs the service types it.
+//! `hypnos admin`: the program itself, on both databases, as operators run it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,9 +14,9 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::floor::eventually;
-use super::house::{House, Plan, form, refusal};
 use super::postgres::Postgres;
+use super::test_app::{AppConfig, TestApp, form, refusal};
+use super::test_workers::eventually;
 
 const DAY: Duration = Duration::from_hours(24);
 /// What must not be shown unless it is asked for.
@@ -541,7 +541,7 @@ async fn a_deleted_tenant_leaves_nothing(site: Site) {
 
 /// A tenant that was marked and whose deletion was then killed is finished by the service.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_that_was_killed_is_finished_by_the_janitor() {
+async fn a_deletion_that_was_killed_is_finished_by_maintenance() {
     let site = Site::sqlite().await;
     let shop = site.store.ensure_tenant("shop").await.unwrap();
     site.trained(shop).await;
@@ -550,7 +550,7 @@ async fn a_deletion_that_was_killed_is_finished_by_the_janitor() {
     site.store.delete_jobs_of(shop, 1).await.unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     let pause = Duration::from_millis(10);
-    tokio::spawn(hypnos::janitor::run(site.store.clone(), site.blobs.clone(), pause, stop.clone()));
+    tokio::spawn(hypnos::maintenance::run(site.store.clone(), site.blobs.clone(), pause, stop.clone()));
     eventually("the tenant is gone", async || {
         site.store.tenant_named("shop").await.unwrap().is_none().then_some(())
     })
@@ -577,32 +577,32 @@ async fn no_database_is_made_by_who_only_looks_at_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_keys_of_a_disabled_tenant_are_answered_with_403_within_their_time() {
-    let mut plan = Plan::default();
-    plan.settings.key_time = Duration::from_millis(50);
-    let house = House::build(plan).await;
-    let job = house.new_job().await["id"].as_str().unwrap().to_owned();
-    let mut stream = house.get(&format!("/v1/jobs/{job}/events")).await;
+    let mut config = AppConfig::default();
+    config.settings.key_time = Duration::from_millis(50);
+    let app = TestApp::build(config).await;
+    let job = app.new_job().await["id"].as_str().unwrap().to_owned();
+    let mut stream = app.get(&format!("/v1/jobs/{job}/events")).await;
     assert!(stream.chunk().await.unwrap().is_some());
-    let stranger = house.floor.store.ensure_tenant("second").await.unwrap();
-    let stranger = house.new_key(stranger, KeyScope::Read, None).await;
+    let stranger = app.workers.store.ensure_tenant("second").await.unwrap();
+    let stranger = app.new_key(stranger, KeyScope::Read, None).await;
 
-    assert!(house.floor.store.serve_tenant(house.tenant, false).await.unwrap());
-    let said = refusal(house.post_job(form(3, "mug")).await).await;
+    assert!(app.workers.store.enable_tenant(app.tenant, false).await.unwrap());
+    let said = refusal(app.post_job(form(3, "mug")).await).await;
     assert_eq!(said, (403, ProblemKind::TenantDisabled.slug().to_owned()), "even while the key is believed");
     eventually("every request is refused", async || {
-        (house.get("/v1/jobs").await.status() == 403).then_some(())
+        (app.get("/v1/jobs").await.status() == 403).then_some(())
     })
     .await;
-    assert_eq!(refusal(house.get(&format!("/v1/jobs/{job}")).await).await, (403, "tenant-disabled".into()));
+    assert_eq!(refusal(app.get(&format!("/v1/jobs/{job}")).await).await, (403, "tenant-disabled".into()));
     let rest = async { while let Ok(Some(_)) = stream.chunk().await {} };
     tokio::time::timeout(Duration::from_mins(1), rest).await.expect("the stream ends");
-    assert_eq!(house.ask_as(&stranger, Method::GET, "/v1/jobs").send().await.unwrap().status(), 200);
+    assert_eq!(app.ask_as(&stranger, Method::GET, "/v1/jobs").send().await.unwrap().status(), 200);
     // No object of the refused upload stays.
-    let objects = house.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let objects = app.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert!(objects.iter().all(|entry| entry.key.to_string().contains(&job)), "{objects:?}");
 
-    assert!(house.floor.store.serve_tenant(house.tenant, true).await.unwrap());
-    eventually("it is served again", async || (house.get("/v1/jobs").await.status() == 200).then_some(()))
+    assert!(app.workers.store.enable_tenant(app.tenant, true).await.unwrap());
+    eventually("it is served again", async || (app.get("/v1/jobs").await.status() == 200).then_some(()))
         .await;
-    house.stop().await;
+    app.stop().await;
 }

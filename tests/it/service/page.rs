@@ -1,13 +1,13 @@
-//! The page at `/` in a browser, with an engine that computes nothing: a person's whole way, by mouse, by keyboard, on a
-//! phone.
+//! The page at `/` in a browser, with an engine that computes nothing: a person's whole way, by mouse, by keyboard, on
+//! a phone.
 
 use std::time::Duration;
 
 use reqwest::Method;
 
 use super::browser::{Browser, ENTER, TAB};
-use super::house::{House, photo};
 use super::scripted::Script;
+use super::test_app::{TestApp, photo};
 
 /// Writes photos to a directory; what a file dialogue would give back for them.
 fn files(dir: &std::path::Path, n: u32) -> String {
@@ -21,16 +21,16 @@ fn files(dir: &std::path::Path, n: u32) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_drops_photos_trains_draws_and_downloads() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let script = Script::new(Duration::from_millis(20));
-    let worker = house.floor.work(&script);
+    let worker = app.workers.start(&script);
     let dir = tempfile::tempdir().unwrap();
     let browser = Browser::open(1100, 1500).await;
-    browser.go_to(&house.url).await;
+    browser.go_to(&app.url).await;
 
     // This server wants a key.
     browser.until("!document.querySelector('#key').hidden").await;
-    browser.type_into("#key-text", &house.key).await;
+    browser.type_into("#key-text", &app.key).await;
     browser.click("#key button").await;
     browser.until("document.querySelector('#key').hidden").await;
 
@@ -90,7 +90,7 @@ async fn a_person_drops_photos_trains_draws_and_downloads() {
     browser.until(&loaded("#drawn", 2)).await;
     browser.shot("4-drawn").await;
     let link = browser.run("return document.querySelector('#drawn a[download]').href").await;
-    let file = house.client.get(link.as_str().unwrap()).send().await.unwrap();
+    let file = app.client.get(link.as_str().unwrap()).send().await.unwrap();
     assert_eq!(file.status(), 200);
     assert!(image::load_from_memory(&file.bytes().await.unwrap()).is_ok());
 
@@ -102,18 +102,18 @@ async fn a_person_drops_photos_trains_draws_and_downloads() {
     browser.until("document.documentElement.scrollWidth <= window.innerWidth").await;
     browser.shot("5-phone").await;
     let jobs: serde_json::Value =
-        house.ask(Method::GET, "/v1/jobs").send().await.unwrap().json().await.unwrap();
+        app.ask(Method::GET, "/v1/jobs").send().await.unwrap().json().await.unwrap();
     assert_eq!(jobs["data"].as_array().unwrap().len(), 1, "the refused form made no training");
     browser.close().await;
     worker.stop().await;
-    house.stop().await;
+    app.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_can_be_used_by_keyboard_and_every_field_has_a_name() {
-    let house = House::start().await;
+    let app = TestApp::start().await;
     let browser = Browser::open(1100, 1000).await;
-    browser.go_to(&house.url).await;
+    browser.go_to(&app.url).await;
     browser.until("document.querySelector('#method option')").await;
     let nameless = "return [...document.querySelectorAll('input, textarea, select, progress, svg')].filter((field) => \
         !field.labels?.length && !field.getAttribute('aria-label')).map((field) => field.id)";
@@ -135,8 +135,8 @@ async fn the_page_can_be_used_by_keyboard_and_every_field_has_a_name() {
         stops.push(stop.as_str().unwrap().to_owned());
     }
     assert_eq!(stops, ["Use it", "files", "class-name", "method"]);
-    browser.type_into("#key-text", &format!("{}{ENTER}", house.key)).await;
+    browser.type_into("#key-text", &format!("{}{ENTER}", app.key)).await;
     browser.until("document.querySelector('#key').hidden").await;
     browser.close().await;
-    house.stop().await;
+    app.stop().await;
 }

@@ -1,4 +1,4 @@
-//! A real Postgres for tests, and a real PgBouncer before it.
+//! A real Postgres for tests, and a real PgBouncer in front of it.
 //!
 //! Every test runs in a process of its own, and a cluster takes most of a second to make. So the first test that wants
 //! one makes it, and all share it, each with a database of its own. Who uses a cluster holds a shared lock on a file,
@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 
-use super::floor::eventually;
+use super::test_workers::eventually;
 
 /// A running server, for as long as this process lives.
 pub(crate) struct Postgres {
@@ -150,7 +150,7 @@ impl Postgres {
     /// The server of that name, started unless it runs.
     fn used(name: &str, settings: &'static str, lock: &Path) -> Self {
         let used = File::create(lock).expect("a lock file");
-        used.lock_shared().expect("a lock"); // waits for a watchdog that is just tidying up
+        used.lock_shared().expect("a lock"); // waits for a watchdog that is just maintaining up
         let dir = std::env::temp_dir().join(format!("hypnos-postgres-{name}"));
         let user = user_to_be();
         let server = Self { bin: find_programs(), dir, user, settings, _used: used };
@@ -224,8 +224,8 @@ pub(crate) struct Bouncer {
 }
 
 impl Bouncer {
-    /// One in transaction mode with few sessions, handed round, so that no client gets the same one for long; `more` are
-    /// further lines of its settings.
+    /// One in transaction mode with few sessions, handed round, so that no client gets the same one for long; `more`
+    /// are further lines of its settings.
     pub(crate) fn start(server: &Path, more: &str) -> Self {
         let name = uuid::Uuid::now_v7().simple();
         let dir = std::env::temp_dir().join(format!("hypnos-bouncer-{name}"));

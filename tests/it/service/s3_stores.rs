@@ -1,4 +1,4 @@
-//! S3-compatible stores as they are: each refuses something that another knows, and says so in its own way.
+//! Differences of S3-compatible servers: each rejects something that another supports, in its own way.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -232,8 +232,8 @@ async fn a_wrong_region_or_clock_is_told_in_the_store_s_own_words_and_at_once() 
         ];
         for error in errors {
             let Error::Refused(refusal) = &error else { panic!("{wanted}: {error}") };
-            assert!(refusal.in_full().contains(wanted), "{wanted}: {}", refusal.in_full());
-            assert!(!error.is_of_the_moment());
+            assert!(refusal.details().contains(wanted), "{wanted}: {}", refusal.details());
+            assert!(!error.is_transient());
             let short = error.to_string();
             assert!(!short.contains('<') && !short.contains('(') && !short.contains("HYPNOS"), "{short}");
         }
@@ -256,12 +256,12 @@ fn foreign(tenant: TenantId, job: JobId) -> Vec<String> {
 
 async fn foreign_keys_end_nothing(blobs: &Blobs, tenant: TenantId, job: JobId, foreign: &[String]) {
     photos(blobs, tenant, job, 3).await;
-    let found = blobs.look(&Scope::all()).await.unwrap();
+    let found = blobs.list_all(&Scope::all()).await.unwrap();
     assert_eq!(found.entries.len(), 3);
     assert_eq!(found.foreign.iter().collect::<BTreeSet<_>>(), foreign.iter().collect::<BTreeSet<_>>());
     assert_eq!(blobs.list(&Scope::job(tenant, job)).await.unwrap().len(), 3);
     assert_eq!(blobs.delete_all(&Scope::job(tenant, job)).await, Ok(3), "ours are gone");
-    let left = blobs.look(&Scope::all()).await.unwrap();
+    let left = blobs.list_all(&Scope::all()).await.unwrap();
     assert_eq!((left.entries.len(), left.foreign.len()), (0, foreign.len()));
 }
 
@@ -322,7 +322,7 @@ async fn temporary_keys_bring_their_token() {
     wants_token(&server, "a session");
     let key = Key::photo(TenantId::new(), JobId::new(), 0);
     let error = open(server.bucket()).await.put(&key, "x").await.unwrap_err();
-    assert_eq!(error.to_string(), "the store refuses: 403 InvalidToken");
+    assert_eq!(error.to_string(), "the store rejects the request: 403 InvalidToken");
     let blobs = open(Bucket {
         credentials: Credentials::Keys {
             access_key: ACCESS_KEY.into(),
@@ -339,7 +339,8 @@ async fn temporary_keys_bring_their_token() {
     assert_eq!(blobs.delete_all(&Scope::all()).await, Ok(3));
 }
 
-/// What a service that gives credentials answers: method, path with query and what came in `Authorization` to an answer.
+/// What a service that gives credentials answers: method, path with query and what came in `Authorization` to an
+/// answer.
 type Desk = dyn Fn(&str, &str, Option<&str>) -> (u16, String) + Send + Sync;
 
 async fn serve_desk(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Arc<Desk>) {
@@ -426,7 +427,7 @@ async fn a_container_and_a_virtual_machine_are_handed_keys() {
         ..server.bucket()
     };
     let error = open(blobs).await.marker().await.unwrap_err();
-    assert_eq!(error.to_string(), "the store refuses: the service that gives credentials answers 401");
+    assert_eq!(error.to_string(), "the store rejects the request: the credentials service answers 401");
 }
 
 /// The whole program takes a role by a token in a file, at a service that speaks TLS as STS does.
@@ -505,7 +506,7 @@ async fn a_role_is_taken_with_the_token_in_a_file() {
     let done = migrate(ours).await.unwrap();
     let said = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(2), "{said}");
-    let wanted = "error: HYPNOS_OBJECTS: the object store refuses: the service that gives credentials answers 400 \
+    let wanted = "error: HYPNOS_OBJECTS: the object store rejects the request: the credentials service answers 400 \
                   InvalidIdentityToken\n";
     assert_eq!(said, wanted);
 }
@@ -542,7 +543,7 @@ async fn a_program_that_the_store_refuses_says_why_in_one_line_at_its_start() {
             let said = String::from_utf8_lossy(&ended.stderr);
             assert_eq!(ended.status.code(), Some(2), "{args:?}: {said}");
             assert!(
-                said.starts_with("error: HYPNOS_OBJECTS: the object store refuses: "),
+                said.starts_with("error: HYPNOS_OBJECTS: the object store rejects the request: "),
                 "{args:?}: {said}"
             );
             assert!(said.contains(wanted) && said.lines().count() == 1, "{args:?}: {wanted}: {said}");

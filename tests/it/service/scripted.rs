@@ -92,8 +92,8 @@ impl Script {
     }
 
     /// Makes engines that follow it. What they do on purpose to trainings of some class names: `diverges`, `panics`,
-    /// `machine` (a fault of the machine, every time), `input`, `loses` (the device is lost, and stays so) and `breaks` (the
-    /// same with a panic).
+    /// `machine` (a fault of the machine, every time), `input`, `loses` (the device is lost, and stays so) and `breaks`
+    /// (the same with a panic).
     pub(super) fn engine(&self) -> MakeEngine {
         let script = self.clone();
         Box::new(move || {

@@ -1,4 +1,4 @@
-//! The README's table of settings against the command line itself.
+//! The README's table of settings matches the command line.
 
 use clap::{Arg, ArgAction, Command};
 

@@ -1,26 +1,26 @@
-//! How the time of a device is shared, with engines that compute nothing and keep a clock of their own: between trainings
-//! and samples, and between tenants.
+//! How the time of a device is shared, with engines that compute nothing and keep a clock of their own: between
+//! trainings and samples, and between tenants.
 
 use std::time::Duration;
 
 use hypnos::job::{Job, JobId, Kind, State, TenantId};
 
-use super::floor::{Floor, TENANT, eventually, is};
 use super::scripted::{Did, Script};
+use super::test_workers::{TENANT, TestWorkers, eventually, is};
 
 const QUICK: Duration = Duration::from_millis(1);
 
 /// A training of that tenant that has succeeded.
-async fn trained(floor: &Floor, tenant: TenantId) -> JobId {
-    let worker = floor.work(&Script::new(Duration::ZERO));
-    let job = floor.train_of(tenant, "mug", 2).await;
-    assert_eq!(floor.ended(&job).await.state, State::Succeeded);
+async fn trained(workers: &TestWorkers, tenant: TenantId) -> JobId {
+    let worker = workers.start(&Script::new(Duration::ZERO));
+    let job = workers.train_of(tenant, "mug", 2).await;
+    assert_eq!(workers.ended(&job).await.state, State::Succeeded);
     worker.stop().await;
     job.id
 }
 
-async fn running(floor: &Floor, kind: Kind) -> u64 {
-    let gauges = floor.store.gauges().await.unwrap();
+async fn running(workers: &TestWorkers, kind: Kind) -> u64 {
+    let gauges = workers.store.gauges().await.unwrap();
     gauges.kinds.iter().find(|gauge| gauge.kind == kind).unwrap().running
 }
 
@@ -32,18 +32,18 @@ fn first(did: &[(Duration, Did)], wanted: impl Fn(&Did) -> bool) -> usize {
 // attack 4
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_beside_a_thousand_samples_of_another_starts_after_the_one_at_hand() {
-    let floor = Floor::new().await;
-    let parent = trained(&floor, TENANT).await;
+    let workers = TestWorkers::new().await;
+    let parent = trained(&workers, TENANT).await;
     for _ in 0..1000 {
-        floor.sample_of(TENANT, parent, "of a", 1, 1).await;
+        workers.sample_of(TENANT, parent, "of a", 1, 1).await;
     }
     let script = Script::new(Duration::from_millis(500));
-    let worker = floor.work(&script);
+    let worker = workers.start(&script);
     eventually("samples are drawn", async || (script.draws("of a") >= 2).then_some(())).await;
-    let other = floor.store.ensure_tenant("b").await.unwrap();
+    let other = workers.store.ensure_tenant("b").await.unwrap();
     let before = script.draws("of a");
-    let training = floor.train_of(other, "teapot", 1000).await;
-    assert_eq!(floor.store.queue_position(&training).await.unwrap().unwrap_or(0), 0);
+    let training = workers.train_of(other, "teapot", 1000).await;
+    assert_eq!(workers.store.queue_position(&training).await.unwrap().unwrap_or(0), 0);
     eventually("it trains", async || (!script.steps("teapot").is_empty()).then_some(())).await;
     let history = script.history();
     let start = first(&history, |did| matches!(did, Did::ClassImage(_)));
@@ -51,25 +51,25 @@ async fn a_training_beside_a_thousand_samples_of_another_starts_after_the_one_at
         history[..start].iter().filter(|(_, did)| matches!(did, Did::Draw { .. })).count() - before;
     // The one at hand, and what a slow machine draws while it fetches three photos.
     assert!(meanwhile <= 8, "{meanwhile} samples were drawn first");
-    floor.store.cancel(other, training.id).await.unwrap();
-    floor.until(&training, is(State::Canceled)).await;
+    workers.store.cancel(other, training.id).await.unwrap();
+    workers.until(&training, is(State::Canceled)).await;
     worker.stop().await;
 }
 
 /// The part of the device's time that a training kept beside a flood of samples, at any moment since its first step and
 /// over one batch less; and how many batches were drawn beside it.
 async fn kept_beside_a_flood(share: f64) -> (f64, usize) {
-    let mut floor = Floor::new().await;
-    floor.settings.sample_share = share;
-    let parent = trained(&floor, TENANT).await;
+    let mut workers = TestWorkers::new().await;
+    workers.settings.sample_share = share;
+    let parent = trained(&workers, TENANT).await;
     for _ in 0..300 {
-        floor.sample_of(TENANT, parent, "of a", 1, 7).await;
+        workers.sample_of(TENANT, parent, "of a", 1, 7).await;
     }
     let script = Script::new(Duration::from_millis(4));
-    let other = floor.store.ensure_tenant("b").await.unwrap();
-    let training = floor.train_of(other, "teapot", 150).await;
-    let worker = floor.work(&script);
-    assert_eq!(floor.ended(&training).await.state, State::Succeeded);
+    let other = workers.store.ensure_tenant("b").await.unwrap();
+    let training = workers.train_of(other, "teapot", 150).await;
+    let worker = workers.start(&script);
+    assert_eq!(workers.ended(&training).await.state, State::Succeeded);
     worker.stop().await;
     let (step, batch) = (script.device_step, 7 * script.device_step);
     let history = script.history();
@@ -109,40 +109,40 @@ async fn the_share_of_samples_is_a_setting() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
-    let mut floor = Floor::new().await;
-    floor.settings.sample_share = 0.001;
-    let parent = trained(&floor, TENANT).await;
+    let mut workers = TestWorkers::new().await;
+    workers.settings.sample_share = 0.001;
+    let parent = trained(&workers, TENANT).await;
     let script = Script::new(QUICK).device_step(Duration::from_secs(1));
-    let worker = floor.work(&script);
-    let training = floor.train("teapot", 10_000).await;
+    let worker = workers.start(&script);
+    let training = workers.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
-    let sample = floor.sample_of(TENANT, parent, "of a", 1, 30).await;
-    assert_eq!(floor.ended(&sample).await.state, State::Succeeded);
+    let sample = workers.sample_of(TENANT, parent, "of a", 1, 30).await;
+    assert_eq!(workers.ended(&sample).await.state, State::Succeeded);
     // It owes the training 30,000 steps.
-    let next = floor.sample_of(TENANT, parent, "of a", 1, 30).await;
+    let next = workers.sample_of(TENANT, parent, "of a", 1, 30).await;
     let steps = script.steps("teapot").len();
     eventually("steps are taken", async || (script.steps("teapot").len() > steps + 100).then_some(())).await;
-    assert_eq!(floor.find(&next).await.unwrap().state, State::Queued, "another device may have it");
-    assert_eq!((running(&floor, Kind::Sample).await, script.draws("of a")), (0, 1));
-    floor.store.cancel(TENANT, training.id).await.unwrap();
-    assert_eq!(floor.ended(&next).await.state, State::Succeeded, "without a training it owes nothing");
+    assert_eq!(workers.find(&next).await.unwrap().state, State::Queued, "another device may have it");
+    assert_eq!((running(&workers, Kind::Sample).await, script.draws("of a")), (0, 1));
+    workers.store.cancel(TENANT, training.id).await.unwrap();
+    assert_eq!(workers.ended(&next).await.state, State::Succeeded, "without a training it owes nothing");
     worker.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sample_of_many_pictures_lets_the_training_go_on_between_its_batches() {
-    let floor = Floor::new().await;
-    let parent = trained(&floor, TENANT).await;
+    let workers = TestWorkers::new().await;
+    let parent = trained(&workers, TENANT).await;
     let script = Script::new(Duration::from_millis(2)).batch(3);
-    let worker = floor.work(&script);
-    let training = floor.train("teapot", 10_000).await;
+    let worker = workers.start(&script);
+    let training = workers.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
-    let sample = floor.sample_of(TENANT, parent, "of a", 8, 5).await;
-    let sample = floor.ended(&sample).await;
+    let sample = workers.sample_of(TENANT, parent, "of a", 8, 5).await;
+    let sample = workers.ended(&sample).await;
     assert_eq!(sample.state, State::Succeeded);
     let names: Vec<String> = (0..8).map(|n| format!("image-{n}.webp")).collect();
-    assert_eq!(floor.stored(&sample).await, names);
-    let images = floor.store.artifacts(TENANT, sample.id).await.unwrap();
+    assert_eq!(workers.stored(&sample).await, names);
+    let images = workers.store.artifacts(TENANT, sample.id).await.unwrap();
     let seeds: Vec<_> = images.iter().map(|image| image.meta["seed"].as_u64().unwrap()).collect();
     assert_eq!(seeds, (11..19).collect::<Vec<_>>(), "each once and in order");
     let history = script.history();
@@ -152,24 +152,24 @@ async fn a_sample_of_many_pictures_lets_the_training_go_on_between_its_batches()
     for two in draws.windows(2) {
         assert!(two[1] - two[0] > 5, "as many steps as the batch had");
     }
-    floor.store.cancel(TENANT, training.id).await.unwrap();
-    floor.until(&training, is(State::Canceled)).await;
+    workers.store.cancel(TENANT, training.id).await.unwrap();
+    workers.until(&training, is(State::Canceled)).await;
     worker.stop().await;
 }
 
 // attack 4
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_whose_weights_are_one_to_three_draw_one_to_three() {
-    let floor = Floor::new().await;
-    let heavy = floor.store.ensure_tenant("heavy").await.unwrap();
-    floor.store.set_tenant_weight(heavy, 3).await.unwrap();
-    let parents = [trained(&floor, TENANT).await, trained(&floor, heavy).await];
+    let workers = TestWorkers::new().await;
+    let heavy = workers.store.ensure_tenant("heavy").await.unwrap();
+    workers.store.set_tenant_weight(heavy, 3).await.unwrap();
+    let parents = [trained(&workers, TENANT).await, trained(&workers, heavy).await];
     for _ in 0..90 {
-        floor.sample_of(TENANT, parents[0], "light", 1, 20).await;
-        floor.sample_of(heavy, parents[1], "heavy", 1, 20).await;
+        workers.sample_of(TENANT, parents[0], "light", 1, 20).await;
+        workers.sample_of(heavy, parents[1], "heavy", 1, 20).await;
     }
     let script = Script::new(QUICK).device_step(Duration::from_secs(1));
-    let worker = floor.work(&script);
+    let worker = workers.start(&script);
     eventually("many are drawn", async || (script.draws("") >= 80).then_some(())).await;
     worker.stop().await;
     let history = script.history();
@@ -182,26 +182,30 @@ async fn tenants_whose_weights_are_one_to_three_draw_one_to_three() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_sample_does_not_wait_for_the_large_ones_of_another_tenant() {
-    let floor = Floor::new().await;
-    let other = floor.store.ensure_tenant("b").await.unwrap();
-    let parents = [trained(&floor, TENANT).await, trained(&floor, other).await];
+    let workers = TestWorkers::new().await;
+    let other = workers.store.ensure_tenant("b").await.unwrap();
+    let parents = [trained(&workers, TENANT).await, trained(&workers, other).await];
     let script = Script::new(Duration::from_millis(50)).batch(1);
-    let worker = floor.work(&script);
+    let worker = workers.start(&script);
     let mut large: Vec<Job> = Vec::new();
     for _ in 0..5 {
-        large.push(floor.sample_of(TENANT, parents[0], "large", 8, 10).await);
+        large.push(workers.sample_of(TENANT, parents[0], "large", 8, 10).await);
     }
     eventually("the first is drawn", async || (script.draws("large") >= 2).then_some(())).await;
-    assert_eq!(running(&floor, Kind::Sample).await, 1, "no second one before the first is in its last batch");
+    assert_eq!(
+        running(&workers, Kind::Sample).await,
+        1,
+        "no second one before the first is in its last batch"
+    );
     let before = script.draws("large");
-    let small = floor.sample_of(other, parents[1], "small", 1, 1).await;
-    assert_eq!(floor.ended(&small).await.state, State::Succeeded);
+    let small = workers.sample_of(other, parents[1], "small", 1, 1).await;
+    assert_eq!(workers.ended(&small).await.state, State::Succeeded);
     let history = script.history();
     let drawn = first(&history, |did| matches!(did, Did::Draw { prompt, .. } if prompt.starts_with("small")));
     // The batch at hand, and what a slow machine draws while it fetches the weights; the large ones have 40.
     assert!(drawn - before <= 5, "{} batches of the large ones were drawn first", drawn - before);
     for job in &large {
-        floor.store.cancel(TENANT, job.id).await.unwrap();
+        workers.store.cancel(TENANT, job.id).await.unwrap();
     }
     worker.stop().await;
 }
@@ -215,18 +219,18 @@ async fn what_a_device_holds_is_counted_whatever_becomes_of_a_job_s_task() {
 
     use super::chaos::{Chaos, What};
 
-    let mut floor = Floor::new().await;
-    floor.settings.checkpoint_every = Duration::from_mins(10);
-    let parent = trained(&floor, TENANT).await;
-    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+    let mut workers = TestWorkers::new().await;
+    workers.settings.checkpoint_every = Duration::from_mins(10);
+    let parent = trained(&workers, TENANT).await;
+    let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let script = Script::new(Duration::from_millis(5));
-    let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    let training = floor.train("teapot", 10_000).await;
+    let worker = workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
+    let training = workers.train("teapot", 10_000).await;
     eventually("it trains", async || (script.steps("teapot").len() > 3).then_some(())).await;
-    let second = floor.train("kettle", 5).await;
+    let second = workers.train("kettle", 5).await;
     script.hold_draws();
-    let sample = floor.sample_of(TENANT, parent, "of a", 1, 1).await;
-    floor.until(&sample, is(State::Running)).await;
+    let sample = workers.sample_of(TENANT, parent, "of a", 1, 1).await;
+    workers.until(&sample, is(State::Running)).await;
     // Its pictures cannot be stored: the library panics, and with it the sample's task.
     eventually("its weights are fetched", async || {
         (chaos.n_answered() == chaos.n_operations()).then_some(())
@@ -242,9 +246,9 @@ async fn what_a_device_holds_is_counted_whatever_becomes_of_a_job_s_task() {
     chaos.strike_all(None);
     let steps = script.steps("teapot").len();
     eventually("steps are taken", async || (script.steps("teapot").len() > steps + 60).then_some(())).await;
-    assert_eq!(floor.find(&training).await.unwrap().state, State::Running);
-    assert_eq!(floor.find(&second).await.unwrap().state, State::Queued, "one training at a time");
+    assert_eq!(workers.find(&training).await.unwrap().state, State::Running);
+    assert_eq!(workers.find(&second).await.unwrap().state, State::Queued, "one training at a time");
     worker.stop().await;
-    assert_eq!(floor.find(&training).await.unwrap().state, State::Queued, "the drain has waited for it");
-    assert!(floor.find(&training).await.unwrap().checkpoint.is_some());
+    assert_eq!(workers.find(&training).await.unwrap().state, State::Queued, "the drain has waited for it");
+    assert!(workers.find(&training).await.unwrap().checkpoint.is_some());
 }

@@ -4,10 +4,10 @@ mod admin;
 mod contract;
 mod crash;
 mod deployment;
+mod model_based;
 mod pooler;
 mod unknown;
 mod upgrade;
-mod walk;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +17,7 @@ use hypnos::job::{
     Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Phase, Progress, SampleSpec, Spec,
     TenantId, TrainOptions, TrainSpec,
 };
-use hypnos::store::{Idempotency, NewJob, Origin, Sessions, Store, Submitted, Wakes};
+use hypnos::store::{Idempotency, NewJob, Origin, Sessions, Store, Submitted, Subscription};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
@@ -29,7 +29,7 @@ const NONE: Duration = Duration::ZERO;
 const BOTH: &[Kind] = &[Kind::Train, Kind::Sample];
 
 /// A database of a test's own.
-struct House {
+struct TestDatabase {
     /// Where the store connects to.
     url: String,
     /// The database itself, where a pooler is in between.
@@ -39,7 +39,7 @@ struct House {
     _bouncer: Option<Bouncer>,
 }
 
-impl House {
+impl TestDatabase {
     async fn sqlite() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}/hypnos.db", dir.path().display());
@@ -54,9 +54,9 @@ impl House {
     async fn pgbouncer() -> Self {
         let direct = Postgres::database().await;
         let bouncer = Bouncer::start(socket_of(&direct), "");
-        let house = Self::at(bouncer.through(&direct)).await;
-        assert_eq!(house.store.sessions(), Some(Sessions::Shared));
-        Self { direct: Some(direct), _bouncer: Some(bouncer), ..house }
+        let db = Self::at(bouncer.through(&direct)).await;
+        assert_eq!(db.store.sessions(), Some(Sessions::Shared));
+        Self { direct: Some(direct), _bouncer: Some(bouncer), ..db }
     }
 
     async fn at(url: String) -> Self {
@@ -67,7 +67,7 @@ impl House {
 
     /// As another process would have it.
     async fn another(&self) -> Store {
-        Store::connect_past(&self.url, self.direct.as_deref(), 16).await.unwrap()
+        Store::connect_with_direct(&self.url, self.direct.as_deref(), 16).await.unwrap()
     }
 
     /// The address of the database itself.
@@ -190,7 +190,7 @@ struct DeviceTime {
 }
 
 /// Waits for a hint that must come.
-async fn woken(wakes: &mut Wakes) {
+async fn woken(wakes: &mut Subscription) {
     tokio::time::timeout(LONG / 10, wakes.wait()).await.expect("a hint");
 }
 
@@ -251,7 +251,7 @@ macro_rules! on_each {
             $(
                 #[tokio::test(flavor = "multi_thread")]
                 async fn $promise() {
-                    super::$promise(super::House::sqlite().await).await;
+                    super::$promise(super::TestDatabase::sqlite().await).await;
                 }
             )+
         }
@@ -259,7 +259,7 @@ macro_rules! on_each {
             $(
                 #[tokio::test(flavor = "multi_thread")]
                 async fn $promise() {
-                    super::$promise(super::House::postgres().await).await;
+                    super::$promise(super::TestDatabase::postgres().await).await;
                 }
             )+
         }
@@ -267,7 +267,7 @@ macro_rules! on_each {
             $(
                 #[tokio::test(flavor = "multi_thread")]
                 async fn $promise() {
-                    super::$promise(super::House::pgbouncer().await).await;
+                    super::$promise(super::TestDatabase::pgbouncer().await).await;
                 }
             )+
         }

@@ -246,7 +246,8 @@ async fn files_of_others_are_named_and_left_alone() {
     assert_eq!(shop.n().await, 15);
     // Deleting the job is not stopped by them either.
     assert!(shop.store.delete(TENANT, job).await.unwrap());
-    let left = hypnos::janitor::Eraser::new(shop.store.clone(), shop.blobs.clone()).round().await.unwrap();
+    let left =
+        hypnos::maintenance::Eraser::new(shop.store.clone(), shop.blobs.clone()).round().await.unwrap();
     assert_eq!(left, None);
     assert_eq!(shop.n().await, 12);
     assert!(others.iter().all(|file| file.exists()));

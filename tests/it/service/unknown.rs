@@ -1,58 +1,58 @@
-//! Commits whose answer is lost or late, seen from the front and from a worker: nothing that a row may name is erased.
+//! Commits whose answer is lost or late, at the HTTP server and at a worker: nothing that a row may name is erased.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use hypnos::blobs::{Blobs, Scope};
-use hypnos::janitor;
 use hypnos::job::{Job, Kind, REPORT, State, WEIGHTS};
+use hypnos::maintenance;
 use reqwest::Response;
 use reqwest::multipart::Form;
 use sqlx::{Connection, PgConnection};
 
 use super::chaos::{Chaos, What};
 use super::disk::Disk;
-use super::floor::{Floor, TENANT, eventually, is};
-use super::house::{House, Plan, form, problem};
 use super::postgres::{Postgres, socket_of};
 use super::scripted::{Script, expected_weights};
+use super::test_app::{AppConfig, TestApp, form, problem};
+use super::test_workers::{TENANT, TestWorkers, eventually, is};
 use super::wire::{Loss, Wire};
 
 const QUICK: Duration = Duration::from_millis(1);
 const SLOW: Duration = Duration::from_millis(20);
 
-async fn post(house: &House, form: Form) -> Response {
-    let request = house.ask(reqwest::Method::POST, "/v1/jobs").header("idempotency-key", "order-1");
+async fn post(app: &TestApp, form: Form) -> Response {
+    let request = app.ask(reqwest::Method::POST, "/v1/jobs").header("idempotency-key", "order-1");
     request.multipart(form).send().await.unwrap()
 }
 
-/// The front does not know whether a job was accepted, and says so; when the commit has landed, the same request finds the
-/// job, with its photos.
-async fn an_upload_is_found_again(house: &House, lift: impl AsyncFnOnce()) {
-    let answer = post(house, form(3, "mug")).await;
+/// The front does not know whether a job was accepted, and says so; when the commit has landed, the same request finds
+/// the job, with its photos.
+async fn an_upload_is_found_again(app: &TestApp, lift: impl AsyncFnOnce()) {
+    let answer = post(app, form(3, "mug")).await;
     let retry_after = answer.headers()["retry-after"].to_str().unwrap().parse::<u32>();
     let (status, slug, body) = problem(answer).await;
     assert_eq!((status, slug.as_str()), (503, "outcome-unknown"));
     assert!(retry_after.unwrap() > 0);
     assert!(body["detail"].as_str().unwrap().contains("the same Idempotency-Key will tell"), "{body}");
-    let photos = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+    let photos = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(photos.len(), 3, "they stay");
     lift().await;
     let found = eventually("the same request finds its job", async || {
-        let answer = post(house, form(3, "mug")).await;
+        let answer = post(app, form(3, "mug")).await;
         (answer.status() == 202).then_some(answer)
     });
     let found = found.await;
     assert_eq!(found.headers()["idempotent-replayed"], "true");
     let found: serde_json::Value = found.json().await.unwrap();
-    let row = house.row(found["id"].as_str().unwrap(), Kind::Train).await.unwrap();
+    let row = app.row(found["id"].as_str().unwrap(), Kind::Train).await.unwrap();
     assert_eq!(row.photos.len(), 3);
     for photo in &row.photos {
-        house.floor.blobs.get(photo).await.unwrap();
+        app.workers.blobs.get(photo).await.unwrap();
     }
     // Whatever else was tried meanwhile left no object.
     let objects = eventually("no other photos are left", async || {
-        let left = house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap();
+        let left = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
         (left.len() == 3).then_some(())
     });
     objects.await;
@@ -62,10 +62,10 @@ async fn an_upload_is_found_again(house: &House, lift: impl AsyncFnOnce()) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_whose_commit_waits_for_a_standby_keeps_its_photos() {
     let server = Postgres::own();
-    let house = House::on(Floor::on_server(&server).await, Plan::default()).await;
+    let app = TestApp::on(TestWorkers::on_server(&server).await, AppConfig::default()).await;
     server.lose_standby().await;
-    an_upload_is_found_again(&house, async || server.find_standby().await).await;
-    house.stop().await;
+    an_upload_is_found_again(&app, async || server.find_standby().await).await;
+    app.stop().await;
 }
 
 // case A1
@@ -73,23 +73,30 @@ async fn an_upload_whose_commit_waits_for_a_standby_keeps_its_photos() {
 async fn an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos() {
     let name = "service::unknown::an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos";
     let Some(disk) = Disk::under(name) else { return };
-    let house = House::start().await;
+    let app = TestApp::start().await;
     disk.hold();
-    an_upload_is_found_again(&house, async || disk.mend()).await;
-    house.stop().await;
+    an_upload_is_found_again(&app, async || disk.mend()).await;
+    app.stop().await;
 }
 
-/// A worker whose last write is not answered until long after its lease: the job has its result, and its result's objects.
-async fn a_result_keeps_its_objects(mut floor: Floor, hold_up: impl AsyncFnOnce(), lift: impl AsyncFnOnce()) {
-    floor.settings.lease = Duration::from_secs(20);
-    floor.settings.beat = Duration::from_hours(1); // else it is the heart's commit that is held up, and the row with it
-    floor.settings.checkpoint_every = Duration::from_mins(10);
-    let job = floor.train("mug", 20).await;
-    let chaos = Chaos::over(Arc::new(floor.objects_store()));
+/// A worker whose last write is not answered until long after its lease: the job has its result, and its result's
+/// objects.
+async fn a_result_keeps_its_objects(
+    mut workers: TestWorkers,
+    hold_up: impl AsyncFnOnce(),
+    lift: impl AsyncFnOnce(),
+) {
+    workers.settings.lease = Duration::from_secs(20);
+    // Otherwise the lease keeper's commit would be held up, and the row with it.
+    workers.settings.heartbeat = Duration::from_hours(1);
+    workers.settings.checkpoint_every = Duration::from_mins(10);
+    let job = workers.train("mug", 20).await;
+    let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let script = Script::new(SLOW);
-    let worker = floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    // After its preview nothing can be stored until commits are held up: so the one that is held up is the last of the job.
-    let preview = async || floor.store.artifacts(TENANT, job.id).await.unwrap().pop();
+    let worker = workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
+    // After its preview nothing can be stored until commits are held up: so the one that is held up is the last of the
+    // job.
+    let preview = async || workers.store.artifacts(TENANT, job.id).await.unwrap().pop();
     eventually("the preview is shown", preview).await;
     chaos.strike_all(Some(What::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 20).then_some(())).await;
@@ -99,18 +106,18 @@ async fn a_result_keeps_its_objects(mut floor: Floor, hold_up: impl AsyncFnOnce(
     tokio::time::sleep(Duration::from_secs(26)).await;
     lift().await;
     let job =
-        eventually("the job has ended", async || floor.find(&job).await.filter(is(State::Succeeded))).await;
+        eventually("the job has ended", async || workers.find(&job).await.filter(is(State::Succeeded))).await;
     worker.stop().await;
     assert_eq!(job.attempt, 1);
-    whole(&floor, &job, 20).await;
+    whole(&workers, &job, 20).await;
 }
 
 /// Every object that the row names is there, and the result is right.
-async fn whole(floor: &Floor, job: &Job, steps: u64) {
-    assert_eq!(floor.artifact(job, WEIGHTS).await, expected_weights(7, steps));
-    assert!(floor.artifact(job, REPORT).await.starts_with(b"{"));
-    for object in floor.store.artifacts(TENANT, job.id).await.unwrap() {
-        floor.blobs.get(&object).await.unwrap();
+async fn whole(workers: &TestWorkers, job: &Job, steps: u64) {
+    assert_eq!(workers.artifact(job, WEIGHTS).await, expected_weights(7, steps));
+    assert!(workers.artifact(job, REPORT).await.starts_with(b"{"));
+    for object in workers.store.artifacts(TENANT, job.id).await.unwrap() {
+        workers.blobs.get(&object).await.unwrap();
     }
 }
 
@@ -118,9 +125,9 @@ async fn whole(floor: &Floor, job: &Job, steps: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_result_whose_commit_waits_for_a_standby_keeps_its_objects() {
     let server = Postgres::own();
-    let floor = Floor::on_server(&server).await;
+    let workers = TestWorkers::on_server(&server).await;
     let (lose, find) = (async || server.lose_standby().await, async || server.find_standby().await);
-    a_result_keeps_its_objects(floor, lose, find).await;
+    a_result_keeps_its_objects(workers, lose, find).await;
 }
 
 // case A1
@@ -128,17 +135,17 @@ async fn a_result_whose_commit_waits_for_a_standby_keeps_its_objects() {
 async fn a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects() {
     let name = "service::unknown::a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects";
     let Some(disk) = Disk::under(name) else { return };
-    let floor = Floor::new().await;
-    a_result_keeps_its_objects(floor, async || disk.hold(), async || disk.mend()).await;
+    let workers = TestWorkers::new().await;
+    a_result_keeps_its_objects(workers, async || disk.hold(), async || disk.mend()).await;
 }
 
 /// Looks at the row again and again: the checkpoint that it names is in the store, whole.
-async fn watch_checkpoints(floor: &Floor, job: &Job) -> ! {
-    let running = async || floor.find(job).await.filter(is(State::Running));
+async fn watch_checkpoints(workers: &TestWorkers, job: &Job) -> ! {
+    let running = async || workers.find(job).await.filter(is(State::Running));
     let named = async || running().await.and_then(|row| row.checkpoint); // an ended job's is cleared away
     loop {
         if let Some(checkpoint) = named().await
-            && floor.blobs.get(&checkpoint.object).await.is_err()
+            && workers.blobs.get(&checkpoint.object).await.is_err()
         {
             // It may have been followed by another meanwhile, and only then be gone.
             assert_ne!(named().await, Some(checkpoint), "the row names a checkpoint that is gone");
@@ -150,26 +157,27 @@ async fn watch_checkpoints(floor: &Floor, job: &Job) -> ! {
 /// Loses every one of a training's commits in turn, one a training. Each ends once, on its first attempt, whole.
 async fn every_commit_may_be_lost(loss: Loss) {
     let url = Postgres::database().await;
-    let mut floor = Floor::on(tempfile::tempdir().unwrap(), &url).await;
-    floor.settings.checkpoint_every = Duration::from_millis(8);
+    let mut workers = TestWorkers::on(tempfile::tempdir().unwrap(), &url).await;
+    workers.settings.checkpoint_every = Duration::from_millis(8);
     let wire = Wire::before(socket_of(&url)).await;
     let mut nth = 0;
     loop {
-        let job = floor.train("mug", 12).await;
+        let job = workers.train("mug", 12).await;
         let before = wire.n_commits();
         wire.strike(nth, loss);
-        let worker = floor.work_through(&Script::new(Duration::from_millis(2)), &wire.through(&url)).await;
+        let worker =
+            workers.start_on_database(&Script::new(Duration::from_millis(2)), &wire.through(&url)).await;
         let done = tokio::select! {
-            done = floor.ended(&job) => done,
-            _ = watch_checkpoints(&floor, &job) => unreachable!(),
+            done = workers.ended(&job) => done,
+            _ = watch_checkpoints(&workers, &job) => unreachable!(),
         };
         assert_eq!(done.state, State::Succeeded, "commit {nth}: {:?}", done.error);
         assert_eq!(done.attempt, 1, "commit {nth}");
-        whole(&floor, &done, 12).await;
+        whole(&workers, &done, 12).await;
         worker.stop().await;
         // Its own may have been the commit that was lost.
-        janitor::remove_spent_checkpoints(&floor.store, &floor.blobs).await.unwrap();
-        floor.nothing_is_left_over(&done).await;
+        maintenance::remove_obsolete_checkpoints(&workers.store, &workers.blobs).await.unwrap();
+        workers.nothing_is_left_over(&done).await;
         if wire.n_commits() - before <= nth {
             break; // a training has no more
         }
@@ -193,57 +201,57 @@ async fn a_worker_whose_commit_is_never_sent_says_it_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_becomes_read_only_costs_no_result_and_is_told_to_clients_as_away() {
     let server = Postgres::own();
-    let mut floor = Floor::on_server(&server).await;
-    floor.settings.lease = Duration::from_mins(1);
-    let house = House::on(floor, Plan::default()).await;
-    let job = house.floor.train("mug", 20).await;
+    let mut workers = TestWorkers::on_server(&server).await;
+    workers.settings.lease = Duration::from_mins(1);
+    let app = TestApp::on(workers, AppConfig::default()).await;
+    let job = app.workers.train("mug", 20).await;
     let script = Script::new(QUICK);
-    let chaos = Chaos::over(Arc::new(house.floor.objects_store()));
-    let worker = house.floor.work_over(&script, Blobs::over(Arc::new(chaos.clone())));
-    house.floor.until(&job, |_| script.steps("mug").len() > 3).await;
+    let chaos = Chaos::over(Arc::new(app.workers.objects_store()));
+    let worker = app.workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
+    app.workers.until(&job, |_| script.steps("mug").len() > 3).await;
     chaos.strike_all(Some(What::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 20).then_some(())).await;
     server.set("default_transaction_read_only", Some("on")).await;
     chaos.strike_all(None);
-    let answer = post(&house, form(3, "mug")).await;
+    let answer = post(&app, form(3, "mug")).await;
     assert!(answer.headers().contains_key("retry-after"));
     let (status, slug, _) = problem(answer).await;
     assert_eq!((status, slug.as_str()), (503, "unavailable"));
-    assert!(house.floor.blobs.list(&Scope::tenant(house.tenant)).await.unwrap().is_empty(), "surely refused");
+    assert!(app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap().is_empty(), "surely refused");
     tokio::time::sleep(Duration::from_secs(4)).await; // the worker tries meanwhile
     server.set("default_transaction_read_only", None).await;
     let found = eventually("the job has its result", async || {
-        house.floor.find(&job).await.filter(is(State::Succeeded))
+        app.workers.find(&job).await.filter(is(State::Succeeded))
     });
     let done = found.await;
     assert_eq!(done.attempt, 1);
-    whole(&house.floor, &done, 20).await;
+    whole(&app.workers, &done, 20).await;
     worker.stop().await;
-    house.stop().await;
+    app.stop().await;
 }
 
 /// A row that is locked by somebody else costs its own lease only.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_row_is_locked_does_not_cost_the_others_their_leases() {
     let server = Postgres::own();
-    let mut floor = Floor::on_server(&server).await;
-    floor.settings.lease = Duration::from_secs(12);
-    let trained = floor.train("mug", 2).await;
-    let worker = floor.work(&Script::new(QUICK));
-    let trained = floor.ended(&trained).await;
+    let mut workers = TestWorkers::on_server(&server).await;
+    workers.settings.lease = Duration::from_secs(12);
+    let trained = workers.train("mug", 2).await;
+    let worker = workers.start(&Script::new(QUICK));
+    let trained = workers.ended(&trained).await;
     worker.stop().await;
     let slow = Script::new(Duration::from_millis(200));
-    let worker = floor.work(&slow);
-    let (long, sample) = (floor.train("teapot", 400).await, floor.sample(trained.id, 200).await);
+    let worker = workers.start(&slow);
+    let (long, sample) = (workers.train("teapot", 400).await, workers.sample(trained.id, 200).await);
     for job in [&long, &sample] {
-        floor.until(job, is(State::Running)).await;
+        workers.until(job, is(State::Running)).await;
     }
-    let mut other = PgConnection::connect(&floor.settings.database).await.unwrap();
+    let mut other = PgConnection::connect(&workers.settings.database).await.unwrap();
     let lock = format!("begin; select 1 from job where id = '{}' for update", sample.id);
     sqlx::raw_sql(sqlx::AssertSqlSafe(lock)).execute(&mut other).await.unwrap();
     tokio::time::sleep(Duration::from_secs(16)).await;
-    assert_eq!(floor.store.rescue().await.unwrap().requeued, 0, "one is locked, the other held");
-    assert_eq!(floor.find(&long).await.unwrap().state, State::Running);
+    assert_eq!(workers.store.rescue().await.unwrap().requeued, 0, "one is locked, the other held");
+    assert_eq!(workers.find(&long).await.unwrap().state, State::Running);
     let steps = slow.steps("teapot").len();
     eventually("it goes on", async || (slow.steps("teapot").len() > steps + 5).then_some(())).await;
     drop(other);

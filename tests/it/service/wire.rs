@@ -1,4 +1,4 @@
-//! A way to a server of Postgres that loses answers on purpose: it knows a commit when it passes.
+//! A proxy to a Postgres server that loses answers on purpose; it recognises commits.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

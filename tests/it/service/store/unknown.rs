@@ -1,4 +1,4 @@
-//! Commits whose answer is lost or late. What was done is found out before anything that cannot be undone.
+//! In-doubt commits: their outcome is resolved before anything irreversible happens.
 
 use std::path::Path;
 
@@ -6,28 +6,28 @@ use hypnos::job::State;
 use hypnos::store::{Error, NewKey, Scope};
 
 use super::super::disk::Disk;
-use super::super::floor::eventually;
 use super::super::postgres::socket_of;
+use super::super::test_workers::eventually;
 use super::super::wire::{Loss, Wire};
 use super::*;
 
-/// A store whose commits pass a wire, and a house at the same database that they do not.
-async fn over_a_wire() -> (House, Store, Wire) {
-    let house = House::postgres().await;
-    let wire = Wire::before(socket_of(&house.url)).await;
-    let store = Store::connect(&wire.through(&house.url), 4).await.unwrap();
-    (house, store, wire)
+/// A store whose commits pass a wire, and a second store at the same database whose commits do not.
+async fn over_a_wire() -> (TestDatabase, Store, Wire) {
+    let db = TestDatabase::postgres().await;
+    let wire = Wire::before(socket_of(&db.url)).await;
+    let store = Store::connect(&wire.through(&db.url), 4).await.unwrap();
+    (db, store, wire)
 }
 
 const LOSSES: [Loss; 2] = [Loss::Before, Loss::Answer];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_asked_for_is_done_once_whichever_way_its_answer_was_lost() {
-    let (house, store, wire) = over_a_wire().await;
+    let (db, store, wire) = over_a_wire().await;
     for loss in LOSSES {
         wire.strike(0, loss);
         let tenant = store.ensure_tenant(&format!("{loss:?}")).await.unwrap();
-        assert_eq!(tenant, house.tenant(&format!("{loss:?}")).await);
+        assert_eq!(tenant, db.tenant(&format!("{loss:?}")).await);
 
         let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(tenant) };
         wire.strike(0, loss);
@@ -66,16 +66,16 @@ async fn what_a_client_asked_for_is_done_once_whichever_way_its_answer_was_lost(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
-    let (house, store, wire) = over_a_wire().await;
-    let tenant = house.tenant("shop").await;
+    let (db, store, wire) = over_a_wire().await;
+    let tenant = db.tenant("shop").await;
     for loss in LOSSES {
         let unknown = |answer: Result<(), Error>| {
             assert!(matches!(answer, Err(Error::Unknown(_))), "{loss:?}: {answer:?}");
         };
-        let row = async |id| house.train(tenant, id).await.unwrap();
+        let row = async |id| db.train(tenant, id).await.unwrap();
 
         // A claim that nobody knows of is given back at no cost before there is another.
-        let id = house.accept(training(tenant)).await.id;
+        let id = db.accept(training(tenant)).await.id;
         wire.strike(0, loss);
         let claim = async || store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await;
         unknown(claim().await.map(drop));
@@ -105,24 +105,24 @@ async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
         assert_eq!(store.release(lease).await.unwrap(), State::Queued, "{loss:?}");
         assert_eq!(row(id).await.attempt, 0, "{loss:?}: at no cost, and only once");
 
-        let lease = house.claim().await.unwrap().lease();
+        let lease = db.claim().await.unwrap().lease();
         wire.strike(0, loss);
         unknown(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
         assert_eq!(store.fail(lease, &fault(), Some(NONE)).await.unwrap(), State::Queued, "{loss:?}");
         assert_eq!(row(id).await.attempt, 1);
 
-        let lease = house.claim().await.unwrap().lease();
+        let lease = db.claim().await.unwrap().lease();
         let finish = async || store.finish(lease, &json!({"n": 1}), &[object("weights")]).await;
         wire.strike(0, loss);
         unknown(finish().await.map(drop));
         assert_eq!(finish().await.unwrap(), State::Succeeded, "{loss:?}");
-        let (done, shown) = (row(id).await, house.store.artifacts(tenant, id).await.unwrap());
+        let (done, shown) = (row(id).await, db.store.artifacts(tenant, id).await.unwrap());
         assert_eq!((done.state, done.result), (State::Succeeded, Some(json!({"n": 1}))));
         assert_eq!(shown, [object("preview-0.png"), object("weights")]);
 
-        let id = house.accept(training(tenant)).await.id;
-        let lease = house.claim().await.unwrap().lease();
-        house.store.cancel(tenant, id).await.unwrap();
+        let id = db.accept(training(tenant)).await.id;
+        let lease = db.claim().await.unwrap().lease();
+        db.store.cancel(tenant, id).await.unwrap();
         wire.strike(0, loss);
         unknown(store.cancelled(lease).await);
         store.cancelled(lease).await.unwrap();
@@ -133,10 +133,10 @@ async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
 /// A commit that is done while its answer never comes: the connection is given up, and others take its place.
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_that_never_come_use_up_no_connections() {
-    let house = House::postgres().await;
-    let tenants = [house.tenant("a").await, house.tenant("b").await, house.tenant("c").await];
-    let wire = Wire::before(socket_of(&house.url)).await;
-    let store = Store::connect(&wire.through(&house.url), 3).await.unwrap();
+    let db = TestDatabase::postgres().await;
+    let tenants = [db.tenant("a").await, db.tenant("b").await, db.tenant("c").await];
+    let wire = Wire::before(socket_of(&db.url)).await;
+    let store = Store::connect(&wire.through(&db.url), 3).await.unwrap();
     (0..3).for_each(|nth| wire.strike(nth, Loss::AnswerHangs));
     let submit = async |tenant| store.submit(training(tenant)).await;
     let answers = futures_util::future::join_all(tenants.map(submit)).await;
@@ -151,18 +151,18 @@ async fn answers_that_never_come_use_up_no_connections() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_submission_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
     let server = Postgres::own();
-    let house = House::at(server.fresh().await).await;
-    let tenant = house.tenant("shop").await;
+    let db = TestDatabase::at(server.fresh().await).await;
+    let tenant = db.tenant("shop").await;
     server.lose_standby().await;
     let new = training(tenant);
-    let answer = house.store.submit(new.clone()).await;
+    let answer = db.store.submit(new.clone()).await;
     assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
-    assert_eq!(house.train(tenant, new.id).await, None, "what is not seen is not what is not there");
+    assert_eq!(db.train(tenant, new.id).await, None, "what is not seen is not what is not there");
     // The next submission of that tenant cannot pass the one that is under way.
-    let next = house.store.submit(training(tenant)).await;
-    assert!(matches!(next, Err(Error::Away(_))), "{next:?}");
+    let next = db.store.submit(training(tenant)).await;
+    assert!(matches!(next, Err(Error::Unavailable(_))), "{next:?}");
     server.find_standby().await;
-    let landed = eventually("the commit lands", async || house.train(tenant, new.id).await);
+    let landed = eventually("the commit lands", async || db.train(tenant, new.id).await);
     assert_eq!(landed.await.photos, new.photos);
 }
 
@@ -170,38 +170,38 @@ async fn a_submission_that_waits_for_a_standby_is_unknown_until_it_is_settled() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_result_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
     let server = Postgres::own();
-    let house = House::at(server.fresh().await).await;
-    let tenant = house.tenant("shop").await;
-    let job = house.accept(training(tenant)).await;
-    let lease = house.claim().await.unwrap().lease();
+    let db = TestDatabase::at(server.fresh().await).await;
+    let tenant = db.tenant("shop").await;
+    let job = db.accept(training(tenant)).await;
+    let lease = db.claim().await.unwrap().lease();
     server.lose_standby().await;
-    let finish = async || house.store.finish(lease, &json!({}), &[object("weights")]).await;
+    let finish = async || db.store.finish(lease, &json!({}), &[object("weights")]).await;
     let answer = finish().await;
     assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
-    assert_eq!(house.train(tenant, job.id).await.unwrap().state, State::Running);
-    let named = house.store.named(job.id).await;
-    assert!(matches!(named, Err(Error::Away(_))), "it waits for the lock: {named:?}");
+    assert_eq!(db.train(tenant, job.id).await.unwrap().state, State::Running);
+    let named = db.store.referenced_keys(job.id).await;
+    assert!(matches!(named, Err(Error::Unavailable(_))), "it waits for the lock: {named:?}");
     let again = finish().await;
-    assert!(matches!(again, Err(Error::Away(_))), "so does this: {again:?}");
+    assert!(matches!(again, Err(Error::Unavailable(_))), "so does this: {again:?}");
     // Its commit holds a lock that every other with a notification needs, which says so, and is surely not done.
-    let other = house.store.submit(training(tenant)).await;
-    assert!(matches!(other, Err(Error::Away(_))), "{other:?}");
+    let other = db.store.submit(training(tenant)).await;
+    assert!(matches!(other, Err(Error::Unavailable(_))), "{other:?}");
     server.find_standby().await;
-    let landed = async || house.train(tenant, job.id).await.filter(|job| job.state == State::Succeeded);
+    let landed = async || db.train(tenant, job.id).await.filter(|job| job.state == State::Succeeded);
     eventually("the commit lands", landed).await;
-    assert_eq!(house.store.named(job.id).await.unwrap(), [object("weights").key].into());
+    assert_eq!(db.store.referenced_keys(job.id).await.unwrap(), [object("weights").key].into());
     assert_eq!(finish().await.unwrap(), State::Succeeded);
-    assert_eq!(house.store.list(tenant, &hypnos::store::Filter::default(), None, 9).await.unwrap().len(), 1);
+    assert_eq!(db.store.list(tenant, &hypnos::store::Filter::default(), None, 9).await.unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_is_terminated_after_its_commit_has_committed() {
     let server = Postgres::own();
-    let house = House::at(server.fresh().await).await;
-    let tenant = house.tenant("shop").await;
+    let db = TestDatabase::at(server.fresh().await).await;
+    let tenant = db.tenant("shop").await;
     server.lose_standby().await;
     let new = training(tenant);
-    let (store, sent) = (house.store.clone(), new.clone());
+    let (store, sent) = (db.store.clone(), new.clone());
     let submitting = tokio::spawn(async move { store.submit(sent).await });
     let pid = eventually("it waits for a standby", async || server.waiting_for_standby().await).await;
     let terminate = sqlx::query("select pg_terminate_backend($1)").bind(pid);
@@ -218,35 +218,35 @@ async fn a_commit_that_a_slow_disk_holds_up_is_unknown_until_it_is_settled() {
     ) else {
         return;
     };
-    let house = House::sqlite().await;
-    let tenant = house.tenant("shop").await;
+    let db = TestDatabase::sqlite().await;
+    let tenant = db.tenant("shop").await;
     disk.hold();
     let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(tenant) };
-    let answer = house.store.submit(new.clone()).await;
+    let answer = db.store.submit(new.clone()).await;
     assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
-    assert_eq!(house.train(tenant, new.id).await, None, "readers go on, and do not see it yet");
-    let other = house.store.submit(training(tenant)).await;
-    assert!(matches!(other, Err(Error::Away(_))), "the one writer is busy, in words: {other:?}");
-    assert!(matches!(house.store.named(new.id).await, Err(Error::Away(_))));
+    assert_eq!(db.train(tenant, new.id).await, None, "readers go on, and do not see it yet");
+    let other = db.store.submit(training(tenant)).await;
+    assert!(matches!(other, Err(Error::Unavailable(_))), "the one writer is busy, in words: {other:?}");
+    assert!(matches!(db.store.referenced_keys(new.id).await, Err(Error::Unavailable(_))));
     // Another process waits for the file's lock, and says so too.
-    let other = house.another().await.submit(training(tenant)).await;
-    assert!(matches!(other, Err(Error::Away(_))), "{other:?}");
+    let other = db.another().await.submit(training(tenant)).await;
+    assert!(matches!(other, Err(Error::Unavailable(_))), "{other:?}");
     disk.mend();
-    let landed = eventually("the commit lands", async || house.train(tenant, new.id).await).await;
-    let answer = house.store.submit(NewJob { id: JobId::new(), ..new }).await.unwrap();
+    let landed = eventually("the commit lands", async || db.train(tenant, new.id).await).await;
+    let answer = db.store.submit(NewJob { id: JobId::new(), ..new }).await.unwrap();
     assert_eq!(answer, Submitted::Replayed(landed));
-    house.accept(training(tenant)).await; // the writer goes on
+    db.accept(training(tenant)).await; // the writer goes on
 }
 
 /// The files as a crash at this moment would leave them, opened anew.
-async fn after_a_crash(house: &House) -> (House, tempfile::TempDir) {
+async fn after_a_crash(db: &TestDatabase) -> (TestDatabase, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     for suffix in ["", "-wal"] {
         let name = format!("hypnos.db{suffix}");
-        let from: &Path = house.dir.as_ref().unwrap().path();
+        let from: &Path = db.dir.as_ref().unwrap().path();
         std::fs::copy(from.join(&name), dir.path().join(&name)).unwrap();
     }
-    (House::at(format!("sqlite:{}/hypnos.db", dir.path().display())).await, dir)
+    (TestDatabase::at(format!("sqlite:{}/hypnos.db", dir.path().display())).await, dir)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,24 +256,24 @@ async fn a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_cr
     ) else {
         return;
     };
-    let house = House::sqlite().await;
-    let tenant = house.tenant("shop").await;
-    let job = house.accept(training(tenant)).await;
-    let lease = house.claim().await.unwrap().lease();
+    let db = TestDatabase::sqlite().await;
+    let tenant = db.tenant("shop").await;
+    let job = db.accept(training(tenant)).await;
+    let lease = db.claim().await.unwrap().lease();
     disk.fail();
-    let answer = house.store.finish(lease, &json!({}), &[object("weights")]).await;
+    let answer = db.store.finish(lease, &json!({}), &[object("weights")]).await;
     assert!(matches!(answer, Err(Error::Unknown(_))), "{answer:?}");
-    assert_eq!(house.train(tenant, job.id).await.unwrap().state, State::Running);
-    let (crashed, _dir) = after_a_crash(&house).await;
+    assert_eq!(db.train(tenant, job.id).await.unwrap().state, State::Running);
+    let (crashed, _dir) = after_a_crash(&db).await;
     let found = crashed.train(tenant, job.id).await.unwrap().state;
     assert_eq!(found, State::Succeeded, "all of it was in the file: a crash would have brought it to life");
-    let named = house.store.named(job.id).await;
+    let named = db.store.referenced_keys(job.id).await;
     assert!(named.is_err(), "nothing is settled on such a disk: {named:?}");
     disk.mend();
-    assert_eq!(house.store.named(job.id).await.unwrap(), [].into(), "now its weights may go");
-    let (crashed, _dir) = after_a_crash(&house).await;
+    assert_eq!(db.store.referenced_keys(job.id).await.unwrap(), [].into(), "now its weights may go");
+    let (crashed, _dir) = after_a_crash(&db).await;
     assert_eq!(crashed.train(tenant, job.id).await.unwrap().state, State::Running, "and nothing names them");
-    assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+    assert_eq!(db.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
 }
 
 /// SQLite undoes a transaction by itself when the disk is full or fails.
@@ -281,27 +281,27 @@ async fn a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_cr
 async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
     let name = "service::store::unknown::a_disk_that_was_full_or_failed_for_a_while_is_written_again";
     let Some(disk) = Disk::under(name) else { return };
-    let house = House::sqlite().await;
-    let tenant = house.tenant("shop").await;
+    let db = TestDatabase::sqlite().await;
+    let tenant = db.tenant("shop").await;
     for full in [true, false] {
         if full {
             disk.fill();
         } else {
             disk.fail();
         }
-        let refused = house.store.submit(training(tenant)).await;
+        let refused = db.store.submit(training(tenant)).await;
         if full {
             assert!(
-                matches!(refused, Err(Error::Away(_))),
+                matches!(refused, Err(Error::Unavailable(_))),
                 "its own word that nothing was done: {refused:?}"
             );
         } else {
             assert!(matches!(refused, Err(Error::Unknown(_))), "{refused:?}");
         }
         disk.mend();
-        house.accept(training(tenant)).await;
-        house.accept(training(tenant)).await;
-        assert!(house.claim().await.is_some());
+        db.accept(training(tenant)).await;
+        db.accept(training(tenant)).await;
+        assert!(db.claim().await.is_some());
     }
 }
 
@@ -309,17 +309,16 @@ async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_became_read_only_is_away_and_comes_back() {
     let server = Postgres::own();
-    let house = House::at(server.fresh().await).await;
-    let tenant = house.tenant("shop").await;
-    house.accept(training(tenant)).await;
-    let lease = house.claim().await.unwrap().lease();
+    let db = TestDatabase::at(server.fresh().await).await;
+    let tenant = db.tenant("shop").await;
+    db.accept(training(tenant)).await;
+    let lease = db.claim().await.unwrap().lease();
     server.set("default_transaction_read_only", Some("on")).await;
-    let refused = house.store.submit(training(tenant)).await;
-    assert!(matches!(refused, Err(Error::Away(_))), "{refused:?}");
-    let refused = house.store.finish(lease, &json!({}), &[]).await;
-    assert!(matches!(refused, Err(Error::Away(_))), "{refused:?}");
+    let refused = db.store.submit(training(tenant)).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    let refused = db.store.finish(lease, &json!({}), &[]).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
     server.set("default_transaction_read_only", None).await;
-    let done =
-        eventually("it can be written", async || house.store.finish(lease, &json!({}), &[]).await.ok());
+    let done = eventually("it can be written", async || db.store.finish(lease, &json!({}), &[]).await.ok());
     assert_eq!(done.await, State::Succeeded);
 }

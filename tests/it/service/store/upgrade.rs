@@ -36,7 +36,7 @@ async fn of_the_first_build(url: String) {
         Err(Error::Schema(line)) => assert!(line.contains("run `hypnos migrate`"), "{line}"),
         other => panic!("{other:?}"),
     }
-    let house = House { url, direct: None, store, dir: None, _bouncer: None };
+    let db = TestDatabase { url, direct: None, store, dir: None, _bouncer: None };
     let ids = [JobId::new(), JobId::new(), JobId::new()];
     let spec = json!({"kind": "train", "class_name": "mug", "seed": 7, "options": TrainOptions::default()});
     for (id, running) in ids.iter().zip([None, Some(-1000), Some(600_000)]) {
@@ -53,24 +53,22 @@ async fn of_the_first_build(url: String) {
                 {worker}, {times} from clock",
             TenantId::LOCAL
         );
-        house.sql(&insert).await;
+        db.sql(&insert).await;
     }
-    house.store.migrate().await.unwrap();
-    house.store.check_schema().await.unwrap();
-    let state = async |id| house.train(TenantId::LOCAL, id).await.unwrap().state;
-    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    db.store.migrate().await.unwrap();
+    db.store.check_schema().await.unwrap();
+    let state = async |id| db.train(TenantId::LOCAL, id).await.unwrap().state;
+    assert_eq!(db.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
     assert_eq!(state(ids[1]).await, State::Queued, "its lease was over");
     assert_eq!(state(ids[2]).await, State::Running, "the build before still holds it");
-    house
-        .sql(&format!("update job set lease_until_ms = lease_until_ms - 700000 where id = '{}'", ids[2]))
-        .await;
-    assert_eq!(house.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
+    db.sql(&format!("update job set lease_until_ms = lease_until_ms - 700000 where id = '{}'", ids[2])).await;
+    assert_eq!(db.store.rescue().await.unwrap(), Rescued { requeued: 1, ..Rescued::default() });
     for _ in 0..3 {
-        let lease = house.claim().await.unwrap().lease();
-        assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+        let lease = db.claim().await.unwrap().lease();
+        assert_eq!(db.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
     }
     // What sqlx's migrator wrote down is what ours writes, and the reverse.
-    migrate_as_before(&house.url, &(1..=newest()).collect::<Vec<_>>()).await;
+    migrate_as_before(&db.url, &(1..=newest()).collect::<Vec<_>>()).await;
 }
 
 /// The newest migration.
@@ -94,13 +92,13 @@ async fn a_postgres_of_the_first_build_is_brought_up_to_date_with_its_rows() {
 async fn of_a_build_between(url: String) {
     migrate_as_before(&url, &[1, 3, 6]).await;
     let store = Store::connect(&url, 4).await.unwrap();
-    let house = House { url, direct: None, store, dir: None, _bouncer: None };
-    house.store.migrate().await.unwrap();
-    house.store.check_schema().await.unwrap();
-    let tenant = house.tenant("shop").await;
-    house.accept(training(tenant)).await;
-    let lease = house.claim().await.unwrap().lease();
-    assert_eq!(house.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
+    let db = TestDatabase { url, direct: None, store, dir: None, _bouncer: None };
+    db.store.migrate().await.unwrap();
+    db.store.check_schema().await.unwrap();
+    let tenant = db.tenant("shop").await;
+    db.accept(training(tenant)).await;
+    let lease = db.claim().await.unwrap().lease();
+    assert_eq!(db.store.finish(lease, &json!({}), &[]).await.unwrap(), State::Succeeded);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -117,16 +115,16 @@ async fn a_postgres_of_a_build_between_is_brought_up_to_date() {
 /// A database that was made at the newest version and one that was brought there are the same, column for column.
 #[tokio::test(flavor = "multi_thread")]
 async fn both_databases_have_the_same_columns() {
-    let columns = async |house: &House, select: &'static str| -> Vec<String> {
-        if house.url.starts_with("sqlite:") {
-            let mut connection = SqliteConnection::connect(&house.url).await.unwrap();
+    let columns = async |db: &TestDatabase, select: &'static str| -> Vec<String> {
+        if db.url.starts_with("sqlite:") {
+            let mut connection = SqliteConnection::connect(&db.url).await.unwrap();
             sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap()
         } else {
-            let mut connection = PgConnection::connect(&house.url).await.unwrap();
+            let mut connection = PgConnection::connect(&db.url).await.unwrap();
             sqlx::query_scalar(select).fetch_all(&mut connection).await.unwrap()
         }
     };
-    let (sqlite, postgres) = (House::sqlite().await, House::postgres().await);
+    let (sqlite, postgres) = (TestDatabase::sqlite().await, TestDatabase::postgres().await);
     let sqlite = columns(
         &sqlite,
         "select m.name || '.' || c.name || case when c.type in ('INTEGER', 'integer') then ' number' else ' text' end

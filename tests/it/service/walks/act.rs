@@ -1,4 +1,4 @@
-//! What happens in a walk: one action, and all that follows from it by itself.
+//! Executes one action of a walk, and everything that follows from it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use hypnos::blobs::Blobs;
 use hypnos::health::Health;
 use hypnos::store::{Delivery, Statement, Store};
-use hypnos::worker::{self, Heart};
-use hypnos::{clock, deployment, janitor, sweep};
+use hypnos::worker::{self, LeaseKeeper};
+use hypnos::{clock, deployment, maintenance, sweep};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::super::scripted::Script;
 use super::bucket::Way;
 use super::choose::BUSY;
-use super::client::{self, Ask, Standing, Wanted};
+use super::client::{self, Ask, ClaimFilter, Standing};
 use super::conditions::Passage;
 use super::database::{Database, Kind};
 use super::pace::Pace;
@@ -47,14 +47,14 @@ async fn sweep(store: &Store, blobs: &Blobs) -> Result<(), sweep::Error> {
     let found = sweep::find(store, blobs, before).await?;
     let removed = sweep::remove(store, blobs, &found.orphans).await?;
     blobs.sweep_unfinished(DAY).await?;
-    if removed.failed.is_empty() { sweep::settled(store, before).await } else { Ok(()) }
+    if removed.failed.is_empty() { sweep::clear_restored(store, before).await } else { Ok(()) }
 }
 
 /// What every process does first; whether it may go on. One that may not is started again.
 async fn pair(store: &Store, blobs: &Blobs) -> bool {
     match deployment::pair(store, blobs).await {
         Ok(_) => true,
-        Err(apart @ deployment::Error::Apart(_)) => panic!("{apart}"),
+        Err(apart @ deployment::Error::Mismatch(_)) => panic!("{apart}"),
         Err(_) => false,
     }
 }
@@ -212,7 +212,7 @@ impl Walk<'_> {
 
     fn want(&mut self, parent: Option<String>) {
         let n = self.clients.wanted.len();
-        let wanted = Wanted {
+        let wanted = ClaimFilter {
             key: self.random.per_mille(700).then(|| format!("request-{n}")),
             parent,
             retry_of: None,
@@ -229,7 +229,7 @@ impl Walk<'_> {
     fn want_again(&mut self, id: &str) {
         let n = self.clients.wanted.len();
         let before = self.clients.wanted[self.clients.told[id].wanted].clone();
-        self.clients.wanted.push(Wanted {
+        self.clients.wanted.push(ClaimFilter {
             key: self.random.per_mille(700).then(|| format!("request-{n}")),
             retry_of: Some(id.to_owned()),
             standing: Standing::Asking,
@@ -322,10 +322,10 @@ impl Walk<'_> {
                 let (device, tasks) = self.start_worker(store, blobs, drain);
                 (up.device, up.tasks) = (Some(device), tasks);
             }
-            Role::Janitor => {
+            Role::Maintenance => {
                 up.tasks.push(tokio::spawn(async move {
                     if pair(&store, &blobs).await {
-                        janitor::run(store, blobs, PAUSE, drain).await;
+                        maintenance::run(store, blobs, PAUSE, drain).await;
                     }
                 }));
             }
@@ -348,23 +348,26 @@ impl Walk<'_> {
         let settings = worker::Settings {
             database: String::new(),
             lease: LEASE,
-            beat: BEAT,
+            heartbeat: BEAT,
             deadline: DEADLINE,
             poll: POLL,
             checkpoint_every: CHECKPOINT,
             scratch: self.scratch.to_owned(),
             weights_bytes_max: WEIGHTS_BYTES_MAX,
             sample_share: 0.5,
-            rest: REST,
+            backoff: REST,
             drain: DRAIN,
             host: format!("host-{}", self.n_started),
             clock: script.clock(),
         };
         let engines = vec![("scripted".to_owned(), pace.engine(&script, &self.world))];
-        let heart = Heart::new(LEASE);
+        let lease_keeper = LeaseKeeper::new(LEASE);
         let connected = store.clone();
-        let beating =
-            heart.clone().run(move || std::future::ready(Ok(connected.clone())), BEAT, drain.child_token());
+        let beating = lease_keeper.clone().run(
+            move || std::future::ready(Ok(connected.clone())),
+            BEAT,
+            drain.child_token(),
+        );
         let (idle, begun) = (self.idle.clone(), pace.clone());
         let working = async move {
             if !pair(&store, &blobs).await {
@@ -377,7 +380,7 @@ impl Walk<'_> {
             });
             let health = Health::default();
             let worked =
-                worker::run_with(heart, settings, store, blobs, engines, &health, drain.clone()).await;
+                worker::run_with(lease_keeper, settings, store, blobs, engines, &health, drain.clone()).await;
             if let Err(fault) = worked {
                 assert!(drain.is_cancelled(), "a worker ends: {fault}");
             }

@@ -1,4 +1,4 @@
-//! What could happen next in a walk, and how likely that is.
+//! Chooses the next action of a walk, by probability.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What clients ask for, and what they were told.
+//! Requests of clients in a walk, and the answers they got.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -38,7 +38,7 @@ pub(super) fn front(store: Store, blobs: Blobs, attempts_max: i64, spool: &Path)
 
 /// A job that a client wants.
 #[derive(Clone, Debug)]
-pub(super) struct Wanted {
+pub(super) struct ClaimFilter {
     /// Its `Idempotency-Key`.
     pub(super) key: Option<String>,
     /// The training to draw with, for a sample.
@@ -100,7 +100,7 @@ fn photo(n: u32) -> Vec<u8> {
 }
 
 /// The request for a job.
-pub(super) fn job(wanted: &Wanted) -> Request<Body> {
+pub(super) fn job(wanted: &ClaimFilter) -> Request<Body> {
     const BOUNDARY: &str = "a-boundary";
     static PHOTOS: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| [1, 2, 3].map(photo));
     let mut request = Request::post(match (&wanted.retry_of, &wanted.parent) {
@@ -175,7 +175,7 @@ pub(super) struct Told {
 /// All that clients want and know.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clients {
-    pub(super) wanted: Vec<Wanted>,
+    pub(super) wanted: Vec<ClaimFilter>,
     pub(super) told: BTreeMap<String, Told>,
 }
 

@@ -1,4 +1,5 @@
-//! How often what goes wrong in a walk. Each has conditions of its own: some lose many answers, some kill, some freeze, some do all of it a little.
+//! How often what goes wrong in a walk. Each has conditions of its own: some lose many answers, some kill, some freeze,
+//! some do all of it a little.
 
 use hypnos::store::{Delivery, Statement};
 

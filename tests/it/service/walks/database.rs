@@ -1,4 +1,4 @@
-//! The real databases of the walks: one for each kind, emptied for each walk, with the time that the walk says.
+//! The real databases of the walks: one of each kind, emptied for each walk, with the walk's clock.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 

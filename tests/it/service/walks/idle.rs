@@ -1,8 +1,8 @@
-//! When nothing of a walk's processes moves: every task waits at a gate, for the clock, for an answer of the database that
-//! waits for a lock, or for one of these; and no thread computes.
+//! When nothing of a walk's processes moves: every task waits at a gate, for the clock, for an answer of the database
+//! that waits for a lock, or for one of these; and no thread computes.
 //!
-//! All tasks run on one thread, whose runtime tells when it has nothing to do. Work that it has given to other threads it
-//! counts: with no time to be kept alive, each is a thread that begins and ends.
+//! All tasks run on one thread, whose runtime tells when it has nothing to do. Work that it has given to other threads
+//! it counts: with no time to be kept alive, each is a thread that begins and ends.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -118,8 +118,8 @@ impl Idle {
         }
     }
 
-    /// Nothing moved, and then again nothing, and nothing was begun between: what another thread had just handed over when
-    /// the runtime first had nothing to do has been seen to.
+    /// Nothing moved, and then again nothing, and nothing was begun between: what another thread had just handed over
+    /// when the runtime first had nothing to do has been seen to.
     async fn twice(&self) {
         loop {
             self.once().await;

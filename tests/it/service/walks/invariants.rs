@@ -1,4 +1,4 @@
-//! What must be true after every step of a walk, and at its end.
+//! The invariants that are checked after every step of a walk, and at its end.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,8 @@ pub(super) struct Seen {
     succeeded: BTreeSet<String>,
     /// The last committed checkpoint of each training.
     committed: BTreeMap<String, u64>,
-    /// For each device, the training that it began last, its first step, the checkpoint there was then, and its last step.
+    /// For each device, the training that it began last, its first step, the checkpoint there was then, and its last
+    /// step.
     begun: BTreeMap<String, (String, u64, u64, u64)>,
 }
 
@@ -91,8 +92,8 @@ impl Seen {
         Ok(())
     }
 
-    /// Looks at what the devices did since the last look. An attempt that begins before the last committed checkpoint, and
-    /// goes on for more than the step after which its lease is looked at, loses steps that were kept.
+    /// Looks at what the devices did since the last look. An attempt that begins before the last committed checkpoint,
+    /// and goes on for more than the step after which its lease is looked at, loses steps that were kept.
     pub(super) fn did(&mut self, device: &str, did: &[Did]) -> Result<(), String> {
         for did in did {
             let Did::Step(_, step, id) = did else { continue };

@@ -1,9 +1,10 @@
 //! Random walks of the whole service over real SQL, in which every statement and every use of the object store may fail
 //! before it, lose its answer, or be carried out when its caller has long given up, and any process may die or freeze.
 //!
-//! What runs is the service's own code: fronts behind their router, workers with scripted engines, janitors and sweeps,
-//! each on connections of its own and with its own client of one object store. Every call of theirs waits at a gate, and
-//! the walk lets one of them go on at a time, chosen at random; so a seed replays a walk. The clock is the walk's own.
+//! What runs is the service's own code: fronts behind their router, workers with scripted engines, maintenance and
+//! sweeps, each on connections of its own and with its own client of one object store. Every call of theirs waits at a
+//! gate, and the walk lets one of them go on at a time, chosen at random; so a seed replays a walk. The clock is the
+//! walk's own.
 //!
 //! ```text
 //! walk        one walk, from its first process to its last check     conditions  how often what goes wrong
@@ -49,8 +50,8 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-/// All processes of a walk run in one thread, one inside the other where a future is polled: built without optimizations
-/// that takes more than a test's own thread has.
+/// All processes of a walk run in one thread, one inside the other where a future is polled: built without
+/// optimizations that takes more than a test's own thread has.
 const STACK_BYTES: usize = 64 << 20;
 
 fn on_a_large_stack(work: impl FnOnce() + Send + 'static) {

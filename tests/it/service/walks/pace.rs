@@ -1,4 +1,4 @@
-//! A device's thread that takes a step when the walk says so.
+//! A device's thread that takes a step when the walk decides.
 
 use std::fmt;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
-use hypnos::clock::{self, Time};
+use hypnos::clock::{self, TestClock};
 use hypnos::worker::MakeEngine;
 use jiff::Timestamp;
 
@@ -84,8 +84,9 @@ impl Pace {
         self.changed.notify_all();
     }
 
-    /// Whether the thread waits, here or for an order. Of the latter the kernel knows: one that has been woken does not sleep,
-    /// whether it runs yet or not. One that sleeps and waits for no order waits for a lock, which is about to be let go.
+    /// Whether the thread waits, here or for an order. Of the latter the kernel knows: one that has been woken does not
+    /// sleep, whether it runs yet or not. One that sleeps and waits for no order waits for a lock, which is about to be
+    /// let go.
     pub(super) fn is_still(&self) -> bool {
         let state = self.lock();
         if state.waits && !state.may_go && !state.is_over {
@@ -127,7 +128,7 @@ impl fmt::Debug for DeviceClock {
     }
 }
 
-impl Time for DeviceClock {
+impl TestClock for DeviceClock {
     fn now(&self) -> Instant {
         self.clock.now()
     }
@@ -140,8 +141,8 @@ impl Time for DeviceClock {
         self.clock.since_boot()
     }
 
-    fn waits(&self, waits: bool) {
-        self.pace.waits_for_order.store(waits, Ordering::SeqCst);
+    fn set_waiting(&self, waiting: bool) {
+        self.pace.waits_for_order.store(waiting, Ordering::SeqCst);
     }
 
     fn sleep_until(&self, at: Instant) -> BoxFuture<'static, ()> {

@@ -1,4 +1,4 @@
-//! One walk: processes that work, clients that ask, and, chosen at random, what goes wrong.
+//! One walk: processes that work, clients that send requests, and randomly chosen faults.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -32,7 +32,7 @@ const END: Duration = Duration::from_hours(12);
 pub(super) enum Role {
     Front,
     Worker,
-    Janitor,
+    Maintenance,
     Sweep,
 }
 
@@ -42,7 +42,7 @@ pub(super) const PLACES: [(Role, &str); 6] = [
     (Role::Front, "front B"),
     (Role::Worker, "worker A"),
     (Role::Worker, "worker B"),
-    (Role::Janitor, "janitor"),
+    (Role::Maintenance, "maintenance"),
     (Role::Sweep, "sweep"),
 ];
 

@@ -1,5 +1,5 @@
-//! What the processes of a walk stand in: a clock that the walk moves, and gates where every statement, every use of the
-//! object store and every step of a device waits until the walk lets it through.
+//! What the processes of a walk stand in: a clock that the walk moves, and gates where every statement, every use of
+//! the object store and every step of a device waits until the walk lets it through.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use hypnos::clock::Time;
-use hypnos::store::{Commit, Delivery, Faults, Guard, Statement};
+use hypnos::clock::TestClock;
+use hypnos::store::{Commit, Delivery, FaultInjector, Guard, Statement};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
@@ -186,8 +186,8 @@ impl World {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets who has given up waiting, and puts who has come since into an order that does not depend on which of several
-    /// answers of the database was the quicker.
+    /// Forgets who has given up waiting, and puts who has come since into an order that does not depend on which of
+    /// several answers of the database was the quicker.
     pub(super) fn tidy(&self) {
         let mut state = self.state();
         state.gates.retain(|gate| !gate.go.is_closed());
@@ -273,7 +273,7 @@ impl Drop for Open {
 #[derive(Debug)]
 pub(super) struct WalkClock(pub(super) Arc<World>);
 
-impl Time for WalkClock {
+impl TestClock for WalkClock {
     fn now(&self) -> Instant {
         static BASE: LazyLock<Instant> = LazyLock::new(Instant::now);
         *BASE + self.0.state().now
@@ -388,7 +388,7 @@ impl Process {
 #[derive(Debug)]
 pub(super) struct Line(pub(super) Arc<Process>);
 
-impl Faults for Line {
+impl FaultInjector for Line {
     fn before(&self, statement: Statement) -> BoxFuture<'_, (Delivery, Guard)> {
         async move {
             let delivery = self.0.pass(What::Statement(statement)).await;

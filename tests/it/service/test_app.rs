@@ -1,4 +1,4 @@
-//! The whole house on a loopback port: a floor, a front, and a client with keys.
+//! Starts the whole service on a loopback port: database, objects, HTTP server and a client with keys.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,13 +21,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::floor::{Floor, eventually};
+use super::test_workers::{TestWorkers, eventually};
 
 /// How long a test waits for an answer.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// What a house is built with; a test changes what it is about.
-pub(super) struct Plan {
+/// Configuration of a [`TestApp`]; a test changes the part it is about.
+pub(super) struct AppConfig {
     pub(super) settings: Settings,
     pub(super) timeouts: Timeouts,
     pub(super) limits: Limits,
@@ -39,7 +39,7 @@ pub(super) struct Plan {
     pub(super) devices: Health,
 }
 
-impl Default for Plan {
+impl Default for AppConfig {
     fn default() -> Self {
         let settings = Settings { auth: Auth::Keys, photo_bytes_max: 1 << 20, ..Settings::default() };
         let limits = Limits { side_min: 32, ..Limits::default() };
@@ -56,9 +56,9 @@ impl Default for Plan {
     }
 }
 
-/// A house with two tenants; `tenant` and `key` are the first's.
-pub(super) struct House {
-    pub(super) floor: Floor,
+/// A running service; `tenant` and `key` are those of its first tenant.
+pub(super) struct TestApp {
+    pub(super) workers: TestWorkers,
     /// The objects as the front sees them, which signs URLs to them.
     pub(super) blobs: Blobs,
     pub(super) address: SocketAddr,
@@ -70,58 +70,59 @@ pub(super) struct House {
     served: JoinHandle<()>,
 }
 
-impl House {
+impl TestApp {
     pub(super) async fn start() -> Self {
-        Self::build(Plan::default()).await
+        Self::build(AppConfig::default()).await
     }
 
-    pub(super) async fn build(plan: Plan) -> Self {
-        Self::on(Floor::new().await, plan).await
+    pub(super) async fn build(config: AppConfig) -> Self {
+        Self::on(TestWorkers::new().await, config).await
     }
 
-    pub(super) async fn on(floor: Floor, mut plan: Plan) -> Self {
+    pub(super) async fn on(workers: TestWorkers, mut config: AppConfig) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default(); // the first one stays
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let url = format!("http://{address}");
-        plan.settings.public_url.clone_from(&url);
+        config.settings.public_url.clone_from(&url);
         let links = Links { public_url: url.clone(), secret: "a secret for this test".into() };
-        let place = Place::Directory(floor.objects());
-        let blobs = match plan.blobs {
+        let place = Place::Directory(workers.objects());
+        let blobs = match config.blobs {
             Some(blobs) => blobs,
             None => Blobs::open(&BlobsConfig { place, links: Some(links) }).await.unwrap(),
         };
-        let decoder = Decoder::new(plan.limits, 2, Duration::from_secs(5));
+        let decoder = Decoder::new(config.limits, 2, Duration::from_secs(5));
         let metrics = PrometheusBuilder::new().build_recorder();
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let app = AppState::new(
-            floor.store.clone(),
+        let front = AppState::new(
+            workers.store.clone(),
             blobs.clone(),
             decoder,
-            plan.settings,
+            config.settings,
             handle,
             closing.clone(),
-            plan.devices,
-            plan.detector,
+            config.devices,
+            config.detector,
         );
-        let served = serve(listener, app.router(), plan.connections_max, plan.timeouts, closing.clone());
+        let served =
+            serve(listener, front.router(), config.connections_max, config.timeouts, closing.clone());
         let served = tokio::spawn(served);
-        let tenant = floor.store.ensure_tenant("first").await.unwrap();
+        let tenant = workers.store.ensure_tenant("first").await.unwrap();
         let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
         let client = client.build().unwrap();
-        let mut house =
-            Self { floor, blobs, address, url, tenant, key: String::new(), client, closing, served };
-        house.key = house.new_key(tenant, Scope::Write, None).await;
-        house
+        let mut app =
+            Self { workers, blobs, address, url, tenant, key: String::new(), client, closing, served };
+        app.key = app.new_key(tenant, Scope::Write, None).await;
+        app
     }
 
     /// A key of `tenant`, which ends after so many milliseconds from now if that is given.
     pub(super) async fn new_key(&self, tenant: TenantId, scope: Scope, expires_ms: Option<i64>) -> String {
         let key = make_key().unwrap();
         let new = NewKey { id: key.id, tenant, name: "test".into(), hash: key.hash, scope, expires_ms };
-        self.floor.store.create_key(&new).await.unwrap();
+        self.workers.store.create_key(&new).await.unwrap();
         key.text
     }
 
@@ -160,13 +161,13 @@ impl House {
 
     /// The row of a job of the first tenant.
     pub(super) async fn row(&self, id: &str, kind: Kind) -> Option<Job> {
-        self.floor.store.find(self.tenant, id.parse().unwrap(), kind).await.unwrap()
+        self.workers.store.find(self.tenant, id.parse().unwrap(), kind).await.unwrap()
     }
 
     /// A training of the first tenant that a worker has brought to its end.
     pub(super) async fn trained(&self) -> JobId {
         let script = super::scripted::Script::new(Duration::ZERO);
-        let worker = self.floor.work(&script);
+        let worker = self.workers.start(&script);
         let options = r#"{"steps": 2, "class_images": 0, "evaluation": {"images": 1}}"#;
         let response = self.post_job(form(3, "mug").text("options", options)).await;
         let job: Value = response.json().await.unwrap();
@@ -185,7 +186,7 @@ impl House {
     pub(super) async fn finished(&self) -> JobId {
         let job = self.new_job().await;
         let id: JobId = job["id"].as_str().unwrap().parse().unwrap();
-        let store = &self.floor.store;
+        let store = &self.workers.store;
         let day = Duration::from_hours(24);
         let claimed = store.claim(uuid::Uuid::now_v7(), &[Kind::Train], day, day).await.unwrap().unwrap();
         assert!(claimed.id == id && matches!(claimed.spec(), Ok(Spec::Train(_))));
@@ -198,13 +199,14 @@ impl House {
         let page: Value = self.get("/v1/jobs").await.json().await.unwrap();
         assert_eq!(page["data"], serde_json::json!([]));
         let objects = eventually("the store is empty", async || {
-            let entries = self.floor.blobs.list(&hypnos::blobs::Scope::tenant(self.tenant)).await.unwrap();
+            let entries = self.workers.blobs.list(&hypnos::blobs::Scope::tenant(self.tenant)).await.unwrap();
             entries.is_empty().then_some(())
         });
         objects.await;
     }
 
-    /// Sends bytes on a connection of their own and gives what comes back until the server closes or `PATIENCE` is over.
+    /// Sends bytes on a connection of their own and gives what comes back until the server closes or `PATIENCE` is
+    /// over.
     pub(super) async fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect().await;
         let _ = stream.write_all(bytes).await; // a server that has heard enough may close
@@ -225,10 +227,10 @@ impl House {
     }
 
     /// Ends the server and waits for it.
-    pub(super) async fn stop(self) -> Floor {
+    pub(super) async fn stop(self) -> TestWorkers {
         self.closing.cancel();
         tokio::time::timeout(PATIENCE, self.served).await.expect("it ends").unwrap();
-        self.floor
+        self.workers
     }
 }
 

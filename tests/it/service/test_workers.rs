@@ -1,4 +1,4 @@
-//! A shop floor without a front: a database, a directory of objects, and workers with scripted engines that a test
+//! Workers without an HTTP server: a database, a directory of objects, and workers with scripted engines that a test
 //! starts, stops and kills.
 
 use std::path::{Path, PathBuf};
@@ -26,15 +26,15 @@ pub(super) const TENANT: TenantId = TenantId::LOCAL;
 /// How long a test waits for what must happen before it says that it did not.
 const PATIENCE: Duration = Duration::from_mins(3);
 
-/// Rows, objects and what lies around them. The directory goes with it.
-pub(super) struct Floor {
+/// A database and an object store for workers. Its directory is removed with it.
+pub(super) struct TestWorkers {
     pub(super) store: Store,
     pub(super) blobs: Blobs,
     pub(super) settings: Settings,
     dir: tempfile::TempDir,
 }
 
-impl Floor {
+impl TestWorkers {
     /// On SQLite.
     pub(super) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -56,14 +56,14 @@ impl Floor {
         let settings = Settings {
             database: url.into(),
             lease: Duration::from_millis(1500),
-            beat: Duration::from_millis(100),
+            heartbeat: Duration::from_millis(100),
             deadline: Duration::from_mins(10),
             poll: Duration::from_millis(50),
             checkpoint_every: Duration::from_millis(20),
             scratch: dir.path().join("scratch"),
             weights_bytes_max: 1 << 20,
             sample_share: 0.5,
-            rest: Duration::from_millis(50),
+            backoff: Duration::from_millis(50),
             drain: Duration::from_mins(2),
             host: "a machine".into(),
             clock: Clock::default(),
@@ -82,24 +82,24 @@ impl Floor {
     }
 
     /// A worker with one scripted engine.
-    pub(super) fn work(&self, script: &Script) -> Worker {
-        self.work_over(script, self.blobs.clone())
+    pub(super) fn start(&self, script: &Script) -> Worker {
+        self.start_with_blobs(script, self.blobs.clone())
     }
 
     /// The same, with another way to the objects.
-    pub(super) fn work_over(&self, script: &Script, blobs: Blobs) -> Worker {
-        self.work_on(&[script], blobs)
+    pub(super) fn start_with_blobs(&self, script: &Script, blobs: Blobs) -> Worker {
+        self.start_devices(&[script], blobs)
     }
 
     /// The same, with another way to the database.
-    pub(super) async fn work_through(&self, script: &Script, url: &str) -> Worker {
+    pub(super) async fn start_on_database(&self, script: &Script, url: &str) -> Worker {
         let store = Store::connect(url, 8).await.unwrap();
         let settings = Settings { database: url.into(), ..self.settings.clone() };
         Worker::start(&[script], settings, store, self.blobs.clone())
     }
 
     /// A process with several devices; the first one's clock counts.
-    pub(super) fn work_on(&self, scripts: &[&Script], blobs: Blobs) -> Worker {
+    pub(super) fn start_devices(&self, scripts: &[&Script], blobs: Blobs) -> Worker {
         Worker::start(scripts, self.settings.clone(), self.store.clone(), blobs)
     }
 

@@ -1,12 +1,12 @@
-//! Connections to Postgres, and whose session is behind one.
+//! Connections to Postgres, directly or through a pooler.
 //!
-//! A connection to Postgres itself has a session of its own: what is set there stays, and a statement that was prepared is
-//! there the next time. Behind a pooler in transaction mode every transaction may run in another session, which is
-//! everybody's: nothing may be left there, and nothing relied on. So there every statement is part of a transaction and is
-//! prepared without a name, limits are set for the transaction only, and nobody listens.
+//! A direct connection has its own session: settings and prepared statements stay. Behind a pooler in transaction mode
+//! every transaction may run in another session, which other clients share: nothing may be left there and nothing
+//! relied on. There every statement is part of a transaction and prepared without a name, limits are set per
+//! transaction, and nothing listens.
 //!
-//! Which of the two it is shows at the first connection: its start-up packet sets a parameter of ours, and only a session
-//! that was begun by this packet has it.
+//! The first connection finds out which of the two it is: its start-up packet sets a parameter, and only a session that
+//! was begun by this packet has it.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -18,74 +18,74 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::answers::Answers;
-use super::db::answer_within;
-use super::faults::{leaves_session_sound, refusal};
-use super::{Error, Result};
+use super::error::{Error, Result, classify_connect, session_is_usable_after};
+use super::fault_injection::Executor;
+use super::timeout::with_timeout;
 
-/// How long anybody waits for a connection.
-pub(super) const ACQUIRE: Duration = Duration::from_secs(2);
-/// How long a rollback may take before the connection is given up, which has the same effect.
+/// How long a statement waits for a connection of the pool.
+const ACQUIRE: Duration = Duration::from_secs(2);
+/// How long a rollback may take before the connection is closed, which has the same effect.
 const ROLLBACK: Duration = Duration::from_secs(5);
-/// How long the first connection of all may take.
+/// How long the first connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// A worker that is stopped in the middle of a transaction must not hold its rows for ever.
+/// Limits of a session: a worker that is frozen in the middle of a transaction must not hold its rows forever.
 const LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "10s"), ("lock_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
-/// The same for one transaction. `unlisten`: where a session is everybody's, somebody may have left a LISTEN in it, and a
-/// notification among the answers is none that a client expects.
+/// Begins a transaction in a shared session, with the same limits. `unlisten`: another client may have left a LISTEN
+/// there, and its notifications among the answers would be unexpected.
 const BEGIN_SHARED: &str = "begin; unlisten *; set local statement_timeout = '10s'; \
     set local lock_timeout = '5s'; set local idle_in_transaction_session_timeout = '10s'";
-/// The parameter that shows whether a session is ours.
+/// The parameter that marks a session as this process's own.
 const MARK: &str = "hypnos.session";
 
-/// Whose the sessions are that statements run in.
+/// Whether the sessions that statements run in are this process's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sessions {
-    /// Ours, each for as long as its connection.
+    /// Its own, each for the life of its connection.
     Own,
-    /// Everybody's: a pooler gives one to each transaction.
+    /// Shared: a pooler assigns one to each transaction.
     Shared,
 }
 
-/// The way to a server.
+/// The connections to a server.
 #[derive(Clone, Debug)]
-pub(super) struct Server {
+pub(super) struct PostgresServer {
     pub(super) pool: PgPool,
     pub(super) sessions: Sessions,
-    /// How to reach a session of one's own, to listen in; none if there is no way.
+    /// Options of a connection with its own session, to listen in; none if there is none.
     pub(super) listen: Option<Box<PgConnectOptions>>,
-    pub(super) answers: Answers,
+    pub(super) executor: Executor,
 }
 
-impl Server {
-    /// Connects. `direct` is another way to the same database, past a pooler.
+impl PostgresServer {
+    /// Connects. `direct` is an address of the same database that bypasses a pooler.
     pub(super) async fn connect(url: &str, direct: Option<&str>, pool_max: u32) -> Result<Self> {
         let plain = options(url, "the database's address")?;
         let mark = Uuid::now_v7().to_string();
         let sessions = sessions(&plain, &mark).await?;
         let chosen = if sessions == Sessions::Own { marked(&plain, &mark) } else { plain };
         let listen = match direct {
-            Some(direct) => Some(Box::new(straight(direct, &mark).await?)),
+            Some(direct) => Some(Box::new(direct_options(direct, &mark).await?)),
             None => (sessions == Sessions::Own).then(|| Box::new(chosen.clone())),
         };
         let pool = PoolOptions::<Postgres>::new().max_connections(pool_max).acquire_timeout(ACQUIRE);
         let pool = match sessions {
-            // Should the address lead to a pooler later, nothing must run under another session's prepared statements.
+            // If the address leads to a pooler later, nothing may run in sessions with other clients' prepared
+            // statements.
             Sessions::Own => pool.after_connect(move |connection, _| {
                 let mark = mark.clone();
                 Box::pin(async move {
                     let own = is_marked(connection, &mark).await?;
                     own.then_some(()).ok_or_else(|| {
-                        sqlx::Error::Protocol("the address leads to a pooler since; wanted a restart".into())
+                        sqlx::Error::Protocol("the address now leads to a pooler; restart required".into())
                     })
                 })
             }),
             Sessions::Shared => pool,
         };
         let pool = pool.connect_lazy_with(chosen);
-        Ok(Self { pool, sessions, listen, answers: Answers::default() })
+        Ok(Self { pool, sessions, listen, executor: Executor::default() })
     }
 
     /// Begins a transaction.
@@ -95,7 +95,7 @@ impl Server {
             Sessions::Own => "begin",
             Sessions::Shared => BEGIN_SHARED,
         };
-        session.tell(begin).await?;
+        session.execute(begin).await?;
         session.begun = true;
         Ok(session)
     }
@@ -103,8 +103,9 @@ impl Server {
 
 fn options(url: &str, what: &str) -> Result<PgConnectOptions> {
     let parsed = PgConnectOptions::from_str(url);
-    let parsed = parsed.map_err(|_| Error::Bad(format!("{what} is not a postgres:// URL")))?; // it holds a password
-    // Poolers that do not know `extra_float_digits` refuse it; no column holds a fraction.
+    // The URL itself is not shown: it holds a password.
+    let parsed = parsed.map_err(|_| Error::InvalidSettings(format!("{what} is not a postgres:// URL")))?;
+    // Poolers that do not know `extra_float_digits` reject it; no column holds a fraction.
     Ok(parsed.application_name("hypnos").extra_float_digits(None).disable_statement_logging())
 }
 
@@ -112,48 +113,48 @@ fn marked(options: &PgConnectOptions, mark: &str) -> PgConnectOptions {
     options.clone().options(LIMITS).options([(MARK, mark)])
 }
 
-/// Finds out whose sessions these are.
+/// Finds out whether the address leads to own or shared sessions.
 async fn sessions(plain: &PgConnectOptions, mark: &str) -> Result<Sessions> {
     match once(&marked(plain, mark), async |connection| is_marked(connection, mark).await).await {
         Ok(true) => return Ok(Sessions::Own),
-        Ok(false) => {} // the parameter was passed over in silence
+        Ok(false) => {} // the parameter was silently ignored
         Err(error) if refuses_parameter(&error) => {}
-        Err(error) => return Err(refusal(error)),
+        Err(error) => return Err(classify_connect(error)),
     }
-    // Whoever does not take the parameter but does without it is a pooler.
+    // A server that rejects the parameter but accepts connections without it is a pooler.
     let transaction = async |connection: &mut PgConnection| {
         sqlx::raw_sql(BEGIN_SHARED).execute(&mut *connection).await?;
         sqlx::raw_sql("rollback").execute(connection).await.map(drop)
     };
     match once(plain, transaction).await {
         Ok(()) => Ok(Sessions::Shared),
-        Err(error) if error.to_string().contains("statement pooling") => Err(Error::Bad(
-            "the pooler before the database allows no transactions (statement mode); wanted transaction or session mode"
+        Err(error) if error.to_string().contains("statement pooling") => Err(Error::InvalidSettings(
+            "the pooler in front of the database allows no transactions (statement mode); wanted transaction or session mode"
                 .into(),
         )),
-        Err(error) => Err(refusal(error)),
+        Err(error) => Err(classify_connect(error)),
     }
 }
 
-/// The options of a way that must lead to a session of one's own.
-async fn straight(url: &str, mark: &str) -> Result<PgConnectOptions> {
+/// The options of an address that must lead to own sessions.
+async fn direct_options(url: &str, mark: &str) -> Result<PgConnectOptions> {
     let plain = options(url, "HYPNOS_DATABASE_DIRECT")?;
     match sessions(&plain, mark).await? {
         Sessions::Own => Ok(marked(&plain, mark)),
-        Sessions::Shared => Err(Error::Bad(
+        Sessions::Shared => Err(Error::InvalidSettings(
             "HYPNOS_DATABASE_DIRECT leads to a pooler too; wanted the address of Postgres itself".into(),
         )),
     }
 }
 
-/// Connects once, to ask one thing.
+/// Connects once, to run one query.
 async fn once<T>(
     options: &PgConnectOptions,
-    ask: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+    query: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
 ) -> sqlx::Result<T> {
-    answer_within(CONNECT, async {
+    with_timeout(CONNECT, async {
         let mut connection = options.connect().await?;
-        let answer = ask(&mut connection).await?;
+        let answer = query(&mut connection).await?;
         connection.close().await?;
         Ok(answer)
     })
@@ -161,53 +162,60 @@ async fn once<T>(
 }
 
 async fn is_marked(connection: &mut PgConnection, mark: &str) -> sqlx::Result<bool> {
-    let ask = sqlx::raw_sql("select coalesce(current_setting('hypnos.session', true), '') as mark");
-    let row = ask.fetch_one(connection).await?;
+    let query = sqlx::raw_sql("select coalesce(current_setting('hypnos.session', true), '') as mark");
+    let row = query.fetch_one(connection).await?;
     Ok(sqlx::Row::try_get::<&str, _>(&row, "mark")? == mark)
 }
 
-/// Whether this is said of the start-up packet rather than of the user, the database or the server's state.
+/// Whether the error is about the start-up packet rather than the user, the database or the server's state.
 fn refuses_parameter(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
     code.is_some_and(|code| !matches!(code.get(..2), Some("28" | "3D" | "53" | "57")))
 }
 
-/// A connection of the pool that somebody uses. One that did not answer, or not as it should, is thrown away rather than
-/// given back: the pool would wait for its answer for ever.
+/// A connection taken from the pool. One that did not answer properly is closed instead of returned: the pool would
+/// wait for its answer forever.
 pub(super) struct Session {
     connection: Option<PoolConnection<Postgres>>,
-    sound: bool,
-    /// Whether a transaction is under way.
+    /// Whether the last statement was answered and left the session usable.
+    usable: bool,
+    /// Whether a transaction has begun.
     begun: bool,
     /// Whether statements may be prepared by name.
     pub(super) keeps_statements: bool,
 }
 
 impl Session {
-    /// A connection, with no transaction begun.
-    pub(super) async fn open(server: &Server) -> sqlx::Result<Self> {
+    /// A connection without a transaction.
+    pub(super) async fn open(server: &PostgresServer) -> sqlx::Result<Self> {
         let connection = Some(server.pool.acquire().await?);
-        Ok(Self { connection, sound: true, begun: false, keeps_statements: server.sessions == Sessions::Own })
+        Ok(Self {
+            connection,
+            usable: true,
+            begun: false,
+            keeps_statements: server.sessions == Sessions::Own,
+        })
     }
 
-    /// To ask something; [`Session::heard`] must be told of the answer.
-    pub(super) fn ask(&mut self) -> &mut PgConnection {
-        self.sound = false;
+    /// The connection, to run a statement; its outcome must be passed to [`Session::completed`].
+    pub(super) fn connection(&mut self) -> &mut PgConnection {
+        self.usable = false;
         self.connection.as_mut().expect("it is there until the end")
     }
 
-    pub(super) fn heard<T>(&mut self, answer: sqlx::Result<T>) -> sqlx::Result<T> {
-        self.sound = answer.as_ref().err().is_none_or(leaves_session_sound);
+    /// Records the outcome of a statement.
+    pub(super) fn completed<T>(&mut self, answer: sqlx::Result<T>) -> sqlx::Result<T> {
+        self.usable = answer.as_ref().err().is_none_or(session_is_usable_after);
         answer
     }
 
-    async fn tell(&mut self, command: &'static str) -> sqlx::Result<()> {
-        let done = sqlx::raw_sql(command).execute(self.ask()).await;
-        self.heard(done).map(drop)
+    async fn execute(&mut self, command: &'static str) -> sqlx::Result<()> {
+        let done = sqlx::raw_sql(command).execute(self.connection()).await;
+        self.completed(done).map(drop)
     }
 
     pub(super) async fn commit(mut self) -> sqlx::Result<()> {
-        let done = self.tell("commit").await;
+        let done = self.execute("commit").await;
         self.begun = done.is_err();
         done
     }
@@ -216,7 +224,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         let Some(mut connection) = self.connection.take() else { return };
-        match (self.sound, self.begun, Handle::try_current()) {
+        match (self.usable, self.begun, Handle::try_current()) {
             (true, false, _) => {}
             (true, true, Ok(runtime)) => {
                 runtime.spawn(async move {

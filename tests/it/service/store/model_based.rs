@@ -1,4 +1,4 @@
-//! Random walks of clients and workers over both databases, against a model in memory.
+//! Model-based test: random operations of clients and workers on both databases, compared with a model in memory.
 //!
 //! After every step each row is what the model says: so at most one lease is live, ended jobs never change, a cancel
 //! that was acknowledged never succeeds, and the states add up to what was accepted.
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use hypnos::job::State;
-use hypnos::store::{Error, Renewal, Wish};
+use hypnos::store::{Completion, Error, Renewal};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
@@ -140,7 +140,7 @@ impl Known {
 
 /// A walk: the store, and what should be in it.
 struct Walk<'a> {
-    house: &'a House,
+    db: &'a TestDatabase,
     tenants: [TenantId; 2],
     jobs: BTreeMap<JobId, Known>,
     /// Every lease that was ever given.
@@ -152,7 +152,7 @@ type Checked = Result<(), TestCaseError>;
 
 impl Walk<'_> {
     async fn step(&mut self, step: &Step) -> Checked {
-        let store = &self.house.store;
+        let store = &self.db.store;
         match *step {
             Step::Train { tenant, priority, max_attempts } => {
                 let new = NewJob { priority, max_attempts, ..training(self.tenants[tenant]) };
@@ -174,7 +174,7 @@ impl Walk<'_> {
             }
             Step::Claim { kinds, brief, late } => {
                 let [lease, deadline] = [brief, late].map(|over| if over { NONE } else { LONG });
-                let used = self.house.device_time().await;
+                let used = self.db.device_time().await;
                 let claimed = store.claim(Uuid::now_v7(), kinds, lease, deadline).await.unwrap();
                 let claimed = claimed.map(|claim| claim.job);
                 let id = self.check_turn(kinds, claimed.as_ref(), &used)?;
@@ -211,7 +211,7 @@ impl Walk<'_> {
             }
             Step::Finish { lease, used } => {
                 let Some((lease, held)) = self.lease(lease) else { return Ok(()) };
-                let done = Wish::Succeed { result: &json!({}), artifacts: &[object("weights")] };
+                let done = Completion::Succeed { result: &json!({}), artifacts: &[object("weights")] };
                 let answer = store.end(lease, done, used).await;
                 let Some(known) = held else { return self.lost_or_again(lease, answer) };
                 known.end(State::Succeeded);
@@ -304,7 +304,7 @@ impl Walk<'_> {
                 wanted.sort();
                 prop_assert_eq!(&erasable, &wanted);
                 for (_, id) in wanted {
-                    store.erased(&[id]).await.unwrap();
+                    store.remove_erased(&[id]).await.unwrap();
                     self.jobs.remove(&id);
                 }
             }
@@ -312,8 +312,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// What was claimed is a job that may be, a training before a sample, of the tenant whose turn is the earliest, and of
-    /// that tenant's the one with the largest priority, the oldest of these.
+    /// What was claimed is a job that may be, a training before a sample, of the tenant whose turn is the earliest, and
+    /// of that tenant's the one with the largest priority, the oldest of these.
     fn check_turn(
         &self,
         kinds: &[Kind],
@@ -374,8 +374,8 @@ impl Walk<'_> {
     /// Every row is what the model says.
     async fn check_rows(&self) -> Checked {
         for (&id, known) in &self.jobs {
-            let row = self.house.store.find(known.tenant, id, known.kind).await.unwrap();
-            let shown = self.house.store.artifacts(known.tenant, id).await.unwrap();
+            let row = self.db.store.find(known.tenant, id, known.kind).await.unwrap();
+            let shown = self.db.store.artifacts(known.tenant, id).await.unwrap();
             if known.deleting {
                 prop_assert!(row.is_none() && shown.is_empty());
                 continue;
@@ -404,17 +404,17 @@ fn lost<T: std::fmt::Debug>(answer: Result<T, Error>) -> Checked {
     Ok(())
 }
 
-fn walk(house: impl Future<Output = House>) {
+fn walk(db: impl Future<Output = TestDatabase>) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let house = runtime.block_on(house);
-    let tenants = runtime.block_on(async { [house.tenant("a").await, house.tenant("b").await] });
+    let db = runtime.block_on(db);
+    let tenants = runtime.block_on(async { [db.tenant("a").await, db.tenant("b").await] });
     let config = Config { cases: 24, failure_persistence: None, ..Config::default() };
     let steps = prop::collection::vec(step(), 1..80);
     let walked = TestRunner::new(config).run(&steps, |steps| {
         runtime.block_on(async {
-            house.sql("delete from job where parent is not null; delete from job").await;
+            db.sql("delete from job where parent is not null; delete from job").await;
             let (jobs, leases, began) = (BTreeMap::new(), Vec::new(), Instant::now());
-            let mut walk = Walk { house: &house, tenants, jobs, leases, began };
+            let mut walk = Walk { db: &db, tenants, jobs, leases, began };
             for step in &steps {
                 walk.step(step).await?;
                 walk.check_rows().await?;
@@ -429,10 +429,10 @@ fn walk(house: impl Future<Output = House>) {
 
 #[test]
 fn sqlite_walks_as_the_model_does() {
-    walk(House::sqlite());
+    walk(TestDatabase::sqlite());
 }
 
 #[test]
 fn postgres_walks_as_the_model_does() {
-    walk(House::postgres());
+    walk(TestDatabase::postgres());
 }

@@ -1,4 +1,4 @@
-//! What the front knows of the models: the segmenter, for photos that it is asked to inspect, and options that suit them.
+//! Models of the HTTP server: the segmenter, to inspect photos, and the training options that suit the bundle.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tracing::info;
 
-use super::Stop;
+use super::error::CliError;
 use crate::http::{DetectedProduct, ProductDetector};
 use crate::ml::bundle::Bundle;
 use crate::ml::models::tracer::Tracer;
@@ -20,22 +20,22 @@ use crate::ml::{Result, device, picture};
 /// Longer side of a preview, in pixels.
 const PREVIEW: u32 = 256;
 
-/// Where it computes: a server of requests need not have more.
+/// The device of the segmenter: an HTTP server may have no other.
 const DEVICE: &str = "cpu";
 
-/// The segmenter of the bundle in `dir`; none if there is no bundle, as where only workers have one, or it has
-/// no segmenter.
-pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn ProductDetector>>, Stop> {
+/// The segmenter of the bundle in `dir`; none if the bundle is missing, since only workers need one, or has no
+/// segmenter.
+pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn ProductDetector>>, CliError> {
     if !dir.join("segmenter").is_dir() {
-        info!("photos are inspected without looking for the product: {} has no segmenter", dir.display());
+        info!(bundle = %dir.display(), "bundle has no segmenter; photos are inspected without it");
         return Ok(None);
     }
     let tracer = Bundle::open(dir)?.segmenter(&device::open(DEVICE)?)?;
     Ok(Some(Arc::new(Segmenter(tracer))))
 }
 
-/// The training options that suit the bundle in `dir`, by method; none if there is no bundle.
-pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, Stop> {
+/// The training options that suit the bundle in `dir`, by method; empty if there is no bundle.
+pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, CliError> {
     if !dir.is_dir() {
         return Ok(BTreeMap::new());
     }
@@ -46,12 +46,12 @@ struct Segmenter(Tracer);
 
 impl ProductDetector for Segmenter {
     fn detect(&self, png: &[u8]) -> std::result::Result<DetectedProduct, Box<dyn Error + Send + Sync>> {
-        Ok(self.look(png)?)
+        Ok(self.try_detect(png)?)
     }
 }
 
 impl Segmenter {
-    fn look(&self, png: &[u8]) -> Result<DetectedProduct> {
+    fn try_detect(&self, png: &[u8]) -> Result<DetectedProduct> {
         let photo = picture::read_png(png)?;
         let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
         let preview = picture::within(&mask.cut_out(&photo), PREVIEW);

@@ -1,4 +1,4 @@
-//! The whole story with nothing scripted: the program itself, its miniature, real processes that are killed.
+//! End-to-end tests: the program itself with its miniature bundle, in real processes that are killed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,9 +10,9 @@ use std::process::{Child, Command, Stdio};
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
-use super::floor::eventually;
 use super::postgres::{Bouncer, Postgres, socket_of};
 use super::s3::{ACCESS_KEY, Garage, SECRET_KEY, http};
+use super::test_workers::eventually;
 
 /// A process of ours, killed with this value.
 pub(super) struct Process {
@@ -320,7 +320,7 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
         request.write_all(b"{").await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(300)).await; // for the server to take it up
         serve.signal("-TERM");
-        eventually("it was told", async || serve.log().contains("told to stop").then_some(())).await;
+        eventually("it was told", async || serve.log().contains("shutting down").then_some(())).await;
         serve.signal("-TERM"); // one that the kernel does not make one with the first
         tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
         assert!(serve.child.try_wait().unwrap().is_none(), "the request goes on: {}", serve.log());
@@ -333,7 +333,7 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
         } else {
             serve.signal("-TERM");
             assert!(!serve.ended().await);
-            assert!(serve.log().contains("told to stop for the second time"), "{}", serve.log());
+            assert!(serve.log().contains("second termination signal"), "{}", serve.log());
         }
     }
 }

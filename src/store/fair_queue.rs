@@ -1,27 +1,29 @@
-//! Whose turn it is: tenants share the devices by the time that their jobs took there, divided by their weights.
+//! Fair queueing: tenants share the devices by the device time of their jobs, divided by their weights.
 //!
-//! Start-time fair queueing (Goyal, Vin and Cheng 1996) over the seconds of both kinds of jobs. Each tenant has a *turn*,
-//! a point in virtual time; the earliest is served next, and what its job took, divided by its weight, puts its next
-//! turn off. Nobody's turn is earlier than where the last served one began, so that a tenant that was idle comes next and
-//! does not catch up on what it did not want. What runs counts as what such a job of the tenant took of late.
+//! Start-time fair queueing (Goyal, Vin and Cheng 1996) over the seconds of both kinds of jobs. Each tenant has a
+//! *turn*, a point in virtual time. The earliest turn is served next, and the device time of its job, divided by the
+//! tenant's weight, postpones its next turn. No turn is earlier than where the last served one began, so that a tenant
+//! that was idle comes next but does not catch up on time that it did not use. A running job counts as long as the
+//! tenant's recent jobs.
 
 use super::db::{Arg, Row, Tx, args};
-use super::{Error, Result, Store};
+use super::error::{Error, Result};
+use super::handle::Store;
 use crate::job::{Job, JobId, Kind, State, TenantId};
 
 /// Largest weight of a tenant; the smallest is 1.
 pub const WEIGHT_MAX: u32 = 1000;
 
-/// What a job of a kind is thought to take on a device before one of the tenant's has ended, in milliseconds.
-fn unknown_ms(kind: Kind) -> i64 {
+/// Assumed device time of a job before one of the tenant's has ended, in milliseconds.
+fn assumed_ms(kind: Kind) -> i64 {
     match kind {
         Kind::Train => 10 * 60 * 1000,
         Kind::Sample => 10 * 1000,
     }
 }
 
-/// What decides on the turns of the tenants in `waiting` whose jobs of the kind `$1` nobody holds back. `$2` and `$3`
-/// are the times of a training and of a sample where none is known.
+/// Selects what the turns of the tenants in `waiting` follow from, of tenants whose jobs of kind `$1` are not paused.
+/// `$2` and `$3` are the assumed device times of a training and of a sample.
 macro_rules! turns {
     ($with:literal, $waiting:literal) => {
         concat!(
@@ -47,7 +49,7 @@ macro_rules! turns {
     };
 }
 
-/// Of tenants with jobs to claim, one after the other from the index: however many jobs they have, it is as quick.
+/// Tenants with jobs to claim, one index lookup each: equally fast however many jobs they have.
 const TO_CLAIM: &str = turns!(
     "with recursive queued (tenant) as (
         select min(tenant) from job where state = 'queued' and kind = $1
@@ -58,24 +60,24 @@ const TO_CLAIM: &str = turns!(
         and kind = $1 and job.tenant = queued.tenant and not_before_ms <= (select ms from clock))"
 );
 
-/// The same, with how many jobs each has.
+/// The same, with the number of jobs of each.
 const TO_COUNT: &str = turns!(
     "",
     "select tenant, count(*) as jobs from job where state = 'queued' and kind = $1
         and not_before_ms <= (select ms from clock) group by tenant"
 );
 
-/// A tenant that waits for its turn.
+/// A tenant with waiting jobs, and its turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Turn {
     pub(super) tenant: TenantId,
-    /// Jobs of the kind that it could have claimed now, where that was asked.
+    /// Jobs of the kind that could be claimed now, if counted.
     jobs: i64,
-    /// Where its next job begins: what that job's own row remembers.
+    /// Virtual time at which its next job begins; the job's row keeps it.
     pub(super) begin: i64,
-    /// The same, behind what it has running: whose is least is next.
+    /// `begin`, postponed by the tenant's running jobs: the smallest is next.
     pub(super) at: i64,
-    /// How far one more job puts its turn off.
+    /// How far one more job postpones the turn.
     cost: i64,
     pub(super) weight: i64,
 }
@@ -85,7 +87,7 @@ impl Turn {
         let weight = row.int("weight")?;
         let begin = row.int("turn")?.max(row.int("begun")?);
         Ok(Self {
-            tenant: row.word("tenant")?,
+            tenant: row.parsed("tenant")?,
             jobs: row.int("jobs")?,
             begin,
             at: begin.saturating_add(stretch(row.int("running_ms")?, weight)),
@@ -94,20 +96,20 @@ impl Turn {
         })
     }
 
-    /// How many of this tenant's jobs come before the one of `other` that has `own` of its tenant's before it.
+    /// How many of this tenant's jobs come before the job of `other` that is behind `own` of that tenant's jobs.
     fn before(&self, other: &Self, own: i64) -> i64 {
         let until = other.at.saturating_add(other.cost.saturating_mul(own));
         let gap = until.saturating_sub(self.at);
         match gap {
             ..0 => 0,
-            // That many begin earlier, and one more at the same point in time if its tenant is the older one.
+            // That many begin earlier, and one more at the same virtual time if this tenant is the older one.
             _ if gap % self.cost == 0 => gap / self.cost + i64::from(self.tenant < other.tenant),
             _ => gap / self.cost + 1,
         }
     }
 }
 
-/// Device time in a tenant's virtual time.
+/// Device time converted to the tenant's virtual time.
 fn stretch(ms: i64, weight: i64) -> i64 {
     ms.saturating_mul(1000) / weight.max(1)
 }
@@ -118,36 +120,36 @@ fn in_order(rows: &[Row]) -> Result<Vec<Turn>> {
     Ok(turns)
 }
 
-/// How many jobs are claimed before the one that has `own` of its tenant's before it: those, and of every other
-/// tenant's as many as come before by its turn.
+/// How many jobs are claimed before the job that is behind `own` jobs of its tenant: those, and of every other tenant
+/// as many as its turn puts first.
 pub(super) fn position(tenant: TenantId, own: i64, turns: &[Turn]) -> u64 {
     let mine = turns.iter().find(|turn| turn.tenant == tenant);
     let ahead = turns.iter().filter(|turn| turn.tenant != tenant).map(|other| match mine {
         Some(mine) => other.jobs.min(other.before(mine, own)),
-        None => other.jobs.min(own + 1), // it waits for its retry, and has no turn yet
+        None => other.jobs.min(own + 1), // the job waits for its retry, and its tenant has no turn yet
     });
     (own + ahead.sum::<i64>()) as u64
 }
 
 impl Store {
-    /// Sets a tenant's share of the devices beside others that wait: from 1, which every tenant has at first, to
-    /// [`WEIGHT_MAX`]. Holds for every claim from now on. Whether there is such a tenant.
+    /// Sets a tenant's weight, its share of the devices: 1, which every tenant has at first, to [`WEIGHT_MAX`]. Applies
+    /// to every claim from now on. Whether the tenant exists.
     pub async fn set_tenant_weight(&self, tenant: TenantId, weight: u32) -> Result<bool> {
         if !(1..=WEIGHT_MAX).contains(&weight) {
-            return Err(Error::Bad(format!("weight: wanted 1 to {WEIGHT_MAX}, got {weight}")));
+            return Err(Error::InvalidSettings(format!("weight: wanted 1 to {WEIGHT_MAX}, got {weight}")));
         }
         let update = "update tenant set weight = $2 where id = $1";
         Ok(self.db.write(update, args![tenant, i64::from(weight)]).await? > 0)
     }
 
-    /// A tenant's share of the devices, if there is such a tenant.
+    /// A tenant's weight, if the tenant exists.
     pub async fn tenant_weight(&self, tenant: TenantId) -> Result<Option<u32>> {
         let row = self.db.row("select weight from tenant where id = $1", args![tenant]).await?;
         row.map(|row| row.int("weight").map(|weight| weight as u32)).transpose()
     }
 
-    /// How many jobs of its kind are claimed before this one as things stand, if it waits: 0 for the next. It counts on
-    /// every job to take what such jobs of its tenant took of late, so this is close, not exact.
+    /// How many jobs of its kind are claimed before this one, if it waits: 0 for the next. An estimate: every job is
+    /// assumed to take as long as its tenant's recent jobs.
     pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
         if job.state != State::Queued {
             return Ok(None);
@@ -158,22 +160,22 @@ impl Store {
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
         let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
         let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
-        let turns = in_order(&self.db.read(TO_COUNT, &known_args(job.kind)).await?)?;
+        let turns = in_order(&self.db.read(TO_COUNT, &assumed_args(job.kind)).await?)?;
         Ok(Some(position(job.tenant, own, &turns)))
     }
 }
 
-/// Tenants with jobs of that kind to claim, the next one first.
+/// Tenants with jobs of that kind to claim, in the order of their turns.
 pub(super) async fn turns(tx: &mut Tx, kind: Kind) -> Result<Vec<Turn>> {
-    in_order(&tx.rows(TO_CLAIM, &known_args(kind)).await?)
+    in_order(&tx.rows(TO_CLAIM, &assumed_args(kind)).await?)
 }
 
-fn known_args(kind: Kind) -> [Arg; 3] {
-    [kind.as_str().into(), unknown_ms(Kind::Train).into(), unknown_ms(Kind::Sample).into()]
+fn assumed_args(kind: Kind) -> [Arg; 3] {
+    [kind.as_str().into(), assumed_ms(Kind::Train).into(), assumed_ms(Kind::Sample).into()]
 }
 
-/// Puts the turn of a job's tenant off by what the job's last attempt took. `learn` says whether that is what such a job
-/// takes from beginning to end. The last statement of a transaction that locks a row.
+/// Postpones the turn of a job's tenant by the device time of the job's last attempt. `learn` says whether that is the
+/// time of a whole job, which future estimates use. Must be the last statement of a transaction that locks a row.
 pub(super) async fn charge(tx: &mut Tx, id: JobId, learn: bool) -> Result<()> {
     let charge = "
         insert into device_time (tenant, turn, begun, train_ms, sample_ms)
@@ -194,7 +196,7 @@ mod tests {
     use super::*;
     use crate::job::TenantId;
 
-    /// A tenant with `jobs` waiting, whose turn is at `at`; its jobs put it off by `cost`.
+    /// A tenant with `jobs` waiting jobs and its turn at `at`, which each job postpones by `cost`.
     fn turn(tenant: u128, jobs: i64, at: i64, cost: i64) -> Turn {
         let tenant = TenantId(uuid::Uuid::from_u128(tenant));
         Turn { tenant, jobs, begin: at, at, cost, weight: 1 }

@@ -11,42 +11,43 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
-use super::answers::Answers;
-use super::faults::{is_busy, refusal};
-use super::session::ACQUIRE;
-use super::{Error, Result};
+use super::error::{Error, Result, classify_connect, is_busy};
+use super::fault_injection::Executor;
 
-/// How long a writer waits for another to be done, in this process and then in others.
+/// How long a read waits for a connection of the pool.
+const ACQUIRE: Duration = Duration::from_secs(2);
+/// How long a writer waits for the current writer, in this process and then in others.
 const BUSY: Duration = Duration::from_secs(5);
-/// How often it looks. SQLite's own way to wait looks ten times a second only, and so starves for seconds beside busy writers.
-const BUSY_LOOK: Duration = Duration::from_millis(2);
-/// Below this, a reset of the write-ahead log can damage the file.
+/// How often it tries. SQLite's own busy handler tries only ten times a second, and so starves for seconds beside busy
+/// writers.
+const BUSY_RETRY: Duration = Duration::from_millis(2);
+/// In older versions a reset of the write-ahead log can damage the file.
 const VERSION_MIN: &[u32] = &[3, 51, 3];
 
-/// The connections to a file.
+/// The connections to a SQLite file.
 #[derive(Clone, Debug)]
-pub(super) struct File {
-    /// One, for SQLite knows but one writer.
+pub(super) struct SqliteFile {
+    /// One connection: SQLite has a single writer.
     pub(super) write: SqlitePool,
     pub(super) read: SqlitePool,
-    pub(super) answers: Answers,
+    pub(super) executor: Executor,
 }
 
-impl File {
+impl SqliteFile {
     pub(super) async fn open(path: &str, readers: u32) -> Result<Self> {
         if path.is_empty() || path == ":memory:" {
-            return Err(Error::Bad("the database's address: sqlite wants a file".into()));
+            return Err(Error::InvalidSettings("the database's address: sqlite wants a file".into()));
         }
         let common =
             SqliteConnectOptions::new().filename(path).foreign_keys(true).disable_statement_logging();
         let reading = common.clone().read_only(true).busy_timeout(BUSY);
         let writing = common
-            .busy_timeout(Duration::ZERO) // see `BUSY_LOOK`
+            .busy_timeout(Duration::ZERO) // see `BUSY_RETRY`
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full); // an accepted job survives a power cut
-        // An idle connection costs nothing, and the last one to go would take the log with it. A file does not hang up,
-        // so that nobody needs to ask it whether it is still there.
+            .synchronous(SqliteSynchronous::Full); // an accepted job survives a power failure
+        // An idle connection costs nothing, and closing the last one would remove the log. A file does not hang up, so
+        // that connections need no test before use.
         let pool =
             || PoolOptions::<Sqlite>::new().idle_timeout(None).max_lifetime(None).test_before_acquire(false);
         let write = pool().max_connections(1).acquire_timeout(BUSY).connect_lazy_with(writing);
@@ -54,43 +55,45 @@ impl File {
         let read = read.connect_lazy_with(reading);
         let deadline = Instant::now() + BUSY;
         loop {
-            // Of those who make the file at the same time all but one find it locked, and do not wait.
+            // Of the processes that create the file at the same time, all but one find it locked, without waiting.
             match write.acquire().await {
-                Err(error) if is_busy(&error) && Instant::now() < deadline => sleep(BUSY_LOOK).await,
-                opened => break drop(opened.map_err(refusal)?),
+                Err(error) if is_busy(&error) && Instant::now() < deadline => sleep(BUSY_RETRY).await,
+                opened => break drop(opened.map_err(classify_connect)?),
             }
         }
-        let version: String =
-            sqlx::query_scalar("select sqlite_version()").fetch_one(&write).await.map_err(refusal)?;
+        let version: String = sqlx::query_scalar("select sqlite_version()")
+            .fetch_one(&write)
+            .await
+            .map_err(classify_connect)?;
         let numbers: Vec<u32> = version.split('.').filter_map(|number| number.parse().ok()).collect();
         if numbers[..] < *VERSION_MIN {
-            return Err(Error::Bad(format!(
+            return Err(Error::InvalidSettings(format!(
                 "this program was built with SQLite {version}, which can lose writes; wanted 3.51.3 or later"
             )));
         }
-        Ok(Self { write, read, answers: Answers::default() })
+        Ok(Self { write, read, executor: Executor::default() })
     }
 
-    /// The right to write, once nobody else has it.
+    /// Begins a transaction that writes, once no other connection writes.
     pub(super) async fn begin(&self) -> sqlx::Result<Writer> {
         let mut writer = Writer { connection: Some(self.write.acquire().await?), begun: false };
         let deadline = Instant::now() + BUSY;
         loop {
-            writer.begun = true; // whatever becomes of the answer
-            match writer.tell("begin immediate").await {
+            writer.begun = true; // even if the answer is lost
+            match writer.execute("begin immediate").await {
                 Err(error) if is_busy(&error) => {
                     writer.begun = false;
                     if Instant::now() >= deadline {
                         return Err(error);
                     }
-                    sleep(BUSY_LOOK).await;
+                    sleep(BUSY_RETRY).await;
                 }
                 begun => return begun.map(|()| writer),
             }
         }
     }
 
-    /// Copies all of it to a file that is not there yet, as it is at this moment, and says what a check of the copy finds.
+    /// Writes a consistent copy to a new file; the result of its integrity check.
     pub(super) async fn copy_to(&self, file: &Path) -> sqlx::Result<String> {
         let mut connection = self.read.acquire().await?;
         sqlx::query("vacuum into ?").bind(file.to_string_lossy()).execute(&mut *connection).await?;
@@ -103,14 +106,14 @@ impl File {
 
     pub(super) async fn close(&self) {
         self.read.close().await;
-        self.write.close().await; // last, so that it can fold the log into the file
+        self.write.close().await; // last, so that it can merge the log into the file
     }
 }
 
-/// The connection that writes, in a transaction. Dropped before its commit, it is rolled back.
+/// The connection that writes, in a transaction. Rolled back if it is dropped before its commit.
 ///
-/// Not sqlx's own `Transaction`: SQLite undoes one by itself when the disk is full or fails, and then refuses the rollback
-/// that sqlx still owes. It would count one transaction too many ever after, and refuse to begin another.
+/// Not sqlx's own `Transaction`: SQLite rolls back by itself when the disk is full or fails, and then rejects the
+/// rollback that sqlx still sends. sqlx would count one transaction too many from then on, and refuse to begin another.
 pub(super) struct Writer {
     connection: Option<PoolConnection<Sqlite>>,
     begun: bool,
@@ -121,12 +124,12 @@ impl Writer {
         self.connection.as_mut().expect("it is there until the end")
     }
 
-    async fn tell(&mut self, command: &'static str) -> sqlx::Result<()> {
+    async fn execute(&mut self, command: &'static str) -> sqlx::Result<()> {
         sqlx::query(command).execute(self.connection()).await.map(drop)
     }
 
     pub(super) async fn commit(mut self) -> sqlx::Result<()> {
-        self.tell("commit").await?;
+        self.execute("commit").await?;
         self.begun = false;
         Ok(())
     }
@@ -138,11 +141,11 @@ impl Drop for Writer {
         if !self.begun {
             return;
         }
-        // Behind whatever it may still be at: nobody else may write before.
+        // After whatever the connection still executes: nothing else may write before.
         match Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn(async move {
                 if sqlx::query("rollback").execute(&mut *connection).await.is_err() {
-                    drop(connection.detach()); // there was nothing to roll back, or it is broken: another is opened
+                    drop(connection.detach()); // nothing to roll back, or a broken connection: another is opened
                 }
             })),
             Err(_) => drop(connection.detach()),

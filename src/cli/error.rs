@@ -1,0 +1,37 @@
+//! The error that ends a command, and its exit code.
+
+use crate::config::ConfigError;
+use crate::job::{Fault, FaultCode};
+use crate::ml;
+
+/// Why a command failed, in one line.
+#[derive(Debug)]
+pub(super) enum CliError {
+    /// The input is invalid: exit code 2.
+    Input(String),
+    /// The machine failed: exit code 1.
+    Failed(String),
+    /// A second termination signal: exit code 1.
+    Interrupted,
+}
+
+impl From<ml::Error> for CliError {
+    fn from(error: ml::Error) -> Self {
+        match error {
+            ml::Error::Tensor(_) => Self::Failed(error.to_string()),
+            _ => Self::Input(error.to_string()),
+        }
+    }
+}
+
+impl From<ConfigError> for CliError {
+    fn from(wrong: ConfigError) -> Self {
+        Self::Input(wrong.to_string())
+    }
+}
+
+impl From<Fault> for CliError {
+    fn from(fault: Fault) -> Self {
+        if fault.code == FaultCode::Input { Self::Input(fault.message) } else { Self::Failed(fault.message) }
+    }
+}
