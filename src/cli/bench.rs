@@ -106,7 +106,7 @@ impl Precision {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let place = Place { device: device::open(&args.device)?, dtype: args.precision.dtype() };
     if place.device.is_cpu() && place.dtype != DType::F32 {
-        return Err(Error::bad("--precision bf16: only a GPU computes in it"));
+        return Err(Error::input("--precision bf16: only a GPU computes in it"));
     }
     let chosen = chosen(&args.only, place.device.is_cuda())?;
     if args.list {
@@ -154,7 +154,7 @@ fn chosen(only: &[String], on_gpu: bool) -> Result<Vec<Case>> {
     let chosen: Vec<Case> = cases::all(on_gpu).into_iter().filter(wanted).collect();
     if chosen.is_empty() {
         let only = only.join(" ");
-        return Err(Error::bad(format!(
+        return Err(Error::input(format!(
             "--only {only}: no case is named so; `hypnos bench --list` has the names"
         )));
     }
@@ -212,7 +212,7 @@ fn progress(n: usize) -> ProgressBar {
 
 fn write(file: &Path, value: &Value) -> Result<()> {
     let text = format!("{value:#}\n");
-    fs::write(file, text).map_err(|error| Error::bad(format!("--json {}: {error}", file.display())))
+    fs::write(file, text).map_err(|error| Error::input(format!("--json {}: {error}", file.display())))
 }
 
 fn measure(case: &Case, place: &Place, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {

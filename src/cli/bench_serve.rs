@@ -30,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 use super::error::CliError;
 use super::output::print_line;
 use crate::blobs::{Blobs, BlobsConfig, Place};
-use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput, Watch};
+use crate::engine::{
+    ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGenerator, Observer, TrainInput,
+};
 use crate::health::Health;
 use crate::http::{self, AppState, Auth, Timeouts, keys::make_key};
 use crate::job::{Fault, FaultCode, JobId, Kind, Spec, TenantId, TrainOptions, TrainSpec};
@@ -286,7 +288,7 @@ fn failed(error: crate::store::Error) -> CliError {
 /// An engine that refuses every training at once: what is measured is the way to it.
 struct Idle;
 
-impl Artist for Idle {
+impl ImageGenerator for Idle {
     fn batch(&self) -> usize {
         1
     }
@@ -296,7 +298,7 @@ impl Artist for Idle {
         _: &DrawInput<'_>,
         _: std::ops::Range<usize>,
         _: &mut dyn FnMut(u64, u64) -> Flow,
-    ) -> Result<Option<Vec<Drawn>>, Fault> {
+    ) -> Result<Option<Vec<Image>>, Fault> {
         Ok(None)
     }
 
@@ -314,7 +316,7 @@ impl Engine for Idle {
         ClassImages { settings: "none".into(), seeds: Vec::new() }
     }
 
-    fn train(&mut self, _: TrainInput<'_>, _: &mut Watch<'_>) -> Result<Ending, Fault> {
+    fn train(&mut self, _: TrainInput<'_>, _: &mut Observer<'_>) -> Result<Ending, Fault> {
         Err(Fault::new(FaultCode::Input, "nothing is trained here"))
     }
 }

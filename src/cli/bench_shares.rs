@@ -106,11 +106,11 @@ async fn bench(args: &BenchShares) -> Result<(), CliError> {
         host: "bench".into(),
         clock: Clock::default(),
     };
-    let engine = engine::Settings {
+    let engine = engine::EngineSettings {
         bundle: args.bundle.clone(),
         device: args.device.clone(),
         batch: 4,
-        adapted_bytes_max: 8 << 30,
+        finetuned_bytes_max: 8 << 30,
         checkpointing: false,
     };
     let make: MakeEngine = Box::new(move || {

@@ -19,10 +19,10 @@ use super::train::out::Out;
 use super::train::{Work, options, spec_of};
 use super::{evaluate, photos, service};
 use crate::config;
-use crate::engine::{CandleEngine, Engine, Settings};
+use crate::engine::{CandleEngine, Engine, EngineSettings};
 use crate::job::TrainSpec;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME, Manifest};
-use crate::ml::picture;
+use crate::ml::image_io;
 use crate::report::{self, Found, Gallery, Shot};
 use recipes::Recipe;
 
@@ -90,11 +90,11 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
     let recipes = recipes.map_err(|what| CliError::Input(format!("--recipes: {what}")))?;
     let subjects = subjects(&args.subjects)?;
     let cells = cells(args, &recipes, &subjects, Bundle::open(&args.bundle)?.manifest())?;
-    let engine = CandleEngine::open(Settings {
+    let engine = CandleEngine::open(EngineSettings {
         bundle: args.bundle.clone(),
         device: args.device.clone(),
         batch: args.batch,
-        adapted_bytes_max: 0,
+        finetuned_bytes_max: 0,
         checkpointing: args.checkpointing,
     })?;
     cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
@@ -200,7 +200,7 @@ fn compare(
 fn gallery(out: &Out) -> Result<Gallery, CliError> {
     let report = out.report()?;
     let shots = out.images()?.into_iter().enumerate().map(|(i, png)| {
-        let webp = picture::thumbnail(&picture::read_png(&png)?, SHOT_SIDE)?;
+        let webp = image_io::thumbnail(&image_io::read_png(&png)?, SHOT_SIDE)?;
         Ok(Shot { webp, caption: report["images"][i]["prompt"].as_str().unwrap_or_default().to_owned() })
     });
     Ok(Gallery { pictures: shots.collect::<Result<_, CliError>>()?, ..Gallery::default() })

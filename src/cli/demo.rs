@@ -19,7 +19,7 @@ use super::service::{self, Instrumentation, Log};
 use crate::config::{Monitoring, Serving, Storage, Working};
 use crate::job::Method;
 use crate::ml::bundle::Bundle;
-use crate::ml::{picture, sheet};
+use crate::ml::{contact_sheet, image_io};
 use client::Client;
 use products::Product;
 
@@ -94,9 +94,10 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, CliError> {
         let client = Client::new(format!("http://{}", serve.serving.listen))?;
         let show = async {
             client.is_ready(&stop).await?;
-            let laid = sheet::sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
+            let laid =
+                contact_sheet::contact_sheet(&draw(&client, product, method, options).await?, COLUMNS, SIDE)?;
             let size = (laid.width() as usize, laid.height() as usize);
-            picture::save_png(&sheet, laid.as_raw(), size, &[])?;
+            image_io::save_png(&sheet, laid.as_raw(), size, &[])?;
             print_line(&format!("sheet      {}", sheet.display()));
             if exit {
                 stop.cancel();

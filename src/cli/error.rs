@@ -18,7 +18,9 @@ pub(super) enum CliError {
 impl From<ml::Error> for CliError {
     fn from(error: ml::Error) -> Self {
         match error {
-            ml::Error::Tensor(_) => Self::Failed(error.to_string()),
+            ml::Error::Tensor(_) | ml::Error::OutOfMemory(_) | ml::Error::DeviceLost(_) => {
+                Self::Failed(error.to_string())
+            }
             _ => Self::Input(error.to_string()),
         }
     }

@@ -1,6 +1,5 @@
 //! `hypnos evaluate`: scores images against the photos of a product and their prompts.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,11 +11,11 @@ use super::error::CliError;
 use super::output::print_line;
 use super::photos;
 use crate::config;
-use crate::ml::adapted::Adapted;
 use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
-use crate::ml::evaluate::{Drawn, Generated, Judge, PRODUCT, PromptLists};
-use crate::ml::sample::{self, Models, Picture, Settings};
-use crate::ml::{device, picture};
+use crate::ml::evaluate::{Generated, GeneratedSet, Judge, PromptLists};
+use crate::ml::finetuned::FineTuned;
+use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
+use crate::ml::{self, device, image_io};
 use crate::report;
 
 #[derive(Debug, Args)]
@@ -88,7 +87,7 @@ struct Pictures {
 
 pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let read = photos::pngs(&args.photos, 1..=usize::MAX)?;
-    let real = read.iter().map(|(_, png)| picture::read_png(png)).collect::<Result<Vec<_>, _>>()?;
+    let real = read.iter().map(|(_, png)| image_io::read_png(png)).collect::<Result<Vec<_>, _>>()?;
     let generated = args.generated.as_deref().map(|dir| from_disk(args, dir)).transpose()?;
     let lists = args.prompt_lists.as_deref().map(prompt_lists).transpose()?.unwrap_or_default();
     let device = device::open(&args.device)?;
@@ -98,8 +97,8 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
         (Some(pictures), _) => pictures,
         (None, Some(model)) => {
             let base = Models::load(&bundle, &device)?;
-            let adapted = Adapted::load(model, &bundle, &base)?;
-            drawn(args, &bundle, &adapted, &lists, judge.can_tell_the_class())?
+            let finetuned = FineTuned::load(model, &bundle, &base)?;
+            drawn(args, &bundle, &finetuned, &lists, judge.can_tell_the_class())?
         }
         (None, None) => return Err(CliError::Input("wanted --generated or --model".into())),
     };
@@ -130,7 +129,7 @@ fn from_disk(args: &Evaluate, dir: &Path) -> Result<Pictures, CliError> {
     let mut all = Vec::new();
     for ((file, png), prompt) in files.iter().zip(prompts) {
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        all.push((name, Generated { pixels: picture::read_png(png)?, prompt: prompt.to_owned() }));
+        all.push((name, Generated { pixels: image_io::read_png(png)?, prompt: prompt.to_owned() }));
     }
     all.sort_by_key(|(_, one)| one.prompt != args.standard); // stable: by name within a protocol
     let n_invariant = all.iter().filter(|(_, one)| one.prompt == args.standard).count();
@@ -153,20 +152,20 @@ fn read_text(file: &Path) -> Result<String, CliError> {
 fn drawn(
     args: &Evaluate,
     bundle: &Bundle,
-    adapted: &Adapted,
+    finetuned: &FineTuned,
     lists: &PromptLists,
     with_class: bool,
 ) -> Result<Pictures, CliError> {
-    let (n, side, product) = (args.n as usize, bundle.resolution(), &adapted.product);
+    let (n, side, product) = (args.n as usize, bundle.resolution(), &finetuned.product);
     let Drawing { scheduler, guidance } = bundle.manifest().drawing;
-    let how = Settings {
+    let how = SampleSettings {
         sampler: scheduler,
         steps: args.steps,
         guidance: args.guidance.unwrap_or(guidance),
         width: side,
         height: side,
     };
-    how.check(&adapted.models)?;
+    how.check(&finetuned.models)?;
     let standard = vec![args.standard.clone(); n];
     let of_class = vec![format!("a photo of {}", product.class_name); if with_class { n } else { 0 }];
     let prompts: Vec<String> =
@@ -175,26 +174,26 @@ fn drawn(
     let bar = bar(style, prompts.len());
     let mut all = Vec::new();
     for batch in (0..prompts.len()).collect::<Vec<_>>().chunks(args.batch as usize) {
-        let pictures: Vec<Picture> = (batch.iter())
-            .map(|&i| Picture {
-                prompt: prompts[i].replace(PRODUCT, &product.words()),
+        let pictures: Vec<ImageRequest> = (batch.iter())
+            .map(|&i| ImageRequest {
+                prompt: product.named(&prompts[i]),
                 negative: String::new(),
                 seed: args.seed.wrapping_add(i as u64),
             })
             .collect();
-        let go_on = &mut |_, _| ControlFlow::Continue(());
-        let Some(pixels) = sample::draw(&adapted.models, &pictures, &how, go_on)? else { break };
+        let pixels =
+            sample::draw(&finetuned.models, &pictures, &how, &mut |_, _| Ok(())).map_err(ml::Error::from)?;
         for ((&i, picture), pixels) in batch.iter().zip(&pictures).zip(pixels) {
             let (name, prompt) = (format!("{i:04}.png"), prompts[i].clone());
             if let Some(dir) = &args.out {
                 let model = (bundle.manifest().name.as_str(), bundle.hash()?);
-                let texts = picture::texts(picture, &how, model, false);
+                let texts = sample::texts(picture, &how, model, false);
                 std::fs::create_dir_all(dir).map_err(|error| {
                     CliError::Input(format!("{}: cannot be made: {error}", dir.display()))
                 })?;
-                picture::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
+                image_io::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
             }
-            all.push((name, Generated { pixels: picture::of_pixels(pixels, (side, side))?, prompt }));
+            all.push((name, Generated { pixels: image_io::of_pixels(pixels, (side, side))?, prompt }));
             bar.inc(1);
         }
     }
@@ -211,12 +210,14 @@ fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, CliError> {
     let class_images: Vec<_> = pictures.class_images.iter().map(|one| one.pixels.clone()).collect();
     let style = ProgressStyle::with_template("judging {bar:40} {percent}%, {elapsed} gone, {eta} left");
     let bar = bar(style, 0);
-    let drawn = Drawn { class_name: &pictures.class_name, invariant, varying, class_images: &class_images };
+    let drawn =
+        GeneratedSet { class_name: &pictures.class_name, invariant, varying, class_images: &class_images };
     let found = judge.evaluate(&drawn, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
-        ControlFlow::Continue(())
-    })?;
+        Ok(())
+    });
+    let found = found.map_err(ml::Error::from)?;
     bar.finish_and_clear();
     let mut found = json!(found);
     let each = found["pictures"].as_array_mut().map_or(&mut [][..], Vec::as_mut_slice);

@@ -15,7 +15,7 @@ use crate::http::{DetectedProduct, ProductDetector};
 use crate::ml::bundle::Bundle;
 use crate::ml::models::tracer::Tracer;
 use crate::ml::segment::segment;
-use crate::ml::{Result, device, picture};
+use crate::ml::{Result, device, image_io};
 
 /// Longer side of a preview, in pixels.
 const PREVIEW: u32 = 256;
@@ -52,11 +52,11 @@ impl ProductDetector for Segmenter {
 
 impl Segmenter {
     fn try_detect(&self, png: &[u8]) -> Result<DetectedProduct> {
-        let photo = picture::read_png(png)?;
+        let photo = image_io::read_png(png)?;
         let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
-        let preview = picture::within(&mask.cut_out(&photo), PREVIEW);
+        let preview = image_io::within(&mask.cut_out(&photo), PREVIEW);
         let (width, height) = preview.dimensions();
-        let preview = picture::png(preview.as_raw(), (width as usize, height as usize), &[])?;
+        let preview = image_io::png(preview.as_raw(), (width as usize, height as usize), &[])?;
         Ok(DetectedProduct {
             refusal: judgement.refusal(),
             warnings: judgement.warnings(),

@@ -1,7 +1,6 @@
 //! `hypnos sample`: draws images from a bundle and a prompt.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,12 +11,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::output::print_line;
 use crate::config;
 use crate::job::PRODUCT;
-use crate::ml::adapted::{Adapted, Product};
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
-use crate::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
+use crate::ml::finetuned::FineTuned;
+use crate::ml::product::Product;
+use crate::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents, texts};
 use crate::ml::samplers::Sampler;
 use crate::ml::tensorfile::{TensorFile, save};
-use crate::ml::{Error, Result, device, picture};
+use crate::ml::{Error, Result, device, image_io};
 
 /// Name of the tensor in latents files.
 const LATENTS: &str = "latents";
@@ -76,20 +76,20 @@ pub(super) struct Sample {
 
 pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     if args.n == 0 || args.batch == 0 {
-        return Err(Error::bad("-n and --batch: wanted at least 1"));
+        return Err(Error::input("-n and --batch: wanted at least 1"));
     }
     let device = device::open(&args.device)?;
     let bundle = Bundle::open(&args.bundle)?;
     let mut models = Models::load(&bundle, &device)?;
     let mut product = bundle.manifest().product.clone();
     if let Some(file) = &args.model {
-        let adapted = Adapted::load(file, &bundle, &models)?;
-        (models, product) = (adapted.models, Some(adapted.product));
+        let finetuned = FineTuned::load(file, &bundle, &models)?;
+        (models, product) = (finetuned.models, Some(finetuned.product));
     }
     let prompt = named("--prompt", &args.prompt, product.as_ref())?;
     let negative = named("--negative", &args.negative, product.as_ref())?;
     let (side, own) = (bundle.resolution(), bundle.manifest().drawing);
-    let settings = Settings {
+    let settings = SampleSettings {
         sampler: args.scheduler.unwrap_or(own.scheduler),
         steps: args.steps,
         guidance: args.guidance.unwrap_or(own.guidance),
@@ -98,8 +98,8 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     };
     settings.check(&models)?;
     warn_of_long_prompts(&prompt, &negative, &models);
-    let pictures: Vec<Picture> = (0..args.n as u64)
-        .map(|i| Picture {
+    let pictures: Vec<ImageRequest> = (0..args.n as u64)
+        .map(|i| ImageRequest {
             prompt: prompt.clone(),
             negative: negative.clone(),
             seed: args.seed.wrapping_add(i),
@@ -110,7 +110,7 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
         None => initial_noise(&pictures, settings.latent_dims(&models))?,
     };
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| Error::bad(format!("{}: cannot be made: {error}", args.out.display())))?;
+        .map_err(|error| Error::input(format!("{}: cannot be made: {error}", args.out.display())))?;
     draw(args, &bundle, &models, &pictures, &settings, &noise)
 }
 
@@ -118,8 +118,8 @@ fn draw(
     args: &Sample,
     bundle: &Bundle,
     models: &Models,
-    pictures: &[Picture],
-    settings: &Settings,
+    pictures: &[ImageRequest],
+    settings: &SampleSettings,
     noise: &Tensor,
 ) -> Result<ExitCode> {
     let style = ProgressStyle::with_template("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left");
@@ -131,14 +131,13 @@ fn draw(
         let drawn = latents(models, batch, settings, &noise, &mut |step, n_steps| {
             bar.set_length((n_batches * n_steps) as u64);
             bar.set_position((i * n_steps + step) as u64);
-            ControlFlow::Continue(())
+            Ok(())
         })?;
-        let Some(drawn) = drawn else { break };
         for (picture, pixels) in batch.iter().zip(decode(models, &drawn)?) {
             let file = args.out.join(format!("{}.png", picture.seed));
             let model = (bundle.manifest().name.as_str(), bundle.hash()?);
-            let texts = picture::texts(picture, settings, model, args.latents.is_some());
-            picture::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
+            let texts = texts(picture, settings, model, args.latents.is_some());
+            image_io::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
             bar.suspend(|| print_line(&file.display().to_string()));
         }
         done.push(drawn.to_device(&Device::Cpu)?);
@@ -155,9 +154,9 @@ fn draw(
 fn named(option: &str, prompt: &str, product: Option<&Product>) -> Result<String> {
     match product {
         Some(product) => Ok(product.named(prompt)),
-        None if prompt.contains(PRODUCT) => {
-            Err(Error::bad(format!("{option}: asks for {PRODUCT}, but the bundle has none; --model has one")))
-        }
+        None if prompt.contains(PRODUCT) => Err(Error::input(format!(
+            "{option}: asks for {PRODUCT}, but the bundle has none; --model has one"
+        ))),
         None => Ok(prompt.to_owned()),
     }
 }
@@ -182,8 +181,8 @@ fn read_latents(file: &Path, n: usize, [c, h, w]: [usize; 3]) -> Result<Tensor> 
             Ok(Tensor::from_vec(tensors.read(LATENTS)?, &wanted, &Device::Cpu)?)
         }
         Some(shape) => {
-            Err(Error::bad(format!("{}: `{LATENTS}` is {shape:?}, wanted {wanted:?}", file.display())))
+            Err(Error::input(format!("{}: `{LATENTS}` is {shape:?}, wanted {wanted:?}", file.display())))
         }
-        None => Err(Error::bad(format!("{}: has no tensor `{LATENTS}`", file.display()))),
+        None => Err(Error::input(format!("{}: has no tensor `{LATENTS}`", file.display()))),
     }
 }

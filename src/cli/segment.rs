@@ -13,7 +13,7 @@ use super::photos;
 use crate::config;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME, write_json};
 use crate::ml::device;
-use crate::ml::picture::{read_png, save_png};
+use crate::ml::image_io::{read_png, save_png};
 use crate::ml::segment::{Judgement, segment};
 
 #[derive(Debug, Args)]

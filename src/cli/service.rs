@@ -356,18 +356,19 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         host: host(),
         clock: Clock::default(),
     };
-    let engine = engine::Settings {
+    let engine = engine::EngineSettings {
         bundle: working.bundle.clone(),
         device: String::new(),
         batch: working.batch.into(),
-        adapted_bytes_max: gigabytes("HYPNOS_MODELS_GB", working.models_gb)?,
+        finetuned_bytes_max: gigabytes("HYPNOS_MODELS_GB", working.models_gb)?,
         checkpointing: working.gradient_checkpointing,
     };
     let engines = working.devices(n).into_iter().map(|device| {
         let settings = engine.clone();
         let name = device.clone();
         let make: MakeEngine = Box::new(move || {
-            let opened = CandleEngine::open(engine::Settings { device: device.clone(), ..settings.clone() });
+            let opened =
+                CandleEngine::open(engine::EngineSettings { device: device.clone(), ..settings.clone() });
             // The operator has to change something: the bundle, the device.
             let opened = opened.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
             Ok(Box::new(opened) as Box<dyn Engine>)

@@ -16,10 +16,9 @@ use super::export::{self, FormName, WidthName};
 use super::output::print_line;
 use super::{photos, service};
 use crate::config;
-use crate::engine::{CandleEngine, Ending, Engine, Settings, TrainInput};
+use crate::engine::{CandleEngine, Ending, Engine, EngineSettings, TraceInput, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec, merge_json};
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
-use crate::ml::train::Trace;
 use out::{ClassImageCache, Out};
 use show::Show;
 
@@ -87,11 +86,11 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
     for form in &args.export {
         form.vacant(&args.out)?;
     }
-    let engine = CandleEngine::open(Settings {
+    let engine = CandleEngine::open(EngineSettings {
         bundle: args.bundle.clone(),
         device: args.device.clone(),
         batch: args.batch,
-        adapted_bytes_max: 0,
+        finetuned_bytes_max: 0,
         checkpointing: args.checkpointing,
     })?;
     engine.check(&spec)?;
@@ -139,7 +138,7 @@ pub(super) struct Work<'a> {
     pub(super) photos: &'a [Vec<u8>],
     pub(super) out: &'a Out,
     pub(super) class_image_cache: &'a ClassImageCache,
-    pub(super) trace: Option<&'a Trace>,
+    pub(super) trace: Option<&'a TraceInput>,
     /// Steps between two checkpoints.
     pub(super) checkpoint_every: u64,
     pub(super) stop: &'a CancellationToken,
@@ -240,8 +239,8 @@ pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> 
     }
 }
 
-fn trace(dir: &Path, steps: &[u64]) -> Result<Trace, CliError> {
+fn trace(dir: &Path, steps: &[u64]) -> Result<TraceInput, CliError> {
     std::fs::create_dir_all(dir)
         .map_err(|error| CliError::Input(format!("{}: cannot be made: {error}", dir.display())))?;
-    Ok(Trace { dir: dir.to_owned(), steps: steps.iter().copied().collect() })
+    Ok(TraceInput { dir: dir.to_owned(), steps: steps.iter().copied().collect() })
 }

@@ -21,12 +21,12 @@ pub fn open(name: &str) -> Result<Device> {
 }
 
 fn unknown(name: &str) -> Error {
-    Error::bad(format!("device: wanted cpu, cuda or cuda:N, got {name:?}"))
+    Error::setting("device", format!("wanted cpu, cuda or cuda:N, got {name:?}"))
 }
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
-    Err(Error::bad(format!(
+    Err(Error::input(format!(
         "device {name}: this program was built without CUDA; build it with --features cuda"
     )))
 }
@@ -35,7 +35,7 @@ fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
 fn cuda(name: &str, ordinal: usize) -> Result<Device> {
     use candle_core::cuda_backend::cudarc::driver::CudaContext;
 
-    let explain = |what: String| Error::bad(format!("device {name}: {what}"));
+    let explain = |what: String| Error::input(format!("device {name}: {what}"));
     let count = match CudaContext::device_count() {
         Ok(count) => count as usize,
         Err(error) => return Err(explain(format!("no CUDA device ({:?})", error.0))),

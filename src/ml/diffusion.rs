@@ -84,10 +84,10 @@ impl Config {
     /// The configuration in a `scheduler_config.json`, checked.
     ///
     /// Takes `-Infinity`, `Infinity` and `NaN` as null: the reference writes them (`lambda_min_clipped`), although
-    /// JSON has no such words. [`Error::Bad`] names the key and the value.
+    /// JSON has no such words. [`Error::Input`] names the key and the value.
     pub fn parse(text: &str) -> Result<Self> {
         let config: Self = serde_json::from_str(&without_infinities(text))
-            .map_err(|err| Error::Bad(format!("scheduler_config.json: {err}")))?;
+            .map_err(|err| Error::file("scheduler_config.json", format!("{err}")))?;
         config.check()?;
         Ok(config)
     }
@@ -126,7 +126,7 @@ impl Config {
         self.steps_offset.unwrap_or(0)
     }
 
-    /// What the model predicts; [`Error::Bad`] for anything but ε and v.
+    /// What the model predicts; [`Error::Input`] for anything but ε and v.
     pub fn prediction(&self) -> Result<Prediction> {
         match self.prediction_type.as_deref() {
             None | Some("epsilon") => Ok(Prediction::Epsilon),
@@ -153,7 +153,7 @@ impl Config {
         self.rest.get(key) == Some(&Value::Bool(true))
     }
 
-    /// Passes where `key` is absent, null or one of `wanted`; otherwise [`Error::Bad`].
+    /// Passes where `key` is absent, null or one of `wanted`; otherwise [`Error::Input`].
     pub fn only(&self, key: &str, wanted: &[Value]) -> Result<()> {
         match self.rest.get(key) {
             None | Some(Value::Null) => Ok(()),
@@ -165,7 +165,7 @@ impl Config {
         }
     }
 
-    /// First and last β of the reference class; [`Error::Bad`] for a class with another kind of noise.
+    /// First and last β of the reference class; [`Error::Input`] for a class with another kind of noise.
     fn class_betas(&self) -> Result<(f64, f64)> {
         let Some(class) = &self.class_name else { return Ok((0.0001, 0.02)) };
         let name = class.strip_suffix("Scheduler").unwrap_or(class);
@@ -227,7 +227,7 @@ impl Schedule {
     /// Precision is the reference's: β in f32, 1 − β in f32, their running product in f64 rounded to f32 at each
     /// step (what `torch.cumprod` does on a CPU). All that is derived from ᾱ here is computed in f64.
     ///
-    /// [`Error::Bad`] if the configuration is refused or some ᾱ_t does not lie strictly between 0 and 1.
+    /// [`Error::Input`] if the configuration is refused or some ᾱ_t does not lie strictly between 0 and 1.
     pub fn new(config: &Config) -> Result<Self> {
         config.check()?;
         let mut product = 1.0_f64;
@@ -236,10 +236,13 @@ impl Schedule {
             product *= f64::from(1.0 - beta);
             let alpha_bar = product as f32;
             if !(beta > 0.0 && beta < 1.0 && alpha_bar > 0.0 && alpha_bar < 1.0) {
-                return Err(Error::Bad(format!(
-                    "scheduler_config.json: beta is {beta} at timestep {t} and leaves {alpha_bar} of the signal; \
+                return Err(Error::file(
+                    "scheduler_config.json",
+                    format!(
+                        "beta is {beta} at timestep {t} and leaves {alpha_bar} of the signal; \
                      both have to lie between 0 and 1"
-                )));
+                    ),
+                ));
             }
             alphas_cumprod.push(alpha_bar);
         }
@@ -266,12 +269,12 @@ impl Schedule {
         &self.config
     }
 
-    /// ᾱ_t. [`Error::Bad`] where t ≥ T.
+    /// ᾱ_t. [`Error::Input`] where t ≥ T.
     pub fn alpha_bar(&self, t: usize) -> Result<f64> {
         let n = self.n_timesteps();
         let value = self.alphas_cumprod.get(t).copied().map(f64::from);
         value.ok_or_else(|| {
-            Error::Bad(format!("timestep {t} is outside the schedule, which has 0 to {}", n - 1))
+            Error::input(format!("timestep {t} is outside the schedule, which has 0 to {}", n - 1))
         })
     }
 
@@ -282,7 +285,7 @@ impl Schedule {
     /// * `x_0`, `eps`: `[B, …]`, equal shapes
     /// * `t`: one timestep for each of the B images, 0 … T − 1
     ///
-    /// Like everything below: computed and returned in f32, differentiable in both tensors, [`Error::Bad`] if the
+    /// Like everything below: computed and returned in f32, differentiable in both tensors, [`Error::Input`] if the
     /// shapes differ, `t` is not one per image or a timestep lies outside.
     pub fn q_sample(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
         self.mix(("x_0", x_0), ("eps", eps), t, |alpha, sigma| (alpha, sigma))
@@ -351,7 +354,7 @@ impl Schedule {
         weights: impl Fn(f64, f64) -> (f64, f64),
     ) -> Result<Tensor> {
         if a.dims() != b.dims() || a.dims().first() != Some(&t.len()) {
-            return Err(Error::Bad(format!(
+            return Err(Error::input(format!(
                 "diffusion: {a_name} is {:?}, {b_name} {:?} and there are {} timesteps; equal shapes and one \
                  timestep for each image are needed",
                 a.dims(),
@@ -376,7 +379,7 @@ impl Schedule {
 }
 
 fn refuse(key: &str, came: impl std::fmt::Display, wanted: &str) -> Error {
-    Error::Bad(format!("scheduler_config.json: {key} is {came}; {wanted} is what this program can run"))
+    Error::file("scheduler_config.json", format!("{key} is {came}; {wanted} is what this program can run"))
 }
 
 /// `torch.linspace` in f32, to the last bit: from both ends towards the middle, with fused multiply-add.

@@ -1,4 +1,4 @@
-//! Layers: named weights put to the operations of [`ops`]. Fields carry the names of the checkpoint.
+//! Neural network layers: named weights with the operations of [`ops`]. Fields carry the names of the checkpoint.
 
 use candle_core::{Result, Tensor};
 

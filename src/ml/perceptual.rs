@@ -1,5 +1,5 @@
-//! The perceptual loss of HYPNOS (arXiv 2410.14265, eq. 5): how far two pictures are from each other in the features of a
-//! classifier, EfficientNet-B1.
+//! The perceptual loss of HYPNOS (arXiv 2410.14265, eq. 5): how far two pictures are from each other in the features of
+//! a classifier, EfficientNet-B1.
 
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
@@ -22,7 +22,8 @@ pub struct Config {
     pub image_std: [f64; 3],
     /// Whether it looks at pictures of half the size.
     ///
-    /// Assumption: it does. It was made for 240 pixels, not for 512, and noise of single pixels is not what it is asked for.
+    /// Assumption: it does. It was made for 240 pixels, not for 512, and noise of single pixels is not what it is asked
+    /// for.
     #[serde(default = "yes")]
     pub halve: bool,
 }
@@ -46,7 +47,10 @@ impl Config {
         if self.image_std.iter().all(|std| *std > 0.0) {
             return Ok(());
         }
-        Err(Error::bad(format!("config.json: image_std is {:?}, wanted numbers above zero", self.image_std)))
+        Err(Error::file(
+            "config.json",
+            format!("image_std is {:?}, wanted numbers above zero", self.image_std),
+        ))
     }
 }
 
@@ -100,5 +104,5 @@ pub fn perceptual_loss(a: &[Tensor], b: &[Tensor], weights: &[f64]) -> Result<Te
             None => term,
         });
     }
-    sum.ok_or_else(|| Error::bad("perceptual loss: every stride has the weight 0; wanted one above it"))
+    sum.ok_or_else(|| Error::input("perceptual loss: every stride has the weight 0; wanted one above it"))
 }

@@ -1,20 +1,20 @@
-//! Weights and words to pictures.
+//! Draws pictures: prompts and weights to pixels.
 //!
 //! A picture's noise comes from its own seed alone, so the same picture comes out alone or in a batch (up to the
 //! rounding of sums, which a matrix product orders by its size).
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use serde_json::json;
 
 use super::bundle::Bundle;
 use super::diffusion::Schedule;
 use super::models::{clip::ClipText, unet::Unet, vae::Vae};
 use super::random;
-use super::samplers::{self, Sampler};
+use super::samplers::{self, Observe, Sampler};
 use super::tokenizer::Tokenizer;
-use super::{Error, Result};
+use super::{Error, Interrupt, Result};
 
 /// Everything that draws, on one device. What training leaves alone is shared between a bundle and all that was
 /// trained from it.
@@ -58,7 +58,7 @@ impl Models {
 
 /// One picture to draw.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Picture {
+pub struct ImageRequest {
     /// What it shows.
     pub prompt: String,
     /// What it must not show; empty for nothing in particular.
@@ -69,7 +69,7 @@ pub struct Picture {
 
 /// How pictures are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
+pub struct SampleSettings {
     /// The way from noise to latents.
     pub sampler: Sampler,
     /// Calls of the UNet, about.
@@ -83,23 +83,23 @@ pub struct Settings {
     pub height: usize,
 }
 
-impl Settings {
+impl SampleSettings {
     /// Refuses what cannot be drawn, naming the setting.
     pub fn check(&self, models: &Models) -> Result<()> {
         let factor = models.vae.factor();
         for (name, size) in [("width", self.width), ("height", self.height)] {
             if size == 0 || size % factor != 0 {
-                return Err(Error::bad(format!(
-                    "{name}: wanted a multiple of {factor} above zero, got {size}"
-                )));
+                let what = format!("wanted a multiple of {factor} above zero, got {size}");
+                return Err(Error::setting(name, what));
             }
         }
         let most = models.schedule.n_timesteps();
         if self.steps == 0 || self.steps > most {
-            return Err(Error::bad(format!("steps: wanted 1 to {most}, got {}", self.steps)));
+            return Err(Error::setting("steps", format!("wanted 1 to {most}, got {}", self.steps)));
         }
         if !self.guidance.is_finite() || self.guidance < 0.0 {
-            return Err(Error::bad(format!("guidance: wanted a number from 0 on, got {}", self.guidance)));
+            let what = format!("wanted a number from 0 on, got {}", self.guidance);
+            return Err(Error::setting("guidance", what));
         }
         Ok(())
     }
@@ -112,11 +112,11 @@ impl Settings {
 }
 
 /// Unit normal noise `[B, c, h, w]` that the pictures begin with, on the CPU: each from its own seed.
-pub fn initial_noise(pictures: &[Picture], dims: [usize; 3]) -> Result<Tensor> {
+pub fn initial_noise(pictures: &[ImageRequest], dims: [usize; 3]) -> Result<Tensor> {
     noise(pictures, "initial", 0, dims)
 }
 
-fn noise(pictures: &[Picture], label: &str, stream: u64, [c, h, w]: [usize; 3]) -> Result<Tensor> {
+fn noise(pictures: &[ImageRequest], label: &str, stream: u64, [c, h, w]: [usize; 3]) -> Result<Tensor> {
     let values: Vec<f32> = pictures
         .iter()
         .flat_map(|picture| random::normal(random::derive(picture.seed, label), stream, c * h * w))
@@ -126,20 +126,20 @@ fn noise(pictures: &[Picture], label: &str, stream: u64, [c, h, w]: [usize; 3]) 
 
 /// Draws latents for `pictures` from `noise` `[B, c, h, w]`, unit normal.
 ///
-/// Negative prompts and prompts go through the UNet as one batch. `observe` hears of each step (done, all) and may
-/// stop; then `None`. Gives `[B, c, h, w]` in the UNet's scale.
-pub fn latents(
+/// Negative prompts and prompts go through the UNet as one batch. `observe` is told of each step (done, all) and may
+/// stop. Gives `[B, c, h, w]` in the UNet's scale.
+pub fn latents<B>(
     models: &Models,
-    pictures: &[Picture],
-    settings: &Settings,
+    pictures: &[ImageRequest],
+    settings: &SampleSettings,
     noise: &Tensor,
-    observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Option<Tensor>> {
+    observe: &mut Observe<'_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     settings.check(models)?;
     let dims = settings.latent_dims(models);
     let wanted = [pictures.len(), dims[0], dims[1], dims[2]];
     if noise.dims() != wanted {
-        return Err(Error::bad(format!("latents: wanted {wanted:?}, got {:?}", noise.dims())));
+        return Err(Error::input(format!("latents: wanted {wanted:?}, got {:?}", noise.dims())).into());
     }
     let guided = settings.guidance > 1.0;
     let words = pictures.iter().map(|picture| &picture.prompt);
@@ -179,13 +179,13 @@ pub fn latents(
 /// Draws `pictures` from their seeds' noise, as one batch, to interleaved RGB pixels: one buffer of
 /// `height x width x 3` bytes each.
 ///
-/// `observe` hears of each step and of each picture decoded, and may stop; then `None`.
-pub fn draw(
+/// `observe` is told of each step and of each picture decoded, and may stop.
+pub fn draw<B>(
     models: &Models,
-    pictures: &[Picture],
-    settings: &Settings,
-    observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Option<Vec<Vec<u8>>>> {
+    pictures: &[ImageRequest],
+    settings: &SampleSettings,
+    observe: &mut Observe<'_, B>,
+) -> Result<Vec<Vec<u8>>, Interrupt<B>> {
     settings.check(models)?;
     let noise = initial_noise(pictures, settings.latent_dims(models))?;
     let mut last = (0, 0);
@@ -193,15 +193,13 @@ pub fn draw(
         last = (step, n_steps);
         observe(step, n_steps)
     };
-    let Some(latents) = latents(models, pictures, settings, &noise, observe_step)? else { return Ok(None) };
+    let latents = latents(models, pictures, settings, &noise, observe_step)?;
     let mut drawn = Vec::with_capacity(pictures.len());
     for i in 0..pictures.len() {
         drawn.extend(decode(models, &latents.narrow(0, i, 1)?)?);
-        if observe(last.0, last.1).is_break() {
-            return Ok(None);
-        }
+        observe(last.0, last.1)?;
     }
-    Ok(Some(drawn))
+    Ok(drawn)
 }
 
 /// Turns latents `[B, c, h, w]` into pictures, one after the other to bound memory: interleaved RGB pixels, one buffer
@@ -217,7 +215,33 @@ fn pixels(picture: &Tensor) -> Result<Vec<u8>> {
         (unit.squeeze(0)?.permute((1, 2, 0))?.contiguous()? * 255.0)?.to_device(&Device::Cpu)?;
     let values = interleaved.flatten_all()?.to_vec1::<f32>()?;
     if values.iter().any(|value| !value.is_finite()) {
-        return Err(Error::bad("sample: the picture is not a number; the weights or the latents are broken"));
+        let what = "sample: the picture is not a number; the weights or the latents are broken";
+        return Err(Error::NotFinite(what.into()));
     }
     Ok(values.into_iter().map(|value| value.round_ties_even() as u8).collect())
+}
+
+/// What a picture says of itself: the one line that other programs read, and all of it as JSON.
+///
+/// * `bundle`: name and hash of the models
+/// * `own_latents`: whether it began with given noise instead of its seed's
+pub fn texts(
+    picture: &ImageRequest,
+    settings: &SampleSettings,
+    (name, hash): (&str, &str),
+    own_latents: bool,
+) -> [(&'static str, String); 2] {
+    let ImageRequest { prompt, negative, seed } = picture;
+    let SampleSettings { sampler, steps, guidance, width, height } = settings;
+    let line = format!(
+        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, \
+         Seed: {seed}, Size: {width}x{height}, Model hash: {}",
+        &hash[..10.min(hash.len())]
+    );
+    let all = json!({
+        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
+        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": name,
+        "bundle_sha256": hash, "own_latents": own_latents, "hypnos": env!("CARGO_PKG_VERSION"),
+    });
+    [("parameters", line), ("hypnos", all.to_string())]
 }

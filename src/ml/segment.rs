@@ -1,8 +1,8 @@
-//! Photos to masks: where the product is, and whether that can be worked with.
+//! Segmentation: photos to masks of the product, and whether a mask is usable.
 //!
-//! The picture comes to TRACER as in CarveKit's `TracerUniversalB7` (4.1.2): resized without keeping its proportions, by a
-//! triangle filter that widens when it shrinks, and normalised as ImageNet's. Departure: the mask goes back to the photo's
-//! size as numbers, not as bytes.
+//! The picture comes to TRACER as in CarveKit's `TracerUniversalB7` (4.1.2): resized without keeping its proportions,
+//! by a triangle filter that widens when it shrinks, and normalised as ImageNet's. Departure: the mask goes back to the
+//! photo's size as numbers, not as bytes.
 
 use candle_core::{Device, Tensor};
 use image::imageops::{self, FilterType};
@@ -62,7 +62,7 @@ pub fn segment(tracer: &Tracer, photo: &RgbImage, device: &Device) -> Result<Mas
     let map = tracer.forward(&prepared(photo, side)?.to_device(device)?)?;
     let map = ImageBuffer::from_raw(side as u32, side as u32, map.flatten_all()?.to_vec1::<f32>()?);
     let map: ImageBuffer<Luma<f32>, Vec<f32>> =
-        map.ok_or_else(|| Error::bad("segmenter: its map has another size"))?;
+        map.ok_or_else(|| Error::input("segmenter: its map has another size"))?;
     let (width, height) = photo.dimensions();
     let values = imageops::resize(&map, width, height, FilterType::Triangle).into_raw();
     Ok(Mask { width: width as usize, height: height as usize, values })
@@ -72,7 +72,7 @@ pub fn segment(tracer: &Tracer, photo: &RgbImage, device: &Device) -> Result<Mas
 pub fn prepared(photo: &RgbImage, side: usize) -> Result<Tensor> {
     let unit = photo.as_raw().iter().map(|&v| f32::from(v) / 255.0).collect();
     let unit: Option<Rgb32FImage> = ImageBuffer::from_raw(photo.width(), photo.height(), unit);
-    let unit = unit.ok_or_else(|| Error::bad("photo: has no pixels"))?;
+    let unit = unit.ok_or_else(|| Error::input("photo: has no pixels"))?;
     let small = imageops::resize(&unit, side as u32, side as u32, FilterType::Triangle);
     let values: Vec<f32> =
         small.as_raw().iter().enumerate().map(|(i, v)| (v - MEAN[i % 3]) / STD[i % 3]).collect();
@@ -80,10 +80,13 @@ pub fn prepared(photo: &RgbImage, side: usize) -> Result<Tensor> {
 }
 
 impl Mask {
-    /// From numbers in 0..1, row by row. [`Error::Bad`] if there are not as many as pixels.
+    /// From numbers in 0..1, row by row. [`Error::Input`] if there are not as many as pixels.
     pub fn new(width: usize, height: usize, values: Vec<f32>) -> Result<Self> {
         if width * height != values.len() || values.is_empty() {
-            return Err(Error::bad(format!("mask: wanted {width} x {height} numbers, got {}", values.len())));
+            return Err(Error::input(format!(
+                "mask: wanted {width} x {height} numbers, got {}",
+                values.len()
+            )));
         }
         Ok(Self { width, height, values })
     }

@@ -1,4 +1,4 @@
-//! Safetensors files, read with suspicion and written whole or not at all.
+//! Reads and writes safetensors files: checked with suspicion when read, whole or not at all when written.
 //!
 //! A file from elsewhere may be cut off, claim a header of terabytes, or be something else altogether, so every number
 //! in the header is checked here before anything is allocated from it; the safetensors crate then checks it again.
@@ -24,7 +24,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::bundle::hex;
+use super::error::io_words;
 use super::{Error, Result};
 
 /// Headers above this are refused: the real SD 1.5 UNet needs 0.1 MiB.
@@ -45,11 +45,11 @@ pub struct TensorFile {
 
 impl TensorFile {
     /// Opens the file and checks its header: length, JSON, and that each tensor's bytes fit its shape and lie within
-    /// the file. [`Error::Bad`] names the file, and the tensor where there is one.
+    /// the file. [`Error::File`] names the file, and the tensor where there is one.
     pub fn open(path: &Path) -> Result<TensorFile> {
-        let bad = |what: String| Error::Bad(format!("{}: {what}", path.display()));
-        let mut file = File::open(path).map_err(|e| bad(format!("cannot be opened: {}", io_words(&e))))?;
-        let about = file.metadata().map_err(|e| bad(format!("cannot be read: {}", io_words(&e))))?;
+        let bad = |what: String| Error::file(path, what);
+        let mut file = File::open(path).map_err(|e| Error::io(path, "cannot be opened", e))?;
+        let about = file.metadata().map_err(|e| Error::io(path, "cannot be read", e))?;
         if !about.is_file() {
             return Err(bad("is not a file; a safetensors file was wanted".into()));
         }
@@ -79,10 +79,10 @@ impl TensorFile {
         self.infos.get(name).map(|i| i.shape.as_slice())
     }
 
-    /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::Bad`] for other types, a missing tensor,
+    /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::File`] for other types, a missing tensor,
     /// or a file that has become unreadable.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
-        let bad = |what: String| Error::Bad(format!("{}: tensor `{name}` {what}", self.path.display()));
+        let bad = |what: String| Error::file(&self.path, format!("tensor `{name}` {what}"));
         let info = self.infos.get(name).ok_or_else(|| bad("is missing".into()))?;
         let (width, widen) = widening(info.dtype)
             .ok_or_else(|| bad(format!("has type {:?}; F32, F16, BF16 or F64 is wanted", info.dtype)))?;
@@ -97,15 +97,11 @@ impl TensorFile {
                 widen(&bytes, out);
                 Ok(())
             })
-            .map_err(|e: std::io::Error| bad(format!("cannot be read: {}", io_words(&e))))?;
+            .map_err(|e: std::io::Error| {
+                Error::io(&self.path, &format!("tensor `{name}` cannot be read"), e)
+            })?;
         Ok(values)
     }
-}
-
-/// The system's words for an I/O error, without its number.
-pub(crate) fn io_words(e: &std::io::Error) -> String {
-    let words = e.to_string();
-    words.split(" (os error").next().unwrap_or(&words).to_lowercase()
 }
 
 /// The header's JSON, or what the file is instead.
@@ -243,7 +239,7 @@ pub fn save(
 /// than one of them need exist at a time.
 ///
 /// The bytes depend on the arguments only. They go to a neighbouring temporary file that takes the wanted name when
-/// all is on disk: a reader sees the old file or the new one. [`Error::Bad`] if `dtype` is not f32, f16 or bf16, a
+/// all is on disk: a reader sees the old file or the new one. [`Error::File`] if `dtype` is not f32, f16 or bf16, a
 /// tensor has another shape than announced, or a value does not fit f16.
 pub fn save_streaming(
     path: &Path,
@@ -279,15 +275,13 @@ fn stream(
     mut tensor: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<()> {
     let header = header(shapes, metadata, dtype)
-        .ok_or_else(|| Error::Bad(format!("{}: weights are saved as f32, f16 or bf16", path.display())))?;
+        .ok_or_else(|| Error::file(path, "weights are saved as f32, f16 or bf16"))?;
     write_atomically(path, |out| {
         let mut hash = Sha256::new();
-        let failed = |e: std::io::Error| {
-            Error::Bad(format!("{}: cannot be written: {}", path.display(), io_words(&e)))
-        };
+        let failed = |e: std::io::Error| Error::io(path, "cannot be written", e);
         out.write_all(&header).map_err(failed)?;
         for (name, shape) in shapes {
-            let bad = |what: String| Error::Bad(format!("{}: tensor `{name}` {what}", path.display()));
+            let bad = |what: String| Error::file(path, format!("tensor `{name}` {what}"));
             let tensor = tensor(name)?;
             if tensor.dims() != shape.as_slice() {
                 return Err(bad(format!("was announced as {shape:?} and came as {:?}", tensor.dims())));
@@ -304,7 +298,7 @@ fn stream(
         }
         if let Some(place) = hashed.and_then(|key| place_of(key, &header)) {
             out.seek(SeekFrom::Start(place)).map_err(failed)?;
-            out.write_all(hex(&hash.finalize()).as_bytes()).map_err(failed)?;
+            out.write_all(format!("{:x}", hash.finalize()).as_bytes()).map_err(failed)?;
         }
         Ok(())
     })
@@ -363,8 +357,7 @@ pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
 ) -> Result<()> {
-    let failed =
-        |e: std::io::Error| Error::Bad(format!("{}: cannot be written: {}", path.display(), io_words(&e)));
+    let failed = |e: std::io::Error| Error::io(path, "cannot be written", e);
     let mut part = path.as_os_str().to_owned();
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);

@@ -16,7 +16,6 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use super::tensorfile::io_words;
 use super::{Error, Result};
 
 /// What CLIP takes for a word: its own marks, English endings, runs of letters, single digits, runs of the rest.
@@ -47,12 +46,12 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads `vocab.json` and `merges.txt`, and `tokenizer_config.json` and `special_tokens_map.json` where they
-    /// exist. [`Error::Bad`] names the file, and the line where there is one.
+    /// exist. [`Error::File`] names the file, and the line where there is one.
     pub fn open(dir: &Path) -> Result<Tokenizer> {
         let vocab = read_vocab(&dir.join("vocab.json"))?;
         let merges = read_merges(&dir.join("merges.txt"))?;
-        let settings = Settings::read(dir)?;
-        let bad = |what: String| Error::Bad(format!("{}: {what}", dir.display()));
+        let settings = TokenizerSettings::read(dir)?;
+        let bad = |what: String| Error::file(dir, what);
         let id = |key: &str| {
             let content = settings.special[key].content.as_str();
             vocab
@@ -145,18 +144,18 @@ fn build(
 }
 
 /// What the small files beside the vocabulary say.
-struct Settings {
+struct TokenizerSettings {
     special: BTreeMap<&'static str, AddedToken>,
     /// Tokens of the newer `added_tokens_decoder`, by id.
     decoder: BTreeMap<u32, AddedToken>,
     length: usize,
 }
 
-impl Settings {
-    fn read(dir: &Path) -> Result<Settings> {
+impl TokenizerSettings {
+    fn read(dir: &Path) -> Result<TokenizerSettings> {
         let path = dir.join("tokenizer_config.json");
         let mut config = read_object(&path)?.unwrap_or_default();
-        let bad = |what: String| Error::Bad(format!("{}: {what}", path.display()));
+        let bad = |what: String| Error::file(&path, what);
         let mut decoder = BTreeMap::new();
         if let Some(Value::Object(entries)) = config.get("added_tokens_decoder") {
             for (id, token) in entries {
@@ -180,7 +179,7 @@ impl Settings {
             Some(n) if n < 3. => return Err(bad(format!("model_max_length is {n}; at least 3 is wanted"))),
             _ => LENGTH, // absent, or 1e30, the reference's word for absent
         };
-        Ok(Settings { special, decoder, length })
+        Ok(TokenizerSettings { special, decoder, length })
     }
 
     /// The tokens to register, in the reference's order: where one text is registered twice, the later form stays.
@@ -205,8 +204,7 @@ fn added_token(value: &Value) -> Result<AddedToken, String> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path)
-        .map_err(|e| Error::Bad(format!("{}: cannot be read: {}", path.display(), io_words(&e))))
+    std::fs::read_to_string(path).map_err(|e| Error::io(path, "cannot be read", e))
 }
 
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
@@ -214,12 +212,12 @@ fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
         return Ok(None);
     }
     let object = serde_json::from_str(&read_text(path)?);
-    object.map(Some).map_err(|e| Error::Bad(format!("{}: is not a JSON object: {e}", path.display())))
+    object.map(Some).map_err(|e| Error::file_from(path, format!("is not a JSON object: {e}"), e))
 }
 
 fn read_vocab(path: &Path) -> Result<Vocab> {
     let vocab: BTreeMap<String, u32> = serde_json::from_str(&read_text(path)?)
-        .map_err(|e| Error::Bad(format!("{}: is not a JSON object of token numbers: {e}", path.display())))?;
+        .map_err(|e| Error::file_from(path, format!("is not a JSON object of token numbers: {e}"), e))?;
     Ok(vocab.into_iter().collect())
 }
 
@@ -231,11 +229,7 @@ fn read_merges(path: &Path) -> Result<Vec<(String, String)>> {
     lines
         .map(|(i, line)| match line.split(' ').collect::<Vec<_>>()[..] {
             [a, b] => Ok((a.to_owned(), b.to_owned())),
-            _ => Err(Error::Bad(format!(
-                "{}: line {}: two symbols are wanted, got `{line}`",
-                path.display(),
-                i + 1
-            ))),
+            _ => Err(Error::file(path, format!("line {}: two symbols are wanted, got `{line}`", i + 1))),
         })
         .collect()
 }

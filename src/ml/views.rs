@@ -1,8 +1,8 @@
-//! Views of photos with known foregrounds (HYPNOS, arXiv 2410.14265, section 3.3): the product before one plain colour, or
-//! its photo as it is, now and then smaller and moved.
+//! Views of photos with known foregrounds (HYPNOS, arXiv 2410.14265, section 3.3): the product before one plain colour,
+//! or its photo as it is, now and then smaller and moved.
 //!
-//! A view is a pure function of photos, settings, seed and its number. All are squares of one size, 8 bits a channel, so
-//! that what is learned from is exactly what a person can look at.
+//! A view is a pure function of photos, settings, seed and its number. All are squares of one size, 8 bits a channel,
+//! so that what is learned from is exactly what a person can look at.
 
 use image::imageops::{self, FilterType};
 use image::{ImageBuffer, Luma, Rgb, Rgb32FImage, RgbImage};
@@ -58,11 +58,11 @@ impl ViewSettings {
     pub fn check(&self) -> Result<()> {
         let share = |name: &str, value: f64, min: f64| {
             let fits = (min..=1.0).contains(&value);
-            let wrong = || Error::bad(format!("views.{name}: wanted {min} to 1, got {value}"));
+            let wrong = || Error::setting(format!("views.{name}"), format!("wanted {min} to 1, got {value}"));
             fits.then_some(()).ok_or_else(wrong)
         };
         if self.n == 0 {
-            return Err(Error::bad("views.n: wanted 1 or more, got 0"));
+            return Err(Error::setting("views.n", "wanted 1 or more, got 0"));
         }
         share("monotone", self.monotone, 0.0)?;
         share("resized", self.resized, 0.0)?;
@@ -81,19 +81,24 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// The square around the foreground of a photo, with `margin` as a share of its longer side on each of its sides, brought to `side` pixels. It
-    /// is as large as the photo has room for and never cuts the foreground; where the photo ends within it, its edge goes on.
+    /// The square around the foreground of a photo, with `margin` as a share of its longer side on each of its sides,
+    /// brought to `side` pixels. It is as large as the photo has room for and never cuts the foreground; where the
+    /// photo ends within it, its edge goes on.
     ///
     /// * `mask`: row by row, one number in 0..1 for each pixel of the photo
     ///
-    /// [`Error::Bad`] if the mask has another size or no foreground.
+    /// [`Error::Input`] if the mask has another size or no foreground.
     pub fn new(photo: &RgbImage, mask: &[f32], side: usize, margin: f64) -> Result<Self> {
         let (width, height) = (photo.width() as usize, photo.height() as usize);
         if mask.len() != width * height {
-            return Err(Error::bad(format!("mask: has {} pixels, its photo {}", mask.len(), width * height)));
+            return Err(Error::input(format!(
+                "mask: has {} pixels, its photo {}",
+                mask.len(),
+                width * height
+            )));
         }
         let [left, top, right, bottom] =
-            bounds(mask, width).ok_or_else(|| Error::bad("mask: shows no foreground"))?;
+            bounds(mask, width).ok_or_else(|| Error::input("mask: shows no foreground"))?;
         let longer = (right - left).max(bottom - top);
         let wished = ((longer as f64 * (1.0 + 2.0 * margin)).round() as usize).min(width.min(height));
         let cut = wished.max(longer) as i64;

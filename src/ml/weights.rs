@@ -1,4 +1,4 @@
-//! Where a model's weights come from: a file, tensors at hand, a seed, or nowhere yet.
+//! Sources of a model's weights: a file, tensors in memory, a seed, or shapes only ("meta").
 //!
 //! A model asks for its weights by the names of the diffusers and transformers files; whatever a file calls them
 //! otherwise is in one table here. Nothing is remembered of a file but its header: each tensor is read when asked for.
@@ -28,7 +28,8 @@ const SPELLINGS: [(&str, &str); 4] =
 /// Files by transformers < 5 put all of the text encoder under this prefix, newer ones leave it out.
 const TEXT_PREFIX: &str = "text_model.";
 
-/// Tensors in files that are no weights: old transformers saved the numbers 0 to 76, torch counts the batches of a norm.
+/// Tensors in files that are no weights: old transformers saved the numbers 0 to 76, torch counts the batches of a
+/// norm.
 const NO_WEIGHTS: [&str; 2] = ["embeddings.position_ids", "num_batches_tracked"];
 
 /// What files of classifiers hold beyond the trunk that the metrics look with: their heads, and CLIP's temperature.
@@ -61,11 +62,11 @@ enum Source {
     File(TensorFile),
     Tensors(HashMap<String, Tensor>),
     Random(u64),
-    Blueprint,
+    Meta,
 }
 
 impl Weights {
-    /// The tensors of a safetensors file; f16, bf16 and f64 become f32 when read. [`Error::Bad`] as
+    /// The tensors of a safetensors file; f16, bf16 and f64 become f32 when read. [`Error::File`] as
     /// [`TensorFile::open`] says.
     pub fn open(file: &Path, device: &Device) -> Result<Weights> {
         Ok(Weights::new(Source::File(TensorFile::open(file)?), device))
@@ -91,8 +92,8 @@ impl Weights {
 
     /// No weights at all: [`Weights::get`] notes the name and shape and gives zeros that take no memory. A model
     /// built from it cannot be trained, but lists what it would read in [`Weights::params`].
-    pub fn blueprint() -> Weights {
-        Weights::new(Source::Blueprint, &Device::Cpu)
+    pub fn meta() -> Weights {
+        Weights::new(Source::Meta, &Device::Cpu)
     }
 
     fn new(source: Source, device: &Device) -> Weights {
@@ -115,7 +116,7 @@ impl Weights {
     /// The weight of this name below this place, in f32 on the source's device.
     ///
     /// Asked twice, it is the same weight. `[C, C, 1, 1]` in a file serves where `[C, C]` is wanted and the reverse:
-    /// old VAE attention and `proj_in`/`proj_out` come both ways. [`Error::Bad`] names file, tensor, wanted and found
+    /// old VAE attention and `proj_in`/`proj_out` come both ways. [`Error::File`] names file, tensor, wanted and found
     /// shape, and for a missing tensor the nearest name there is.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Param> {
         let name = self.full(name);
@@ -144,12 +145,12 @@ impl Weights {
     fn again(&self, param: &Param, shape: &[usize]) -> Result<Param> {
         let what = if param.value().dims() != shape {
             format!("as {:?} and as {shape:?}", param.value().dims())
-        } else if param.is_trainable() != self.trainable && !matches!(self.root.source, Source::Blueprint) {
+        } else if param.is_trainable() != self.trainable && !matches!(self.root.source, Source::Meta) {
             "as trainable and as frozen".to_owned()
         } else {
             return Ok(param.clone());
         };
-        Err(Error::Bad(format!("{}: tensor `{}` is wanted {what}", self.root.source.words(), param.name())))
+        Err(self.root.source.error(format!("tensor `{}` is wanted {what}", param.name())))
     }
 
     fn make(&self, name: &str, shape: &[usize]) -> Result<Param> {
@@ -159,32 +160,39 @@ impl Weights {
             Source::Tensors(tensors) => {
                 let names = tensors.keys().map(String::as_str);
                 let found = find(name, shape, |n| tensors.get(n).map(Tensor::dims), names);
-                let found =
-                    found.map_err(|what| Error::Bad(format!("{}: {what}", self.root.source.words())))?;
+                let found = found.map_err(|what| self.root.source.error(what))?;
                 tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?
             }
             Source::Random(seed) => Tensor::from_vec(initial(*seed, name, shape), shape, device)?,
-            Source::Blueprint => return Ok(Param::placeholder(name, shape)?),
+            Source::Meta => return Ok(Param::placeholder(name, shape)?),
         };
         Ok(Param::new(name, value, self.trainable)?)
     }
 }
 
 impl Source {
-    fn words(&self) -> String {
+    /// What is wrong with a tensor of this source.
+    fn error(&self, what: String) -> Error {
         match self {
-            Source::File(file) => file.path().display().to_string(),
-            Source::Tensors(_) => "tensors at hand".into(),
-            Source::Random(seed) => format!("random weights of seed {seed}"),
-            Source::Blueprint => "blueprint".into(),
+            Self::File(file) => Error::file(file.path(), what),
+            Self::Tensors(_) => Error::input(format!("tensors at hand: {what}")),
+            Self::Random(seed) => Error::input(format!("random weights of seed {seed}: {what}")),
+            Self::Meta => Error::input(format!("shape-only weights: {what}")),
         }
     }
+}
+
+/// The weights that a model would read, by name, with their shapes and no values: `load` gets [`Weights::meta`].
+pub(crate) fn meta_params<M>(load: impl FnOnce(&Weights) -> Result<M>) -> Result<BTreeMap<String, Param>> {
+    let weights = Weights::meta();
+    load(&weights)?;
+    Ok(weights.params())
 }
 
 /// One weight out of a file, in f32 on the CPU, as [`Weights::get`] finds it; nothing is remembered.
 pub(crate) fn read(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Tensor> {
     let found = find(name, shape, |n| file.shape(n), file.names());
-    let found = found.map_err(|what| Error::Bad(format!("{}: {what}", file.path().display())))?;
+    let found = found.map_err(|what| Error::file(file.path(), what))?;
     Ok(Tensor::from_vec(file.read(&found)?, shape, &Device::Cpu)?)
 }
 
@@ -251,7 +259,7 @@ fn edits(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// How a file differs from what a model built from a [`Weights::blueprint`] asked for: one line for each tensor that
+/// How a file differs from what a model built from a [`Weights::meta`] asked for: one line for each tensor that
 /// is missing, misshapen or not asked for, without the file's name.
 pub fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<String> {
     let mut lines = Vec::new();

@@ -10,7 +10,7 @@ use super::lease::LeaseHandle;
 use super::outcome::Outcome;
 use super::retry::{Refused, retry_while_leased};
 use crate::blobs::{Key, Name};
-use crate::engine::Drawn;
+use crate::engine::Image;
 use crate::job::{Checkpoint, Job, Object};
 use crate::store;
 
@@ -44,7 +44,7 @@ impl Worker {
         job: &Job,
         lease: &LeaseHandle,
         name: Name,
-        image: &Drawn,
+        image: &Image,
     ) -> Result<Object, Outcome> {
         let meta = json!({
             "prompt": image.prompt, "seed": image.seed,

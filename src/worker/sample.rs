@@ -15,7 +15,7 @@ use super::outcome::Outcome;
 use super::progress::phase_span;
 use super::retry::retry_while_leased;
 use crate::blobs::Name;
-use crate::engine::Drawn;
+use crate::engine::Image;
 use crate::job::{
     Fault, FaultCode, Job, Kind, Object, Phase, Progress, SampleSpec, Spec, TrainSpec, WEIGHTS,
 };
@@ -99,7 +99,7 @@ impl Worker {
         train: TrainSpec,
         weights: &Object,
         file: &Pinned,
-    ) -> Result<Option<Vec<Drawn>>, Fault> {
+    ) -> Result<Option<Vec<Image>>, Fault> {
         let _drawing = phase_span(Phase::Drawing, &Span::current()); // includes the wait for the device
         let (reply, answered) = oneshot::channel();
         let (watched, wanted, drain) = (lease.clone(), lease.clone(), self.drain.clone());

@@ -21,7 +21,7 @@ use super::retry::{Refused, retry_while_leased};
 use super::scratch::scratch_fault;
 use crate::blobs::{self, Key, Name};
 use crate::clock;
-use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow, Shown, Trained};
+use crate::engine::{ClassImages, Ending, Flow, Image, Shown, TrainEvent, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
 use crate::report::{self, Times};
 
@@ -327,7 +327,7 @@ enum Event {
     },
     Shown {
         what: Shown,
-        picture: Drawn,
+        picture: Image,
     },
     Checkpoint {
         step: u64,
@@ -351,10 +351,10 @@ struct TrainingObserver {
 }
 
 impl TrainingObserver {
-    fn observe(&mut self, beat: Beat) -> Flow {
+    fn observe(&mut self, beat: TrainEvent) -> Flow {
         let mut may_checkpoint = false;
         match beat {
-            Beat::Progress(mut progress) => {
+            TrainEvent::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
                 if !self.eta.is_in(progress.phase) {
                     self.phase = phase_span(progress.phase, &self.job);
@@ -363,10 +363,10 @@ impl TrainingObserver {
                 progress.eta_seconds = self.eta.eta(&progress);
                 self.lease.set_progress(progress);
             }
-            Beat::ClassImage { index, png } => self.send(Event::ClassImage { index, png }),
-            Beat::Taken { .. } => {} // the report has all steps
-            Beat::Shown { what, picture } => self.send(Event::Shown { what, picture }),
-            Beat::Checkpoint { step, file } => {
+            TrainEvent::ClassImage { index, png } => self.send(Event::ClassImage { index, png }),
+            TrainEvent::Step { .. } => {} // the report has all steps
+            TrainEvent::Shown { what, picture } => self.send(Event::Shown { what, picture }),
+            TrainEvent::Checkpoint { step, file } => {
                 self.storing.store(true, Ordering::Release);
                 self.send(Event::Checkpoint { step, file });
             }

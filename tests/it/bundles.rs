@@ -545,8 +545,8 @@ fn random_weights_depend_on_seed_and_name_and_not_on_the_order_of_asking() {
 }
 
 #[test]
-fn a_blueprint_lists_what_a_model_would_read() {
-    let weights = Weights::blueprint().trainable(true).pp("a");
+fn meta_weights_list_what_a_model_would_read() {
+    let weights = Weights::meta().trainable(true).pp("a");
     weights.get("b.weight", &[1 << 20, 1 << 20]).unwrap(); // four terabytes, were it real
     let params = weights.params();
     assert_eq!(params["a.b.weight"].dims(), [1 << 20, 1 << 20]);

@@ -3,20 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use hypnos::engine::{
-    Artist, Beat, CandleEngine, DrawInput, Drawn, Ending, Engine, Flow, Settings, Shown, TrainInput,
+    CandleEngine, DrawInput, Ending, Engine, EngineSettings, Flow, Image, ImageGenerator, Shown, TrainEvent,
+    TrainInput,
 };
 use hypnos::job::{Evaluation, Fault, FaultCode, Format, Method, Phase, SampleSpec, TrainOptions, TrainSpec};
 use hypnos::ml::bundle::{Like, random};
-use hypnos::ml::picture;
+use hypnos::ml::image_io;
 use serde_json::Value;
 use tempfile::TempDir;
 
-fn settings() -> Settings {
-    Settings {
+fn settings() -> EngineSettings {
+    EngineSettings {
         bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle"),
         device: "cpu".into(),
         batch: 2,
-        adapted_bytes_max: 1 << 30,
+        finetuned_bytes_max: 1 << 30,
         checkpointing: false,
     }
 }
@@ -31,7 +32,7 @@ fn photos() -> Vec<Vec<u8>> {
         let inside = |i: usize| (24..72).contains(&(i % 96)) && (16..64).contains(&(i / 96));
         let pixels: Vec<u8> =
             (0..96 * 80).flat_map(|i| if inside(i) { [200, 30, 40] } else { ground }).collect();
-        picture::png(&pixels, (96, 80), &[]).expect("a PNG")
+        image_io::png(&pixels, (96, 80), &[]).expect("a PNG")
     };
     vec![photo([240, 240, 240]), photo([90, 140, 90]), photo([60, 70, 120])]
 }
@@ -46,7 +47,7 @@ fn spec(steps: u32, class_images: u32) -> TrainSpec {
 /// One attempt at a training, and what it left.
 struct Attempt {
     result: Result<Ending, Fault>,
-    beats: Vec<Beat>,
+    beats: Vec<TrainEvent>,
     scratch: TempDir,
 }
 
@@ -56,7 +57,7 @@ impl Attempt {
         spec: &TrainSpec,
         class_images: Vec<Option<Vec<u8>>>,
         resume: Option<&Path>,
-        mut flow: impl FnMut(&mut dyn Artist, &Beat) -> Flow,
+        mut flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
     ) -> Self {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
         let mut beats = Vec::new();
@@ -76,7 +77,7 @@ impl Attempt {
     }
 
     /// The weights' bytes, the report, the pictures.
-    fn trained(&self) -> (Vec<u8>, &Value, &[Drawn]) {
+    fn trained(&self) -> (Vec<u8>, &Value, &[Image]) {
         match &self.result {
             Ok(Ending::Trained(trained)) => {
                 (std::fs::read(&trained.weights).expect("weights"), &trained.report, &trained.images)
@@ -103,7 +104,7 @@ impl Attempt {
     fn class_images(&self) -> Vec<Option<Vec<u8>>> {
         let mut all = Vec::new();
         for beat in &self.beats {
-            if let Beat::ClassImage { index, png } = beat {
+            if let TrainEvent::ClassImage { index, png } = beat {
                 all.resize(all.len().max(index + 1), None);
                 all[*index] = Some(png.clone());
             }
@@ -117,12 +118,12 @@ impl Attempt {
     }
 }
 
-fn is_at(beat: &Beat, wanted: (Phase, u64)) -> bool {
-    matches!(beat, Beat::Progress(progress) if (progress.phase, progress.step) == wanted)
+fn is_at(beat: &TrainEvent, wanted: (Phase, u64)) -> bool {
+    matches!(beat, TrainEvent::Progress(progress) if (progress.phase, progress.step) == wanted)
 }
 
 /// Answers `then` once, at the first beat that stands there, and goes on otherwise.
-fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn Artist, &Beat) -> Flow {
+fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow {
     let mut done = false;
     move |_, beat| {
         if done || !is_at(beat, wanted) {
@@ -135,11 +136,11 @@ fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn Artist, &Beat) 
 
 /// What a training with `weights` draws for a prompt.
 fn draw(
-    artist: &mut dyn Artist,
+    artist: &mut dyn ImageGenerator,
     train: &TrainSpec,
     weights: &Path,
     change: impl FnOnce(&mut SampleSpec),
-) -> Result<Option<Vec<Drawn>>, Fault> {
+) -> Result<Option<Vec<Image>>, Fault> {
     let spec = r#"{"prompts": ["a photo of {product}"], "steps": 3, "seed": 5}"#;
     let mut spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
     change(&mut spec);
@@ -150,10 +151,10 @@ fn draw(
 
 /// All pictures of a sample, batch by batch.
 fn draw_all(
-    artist: &mut dyn Artist,
+    artist: &mut dyn ImageGenerator,
     input: &DrawInput<'_>,
     watch: &mut dyn FnMut(u64, u64) -> Flow,
-) -> Result<Option<Vec<Drawn>>, Fault> {
+) -> Result<Option<Vec<Image>>, Fault> {
     let (n_pictures, mut drawn) = (input.spec.pictures().count(), Vec::new());
     while drawn.len() < n_pictures {
         let batch = drawn.len()..n_pictures.min(drawn.len() + artist.batch());
@@ -187,7 +188,7 @@ fn a_checkpoint_on_the_way_is_reported_and_is_the_one_that_a_pause_would_write()
     let kept = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Checkpoint));
     let paused = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Pause));
     let file = kept.beats.iter().find_map(|beat| match beat {
-        Beat::Checkpoint { step: 2, file } => Some(file.clone()),
+        TrainEvent::Checkpoint { step: 2, file } => Some(file.clone()),
         _ => None,
     });
     let bytes = |file: PathBuf| std::fs::read(file).expect("a checkpoint");
@@ -204,7 +205,7 @@ fn before_the_first_step_there_is_nothing_to_save() {
         assert!(paused.files().is_empty());
     }
     let asked = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 0), Flow::Checkpoint));
-    assert!(!asked.beats.iter().any(|beat| matches!(beat, Beat::Checkpoint { .. })));
+    assert!(!asked.beats.iter().any(|beat| matches!(beat, TrainEvent::Checkpoint { .. })));
     asked.trained();
 }
 
@@ -256,7 +257,9 @@ fn drawing_between_the_steps_does_not_change_the_training() {
     let alone = Attempt::unbroken(&spec);
     let mut served = Vec::new();
     let busy = Attempt::new(&spec, Vec::new(), None, |artist, beat| {
-        if matches!(beat, Beat::Shown { what: Shown::Preview(_), .. }) || is_at(beat, (Phase::Training, 1)) {
+        if matches!(beat, TrainEvent::Shown { what: Shown::Preview(_), .. })
+            || is_at(beat, (Phase::Training, 1))
+        {
             served.push(draw(artist, &earlier_spec(), &earlier.weights(), |_| ()).expect("pictures"));
         }
         Flow::Continue
@@ -278,7 +281,7 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
     let mut step_seen = 0;
     let mut last_phase = Phase::Preparing;
     for beat in &attempt.beats {
-        let Beat::Progress(progress) = beat else { continue };
+        let TrainEvent::Progress(progress) = beat else { continue };
         let order = |phase| Phase::ALL.iter().position(|&one| one == phase);
         assert!(order(last_phase) <= order(progress.phase), "{} after {last_phase}", progress.phase);
         last_phase = progress.phase;
@@ -290,7 +293,7 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
     }
     assert_eq!((step_seen, last_phase), (8, Phase::Evaluating));
     let previews =
-        attempt.beats.iter().filter(|beat| matches!(beat, Beat::Shown { what: Shown::Preview(_), .. }));
+        attempt.beats.iter().filter(|beat| matches!(beat, TrainEvent::Shown { what: Shown::Preview(_), .. }));
     assert_eq!(previews.count(), 3);
     let (_, report, images) = attempt.trained();
     assert_eq!(images.len(), 3);
@@ -355,7 +358,7 @@ fn a_sample_s_pictures_come_in_order_and_are_the_same_alone_and_in_a_batch() {
     let (photo, painting) = ("a photo of {product}", "a painting of {product}");
     assert_eq!(said, [(photo, 40), (photo, 41), (painting, 42), (painting, 43)]);
     let pixels =
-        |drawn: &Drawn| image::load_from_memory(&drawn.bytes).expect("a picture").into_rgb8().into_raw();
+        |drawn: &Image| image::load_from_memory(&drawn.bytes).expect("a picture").into_rgb8().into_raw();
     let (alone, together) = (pixels(&draw(&[painting], 1, 43)[0]), pixels(&all[3]));
     assert!(alone.iter().zip(&together).all(|(a, b)| a.abs_diff(*b) <= 1));
     assert_ne!(pixels(&all[2]), together);
@@ -390,8 +393,8 @@ fn a_sample_tells_its_steps_and_can_be_stopped() {
 fn models_are_loaded_once_while_there_is_room_and_again_where_there_is_none() {
     let (one, other) = (Attempt::unbroken(&spec(1, 0)), Attempt::unbroken(&spec(2, 0)));
     for (bytes_max, stays) in [(1 << 30, true), (0, false)] {
-        let mut engine =
-            CandleEngine::open(Settings { adapted_bytes_max: bytes_max, ..settings() }).expect("an engine");
+        let mut engine = CandleEngine::open(EngineSettings { finetuned_bytes_max: bytes_max, ..settings() })
+            .expect("an engine");
         let copy = one.scratch.path().join("copy");
         std::fs::copy(one.weights(), &copy).expect("a copy");
         draw(&mut engine, &earlier_spec(), &copy, |_| ()).expect("pictures");
@@ -442,7 +445,7 @@ fn weights_and_checkpoints_of_another_bundle_are_refused() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = dir.path().join("bundle");
     random(Like::Miniature, 3, candle_core::DType::F32, &bundle, &mut |_, _| ()).expect("a bundle");
-    let mut stranger = CandleEngine::open(Settings { bundle, ..settings() }).expect("an engine");
+    let mut stranger = CandleEngine::open(EngineSettings { bundle, ..settings() }).expect("an engine");
     let spec = spec(2, 0);
     let trained = Attempt::unbroken(&spec);
     let paused = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 1), Flow::Pause));

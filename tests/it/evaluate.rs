@@ -1,16 +1,16 @@
 //! Evaluation: its numbers made of what the metrics give, the trials of a training, and the programs around it.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device};
-use hypnos::engine::{Beat, CandleEngine, Ending, Engine, Flow, Settings, TrainInput, Trained};
+use hypnos::engine::{CandleEngine, Ending, Engine, EngineSettings, Flow, TrainEvent, TrainInput, Trained};
 use hypnos::job::{Evaluation, Method, Phase, TrainOptions, TrainSpec};
-use hypnos::ml::bundle::{Bundle, Like, check, random, random_metrics};
-use hypnos::ml::evaluate::{Drawn, Generated, Judge};
-use hypnos::ml::metrics::{self, Backbones};
-use hypnos::ml::picture;
+use hypnos::ml::Interrupt;
+use hypnos::ml::bundle::{Backbones, Bundle, Like, check, random, random_metrics};
+use hypnos::ml::evaluate::{Generated, GeneratedSet, Judge};
+use hypnos::ml::image_io;
+use hypnos::ml::metrics;
 use image::{Rgb, RgbImage};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -42,8 +42,9 @@ fn generated(seed: u32, prompt: &str) -> Generated {
     Generated { pixels: painted(seed, [10, 200, 30], (64, 64)), prompt: prompt.to_owned() }
 }
 
-fn go_on(_: usize, _: usize) -> ControlFlow<()> {
-    ControlFlow::Continue(())
+/// An observer that never stops anything.
+fn go_on() -> impl FnMut(usize, usize) -> Result<(), Interrupt<()>> {
+    |_, _| Ok(())
 }
 
 /// A number of two pictures.
@@ -65,14 +66,18 @@ fn every_number_is_made_of_what_the_metrics_give() {
     let invariant = [generated(1, "a photo of {product}"), generated(2, "a photo of {product}")];
     let varying = [generated(3, "{product} on a beach"), generated(4, "a drawing of {product}")];
     let class_images = [painted(8, [0, 0, 0], (64, 64))];
-    let drawn =
-        Drawn { class_name: "mug", invariant: &invariant, varying: &varying, class_images: &class_images };
+    let drawn = GeneratedSet {
+        class_name: "mug",
+        invariant: &invariant,
+        varying: &varying,
+        class_images: &class_images,
+    };
     let mut calls = Vec::new();
     let found = judge.evaluate(&drawn, &mut |done, total| {
         calls.push((done, total));
-        ControlFlow::Continue(())
+        Ok::<_, Interrupt<()>>(())
     });
-    let found = found.expect("numbers").expect("nobody stopped it");
+    let found = found.expect("numbers");
     let n = calls.len();
     assert!(calls.iter().enumerate().all(|(i, call)| *call == (i + 1, n)), "{calls:?}");
 
@@ -103,7 +108,7 @@ fn every_number_is_made_of_what_the_metrics_give() {
             metrics::frechet(&ours.pool2048, &theirs.pool2048).expect("a distance"),
         );
         let pairs =
-            || shown.iter().flat_map(|one| real.iter().map(move |photo| (one, picture::squared(photo, 64))));
+            || shown.iter().flat_map(|one| real.iter().map(move |photo| (one, image_io::squared(photo, 64))));
         let mean = |compare: Compare<'_>| {
             pairs().map(|(one, photo)| compare(one, &photo).expect("a number")).sum::<f64>() / 6.0
         };
@@ -135,8 +140,8 @@ fn without_networks_pixels_are_compared_and_each_number_says_what_is_missing() {
     let judge = Judge::new(&bundle, &Device::Cpu, photos()).expect("a judge");
     assert!(!judge.can_try() && !judge.can_tell_the_class());
     let invariant = [generated(1, "a photo of {product}")];
-    let drawn = Drawn { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
-    let found = json!(judge.evaluate(&drawn, &mut go_on).expect("numbers"));
+    let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
+    let found = json!(judge.evaluate(&drawn, &mut go_on()).expect("numbers"));
     let numbers = &found["prompt_invariant"];
     assert!(numbers["ssim"]["value"].is_number() && numbers["psnr"]["value"].is_number());
     for (metric, part) in [
@@ -159,8 +164,8 @@ fn a_picture_that_is_a_photo_has_no_number_for_its_noise_and_is_otherwise_perfec
     let photo = painted(1, [1, 2, 3], (64, 64));
     let judge = Judge::new(&bundle, &Device::Cpu, vec![photo.clone()]).expect("a judge");
     let invariant = [Generated { pixels: photo, prompt: "{product}".into() }];
-    let drawn = Drawn { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
-    let found = judge.evaluate(&drawn, &mut go_on).expect("numbers").expect("nobody stopped it");
+    let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
+    let found = judge.evaluate(&drawn, &mut go_on()).expect("numbers");
     let numbers = found.prompt_invariant.expect("a protocol");
     near(numbers.ssim.value, 1.0);
     near(numbers.dino.value, 1.0);
@@ -177,14 +182,14 @@ fn an_evaluation_can_be_stopped_after_any_call() {
     let bundle = Bundle::open(&bundle(dir.path(), true)).expect("a bundle");
     let judge = Judge::new(&bundle, &Device::Cpu, photos()).expect("a judge");
     let invariant = [generated(1, "{product}"), generated(2, "{product}")];
-    let drawn = Drawn { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
+    let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
     for stop in [1, 5, 13] {
         let mut n_calls = 0;
         let stopped = judge.evaluate(&drawn, &mut |done, _| {
             n_calls += 1;
-            if done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if done == stop { Err(Interrupt::Stopped(())) } else { Ok(()) }
         });
-        assert!(stopped.expect("no error").is_none());
+        assert!(matches!(stopped, Err(Interrupt::Stopped(()))), "{stopped:?}");
         assert_eq!(n_calls, stop);
     }
     assert!(Judge::new(&bundle, &Device::Cpu, Vec::new()).is_err());
@@ -218,15 +223,15 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn new(bundle: &Path, resume: Option<&Path>, mut flow: impl FnMut(&Beat) -> Flow) -> Self {
-        let settings = Settings {
+    fn new(bundle: &Path, resume: Option<&Path>, mut flow: impl FnMut(&TrainEvent) -> Flow) -> Self {
+        let settings = EngineSettings {
             bundle: bundle.to_owned(),
             device: "cpu".into(),
             batch: 2,
-            adapted_bytes_max: 0,
+            finetuned_bytes_max: 0,
             checkpointing: false,
         };
-        let png = |photo: &RgbImage| picture::png(photo.as_raw(), (96, 80), &[]).expect("a PNG");
+        let png = |photo: &RgbImage| image_io::png(photo.as_raw(), (96, 80), &[]).expect("a PNG");
         let (photos, scratch) =
             (photos().iter().map(png).collect::<Vec<_>>(), tempfile::tempdir().expect("a directory"));
         let spec = spec();
@@ -282,7 +287,7 @@ fn the_step_that_scored_best_is_served_and_a_training_paused_anywhere_serves_the
     ] {
         let mut n_seen = 0;
         let first = Attempt::new(&bundle, None, |beat| match beat {
-            Beat::Progress(at) if (at.phase, at.step) == (phase, step) => {
+            TrainEvent::Progress(at) if (at.phase, at.step) == (phase, step) => {
                 n_seen += 1;
                 if n_seen == nth { Flow::Pause } else { Flow::Continue }
             }
@@ -340,7 +345,7 @@ fn written(dir: &Path, name: &str, pictures: &[RgbImage]) -> String {
     std::fs::create_dir(&dir).expect("a directory");
     for (i, picture) in pictures.iter().enumerate() {
         let size = (picture.width() as usize, picture.height() as usize);
-        picture::save_png(&dir.join(format!("{i}.png")), picture.as_raw(), size, &[]).expect("a picture");
+        image_io::save_png(&dir.join(format!("{i}.png")), picture.as_raw(), size, &[]).expect("a picture");
     }
     dir.to_str().expect("Unicode").to_owned()
 }
@@ -363,7 +368,7 @@ fn pictures_from_anywhere_are_judged_by_the_program() {
     // Pictures of different sizes, a JPEG among them.
     let pictures =
         written(dir.path(), "pictures", &[painted(1, [9, 9, 9], (64, 64)), painted(2, [9, 9, 9], (80, 48))]);
-    let jpeg = picture::jpeg(painted(3, [9, 9, 9], (72, 72)).as_raw(), (72, 72)).expect("a JPEG");
+    let jpeg = image_io::jpeg(painted(3, [9, 9, 9], (72, 72)).as_raw(), (72, 72)).expect("a JPEG");
     std::fs::write(Path::new(&pictures).join("2.jpg"), jpeg).expect("a file");
     let prompts = dir.path().join("prompts.txt");
     std::fs::write(&prompts, "{product} on a beach\na photo of {product}\n\na photo of {product}\n")

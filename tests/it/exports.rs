@@ -39,7 +39,7 @@ fn config<T: serde::de::DeserializeOwned>(configs: &Value, part: &str) -> T {
 
 /// Name and shape of every weight that our models of these configs read, by part.
 fn ours(configs: &Value) -> Vec<(&'static str, String, Vec<usize>)> {
-    let parts = ["text_encoder", "unet", "vae"].map(|part| (part, Weights::blueprint()));
+    let parts = ["text_encoder", "unet", "vae"].map(|part| (part, Weights::meta()));
     ClipText::load(&parts[0].1, &config(configs, "text_encoder")).expect("a text encoder");
     Unet::load(&parts[1].1, &config(configs, "unet")).expect("a UNet");
     Vae::load(&parts[2].1, &config(configs, "vae")).expect("an autoencoder");

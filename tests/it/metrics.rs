@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use hypnos::ml::Result;
-use hypnos::ml::bundle::{Bundle, check};
+use hypnos::ml::bundle::{Backbones, Bundle, check};
 use hypnos::ml::metrics::preprocess::{Library, middle, stretched};
 use hypnos::ml::metrics::{
-    Backbones, Clip, Dino, Features, Inception, Lpips, clip, dino, frechet, inception, lpips,
-    mean_paired_cosine, mean_pairwise_cosine, mean_self_cosine, psnr, ssim,
+    Clip, Dino, Features, Inception, Lpips, clip, dino, frechet, inception, lpips, mean_paired_cosine,
+    mean_pairwise_cosine, mean_self_cosine, psnr, ssim,
 };
 use hypnos::ml::models::clip::Clip as ClipNet;
 use hypnos::ml::nn::{avg_pool2d, max_pool2d};
@@ -64,15 +64,15 @@ fn weights<M>(golden: &Golden, name: &str, device: &Device, load: impl Fn(&Weigh
 }
 
 fn tensors<M>(golden: &Golden, name: &str, load: impl Fn(&Weights) -> Result<M>) -> BTreeMap<String, Tensor> {
-    let blueprint = Weights::blueprint();
-    load(&blueprint).expect("a blueprint");
+    let meta = Weights::meta();
+    load(&meta).expect("the shapes");
     let of = |(key, param): (String, Param)| {
         let value = golden.find(&format!("weight.{name}.{key}"));
         let drawn = || Tensor::from_vec(drawn(&key, &param.dims()), param.dims(), &Device::Cpu);
         let value = value.map_or_else(drawn, Ok).expect("a weight");
         (key, value)
     };
-    blueprint.params().into_iter().map(of).collect()
+    meta.params().into_iter().map(of).collect()
 }
 
 fn pictures(golden: &Golden) -> Vec<RgbImage> {

@@ -6,7 +6,7 @@ use hypnos::ml::models::clip::{self, ClipText};
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
 use hypnos::ml::ops::{AdamW, AdamWConfig};
-use hypnos::ml::train::losses::{self, Around, Batch, Objective, losses};
+use hypnos::ml::train::losses::{self, Batch, FrozenModels, Objective, losses};
 use hypnos::ml::weights::Weights;
 use serde_json::Value;
 
@@ -162,9 +162,10 @@ impl<'a> Chain<'a> {
         let (latents, noise) = (input("latents"), input("noise"));
         if !with_picture {
             let batch = Batch { latents, noise, t, ids, reference: None, crop: None };
-            let around = Around { schedule: &self.schedule, vae: None, perceptual: None };
-            let chain = losses::Chain { text: &self.text, unet: &self.unet, around, discriminator: None };
-            return Ok(losses(&chain, &batch, &Objective::dreambooth(1.0))?.total);
+            let frozen = FrozenModels { schedule: &self.schedule, vae: None, perceptual: None };
+            let models =
+                losses::LossModels { text: &self.text, unet: &self.unet, frozen, discriminator: None };
+            return Ok(losses(&models, &batch, &Objective::dreambooth(1.0))?.total);
         }
         let noisy = self.schedule.q_sample(&latents, &noise, &t)?;
         assert_close("noisy", &noisy, &self.golden.get("output.all.noisy"), OUTPUT);

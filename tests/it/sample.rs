@@ -1,12 +1,12 @@
 //! Words to pictures: against diffusers from the first token to the last pixel, and through the program itself.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use candle_core::{Device, Tensor};
+use hypnos::ml::Interrupt;
 use hypnos::ml::bundle::Bundle;
-use hypnos::ml::sample::{Models, Picture, Settings, decode, initial_noise, latents};
+use hypnos::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents};
 use hypnos::ml::samplers::{self, Sampler};
 
 use crate::golden::{Golden, OUTPUT, assert_close};
@@ -19,12 +19,13 @@ fn models() -> Models {
     Models::load(&Bundle::open(&miniature()).expect("a bundle"), &Device::Cpu).expect("models")
 }
 
-fn settings(sampler: Sampler, steps: usize) -> Settings {
-    Settings { sampler, steps, guidance: 7.5, width: 64, height: 64 }
+fn settings(sampler: Sampler, steps: usize) -> SampleSettings {
+    SampleSettings { sampler, steps, guidance: 7.5, width: 64, height: 64 }
 }
 
-fn go_on(_: usize, _: usize) -> ControlFlow<()> {
-    ControlFlow::Continue(())
+/// An observer that never stops anything.
+fn go_on() -> impl FnMut(usize, usize) -> Result<(), Interrupt<()>> {
+    |_, _| Ok(())
 }
 
 /// Sampled pixels may differ by this much where a batch changes the order of sums.
@@ -35,8 +36,8 @@ fn every_sampler_draws_what_diffusers_draws() {
     let (golden, models) = (Golden::open("pictures"), models());
     let (prompts, negatives): (Vec<String>, Vec<String>) =
         (golden.metadata("prompts"), golden.metadata("negatives"));
-    let pictures: Vec<Picture> = (prompts.into_iter().zip(negatives))
-        .map(|(prompt, negative)| Picture { prompt, negative, seed: 0 })
+    let pictures: Vec<ImageRequest> = (prompts.into_iter().zip(negatives))
+        .map(|(prompt, negative)| ImageRequest { prompt, negative, seed: 0 })
         .collect();
     let noise = golden.get("input.noise");
     for (name, sampler) in [
@@ -46,8 +47,8 @@ fn every_sampler_draws_what_diffusers_draws() {
         ("dpmpp_2m_karras", Sampler::Dpmpp2mKarras),
         ("euler", Sampler::Euler),
     ] {
-        let drawn = latents(&models, &pictures, &settings(sampler, 20), &noise, &mut go_on).expect("latents");
-        let drawn = drawn.expect("nobody stopped it");
+        let drawn =
+            latents(&models, &pictures, &settings(sampler, 20), &noise, &mut go_on()).expect("latents");
         assert_close(name, &drawn, &golden.get(&format!("output.{name}.latents")), OUTPUT);
         if name == "ddim" {
             let picture = models.vae.decode(&drawn).expect("a picture");
@@ -79,21 +80,22 @@ fn euler_ancestral_with_the_reference_s_noise_draws_what_diffusers_draws() {
         &golden.get("input.noise"),
         &mut predict,
         &mut step_noise,
-        &mut go_on,
+        &mut go_on(),
     );
-    let drawn = drawn.expect("latents").expect("nobody stopped it");
+    let drawn = drawn.expect("latents");
     assert_close("euler_a", &drawn, &golden.get("output.euler_a.latents"), OUTPUT);
 }
 
 #[test]
 fn a_picture_is_the_same_alone_and_in_a_batch() {
     let models = models();
-    let picture = |seed| Picture { prompt: "a photo of a blue bottle".into(), negative: String::new(), seed };
-    let draw = |pictures: &[Picture]| {
+    let picture =
+        |seed| ImageRequest { prompt: "a photo of a blue bottle".into(), negative: String::new(), seed };
+    let draw = |pictures: &[ImageRequest]| {
         let settings = settings(Sampler::EulerAncestral, 6);
         let noise = initial_noise(pictures, settings.latent_dims(&models)).expect("noise");
-        let drawn = latents(&models, pictures, &settings, &noise, &mut go_on).expect("latents");
-        decode(&models, &drawn.expect("nobody stopped it")).expect("pixels")
+        let drawn = latents(&models, pictures, &settings, &noise, &mut go_on()).expect("latents");
+        decode(&models, &drawn).expect("pixels")
     };
     let together = draw(&[picture(3), picture(4), picture(5)]);
     assert_ne!(together[0], together[1]);
@@ -105,16 +107,16 @@ fn a_picture_is_the_same_alone_and_in_a_batch() {
 #[test]
 fn sampling_can_be_stopped_between_steps() {
     let models = models();
-    let pictures = [Picture { prompt: "a mug".into(), negative: String::new(), seed: 1 }];
+    let pictures = [ImageRequest { prompt: "a mug".into(), negative: String::new(), seed: 1 }];
     let settings = settings(Sampler::Ddim, 5);
     let noise = initial_noise(&pictures, settings.latent_dims(&models)).expect("noise");
     let mut n_seen = 0;
     let drawn = latents(&models, &pictures, &settings, &noise, &mut |step, of| {
         assert_eq!(of, 5);
         n_seen = step;
-        if step == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if step == 2 { Err(Interrupt::Stopped(())) } else { Ok(()) }
     });
-    assert!(drawn.expect("no error").is_none());
+    assert!(matches!(drawn, Err(Interrupt::Stopped(()))), "{drawn:?}");
     assert_eq!(n_seen, 2);
 }
 
@@ -163,7 +165,7 @@ fn a_picture_carries_its_parameters_and_its_latents_can_be_kept() {
 fn given_noise_replaces_the_seeds() {
     let out = tempfile::tempdir().expect("a directory");
     let noise = out.path().join("noise.safetensors");
-    let pictures = [Picture { prompt: String::new(), negative: String::new(), seed: 7 }];
+    let pictures = [ImageRequest { prompt: String::new(), negative: String::new(), seed: 7 }];
     let drawn = initial_noise(&pictures, [4, 16, 16]).expect("noise");
     candle_core::safetensors::save(&[("latents".to_string(), drawn)].into(), &noise).expect("a file");
     let by_seed = hypnos_sample(&out.path().join("a"), &["--seed", "7"]);

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use candle_core::{DType, Device, Tensor};
 use hypnos::ml::bundle::Bundle;
-use hypnos::ml::picture;
+use hypnos::ml::image_io;
 use hypnos::ml::segment::segment;
 use hypnos::ml::weights::save;
 use serde_json::Value;
@@ -43,7 +43,7 @@ fn photo(file: PathBuf) -> PathBuf {
     let photo = Golden::open("tracer").get("input.all.photo");
     let (h, w, _) = photo.dims3().expect("a photo");
     let bytes = photo.flatten_all().and_then(|p| p.to_vec1::<u8>()).expect("bytes");
-    fs::write(&file, picture::png(&bytes, (w, h), &[]).expect("a PNG")).expect("a file");
+    fs::write(&file, image_io::png(&bytes, (w, h), &[]).expect("a PNG")).expect("a file");
     file
 }
 
@@ -76,7 +76,7 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
 
     let device = Device::Cpu;
     let tracer = Bundle::open(bundle.path()).and_then(|b| b.segmenter(&device)).expect("a segmenter");
-    let pixels = picture::read_png(&fs::read(&other).expect("a file")).expect("a photo");
+    let pixels = image_io::read_png(&fs::read(&other).expect("a file")).expect("a photo");
     let (mask, judgement) = segment(&tracer, &pixels, &device).expect("a mask").cleaned();
     assert_eq!(judgement.refusal(), None);
     let said = lines(&done.stdout);
@@ -89,7 +89,7 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
     for (entry, name) in told(&out).iter().zip(["a", "a-2"]) {
         let read = |key: &str| {
             let file = out.join(entry[key].as_str().expect("a name"));
-            picture::read_png(&fs::read(file).expect("a file")).expect("a picture")
+            image_io::read_png(&fs::read(file).expect("a file")).expect("a picture")
         };
         assert_eq!(entry["mask"], format!("{name}-mask.png"));
         assert!(read("mask") == mask.picture() && read("cut_out") == mask.cut_out(&pixels));

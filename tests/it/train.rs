@@ -1,26 +1,26 @@
 //! Training in the core: against PyTorch over whole steps, and what a training may never do.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use hypnos::ml::adapted::{Adapted, Product};
 use hypnos::ml::bundle::{Bundle, Part};
 use hypnos::ml::diffusion::{self, Schedule};
+use hypnos::ml::finetuned::FineTuned;
 use hypnos::ml::models::clip::ClipText;
 use hypnos::ml::models::unet::Unet;
 use hypnos::ml::models::vae::Vae;
 use hypnos::ml::perceptual::Perceptual;
-use hypnos::ml::sample::{self, Models, Picture, Settings};
+use hypnos::ml::product::Product;
+use hypnos::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use hypnos::ml::samplers::Sampler;
-use hypnos::ml::train::losses::{self, Around, Batch, LossWeights, Objective, Reconstruction, losses};
+use hypnos::ml::train::losses::{self, Batch, FrozenModels, LossWeights, Objective, Reconstruction, losses};
 use hypnos::ml::train::{
-    Critic, CriticRecipe, Instance, Learner, Material, PerceptualRecipe, Recipe, State, Templates, Trial,
-    train, train_critic,
+    DiscriminatorRecipe, DiscriminatorTrainer, Instance, Learner, PerceptualRecipe, Recipe, State, Templates,
+    TrainingData, Trial, train, train_discriminator,
 };
 use hypnos::ml::weights::Weights;
-use hypnos::ml::{Error, picture, random};
+use hypnos::ml::{Error, Interrupt, image_io, random};
 use image::RgbImage;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -48,7 +48,7 @@ pub(crate) fn dreambooth_loop(place: &Place) {
     let unet = part(start.weights("unet.", place), |w| Unet::load(w, &config(&configs["unet"])));
     let schedule = scaled_linear();
     let mut state = State::new(text, unet, settings["lr"].as_f64().expect("lr"), None).expect("a state");
-    let around = Around { schedule: &schedule, vae: None, perceptual: None };
+    let frozen = FrozenModels { schedule: &schedule, vae: None, perceptual: None };
     let objective = Objective::dreambooth(settings["prior"].as_f64().expect("prior"));
     let t = golden.rows("input.loop.t");
     let (losses, norms) = (golden.numbers("output.loop.loss"), golden.numbers("output.loop.norm"));
@@ -63,7 +63,7 @@ pub(crate) fn dreambooth_loop(place: &Place) {
             reference: None,
             crop: None,
         };
-        let taken = state.step(around, &batch, &objective, None, None).expect("a step");
+        let taken = state.step(frozen, &batch, &objective, None, None).expect("a step");
         for (what, actual, wanted) in
             [("loss", taken.loss, losses[step]), ("norm", taken.grad_norm, norms[step])]
         {
@@ -119,9 +119,9 @@ pub(crate) fn hypnos_step(place: &Place) {
         reference: Some(input("reference")),
         crop: None,
     };
-    let around = Around { schedule: &schedule, vae: Some(&vae), perceptual: Some(&net) };
-    let chain = losses::Chain { text: &text, unet: &unet, around, discriminator: Some(&discriminator) };
-    let found = losses(&chain, &batch, &objective).expect("losses");
+    let frozen = FrozenModels { schedule: &schedule, vae: Some(&vae), perceptual: Some(&net) };
+    let models = losses::LossModels { text: &text, unet: &unet, frozen, discriminator: Some(&discriminator) };
+    let found = losses(&models, &batch, &objective).expect("losses");
     let (total, z0) = (&found.total, found.z0.as_ref().expect("latents"));
     for (name, tensor) in [
         ("predicted", &found.prediction),
@@ -161,9 +161,9 @@ fn the_gradient_of_an_embedding_is_torch_s() {
         reference: None,
         crop: None,
     };
-    let around = Around { schedule: &schedule, vae: None, perceptual: None };
-    let chain = losses::Chain { text: &text, unet: &unet, around, discriminator: None };
-    let found = losses(&chain, &batch, &Objective::dreambooth(0.0)).expect("losses");
+    let frozen = FrozenModels { schedule: &schedule, vae: None, perceptual: None };
+    let models = losses::LossModels { text: &text, unet: &unet, frozen, discriminator: None };
+    let found = losses(&models, &batch, &Objective::dreambooth(0.0)).expect("losses");
     assert_close("loss", &found.total, &golden.get("output.embedding.total"), OUTPUT);
     found.total.backward().expect("a backward");
     let grad = row.grad().expect("a gradient");
@@ -181,7 +181,7 @@ fn scaled_linear() -> Schedule {
 struct Bench {
     bundle: Bundle,
     base: Models,
-    material: Material,
+    data: TrainingData,
     recipe: Recipe,
 }
 
@@ -191,7 +191,7 @@ impl Bench {
         let bundle = Bundle::open(&dir).expect("a bundle");
         let base = Models::load(&bundle, &Device::Cpu).expect("models");
         let encode = |colour: &str, seed| {
-            let picture = picture::signed(&painted(colour, seed)).expect("a picture");
+            let picture = image_io::signed(&painted(colour, seed)).expect("a picture");
             base.vae.encode(&picture).expect("moments")
         };
         let recipe = Recipe {
@@ -201,7 +201,7 @@ impl Bench {
             lr: 1e-4,
             objective: Objective::dreambooth(1.0),
             perceptual: PerceptualRecipe { until_step: 0, timestep_max: None, crop: None },
-            critic: CriticRecipe { n_steps: 0, lr: 1e-3, batch: 2 },
+            discriminator: DiscriminatorRecipe { n_steps: 0, lr: 1e-3, batch: 2 },
             views: None,
             templates: Templates::default(),
             n_class_images: 2,
@@ -213,8 +213,8 @@ impl Bench {
         };
         let instances = vec![instance("red", 1), instance("green", 2), instance("red", 3)];
         let class_images = vec![encode("grey", 4), encode("blue", 5)];
-        let spoiled = vec![encode("green", 6), encode("blue", 7)];
-        Self { bundle, base, material: Material { instances, class_images, spoiled }, recipe }
+        let negatives = vec![encode("green", 6), encode("blue", 7)];
+        Self { bundle, base, data: TrainingData { instances, class_images, negatives }, recipe }
     }
 
     /// The same learning by all four losses of HYPNOS, with a classifier of random weights.
@@ -226,7 +226,7 @@ impl Bench {
             LossWeights { reconstruction: 1.0, prior: 1.0, perceptual: 0.01, discriminator: 0.5 };
         objective.strides = [1.0, 0.5, 0.25, 0.125, 0.0625];
         bench.recipe.perceptual.until_step = 3;
-        bench.recipe.critic.n_steps = 2;
+        bench.recipe.discriminator.n_steps = 2;
         bench
     }
 
@@ -234,12 +234,13 @@ impl Bench {
         let mut unet = self.bundle.unet(&Device::Cpu, true).expect("a UNet");
         unet.model.checkpointing = checkpointing;
         let text = self.bundle.text_encoder(&Device::Cpu, true).expect("a text encoder");
-        State::new(text, unet, self.recipe.lr, self.critic()).expect("a state")
+        State::new(text, unet, self.recipe.lr, self.discriminator()).expect("a state")
     }
 
-    fn critic(&self) -> Option<Critic> {
-        let critic = || Critic::new(4, 16, self.recipe.critic.lr, self.recipe.seed, &Device::Cpu);
-        self.recipe.has_critic().then(|| critic().expect("a discriminator"))
+    fn discriminator(&self) -> Option<DiscriminatorTrainer> {
+        let trainer =
+            || DiscriminatorTrainer::new(4, 16, self.recipe.discriminator.lr, self.recipe.seed, &Device::Cpu);
+        self.recipe.has_discriminator().then(|| trainer().expect("a discriminator"))
     }
 
     fn perceptual(&self) -> Option<Perceptual> {
@@ -249,14 +250,17 @@ impl Bench {
         self.recipe.has_perceptual().then(|| net().expect("a classifier"))
     }
 
-    /// Takes the recipe's steps, or stops after `n`.
+    /// Takes the recipe's steps, or stops after `n`: whether it took all.
     fn run(&self, state: &mut State, n: u64) -> hypnos::ml::Result<bool> {
-        let go_on = &mut |_| ControlFlow::Continue(());
-        train_critic(state, &self.material, &self.recipe, &self.base, go_on)?;
+        train_discriminator(state, &self.data, &self.recipe, &self.base, &mut |_| Ok(()))?;
         let perceptual = self.perceptual();
-        train(state, &self.material, &self.recipe, &self.base, perceptual.as_ref(), None, &mut |state| {
-            if state.n_steps() >= n { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })
+        let observe =
+            &mut |state: &State| if state.n_steps() >= n { Err(Interrupt::Stopped(())) } else { Ok(()) };
+        match train(state, &self.data, &self.recipe, &self.base, perceptual.as_ref(), None, observe) {
+            Ok(()) => Ok(true),
+            Err(Interrupt::Stopped(())) => Ok(false),
+            Err(Interrupt::Failed(error)) => Err(error),
+        }
     }
 
     fn hash(&self) -> &str {
@@ -289,18 +293,19 @@ fn values(state: &State) -> BTreeMap<&String, Vec<u32>> {
 fn a_frozen_view_draws_what_the_saved_weights_draw_and_follows_each_step() {
     let bench = Bench::new();
     let (dir, mut state) = (tempfile::tempdir().expect("a directory"), bench.state(false));
-    let settings = Settings { sampler: Sampler::Dpmpp2m, steps: 4, guidance: 3.0, width: 64, height: 64 };
-    let pictures = [Picture { prompt: "a photo of sks mug".into(), negative: String::new(), seed: 5 }];
+    let settings =
+        SampleSettings { sampler: Sampler::Dpmpp2m, steps: 4, guidance: 3.0, width: 64, height: 64 };
+    let pictures = [ImageRequest { prompt: "a photo of sks mug".into(), negative: String::new(), seed: 5 }];
     let draw = |models: &Models| {
-        let drawn = sample::draw(models, &pictures, &settings, &mut |_, _| ControlFlow::Continue(()));
-        drawn.expect("pixels").expect("nobody stopped it")
+        let go_on = &mut |_, _| Ok::<_, Interrupt<()>>(());
+        sample::draw(models, &pictures, &settings, go_on).expect("pixels")
     };
     let view = state.frozen(&bench.bundle, &bench.base).expect("a view");
     assert_eq!(draw(&view), draw(&bench.base), "nothing is trained yet");
     bench.run(&mut state, 3).expect("steps");
     let file = dir.path().join("weights.safetensors");
     state.save_weights(&file, bench.hash(), &bench.recipe).expect("a file");
-    let saved = Adapted::load(&file, &bench.bundle, &bench.base).expect("models");
+    let saved = FineTuned::load(&file, &bench.bundle, &bench.base).expect("models");
     assert_eq!(saved.product, bench.recipe.product);
     let drawn = draw(&saved.models);
     assert_ne!(drawn, draw(&bench.base));
@@ -322,12 +327,12 @@ fn with_all_four_losses_and_a_discriminator_as_well() {
     goes_on_as_if_never_stopped(&bench);
     let mut state = bench.state(false);
     bench.run(&mut state, 4).expect("steps");
-    let told = |of: fn(&hypnos::ml::train::Taken) -> f32| -> Vec<bool> {
+    let told = |of: fn(&hypnos::ml::train::StepMetrics) -> f32| -> Vec<bool> {
         state.history().iter().map(|taken| of(taken).is_finite()).collect()
     };
     assert_eq!(told(|taken| taken.perceptual), [true, true, true, false], "s_p is 3");
     assert_eq!(told(|taken| taken.adversarial), [true; 4]);
-    assert_eq!(told(|taken| taken.critic), [true; 4]);
+    assert_eq!(told(|taken| taken.discriminator), [true; 4]);
     assert_eq!(told(|taken| taken.prior), [true; 4]);
 }
 
@@ -349,7 +354,7 @@ fn goes_on_as_if_never_stopped(bench: &Bench) {
     bench.run(&mut resumed, 4).expect("steps");
     assert_eq!(save(&unbroken, "a").0, save(&resumed, "b").0);
     let bits = |state: &State| -> Vec<_> {
-        let columns = hypnos::ml::train::Taken::COLUMNS;
+        let columns = hypnos::ml::train::StepMetrics::COLUMNS;
         state.history().iter().map(|taken| columns.map(|(_, of)| of(taken).to_bits())).collect()
     };
     assert_eq!(bits(&unbroken), bits(&resumed));
@@ -374,10 +379,10 @@ fn the_best_that_was_tried_is_served_and_outlives_a_checkpoint() {
     bench.run(&mut state, 2).expect("steps");
     let at_two = last(&state);
     assert_eq!((state.served_step(), served(&state) == at_two), (2, true), "nothing was tried yet");
-    state.tried(good);
+    state.add_trial(good);
     let just_tried = whole(&state);
     bench.run(&mut state, 3).expect("steps");
-    state.tried(poor);
+    state.add_trial(poor);
     assert_eq!(state.served_step(), 2);
     assert!(served(&state) == at_two && last(&state) != at_two);
     let drawn = |models: Models| {
@@ -399,13 +404,13 @@ fn the_best_that_was_tried_is_served_and_outlives_a_checkpoint() {
         assert!(whole(&resumed) == *checkpoint && served(&resumed) == at_two);
         if tried.len() == 1 {
             bench.run(&mut resumed, 3).expect("steps");
-            resumed.tried(poor);
+            resumed.add_trial(poor);
         }
         assert!(whole(&resumed) == after);
     }
     bench.run(&mut state, 4).expect("steps");
     assert!(served(&state) == at_two);
-    state.tried(best);
+    state.add_trial(best);
     assert_eq!(state.served_step(), 4);
     assert!(served(&state) == last(&state));
 }
@@ -427,22 +432,22 @@ fn a_checkpoint_that_does_not_fit_is_refused_in_one_line() {
     refused(&file, "0123456789abcdef", &bench.recipe, "was trained from another bundle");
     refused(&file, bench.hash(), &other, "lr is 0.0001 there and 0.0002 here");
     refused(&weights, bench.hash(), &bench.recipe, "is of format \"hypnos weights 1\"");
-    let words = Adapted::load(&file, &bench.bundle, &bench.base).expect_err("refused").to_string();
+    let words = FineTuned::load(&file, &bench.bundle, &bench.base).expect_err("refused").to_string();
     assert!(words.contains("is of format \"hypnos checkpoint 2\""), "{words}");
 }
 
 #[test]
 fn a_loss_that_is_not_a_number_changes_no_weight() {
     let mut bench = Bench::new();
-    bench.run(&mut bench.state(false), 1).expect("sound material");
-    let photo = &mut bench.material.instances[0].moments;
+    bench.run(&mut bench.state(false), 1).expect("sound data");
+    let photo = &mut bench.data.instances[0].moments;
     photo.mean = (&photo.mean * f64::NAN).expect("not numbers");
-    bench.material.instances.truncate(1);
+    bench.data.instances.truncate(1);
     let mut state = bench.state(false);
     let before =
         values(&state).into_iter().map(|(name, bits)| (name.clone(), bits)).collect::<BTreeMap<_, _>>();
     let error = bench.run(&mut state, 4).expect_err("diverged");
-    assert!(matches!(error, Error::Diverged(1)), "{error}");
+    assert!(matches!(error, Error::Diverged { step: 1 }), "{error}");
     assert_eq!(state.n_steps(), 0);
     assert!(values(&state).into_iter().all(|(name, bits)| before[name] == bits));
 }
@@ -465,11 +470,11 @@ fn without_class_images_only_the_photos_count() {
     let mut bench = Bench::new();
     let mut with = bench.state(false);
     bench.run(&mut with, 1).expect("a step");
-    bench.material.class_images.clear();
+    bench.data.class_images.clear();
     let mut without = bench.state(false);
     bench.run(&mut without, 1).expect("a step");
     assert!(without.history()[0].loss < with.history()[0].loss, "one loss less in the sum");
-    bench.material.instances.clear();
+    bench.data.instances.clear();
     let error = bench.run(&mut without, 4).expect_err("nothing to learn from").to_string();
     assert!(error.contains("no photos"), "{error}");
 }
@@ -477,7 +482,7 @@ fn without_class_images_only_the_photos_count() {
 /// The photos' loss at noise that no step of the training drew.
 fn loss_of(bench: &Bench, models: &Models) -> f64 {
     let losses = (0..8_u64).map(|i| {
-        let photo = &bench.material.instances[i as usize % 3].moments;
+        let photo = &bench.data.instances[i as usize % 3].moments;
         let noise = random::normal(99, i, 4 * 16 * 16);
         let batch = Batch {
             latents: (&photo.mean * models.vae.scaling_factor()).expect("latents"),
@@ -487,9 +492,10 @@ fn loss_of(bench: &Bench, models: &Models) -> f64 {
             reference: None,
             crop: None,
         };
-        let around = Around { schedule: &models.schedule, vae: None, perceptual: None };
-        let chain = losses::Chain { text: &models.text, unet: &models.unet, around, discriminator: None };
-        let found = losses(&chain, &batch, &Objective::dreambooth(1.0)).expect("losses");
+        let frozen = FrozenModels { schedule: &models.schedule, vae: None, perceptual: None };
+        let models =
+            losses::LossModels { text: &models.text, unet: &models.unet, frozen, discriminator: None };
+        let found = losses(&models, &batch, &Objective::dreambooth(1.0)).expect("losses");
         f64::from(found.total.to_scalar::<f32>().expect("a number"))
     });
     losses.sum::<f64>() / 8.0
@@ -510,11 +516,11 @@ fn fifty_steps_lower_the_loss_on_the_photos() {
 fn a_photo_is_cut_to_its_middle_and_brought_to_size() {
     // 96 x 48: a black, a white and a grey third; the middle square holds the white one between halves of the others.
     let pixels: Vec<u8> = (0..48 * 96).flat_map(|i| [[0, 255, 128][i % 96 / 32]; 3]).collect();
-    let png = picture::png(&pixels, (96, 48), &[]).expect("a PNG");
+    let png = image_io::png(&pixels, (96, 48), &[]).expect("a PNG");
     let row = |side: usize| -> Vec<f32> {
-        let photo = picture::squared(&picture::read_png(&png).expect("a photo"), side);
+        let photo = image_io::squared(&image_io::read_png(&png).expect("a photo"), side);
         assert_eq!(photo.dimensions(), (side as u32, side as u32));
-        let row = picture::signed(&photo)
+        let row = image_io::signed(&photo)
             .expect("a tensor")
             .flatten_to(2)
             .and_then(|rows| rows.get(side / 2)?.to_vec1());
@@ -527,5 +533,5 @@ fn a_photo_is_cut_to_its_middle_and_brought_to_size() {
     assert!(half[..3].iter().all(|&v| v < -0.9) && half[6..18].iter().all(|&v| v > 0.9));
     let mean: f32 = half.iter().sum::<f32>() / 24.0;
     assert!((mean - exact.iter().sum::<f32>() / 48.0).abs() < 0.02, "shrinking keeps the brightness: {mean}");
-    assert!(picture::read_png(b"no picture").is_err());
+    assert!(image_io::read_png(b"no picture").is_err());
 }

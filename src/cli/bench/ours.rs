@@ -18,7 +18,7 @@ use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use crate::ml::param::Param;
 use crate::ml::perceptual::Perceptual;
 use crate::ml::random;
-use crate::ml::train::{Around, Batch, Critic, Objective, Reconstruction, State};
+use crate::ml::train::{Batch, DiscriminatorTrainer, FrozenModels, Objective, Reconstruction, State};
 use crate::ml::weights::Weights;
 use crate::ml::{self, Error};
 
@@ -276,7 +276,7 @@ fn give_grad(param: &Param, grad: &Tensor) -> Result<()> {
 }
 
 fn config<T: DeserializeOwned>(value: &Value) -> ml::Result<T> {
-    serde_json::from_value(value.clone()).map_err(|error| Error::bad(format!("config: {error}")))
+    serde_json::from_value(value.clone()).map_err(|error| Error::input(format!("config: {error}")))
 }
 
 /// All weights of a model that was just loaded.
@@ -346,10 +346,12 @@ fn train(
     let mut unet = Part { model, params: unet_weights.params() };
     unet.model.checkpointing = checkpointing;
     let [_, channels, side, _] = *latents;
-    let critic = discriminator.then(|| Critic::new(channels, side, 1e-4, SEED, &on.device)).transpose()?;
-    let mut state = State::new(text, unet, AdamWConfig::default().lr, critic)?;
+    let trainer = discriminator
+        .then(|| DiscriminatorTrainer::new(channels, side, 1e-4, SEED, &on.device))
+        .transpose()?;
+    let mut state = State::new(text, unet, AdamWConfig::default().lr, trainer)?;
 
-    // 2. What stands around.
+    // 2. The frozen models.
     let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;
     let load = |looks: &Looks| -> ml::Result<(Vae, Perceptual)> {
         let vae = Vae::load(&on.weights(false), &config(&looks.vae)?)?;
@@ -378,8 +380,8 @@ fn train(
     }
     Ok(Ready::of(on, Vec::new(), move || {
         let (vae, perceptual) = looks.as_ref().map(|(vae, net)| (vae, net)).unzip();
-        let around = Around { schedule: &schedule, vae, perceptual };
-        let taken = state.step(around, &batch, &objective, shown.clone(), None);
+        let frozen = FrozenModels { schedule: &schedule, vae, perceptual };
+        let taken = state.step(frozen, &batch, &objective, shown.clone(), None);
         Ok(Box::new(taken.map_err(candle_core::Error::wrap)?))
     }))
 }

@@ -30,15 +30,15 @@ impl Torch {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(|error| Error::bad(format!("--python {python}: {error}")))?;
+            .map_err(|error| Error::input(format!("--python {python}: {error}")))?;
         let (Some(to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(Error::bad(format!("--python {python}: no pipes to it")));
+            return Err(Error::input(format!("--python {python}: no pipes to it")));
         };
         let mut torch = Self { child, to, from: BufReader::new(from), about: Value::Null };
         torch.about = torch.answer("start")?;
         match torch.about["threads"].as_u64() {
             Some(n) if n == n_threads as u64 => Ok(torch),
-            n => Err(Error::bad(format!("torch: wanted {n_threads} threads, got {n:?}"))),
+            n => Err(Error::input(format!("torch: wanted {n_threads} threads, got {n:?}"))),
         }
     }
 
@@ -49,14 +49,14 @@ impl Torch {
 
     /// Builds a case, dropping the one before.
     pub(super) fn set_up(&mut self, case: &Case) -> Result<()> {
-        let spec = serde_json::to_string(case).map_err(|error| Error::bad(error.to_string()))?;
+        let spec = serde_json::to_string(case).map_err(|error| Error::input(error.to_string()))?;
         self.ask(&format!("setup {spec}")).map(|_| ())
     }
 
     /// Seconds of one run, the mean of `n`, measured inside.
     pub(super) fn measure(&mut self, n: usize) -> Result<f64> {
         let answer = self.ask(&format!("run {n}"))?;
-        answer["seconds"].as_f64().ok_or_else(|| Error::bad(format!("torch: run answered {answer}")))
+        answer["seconds"].as_f64().ok_or_else(|| Error::input(format!("torch: run answered {answer}")))
     }
 
     /// Forgets the case and gives its memory back.
@@ -67,7 +67,7 @@ impl Torch {
     fn ask(&mut self, line: &str) -> Result<Value> {
         let word = line.split(' ').next().unwrap_or(line);
         let sent = writeln!(self.to, "{line}").and_then(|()| self.to.flush());
-        sent.map_err(|error| Error::bad(format!("torch: cannot send {word}: {error}")))?;
+        sent.map_err(|error| Error::input(format!("torch: cannot send {word}: {error}")))?;
         self.answer(word)
     }
 
@@ -76,12 +76,14 @@ impl Torch {
         let read = self.from.read_line(&mut line);
         if !read.is_ok_and(|n| n > 0) {
             let end = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-            return Err(Error::bad(format!("torch: it ended at {word} ({end})")));
+            return Err(Error::input(format!("torch: it ended at {word} ({end})")));
         }
         let answer: Value = serde_json::from_str(&line)
-            .map_err(|_| Error::bad(format!("torch: {word} was answered with {:?}", line.trim_end())))?;
+            .map_err(|_| Error::input(format!("torch: {word} was answered with {:?}", line.trim_end())))?;
         match answer.get("error") {
-            Some(error) => Err(Error::bad(format!("torch: {word}: {}", error.as_str().unwrap_or("failed")))),
+            Some(error) => {
+                Err(Error::input(format!("torch: {word}: {}", error.as_str().unwrap_or("failed"))))
+            }
             None => Ok(answer),
         }
     }

@@ -70,7 +70,7 @@ const LIST: &str = "select id, tenant, parent, spec, photos, state, run_lease, a
 
 /// Serves `GET /job/{id}` and `GET /jobs/{n}` from the database at `url`; its address.
 pub(super) async fn serve(url: &str, connections: u32, tenant: TenantId) -> Result<SocketAddr> {
-    let failed = |error: sqlx::Error| Error::bad(format!("the bare handler: {error}"));
+    let failed = |error: sqlx::Error| Error::input(format!("the bare handler: {error}"));
     let tenant = tenant.to_string();
     let router = if let Some(path) = url.strip_prefix("sqlite:") {
         let options = SqliteConnectOptions::new().filename(path).read_only(true);
@@ -80,7 +80,7 @@ pub(super) async fn serve(url: &str, connections: u32, tenant: TenantId) -> Resu
         let pool = PgPoolOptions::new().max_connections(connections).connect(url);
         on_postgres(pool.await.map_err(failed)?, tenant)
     };
-    let failed = |error: std::io::Error| Error::bad(format!("the bare handler: {error}"));
+    let failed = |error: std::io::Error| Error::input(format!("the bare handler: {error}"));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     tokio::spawn(async { axum::serve(listener, router).await });

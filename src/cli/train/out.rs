@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::cli::error::CliError;
-use crate::engine::{ClassImages, Drawn, Shown, Trained};
+use crate::engine::{ClassImages, Image, Shown, Trained};
 use crate::job::{Format, PAGE, REPORT, TrainSpec, WEIGHTS};
 use crate::report;
 
@@ -101,7 +101,7 @@ impl Out {
     }
 
     /// Keeps an image from the course of the training.
-    pub(crate) fn show(&self, what: Shown, picture: &Drawn) -> Result<(), CliError> {
+    pub(crate) fn show(&self, what: Shown, picture: &Image) -> Result<(), CliError> {
         let name = match what {
             Shown::Mask(n) => format!("masks/{}.png", n + 1),
             Shown::View(n) => format!("views/{n:03}.png"),

@@ -10,9 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::out::{ClassImageCache, Out};
 use crate::cli::error::CliError;
-use crate::engine::{Beat, Flow};
+use crate::engine::{Flow, TrainEvent};
 use crate::job::{Phase, Progress};
-use crate::ml::train::Taken;
 use crate::report::{self, Times};
 
 const LOG: &str = "log.jsonl";
@@ -61,12 +60,12 @@ impl<'a> Show<'a> {
     }
 
     /// Handles an event and says how the training goes on.
-    pub(super) fn hear(&mut self, beat: Beat) -> Flow {
-        let step = match &beat {
-            Beat::Progress(at) if at.phase == Phase::Training => Some(at.step),
+    pub(super) fn hear(&mut self, event: TrainEvent) -> Flow {
+        let step = match &event {
+            TrainEvent::Progress(at) if at.phase == Phase::Training => Some(at.step),
             _ => None,
         };
-        if let Err(stop) = self.take(beat) {
+        if let Err(stop) = self.take(event) {
             self.failed.get_or_insert(stop);
             return Flow::Stop;
         }
@@ -82,16 +81,16 @@ impl<'a> Show<'a> {
         }
     }
 
-    fn take(&mut self, beat: Beat) -> Result<(), CliError> {
-        match beat {
-            Beat::Progress(at) => {
+    fn take(&mut self, event: TrainEvent) -> Result<(), CliError> {
+        match event {
+            TrainEvent::Progress(at) => {
                 self.progress(&at)?;
                 Ok(())
             }
-            Beat::ClassImage { index, png } => self.class_image_cache.keep(index, &png),
-            Beat::Taken { step, taken } => self.log.step(step, &taken),
-            Beat::Shown { what, picture } => self.out.show(what, &picture),
-            Beat::Checkpoint { file, .. } => {
+            TrainEvent::ClassImage { index, png } => self.class_image_cache.keep(index, &png),
+            TrainEvent::Step { step, metrics } => self.log.step(step, &metrics),
+            TrainEvent::Shown { what, picture } => self.out.show(what, &picture),
+            TrainEvent::Checkpoint { file, .. } => {
                 self.log.flush()?;
                 self.out.keep_checkpoint(&file)
             }
@@ -152,15 +151,15 @@ impl Log {
         Ok(())
     }
 
-    fn step(&mut self, step: u64, taken: &Taken) -> Result<(), CliError> {
+    fn step(&mut self, step: u64, metrics: &[(&str, f32)]) -> Result<(), CliError> {
         let seconds = self.last.elapsed().as_secs_f64();
         self.last = Instant::now();
-        let numbers = Taken::COLUMNS.iter().map(|&(name, of)| {
-            let value = f64::from(of(taken));
+        let columns = metrics.iter().map(|&(name, value)| {
+            let value = f64::from(value);
             (name.to_owned(), if value.is_finite() { json!(value) } else { Value::Null })
         });
         let mut line = Map::from_iter([("step".to_owned(), json!(step))]);
-        line.extend(numbers);
+        line.extend(columns);
         line.insert("seconds".into(), json!(seconds));
         let Some(file) = &mut self.file else { return Ok(()) };
         let written = writeln!(file, "{}", Value::Object(line));

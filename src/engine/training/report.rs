@@ -3,21 +3,20 @@
 use image::RgbImage;
 use serde_json::{Value, json};
 
-use super::Run;
-use super::evaluation::Judged;
-use crate::engine::Engine;
-use crate::ml::train::{Material, State, Taken};
+use super::evaluation::EvaluationOutput;
+use super::session::Session;
+use crate::ml::train::{State, StepMetrics, TrainingData};
 
 /// Points of a curve.
 const CURVE_POINTS: usize = 500;
 
-impl Run<'_, '_> {
+impl Session<'_, '_> {
     pub(super) fn report(
         &self,
         state: &State,
         photos: &[RgbImage],
-        material: &Material,
-        judged: &Judged,
+        material: &TrainingData,
+        judged: &EvaluationOutput,
     ) -> Value {
         let (plan, recipe) = (&self.plan, &self.plan.recipe);
         let mut instance_prompts: Vec<&str> =
@@ -35,7 +34,7 @@ impl Run<'_, '_> {
             "class_name": recipe.product.class_name,
             "instance_token": recipe.product.token,
             "background_token": recipe.views.as_ref().map(|views| &views.background_token),
-            "bundle": {"name": self.engine.bundle.manifest().name, "sha256": self.engine.bundle()},
+            "bundle": {"name": self.base.bundle.manifest().name, "sha256": self.base.hash()},
             "prompts": {
                 "instance": instance_prompts,
                 "class": (recipe.n_class_images > 0).then(|| recipe.class_prompt()),
@@ -50,7 +49,7 @@ impl Run<'_, '_> {
             "class_images": {"settings_sha256": plan.class_images.settings, "seeds": plan.class_images.seeds},
             "photos": photos.iter().map(|photo| json!({"width": photo.width(), "height": photo.height()})).collect::<Vec<_>>(),
             "masks": plan.masks,
-            "resolution": self.engine.bundle.resolution(),
+            "resolution": self.base.bundle.resolution(),
             "steps": state.n_steps(),
             "served_step": state.served_step(),
             "trials": trials,
@@ -65,9 +64,9 @@ impl Run<'_, '_> {
 
 /// Every number of the steps, each point the mean of equally many of them, named by the last; null where none of them
 /// has it.
-fn curve(history: &[Taken]) -> Value {
+fn curve(history: &[StepMetrics]) -> Value {
     let points = history.chunks(history.len().div_ceil(CURVE_POINTS).max(1));
-    let mean = |points: &[Taken], of: fn(&Taken) -> f32| {
+    let mean = |points: &[StepMetrics], of: fn(&StepMetrics) -> f32| {
         let values: Vec<f64> =
             points.iter().map(|taken| f64::from(of(taken))).filter(|v| v.is_finite()).collect();
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
@@ -79,7 +78,8 @@ fn curve(history: &[Taken]) -> Value {
             last
         })
         .collect();
-    let column = |of: fn(&Taken) -> f32| -> Value { points.clone().map(|point| mean(point, of)).collect() };
-    let columns = Taken::COLUMNS.iter().map(|&(name, of)| (name.to_owned(), column(of)));
+    let column =
+        |of: fn(&StepMetrics) -> f32| -> Value { points.clone().map(|point| mean(point, of)).collect() };
+    let columns = StepMetrics::COLUMNS.iter().map(|&(name, of)| (name.to_owned(), column(of)));
     Value::Object(std::iter::once(("step".to_owned(), json!(steps))).chain(columns).collect())
 }

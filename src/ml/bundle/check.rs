@@ -1,4 +1,4 @@
-//! Everything that is wrong with a bundle, not just the first thing.
+//! Checks a whole bundle and lists everything that is wrong with it, not just the first thing.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
@@ -6,15 +6,21 @@ use std::path::{Component, Path};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 
-use super::{
-    Bundle, ClipText, Error, Manifest, PARTS, Perceptual, Result, Tokenizer, Tracer, Unet, Vae, Weights, bad,
-    check_index, clip, find_weights, hash_file, perceptual, read_config, read_manifest, read_schedule,
-    tracer, unet, vae,
-};
+use super::configs::{PARTS, check_index, read_config, read_schedule};
+use super::directory::Bundle;
+use super::files::{bad, find_weights, hash_file};
+use super::manifest::{Manifest, read_manifest};
 use crate::ml::metrics::{self, dino, inception, lpips};
+use crate::ml::models::clip::{self, ClipText};
+use crate::ml::models::tracer::{self, Tracer};
+use crate::ml::models::unet::{self, Unet};
+use crate::ml::models::vae::{self, Vae};
 use crate::ml::param::Param;
+use crate::ml::perceptual::{self, Perceptual};
 use crate::ml::tensorfile::TensorFile;
-use crate::ml::weights::differences;
+use crate::ml::tokenizer::Tokenizer;
+use crate::ml::weights::{Weights, differences, meta_params};
+use crate::ml::{Error, Result};
 
 /// One thing wrong: the file and what is the matter with it, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,7 +35,7 @@ impl std::fmt::Display for Finding {
 impl Bundle {
     /// All that is wrong with this bundle; see [`check()`].
     pub fn check(&self) -> Vec<Finding> {
-        check(&self.dir)
+        check(self.dir())
     }
 }
 
@@ -53,9 +59,9 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     let tokenizer = found.note(Tokenizer::open(&dir.join("tokenizer")));
 
     let [text_params, unet_params, vae_params] = [
-        text.as_ref().and_then(|config| found.note(blueprint(|w| ClipText::load(w, config)))),
-        unet.as_ref().and_then(|config| found.note(blueprint(|w| Unet::load(w, config)))),
-        vae.as_ref().and_then(|config| found.note(blueprint(|w| Vae::load(w, config)))),
+        text.as_ref().and_then(|config| found.note(meta_params(|w| ClipText::load(w, config)))),
+        unet.as_ref().and_then(|config| found.note(meta_params(|w| Unet::load(w, config)))),
+        vae.as_ref().and_then(|config| found.note(meta_params(|w| Vae::load(w, config)))),
     ];
     for ((part, _), params) in PARTS.into_iter().zip([&text_params, &unet_params, &vae_params]) {
         found.weights(&dir.join(part), params.as_ref());
@@ -81,13 +87,6 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     found.0
 }
 
-/// The weights a model would read, by name.
-pub(super) fn blueprint<M>(load: impl FnOnce(&Weights) -> Result<M>) -> Result<BTreeMap<String, Param>> {
-    let weights = Weights::blueprint();
-    load(&weights)?;
-    Ok(weights.params())
-}
-
 struct Findings(Vec<Finding>);
 
 impl Findings {
@@ -111,7 +110,7 @@ impl Findings {
             return;
         }
         let config = self.note(read_config(dir, part, check));
-        let params = config.and_then(|config| self.note(blueprint(|w| load(w, &config))));
+        let params = config.and_then(|config| self.note(meta_params(|w| load(w, &config))));
         self.weights(&dir.join(part), params.as_ref());
     }
 

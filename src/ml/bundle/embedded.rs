@@ -1,4 +1,4 @@
-//! The miniature, which is in the program itself: Hypnos works from any directory, with nothing beside it.
+//! The miniature bundle, embedded in the program: Hypnos works from any directory, with nothing beside it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 use include_dir::{Dir, include_dir};
 use sha2::{Digest, Sha256};
 
-use super::{Error, Result};
+use crate::ml::{Error, Result};
 
 static MINIATURE: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/bundles/miniature");
 
 /// What stands for it where the directory of a bundle is wanted.
 pub const MINIATURE_NAME: &str = "miniature";
 
-/// The directory of the miniature beneath `cache`, written there if it is not there yet. [`Error::Bad`] names the directory
-/// that cannot be written.
+/// The directory of the miniature beneath `cache`, written there if it is not there yet. [`Error::File`] names the
+/// directory that cannot be written.
 pub fn miniature(cache: &Path) -> Result<PathBuf> {
     let dir = cache.join("bundles").join(format!("{MINIATURE_NAME}-{}", version()));
     if !dir.is_dir() {
-        write(&dir).map_err(|error| Error::Bad(format!("{}: cannot be written: {error}", dir.display())))?;
+        write(&dir).map_err(|error| Error::file_from(&dir, format!("cannot be written: {error}"), error))?;
     }
     Ok(dir)
 }

@@ -1,25 +1,26 @@
-//! Whole bundles of seeded random weights, for tests and benchmarks: they load, sample and train like any other, and
-//! draw nothing.
+//! Bundles of seeded random weights, for tests and benchmarks: they load, sample and train like any other, and draw
+//! noise.
 //!
 //! The sizes of SD 1.5 are public facts (Rombach et al. 2022, arXiv 2112.10752, and the configs of its files); the
 //! tokenizer is synthetic, with as many entries as the real one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
-use super::check::blueprint;
-use super::{
-    ClipText, Drawing, Manifest, Origin, PARTS, SMALL_FILES, Unet, Vae, WEIGHT_FILES, Weights, bad, clip,
-    hash_file, read_config, unet, vae,
-};
+use super::configs::{PARTS, model_index, read_config};
+use super::files::{SMALL_FILES, bad, hash_file, odd, weight_file, write_json, write_text};
+use super::manifest::{Drawing, Manifest, Origin};
+use crate::ml::Result;
+use crate::ml::models::clip::{self, ClipText};
+use crate::ml::models::unet::{self, Unet};
+use crate::ml::models::vae::{self, Vae};
 use crate::ml::random::derive;
-use crate::ml::tensorfile::{io_words, save_streaming, write_atomically};
-use crate::ml::{Error, Result};
+use crate::ml::tensorfile::save_streaming;
+use crate::ml::weights::{Weights, meta_params};
 
 /// Words that every random bundle has as single tokens.
 const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
@@ -93,8 +94,8 @@ impl Like {
 /// Writes a bundle of random weights into `out`, which must be empty or not be there yet.
 ///
 /// The bytes depend on `like`, `seed` and `dtype` (f32, f16 or bf16) only; [`Weights::random`] says how values are
-/// drawn. One tensor is in memory at a time. `progress` hears how many of how many weights are written.
-/// `hypnos.json` comes last: a bundle that was cut off has none. [`Error::Bad`] if `out` cannot be written.
+/// drawn. One tensor is in memory at a time. `progress` is told how many of how many weights are written.
+/// `hypnos.json` comes last: a bundle that was cut off has none. [`Error::File`] if `out` cannot be written.
 pub fn random(
     like: Like,
     seed: u64,
@@ -120,9 +121,9 @@ pub fn random(
 /// Every tensor of every part, straight to its file.
 fn write_weights(out: &Path, seed: u64, dtype: DType, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
     let wanted = [
-        blueprint(|w| ClipText::load(w, &read_config(out, "text_encoder", clip::Config::check)?))?,
-        blueprint(|w| Unet::load(w, &read_config(out, "unet", unet::Config::check)?))?,
-        blueprint(|w| Vae::load(w, &read_config(out, "vae", vae::Config::check)?))?,
+        meta_params(|w| ClipText::load(w, &read_config(out, "text_encoder", clip::Config::check)?))?,
+        meta_params(|w| Unet::load(w, &read_config(out, "unet", unet::Config::check)?))?,
+        meta_params(|w| Vae::load(w, &read_config(out, "vae", vae::Config::check)?))?,
     ];
     let n_total = wanted.iter().flat_map(BTreeMap::values).map(|p| p.value().elem_count() as u64).sum();
     let mut n_done = 0;
@@ -139,11 +140,6 @@ fn write_weights(out: &Path, seed: u64, dtype: DType, progress: &mut dyn FnMut(u
         })?;
     }
     Ok(())
-}
-
-/// transformers and diffusers name their files differently.
-pub(crate) fn weight_file(part: &str) -> &'static str {
-    if part == "text_encoder" { WEIGHT_FILES[1] } else { WEIGHT_FILES[0] }
 }
 
 fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
@@ -179,21 +175,6 @@ fn configs(s: &Sizes) -> [(&'static str, Value); 5] {
         ("unet/config.json", unet_config(s)),
         ("vae/config.json", vae_config(s)),
     ]
-}
-
-/// `model_index.json` of a bundle of ours.
-pub(crate) fn model_index(scheduler: &str) -> Value {
-    json!({
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [null, null],
-        "requires_safety_checker": false,
-        "safety_checker": [null, null],
-        "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    })
 }
 
 fn scheduler(s: &Sizes) -> Value {
@@ -334,22 +315,4 @@ fn synthetic_merges(n: usize) -> Vec<(String, String)> {
 /// The `i`-th word of so many letters, in the order of the dictionary.
 fn letters(i: usize, length: u32) -> String {
     (0..length).rev().map(|place| char::from(b'a' + (i / 26_usize.pow(place) % 26) as u8)).collect()
-}
-
-/// Writes a JSON file, whole or not at all, and the directories that it lies in.
-pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
-    write_text(path, &format!("{}\n", serde_json::to_string_pretty(value).map_err(|e| odd(&e))?))
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|e| bad(parent, format!("cannot be made: {}", io_words(&e))))?;
-    }
-    write_atomically(path, |out| {
-        out.write_all(text.as_bytes()).map_err(|e| bad(path, format!("cannot be written: {}", io_words(&e))))
-    })
-}
-
-fn odd(e: &serde_json::Error) -> Error {
-    Error::Bad(format!("JSON cannot be written: {e}"))
 }

@@ -1,4 +1,4 @@
-//! What judges pictures, with seeded random weights: it gives numbers that mean nothing, quickly.
+//! The networks in `metrics/` with seeded random weights: small and quick; their numbers mean nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,9 +6,8 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
-use super::check::blueprint;
-use super::random::write_json;
-use super::{WEIGHT_FILES, Weights, read_config};
+use super::configs::read_config;
+use super::files::{WEIGHT_FILES, write_json};
 use crate::ml::Result;
 use crate::ml::metrics::{clip, dino, inception, lpips};
 use crate::ml::models;
@@ -16,13 +15,14 @@ use crate::ml::param::Param;
 use crate::ml::random::derive;
 use crate::ml::tensorfile::save_streaming;
 use crate::ml::tokenizer::Tokenizer;
+use crate::ml::weights::{Weights, meta_params};
 
 /// The biases of the norms before the features.
 const LAST_NORMS: [&str; 3] =
     ["norm.bias", "vision_model.post_layernorm.bias", "text_model.final_layer_norm.bias"];
 
-/// Writes `metrics/{dino,clip,inception,lpips}` of small sizes into the bundle in `dir`, which has a tokenizer. The bytes
-/// depend on the vocabulary's size and `seed` only. [`crate::ml::Error::Bad`] if they cannot be written.
+/// Writes `metrics/{dino,clip,inception,lpips}` of small sizes into the bundle in `dir`, which has a tokenizer. The
+/// bytes depend on the vocabulary's size and `seed` only. [`crate::ml::Error::File`] if they cannot be written.
 pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
     let n_tokens = Tokenizer::open(&dir.join("tokenizer"))?.vocab_size();
     for (part, config) in configs(n_tokens) {
@@ -32,17 +32,19 @@ pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
     let wanted = [
         (
             "metrics/dino",
-            blueprint(|w| dino::Dino::load(w, &read_config(dir, "metrics/dino", dino::Config::check)?, cpu))?,
+            meta_params(|w| {
+                dino::Dino::load(w, &read_config(dir, "metrics/dino", dino::Config::check)?, cpu)
+            })?,
         ),
         (
             "metrics/clip",
-            blueprint(|w| {
+            meta_params(|w| {
                 models::clip::Clip::load(w, &read_config(dir, "metrics/clip", clip::Config::check)?.net)
             })?,
         ),
         (
             "metrics/inception",
-            blueprint(|w| {
+            meta_params(|w| {
                 inception::Inception::load(
                     w,
                     &read_config(dir, "metrics/inception", inception::Config::check)?,
@@ -52,7 +54,7 @@ pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
         ),
         (
             "metrics/lpips",
-            blueprint(|w| {
+            meta_params(|w| {
                 lpips::Lpips::load(w, &read_config(dir, "metrics/lpips", lpips::Config::check)?, cpu)
             })?,
         ),

@@ -23,7 +23,7 @@ fn worst(a: &Tensor, b: &Tensor) -> f32 {
 
 fn refusal(text: &str) -> String {
     match schedule(text) {
-        Err(Error::Bad(words)) => words,
+        Err(error) => error.to_string(),
         other => panic!("{text} gave {other:?}"),
     }
 }

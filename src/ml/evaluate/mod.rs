@@ -1,41 +1,43 @@
-//! Evaluation: what generated pictures are worth beside the photos, by the field's own numbers (arXiv 2410.14265, section
-//! 3.5; Ruiz et al. 2023, arXiv 2208.12242, sections 4.1 to 4.3).
+//! Evaluation of generated pictures against the photos, by the field's own numbers (arXiv 2410.14265,
+//! section 3.5; Ruiz et al. 2023, arXiv 2208.12242, sections 4.1 to 4.3).
 //!
-//! Two protocols: *prompt-invariant*, pictures of one standard prompt, says whether the product is there; *prompt-varying*, a
-//! prompt each, whether it stays itself elsewhere and the prompt is heard. The same numbers for both.
+//! Two protocols: *prompt-invariant*, pictures of one standard prompt, says whether the product is there;
+//! *prompt-varying*, a prompt each, whether it stays itself elsewhere and the prompt is heard. The same numbers for
+//! both.
 //!
-//! Pairs: every generated picture with every photo. For SSIM, PSNR and LPIPS, which compare pixels, the middle square of the
-//! photo is brought to the picture's size; the networks see photos and pictures whole, each through its own
+//! Pairs: every generated picture with every photo. For SSIM, PSNR and LPIPS, which compare pixels, the middle square
+//! of the photo is brought to the picture's size; the networks see photos and pictures whole, each through its own
 //! preprocessing. No pictures are drawn here.
 
 mod prompts;
 mod score;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::convert::Infallible;
 
 use candle_core::Device;
 use image::RgbImage;
 
-pub use prompts::{ImageType, PRODUCT, PromptLists};
-pub use score::{Backbone, Better, Evaluation, Fidelity, METRICS, Number, Protocol, Real};
+pub use prompts::{ImageType, PromptLists};
+pub use score::{BackboneInfo, Better, Evaluation, Fidelity, METRICS, Number, Protocol, Real};
 
-use super::bundle::Bundle;
-use super::metrics::{self, Backbones, Features};
-use super::{Error, Result, picture};
+use super::bundle::{Backbones, Bundle, MetricBackbone};
+use super::metrics::{self, Features};
+use super::product::PLACEHOLDER;
+use super::{Error, Interrupt, Result, image_io};
 
 /// A generated picture.
 #[derive(Clone, Debug)]
 pub struct Generated {
     /// What came out.
     pub pixels: RgbImage,
-    /// What was asked for, with [`PRODUCT`] in the product's place.
+    /// What was asked for, with [`PLACEHOLDER`] in the product's place.
     pub prompt: String,
 }
 
 /// What a model drew.
 #[derive(Clone, Copy, Debug)]
-pub struct Drawn<'a> {
+pub struct GeneratedSet<'a> {
     /// What kind of thing the product is: its words stand for it where CLIP reads a prompt.
     pub class_name: &'a str,
     /// Pictures of one standard prompt; may be empty.
@@ -64,53 +66,34 @@ struct Seen {
     pool2048: Option<Features>,
 }
 
-/// Why an evaluation ends early.
-enum Halt {
-    Stopped,
-    Error(Error),
-}
-
-impl<E: Into<Error>> From<E> for Halt {
-    fn from(error: E) -> Self {
-        Self::Error(error.into())
-    }
-}
-
 /// Hears of calls done and of all, and may stop.
-type Observe<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
+type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt<B>> + 'a;
 
 /// Counts what is done.
-struct Count<'a, 'o> {
+struct Count<'a, 'o, B> {
     done: usize,
     total: usize,
-    observe: &'a mut Observe<'o>,
+    observe: &'a mut Observe<'o, B>,
 }
 
-impl Count<'_, '_> {
-    fn one(&mut self) -> Result<(), Halt> {
+impl<B> Count<'_, '_, B> {
+    fn one(&mut self) -> Result<(), Interrupt<B>> {
         self.done += 1;
-        match (self.observe)(self.done, self.total) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(Halt::Stopped),
-        }
+        (self.observe)(self.done, self.total)
     }
 }
 
 impl Judge {
-    /// A judge with the networks that `bundle` brings, which may be none. [`Error::Bad`] if there are no photos or a
+    /// A judge with the networks that `bundle` brings, which may be none. [`Error::Input`] if there are no photos or a
     /// network cannot be loaded.
     pub fn new(bundle: &Bundle, device: &Device, photos: Vec<RgbImage>) -> Result<Self> {
         if photos.is_empty() {
-            return Err(Error::bad("photos: wanted at least one to compare with, got none"));
+            return Err(Error::input("photos: wanted at least one to compare with, got none"));
         }
         let backbones = Backbones::load(bundle, device)?;
         let mut judge = Self { backbones, photos, seen: Seen::default() };
-        let mut all = Count { done: 0, total: 0, observe: &mut |_, _| ControlFlow::Continue(()) };
-        judge.seen = match judge.look(judge.photos.iter(), &mut all) {
-            Ok(seen) => seen,
-            Err(Halt::Error(error)) => return Err(error),
-            Err(Halt::Stopped) => unreachable!("nobody stops it"),
-        };
+        let mut count = Count::<Infallible> { done: 0, total: 0, observe: &mut |_, _| Ok(()) };
+        judge.seen = judge.look(judge.photos.iter(), &mut count)?;
         Ok(judge)
     }
 
@@ -124,8 +107,8 @@ impl Judge {
         self.backbones.dino.is_some()
     }
 
-    /// Likeness of pictures to the photos as a share of what the photos have among themselves: of DINO, or of CLIP-I where
-    /// there is no DINO. Not a number where there is neither.
+    /// Likeness of pictures to the photos as a share of what the photos have among themselves: of DINO, or of CLIP-I
+    /// where there is no DINO. Not a number where there is neither.
     pub fn likeness(&self, pictures: &[RgbImage]) -> Result<f64> {
         let (theirs, ours) = match (&self.backbones.dino, &self.backbones.clip) {
             (Some(dino), _) => (dino.model.features(pictures)?, self.seen.dino.as_ref()),
@@ -146,21 +129,17 @@ impl Judge {
         metrics::mean_paired_cosine(&clip.model.images(&pixels)?, &texts)
     }
 
-    /// All numbers of what a model drew. `observe` hears of every picture that a network has seen and of every pair, and may
-    /// stop; then `None`. [`Error::Bad`] if a number is none: a network's weights are broken, then.
-    pub fn evaluate(&self, drawn: &Drawn<'_>, observe: &mut Observe<'_>) -> Result<Option<Evaluation>> {
-        match self.evaluated(drawn, observe) {
-            Ok(evaluation) => Ok(Some(evaluation)),
-            Err(Halt::Stopped) => Ok(None),
-            Err(Halt::Error(error)) => Err(error),
-        }
-    }
-
-    fn evaluated(&self, drawn: &Drawn<'_>, observe: &mut Observe<'_>) -> Result<Evaluation, Halt> {
+    /// All numbers of what a model drew. `observe` is told of every picture that a network has seen and of every pair,
+    /// and may stop. [`Error::Input`] if a number is none: a network's weights are broken, then.
+    pub fn evaluate<B>(
+        &self,
+        drawn: &GeneratedSet<'_>,
+        observe: &mut Observe<'_, B>,
+    ) -> Result<Evaluation, Interrupt<B>> {
         let total = self.n_calls(drawn);
         let mut count = Count { done: 0, total, observe };
         let mut pictures = Vec::with_capacity(drawn.invariant.len() + drawn.varying.len());
-        let mut protocol = |generated: &[Generated], count: &mut Count<'_, '_>| {
+        let mut protocol = |generated: &[Generated], count: &mut Count<'_, '_, B>| {
             (!generated.is_empty())
                 .then(|| self.protocol(drawn.class_name, generated, &mut pictures, count))
                 .transpose()
@@ -180,7 +159,7 @@ impl Judge {
     }
 
     /// How often `observe` is called.
-    fn n_calls(&self, drawn: &Drawn<'_>) -> usize {
+    fn n_calls(&self, drawn: &GeneratedSet<'_>) -> usize {
         let Backbones { dino, clip, inception, lpips } = &self.backbones;
         let looks =
             usize::from(dino.is_some()) + usize::from(clip.is_some()) + usize::from(inception.is_some());
@@ -191,11 +170,11 @@ impl Judge {
     }
 
     /// Everything that the networks see in pictures, one after the other to bound memory.
-    fn look<'a>(
+    fn look<'a, B>(
         &self,
         pictures: impl Iterator<Item = &'a RgbImage>,
-        count: &mut Count<'_, '_>,
-    ) -> Result<Seen, Halt> {
+        count: &mut Count<'_, '_, B>,
+    ) -> Result<Seen, Interrupt<B>> {
         let mut seen = Seen::default();
         let append = |to: &mut Option<Features>, found: Features| {
             to.get_or_insert_with(|| Features { values: Vec::new() }).values.extend(found.values);
@@ -221,13 +200,13 @@ impl Judge {
     }
 
     /// One protocol's numbers; each picture's own are added to `pictures`.
-    fn protocol(
+    fn protocol<B>(
         &self,
         class_name: &str,
         generated: &[Generated],
         pictures: &mut Vec<Fidelity>,
-        count: &mut Count<'_, '_>,
-    ) -> Result<Protocol, Halt> {
+        count: &mut Count<'_, '_, B>,
+    ) -> Result<Protocol, Interrupt<B>> {
         let (n, n_pairs) = (generated.len(), generated.len() * self.photos.len());
         let seen = self.look(generated.iter().map(|one| &one.pixels), count)?;
         let Backbones { dino, clip, inception, .. } = &self.backbones;
@@ -277,7 +256,7 @@ impl Judge {
         &self,
         seen: Option<&Features>,
         photos: Option<&Features>,
-        backbone: Option<Backbone>,
+        backbone: Option<BackboneInfo>,
         n: usize,
     ) -> Result<Number> {
         let (n_photos, number) = (self.photos.len(), |value| Number::distance(value, n, n));
@@ -300,16 +279,16 @@ impl Judge {
     }
 
     /// SSIM, PSNR and LPIPS of every picture with every photo.
-    fn pixel_by_pixel(
+    fn pixel_by_pixel<B>(
         &self,
         generated: &[Generated],
-        count: &mut Count<'_, '_>,
-    ) -> Result<[Number; 3], Halt> {
+        count: &mut Count<'_, '_, B>,
+    ) -> Result<[Number; 3], Interrupt<B>> {
         let mut found = [Vec::new(), Vec::new(), Vec::new()];
         for one in generated {
             let (width, height) = one.pixels.dimensions();
             for photo in &self.photos {
-                let photo = picture::fitted(photo, width, height);
+                let photo = image_io::fitted(photo, width, height);
                 found[0].push(metrics::ssim(&one.pixels, &photo)?);
                 found[1].push(metrics::psnr(&one.pixels, &photo)?);
                 if let Some(lpips) = &self.backbones.lpips {
@@ -348,7 +327,11 @@ impl Judge {
         })
     }
 
-    fn pres(&self, class_images: &[RgbImage], count: &mut Count<'_, '_>) -> Result<Number, Halt> {
+    fn pres<B>(
+        &self,
+        class_images: &[RgbImage],
+        count: &mut Count<'_, '_, B>,
+    ) -> Result<Number, Interrupt<B>> {
         let (n, mut seen) = (class_images.len(), Vec::new());
         for picture in class_images {
             if let (Some(dino), Some(photos)) = (&self.backbones.dino, &self.seen.dino) {
@@ -363,7 +346,7 @@ impl Judge {
         Ok(of(named(self.backbones.dino.as_ref()), "dino", number))
     }
 
-    fn div(&self, drawn: &Drawn<'_>, count: &mut Count<'_, '_>) -> Result<Number, Halt> {
+    fn div<B>(&self, drawn: &GeneratedSet<'_>, count: &mut Count<'_, '_, B>) -> Result<Number, Interrupt<B>> {
         let (mut sum, mut n_pairs, mut n_pictures) = (0.0, 0, 0);
         let groups = alike(drawn);
         for group in &groups {
@@ -383,7 +366,7 @@ impl Judge {
 }
 
 /// Groups of pictures of one size and one prompt, two at least in each.
-fn alike(drawn: &Drawn<'_>) -> Vec<Vec<RgbImage>> {
+fn alike(drawn: &GeneratedSet<'_>) -> Vec<Vec<RgbImage>> {
     let mut groups: BTreeMap<(&str, (u32, u32)), Vec<RgbImage>> = BTreeMap::new();
     for one in drawn.invariant.iter().chain(drawn.varying) {
         groups.entry((&one.prompt, one.pixels.dimensions())).or_default().push(one.pixels.clone());
@@ -392,25 +375,21 @@ fn alike(drawn: &Drawn<'_>) -> Vec<Vec<RgbImage>> {
 }
 
 /// The prompts as CLIP reads them: with the class name for the product, since the rare token means nothing to it.
-fn texts(
-    clip: &metrics::Backbone<metrics::Clip>,
-    class_name: &str,
-    pictures: &[Generated],
-) -> Result<Features> {
-    let words: Vec<String> = pictures.iter().map(|one| one.prompt.replace(PRODUCT, class_name)).collect();
+fn texts(clip: &MetricBackbone<metrics::Clip>, class_name: &str, pictures: &[Generated]) -> Result<Features> {
+    let words: Vec<String> = pictures.iter().map(|one| one.prompt.replace(PLACEHOLDER, class_name)).collect();
     clip.model.texts(&words.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// A number with what looked, or with the part that is missing for it.
-fn of(backbone: Option<Backbone>, part: &str, number: Number) -> Number {
+fn of(backbone: Option<BackboneInfo>, part: &str, number: Number) -> Number {
     match backbone {
         None => number.noted(format!("these models have no metrics/{part}")),
         backbone => Number { backbone, ..number },
     }
 }
 
-fn named<M>(backbone: Option<&metrics::Backbone<M>>) -> Option<Backbone> {
-    backbone.map(|one| Backbone { name: one.name.clone(), sha256: one.sha256.clone() })
+fn named<M>(backbone: Option<&MetricBackbone<M>>) -> Option<BackboneInfo> {
+    backbone.map(|one| BackboneInfo { name: one.name.clone(), sha256: one.sha256.clone() })
 }
 
 fn rows(features: &Features) -> impl Iterator<Item = Features> {

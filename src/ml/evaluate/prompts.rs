@@ -1,14 +1,12 @@
-//! Prompts for the prompt-varying protocol: an image type, a background and a style, drawn from lists (section 3.5, fig. 4
-//! of arXiv 2410.14265).
+//! Prompts for the prompt-varying protocol: an image type, a background and a style, drawn from lists (section 3.5,
+//! fig. 4 of arXiv 2410.14265).
 
 use std::collections::{BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ml::product::PLACEHOLDER;
 use crate::ml::{Error, Result, random};
-
-/// What stands for the product in a prompt.
-pub const PRODUCT: &str = "{product}";
 
 /// Longest entry of a list, in characters: three of them and a product still fit into 75 tokens, as a rule.
 const CHARS_MAX: usize = 120;
@@ -44,11 +42,11 @@ impl Default for PromptLists {
 }
 
 impl PromptLists {
-    /// Lists as JSON: `{"backgrounds": [..], "image_types": [{"words": .., "styles": [..]}, ..]}`. [`Error::Bad`] is the
-    /// first thing wrong with them.
+    /// Lists as JSON: `{"backgrounds": [..], "image_types": [{"words": .., "styles": [..]}, ..]}`. [`Error::Input`] is
+    /// the first thing wrong with them.
     pub fn parse(json: &str) -> Result<Self> {
         let lists: Self =
-            serde_json::from_str(json).map_err(|error| Error::bad(format!("prompt lists: {error}")))?;
+            serde_json::from_str(json).map_err(|error| Error::input(format!("prompt lists: {error}")))?;
         entries("backgrounds", &lists.backgrounds)?;
         let words: Vec<String> = lists.image_types.iter().map(|one| one.words.clone()).collect();
         entries("image_types", &words)?;
@@ -63,12 +61,13 @@ impl PromptLists {
         self.backgrounds.len() * self.image_types.iter().map(|one| one.styles.len()).sum::<usize>()
     }
 
-    /// `n` different prompts with [`PRODUCT`] in the product's place, each as likely as any other: a pure function of
-    /// lists, `n` and `seed`, and the first of a longer draw are the shorter one. [`Error::Bad`] if there are not so many.
+    /// `n` different prompts with [`PLACEHOLDER`] in the product's place, each as likely as any other: a pure function
+    /// of lists, `n` and `seed`, and the first of a longer draw are the shorter one. [`Error::Input`] if there are not
+    /// so many.
     pub fn draw(&self, n: usize, seed: u64) -> Result<Vec<String>> {
         let all = self.n_prompts();
         if n > all {
-            return Err(Error::bad(format!("prompt lists: hold {all} different prompts, {n} are wanted")));
+            return Err(Error::input(format!("prompt lists: hold {all} different prompts, {n} are wanted")));
         }
         // The first n of a shuffle (Fisher and Yates), of which only what moved is kept.
         let mut moved: HashMap<usize, usize> = HashMap::new();
@@ -91,7 +90,7 @@ impl PromptLists {
                 unreachable!("the number is below the number of prompts")
             };
             if let Some(style) = one.styles.get(style) {
-                return format!("{} {PRODUCT} {}, {style}", one.words, self.backgrounds[background]);
+                return format!("{} {PLACEHOLDER} {}, {style}", one.words, self.backgrounds[background]);
             }
             style -= one.styles.len();
         }
@@ -100,18 +99,18 @@ impl PromptLists {
 
 fn entries(list: &str, entries: &[String]) -> Result<()> {
     if entries.is_empty() {
-        return Err(Error::bad(format!("prompt lists: {list}: wanted one entry at least")));
+        return Err(Error::input(format!("prompt lists: {list}: wanted one entry at least")));
     }
     let mut seen = BTreeSet::new();
     for entry in entries {
         let n_chars = entry.chars().count();
         if entry.trim().is_empty() || n_chars > CHARS_MAX || entry.chars().any(char::is_control) {
-            return Err(Error::bad(format!(
+            return Err(Error::input(format!(
                 "prompt lists: {list}: wanted 1 to {CHARS_MAX} printable characters in each entry, one has {n_chars}"
             )));
         }
         if !seen.insert(entry) {
-            return Err(Error::bad(format!("prompt lists: {list}: \"{entry}\" stands there twice")));
+            return Err(Error::input(format!("prompt lists: {list}: \"{entry}\" stands there twice")));
         }
     }
     Ok(())
@@ -138,7 +137,7 @@ mod tests {
         assert_eq!(drawn.iter().collect::<BTreeSet<_>>().len(), 500);
         assert_eq!(lists.draw(20, 7).expect("prompts"), drawn[..20]);
         assert_ne!(lists.draw(20, 8).expect("prompts"), drawn[..20]);
-        assert!(drawn.iter().all(|prompt| prompt.matches(PRODUCT).count() == 1), "{drawn:?}");
+        assert!(drawn.iter().all(|prompt| prompt.matches(PLACEHOLDER).count() == 1), "{drawn:?}");
         for image_type in &lists.image_types {
             let n = drawn.iter().filter(|prompt| prompt.starts_with(&image_type.words)).count();
             assert!((50..120).contains(&n), "{n} of 500 are {}", image_type.words);

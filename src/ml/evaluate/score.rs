@@ -1,4 +1,4 @@
-//! What an evaluation finds, as reports keep it: no number stands without what it is made of.
+//! The result of an evaluation, as reports keep it: every number with its sample size, range and backbone.
 
 use serde::Serialize;
 
@@ -21,7 +21,7 @@ pub const METRICS: [(&str, &str); 8] = [
 
 /// A network that looked, and which weights it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Backbone {
+pub struct BackboneInfo {
     /// What it is, such as `dino_vits16`.
     pub name: String,
     /// SHA-256 of its weights, in lower-case hexadecimal.
@@ -52,7 +52,7 @@ pub struct Number {
     /// Which way is better.
     pub better: Better,
     /// What looked; none where pixels are compared.
-    pub backbone: Option<Backbone>,
+    pub backbone: Option<BackboneInfo>,
     /// Why there is no value, or why it is only indicative.
     pub note: Option<String>,
 }
@@ -111,8 +111,8 @@ pub struct Evaluation {
     pub prompt_varying: Option<Protocol>,
     /// The photos against themselves.
     pub real: Real,
-    /// PRES (Ruiz et al. 2023, section 4.3): cosine of DINO features of pictures of the class with the photos. High where
-    /// all things of the class have come to look like the product.
+    /// PRES (Ruiz et al. 2023, section 4.3): cosine of DINO features of pictures of the class with the photos. High
+    /// where all things of the class have come to look like the product.
     pub pres: Number,
     /// DIV (the same): LPIPS between pictures of one prompt. Low where they are all alike.
     pub div: Number,
@@ -124,8 +124,8 @@ pub struct Evaluation {
 
 /// What [`Evaluation::pairing`] says.
 pub(super) const PAIRING: &str = "DINO, CLIP-I, SSIM, PSNR and LPIPS are means over every generated picture with every \
-     photo; for SSIM, PSNR and LPIPS the middle square of the photo is brought to the picture's size. CLIP-T is taken of \
-     each prompt with the class name in the product's place: the rare token means nothing to CLIP.";
+     photo; for SSIM, PSNR and LPIPS the middle square of the photo is brought to the picture's size. CLIP-T is taken \
+     of each prompt with the class name in the product's place: the rare token means nothing to CLIP.";
 
 impl Number {
     /// The mean of cosines between `n` pairs, of `n_pictures` generated pictures.

@@ -1,4 +1,4 @@
-//! A directory that diffusers loads: the bundle's, with the parts that learned in place of its own.
+//! Writes a directory that diffusers loads: the bundle's, with the trained parts in place of its own.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -7,36 +7,29 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::{FineTune, PARTS, Width};
+use super::fine_tune::{FineTune, PARTS};
+use super::form::Width;
 use crate::ml::bundle::{
     Bundle, Manifest, Origin, hash_file, model_index, read_json, weight_file, write_json,
 };
-use crate::ml::tensorfile::{io_words, save_streaming, write_atomically};
+use crate::ml::tensorfile::{save_streaming, write_atomically};
 use crate::ml::{Error, Result};
 
 const INDEX: &str = "model_index.json";
 
-/// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and what to
-/// call the product.
+/// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and
+/// what to call the product.
 ///
 /// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `width` is.
 pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
     let mut part = out.as_os_str().to_owned();
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
-    let written = fill(fine_tune, width, &part).and_then(|()| {
-        fs::rename(&part, out)
-            .map_err(|e| Error::Bad(format!("{}: cannot be made: {}", out.display(), io_words(&e))))
-    });
+    let written = fill(fine_tune, width, &part)
+        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be made", e)));
     written.map_err(|error| {
         let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
-        match error {
-            // People asked for another name than the one that it has while it is written.
-            Error::Bad(words) => {
-                Error::Bad(words.replace(&part.display().to_string(), &out.display().to_string()))
-            }
-            other => other,
-        }
+        error.renamed(&part, out) // people asked for another name than the one that it has while it is written
     })
 }
 
@@ -70,12 +63,11 @@ fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent)
-            .map_err(|e| Error::Bad(format!("{}: cannot be made: {}", parent.display(), io_words(&e))))?;
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be made", e))?;
     }
     write_atomically(to, |out| {
         let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
-        copied.map_err(|e| Error::Bad(format!("{}: cannot be written: {}", to.display(), io_words(&e))))?;
+        copied.map_err(|e| Error::io(to, "cannot be written", e))?;
         Ok(())
     })
 }
@@ -108,7 +100,8 @@ fn index(bundle: &Bundle) -> Result<Value> {
     Ok(index)
 }
 
-/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from, if that is known.
+/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from, if that
+/// is known.
 fn manifest(
     fine_tune: &FineTune<'_>,
     copied: Vec<String>,

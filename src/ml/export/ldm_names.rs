@@ -1,8 +1,8 @@
-//! What the original code of Stable Diffusion calls the weights that diffusers and transformers call otherwise.
+//! Maps the names of weights in diffusers and transformers to those in the original code of Stable Diffusion.
 //!
 //! CompVis/stable-diffusion numbers the UNet's blocks in one row down and one row up (`UNetModel` in
-//! `ldm/modules/diffusionmodules/openaimodel.py`); its autoencoder has levels, which the decoder counts from the picture as the
-//! encoder does (`model.py` beside it). AUTOMATIC1111 and ComfyUI read these names.
+//! `ldm/modules/diffusionmodules/openaimodel.py`); its autoencoder has levels, which the decoder counts from the
+//! picture as the encoder does (`model.py` beside it). AUTOMATIC1111 and ComfyUI read these names.
 
 use std::collections::HashMap;
 
@@ -34,8 +34,8 @@ const VAE_RESNET: [(&str, &str); 1] = [("conv_shortcut", "nin_shortcut")];
 const VAE_ATTENTION: [(&str, &str); 5] =
     [("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")];
 
-/// Paths of modules that lie elsewhere or are called otherwise, and where they lie. They carry what lies below them along;
-/// what is not here is called the same.
+/// Paths of modules that lie elsewhere or are called otherwise, and where they lie. They carry what lies below them
+/// along; what is not here is called the same.
 type Moved = HashMap<String, String>;
 
 /// The names of one model, whatever its depth.
@@ -51,8 +51,8 @@ impl LdmNames {
         Self { unet: unet_modules(unet), vae: vae_modules(vae) }
     }
 
-    /// Name and shape in a single file of a tensor of `part` (`text_encoder`, `unet` or `vae`) that diffusers calls `name`: as
-    /// many elements in the same order.
+    /// Name and shape in a single file of a tensor of `part` (`text_encoder`, `unet` or `vae`) that diffusers calls
+    /// `name`: as many elements in the same order.
     pub fn of(&self, part: &str, name: &str, shape: &[usize]) -> (String, Vec<usize>) {
         let (place, theirs) = match part {
             "text_encoder" => ("cond_stage_model.transformer", name.to_owned()),

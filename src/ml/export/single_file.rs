@@ -1,13 +1,14 @@
-//! The single file of Stable Diffusion 1: every weight under its original name, and metadata as ModelSpec 1.0.1 has them
-//! (<https://github.com/Stability-AI/ModelSpec>), which say how to draw with it and what to call the product.
+//! The single file of Stable Diffusion 1: every weight under its original name, and metadata as ModelSpec 1.0.1 has
+//! them (<https://github.com/Stability-AI/ModelSpec>), which say how to draw with it and what to call the product.
 //!
 //! Departure: without the date, which nothing here knows.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::fine_tune::{FineTune, PARTS};
+use super::form::Width;
 use super::ldm_names::LdmNames;
-use super::{FineTune, PARTS, Width};
 use crate::ml::Result;
 use crate::ml::bundle::Bundle;
 use crate::ml::diffusion::Prediction;

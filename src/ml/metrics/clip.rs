@@ -1,14 +1,14 @@
 //! CLIP (Radford et al. 2021, arXiv 2103.00020): whether two pictures, or a picture and a text, mean the same.
 //!
-//! The network is transformers' `CLIPModel`, and the preprocessing that of its `CLIPImageProcessor` (5.23.0, on tensors): shorter
-//! side to the network's size by torch's bicubic, the middle, OpenAI's statistics.
+//! The network is transformers' `CLIPModel`, and the preprocessing that of its `CLIPImageProcessor` (5.23.0, on
+//! tensors): shorter side to the network's size by torch's bicubic, the middle, OpenAI's statistics.
 
 use candle_core::Device;
 use image::RgbImage;
 use serde::Deserialize;
 
+use super::features::{BATCH, Features, look};
 use super::preprocess::{Library, middle, normalised};
-use super::{BATCH, Features, look};
 use crate::ml::models::clip::{self, PairConfig};
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::weights::Weights;
@@ -37,9 +37,10 @@ impl Config {
         if (crop..=8192).contains(&resize) {
             return Ok(());
         }
-        Err(Error::bad(format!(
-            "config.json: resize is {resize}, wanted {crop}, which is image_size, to 8192"
-        )))
+        Err(Error::file(
+            "config.json",
+            format!("resize is {resize}, wanted {crop}, which is image_size, to 8192"),
+        ))
     }
 
     /// What the field calls it: `CLIP ViT-B/32`.
@@ -68,16 +69,17 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// From weights as [`clip::Clip::load`] names them. [`Error::Bad`] too if the tokenizer is not the one it was learned
-    /// with, by its size.
+    /// From weights as [`clip::Clip::load`] names them. [`Error::Input`] too if the tokenizer is not the one it was
+    /// learned with, by its size.
     pub fn load(w: &Weights, config: &Config, tokenizer: Tokenizer, device: &Device) -> Result<Self> {
         config.check()?;
         let text = &config.net.text_config;
         let (found, wanted) =
             ((tokenizer.vocab_size(), tokenizer.length()), (text.vocab_size, text.max_position_embeddings));
         if found != wanted {
-            return Err(Error::bad(format!(
-                "metrics/clip: the bundle's tokenizer has {} tokens and texts of {}, but its text encoder reads {} and {}",
+            return Err(Error::input(format!(
+                "metrics/clip: the bundle's tokenizer has {} tokens and texts of {}, but its text encoder \
+                 reads {} and {}",
                 found.0, found.1, wanted.0, wanted.1
             )));
         }
@@ -85,8 +87,8 @@ impl Clip {
         Ok(Self { net, tokenizer, config: config.clone(), device: device.clone() })
     }
 
-    /// Where each picture of any size lies in the shared space, `projection_dim` numbers of length one. [`Error::Bad`] if one
-    /// is not finite.
+    /// Where each picture of any size lies in the shared space, `projection_dim` numbers of length one.
+    /// [`Error::Input`] if one is not finite.
     pub fn images(&self, pictures: &[RgbImage]) -> Result<Features> {
         let (resize, crop) = (self.config.resize(), self.config.net.vision_config.image_size);
         let prepare =

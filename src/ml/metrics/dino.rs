@@ -7,8 +7,8 @@ use candle_core::Device;
 use image::RgbImage;
 use serde::Deserialize;
 
+use super::features::{Features, look};
 use super::preprocess::{IMAGENET_MEAN, IMAGENET_STD, Library, middle, normalised};
-use super::{Features, look};
 use crate::ml::models::vit::{self, Vit};
 use crate::ml::weights::Weights;
 use crate::ml::{Error, Result};
@@ -31,9 +31,10 @@ impl Config {
         if (crop..=8192).contains(&resize) {
             return Ok(());
         }
-        Err(Error::bad(format!(
-            "config.json: resize is {resize}, wanted {crop}, which is image_size, to 8192"
-        )))
+        Err(Error::file(
+            "config.json",
+            format!("resize is {resize}, wanted {crop}, which is image_size, to 8192"),
+        ))
     }
 
     /// What the field calls it: `DINO ViT-S/16`.
@@ -68,7 +69,7 @@ impl Dino {
         Ok(Self { net: Vit::load(w, &config.net)?, config: config.clone(), device: device.clone() })
     }
 
-    /// The class token of each picture of any size, `hidden_size` numbers. [`Error::Bad`] if one is not finite.
+    /// The class token of each picture of any size, `hidden_size` numbers. [`Error::Input`] if one is not finite.
     pub fn features(&self, pictures: &[RgbImage]) -> Result<Features> {
         let (resize, crop) = (self.config.resize(), self.config.net.image_size);
         let prepare = |picture: &RgbImage| {

@@ -7,8 +7,8 @@
 use candle_core::Device;
 use image::RgbImage;
 
+use super::features::{Features, look};
 use super::preprocess::stretched;
-use super::{Features, look};
 use crate::ml::Result;
 use crate::ml::models::inception as net;
 use crate::ml::weights::Weights;
@@ -50,7 +50,7 @@ impl Inception {
         Ok(Self { net, side: config.image_size, device: device.clone() })
     }
 
-    /// Both features of each picture of any size. [`crate::ml::Error::Bad`] if one is not finite.
+    /// Both features of each picture of any size. [`crate::ml::Error::Input`] if one is not finite.
     pub fn features(&self, pictures: &[RgbImage]) -> Result<InceptionFeatures> {
         let prepare = |picture: &RgbImage| stretched(picture, self.side);
         let run = |batch: &_| {

@@ -1,5 +1,5 @@
-//! LPIPS (Zhang et al. 2018, arXiv 1801.03924), version 0.1: how far apart two pictures look to a person, by what a classifier
-//! makes of them place by place.
+//! LPIPS (Zhang et al. 2018, arXiv 1801.03924), version 0.1: how far apart two pictures look to a person, by what a
+//! classifier makes of them place by place.
 //!
 //! As lpips 0.1.4 does: pictures signed and not resized, its own scaling, features of unit length in five depths, their
 //! squared difference weighted channel by channel by learned heads, averaged over places, summed over depths.
@@ -8,9 +8,9 @@ use candle_core::{Device, Tensor};
 use image::RgbImage;
 use serde::Deserialize;
 
+use crate::ml::image_io::signed;
 use crate::ml::models::alexnet::{self, AlexNet};
 use crate::ml::models::vgg::{self, Vgg16};
-use crate::ml::picture::signed;
 use crate::ml::weights::Weights;
 use crate::ml::{Error, Result};
 
@@ -55,7 +55,7 @@ impl Config {
         if divisor > 0 && 64_usize.is_multiple_of(divisor) {
             return Ok(());
         }
-        Err(Error::bad(format!("config.json: channel_divisor is {divisor}, wanted a divisor of 64")))
+        Err(Error::file("config.json", format!("channel_divisor is {divisor}, wanted a divisor of 64")))
     }
 
     /// What the field calls it.
@@ -103,8 +103,8 @@ struct Look {
 }
 
 impl Lpips {
-    /// From weights named as in the files they come from: `features.N` as in torchvision's trunk, `lin0.model.1.weight` to
-    /// `lin4` as in lpips' heads.
+    /// From weights named as in the files they come from: `features.N` as in torchvision's trunk, `lin0.model.1.weight`
+    /// to `lin4` as in lpips' heads.
     pub fn load(w: &Weights, config: &Config, device: &Device) -> Result<Self> {
         config.check()?;
         let divisor = config.channel_divisor;
@@ -126,17 +126,17 @@ impl Lpips {
         })
     }
 
-    /// LPIPS of two pictures of one size, 0 for equal ones. [`Error::Bad`] if their sizes differ, are too small for the trunk,
-    /// or the number is not finite.
+    /// LPIPS of two pictures of one size, 0 for equal ones. [`Error::Input`] if their sizes differ, are too small for
+    /// the trunk, or the number is not finite.
     pub fn distance(&self, a: &RgbImage, b: &RgbImage) -> Result<f64> {
         self.between(&self.look(a)?, &self.look(b)?)
     }
 
-    /// Mean LPIPS over all pairs of pictures: DIV, where they are of one prompt. [`Error::Bad`] as for [`Lpips::distance`], and for
-    /// fewer than two.
+    /// Mean LPIPS over all pairs of pictures: DIV, where they are of one prompt. [`Error::Input`] as for
+    /// [`Lpips::distance`], and for fewer than two.
     pub fn mean_pairwise(&self, pictures: &[RgbImage]) -> Result<f64> {
         if pictures.len() < 2 {
-            return Err(Error::bad(format!("LPIPS: wanted at least 2 pictures, got {}", pictures.len())));
+            return Err(Error::input(format!("LPIPS: wanted at least 2 pictures, got {}", pictures.len())));
         }
         let looks: Vec<Look> = pictures.iter().map(|picture| self.look(picture)).collect::<Result<_>>()?;
         let mut sum = 0.0;
@@ -151,7 +151,7 @@ impl Lpips {
     fn look(&self, picture: &RgbImage) -> Result<Look> {
         let (size, least) = (picture.dimensions(), self.side_min());
         if (size.0.min(size.1) as usize) < least {
-            return Err(Error::bad(format!(
+            return Err(Error::input(format!(
                 "LPIPS: a picture of {} x {}; this trunk wants at least {least} pixels a side",
                 size.0, size.1
             )));
@@ -172,7 +172,7 @@ impl Lpips {
     fn between(&self, a: &Look, b: &Look) -> Result<f64> {
         if a.size != b.size {
             let ((w, h), (other_w, other_h)) = (a.size, b.size);
-            return Err(Error::bad(format!(
+            return Err(Error::input(format!(
                 "LPIPS: pictures of {w} x {h} and of {other_w} x {other_h}; wanted two of one size"
             )));
         }
@@ -184,7 +184,7 @@ impl Lpips {
         if sum.is_finite() {
             Ok(sum)
         } else {
-            Err(Error::bad(format!("LPIPS: the distance is {sum}; the weights are broken")))
+            Err(Error::NotFinite(format!("LPIPS: the distance is {sum}; the weights are broken")))
         }
     }
 

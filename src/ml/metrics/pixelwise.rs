@@ -15,16 +15,17 @@ const RANGE: f64 = 255.0;
 
 /// Structural similarity (Wang et al. 2004, eq. 13, and the mean of eq. 17), -1..1, 1 for equal pictures.
 ///
-/// With the paper's settings: windows of 11 by 11 pixels weighted by a Gaussian of 1.5, those that lie inside the picture;
-/// `K1` 0.01, `K2` 0.03, range 255, moments over n. The mean of the three channels. Equal to scikit-image's
+/// With the paper's settings: windows of 11 by 11 pixels weighted by a Gaussian of 1.5, those that lie inside the
+/// picture; `K1` 0.01, `K2` 0.03, range 255, moments over n. The mean of the three channels. Equal to scikit-image's
 /// `structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255,
-/// channel_axis=-1)`. torchmetrics 1.9 gives another number: it mirrors the picture at its edges and counts the windows there too.
+/// channel_axis=-1)`. torchmetrics 1.9 gives another number: it mirrors the picture at its edges and counts the windows
+/// there too.
 ///
-/// [`Error::Bad`] if the sizes differ or a side is below 11.
+/// [`Error::Input`] if the sizes differ or a side is below 11.
 pub fn ssim(a: &RgbImage, b: &RgbImage) -> Result<f64> {
     let (w, h) = same_size("SSIM", a, b)?;
     if w.min(h) <= 2 * RADIUS {
-        return Err(Error::bad(format!("SSIM: pictures of {w} x {h}; wanted at least 11 pixels a side")));
+        return Err(Error::input(format!("SSIM: pictures of {w} x {h}; wanted at least 11 pixels a side")));
     }
     let mut sum = 0.0;
     for channel in 0..3 {
@@ -47,10 +48,10 @@ pub fn ssim(a: &RgbImage, b: &RgbImage) -> Result<f64> {
     Ok(sum / 3.0)
 }
 
-/// Peak signal-to-noise ratio in decibels, `10 log10(255^2 / mean squared error)` over all three channels; infinite for equal
-/// pictures. Equal to scikit-image's `peak_signal_noise_ratio(a, b, data_range=255)`.
+/// Peak signal-to-noise ratio in decibels, `10 log10(255^2 / mean squared error)` over all three channels; infinite for
+/// equal pictures. Equal to scikit-image's `peak_signal_noise_ratio(a, b, data_range=255)`.
 ///
-/// [`Error::Bad`] if the sizes differ.
+/// [`Error::Input`] if the sizes differ.
 pub fn psnr(a: &RgbImage, b: &RgbImage) -> Result<f64> {
     same_size("PSNR", a, b)?;
     let squares = a.as_raw().iter().zip(b.as_raw()).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2));
@@ -61,12 +62,12 @@ pub fn psnr(a: &RgbImage, b: &RgbImage) -> Result<f64> {
 fn same_size(of: &str, a: &RgbImage, b: &RgbImage) -> Result<(usize, usize)> {
     let ((w, h), (other_w, other_h)) = (a.dimensions(), b.dimensions());
     if (w, h) != (other_w, other_h) {
-        return Err(Error::bad(format!(
+        return Err(Error::input(format!(
             "{of}: pictures of {w} x {h} and of {other_w} x {other_h}; wanted two of one size"
         )));
     }
     if w == 0 || h == 0 {
-        return Err(Error::bad(format!("{of}: the pictures have no pixels")));
+        return Err(Error::input(format!("{of}: the pictures have no pixels")));
     }
     Ok((w as usize, h as usize))
 }

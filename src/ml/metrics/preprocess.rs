@@ -1,5 +1,5 @@
-//! How pictures come to the backbones: the resizes and crops of the libraries that the references use, to the bit where they
-//! work on bytes.
+//! How pictures come to the backbones: the resizes and crops of the libraries that the references use, to the bit where
+//! they work on bytes.
 //!
 //! A backbone's number depends on which of them it was made with more than on anything else that two programs do
 //! differently (Parmar et al. 2022, arXiv 2104.11222).
@@ -14,8 +14,8 @@ pub const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 /// Their standard deviations.
 pub const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 
-/// Whose integers a resize of bytes computes with, and where a crop goes whose middle falls on half a pixel. The filters are the
-/// same.
+/// Whose integers a resize of bytes computes with, and where a crop goes whose middle falls on half a pixel. The
+/// filters are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
     /// Pillow behind torchvision's transforms: weights of 22 bits (`Resample.c`); to the even pixel.
@@ -25,12 +25,12 @@ pub enum Library {
     Torch,
 }
 
-/// A photo with its shorter side brought to `resize` and the other in proportion, rounded down, and the square of `crop` pixels
-/// in the middle of that, `crop` at most `resize`: torchvision's `Resize` and `CenterCrop`, transformers' `shortest_edge` and
-/// `center_crop`.
+/// A photo with its shorter side brought to `resize` and the other in proportion, rounded down, and the square of
+/// `crop` pixels in the middle of that, `crop` at most `resize`: torchvision's `Resize` and `CenterCrop`, transformers'
+/// `shortest_edge` and `center_crop`.
 ///
-/// The filter is the bicubic with a = -0.5, widened where it shrinks, along the rows first, rounded to bytes, then along the
-/// columns. Only what the square shows is computed.
+/// The filter is the bicubic with a = -0.5, widened where it shrinks, along the rows first, rounded to bytes, then
+/// along the columns. Only what the square shows is computed.
 pub fn middle(photo: &RgbImage, resize: usize, crop: usize, library: Library) -> RgbImage {
     let (w, h) = (photo.width() as usize, photo.height() as usize);
     let long = |short: usize, long: usize| (resize as f64 * long as f64 / short as f64) as usize;
@@ -125,7 +125,7 @@ pub fn normalised(photo: &RgbImage, mean: [f64; 3], std: [f64; 3]) -> Result<Ten
 pub fn stretched(photo: &RgbImage, side: usize) -> Result<Tensor> {
     let (w, h) = (photo.width() as usize, photo.height() as usize);
     if w == 0 || h == 0 {
-        return Err(Error::bad("picture: has no pixels"));
+        return Err(Error::input("picture: has no pixels"));
     }
     let places = |n_in: usize| -> Vec<(usize, usize, f32)> {
         let scale = n_in as f32 / side as f32;

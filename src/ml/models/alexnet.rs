@@ -1,4 +1,5 @@
-//! AlexNet's convolutions in the form of Krizhevsky 2014, arXiv 1404.5997: pictures to features behind each of five ReLUs.
+//! AlexNet's convolutions in the form of Krizhevsky 2014, arXiv 1404.5997: pictures to features behind each of five
+//! ReLUs.
 //!
 //! Ports torchvision's `alexnet().features`, as lpips 0.1.4 cuts it in `pretrained_networks.py`.
 

@@ -1,5 +1,5 @@
-//! CLIP (Radford et al. 2021, arXiv 2103.00020): its text encoder, whose hidden states condition the UNet, and the whole of it,
-//! which puts pictures and texts into one space.
+//! CLIP (Radford et al. 2021, arXiv 2103.00020): its text encoder, whose hidden states condition the UNet, and the
+//! whole of it, which puts pictures and texts into one space.
 //!
 //! Ports transformers' `CLIPTextModel` and `CLIPModel`.
 

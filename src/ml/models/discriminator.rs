@@ -1,7 +1,7 @@
 //! The latent discriminator (HYPNOS, arXiv 2410.14265, section 3.4, fig. 3a): does a latent show the product?
 //!
-//! A light vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) of three layers behind three convolutions, which
-//! quarter each side. The paper gives no sizes.
+//! A light vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) of three layers behind three convolutions,
+//! which quarter each side. The paper gives no sizes.
 //! Assumption: 3x3 kernels, strides 1, 2, 2, group norm and SiLU after each; width 192, 3 heads, a class token, norms
 //! before each branch, feed-forwards of four widths with GELU; one logit through a sigmoid.
 
@@ -108,8 +108,8 @@ impl Discriminator {
         sigmoid(&self.head.forward(&class)?.flatten_all()?)
     }
 
-    /// Where the class token looks in the last layer (fig. 3b): `[B, N, h/4, w/4]`, each head's weights on the tokens, which sum
-    /// to 1 less what it keeps for itself.
+    /// Where the class token looks in the last layer (fig. 3b): `[B, N, h/4, w/4]`, each head's weights on the tokens,
+    /// which sum to 1 less what it keeps for itself.
     pub fn attention(&self, latents: &Tensor) -> Result<Tensor> {
         let mut x = self.tokens(latents)?;
         let Some((last, before)) = self.layers.split_last() else {

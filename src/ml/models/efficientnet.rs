@@ -1,10 +1,10 @@
-//! EfficientNet (Tan and Le 2019, arXiv 1905.11946): pictures to features at five strides. Frozen; gradients go through it to
-//! the picture.
+//! EfficientNet (Tan and Le 2019, arXiv 1905.11946): pictures to features at five strides. Frozen; gradients go through
+//! it to the picture.
 //!
 //! One network in two spellings: timm's (`efficientnet_b1`, the perceptual loss's) and that of lukemelas'
-//! EfficientNet-PyTorch (TRACER's encoder). Batch norms have fixed statistics and are folded into the convolutions before
-//! them. Two conventions of padding are in use and are a setting of the file, since weights learned with one see a grid
-//! shifted by a pixel under the other.
+//! EfficientNet-PyTorch (TRACER's encoder). Batch norms have fixed statistics and are folded into the convolutions
+//! before them. Two conventions of padding are in use and are a setting of the file, since weights learned with one see
+//! a grid shifted by a pixel under the other.
 
 use candle_core::{Result, Tensor};
 use serde::Deserialize;
@@ -207,7 +207,8 @@ struct BlockShape {
     is_residual: bool,
 }
 
-/// Inverted residual with squeeze and excitation (Sandler et al. 2018, arXiv 1801.04381; Hu et al. 2018, arXiv 1709.01507).
+/// Inverted residual with squeeze and excitation (Sandler et al. 2018, arXiv 1801.04381; Hu et al. 2018, arXiv
+/// 1709.01507).
 #[derive(Debug)]
 struct Block {
     expand: Option<NormedConv2d>,

@@ -1,4 +1,5 @@
-//! Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) as the Fréchet inception distance has it: the network of 2015-12-05.
+//! Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) as the Fréchet inception distance has it: the network of
+//! 2015-12-05.
 //!
 //! Ports pytorch-fid 0.3.0, `inception.py`. It is not torchvision's: average pools do not count the zeros beyond the
 //! edge, and the last block pools by maximum, not by mean. Names are those of its file.

@@ -15,5 +15,9 @@ use super::{Error, Result};
 
 /// Refuses a value in a configuration that the model cannot honour.
 fn refuse(holds: bool, key: &str, value: impl std::fmt::Debug, wanted: &str) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::bad(format!("config.json: {key} is {value:?}, wanted {wanted}"))) }
+    if holds {
+        Ok(())
+    } else {
+        Err(Error::file("config.json", format!("{key} is {value:?}, wanted {wanted}")))
+    }
 }

@@ -1,9 +1,9 @@
 //! TRACER (Lee, Shin and Han 2022, arXiv 2112.07380): pictures to how much of each pixel is foreground. Inference only.
 //!
-//! Ports the form that CarveKit's weights are for, `TracerUniversalB7` of carvekit 4.1.2: the encoder without the frequency edge
-//! module of the paper. Sizes come from the config, so that a small segmenter is the same code. Dilated and one-sided
-//! kernels are spread into dense square ones when they are loaded: for these few layers zeros cost less than an operation
-//! of their own.
+//! Ports the form that CarveKit's weights are for, `TracerUniversalB7` of carvekit 4.1.2: the encoder without the
+//! frequency edge module of the paper. Sizes come from the config, so that a small segmenter is the same code. Dilated
+//! and one-sided kernels are spread into dense square ones when they are loaded: for these few layers zeros cost less
+//! than an operation of their own.
 
 use candle_core::{Result, Tensor};
 use serde::Deserialize;

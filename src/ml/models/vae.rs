@@ -1,4 +1,5 @@
-//! The variational autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): pictures to latents and back.
+//! The variational autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): pictures to latents and
+//! back.
 //!
 //! Ports diffusers' `AutoencoderKL`. The scaling factor of the latents lives here and nowhere else.
 

@@ -1,5 +1,5 @@
-//! VGG-16's convolutions (Simonyan and Zisserman 2015, arXiv 1409.1556): pictures to features at the end of each of five
-//! stages.
+//! VGG-16's convolutions (Simonyan and Zisserman 2015, arXiv 1409.1556): pictures to features at the end of each of
+//! five stages.
 //!
 //! Ports torchvision's `vgg16().features`, as lpips 0.1.4 cuts it in `pretrained_networks.py`.
 

@@ -1,5 +1,5 @@
-//! The vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) as DINO has it (Caron et al. 2021, arXiv 2104.14294): a
-//! picture to its class token.
+//! The vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) as DINO has it (Caron et al. 2021, arXiv
+//! 2104.14294): a picture to its class token.
 //!
 //! Names and order are those of `vision_transformer.py` in DINO's repository, and timm's. The position embedding is
 //! not interpolated: pictures come at the size it was learned for.

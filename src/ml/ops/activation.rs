@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use serde::Deserialize;
 
 use super::cpu::{View, erf, exp, par_chunks, sigmoid, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 
 /// An activation, by the name that diffusers' and transformers' configs use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -72,7 +72,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
         other => bail!("activation: no kernel for {other:?}"),
     };
     let input = x.clone();
-    graft("activation", &[&x], value, move |dy| {
+    custom_op("activation", &[&x], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => backward(&input, dy, activation)?,
             #[cfg(feature = "cuda")]

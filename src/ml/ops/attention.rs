@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum2, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 use super::softmax::softmax_row;
 
 /// `softmax(q k^T / sqrt(K)) v`, head by head (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
@@ -30,7 +30,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, causal: boo
         other => bail!("attention: no kernel for {other:?}"),
     };
     let inputs = [q.clone(), k.clone(), v.clone()];
-    graft("attention", &[&q, &k, &v], value, move |dy| {
+    custom_op("attention", &[&q, &k, &v], value, move |dy| {
         let [q, k, v] = &inputs;
         let grads = match dy.device() {
             Device::Cpu => heads.backward(q, k, v, dy)?,

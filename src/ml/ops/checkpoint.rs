@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor, Var};
 
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 
 /// `block(inputs)`, whose intermediate values are dropped at once and recomputed in the backward
 /// (Chen et al. 2016, arXiv 1604.06174). One to three inputs.
@@ -30,7 +30,7 @@ pub fn checkpoint(
     let value = Computed { storage, shape: y.shape().clone() };
     drop(y);
     let kept = inputs.clone();
-    graft("checkpoint", &inputs.iter().collect::<Vec<_>>(), value, move |dy| {
+    custom_op("checkpoint", &inputs.iter().collect::<Vec<_>>(), value, move |dy| {
         let inputs = kept.iter().map(fresh).collect::<Result<Vec<_>>>()?;
         let y = block(&inputs)?;
         let mut store = (y * dy)?.sum_all()?.backward()?;

@@ -7,8 +7,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
-use super::graft::{Computed, graft};
-use super::linear::trained_tag;
+use super::custom_op::{Computed, custom_op, trained_tag};
 use crate::ml::param::Param;
 
 /// Stride and zero padding of a convolution.
@@ -52,7 +51,7 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
     };
     let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
     let tag = trained_tag(&weight, bias.as_ref());
-    graft("conv2d", &[&x, &tag], value, move |dy| {
+    custom_op("conv2d", &[&x, &tag], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => conv.backward(&input, dy, &weight, bias.as_ref())?,
             #[cfg(feature = "cuda")]

@@ -96,7 +96,8 @@ pub(super) fn gemm(
     unsafe { dst.gemm(0, dst_row, into, (m, n, k), (a, b), scale, threads) }
 }
 
-/// `scale * a b` as rows of `n`, on all threads; see [`gemm()`]. Memory that is written whole need not be cleared first.
+/// `scale * a b` as rows of `n`, on all threads; see [`gemm()`]. Memory that is written whole need not be cleared
+/// first.
 pub(super) fn product((m, n, k): (usize, usize, usize), factors: (Mat, Mat), scale: f32) -> Vec<f32> {
     if k == 0 {
         return zeros(m * n);

@@ -5,8 +5,7 @@ use rayon::prelude::*;
 
 use super::conv2d::{Conv2dSpec, channel_sums};
 use super::cpu::{View, sum2, zeros};
-use super::graft::{Computed, graft};
-use super::linear::trained_tag;
+use super::custom_op::{Computed, custom_op, trained_tag};
 use crate::ml::param::Param;
 
 /// Convolution with as many groups as channels.
@@ -31,7 +30,7 @@ pub fn depthwise_conv2d(
     };
     let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
     let tag = trained_tag(&weight, bias.as_ref());
-    graft("depthwise_conv2d", &[&x, &tag], value, move |dy| {
+    custom_op("depthwise_conv2d", &[&x, &tag], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => conv.backward(&input, dy, &weight, bias.as_ref())?,
             #[cfg(feature = "cuda")]

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{View, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 use crate::ml::param::Param;
 
 /// `y[i] = table[ids[i]]`.
@@ -34,7 +34,7 @@ pub fn embedding(ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
     };
     let (ids, table) = (ids.to_vec(), table.clone());
     let tag = table.tag().clone();
-    graft("embedding", &[&tag], computed, move |dy| {
+    custom_op("embedding", &[&tag], computed, move |dy| {
         if table.is_trainable() {
             table.add_grad(match dy.device() {
                 Device::Cpu => backward(&ids, dy, n_rows, d)?.detached(),

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::activation::{gelu_slope, normal_cdf};
 use super::cpu::{View, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 
 /// GEGLU (Shazeer 2020, arXiv 2002.05202) with the exact Gaussian error function, as diffusers has it.
 ///
@@ -24,7 +24,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         other => bail!("geglu: no kernel for {other:?}"),
     };
     let input = x.clone();
-    graft("geglu", &[&x], value, move |dy| {
+    custom_op("geglu", &[&x], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => Computed::cpu(backward(&input, dy, width / 2)?, input.dims()),
             #[cfg(feature = "cuda")]

@@ -5,8 +5,7 @@ use rayon::prelude::*;
 
 use super::activation::silu_slope;
 use super::cpu::{View, moments, sigmoid, sum, sum2, zeros};
-use super::graft::{Computed, graft};
-use super::linear::trained_tag;
+use super::custom_op::{Computed, custom_op, trained_tag};
 use crate::ml::param::Param;
 
 /// Group norm (Wu and He 2018, arXiv 1803.08494), followed by SiLU if `silu`.
@@ -35,7 +34,7 @@ pub fn group_norm(
     };
     let (weight, bias, input) = (weight.clone(), bias.clone(), x.clone());
     let tag = trained_tag(&weight, Some(&bias));
-    graft("group_norm", &[&x, &tag], value, move |dy| {
+    custom_op("group_norm", &[&x, &tag], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => norm.backward(&input, dy, &weight, &bias)?,
             #[cfg(feature = "cuda")]

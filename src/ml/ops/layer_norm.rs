@@ -4,11 +4,12 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{View, moments, sum, sum2, zeros};
-use super::graft::{Computed, graft};
-use super::linear::{column_sums, trained_tag};
+use super::custom_op::{Computed, custom_op, trained_tag};
+use super::linear::column_sums;
 use crate::ml::param::Param;
 
-/// Layer norm over the last dimension (Ba et al. 2016, arXiv 1607.06450): `(x - mean) / sqrt(var + eps) * weight + bias`.
+/// Layer norm over the last dimension (Ba et al. 2016, arXiv 1607.06450): `(x - mean) / sqrt(var + eps) * weight +
+/// bias`.
 ///
 /// `x` `[.., D]`, `weight` and `bias` `[D]`. Gives the shape of `x`. Differentiable in all three.
 pub fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Tensor> {
@@ -25,7 +26,7 @@ pub fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<
     };
     let (weight, bias, input) = (weight.clone(), bias.clone(), x.clone());
     let tag = trained_tag(&weight, Some(&bias));
-    graft("layer_norm", &[&x, &tag], value, move |dy| {
+    custom_op("layer_norm", &[&x, &tag], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => backward(&input, dy, &weight, &bias, eps)?,
             #[cfg(feature = "cuda")]

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op, trained_tag};
 use crate::ml::param::Param;
 
 /// A dense layer over the last dimension.
@@ -29,7 +29,7 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
     };
     let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
     let tag = trained_tag(&weight, bias.as_ref());
-    graft("linear", &[&x, &tag], value, move |dy| {
+    custom_op("linear", &[&x, &tag], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => backward(&input, dy, &weight, bias.as_ref(), n_out, n_in)?,
             #[cfg(feature = "cuda")]
@@ -38,14 +38,6 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
         };
         Ok([dx, None, None])
     })
-}
-
-/// The tag of whichever of the two is trained.
-pub(super) fn trained_tag(weight: &Param, bias: Option<&Param>) -> Tensor {
-    match bias {
-        Some(bias) if bias.is_trainable() => bias.tag().clone(),
-        _ => weight.tag().clone(),
-    }
 }
 
 fn forward(x: &Tensor, weight: &Param, bias: Option<&Param>, n_out: usize, n_in: usize) -> Result<Vec<f32>> {

@@ -1,8 +1,8 @@
-//! Our operations with backward, one file each, forward and gradient, CPU and CUDA.
+//! Differentiable operations, one file each: forward and gradient, on CPU and CUDA.
 //!
 //! candle cuts gradients silently in its fused operations, has wrong ones for pooling and upsampling, and naive ones
-//! for convolution. So what a trained model is made of stands here: plain functions from tensors to tensors. A
-//! function computes its value with a kernel and grafts it (`graft.rs`) into candle's graph together with its backward. A
+//! for convolution. So what a trained model is made of stands here: plain functions from tensors to tensors. A function
+//! computes its value with a kernel and puts it into candle's graph as a custom operation (`custom_op.rs`). A
 //! weight comes as a [`Param`](super::param::Param); its gradient goes into the weight, not into candle's store.
 //!
 //! Every function takes inputs with any strides and gives a contiguous result of the input's dtype. CPU: f32. CUDA:
@@ -16,10 +16,10 @@ mod conv2d;
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
+mod custom_op;
 mod depthwise;
 mod embedding;
 mod geglu;
-mod graft;
 mod group_norm;
 mod layer_norm;
 mod linear;

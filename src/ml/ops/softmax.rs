@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{View, exp, sum2, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 
 /// `e^x / sum e^x` over the last dimension. Any shape; differentiable.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
@@ -28,7 +28,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let kept = y.clone();
     let storage = y.storage_and_layout().0.try_clone(y.layout())?;
     let value = Computed { storage, shape: y.shape().clone() };
-    graft("softmax", &[&x], value, move |dy| {
+    custom_op("softmax", &[&x], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => Computed::cpu(backward(&kept, dy, width)?, dy.dims()),
             #[cfg(feature = "cuda")]

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{View, zeros};
-use super::graft::{Computed, graft};
+use super::custom_op::{Computed, custom_op};
 use super::linear::linear;
 use crate::ml::param::Param;
 
@@ -26,7 +26,7 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
         Device::Cuda(_) => super::cuda::upsample(&x, &resize)?,
         other => bail!("upsample_nearest: no kernel for {other:?}"),
     };
-    graft("upsample_nearest", &[&x], value, move |dy| {
+    custom_op("upsample_nearest", &[&x], value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => Computed::cpu(resize.backward(dy)?, (b, c, h, w)),
             #[cfg(feature = "cuda")]
@@ -37,8 +37,8 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
     })
 }
 
-/// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their outer
-/// edges; as `torch.nn.functional.interpolate(mode="bilinear")` does.
+/// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their
+/// outer edges; as `torch.nn.functional.interpolate(mode="bilinear")` does.
 ///
 /// `x` `[B, C, H, W]`; gives `[B, C, factor * H, factor * W]`. Differentiable.
 pub fn upsample_bilinear(x: &Tensor, factor: usize, align_corners: bool) -> Result<Tensor> {

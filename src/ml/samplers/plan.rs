@@ -2,7 +2,8 @@
 //!
 //! Numbers are computed as the reference's numpy does: f64, with ᾱ, σ and log σ as f32 tables.
 
-use super::{Sampler, Schedule, Spacing};
+use super::kind::Sampler;
+use crate::ml::diffusion::{Schedule, Spacing};
 use crate::ml::{Error, Result};
 
 /// ρ of Karras et al. 2022 (arXiv 2206.00364), eq. 5: how strongly steps crowd towards low noise.
@@ -20,14 +21,15 @@ pub struct Plan {
 impl Plan {
     /// The plan of `steps` steps, 1 to T; PNDM calls the model once more if there are 2 or more.
     ///
-    /// [`Error::Bad`] if `steps` is out of range, if the file asks this sampler for something it does not do, or if
+    /// [`Error::Input`] if `steps` is out of range, if the file asks this sampler for something it does not do, or if
     /// a timestep falls where the model was never trained.
     pub fn new(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Self> {
         let n = schedule.n_timesteps();
         if !(1..=n).contains(&steps) {
-            return Err(Error::Bad(format!(
-                "{sampler}: {steps} steps; 1 to {n} are possible with this bundle"
-            )));
+            return Err(Error::setting(
+                sampler.name(),
+                format!("{steps} steps; 1 to {n} are possible with this bundle"),
+            ));
         }
         sampler.check(schedule.config())?;
         let plan = match sampler {
@@ -38,11 +40,14 @@ impl Plan {
         };
         let untrained = plan.timesteps.iter().find(|&&t| t < 0.0 || t > (n - 1) as f64);
         match untrained {
-            Some(t) => Err(Error::Bad(format!(
-                "{sampler}: {steps} steps with this bundle's spacing and offset would need timestep {t}, and the \
+            Some(t) => Err(Error::setting(
+                sampler.name(),
+                format!(
+                    "{steps} steps with this bundle's spacing and offset would need timestep {t}, and the \
                  schedule has 0 to {}; take fewer steps",
-                n - 1
-            ))),
+                    n - 1
+                ),
+            )),
             None => Ok(plan),
         }
     }
@@ -92,11 +97,14 @@ fn dpmpp_plan(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Pla
     sigmas.push(0.0);
     let sigmas = rounded(sigmas);
     if let Some(i) = sigmas.windows(2).position(|pair| pair[0] <= pair[1]) {
-        return Err(Error::Bad(format!(
-            "{sampler}: {steps} steps are too many for this schedule, steps {} and {} fall on the same noise level",
-            i + 1,
-            i + 2
-        )));
+        return Err(Error::setting(
+            sampler.name(),
+            format!(
+                "{steps} steps are too many for this schedule, steps {} and {} fall on the same noise level",
+                i + 1,
+                i + 2
+            ),
+        ));
     }
     Ok(Plan { timesteps, sigmas })
 }

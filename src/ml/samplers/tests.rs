@@ -3,6 +3,7 @@
 use candle_core::Device;
 
 use super::*;
+use crate::ml::diffusion::Config;
 use crate::ml::random;
 
 pub(super) fn schedule(text: &str) -> Schedule {
@@ -32,9 +33,12 @@ fn towards(
         answer.map_err(|err| candle_core::Error::Msg(err.to_string()))
     };
     let mut fresh = |step| Ok(normal(100 + step as u64, b));
-    let mut go_on = |_, _| ControlFlow::Continue(());
-    let latents = sample(sampler, schedule, steps, noise, &mut model, &mut fresh, &mut go_on)?;
-    Ok(latents.expect("never stopped"))
+    let mut go_on = |_, _| Ok::<_, Interrupt<()>>(());
+    match sample(sampler, schedule, steps, noise, &mut model, &mut fresh, &mut go_on) {
+        Ok(latents) => Ok(latents),
+        Err(Interrupt::Failed(error)) => Err(error),
+        Err(Interrupt::Stopped(())) => panic!("nobody stopped it"),
+    }
 }
 
 fn worst(a: &Tensor, b: &Tensor) -> f32 {
@@ -83,8 +87,8 @@ fn a_picture_alone_is_the_picture_in_the_batch() {
                 Some(i) => normal(10 + step as u64, 3).narrow(0, i, 1),
                 None => Ok(normal(10 + step as u64, 3)),
             };
-            let mut go_on = |_, _| ControlFlow::Continue(());
-            sample(sampler, &schedule, 5, noise, &mut model, &mut fresh, &mut go_on).unwrap().unwrap()
+            let mut go_on = |_, _| Ok::<_, Interrupt<()>>(());
+            sample(sampler, &schedule, 5, noise, &mut model, &mut fresh, &mut go_on).unwrap()
         };
         let batch = run(&noise, None);
         let alone = run(&noise.narrow(0, 1, 1).unwrap(), Some(1));
@@ -104,12 +108,16 @@ fn the_observer_counts_the_models_calls_and_may_stop() {
             };
             let mut observe = |done, all| {
                 seen.push((done, all));
-                if done == stop_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                if done == stop_after { Err(Interrupt::Stopped(())) } else { Ok(()) }
             };
             let mut fresh = |step| Ok(normal(step as u64, 1));
             let got = sample(sampler, &schedule, 4, &normal(9, 1), &mut model, &mut fresh, &mut observe);
             let done = total.min(stop_after);
-            assert_eq!(got.unwrap().is_none(), stop_after == 2, "{sampler}");
+            match got {
+                Ok(_) => assert_ne!(stop_after, 2, "{sampler}"),
+                Err(Interrupt::Stopped(())) => assert_eq!(stop_after, 2, "{sampler}"),
+                Err(Interrupt::Failed(error)) => panic!("{sampler}: {error}"),
+            }
             assert_eq!(seen, (1..=done).map(|i| (i, total)).collect::<Vec<_>>(), "{sampler}");
             assert_eq!(calls, done, "{sampler}");
         }
@@ -125,7 +133,7 @@ fn only_the_ancestral_sampler_asks_for_noise_and_not_at_the_end() {
             asked.push(step);
             Ok(normal(step as u64, 1))
         };
-        let mut go_on = |_, _| ControlFlow::Continue(());
+        let mut go_on = |_, _| Ok::<_, Interrupt<()>>(());
         let mut model = |x: &Tensor, _| Ok(x.clone());
         sample(sampler, &schedule, 3, &normal(9, 1), &mut model, &mut fresh, &mut go_on).unwrap();
         assert_eq!(asked, if sampler == Sampler::EulerAncestral { vec![0, 1] } else { vec![] });
@@ -135,9 +143,9 @@ fn only_the_ancestral_sampler_asks_for_noise_and_not_at_the_end() {
 fn refusal(sampler: Sampler, text: &str, steps: usize, noise: &Tensor, answer: &Tensor) -> String {
     let mut model = |_: &Tensor, _| Ok(answer.clone());
     let mut fresh = |_| Ok(answer.clone());
-    let mut go_on = |_, _| ControlFlow::Continue(());
+    let mut go_on = |_, _| Ok::<_, Interrupt<()>>(());
     match sample(sampler, &schedule(text), steps, noise, &mut model, &mut fresh, &mut go_on) {
-        Err(Error::Bad(words)) => words,
+        Err(Interrupt::Failed(error)) => error.to_string(),
         other => panic!("{sampler} {text} {steps} gave {other:?}"),
     }
 }

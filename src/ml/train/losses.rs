@@ -1,7 +1,7 @@
 //! The losses of HYPNOS (arXiv 2410.14265, section 3.4) and their sum. Equation numbers are the paper's.
 //!
-//! DreamBooth's are the same ones with other settings: squares in place of the inverse Gaussian, and no weight on the two
-//! that look at the denoised latents.
+//! DreamBooth's are the same ones with other settings: squares in place of the inverse Gaussian, and no weight on the
+//! two that look at the denoised latents.
 
 use std::f64::consts::PI;
 
@@ -16,7 +16,7 @@ use crate::ml::models::vae::Vae;
 use crate::ml::perceptual::{Perceptual, perceptual_loss};
 use crate::ml::{Error, Result};
 
-/// How far a predicted noise is from the true one.
+/// The reconstruction loss: how far the predicted noise is from the true one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Reconstruction {
@@ -48,7 +48,7 @@ impl Reconstruction {
     }
 }
 
-/// What each loss counts in the sum (eq. 1).
+/// The weight of each loss in the sum (eq. 1).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossWeights {
     /// Of the reconstruction (eq. 2).
@@ -61,7 +61,7 @@ pub struct LossWeights {
     pub discriminator: f64,
 }
 
-/// What a step is to lower.
+/// The objective of a step: its losses and their weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Objective {
     /// The reconstruction loss.
@@ -83,7 +83,8 @@ impl Objective {
     }
 }
 
-/// Pictures under noise, and the words for them: one of the product, then, if any, one of the class.
+/// The batch of a step: latents, noise, timesteps and prompts of one picture of the product and, if any, one of its
+/// class.
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// `[B, c, h, w]`, in the UNet's scale; B is 1 or 2.
@@ -94,38 +95,38 @@ pub struct Batch {
     pub t: Vec<usize>,
     /// Token ids of the prompts.
     pub ids: Vec<Vec<u32>>,
-    /// The product's picture as it was before the autoencoder, `[1, 3, H, W]`, signed; what the perceptual loss looks at. Without
-    /// it there is no such loss.
+    /// The product's picture as it was before the autoencoder, `[1, 3, H, W]`, signed; what the perceptual loss looks
+    /// at. Without it there is no such loss.
     pub reference: Option<Tensor>,
     /// The rectangle that the perceptual loss looks at in latents, if not at all of them: top, left, side.
     pub crop: Option<(usize, usize, usize)>,
 }
 
-/// What stands around the models that learn, frozen.
+/// The frozen models and the schedule that a loss needs.
 #[derive(Clone, Copy, Debug)]
-pub struct Around<'a> {
-    /// How noise is laid over latents.
+pub struct FrozenModels<'a> {
+    /// The noise schedule.
     pub schedule: &'a Schedule,
     /// The perceptual loss goes through its decoder.
     pub vae: Option<&'a Vae>,
-    /// What the perceptual loss looks with.
+    /// The network of the perceptual loss.
     pub perceptual: Option<&'a Perceptual>,
 }
 
-/// The models that a loss goes through.
+/// The models that the losses go through.
 #[derive(Clone, Copy, Debug)]
-pub struct Chain<'a> {
+pub struct LossModels<'a> {
     /// Learns.
     pub text: &'a ClipText,
     /// Learns.
     pub unet: &'a Unet,
     /// Frozen.
-    pub around: Around<'a>,
+    pub frozen: FrozenModels<'a>,
     /// Frozen, as it was before the step.
     pub discriminator: Option<&'a Discriminator>,
 }
 
-/// What a batch costs, and all that was computed on the way. Scalars are unweighted and carry their graphs.
+/// The losses of a batch, and what was computed on the way. Scalars are unweighted and carry their graphs.
 #[derive(Debug)]
 pub struct Losses {
     /// The sum by the weights.
@@ -148,23 +149,24 @@ pub struct Losses {
     pub decoded: Option<Tensor>,
 }
 
-/// What `batch` costs by `objective`. Differentiable in every trained weight of `chain`.
+/// Computes the losses of `batch` by `objective`. Differentiable in every trained weight of `models`.
 ///
-/// [`Error::Bad`] if the batch does not fit together, or a loss has weight and no model.
-pub fn losses(chain: &Chain, batch: &Batch, objective: &Objective) -> Result<Losses> {
+/// [`Error::Input`] if the batch does not fit together, or a loss has weight and no model.
+pub fn losses(models: &LossModels, batch: &Batch, objective: &Objective) -> Result<Losses> {
     let (b, ..) = batch.latents.dims4()?;
     if batch.t.len() != b || batch.ids.len() != b || b == 0 || b > 2 {
         let (n_t, n_ids) = (batch.t.len(), batch.ids.len());
-        return Err(Error::bad(format!(
+        return Err(Error::input(format!(
             "losses: {b} pictures, {n_t} timesteps, {n_ids} prompts; wanted 1 or 2 of each"
         )));
     }
-    let (weights, Around { schedule, vae, perceptual: classifier }) = (&objective.weights, chain.around);
+    let (weights, FrozenModels { schedule, vae, perceptual: classifier }) =
+        (&objective.weights, models.frozen);
     // 1. Noise over both pictures, and the model's answer to it, as one batch.
     let noisy = schedule.q_sample(&batch.latents, &batch.noise, &batch.t)?;
     let target = schedule.target(&batch.latents, &batch.noise, &batch.t)?;
     let t: Vec<f64> = batch.t.iter().map(|&t| t as f64).collect();
-    let prediction = chain.unet.forward(&noisy, &t, &chain.text.forward(&batch.ids)?)?;
+    let prediction = models.unet.forward(&noisy, &t, &models.text.forward(&batch.ids)?)?;
     let of = |x: &Tensor, row: usize| x.narrow(0, row, 1);
 
     // 2. Eq. 2 for the product, eq. 4 for its class.
@@ -187,7 +189,7 @@ pub fn losses(chain: &Chain, batch: &Batch, objective: &Objective) -> Result<Los
     let (mut perceptual, mut decoded) = (None, None);
     if let (Some(z0), Some(reference)) = (&z0, reference) {
         let (Some(vae), Some(net)) = (vae, classifier) else {
-            return Err(Error::bad("losses: the perceptual loss has weight, and there is no model for it"));
+            return Err(Error::input("losses: the perceptual loss has weight, and there is no model for it"));
         };
         let (z0, reference) = cropped(z0, reference, batch.crop, vae.factor())?;
         let picture = vae.decode(&z0)?;
@@ -199,8 +201,8 @@ pub fn losses(chain: &Chain, batch: &Batch, objective: &Objective) -> Result<Los
     // 5. Eq. 7: they, as they are, before the discriminator.
     let mut adversarial = None;
     if let Some(z0) = z0.as_ref().filter(|_| weights.discriminator > 0.0) {
-        let Some(discriminator) = chain.discriminator else {
-            return Err(Error::bad(
+        let Some(discriminator) = models.discriminator else {
+            return Err(Error::input(
                 "losses: the discriminator's loss has weight, and there is no discriminator",
             ));
         };

@@ -1,14 +1,14 @@
-//! What is trained, and how: all that decides the result beside weights and pictures.
+//! The recipe of a training: all that decides its result beside weights and pictures.
 
 use serde::{Deserialize, Serialize};
 
-use super::critic::CriticRecipe;
+use super::discriminator::DiscriminatorRecipe;
 use super::losses::{Objective, Reconstruction};
-use crate::ml::adapted::Product;
+use crate::ml::product::Product;
 use crate::ml::views::ViewSettings;
 use crate::ml::{Error, Result};
 
-/// What learns.
+/// What is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Learner {
@@ -51,7 +51,7 @@ impl Default for Templates {
 }
 
 impl Templates {
-    /// The words for a picture of any thing of a class.
+    /// The prompt for pictures of a class.
     pub fn of_class(&self, class_name: &str) -> String {
         self.class.replace("{class}", class_name)
     }
@@ -63,18 +63,19 @@ pub struct Recipe {
     /// The words for the product.
     #[serde(flatten)]
     pub product: Product,
-    /// What learns.
+    /// What is trained.
     pub learner: Learner,
     /// Steps of the optimiser.
     pub n_steps: u64,
     /// Learning rate of AdamW, constant.
     pub lr: f64,
-    /// What a step is to lower.
+    /// The losses and their weights.
     pub objective: Objective,
     /// Where the perceptual loss counts.
     pub perceptual: PerceptualRecipe,
     /// How the discriminator is trained.
-    pub critic: CriticRecipe,
+    #[serde(rename = "critic")] // as it is called in files
+    pub discriminator: DiscriminatorRecipe,
     /// How views are made of the photos; `None` learns from the photos as they are.
     pub views: Option<ViewSettings>,
     /// The prompts.
@@ -90,30 +91,27 @@ impl Recipe {
     pub fn check(&self) -> Result<()> {
         let s_p = self.perceptual.until_step;
         if self.n_steps == 0 {
-            return Err(Error::bad("steps: wanted 1 or more, got 0"));
+            return Err(Error::setting("steps", "wanted 1 or more, got 0"));
         }
         if s_p > self.n_steps {
-            return Err(Error::bad(format!(
-                "s_p: wanted at most the {} steps of the training, got {s_p}",
-                self.n_steps
-            )));
+            let what = format!("wanted at most the {} steps of the training, got {s_p}", self.n_steps);
+            return Err(Error::setting("s_p", what));
         }
         if let Reconstruction::InverseGaussian { sigma, exponent_max } = self.objective.reconstruction
             && !(sigma > 0.0 && exponent_max > 0.0 && exponent_max <= 80.0)
         {
             // e^88 is the end of f32
-            return Err(Error::bad(format!(
-                "sigma: wanted above 0 with exponents up to 80, got {sigma} and {exponent_max}"
-            )));
+            let what = format!("wanted above 0 with exponents up to 80, got {sigma} and {exponent_max}");
+            return Err(Error::setting("sigma", what));
         }
-        if self.has_critic() && self.critic.batch == 0 {
-            return Err(Error::bad("discriminator: wanted a batch of 1 or more, got 0"));
+        if self.has_discriminator() && self.discriminator.batch == 0 {
+            return Err(Error::setting("discriminator", "wanted a batch of 1 or more, got 0"));
         }
         Ok(())
     }
 
     /// Whether the latent discriminator takes part.
-    pub fn has_critic(&self) -> bool {
+    pub fn has_discriminator(&self) -> bool {
         self.objective.weights.discriminator > 0.0
     }
 
@@ -122,17 +120,17 @@ impl Recipe {
         self.objective.weights.perceptual > 0.0 && self.perceptual.until_step > 0
     }
 
-    /// The words for a photo as it is.
+    /// The prompt for a photo as it is.
     pub fn photo_prompt(&self) -> String {
         self.filled(&self.templates.photo, "")
     }
 
-    /// The words for a view before this background.
+    /// The prompt for a view with this background.
     pub fn view_prompt(&self, background: &str) -> String {
         self.filled(&self.templates.view, background)
     }
 
-    /// The words for a picture of the class.
+    /// The prompt for pictures of the class.
     pub fn class_prompt(&self) -> String {
         self.templates.of_class(&self.product.class_name)
     }

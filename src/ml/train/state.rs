@@ -1,4 +1,4 @@
-//! A training at some step, and how it is kept.
+//! The state of a training: weights, optimisers, history and trials; one step on a batch; checkpoints.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -6,16 +6,17 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
-use super::critic::Critic;
-use super::losses::{Around, Batch, Chain, Objective, losses};
+use super::discriminator::DiscriminatorTrainer;
+use super::losses::{Batch, FrozenModels, LossModels, Objective, losses};
 use super::recipe::Recipe;
-use super::trace::Trace;
+use super::trace::{StepRecord, Trace};
 use super::trial::{self, Trial};
-use crate::ml::adapted::{self, EMBEDDING, Product, TEXT_ENCODER, UNET};
 use crate::ml::bundle::{Bundle, Part};
+use crate::ml::finetuned::{self, EMBEDDING, TEXT_ENCODER, UNET};
 use crate::ml::models::{clip::ClipText, unet::Unet};
 use crate::ml::ops::{AdamW, AdamWConfig};
 use crate::ml::param::Param;
+use crate::ml::product::Product;
 use crate::ml::sample::Models;
 use crate::ml::tensorfile::{TensorFile, save_streaming};
 use crate::ml::weights::Weights;
@@ -31,9 +32,9 @@ const DISCRIMINATOR: &str = "discriminator";
 const BEST: &str = "best";
 const TRIALS: [&str; 3] = ["trials.step", "trials.likeness", "trials.adherence"];
 
-/// What one step found. Losses are unweighted; one that the step did not compute is not a number.
+/// The metrics of one step. Losses are unweighted; one that the step did not compute is not a number.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Taken {
+pub struct StepMetrics {
     /// The weighted sum before the step (eq. 1).
     pub loss: f32,
     /// Norm of all gradients together, before clipping.
@@ -47,42 +48,42 @@ pub struct Taken {
     /// Eq. 7.
     pub adversarial: f32,
     /// The discriminator's own loss, before its step.
-    pub critic: f32,
+    pub discriminator: f32,
     /// Share of the reconstruction's elements whose exponent was cut.
     pub cut: f32,
 }
 
-/// A number of a step: its name, and where it stands.
-pub type Column = (&'static str, fn(&Taken) -> f32);
+/// A metric of a step: its name and its value.
+pub type Column = (&'static str, fn(&StepMetrics) -> f32);
 
-impl Taken {
-    /// Each number's name, as checkpoints, logs and reports have it, and where it stands.
+impl StepMetrics {
+    /// Each metric: its name in checkpoints, logs and reports, and its value.
     pub const COLUMNS: [Column; 8] = [
-        ("loss", |taken| taken.loss),
-        ("grad_norm", |taken| taken.grad_norm),
-        ("reconstruction", |taken| taken.reconstruction),
-        ("prior", |taken| taken.prior),
-        ("perceptual", |taken| taken.perceptual),
-        ("adversarial", |taken| taken.adversarial),
-        ("critic", |taken| taken.critic),
-        ("cut", |taken| taken.cut),
+        ("loss", |step| step.loss),
+        ("grad_norm", |step| step.grad_norm),
+        ("reconstruction", |step| step.reconstruction),
+        ("prior", |step| step.prior),
+        ("perceptual", |step| step.perceptual),
+        ("adversarial", |step| step.adversarial),
+        ("critic", |step| step.discriminator),
+        ("cut", |step| step.cut),
     ];
 
     fn of(row: [f32; 8]) -> Self {
-        let [loss, grad_norm, reconstruction, prior, perceptual, adversarial, critic, cut] = row;
-        Self { loss, grad_norm, reconstruction, prior, perceptual, adversarial, critic, cut }
+        let [loss, grad_norm, reconstruction, prior, perceptual, adversarial, discriminator, cut] = row;
+        Self { loss, grad_norm, reconstruction, prior, perceptual, adversarial, discriminator, cut }
     }
 }
 
-/// A training at some step: weights, moments, what each step so far found, and the best that was tried.
+/// A training at some step: weights, moments, the metrics of each step so far, and the best trial's weights.
 pub struct State {
     text: ClipText,
     unet: Unet,
     /// Every trained weight, by its name in our files.
     params: BTreeMap<String, Param>,
     optimiser: AdamW,
-    critic: Option<Critic>,
-    history: Vec<Taken>,
+    discriminator: Option<DiscriminatorTrainer>,
+    history: Vec<StepMetrics>,
     trials: Vec<Trial>,
     /// The weights of the best trial, on the CPU, where steps were taken since; else they are the weights themselves.
     best: Option<BTreeMap<String, Tensor>>,
@@ -90,29 +91,40 @@ pub struct State {
 
 impl State {
     /// Before the first step, of trainable models.
-    pub fn new(text: Part<ClipText>, unet: Part<Unet>, lr: f64, critic: Option<Critic>) -> Result<Self> {
+    pub fn new(
+        text: Part<ClipText>,
+        unet: Part<Unet>,
+        lr: f64,
+        discriminator: Option<DiscriminatorTrainer>,
+    ) -> Result<Self> {
         let named = |part: &str, params: BTreeMap<String, Param>| {
             let part = part.to_owned();
             params.into_iter().map(move |(name, param)| (format!("{part}.{name}"), param))
         };
         let params = named(TEXT_ENCODER, text.params).chain(named(UNET, unet.params)).collect();
-        Self::of(text.model, unet.model, params, lr, critic)
+        Self::of(text.model, unet.model, params, lr, discriminator)
     }
 
-    /// Before the first step of one that learns an embedding only: that of the product's token, which begins as the mean
-    /// of its class's words. All else is `base`'s, frozen.
+    /// Before the first step of one that learns an embedding only: that of the product's token, which begins as the
+    /// mean of its class's words. All else is `base`'s, frozen.
     ///
     /// Assumption: the paper of Textual Inversion begins with one word; a class may have several.
-    pub fn of_embedding(base: &Models, product: &Product, lr: f64, critic: Option<Critic>) -> Result<Self> {
+    pub fn of_embedding(
+        base: &Models,
+        product: &Product,
+        lr: f64,
+        discriminator: Option<DiscriminatorTrainer>,
+    ) -> Result<Self> {
         let (token, meaning) = (&product.token, base.tokenizer.words(&product.class_name));
         let id = base.tokenizer.id(token);
-        let id = id.ok_or_else(|| Error::bad(format!("\"{token}\": wanted one token of the vocabulary")))?;
+        let id =
+            id.ok_or_else(|| Error::input(format!("\"{token}\": wanted one token of the vocabulary")))?;
         if meaning.is_empty() {
-            return Err(Error::bad("class_name: has no words to begin with"));
+            return Err(Error::setting("class_name", "has no words to begin with"));
         }
         let row = Param::new(format!("{EMBEDDING}.{token}"), base.text.mean_embedding(&meaning)?, true)?;
         let params = BTreeMap::from([(row.name().to_owned(), row.clone())]);
-        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, lr, critic)
+        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, lr, discriminator)
     }
 
     fn of(
@@ -120,7 +132,7 @@ impl State {
         unet: Unet,
         params: BTreeMap<String, Param>,
         lr: f64,
-        critic: Option<Critic>,
+        discriminator: Option<DiscriminatorTrainer>,
     ) -> Result<Self> {
         let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
         Ok(Self {
@@ -128,7 +140,7 @@ impl State {
             unet,
             params,
             optimiser,
-            critic,
+            discriminator,
             history: Vec::new(),
             trials: Vec::new(),
             best: None,
@@ -140,8 +152,8 @@ impl State {
         self.history.len() as u64
     }
 
-    /// What each step found, the first one first.
-    pub fn history(&self) -> &[Taken] {
+    /// The metrics of each step, the first one first.
+    pub fn history(&self) -> &[StepMetrics] {
         &self.history
     }
 
@@ -151,67 +163,77 @@ impl State {
     }
 
     /// The discriminator, where one takes part.
-    pub fn critic(&self) -> Option<&Critic> {
-        self.critic.as_ref()
+    pub fn discriminator(&self) -> Option<&DiscriminatorTrainer> {
+        self.discriminator.as_ref()
     }
 
-    pub(super) fn critic_mut(&mut self) -> Option<&mut Critic> {
-        self.critic.as_mut()
+    pub(super) fn discriminator_mut(&mut self) -> Option<&mut DiscriminatorTrainer> {
+        self.discriminator.as_mut()
     }
 
-    /// One step on `batch`; then one of the discriminator on `shown`, real latents and fake ones, to which it adds this step's
-    /// guess. [`Error::Diverged`], changing no weight of the diffusion model, where loss or gradient is not finite.
+    /// One step on `batch`; then one of the discriminator on `shown`, real latents and fake ones, to which it adds this
+    /// step's guess. [`Error::Diverged`], changing no weight of the diffusion model, where loss or gradient is not
+    /// finite.
     pub fn step(
         &mut self,
-        around: Around<'_>,
+        frozen: FrozenModels<'_>,
         batch: &Batch,
         objective: &Objective,
         shown: Option<(Tensor, Tensor)>,
         trace: Option<(&Trace, &Recipe)>,
-    ) -> Result<Taken> {
-        let diverged = Error::Diverged(self.n_steps() + 1);
-        let discriminator = self.critic.as_ref().map(Critic::frozen).transpose()?;
+    ) -> Result<StepMetrics> {
+        let step = self.n_steps() + 1;
+        let diverged = || Error::Diverged { step };
+        let discriminator = self.discriminator.as_ref().map(DiscriminatorTrainer::frozen).transpose()?;
         let (text, unet) = (&self.text, &self.unet);
-        let chain = Chain { text, unet, around, discriminator: discriminator.as_ref() };
-        let losses = losses(&chain, batch, objective)?;
+        let models = LossModels { text, unet, frozen, discriminator: discriminator.as_ref() };
+        let losses = losses(&models, batch, objective)?;
         let value = losses.total.to_scalar::<f32>()?;
         if !value.is_finite() {
-            return Err(diverged);
+            return Err(diverged());
         }
         losses.total.backward()?;
         let norm = self.optimiser.grad_norm()?;
         if !norm.is_finite() {
-            return Err(diverged);
+            return Err(diverged());
         }
         if let Some((trace, recipe)) = trace {
-            trace.write(self, recipe, batch, &losses, norm)?;
+            trace.write(&StepRecord {
+                step,
+                recipe,
+                batch,
+                losses: &losses,
+                grad_norm: norm,
+                params: &self.params,
+                discriminator: self.discriminator.as_ref().map(|discriminator| &discriminator.params),
+            })?;
         }
         self.keep_best()?;
         self.optimiser.step_clipped(norm)?;
         // Assumption: the discriminator sees the guess that was judged, not one of the weights after the step.
-        let critic = match (&mut self.critic, shown, &losses.z0) {
-            (Some(critic), Some((real, fake)), Some(z0)) => {
-                critic.step(&real, &Tensor::cat(&[&fake, &z0.detach()], 0)?)?
+        let discriminator = match (&mut self.discriminator, shown, &losses.z0) {
+            (Some(discriminator), Some((real, fake)), Some(z0)) => {
+                discriminator.step(&real, &Tensor::cat(&[&fake, &z0.detach()], 0)?)?
             }
             _ => f32::NAN,
         };
-        if self.critic.is_some() && !critic.is_finite() {
-            return Err(diverged);
+        if self.discriminator.is_some() && !discriminator.is_finite() {
+            return Err(diverged());
         }
         let number = |tensor: &Tensor| tensor.to_scalar::<f32>();
         let term = |tensor: &Option<Tensor>| tensor.as_ref().map_or(Ok(f32::NAN), number);
-        let taken = Taken {
+        let metrics = StepMetrics {
             loss: value,
             grad_norm: norm as f32,
             reconstruction: number(&losses.reconstruction)?,
             prior: term(&losses.prior)?,
             perceptual: term(&losses.perceptual)?,
             adversarial: term(&losses.adversarial)?,
-            critic,
+            discriminator,
             cut: number(&losses.cut)?,
         };
-        self.history.push(taken);
-        Ok(taken)
+        self.history.push(metrics);
+        Ok(metrics)
     }
 
     /// Every trial so far, in order.
@@ -219,9 +241,9 @@ impl State {
         &self.trials
     }
 
-    /// Takes what was found of the weights as they are now, once for each step. From the first trial on, the best one's
+    /// Adds the trial of the weights as they are now, once for each step. From the first trial on, the best one's
     /// weights are served.
-    pub fn tried(&mut self, trial: Trial) {
+    pub fn add_trial(&mut self, trial: Trial) {
         self.trials.push(trial);
         if self.served_step() == self.n_steps() {
             self.best = None;
@@ -259,11 +281,11 @@ impl State {
     }
 
     fn models(&self, values: HashMap<String, Tensor>, bundle: &Bundle, base: &Models) -> Result<Models> {
-        adapted::models(&Weights::from_tensors(values, &base.device), self.params.keys(), bundle, base)
+        finetuned::models(&Weights::from_tensors(values, &base.device), self.params.keys(), bundle, base)
     }
 
-    /// Writes the weights that are served, and nothing else, as [`adapted::Adapted::load`] reads them. The bytes depend on
-    /// weights, bundle and recipe only.
+    /// Writes the weights that are served, and nothing else, as [`finetuned::FineTuned::load`] reads them. The bytes
+    /// depend on weights, bundle and recipe only.
     pub fn save_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let Some(best) = &self.best else { return self.save_last_weights(path, bundle, recipe) };
         self.write_weights(path, bundle, recipe, |name| best[name].clone())
@@ -282,13 +304,13 @@ impl State {
         value: impl Fn(&str) -> Tensor,
     ) -> Result<()> {
         let shapes = self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect();
-        let metadata = adapted::metadata(adapted::FORMAT, bundle, &recipe.json());
+        let metadata = finetuned::metadata(finetuned::FORMAT, bundle, &recipe.json());
         save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(value(name)))
     }
 
     /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
     pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
-        let metadata = adapted::metadata(FORMAT, bundle, &recipe.json());
+        let metadata = finetuned::metadata(FORMAT, bundle, &recipe.json());
         let learning = self.learning();
         let shapes = self.shapes(self.history.len(), self.trials.len(), self.best.is_some());
         save_streaming(path, &shapes, &metadata, DType::F32, |name| {
@@ -307,12 +329,12 @@ impl State {
         })
     }
 
-    /// Goes on from a file by [`State::save`]. [`Error::Bad`] if it is of another bundle, another recipe or other
+    /// Goes on from a file by [`State::save`]. [`Error::Input`] if it is of another bundle, another recipe or other
     /// models; the state is then of no use.
     pub fn resume(&mut self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let file = TensorFile::open(path)?;
-        let bad = |what: String| Error::Bad(format!("{}: {what}", path.display()));
-        adapted::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
+        let bad = |what: String| Error::file(path, what);
+        finetuned::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
         let theirs = file.metadata().get("recipe").map_or("null", String::as_str);
         if let Some(what) = difference(theirs, &recipe.json()) {
             return Err(bad(format!("was made with other settings: {what}")));
@@ -332,16 +354,17 @@ impl State {
             param.set(&read(&name)?)?;
         }
         restore(&mut self.optimiser, &self.params, "", n_steps as u64, &read)?;
-        if let Some(critic) = &mut self.critic {
-            let n_steps = recipe.critic.n_steps + n_steps as u64;
-            restore(&mut critic.optimiser, &critic.params, &format!("{DISCRIMINATOR}."), n_steps, &read)?;
+        if let Some(discriminator) = &mut self.discriminator {
+            let n_steps = recipe.discriminator.n_steps + n_steps as u64;
+            let (optimiser, params) = (&mut discriminator.optimiser, &discriminator.params);
+            restore(optimiser, params, &format!("{DISCRIMINATOR}."), n_steps, &read)?;
         }
         let mut rows = vec![[0.0; 8]; n_steps];
-        for (i, (column, _)) in Taken::COLUMNS.iter().enumerate() {
+        for (i, (column, _)) in StepMetrics::COLUMNS.iter().enumerate() {
             let values = file.read(&format!("history.{column}"))?;
             rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
         }
-        self.history = rows.into_iter().map(Taken::of).collect();
+        self.history = rows.into_iter().map(StepMetrics::of).collect();
         let [steps, likeness, adherence] = TRIALS.map(|column| match n_trials {
             0 => Ok(Vec::new()),
             _ => file.read(column),
@@ -358,16 +381,17 @@ impl State {
     /// All that learns, by its name in a checkpoint, and by which optimiser.
     fn learning(&self) -> BTreeMap<String, (&Param, &AdamW)> {
         let own = self.params.iter().map(|(name, param)| (name.clone(), (param, &self.optimiser)));
-        let critic = self.critic.iter().flat_map(|critic| {
-            let params = critic.params.iter();
-            params.map(|(name, param)| (format!("{DISCRIMINATOR}.{name}"), (param, &critic.optimiser)))
+        let discriminator = self.discriminator.iter().flat_map(|one| {
+            let params = one.params.iter();
+            params.map(|(name, param)| (format!("{DISCRIMINATOR}.{name}"), (param, &one.optimiser)))
         });
-        own.chain(critic).collect()
+        own.chain(discriminator).collect()
     }
 
     /// Names and shapes in a checkpoint after `n_steps` steps and `n_trials` trials, with a best one before or not.
     fn shapes(&self, n_steps: usize, n_trials: usize, has_best: bool) -> BTreeMap<String, Vec<usize>> {
-        let history = Taken::COLUMNS.iter().map(|(column, _)| (format!("history.{column}"), vec![n_steps]));
+        let history =
+            StepMetrics::COLUMNS.iter().map(|(column, _)| (format!("history.{column}"), vec![n_steps]));
         let trials = TRIALS.map(|column| (column.to_owned(), vec![n_trials]));
         let trials = trials.into_iter().filter(|_| n_trials > 0);
         let best = self.params.iter().filter(|_| has_best);
@@ -380,8 +404,8 @@ impl State {
     }
 
     fn column(&self, name: &str) -> Result<Tensor> {
-        let column = Taken::COLUMNS.iter().find(|(column, _)| *column == name).map(|(_, of)| *of);
-        let of = column.ok_or_else(|| Error::bad(format!("history: no column {name}")))?;
+        let column = StepMetrics::COLUMNS.iter().find(|(column, _)| *column == name).map(|(_, of)| *of);
+        let of = column.ok_or_else(|| Error::input(format!("history: no column {name}")))?;
         let values: Vec<f32> = self.history.iter().map(of).collect();
         Ok(Tensor::from_vec(values, self.history.len(), &Device::Cpu)?)
     }
@@ -398,7 +422,7 @@ impl State {
 
     fn best_weight(&self, name: &str) -> Result<Tensor> {
         let found = self.best.as_ref().and_then(|best| best.get(name));
-        found.cloned().ok_or_else(|| Error::bad(format!("best: no weight {name}")))
+        found.cloned().ok_or_else(|| Error::input(format!("best: no weight {name}")))
     }
 }
 

@@ -1,4 +1,4 @@
-//! One step as a file: what went in and what came out, so that anyone can compute it again.
+//! Writes one training step to a file with its inputs and outputs, so that other programs can recompute it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -7,11 +7,12 @@ use candle_core::{DType, Device, Tensor};
 
 use super::losses::{Batch, Losses};
 use super::recipe::Recipe;
-use super::state::State;
 use crate::ml::Result;
+use crate::ml::param::Param;
 use crate::ml::tensorfile::save;
 
-/// Weights whose gradients a trace holds, by the end of their names: both ends of each model and a projection in between.
+/// Weights whose gradients a trace holds, by the end of their names: both ends of each model and a projection in
+/// between.
 const TRACED: [&str; 6] = [
     "unet.conv_in.weight",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -23,11 +24,11 @@ const TRACED: [&str; 6] = [
 
 /// Which steps are written, and where.
 ///
-/// `step-0001.safetensors` and so on, f32: `latents` and `noise` `[B, c, h, w]` (the product's picture first), `t` `[B]`,
-/// `ids` `[B, 77]`, `prediction`, `z0`, `decoded`, `reference`, `crop` (top, left, side in latents), `loss.<term>` unweighted,
-/// `loss.total`, `grad_norm` before clipping, `grad.<weight>` of a few weights, `discriminator.<weight>` as the step found
-/// them. What a step does not compute is not there. The metadata hold the recipe. The weights of step 1 are the
-/// bundle's; those of a later one are in a checkpoint of the step before.
+/// `step-0001.safetensors` and so on, f32: `latents` and `noise` `[B, c, h, w]` (the product's picture first), `t`
+/// `[B]`, `ids` `[B, 77]`, `prediction`, `z0`, `decoded`, `reference`, `crop` (top, left, side in latents),
+/// `loss.<term>` unweighted, `loss.total`, `grad_norm` before clipping, `grad.<weight>` of a few weights,
+/// `discriminator.<weight>` as the step found them. What a step does not compute is not there. The metadata hold the
+/// recipe. The weights of step 1 are the bundle's; those of a later one are in a checkpoint of the step before.
 #[derive(Clone, Debug)]
 pub struct Trace {
     /// A directory that exists.
@@ -36,20 +37,29 @@ pub struct Trace {
     pub steps: BTreeSet<u64>,
 }
 
+/// A step that is about to be taken.
+pub(super) struct StepRecord<'a> {
+    /// Counted from 1.
+    pub(super) step: u64,
+    pub(super) recipe: &'a Recipe,
+    pub(super) batch: &'a Batch,
+    pub(super) losses: &'a Losses,
+    /// Norm of all gradients together, before clipping.
+    pub(super) grad_norm: f64,
+    /// Every trained weight, with its gradient.
+    pub(super) params: &'a BTreeMap<String, Param>,
+    /// The discriminator's weights, where one takes part.
+    pub(super) discriminator: Option<&'a BTreeMap<String, Param>>,
+}
+
 impl Trace {
     pub(super) fn wants(&self, step: u64) -> bool {
         self.steps.contains(&step)
     }
 
-    /// Writes the step that `state` is about to take; its gradients are in the weights.
-    pub(super) fn write(
-        &self,
-        state: &State,
-        recipe: &Recipe,
-        batch: &Batch,
-        losses: &Losses,
-        grad_norm: f64,
-    ) -> Result<()> {
+    /// Writes a step.
+    pub(super) fn write(&self, record: &StepRecord<'_>) -> Result<()> {
+        let StepRecord { step, recipe, batch, losses, grad_norm, params, discriminator } = *record;
         let cpu = Device::Cpu;
         let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
         let mut put = |name: &str, tensor: Option<&Tensor>| -> Result<()> {
@@ -83,13 +93,12 @@ impl Trace {
         put("grad_norm", Some(&Tensor::new(grad_norm as f32, &cpu)?))?;
         let traced =
             |name: &str| TRACED.iter().any(|end| name.ends_with(end)) || name.starts_with("embedding.");
-        for (name, param) in state.params().iter().filter(|(name, _)| traced(name)) {
+        for (name, param) in params.iter().filter(|(name, _)| traced(name)) {
             put(&format!("grad.{name}"), param.grad().as_ref())?;
         }
-        for (name, param) in state.critic().into_iter().flat_map(|critic| &critic.params) {
+        for (name, param) in discriminator.into_iter().flatten() {
             put(&format!("discriminator.{name}"), Some(&param.value()))?;
         }
-        let step = state.n_steps() + 1;
         let metadata =
             [("format", "hypnos trace 1"), ("recipe", &recipe.json()), ("step", &step.to_string())];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();

@@ -1,4 +1,4 @@
-//! Which of a training's steps is served: a few are tried, and the best is kept.
+//! Scores of a few steps of a training, of which the best is served.
 
 use serde::Serialize;
 
@@ -14,8 +14,8 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// A trial. Shares beyond 1 count as 1: a picture nearer to the photos than they are to one another is a copy, not a
-    /// better one; those below 0, or none at all, as 0.
+    /// A trial. Shares beyond 1 count as 1: a picture nearer to the photos than they are to one another is a copy, not
+    /// a better one; those below 0, or none at all, as 0.
     pub fn new(step: u64, likeness: f64, adherence: f64) -> Self {
         let share = |value: f64| if value > 0.0 { value.min(1.0) as f32 } else { 0.0 };
         Self { step, likeness: share(likeness), adherence: share(adherence) }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicUsize;
 
 use tokio::sync::oneshot;
 
-use crate::engine::{Beat, ClassImages, Drawn, Ending, Flow};
+use crate::engine::{ClassImages, Ending, Flow, Image, TrainEvent};
 use crate::job::{Fault, SampleSpec, TrainSpec};
 use crate::worker::shares::DeviceTime;
 
@@ -32,7 +32,7 @@ pub(in crate::worker) struct TrainCommand {
     pub(in crate::worker) resume: Option<PathBuf>,
     pub(in crate::worker) scratch: PathBuf,
     /// Receives every event of the training and says how to go on.
-    pub(in crate::worker) observer: Box<dyn FnMut(Beat) -> Flow + Send>,
+    pub(in crate::worker) observer: Box<dyn FnMut(TrainEvent) -> Flow + Send>,
     pub(in crate::worker) device_time: Arc<DeviceTime>,
     pub(in crate::worker) reply: Reply<Ending>,
 }
@@ -53,5 +53,5 @@ pub(in crate::worker) struct DrawCommand {
     pub(in crate::worker) is_wanted: Box<dyn Fn() -> bool + Send>,
     pub(in crate::worker) device_time: Arc<DeviceTime>,
     /// `None` if the sample is no longer wanted.
-    pub(in crate::worker) reply: Reply<Option<Vec<Drawn>>>,
+    pub(in crate::worker) reply: Reply<Option<Vec<Image>>>,
 }

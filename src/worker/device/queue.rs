@@ -9,7 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, error::TryRecvError};
 
 use super::command::{Command, DrawCommand, Reply, TrainCommand};
 use crate::clock;
-use crate::engine::{Artist, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, TrainInput};
+use crate::engine::{ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGenerator, TrainInput};
 use crate::job::{Fault, FaultCode, TrainSpec};
 use crate::worker::shares::{Account, Clock};
 
@@ -35,7 +35,7 @@ pub(super) struct DeviceQueue {
 /// A sample of which some images may be drawn already.
 struct PendingSample {
     command: DrawCommand,
-    drawn: Vec<Drawn>,
+    drawn: Vec<Image>,
 }
 
 impl PendingSample {
@@ -75,7 +75,7 @@ fn forward<T: Send + 'static>(
 }
 
 /// Whether the device computes.
-pub(super) fn probe(artist: &mut dyn Artist) -> Result<(), Fault> {
+pub(super) fn probe(artist: &mut dyn ImageGenerator) -> Result<(), Fault> {
     catch_panic(|| artist.probe())
         .unwrap_or_else(|_| Err(Fault::device_lost("the engine panicked when it was probed")))
 }
@@ -164,7 +164,7 @@ impl DeviceQueue {
         }
     }
 
-    fn answer_probes(&mut self, artist: &mut dyn Artist) -> Result<(), EngineFailure> {
+    fn answer_probes(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         for reply in self.probes.drain(..) {
             let outcome = probe(artist);
             let works = outcome.is_ok();
@@ -217,7 +217,7 @@ impl DeviceQueue {
     }
 
     /// Between two steps of a training: answers probes, and draws batches while samples owe the training no time.
-    fn between_steps(&mut self, artist: &mut dyn Artist) -> Result<(), EngineFailure> {
+    fn between_steps(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         self.receive_all();
         self.answer_probes(artist)?;
         while !self.samples.is_empty() && self.account.may_draw() {
@@ -228,7 +228,7 @@ impl DeviceQueue {
     }
 
     /// Draws one batch of the sample with the earliest turn.
-    fn draw(&mut self, artist: &mut dyn Artist) -> Result<(), EngineFailure> {
+    fn draw(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         let turns = self.samples.iter().enumerate();
         let Some((next, _)) = turns.min_by_key(|(_, sample)| sample.turn()) else { return Ok(()) };
         let PendingSample { mut command, mut drawn } = self.samples.remove(next);

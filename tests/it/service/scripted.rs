@@ -7,7 +7,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use hypnos::engine::{
-    Artist, Beat, ClassImages, DrawInput, Drawn, Ending, Engine, Flow, Shown, TrainInput, Trained, Watch,
+    ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGenerator, Observer, Shown, TrainEvent,
+    TrainInput, Trained,
 };
 use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
 use hypnos::report::Gallery;
@@ -195,7 +196,7 @@ pub(super) fn expected_weights(seed: u64, steps: u64) -> Vec<u8> {
 }
 
 /// A picture of its own for every prompt and seed: a colour.
-fn picture(prompt: &str, seed: u64, format: Format) -> Drawn {
+fn picture(prompt: &str, seed: u64, format: Format) -> Image {
     let hash = Sha256::digest(format!("{prompt} from seed {seed}"));
     let pixels = image::RgbImage::from_pixel(64, 64, image::Rgb([hash[0], hash[1], hash[2]]));
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -205,10 +206,10 @@ fn picture(prompt: &str, seed: u64, format: Format) -> Drawn {
         Format::Webp => image::ImageFormat::WebP,
     };
     pixels.write_to(&mut bytes, written).unwrap();
-    Drawn { bytes: bytes.into_inner(), format, width: 64, height: 64, prompt: prompt.into(), seed }
+    Image { bytes: bytes.into_inner(), format, width: 64, height: 64, prompt: prompt.into(), seed }
 }
 
-impl Artist for Scripted {
+impl ImageGenerator for Scripted {
     fn batch(&self) -> usize {
         self.script.batch
     }
@@ -218,7 +219,7 @@ impl Artist for Scripted {
         input: &DrawInput<'_>,
         pictures: Range<usize>,
         watch: &mut dyn FnMut(u64, u64) -> Flow,
-    ) -> Result<Option<Vec<Drawn>>, Fault> {
+    ) -> Result<Option<Vec<Image>>, Fault> {
         self.script.wait_to_draw();
         let missing = |_| Fault::new(FaultCode::ArtifactMissing, "the weights cannot be read");
         let weights = std::fs::read(input.weights).map_err(missing)?;
@@ -252,7 +253,7 @@ impl Engine for Scripted {
         ClassImages { settings: format!("{:x}", Sha256::digest(&spec.class_name)), seeds }
     }
 
-    fn train(&mut self, input: TrainInput<'_>, watch: &mut Watch<'_>) -> Result<Ending, Fault> {
+    fn train(&mut self, input: TrainInput<'_>, watch: &mut Observer<'_>) -> Result<Ending, Fault> {
         self.training = true;
         let ending = train(self, input, watch);
         self.training = false;
@@ -260,7 +261,7 @@ impl Engine for Scripted {
     }
 }
 
-fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) -> Result<Ending, Fault> {
+fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Observer<'_>) -> Result<Ending, Fault> {
     assert!(input.photos.len() >= 3, "the worker fetched the photos");
     let (spec, script) = (input.spec, engine.script.clone());
     for (seed, had) in input.class_images.iter().enumerate() {
@@ -268,7 +269,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
             script.takes_a_step()?;
             script.did(Did::ClassImage(seed as u64));
             let png = picture(&format!("class{}", script.device), seed as u64, Format::Png).bytes;
-            if watch(engine, Beat::ClassImage { index: seed, png }) != Flow::Continue {
+            if watch(engine, TrainEvent::ClassImage { index: seed, png }) != Flow::Continue {
                 return Ok(Ending::Stopped);
             }
         }
@@ -315,17 +316,17 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Watch<'_>) ->
         step += 1;
         let progress =
             Progress { step, loss: Some(1.0 / step as f64), ..Progress::begin(Phase::Training, total) };
-        match watch(engine, Beat::Progress(progress)) {
+        match watch(engine, TrainEvent::Progress(progress)) {
             Flow::Continue => {}
             Flow::Checkpoint => {
-                watch(engine, Beat::Checkpoint { step, file: save(step, state)? });
+                watch(engine, TrainEvent::Checkpoint { step, file: save(step, state)? });
             }
             Flow::Pause => return Ok(Ending::Paused(Some((step, save(step, state)?)))),
             Flow::Stop => return Ok(Ending::Stopped),
         }
         if step == total / 2 {
             let picture = picture("a preview", spec.seed, Format::Png);
-            watch(engine, Beat::Shown { what: Shown::Preview(step), picture });
+            watch(engine, TrainEvent::Shown { what: Shown::Preview(step), picture });
         }
     }
     let weights = input.scratch.join("weights");

@@ -1,7 +1,7 @@
 //! Launches `elementwise.cu`: activations, GEGLU, biases.
 
 use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, int, launch, long};
-use crate::ml::ops::Activation;
+use crate::ml::ops::activation::Activation;
 
 /// The number that the kernel knows an activation by.
 fn kind(activation: Activation) -> super::Arg {

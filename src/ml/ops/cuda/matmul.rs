@@ -1,7 +1,7 @@
 //! Matrix products by cuBLAS: any row length, stacks of matrices, f32 or bf16 factors, sums in f32.
 //!
-//! Not candle's product, which takes no heads that lie side by side, adds to nothing and gives bf16 for bf16: a weight's
-//! gradient has to come out in f32.
+//! Not candle's product, which takes no heads that lie side by side, adds to nothing and gives bf16 for bf16: a
+//! weight's gradient has to come out in f32.
 
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 
@@ -62,7 +62,8 @@ impl Size {
     }
 }
 
-/// `to = a b`, or `to += a b`, matrix by matrix. `a` and `b` are of one dtype, `to` is of it or f32, and not transposed.
+/// `to = a b`, or `to += a b`, matrix by matrix. `a` and `b` are of one dtype, `to` is of it or f32, and not
+/// transposed.
 ///
 /// The matrices must lie within their tensors: the callers' sizes say so.
 pub(super) fn product(

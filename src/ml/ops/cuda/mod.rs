@@ -16,7 +16,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
 use candle_core::{CudaStorage, DType, Result, Shape, Storage, StorageRef, Tensor, bail};
 
-use super::graft::Computed;
+use super::custom_op::Computed;
 
 mod adamw;
 mod attention;

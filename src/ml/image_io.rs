@@ -1,18 +1,16 @@
-//! Pictures as files: photos to tensors, pixels to PNG, JPEG and WebP.
+//! Reads, resizes and encodes pictures: PNG to pixels and tensors, pixels to PNG, JPEG and WebP.
 //!
-//! Photos are trusted: the service has decoded what strangers sent and encoded it again. Only PNG files say how they
+//! Input is trusted: the service has decoded untrusted uploads and encoded them again. Only PNG files say how they
 //! were made; JPEG and WebP have no place for texts that other programs read.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use image::imageops::{self, FilterType};
 use image::{ImageBuffer, Luma, RgbImage};
-use serde_json::json;
 
-use super::sample::{Picture, Settings};
 use super::{Error, Result};
 
 /// Quality of JPEG and WebP, of 100.
@@ -23,8 +21,8 @@ pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
     fitted(photo, side as u32, side as u32)
 }
 
-/// The largest part in the middle of a photo with the proportions of `width` to `height`, brought to that size. One of that
-/// size already is taken pixel for pixel.
+/// The largest part in the middle of a photo with the proportions of `width` to `height`, brought to that size. One of
+/// that size already is taken pixel for pixel.
 ///
 /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
 /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
@@ -62,19 +60,19 @@ pub fn within(picture: &RgbImage, side: u32) -> RgbImage {
     imageops::resize(picture, fit(width), fit(height), FilterType::Triangle)
 }
 
-/// The pixels of a PNG file. [`Error::Bad`] if the bytes are none.
+/// The pixels of a PNG file. [`Error::Input`] if the bytes are none.
 pub fn read_png(png: &[u8]) -> Result<RgbImage> {
     let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
-    Ok(decoded.map_err(|error| Error::bad(format!("cannot be decoded: {error}")))?.into_rgb8())
+    Ok(decoded.map_err(|error| Error::input(format!("cannot be decoded: {error}")))?.into_rgb8())
 }
 
-/// A picture of pixels as [`super::sample::draw`] gives them: `height x width x 3` bytes. [`Error::Bad`] if there are more
-/// or fewer.
+/// A picture of pixels as [`super::sample::draw`] gives them: `height x width x 3` bytes. [`Error::Input`] if there are
+/// more or fewer.
 pub fn of_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<RgbImage> {
     let n = pixels.len();
     let whole =
         ImageBuffer::from_raw(width as u32, height as u32, pixels).filter(|_| n == width * height * 3);
-    whole.ok_or_else(|| Error::bad(format!("picture: wanted {width} x {height} pixels, got {n} bytes")))
+    whole.ok_or_else(|| Error::input(format!("picture: wanted {width} x {height} pixels, got {n} bytes")))
 }
 
 /// A picture in grey with a coarse map laid over it: from nothing at the map's least to red at its most.
@@ -109,7 +107,7 @@ pub fn signed(pixels: &RgbImage) -> Result<Tensor> {
 pub fn png(pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<Vec<u8>> {
     let mut file = Vec::new();
     let written = write_png(&mut file, pixels, size, texts);
-    written.map_err(|error| Error::bad(format!("PNG: cannot be encoded: {error}")))?;
+    written.map_err(|error| Error::input(format!("PNG: cannot be encoded: {error}")))?;
     Ok(file)
 }
 
@@ -118,7 +116,7 @@ pub fn jpeg(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
     let mut file = Vec::new();
     let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut file, QUALITY);
     let written = encoder.encode(pixels, width as u32, height as u32, image::ExtendedColorType::Rgb8);
-    written.map_err(|error| Error::bad(format!("JPEG: cannot be encoded: {error}")))?;
+    written.map_err(|error| Error::input(format!("JPEG: cannot be encoded: {error}")))?;
     Ok(file)
 }
 
@@ -126,48 +124,21 @@ pub fn jpeg(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
 pub fn webp(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
     let encoder = webp::Encoder::from_rgb(pixels, width as u32, height as u32);
     let file = encoder.encode_simple(false, f32::from(QUALITY));
-    Ok(file.map_err(|error| Error::bad(format!("WebP: cannot be encoded: {error:?}")))?.to_vec())
+    Ok(file.map_err(|error| Error::input(format!("WebP: cannot be encoded: {error:?}")))?.to_vec())
 }
 
 /// Writes RGB pixels as a PNG, whole or not at all; see [`png()`].
 pub fn save_png(path: &Path, pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<()> {
-    let failed =
-        |error: &dyn std::fmt::Display| Error::bad(format!("{}: cannot be written: {error}", path.display()));
+    let unwritten = |error: io::Error| Error::file_from(path, format!("cannot be written: {error}"), error);
     let part = path.with_extension("png.part");
-    let file = File::create(&part).map_err(|error| failed(&error))?;
-    let written = write_png(BufWriter::new(file), pixels, size, texts);
-    let written = written
-        .map_err(|error| failed(&error))
-        .and_then(|()| std::fs::rename(&part, path).map_err(|error| failed(&error)));
+    let file = File::create(&part).map_err(unwritten)?;
+    let written = write_png(BufWriter::new(file), pixels, size, texts)
+        .map_err(|error| Error::file_from(path, format!("cannot be written: {error}"), error))
+        .and_then(|()| std::fs::rename(&part, path).map_err(unwritten));
     if written.is_err() {
         let _ = std::fs::remove_file(&part); // it is of no use to anyone
     }
     written
-}
-
-/// What a picture says of itself: the one line that other programs read, and all of it as JSON.
-///
-/// * `bundle`: name and hash of the models
-/// * `own_latents`: whether it began with given noise instead of its seed's
-pub fn texts(
-    picture: &Picture,
-    settings: &Settings,
-    (name, hash): (&str, &str),
-    own_latents: bool,
-) -> [(&'static str, String); 2] {
-    let Picture { prompt, negative, seed } = picture;
-    let Settings { sampler, steps, guidance, width, height } = settings;
-    let line = format!(
-        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {seed}, \
-         Size: {width}x{height}, Model hash: {}",
-        &hash[..10.min(hash.len())]
-    );
-    let all = json!({
-        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
-        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": name,
-        "bundle_sha256": hash, "own_latents": own_latents, "hypnos": env!("CARGO_PKG_VERSION"),
-    });
-    [("parameters", line), ("hypnos", all.to_string())]
 }
 
 fn write_png(

@@ -1,15 +1,14 @@
-//! A fine-tuned text encoder and UNet as a file, and ready to draw.
+//! Fine-tuned weights: the format of their file, and loading it as models that draw.
 //!
-//! One safetensors file: `text_encoder.…` and `unet.…`, or only `embedding.<token>` where nothing else learned; f32, since a
-//! fine-tune is lost to the rounding of narrower types; the autoencoder stays the bundle's. Its metadata say what it is, of
-//! which bundle, and how it was trained.
+//! One safetensors file: `text_encoder.…` and `unet.…`, or only `embedding.<token>` where nothing else learned; f32,
+//! since a fine-tune is lost to the rounding of narrower types; the autoencoder stays the bundle's. Its metadata say
+//! what it is, of which bundle, and how it was trained.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-
 use super::bundle::Bundle;
+use super::product::Product;
 use super::sample::Models;
 use super::tensorfile::TensorFile;
 use super::weights::Weights;
@@ -26,46 +25,18 @@ pub(crate) const EMBEDDING: &str = "embedding";
 /// What `format` says in the metadata of a file of fine-tuned weights.
 pub(crate) const FORMAT: &str = "hypnos weights 1";
 
-/// The words for one product.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Product {
-    /// The word that means this one product, a single token: `[V]`.
-    pub token: String,
-    /// What kind of thing it is: `[C]`.
-    pub class_name: String,
-    /// Whether the class stands beside the token; a token that learned all of the product stands alone.
-    #[serde(default = "yes")]
-    pub with_class: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl Product {
-    /// How prompts call it: `[V] [C]`, or `[V]`.
-    pub fn words(&self) -> String {
-        if self.with_class { format!("{} {}", self.token, self.class_name) } else { self.token.clone() }
-    }
-
-    /// A prompt with the product's words where it says `{product}`.
-    pub fn named(&self, prompt: &str) -> String {
-        prompt.replace("{product}", &self.words())
-    }
-}
-
 /// Models that draw a product.
 #[derive(Debug)]
-pub struct Adapted {
+pub struct FineTuned {
     /// The words it was trained with.
     pub product: Product,
     /// The models. They share with the bundle's what was not trained.
     pub models: Models,
 }
 
-impl Adapted {
+impl FineTuned {
     /// Loads fine-tuned weights on the device of `base`, the models of the bundle that they were trained from.
-    /// [`Error::Bad`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
+    /// [`Error::File`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
     pub fn load(file: &Path, bundle: &Bundle, base: &Models) -> Result<Self> {
         let (header, product) = open(file, bundle)?;
         let names: Vec<String> = header.names().map(str::to_owned).collect();
@@ -77,7 +48,7 @@ impl Adapted {
 /// A file of fine-tuned weights, its header read and found to be of this bundle, and the product that it is of.
 pub(crate) fn open(file: &Path, bundle: &Bundle) -> Result<(TensorFile, Product)> {
     let header = TensorFile::open(file)?;
-    let bad = |what: String| Error::Bad(format!("{}: {what}", file.display()));
+    let bad = |what: String| Error::file(file, what);
     check(header.metadata(), FORMAT, bundle.hash()?).map_err(bad)?;
     let recipe = header.metadata().get("recipe").map_or("null", String::as_str);
     let product =
@@ -101,7 +72,7 @@ pub(crate) fn models<'a>(
     let mut text = base.text.clone();
     for token in tokens {
         let Some(id) = base.tokenizer.id(token) else {
-            return Err(Error::bad(format!("embedding of \"{token}\": the bundle has no such token")));
+            return Err(Error::input(format!("embedding of \"{token}\": the bundle has no such token")));
         };
         text = text.with_embedding(id, learned.pp(EMBEDDING).get(token, &[1, text.width()])?)?;
     }

@@ -1,4 +1,4 @@
-//! The discriminator in training: it learns beside the diffusion model, one step for each of its.
+//! Trains the latent discriminator: beside the diffusion model, one step for each of its steps.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::ml::{Result, random};
 
 /// How the discriminator is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct CriticRecipe {
+pub struct DiscriminatorRecipe {
     /// Steps before the diffusion model takes its first (section 3.4).
     pub n_steps: u64,
     /// Learning rate.
@@ -23,7 +23,7 @@ pub struct CriticRecipe {
 }
 
 /// A discriminator, its optimiser, and its weights by name.
-pub struct Critic {
+pub struct DiscriminatorTrainer {
     model: Discriminator,
     config: Config,
     /// By the names of [`Discriminator::load`].
@@ -32,7 +32,7 @@ pub struct Critic {
     device: Device,
 }
 
-impl Critic {
+impl DiscriminatorTrainer {
     /// Untrained, for latents `[.., c, side, side]`; its weights are drawn from `seed`.
     pub fn new(latent_channels: usize, side: usize, lr: f64, seed: u64, device: &Device) -> Result<Self> {
         let weights = Weights::random(random::derive(seed, "discriminator"), device).trainable(true);
@@ -47,8 +47,8 @@ impl Critic {
         Ok(Self { model, config, params, optimiser, device: device.clone() })
     }
 
-    /// One step towards telling `real` latents `[B, c, h, w]` from `fake` ones, by least squares with 1 for real. Gives the
-    /// loss before it. The weights stay as they are where it is not finite.
+    /// One step towards telling `real` latents `[B, c, h, w]` from `fake` ones, by least squares with 1 for real. Gives
+    /// the loss before it. The weights stay as they are where it is not finite.
     pub fn step(&mut self, real: &Tensor, fake: &Tensor) -> Result<f32> {
         let n_real = real.dim(0)?;
         let scores = self.model.forward(&Tensor::cat(&[real, fake], 0)?.detach())?;

@@ -8,19 +8,16 @@
 //! `scheduling_ddim.py`, `scheduling_pndm.py`, `scheduling_dpmsolver_multistep.py`, `scheduling_euler_discrete.py`,
 //! `scheduling_euler_ancestral_discrete.py`. Symbols as in [`super::diffusion`]; σ is √((1 − ᾱ) / ᾱ) here.
 
+mod kind;
 mod plan;
 
-use std::fmt;
-use std::ops::ControlFlow;
-use std::str::FromStr;
-
 use candle_core::{DType, Tensor};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-pub use self::plan::Plan;
-use super::diffusion::{Config, Prediction, Schedule, Spacing};
-use super::{Error, Result};
+pub use kind::Sampler;
+pub use plan::Plan;
+
+use super::diffusion::{Prediction, Schedule, Spacing};
+use super::{Error, Interrupt, Result};
 
 /// The model, guidance included: its answer (ε or v) for latents `[B, C, h, w]` at one timestep, same shape, f32.
 /// The timestep is a whole number except for [`Sampler::Euler`] and [`Sampler::EulerAncestral`].
@@ -29,116 +26,8 @@ pub type Model<'a> = dyn FnMut(&Tensor, f64) -> candle_core::Result<Tensor> + 'a
 /// Fresh unit noise for one step, counted from 0, in the shape of the latents. Only `euler-a` asks, never at the end.
 pub type StepNoise<'a> = dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a;
 
-/// Told (calls of the model done, calls in all) after each step; `Break` stops the sampling.
-pub type Observe<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
-
-/// A way from noise to latents. `Display` and `FromStr` use the names of the command line and the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Sampler {
-    /// `ddim`, with η = 0.
-    Ddim,
-    /// `pndm`, the linear multistep part alone (PLMS).
-    Pndm,
-    /// `dpmpp-2m`: DPM-Solver++, second order, multistep.
-    Dpmpp2m,
-    /// `dpmpp-2m-karras`: the same over the noise levels of Karras et al.
-    Dpmpp2mKarras,
-    /// `euler`.
-    Euler,
-    /// `euler-a`: Euler, ancestral.
-    EulerAncestral,
-}
-
-impl Sampler {
-    /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 6] =
-        [Self::Ddim, Self::Pndm, Self::Dpmpp2m, Self::Dpmpp2mKarras, Self::Euler, Self::EulerAncestral];
-
-    /// The name outside this program.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ddim => "ddim",
-            Self::Pndm => "pndm",
-            Self::Dpmpp2m => "dpmpp-2m",
-            Self::Dpmpp2mKarras => "dpmpp-2m-karras",
-            Self::Euler => "euler",
-            Self::EulerAncestral => "euler-a",
-        }
-    }
-
-    /// Refuses a `scheduler_config.json` that asks this sampler for something it does not do.
-    ///
-    /// Departure: whether DPM-Solver++ uses Karras' noise levels is the sampler's name here, not the file's
-    /// `use_karras_sigmas`; Euler follows the file.
-    /// Departure: PNDM's class starts with Runge-Kutta steps unless `skip_prk_steps` is true; every Stable Diffusion
-    /// says true, so a file of another class that says nothing means true here.
-    fn check(self, config: &Config) -> Result<()> {
-        let wanted: &[(&str, &[&str])] = match self {
-            Self::Ddim | Self::EulerAncestral => &[],
-            Self::Pndm => &[("skip_prk_steps", &["true"])],
-            Self::Dpmpp2m | Self::Dpmpp2mKarras => &[
-                ("algorithm_type", &[r#""dpmsolver++""#, r#""deis""#]), // the reference reads deis as dpmsolver++,
-                ("solver_type", &[r#""midpoint""#, r#""logrho""#, r#""bh1""#, r#""bh2""#]), // and these as midpoint
-                ("solver_order", &["2"]),
-                ("euler_at_final", &["false"]),
-                ("final_sigmas_type", &[r#""zero""#]),
-                ("lambda_min_clipped", &[]),
-                ("sigma_min", &[]),
-                ("sigma_max", &[]),
-                ("use_exponential_sigmas", &["false"]),
-                ("use_beta_sigmas", &["false"]),
-                ("use_lu_lambdas", &["false"]),
-            ],
-            Self::Euler => &[
-                ("interpolation_type", &[r#""linear""#]),
-                ("timestep_type", &[r#""discrete""#]),
-                ("final_sigmas_type", &[r#""zero""#]),
-                ("sigma_min", &[]),
-                ("sigma_max", &[]),
-                ("use_exponential_sigmas", &["false"]),
-                ("use_beta_sigmas", &["false"]),
-            ],
-        };
-        wanted.iter().try_for_each(|(key, values)| {
-            let values: Vec<Value> =
-                values.iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
-            config.only(key, &values).map_err(|err| Error::Bad(format!("{self}: {err}")))
-        })
-    }
-}
-
-impl fmt::Display for Sampler {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Sampler {
-    type Err = Error;
-
-    /// [`Error::Bad`] lists the names there are.
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|sampler| sampler.name() == name).ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            Error::Bad(format!("there is no sampler {name:?}; there are {names}"))
-        })
-    }
-}
-
-impl TryFrom<String> for Sampler {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        name.parse()
-    }
-}
-
-impl From<Sampler> for String {
-    fn from(sampler: Sampler) -> Self {
-        sampler.name().to_owned()
-    }
-}
+/// Told (calls of the model done, calls in all) after each step; may stop the sampling.
+pub type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt<B>> + 'a;
 
 /// Latents for `noise`, in `steps` steps of `sampler`.
 ///
@@ -146,23 +35,22 @@ impl From<Sampler> for String {
 /// * `steps`: 1 to T; the model is called that often, by PNDM once more (from 2 steps on)
 /// * `model`, `step_noise`, `observe`: see their types
 ///
-/// `[B, C, h, w]`, f32, in the scale the VAE's `scaling_factor` undoes; `None` if `observe` stopped it.
-/// [`Error::Bad`] if steps, shapes or dtypes are wrong or the bundle's scheduler asks for what `sampler` cannot do.
-pub fn sample(
+/// `[B, C, h, w]`, f32, in the scale the VAE's `scaling_factor` undoes.
+/// [`Error::Input`] if steps, shapes or dtypes are wrong or the bundle's scheduler asks for what `sampler` cannot do.
+pub fn sample<B>(
     sampler: Sampler,
     schedule: &Schedule,
     steps: usize,
     noise: &Tensor,
     model: &mut Model<'_>,
     step_noise: &mut StepNoise<'_>,
-    observe: &mut Observe<'_>,
-) -> Result<Option<Tensor>> {
+    observe: &mut Observe<'_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let plan = Plan::new(sampler, schedule, steps)?;
     if noise.rank() != 4 || noise.dtype() != DType::F32 {
         let (dims, dtype) = (noise.dims(), noise.dtype());
-        return Err(Error::Bad(format!(
-            "{sampler}: noise is {dims:?} {dtype:?}; [B, C, h, w] F32 is needed"
-        )));
+        let what = format!("{sampler}: noise is {dims:?} {dtype:?}; [B, C, h, w] F32 is needed");
+        return Err(Error::input(what).into());
     }
     let mut outside = Outside { sampler, model, step_noise, observe };
     let stride = schedule.n_timesteps() / steps;
@@ -180,13 +68,13 @@ pub fn sample(
 ///   x_prev = √ᾱ_prev x̂_0 + √(1 − ᾱ_prev) ε̂
 ///
 /// The previous timestep is t − T / steps whatever the spacing; below 0 it is the end of [`ending()`].
-fn ddim(
+fn ddim<B>(
     schedule: &Schedule,
     plan: &Plan,
     stride: usize,
     noise: &Tensor,
-    outside: &mut Outside<'_, '_>,
-) -> Result<Option<Tensor>> {
+    outside: &mut Outside<'_, '_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let end = ending(schedule, true);
     let mut x = noise.clone();
     for (i, &t) in plan.timesteps.iter().enumerate() {
@@ -202,24 +90,22 @@ fn ddim(
             }
         };
         x = combine(&x, x_weight, &answer, answer_weight)?;
-        if outside.tell(i, plan).is_break() {
-            return Ok(None);
-        }
+        outside.tell(i, plan)?;
     }
-    Ok(Some(x))
+    Ok(x)
 }
 
 /// Pseudo linear multistep: Liu et al. 2022 (arXiv 2202.09778), eq. 9 and 12, without its Runge-Kutta start.
 ///
 /// The first step is taken twice, the second time with the mean of the answers at both its ends (improved Euler);
 /// then Adams-Bashforth of order 2, 3 and, from there on, 4, over the answers so far.
-fn plms(
+fn plms<B>(
     schedule: &Schedule,
     plan: &Plan,
     stride: usize,
     noise: &Tensor,
-    outside: &mut Outside<'_, '_>,
-) -> Result<Option<Tensor>> {
+    outside: &mut Outside<'_, '_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let end = ending(schedule, false);
     let mut x = noise.clone();
     let mut answers: Vec<Tensor> = Vec::new(); // oldest first, at most 4
@@ -234,11 +120,9 @@ fn plms(
             answers.push(answer);
             plms_transfer(schedule, &x, &adams_bashforth(&answers)?, t, before(schedule, t, stride, end)?)?
         };
-        if outside.tell(i, plan).is_break() {
-            return Ok(None);
-        }
+        outside.tell(i, plan)?;
     }
-    Ok(Some(x))
+    Ok(x)
 }
 
 /// x from timestep t to ᾱ_prev along `answer`: Liu et al. 2022, eq. 9 (φ), in the reference's form.
@@ -274,12 +158,12 @@ fn adams_bashforth(answers: &[Tensor]) -> Result<Tensor> {
 ///
 /// with s = σ/α (the plan's sigma) and h, r from its logarithm. First order at the first step and at the last,
 /// which goes to s' = 0 and so to x̂_0 itself.
-fn dpmpp_2m(
+fn dpmpp_2m<B>(
     schedule: &Schedule,
     plan: &Plan,
     noise: &Tensor,
-    outside: &mut Outside<'_, '_>,
-) -> Result<Option<Tensor>> {
+    outside: &mut Outside<'_, '_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let mut x = noise.clone();
     let mut before: Option<(Tensor, f64)> = None; // x̂_0 of the step before, and its h
     for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
@@ -301,41 +185,37 @@ fn dpmpp_2m(
         };
         x = combine(&x, sigma_next / sigma, &d, alpha_next * (1.0 - s_next / s))?;
         before = Some((x_0, h));
-        if outside.tell(i, plan).is_break() {
-            return Ok(None);
-        }
+        outside.tell(i, plan)?;
     }
-    Ok(Some(x))
+    Ok(x)
 }
 
 /// Euler's method for the probability flow: Karras et al. 2022 (arXiv 2206.00364), algorithm 2 without churn.
 ///
 /// x here is the paper's, with variance 1 + σ²; the model sees it scaled to variance 1.
-fn euler(
+fn euler<B>(
     schedule: &Schedule,
     plan: &Plan,
     noise: &Tensor,
-    outside: &mut Outside<'_, '_>,
-) -> Result<Option<Tensor>> {
+    outside: &mut Outside<'_, '_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let mut x = (noise * euler_start(schedule, plan)?)?;
     for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
         let slope = outside.slope(schedule.prediction(), &x, pair[0], t)?;
         x = combine(&x, 1.0, &slope, pair[1] - pair[0])?;
-        if outside.tell(i, plan).is_break() {
-            return Ok(None);
-        }
+        outside.tell(i, plan)?;
     }
-    Ok(Some(x))
+    Ok(x)
 }
 
 /// Ancestral sampling with Euler steps, as k-diffusion's `sample_euler_ancestral`: each step goes further down than
 /// asked and comes back up with fresh noise, so that the variance is that of DDPM (Ho et al. 2020) between both ends.
-fn euler_ancestral(
+fn euler_ancestral<B>(
     schedule: &Schedule,
     plan: &Plan,
     noise: &Tensor,
-    outside: &mut Outside<'_, '_>,
-) -> Result<Option<Tensor>> {
+    outside: &mut Outside<'_, '_, B>,
+) -> Result<Tensor, Interrupt<B>> {
     let mut x = (noise * euler_start(schedule, plan)?)?;
     for (i, (&t, pair)) in plan.timesteps.iter().zip(plan.sigmas.windows(2)).enumerate() {
         let (sigma, sigma_next) = (pair[0], pair[1]);
@@ -346,11 +226,9 @@ fn euler_ancestral(
         if sigma_next > 0.0 {
             x = combine(&x, 1.0, &outside.fresh(i, &x)?, up_squared.sqrt())?;
         }
-        if outside.tell(i, plan).is_break() {
-            return Ok(None);
-        }
+        outside.tell(i, plan)?;
     }
-    Ok(Some(x))
+    Ok(x)
 }
 
 /// `init_noise_sigma` of both Euler schedulers: how far unit noise is scaled up to begin with.
@@ -390,14 +268,14 @@ fn combine(a: &Tensor, a_weight: f64, b: &Tensor, b_weight: f64) -> Result<Tenso
 }
 
 /// The caller's three functions, with what comes back from them checked.
-struct Outside<'a, 'f> {
+struct Outside<'a, 'f, B> {
     sampler: Sampler,
     model: &'a mut Model<'f>,
     step_noise: &'a mut StepNoise<'f>,
-    observe: &'a mut Observe<'f>,
+    observe: &'a mut Observe<'f, B>,
 }
 
-impl Outside<'_, '_> {
+impl<B> Outside<'_, '_, B> {
     /// The model's answer.
     fn ask(&mut self, x: &Tensor, t: f64) -> Result<Tensor> {
         let answer = (self.model)(x, t)?;
@@ -423,7 +301,7 @@ impl Outside<'_, '_> {
     }
 
     /// Says that step `i` of `plan` is done.
-    fn tell(&mut self, i: usize, plan: &Plan) -> ControlFlow<()> {
+    fn tell(&mut self, i: usize, plan: &Plan) -> Result<(), Interrupt<B>> {
         (self.observe)(i + 1, plan.timesteps.len())
     }
 
@@ -433,7 +311,7 @@ impl Outside<'_, '_> {
         }
         let (came_dims, came_dtype, dims) = (came.dims(), came.dtype(), x.dims());
         let sampler = self.sampler;
-        Err(Error::Bad(format!(
+        Err(Error::input(format!(
             "{sampler}: {what} is {came_dims:?} {came_dtype:?}; the latents are {dims:?} F32"
         )))
     }

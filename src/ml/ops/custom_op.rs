@@ -1,8 +1,10 @@
-//! Puts a computed value into candle's graph together with its backward.
+//! Puts a value that is already computed into candle's graph as a custom operation, together with its backward.
 
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
+
+use crate::ml::param::Param;
 
 /// What a kernel computed: storage in row-major order and its shape.
 pub(super) struct Computed {
@@ -28,8 +30,8 @@ pub(super) type Grads = [Option<Tensor>; 3];
 /// Makes `value` a node of candle's graph whose inputs are `inputs` (one to three).
 ///
 /// `backward` gets the gradient of the value and returns one gradient per input, `Some` exactly for those inputs that
-/// are tracked ([`Tensor::track_op`]); weights are reached through their [`Param`](crate::ml::param::Param) instead.
-pub(super) fn graft(
+/// are tracked ([`Tensor::track_op`]); weights are reached through their [`Param`] instead.
+pub(super) fn custom_op(
     name: &'static str,
     inputs: &[&Tensor],
     value: Computed,
@@ -42,11 +44,19 @@ pub(super) fn graft(
     let filler = inputs[0].detach();
     let at = |i: usize| inputs.get(i).copied().unwrap_or(&filler);
     let Computed { storage, shape } = value;
-    let op = Graft { name, value: Mutex::new(Some(storage)), shape, backward: Box::new(backward) };
+    let op = PrecomputedOp { name, value: Mutex::new(Some(storage)), shape, backward: Box::new(backward) };
     at(0).apply_op3(at(1), at(2), op)
 }
 
-struct Graft {
+/// The tag of whichever of the two is trained.
+pub(super) fn trained_tag(weight: &Param, bias: Option<&Param>) -> Tensor {
+    match bias {
+        Some(bias) if bias.is_trainable() => bias.tag().clone(),
+        _ => weight.tag().clone(),
+    }
+}
+
+struct PrecomputedOp {
     name: &'static str,
     /// The value, waiting for candle to ask for it.
     value: Mutex<Option<Storage>>,
@@ -54,16 +64,16 @@ struct Graft {
     backward: Backward,
 }
 
-impl Graft {
+impl PrecomputedOp {
     fn take(&self) -> Result<(Storage, Shape)> {
         match self.value.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(storage) => Ok((storage, self.shape.clone())),
-            None => bail!("{}: a grafted value can be taken only once", self.name),
+            None => bail!("{}: the computed value can be taken only once", self.name),
         }
     }
 }
 
-impl CustomOp3 for Graft {
+impl CustomOp3 for PrecomputedOp {
     fn name(&self) -> &'static str {
         self.name
     }

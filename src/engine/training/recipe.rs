@@ -1,72 +1,41 @@
-//! What a client asks for, in the core's terms.
+//! Translates a client's options into the recipe of a training.
 
-use super::candle::CandleEngine;
-use crate::job::{Fault, FaultCode, Method, Reconstruction as Asked, TrainSpec};
-use crate::ml::adapted::Product;
+use crate::job::{
+    Fault, FaultCode, LossWeights as AskedWeights, Method, Reconstruction as Asked, TrainOptions, TrainSpec,
+};
+use crate::ml::bundle::Bundle;
+use crate::ml::product::Product;
+use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{
-    CriticRecipe, Learner, LossWeights, Objective, PerceptualRecipe, Recipe, Reconstruction, Templates,
+    DiscriminatorRecipe, Learner, LossWeights, Objective, PerceptualRecipe, Recipe, Reconstruction, Templates,
 };
 use crate::ml::views::ViewSettings;
 
 /// The recipe of a training with so many class images. [`FaultCode::Input`] where words and model do not fit.
 pub(super) fn recipe(
-    engine: &CandleEngine,
+    bundle: &Bundle,
+    tokenizer: &Tokenizer,
     spec: &TrainSpec,
     n_class_images: usize,
 ) -> Result<Recipe, Fault> {
     check_class_name(&spec.class_name)?;
     let options = &spec.options;
     let embedding = options.method == Method::TextualInversion;
-    let own = &engine.bundle.manifest().rare_tokens;
-    let token = single_token(engine, "instance_token", options.instance_token.as_ref(), own.first())?;
-    let views = if options.views.enabled {
-        let rest = own.iter().find(|own| **own != token);
-        let background_token =
-            single_token(engine, "background_token", options.background_token.as_ref(), rest)?;
-        if background_token == token {
-            let message = format!("background_token: is \"{token}\" as instance_token is; wanted another");
-            return Err(Fault::new(FaultCode::Input, message));
-        }
-        let views = &options.views;
-        Some(ViewSettings {
-            n: views.n as usize,
-            monotone: views.monotone,
-            resized: views.resized,
-            scale_min: views.scale_min,
-            margin: views.margin,
-            background_token,
-        })
-    } else {
-        None
-    };
-    let (weights, perceptual) = (&options.loss_weights, &options.perceptual);
+    let own = &bundle.manifest().rare_tokens;
+    let token = single_token(tokenizer, "instance_token", options.instance_token.as_ref(), own.first())?;
+    let views = options.views.enabled.then(|| views(tokenizer, options, own, &token)).transpose()?;
     let recipe = Recipe {
         product: Product { token, class_name: spec.class_name.clone(), with_class: !embedding },
         learner: if embedding { Learner::Embedding } else { Learner::Weights },
         n_steps: u64::from(options.steps),
         lr: options.learning_rate,
-        objective: Objective {
-            reconstruction: match options.reconstruction {
-                Asked::Mse => Reconstruction::Mse,
-                Asked::InverseGaussian => Reconstruction::InverseGaussian {
-                    sigma: options.sigma,
-                    exponent_max: options.exponent_max,
-                },
-            },
-            weights: LossWeights {
-                reconstruction: weights.reconstruction,
-                prior: weights.prior,
-                perceptual: weights.perceptual,
-                discriminator: weights.discriminator,
-            },
-            strides: perceptual.strides,
-        },
+        objective: objective(options),
         perceptual: PerceptualRecipe {
             until_step: u64::from(options.s_p.unwrap_or(0)),
-            timestep_max: perceptual.timestep_max.map(|t| t as usize),
-            crop: perceptual.crop.map(|side| side as usize),
+            timestep_max: options.perceptual.timestep_max.map(|t| t as usize),
+            crop: options.perceptual.crop.map(|side| side as usize),
         },
-        critic: CriticRecipe {
+        discriminator: DiscriminatorRecipe {
             n_steps: u64::from(options.discriminator.steps),
             lr: options.discriminator.learning_rate,
             batch: options.discriminator.batch as usize,
@@ -81,12 +50,52 @@ pub(super) fn recipe(
         (recipe.views.is_some(), "segmenter", "views.enabled=false"),
         (recipe.has_perceptual(), "perceptual", "loss_weights.perceptual=0"),
     ] {
-        if wanted && !engine.bundle.has(part) {
+        if wanted && !bundle.has(part) {
             let message = format!("method: this model has no {part}/ to learn with; {without} goes without");
             return Err(Fault::new(FaultCode::Input, message));
         }
     }
     Ok(recipe)
+}
+
+/// How views are made, with a background token other than the product's `token`. `own` are the bundle's rare tokens.
+fn views(
+    tokenizer: &Tokenizer,
+    options: &TrainOptions,
+    own: &[String],
+    token: &str,
+) -> Result<ViewSettings, Fault> {
+    let rest = own.iter().find(|own| *own != token);
+    let background_token =
+        single_token(tokenizer, "background_token", options.background_token.as_ref(), rest)?;
+    if background_token == token {
+        let message = format!("background_token: is \"{token}\" as instance_token is; wanted another");
+        return Err(Fault::new(FaultCode::Input, message));
+    }
+    let views = &options.views;
+    Ok(ViewSettings {
+        n: views.n as usize,
+        monotone: views.monotone,
+        resized: views.resized,
+        scale_min: views.scale_min,
+        margin: views.margin,
+        background_token,
+    })
+}
+
+/// What a step is to lower.
+fn objective(options: &TrainOptions) -> Objective {
+    let AskedWeights { reconstruction, prior, perceptual, discriminator } = options.loss_weights;
+    Objective {
+        reconstruction: match options.reconstruction {
+            Asked::Mse => Reconstruction::Mse,
+            Asked::InverseGaussian => {
+                Reconstruction::InverseGaussian { sigma: options.sigma, exponent_max: options.exponent_max }
+            }
+        },
+        weights: LossWeights { reconstruction, prior, perceptual, discriminator },
+        strides: options.perceptual.strides,
+    }
 }
 
 /// Refuses a class name in which there is nothing to read.
@@ -105,7 +114,7 @@ pub(super) fn templates(spec: &TrainSpec) -> Templates {
 
 /// A word of one token: what the client names, or the bundle's own.
 fn single_token(
-    engine: &CandleEngine,
+    tokenizer: &Tokenizer,
     option: &str,
     asked: Option<&String>,
     own: Option<&String>,
@@ -114,7 +123,6 @@ fn single_token(
         let message = format!("{option}: this model names no rare token of its own for it; one is needed");
         return Err(Fault::new(FaultCode::Input, message));
     };
-    let tokenizer = &engine.base.tokenizer;
     if tokenizer.is_single_token(token) {
         return Ok(token.clone());
     }

@@ -1,0 +1,71 @@
+//! The bundle that an engine works with, its models on one device, and how they draw by default.
+
+use candle_core::Device;
+
+use super::api::Image;
+use super::faults::fault;
+use crate::job::{Fault, Format};
+use crate::ml::bundle::{Bundle, Drawing};
+use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
+use crate::ml::{self, image_io};
+
+/// An opened bundle with its models.
+pub(super) struct Base {
+    pub(super) bundle: Bundle,
+    pub(super) models: Models,
+    /// SHA-256 of the bundle.
+    hash: String,
+    /// Whether a training computes blocks again instead of keeping them.
+    pub(super) checkpointing: bool,
+}
+
+impl Base {
+    /// Loads the bundle's models, and reads every file of it once for its hash.
+    pub(super) fn load(bundle: Bundle, device: &Device, checkpointing: bool) -> ml::Result<Self> {
+        let (models, hash) = (Models::load(&bundle, device)?, bundle.hash()?.to_owned());
+        Ok(Self { bundle, models, hash, checkpointing })
+    }
+
+    pub(super) fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.models.device
+    }
+
+    /// The settings by which it draws images of its own size by default, in `steps` steps.
+    pub(super) fn drawing(&self, steps: usize) -> SampleSettings {
+        let (side, Drawing { scheduler, guidance }) =
+            (self.bundle.resolution(), self.bundle.manifest().drawing);
+        SampleSettings { sampler: scheduler, steps, guidance, width: side, height: side }
+    }
+
+    /// The file of an image that was asked for as `prompt`, with the placeholder for the product in it.
+    pub(super) fn encoded(
+        &self,
+        prompt: &str,
+        request: &ImageRequest,
+        settings: &SampleSettings,
+        pixels: &[u8],
+        format: Format,
+    ) -> Result<Image, Fault> {
+        let size = (settings.width, settings.height);
+        let bytes = match format {
+            Format::Png => {
+                let model = (self.bundle.manifest().name.as_str(), self.hash.as_str());
+                image_io::png(pixels, size, &sample::texts(request, settings, model, false))
+            }
+            Format::Jpeg => image_io::jpeg(pixels, size),
+            Format::Webp => image_io::webp(pixels, size),
+        };
+        Ok(Image {
+            bytes: bytes.map_err(fault)?,
+            format,
+            width: size.0 as u32,
+            height: size.1 as u32,
+            prompt: prompt.to_owned(),
+            seed: request.seed,
+        })
+    }
+}

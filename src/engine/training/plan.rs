@@ -1,0 +1,102 @@
+//! What a training decides before it computes anything: recipe, steps with previews and trials, seeds, warnings.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::recipe::{recipe, templates};
+use crate::engine::api::ClassImages;
+use crate::engine::base::Base;
+use crate::engine::faults::fault;
+use crate::job::{Fault, FaultCode, SEED_MAX, TrainSpec};
+use crate::ml::random;
+use crate::ml::tokenizer::Tokenizer;
+use crate::ml::train::{Learner, Recipe};
+
+/// Steps of a class image's sampler: a quick one, for there are many of them.
+pub(super) const CLASS_IMAGE_STEPS: usize = 25;
+
+/// All that is decided before anything is computed, and what is noted on the way.
+pub(super) struct Plan {
+    pub(super) recipe: Recipe,
+    pub(super) class_images: ClassImages,
+    /// Steps after which a preview is drawn.
+    pub(super) preview_steps: BTreeSet<u64>,
+    /// Steps after which a few images are scored.
+    pub(super) trial_steps: BTreeSet<u64>,
+    pub(super) preview_seed: u64,
+    pub(super) evaluation_seed: u64,
+    pub(super) trial_seed: u64,
+    pub(super) warnings: Vec<String>,
+    /// The judgement of each photo's mask, as JSON.
+    pub(super) masks: Vec<Value>,
+    /// Hash of all models that are learned with.
+    pub(super) learned_with: String,
+}
+
+impl Plan {
+    pub(super) fn new(base: &Base, spec: &TrainSpec) -> Result<Self, Fault> {
+        for steps in [CLASS_IMAGE_STEPS, spec.options.evaluation.steps as usize] {
+            let checked = base.drawing(steps).check(&base.models);
+            checked.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
+        }
+        let class_images = class_images(base, spec);
+        let tokenizer = &base.models.tokenizer;
+        let recipe = recipe(&base.bundle, tokenizer, spec, class_images.seeds.len())?;
+        let warnings = warnings(&recipe, tokenizer);
+        let learned_with = base.bundle.learning_hash().map_err(fault)?;
+        // Assumption: three looks on the way are enough to see whether it is worth waiting.
+        let quarters = || [1, 2, 3].map(|quarter| spec.options.steps * quarter / 4).to_vec();
+        let previews = spec.options.previews.clone().unwrap_or_else(quarters).into_iter().map(u64::from);
+        let previews = previews.filter(|&step| step > 0 && spec.options.evaluation.enabled);
+        // Assumption: a model that learned too much is past its best somewhere in the second half.
+        let halves = || vec![spec.options.steps / 2, spec.options.steps * 3 / 4, spec.options.steps];
+        let trials = spec.options.evaluation.trials.clone().unwrap_or_else(halves).into_iter().map(u64::from);
+        let trials = trials.filter(|&step| step > 0 && spec.options.evaluation.enabled);
+        let seed = |label: &str| random::derive(spec.seed, label) & SEED_MAX;
+        Ok(Self {
+            recipe,
+            class_images,
+            preview_steps: previews.collect(),
+            trial_steps: trials.collect(),
+            preview_seed: seed("preview"),
+            evaluation_seed: seed("evaluation"),
+            trial_seed: seed("trial"),
+            warnings,
+            masks: Vec::new(),
+            learned_with,
+        })
+    }
+}
+
+/// The class images that a training of `spec` wants.
+pub(in crate::engine) fn class_images(base: &Base, spec: &TrainSpec) -> ClassImages {
+    let drawing = base.drawing(CLASS_IMAGE_STEPS);
+    let decides = json!({
+        "bundle": base.hash(), "prompt": templates(spec).of_class(&spec.class_name), "negative": "",
+        "sampler": drawing.sampler.name(), "steps": drawing.steps, "guidance": drawing.guidance,
+        "width": drawing.width, "height": drawing.height,
+    });
+    let settings = format!("{:x}", Sha256::digest(decides.to_string()));
+    // Seeds of no training's own, so that the next one finds these images drawn.
+    let n = if spec.options.loss_weights.prior > 0.0 { spec.options.class_images } else { 0 };
+    ClassImages { settings, seeds: (0..u64::from(n)).collect() }
+}
+
+/// What may surprise whoever asked for this.
+fn warnings(recipe: &Recipe, tokenizer: &Tokenizer) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let prompt =
+        recipe.views.as_ref().map_or_else(|| recipe.photo_prompt(), |_| recipe.view_prompt("purple"));
+    let (n_tokens, room) = (tokenizer.count(&prompt), tokenizer.length() - 2);
+    if n_tokens > room {
+        warnings.push(format!(
+            "class_name: its end is not seen; prompts hold {room} tokens, this has {n_tokens}"
+        ));
+    }
+    if recipe.n_class_images == 0 && recipe.learner == Learner::Weights {
+        warnings.push("no class images: every thing of the class may come to look like the product".into());
+    }
+    warnings
+}

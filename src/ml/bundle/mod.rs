@@ -1,0 +1,31 @@
+//! A bundle: one directory with everything that draws pictures, in the Hugging Face diffusers layout.
+//!
+//! ```text
+//! tokenizer/ text_encoder/ unet/ vae/ scheduler/   config.json and safetensors each
+//! model_index.json                                 what diffusers says of them; may be missing
+//! hypnos.json                                      what we say of them; may be missing
+//! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
+//! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
+//! ```
+//! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
+//! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
+
+mod backbones;
+mod check;
+mod configs;
+mod directory;
+mod embedded;
+mod files;
+mod manifest;
+mod random;
+mod random_metrics;
+
+pub use backbones::{Backbones, MetricBackbone};
+pub use check::{Finding, check};
+pub(crate) use configs::model_index;
+pub use directory::{Bundle, Part};
+pub use embedded::{MINIATURE_NAME, miniature};
+pub(crate) use files::{hash_file, read_json, weight_file, write_json};
+pub use manifest::{Drawing, Manifest, Origin};
+pub use random::{Like, random};
+pub use random_metrics::random_metrics;
