@@ -11,6 +11,7 @@ mod cuda;
 mod device;
 mod ops;
 
+mod candle_transformers;
 mod metrics;
 mod models;
 mod sample;
