@@ -293,7 +293,7 @@ fn share(params: &BTreeMap<String, Param>, pass: Pass) -> Result<(VarBuilder<'st
         return Ok((builder, (Trained::Params(Vec::new()), Trained::Vars(Vec::new()))));
     }
     let map = VarMap::new();
-    let mut all = map.data().lock().map_err(|_| Error::bad("the map of variables is poisoned"))?;
+    let mut all = map.data().lock().map_err(|_| Error::input("the map of variables is poisoned"))?;
     for (name, tensor) in tensors {
         all.insert(name, Var::from_tensor(&tensor)?);
     }
@@ -303,7 +303,7 @@ fn share(params: &BTreeMap<String, Param>, pass: Pass) -> Result<(VarBuilder<'st
 }
 
 fn config<T: DeserializeOwned>(value: Value) -> Result<T> {
-    serde_json::from_value(value).map_err(|error| Error::bad(format!("config: {error}")))
+    serde_json::from_value(value).map_err(|error| Error::input(format!("config: {error}")))
 }
 
 fn normal(label: &str, dims: &[usize]) -> Result<Tensor> {

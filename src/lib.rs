@@ -8,7 +8,7 @@
 //! http      requests to rows            worker    rows to results (neither depends on the other)
 //! store     the database, the only SQL  blobs     the object store, the only object keys
 //! photo     decoding of uploads         engine    the interface between worker and core: one device
-//! report    reports and tables          ml        the core: models, losses, operations
+//! report    reports, pages, tables      ml        the core: models, losses, operations
 //! job       shared types                config    all settings
 //! health    condition of the devices    clock     time, which tests can control
 //! maintenance  rescue and erasure       deployment  which database and object store belong together

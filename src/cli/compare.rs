@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CliError;
@@ -23,11 +23,11 @@ use crate::engine::{CandleEngine, Engine, EngineSettings};
 use crate::job::TrainSpec;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME, Manifest};
 use crate::ml::image_io;
-use crate::report::{self, Found, Gallery, Shot};
+use crate::report::{Evaluated, Gallery, Protocol, Report, Thumbnail, comparison_page, comparison_table};
 use recipes::Recipe;
 
 /// Longest side of an image on the page.
-const SHOT_SIDE: u32 = 256;
+const THUMBNAIL_SIDE: u32 = 256;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Compare {
@@ -189,7 +189,9 @@ fn compare(
             };
             work.done_by(&mut engine, bars.add(ProgressBar::new(0)))?;
         }
-        done.push((cell, out.report()?, gallery(&out)?));
+        let report = out.report()?;
+        let gallery = gallery(&out, &report)?;
+        done.push((cell, report, gallery));
         whole.inc(1);
     }
     whole.finish_and_clear();
@@ -197,37 +199,36 @@ fn compare(
 }
 
 /// The images of a cell, for the page.
-fn gallery(out: &Out) -> Result<Gallery, CliError> {
-    let report = out.report()?;
-    let shots = out.images()?.into_iter().enumerate().map(|(i, png)| {
-        let webp = image_io::thumbnail(&image_io::read_png(&png)?, SHOT_SIDE)?;
-        Ok(Shot { webp, caption: report["images"][i]["prompt"].as_str().unwrap_or_default().to_owned() })
+fn gallery(out: &Out, report: &Report) -> Result<Gallery, CliError> {
+    let thumbnails = report.images.iter().enumerate().map(|(i, image)| {
+        let webp = image_io::thumbnail(&image_io::read_png(&out.image(i)?)?, THUMBNAIL_SIDE)?;
+        Ok(Thumbnail { webp, caption: image.prompt.clone() })
     });
-    Ok(Gallery { pictures: shots.collect::<Result<_, CliError>>()?, ..Gallery::default() })
+    Ok(Gallery { pictures: thumbnails.collect::<Result<_, CliError>>()?, ..Gallery::default() })
 }
 
 /// Prints and writes both tables, and writes the page.
 fn write_report(
     args: &Compare,
     subjects: &[Subject],
-    done: &[(&Cell, Value, Gallery)],
+    done: &[(&Cell, Report, Gallery)],
 ) -> Result<ExitCode, CliError> {
-    let found: Vec<Found<'_>> = (done.iter())
-        .map(|(cell, report, _)| Found {
-            recipe: &cell.recipe,
+    let evaluated: Vec<Evaluated<'_>> = (done.iter())
+        .map(|(cell, report, _)| Evaluated {
+            method: &cell.recipe,
             subject: &subjects[cell.subject].name,
-            evaluation: &report["evaluation"],
+            scores: report.evaluation.as_ref(),
         })
         .collect();
-    let table = |title: &str, protocol: &str| {
-        format!("{title}\n\n{}", report::comparison(protocol, &found).markdown())
+    let table = |title: &str, protocol: Protocol| {
+        format!("{title}\n\n{}", comparison_table(protocol, &evaluated).markdown())
     };
-    let tables = table("Table 1: prompt-invariant", "prompt_invariant")
+    let tables = table("Table 1: prompt-invariant", Protocol::PromptInvariant)
         + "\n"
-        + &table("Table 2: prompt-varying", "prompt_varying");
+        + &table("Table 2: prompt-varying", Protocol::PromptVarying);
     print_line(&tables);
-    let drawn: Vec<(&Value, &Gallery)> = done.iter().map(|(_, report, gallery)| (report, gallery)).collect();
-    let page = report::comparison_page("Methods side by side", &found, &drawn);
+    let drawn: Vec<(&Report, &Gallery)> = done.iter().map(|(_, report, gallery)| (report, gallery)).collect();
+    let page = comparison_page("Methods side by side", &evaluated, &drawn);
     for (name, text) in [("tables.md", &tables), ("comparison.html", &page)] {
         let path = args.out.join(name);
         std::fs::write(&path, text)

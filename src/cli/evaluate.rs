@@ -16,7 +16,7 @@ use crate::ml::evaluate::{Generated, GeneratedSet, Judge, PromptLists};
 use crate::ml::finetuned::FineTuned;
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::{self, device, image_io};
-use crate::report;
+use crate::report::{Scores, scores_table};
 
 #[derive(Debug, Args)]
 pub(super) struct Evaluate {
@@ -102,13 +102,13 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
         }
         (None, None) => return Err(CliError::Input("wanted --generated or --model".into())),
     };
-    let found = judged(&judge, &pictures)?;
+    let scores = scores(&judge, &pictures)?;
     if args.json {
-        print_line(&format!("{found:#}"));
+        print_line(&format!("{:#}", with_names(&scores, &pictures)));
     } else {
-        print_line(report::of_evaluation(&found).markdown().trim_end());
+        print_line(scores_table(&scores).markdown().trim_end());
         print_line("");
-        print_line(found["pairing"].as_str().unwrap_or_default());
+        print_line(&scores.pairing);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -202,10 +202,9 @@ fn drawn(
     Ok(Pictures { class_name: product.class_name.clone(), all, n_invariant: n, class_images })
 }
 
-/// The evaluation as in reports, each image with its name and prompt.
-fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, CliError> {
-    let (names, generated): (Vec<&String>, Vec<Generated>) =
-        pictures.all.iter().map(|(name, one)| (name, one.clone())).unzip();
+/// The scores of the images, as in reports.
+fn scores(judge: &Judge, pictures: &Pictures) -> Result<Scores, CliError> {
+    let generated: Vec<Generated> = pictures.all.iter().map(|(_, one)| one.clone()).collect();
     let (invariant, varying) = generated.split_at(pictures.n_invariant);
     let class_images: Vec<_> = pictures.class_images.iter().map(|one| one.pixels.clone()).collect();
     let style = ProgressStyle::with_template("judging {bar:40} {percent}%, {elapsed} gone, {eta} left");
@@ -219,13 +218,18 @@ fn judged(judge: &Judge, pictures: &Pictures) -> Result<Value, CliError> {
     });
     let found = found.map_err(ml::Error::from)?;
     bar.finish_and_clear();
-    let mut found = json!(found);
-    let each = found["pictures"].as_array_mut().map_or(&mut [][..], Vec::as_mut_slice);
-    for ((said, name), one) in each.iter_mut().zip(names).zip(&generated) {
-        said["name"] = json!(name);
-        said["prompt"] = json!(one.prompt);
+    Ok(found.into())
+}
+
+/// Scores as JSON, each image with its name and its prompt.
+fn with_names(scores: &Scores, pictures: &Pictures) -> Value {
+    let mut scores = json!(scores);
+    let each = scores["pictures"].as_array_mut().into_iter().flatten();
+    for (picture, (name, generated)) in each.zip(&pictures.all) {
+        picture["name"] = json!(name);
+        picture["prompt"] = json!(generated.prompt);
     }
-    Ok(found)
+    scores
 }
 
 fn bar<E>(style: Result<ProgressStyle, E>, total: usize) -> ProgressBar {

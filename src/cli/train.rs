@@ -164,7 +164,7 @@ impl Work<'_> {
         let seconds = show.finish()?;
         match ending? {
             Ending::Trained(mut trained) => {
-                trained.report["seconds"] = seconds;
+                trained.report.seconds = seconds;
                 self.out.keep(&trained)
             }
             Ending::Paused(checkpoint) => {

@@ -4,10 +4,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use crate::job::{Fault, Format, Progress, SampleSpec, TrainSpec};
-use crate::report::Gallery;
+use crate::report::{Gallery, Report};
 
 /// What the observer wants next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,8 +127,8 @@ pub struct Trained {
     pub last: Option<PathBuf>,
     /// Pictures drawn with the served ones.
     pub images: Vec<Image>,
-    /// A JSON object with all that led here: settings, hashes, seeds, prompts, losses, and what the pictures are worth.
-    pub report: Value,
+    /// The settings, hashes, seeds, prompts, losses and scores; its `seconds` are left to the caller, who has a clock.
+    pub report: Box<Report>,
     /// Pictures of the report's page, [`crate::report::page`].
     pub gallery: Gallery,
 }

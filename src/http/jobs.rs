@@ -24,6 +24,7 @@ use super::upload_queue::ProcessingSlot;
 use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
 use crate::job::{Job, JobId, Kind, REPORT, Spec, State as JobState, TenantId, TrainOptions, TrainSpec};
+use crate::report::Report;
 use crate::store::{Idempotency, NewJob, Origin};
 use crate::telemetry;
 
@@ -292,7 +293,7 @@ pub(super) async fn retry_job(
 /// All that led to the result: settings, hashes, seeds, prompts, losses, metrics.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/report", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
-    responses((status = 200, description = "The report", body = Object)),
+    responses((status = 200, description = "The report", body = Report)),
     extensions(("x-problems" = json!(["not-found", "wrong-state", "artifact-missing", "artifact-damaged"]))),
 )]
 pub(super) async fn get_report(

@@ -7,7 +7,7 @@ macro_rules! string_enum {
         $name:ident { $($(#[doc = $vdoc:literal])+ $variant:ident = $word:literal,)+ }
     ) => {
         $(#[doc = $doc])+
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
         pub enum $name {
             $($(#[doc = $vdoc])+ #[serde(rename = $word)] $variant,)+
         }

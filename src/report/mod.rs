@@ -1,21 +1,29 @@
-//! What people look at: a training's report as one page that needs nothing beside it, and tables of numbers.
+//! A training's report: its content, a page for people, and tables of scores.
 //!
-//! A page has no scripts and fetches nothing; its pictures are in it. It is a pure function of the report's JSON and a
-//! [`Gallery`]. Texts of clients are escaped where they are set.
+//! The engine builds a [`Report`], whoever has a clock adds the seconds of each phase, and everyone else reads it as
+//! that type. The page is a pure function of the report and a [`Gallery`]: it has no scripts and fetches nothing, and
+//! its pictures are in it. Texts of clients are escaped where they are inserted.
 
+mod document;
 mod page;
 mod plot;
+mod scores;
 mod table;
 mod times;
 
+pub use document::{
+    BundleId, ClassImageSet, LossCurve, MaskQuality, PhotoSize, Prompts, Report, ReportImage, Seeds,
+    TrialScores,
+};
 pub use page::{comparison_page, page};
-pub use plot::{Curve, losses_svg};
-pub use table::{Cell, Found, Table, comparison, of_evaluation};
-pub use times::Times;
+pub use plot::losses_svg;
+pub use scores::{Better, PhotoScores, PictureScores, Protocol, ProtocolScores, Score, ScoreNetwork, Scores};
+pub use table::{Cell, Evaluated, Table, comparison_table, scores_table};
+pub use times::PhaseTimes;
 
-/// A picture of a page, small enough to be in it.
+/// A picture of a page, small enough to be part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shot {
+pub struct Thumbnail {
     /// The file, WebP.
     pub webp: Vec<u8>,
     /// What it shows, in words; may be empty.
@@ -26,13 +34,13 @@ pub struct Shot {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gallery {
     /// The photos.
-    pub photos: Vec<Shot>,
-    /// Where the product was found in each.
-    pub masks: Vec<Shot>,
-    /// Where the discriminator looks in the first views.
-    pub attention: Vec<Shot>,
+    pub photos: Vec<Thumbnail>,
+    /// The mask of the product in each photo.
+    pub masks: Vec<Thumbnail>,
+    /// The discriminator's attention in the first views.
+    pub attention: Vec<Thumbnail>,
     /// The first of the views that were learned from, with their prompts.
-    pub views: Vec<Shot>,
-    /// What was drawn with the result, as the report's `images` name them.
-    pub pictures: Vec<Shot>,
+    pub views: Vec<Thumbnail>,
+    /// The pictures drawn with the result, in the order of [`Report::images`].
+    pub pictures: Vec<Thumbnail>,
 }

@@ -1,63 +1,66 @@
-//! Pages.
+//! A training's report as a page of HTML, and several trainings side by side.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::plot::{Curve, losses, panel};
-use super::table::{Found, comparison, of_evaluation, shown};
-use super::{Gallery, Shot};
+use super::document::{Report, ReportImage, TrialScores};
+use super::plot::{losses, panel};
+use super::scores::{Metric, Protocol, Score, Scores};
+use super::table::{Evaluated, comparison_table, formatted, scores_table};
+use super::{Gallery, Thumbnail};
 use crate::job::Phase;
-use crate::ml::evaluate::METRICS;
 
-/// Titles of the protocols, by their names in a report.
-const PROTOCOLS: [(&str, &str, &str); 2] = [
+/// The protocols with their titles and what they show.
+const PROTOCOLS: [(Protocol, &str, &str); 2] = [
     (
-        "prompt_invariant",
+        Protocol::PromptInvariant,
         "One standard prompt (prompt-invariant)",
         "The product as it is: what it looks like, not where it stands.",
     ),
     (
-        "prompt_varying",
+        Protocol::PromptVarying,
         "A prompt each (prompt-varying)",
-        "The product elsewhere: whether it stays itself and the prompt is heard.",
+        "The product in other scenes: whether it stays recognisable, and whether the prompt is followed.",
     ),
 ];
 
 /// A training's report as a page.
 ///
-/// * `report`: the training's `report.json`
+/// * `report`: the training's report
 /// * `gallery`: its pictures
-pub fn page(report: &Value, gallery: &Gallery) -> String {
-    let text = |key: &str| report[key].as_str().unwrap_or_default();
-    let title = format!("{}, by {}", text("class_name"), text("method"));
-    let bundle = &report["bundle"];
+pub fn page(report: &Report, gallery: &Gallery) -> String {
+    let title = format!("{}, by {}", report.class_name, report.method);
     let body = html! {
         h1 { (title) }
         p class="soft" {
-            (report["steps"]) " steps on " (bundle["name"].as_str().unwrap_or("a bundle")) ", "
-            (report["resolution"]) " pixels, seed " (report["seeds"]["training"]) ". "
-            @if report["served_step"] != report["steps"] {
-                "The weights of step " (report["served_step"]) " are served: they scored best."
+            (report.steps) " steps on " (report.bundle.name) ", " (report.resolution) " pixels, seed "
+            (report.seeds.training) ". "
+            @if let Some(step) = report.served_step.filter(|&step| step != report.steps) {
+                "The weights of step " (step) " are served: they scored best."
             }
         }
-        (warnings(report))
-        (cards(&report["evaluation"]))
-        @for (name, title, meaning) in PROTOCOLS { (pictures(report, gallery, name, title, meaning)) }
-        (numbers(&report["evaluation"]))
-        (trials(&report["trials"]))
-        (refined(gallery))
-        (curves(&report["curve"]))
+        (warnings(&report.warnings))
+        @if let Some(scores) = &report.evaluation { (cards(scores)) }
+        @for (protocol, title, meaning) in PROTOCOLS { (pictures(report, gallery, protocol, title, meaning)) }
+        @match &report.evaluation {
+            Some(scores) => { (numbers(scores)) }
+            None => { p class="soft" { "Nothing was evaluated." } }
+        }
+        (trials(&report.trials))
+        (training_pictures(gallery))
+        h2 { "Losses" }
+        div class="plots" { @for panel in losses(&report.curve) { (panel) } }
         (facts(report))
     };
-    whole(&title, &body)
+    html_page(&title, &body)
 }
 
-/// Several methods on several subjects as a page: both tables, and what each method drew.
+/// Several methods on several subjects as a page: both tables, and the pictures of each method.
 ///
 /// * `drawn`: for each of `all`, its report and its pictures
-pub fn comparison_page(title: &str, all: &[Found<'_>], drawn: &[(&Value, &Gallery)]) -> String {
+pub fn comparison_page(title: &str, all: &[Evaluated<'_>], drawn: &[(&Report, &Gallery)]) -> String {
     let mut subjects: Vec<&str> = Vec::new();
     all.iter().for_each(|one| {
         if !subjects.contains(&one.subject) {
@@ -66,35 +69,36 @@ pub fn comparison_page(title: &str, all: &[Found<'_>], drawn: &[(&Value, &Galler
     });
     let body = html! {
         h1 { (title) }
-        @for (i, (name, title, meaning)) in PROTOCOLS.iter().enumerate() {
+        @for (i, (protocol, title, meaning)) in PROTOCOLS.into_iter().enumerate() {
             h2 { "Table " (i + 1) ". " (title) }
             p class="soft" { (meaning) " The best of each subject in bold." }
-            (comparison(name, all).html())
+            (comparison_table(protocol, all).html())
         }
-        @if let Some(pairing) = all.iter().find_map(|one| one.evaluation["pairing"].as_str()) {
-            p class="soft" { small { (pairing) } }
+        @if let Some(scores) = all.iter().find_map(|one| one.scores) {
+            p class="soft" { small { (scores.pairing) } }
         }
         @for subject in subjects {
             h2 { (subject) }
             @for (one, (report, gallery)) in all.iter().zip(drawn).filter(|(one, _)| one.subject == subject) {
-                h3 { (one.recipe) }
-                div class="grid small" { @for (i, shot) in gallery.pictures.iter().enumerate() {
-                    (drawn_picture(shot, &report["images"][i]))
+                h3 { (one.method) }
+                div class="grid small" { @for (thumbnail, image) in gallery.pictures.iter().zip(&report.images) {
+                    (generated_picture(thumbnail, image))
                 } }
             }
         }
     };
-    whole(title, &body)
+    html_page(title, &body)
 }
 
-fn whole(title: &str, body: &Markup) -> String {
+/// A whole HTML document.
+fn html_page(title: &str, body: &Markup) -> String {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
-                // It needs nothing from anywhere, and says so to the browser.
+                // The page needs nothing from anywhere, so the browser need not load anything.
                 meta http-equiv="Content-Security-Policy"
                     content="default-src 'none'; style-src 'unsafe-inline'; img-src data:";
                 title { (title) }
@@ -106,184 +110,186 @@ fn whole(title: &str, body: &Markup) -> String {
     page.into_string()
 }
 
-fn warnings(report: &Value) -> Markup {
-    let warnings = report["warnings"].as_array().map_or(&[][..], Vec::as_slice);
+fn warnings(warnings: &[String]) -> Markup {
     html! {
         @if !warnings.is_empty() {
-            div class="warn" { ul { @for warning in warnings { li { (warning.as_str().unwrap_or_default()) } } } }
+            div class="warn" { ul { @for warning in warnings { li { (warning) } } } }
         }
     }
 }
 
-/// The few numbers to look at first.
-fn cards(evaluation: &Value) -> Markup {
-    let of_photos = |metric: &str| format!("photos among themselves: {}", shown(&evaluation["real"][metric]));
-    let (invariant, varying) = (&evaluation["prompt_invariant"], &evaluation["prompt_varying"]);
+/// The scores to look at first.
+fn cards(scores: &Scores) -> Markup {
+    let of_photos = |score: &Score| format!("photos among themselves: {}", formatted(Some(score)));
+    let (invariant, varying) = (scores.prompt_invariant.as_ref(), scores.prompt_varying.as_ref());
     let cards = [
-        ("likeness, DINO", &invariant["dino"], of_photos("dino")),
-        ("likeness, CLIP-I", &invariant["clip_i"], of_photos("clip_i")),
-        ("prompt, CLIP-T", &varying["clip_t"], "pictures of a prompt each".to_owned()),
-        ("SSIM", &invariant["ssim"], "with the photos, pixel by pixel".to_owned()),
-        ("PSNR", &invariant["psnr"], "dB, with the photos".to_owned()),
+        ("likeness, DINO", invariant.map(|of| &of.dino), of_photos(&scores.real.dino)),
+        ("likeness, CLIP-I", invariant.map(|of| &of.clip_i), of_photos(&scores.real.clip_i)),
+        ("prompt adherence, CLIP-T", varying.map(|of| &of.clip_t), "pictures of a prompt each".to_owned()),
+        ("SSIM", invariant.map(|of| &of.ssim), "with the photos, pixel by pixel".to_owned()),
+        ("PSNR", invariant.map(|of| &of.psnr), "dB, with the photos".to_owned()),
         (
-            "class kept, PRES",
-            &evaluation["pres"],
-            "likeness of other things of the class: low is good".to_owned(),
+            "class preservation, PRES",
+            Some(&scores.pres),
+            "likeness of other objects of the class to the photos: lower is better".to_owned(),
         ),
     ];
-    let known = cards.iter().filter(|(_, number, _)| number["value"].is_number());
+    let known = cards.iter().filter(|(_, score, _)| score.is_some_and(|score| score.value.is_some()));
     html! {
-        div class="cards" { @for (title, number, beside) in known {
-            div class="card" { span { (title) } b { (shown(number)) } span { (beside) } }
+        div class="cards" { @for (title, score, explanation) in known {
+            div class="card" { span { (title) } b { (formatted(*score)) } span { (explanation) } }
         } }
     }
 }
 
-/// The pictures of one protocol with their prompts and how near each is.
-fn pictures(report: &Value, gallery: &Gallery, protocol: &str, title: &str, meaning: &str) -> Markup {
-    let images = report["images"].as_array().map_or(&[][..], Vec::as_slice);
-    let of_protocol: Vec<_> =
-        gallery.pictures.iter().zip(images).filter(|(_, image)| image["protocol"] == protocol).collect();
+/// The pictures of one protocol with their prompts and scores.
+fn pictures(report: &Report, gallery: &Gallery, protocol: Protocol, title: &str, meaning: &str) -> Markup {
+    let all = gallery.pictures.iter().zip(&report.images);
+    let of_protocol: Vec<_> = all.filter(|(_, image)| image.protocol == Some(protocol)).collect();
     html! {
         @if !of_protocol.is_empty() {
             h2 { (title) }
             p class="soft" { (meaning) }
-            div class="grid" { @for (shot, image) in of_protocol { (drawn_picture(shot, image)) } }
+            div class="grid" {
+                @for (thumbnail, image) in of_protocol { (generated_picture(thumbnail, image)) }
+            }
         }
     }
 }
 
-fn drawn_picture(shot: &Shot, image: &Value) -> Markup {
-    let fidelity = &image["fidelity"];
-    let near = fidelity["dino"].as_f64().or(fidelity["clip_i"].as_f64());
-    let named = [("DINO", "dino"), ("CLIP-I", "clip_i"), ("CLIP-T", "clip_t")];
-    let numbers =
-        named.iter().filter_map(|(title, key)| Some(format!("{title} {:.3}", fidelity[key].as_f64()?)));
-    let numbers: Vec<String> = numbers.chain([format!("seed {}", image["seed"])]).collect();
+/// A picture with a bar for its likeness to the photos.
+fn generated_picture(thumbnail: &Thumbnail, image: &ReportImage) -> Markup {
+    let fidelity = image.fidelity.as_ref();
+    let likeness = fidelity.and_then(|scores| scores.dino.or(scores.clip_i));
+    let scores = fidelity.map_or([None; 3], |scores| [scores.dino, scores.clip_i, scores.clip_t]);
+    let scores = ["DINO", "CLIP-I", "CLIP-T"].into_iter().zip(scores);
+    let scores = scores.filter_map(|(title, score)| Some(format!("{title} {:.3}", score?)));
+    let numbers: Vec<String> = scores.chain([format!("seed {}", image.seed)]).collect();
     html! {
         figure {
-            (img(shot))
-            @if let Some(near) = near {
-                span class="bar" { i style={ "width:" (format!("{:.0}", near.clamp(0.0, 1.0) * 100.0)) "%" } {} }
+            (img(thumbnail))
+            @if let Some(likeness) = likeness {
+                span class="bar" { i style={ "width:" (format!("{:.0}", likeness.clamp(0.0, 1.0) * 100.0)) "%" } {} }
             }
-            figcaption { (shot.caption) br; small { (numbers.join(" · ")) } }
+            figcaption { (thumbnail.caption) br; small { (numbers.join(" · ")) } }
         }
     }
 }
 
-fn numbers(evaluation: &Value) -> Markup {
-    if evaluation.is_null() {
-        return html! { p class="soft" { "Nothing was evaluated." } };
-    }
-    let columns =
-        [("prompt-invariant", "prompt_invariant"), ("prompt-varying", "prompt_varying"), ("photos", "real")];
-    let of_column = |(column, key): (&'static str, &'static str)| {
-        METRICS.iter().map(move |(name, title)| (format!("{title}, {column}"), &evaluation[key][*name]))
+fn numbers(scores: &Scores) -> Markup {
+    let of_protocol = |column: &'static str, protocol: Protocol| {
+        let scores = scores.protocol(protocol).into_iter();
+        scores.flat_map(move |of| {
+            Metric::ALL.map(|metric| (format!("{}, {column}", metric.title()), of.score(metric)))
+        })
     };
-    let single = [("PRES", "pres"), ("DIV", "div")].map(|(title, key)| (title.to_owned(), &evaluation[key]));
-    let all = columns.into_iter().flat_map(of_column).chain(single).filter(|(_, number)| number.is_object());
+    let of_photos = Metric::ALL
+        .into_iter()
+        .filter_map(|metric| Some((format!("{}, photos", metric.title()), scores.real.score(metric)?)));
+    let single = [("PRES".to_owned(), &scores.pres), ("DIV".to_owned(), &scores.div)];
+    let all = of_protocol("prompt-invariant", Protocol::PromptInvariant)
+        .chain(of_protocol("prompt-varying", Protocol::PromptVarying))
+        .chain(of_photos)
+        .chain(single);
     html! {
         h2 { "Numbers" }
-        (of_evaluation(evaluation).html())
-        p class="soft" { small { (evaluation["pairing"].as_str().unwrap_or_default()) } }
+        (scores_table(scores).html())
+        p class="soft" { small { (scores.pairing) } }
         details {
             summary { "What each number is made of" }
-            div class="wide" { table class="facts" { tbody { @for (title, number) in all {
-                tr { td { (title) } td { (made_of(number)) } }
+            div class="wide" { table class="facts" { tbody { @for (title, score) in all {
+                tr { td { (title) } td { (made_of(score)) } }
             } } } }
         }
     }
 }
 
-/// A number's n, range, backbone and note, in one line.
-fn made_of(number: &Value) -> String {
-    let bound = |i: usize, open: &str| number["range"][i].as_f64().map_or(open.to_owned(), |v| v.to_string());
+/// A score's n, range, network and note, in one line.
+fn made_of(score: &Score) -> String {
     let mut parts = Vec::new();
-    if number["value"].is_number() {
-        let of = number["of"].as_str().unwrap_or_default();
-        parts.push(format!("mean of {} {of}", number["n"]));
-        parts.push(format!("{} to {}", bound(0, "-∞"), bound(1, "∞")));
+    if score.value.is_some() {
+        let [low, high] = score.range;
+        let bound = |bound: Option<f64>, none: &str| bound.map_or(none.to_owned(), |value| value.to_string());
+        parts.push(format!("mean of {} {}", score.n, score.of));
+        parts.push(format!("{} to {}", bound(low, "-∞"), bound(high, "∞")));
     }
-    if let Some(name) = number["backbone"]["name"].as_str() {
-        let hash = number["backbone"]["sha256"].as_str().unwrap_or_default();
-        parts.push(format!("{name}, weights {}", hash.get(..12).unwrap_or(hash)));
+    if let Some(network) = &score.backbone {
+        let hash = network.sha256.get(..12).unwrap_or(&network.sha256);
+        parts.push(format!("{}, weights {hash}", network.name));
     }
-    parts.extend(number["note"].as_str().map(str::to_owned));
+    parts.extend(score.note.clone());
     parts.join("; ")
 }
 
-fn trials(trials: &Value) -> Markup {
-    let all = trials.as_array().map_or(&[][..], Vec::as_slice);
-    let curve = |name: &str| -> Curve {
-        all.iter().filter_map(|trial| Some((trial["step"].as_f64()?, trial[name].as_f64()?))).collect()
+fn trials(trials: &[TrialScores]) -> Markup {
+    let points = |of: fn(&TrialScores) -> f64| -> Vec<(f64, f64)> {
+        trials.iter().map(|trial| (trial.step as f64, of(trial))).collect()
     };
     html! {
-        @if !all.is_empty() {
+        @if !trials.is_empty() {
             h2 { "Which step is served" }
             p class="soft" {
-                "At these steps a few pictures were scored: likeness to the photos, as a share of what they have among \
-                 themselves, and adherence to prompts, as a share of what the untrained model has. The score is their \
-                 harmonic mean; the best is served."
+                "After each of these steps a few pictures were scored: likeness to the photos, as a share of the \
+                 photos' likeness among themselves, and adherence to prompts, as a share of the untrained model's. \
+                 The score is the harmonic mean of both; the step with the best score is served."
             }
             div class="plots" {
-                @for (name, title) in [("score", "score"), ("likeness", "likeness"), ("adherence", "adherence")] {
-                    (panel(title, &curve(name)))
-                }
+                (panel("score", &points(|trial| trial.score)))
+                (panel("likeness", &points(|trial| trial.likeness)))
+                (panel("adherence", &points(|trial| trial.adherence)))
             }
         }
     }
 }
 
-/// What was learned from.
-fn refined(gallery: &Gallery) -> Markup {
+/// The pictures that were learned from.
+fn training_pictures(gallery: &Gallery) -> Markup {
     let rows = [
         ("Photos", &gallery.photos),
-        ("Where the product was found", &gallery.masks),
-        ("Where the discriminator looks", &gallery.attention),
+        ("Masks of the product", &gallery.masks),
+        ("Attention of the discriminator", &gallery.attention),
         ("Views that were learned from", &gallery.views),
     ];
     html! {
-        h2 { "What it was learned from" }
-        @for (title, shots) in rows.iter().filter(|(_, shots)| !shots.is_empty()) {
+        h2 { "What the model learned from" }
+        @for (title, thumbnails) in rows.iter().filter(|(_, thumbnails)| !thumbnails.is_empty()) {
             h3 { (title) }
-            div class="grid small" { @for shot in *shots {
-                figure { (img(shot)) @if !shot.caption.is_empty() { figcaption { (shot.caption) } } }
+            div class="grid small" { @for thumbnail in *thumbnails {
+                figure {
+                    (img(thumbnail))
+                    @if !thumbnail.caption.is_empty() { figcaption { (thumbnail.caption) } }
+                }
             } }
         }
     }
 }
 
-fn curves(curve: &Value) -> Markup {
-    let column = |name: &str| curve[name].as_array().map_or(&[][..], Vec::as_slice);
-    let of = |name: &str| -> Curve {
-        column("step")
-            .iter()
-            .zip(column(name))
-            .filter_map(|(x, y)| Some((x.as_f64()?, y.as_f64()?)))
-            .collect()
-    };
-    html! { h2 { "Losses" } div class="plots" { @for panel in losses(of) { (panel) } } }
-}
-
-/// Settings, hashes, seeds, prompts, times: everything of the report that is not shown elsewhere.
-fn facts(report: &Value) -> Markup {
-    let seconds = |phase: &Phase| report["seconds"][phase.as_str()].as_f64();
-    let took = |phase: &Phase| Some((format!("time, {phase}"), format!("{:.1} s", seconds(phase)?)));
-    let mut rows: Vec<(String, String)> = Phase::ALL.iter().filter_map(took).collect();
-    for key in ["bundle", "seeds", "prompts", "instance_token", "background_token", "class_images", "hypnos"]
-    {
-        flat(key, &report[key], &mut rows);
+/// Times, hashes, seeds, prompts and settings: everything of the report that is not shown elsewhere.
+fn facts(report: &Report) -> Markup {
+    let time =
+        |phase: &Phase| Some((format!("time, {phase}"), format!("{:.1} s", report.seconds.get(phase)?)));
+    let mut rows: Vec<(String, String)> = Phase::ALL.iter().filter_map(time).collect();
+    for (name, value) in [
+        ("bundle", json!(report.bundle)),
+        ("seeds", json!(report.seeds)),
+        ("prompts", json!(report.prompts)),
+        ("instance_token", json!(report.instance_token)),
+        ("background_token", json!(report.background_token)),
+        ("class_images", json!(report.class_images)),
+        ("hypnos", json!(report.version)),
+    ] {
+        flatten(name, &value, &mut rows);
     }
     let mut options = Vec::new();
-    flat("", &report["options"], &mut options);
+    flatten("", &report.options, &mut options);
     html! {
-        h2 { "How it came about" }
-        (pairs(&rows))
-        details { summary { "All settings" } (pairs(&options)) }
+        h2 { "How the model was trained" }
+        (fact_table(&rows))
+        details { summary { "All settings" } (fact_table(&options)) }
     }
 }
 
-fn pairs(rows: &[(String, String)]) -> Markup {
+fn fact_table(rows: &[(String, String)]) -> Markup {
     html! {
         div class="wide" { table class="facts" { tbody { @for (key, value) in rows {
             tr { td { (key) } td { code { (value) } } }
@@ -292,64 +298,81 @@ fn pairs(rows: &[(String, String)]) -> Markup {
 }
 
 /// Every leaf of a value, by its dotted name. Lists are one leaf; long ones are cut.
-fn flat(name: &str, value: &Value, rows: &mut Vec<(String, String)>) {
+fn flatten(name: &str, value: &Value, rows: &mut Vec<(String, String)>) {
     match value {
         Value::Object(map) => {
             for (key, value) in map {
                 let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
-                flat(&name, value, rows);
+                flatten(&name, value, rows);
             }
         }
         Value::Null => {}
-        Value::String(text) => rows.push((name.to_owned(), text.clone())),
         Value::Array(list) if list.len() > 16 => {
-            let first: Vec<String> = list.iter().take(3).map(plain).collect();
+            let first: Vec<String> = list.iter().take(3).map(text).collect();
             rows.push((name.to_owned(), format!("{}, … {} in all", first.join(", "), list.len())));
         }
         Value::Array(list) => {
-            rows.push((name.to_owned(), list.iter().map(plain).collect::<Vec<_>>().join(", ")));
+            rows.push((name.to_owned(), list.iter().map(text).collect::<Vec<_>>().join(", ")));
         }
-        other => rows.push((name.to_owned(), other.to_string())),
+        leaf => rows.push((name.to_owned(), text(leaf))),
     }
 }
 
-fn plain(value: &Value) -> String {
+/// A string without its quotes; anything else as JSON.
+fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-fn img(shot: &Shot) -> Markup {
-    html! { img loading="lazy" alt=(shot.caption) src={ "data:image/webp;base64," (STANDARD.encode(&shot.webp)) }; }
+fn img(thumbnail: &Thumbnail) -> Markup {
+    let data = STANDARD.encode(&thumbnail.webp);
+    html! { img loading="lazy" alt=(thumbnail.caption) src={ "data:image/webp;base64," (data) }; }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
-    use serde_json::json;
+    use crate::report::document::LossCurve;
+    use crate::report::scores::{PictureScores, example};
 
     fn gallery() -> Gallery {
-        let shot = |caption: &str| Shot { webp: vec![1, 2, 3], caption: caption.to_owned() };
+        let thumbnail = |caption: &str| Thumbnail { webp: vec![1, 2, 3], caption: caption.to_owned() };
         Gallery {
-            photos: vec![shot("")],
-            pictures: vec![shot("a photo of sks mug"), shot("a <b>mug</b> & \"more\"")],
+            photos: vec![thumbnail("")],
+            pictures: vec![thumbnail("a photo of sks mug"), thumbnail("a <b>mug</b> & \"more\"")],
             ..Gallery::default()
         }
     }
 
-    fn report() -> Value {
-        let number = json!({"value": 0.5, "n": 8, "of": "pairs", "range": [-1.0, 1.0], "better": "higher",
-            "backbone": {"name": "dino_vits16", "sha256": "0123456789abcdef"}, "note": "indicative: 2 pictures"});
-        json!({
-            "class_name": "<script>alert(1)</script>", "method": "hypnos", "steps": 8, "served_step": 4,
-            "seconds": {"training": 12.5}, "options": {"views": {"n": 64}, "seed": null},
-            "images": [
-                {"seed": 1, "protocol": "prompt_invariant", "fidelity": {"dino": 0.75}},
-                {"seed": 2, "protocol": "prompt_varying", "fidelity": {}},
+    fn report() -> Report {
+        let image = |seed, protocol, dino| ReportImage {
+            prompt: String::new(),
+            seed,
+            protocol: Some(protocol),
+            fidelity: Some(PictureScores { dino, clip_i: None, clip_t: None }),
+        };
+        Report {
+            class_name: "<script>alert(1)</script>".into(),
+            steps: 8,
+            served_step: Some(4),
+            seconds: BTreeMap::from([(Phase::Training, 12.5)]),
+            options: json!({ "views": { "n": 64 }, "seed": null }),
+            images: vec![
+                image(1, Protocol::PromptInvariant, Some(0.75)),
+                image(2, Protocol::PromptVarying, None),
             ],
-            "evaluation": {"prompt_invariant": {"dino": number}, "real": {}, "pairing": "every one"},
-            "trials": [{"step": 4, "likeness": 0.5, "adherence": 0.5, "score": 0.5}],
-            "curve": {"step": [1, 2], "loss": [0.5, 0.25], "prior": [null, null]},
-            "warnings": ["small photos"],
-        })
+            evaluation: Some(example(Some(0.5), None)),
+            trials: vec![TrialScores { step: 4, likeness: 0.5, adherence: 0.5, score: 0.5 }],
+            curve: LossCurve {
+                step: vec![1, 2],
+                loss: vec![Some(0.5), Some(0.25)],
+                prior: vec![None, None],
+                ..LossCurve::default()
+            },
+            warnings: vec!["small photos".into()],
+            ..Report::default()
+        }
     }
 
     #[test]
@@ -386,8 +409,8 @@ mod tests {
     #[test]
     fn a_comparison_shows_each_subject_s_pictures_under_their_method() {
         let (report, gallery) = (report(), gallery());
-        let found = |recipe| Found { recipe, subject: "mug", evaluation: &report["evaluation"] };
-        let all = [found("hypnos"), found("dreambooth")];
+        let evaluated = |method| Evaluated { method, subject: "mug", scores: report.evaluation.as_ref() };
+        let all = [evaluated("hypnos"), evaluated("dreambooth")];
         let page = comparison_page("A comparison", &all, &[(&report, &gallery), (&report, &gallery)]);
         assert_eq!(page.matches("<h3>").count(), 2);
         assert_eq!(page.matches("<h2>").count(), 2 + 1, "two tables, one subject");

@@ -1,26 +1,31 @@
-//! Curves as SVG: thin as they came, thick as they went on average. Colours are the page's, so that they suit its light
-//! and its dark form alike.
+//! Curves as SVG: a thin line through all points, a thick one through their moving mean. Colours are the page's, for
+//! its light and its dark form alike.
 
 use maud::{Markup, PreEscaped, html};
 
-/// Size of a panel, in its own units.
+use super::document::LossCurve;
+
+/// Width and height of a panel, in its own units.
 const PANEL: (f64, f64) = (520.0, 240.0);
-/// Left, top, right and bottom of what is drawn on; the rest is for labels.
+/// Left, top, right and bottom of the area of the curve; the rest is for labels.
 const AREA: [f64; 4] = [56.0, 30.0, 508.0, 212.0];
 
-/// The losses of a training, by their names in logs and reports, and what they are called.
-const LOSSES: [(&str, &str); 8] = [
-    ("loss", "total"),
-    ("reconstruction", "reconstruction (eq. 2)"),
-    ("prior", "prior preservation (eq. 4)"),
-    ("perceptual", "perceptual (eq. 5)"),
-    ("adversarial", "latent discriminator (eq. 7)"),
-    ("critic", "the discriminator's own"),
-    ("grad_norm", "norm of the gradients"),
-    ("cut", "share of exponents cut"),
+/// One list of a [`LossCurve`]: the title of its panel, and the values.
+type Column = (&'static str, fn(&LossCurve) -> &[Option<f64>]);
+
+/// Every list of a [`LossCurve`] that has a panel.
+const COLUMNS: [Column; 8] = [
+    ("total", |curve| &curve.loss),
+    ("reconstruction (eq. 2)", |curve| &curve.reconstruction),
+    ("prior preservation (eq. 4)", |curve| &curve.prior),
+    ("perceptual (eq. 5)", |curve| &curve.perceptual),
+    ("adversarial (eq. 7)", |curve| &curve.adversarial),
+    ("discriminator's own loss", |curve| &curve.discriminator),
+    ("norm of the gradients", |curve| &curve.grad_norm),
+    ("share of exponents cut", |curve| &curve.cut),
 ];
 
-/// What a picture alone needs of the page's style.
+/// The part of the page's style that a picture of its own needs.
 const STYLE: &str = "svg{color:#1c1e21;background:#fff;font:13px system-ui,sans-serif}\
     @media(prefers-color-scheme:dark){svg{color:#e6e6e6;background:#16181c}}\
     .rule{stroke:currentColor;stroke-opacity:.15}.plot text{fill:currentColor}\
@@ -28,19 +33,22 @@ const STYLE: &str = "svg{color:#1c1e21;background:#fff;font:13px system-ui,sans-
     .dot{fill:#3b7ddd}";
 
 /// Points of a curve, by rising x.
-pub type Curve = Vec<(f64, f64)>;
+type Points = Vec<(f64, f64)>;
 
-/// One panel for each loss that was computed. `curve` gives a loss's points by its name.
-pub(super) fn losses(curve: impl Fn(&str) -> Curve) -> Vec<Markup> {
-    let curves = LOSSES.iter().map(|&(name, title)| (title, curve(name)));
-    curves.filter(|(_, curve)| !curve.is_empty()).map(|(title, curve)| panel(title, &curve)).collect()
+/// A panel for each loss that was computed.
+pub(super) fn losses(curve: &LossCurve) -> Vec<Markup> {
+    let points = |values: &[Option<f64>]| -> Points {
+        curve.step.iter().zip(values).filter_map(|(&step, value)| Some((step as f64, (*value)?))).collect()
+    };
+    let panels = COLUMNS.iter().map(|(title, values)| (title, points(values(curve))));
+    panels.filter(|(_, points)| !points.is_empty()).map(|(title, points)| panel(title, &points)).collect()
 }
 
-/// The same as one picture that stands alone, two panels in a row.
-pub fn losses_svg(curve: impl Fn(&str) -> Curve) -> String {
+/// The same panels as one picture of its own, two in a row.
+pub fn losses_svg(curve: &LossCurve) -> String {
     let panels = losses(curve);
     let (width, height) = (2.0 * PANEL.0, panels.len().div_ceil(2).max(1) as f64 * PANEL.1);
-    let alone = html! {
+    let svg = html! {
         svg xmlns="http://www.w3.org/2000/svg" viewBox={ "0 0 " (width) " " (height) } {
             style { (PreEscaped(STYLE)) }
             @for (i, panel) in panels.iter().enumerate() {
@@ -50,7 +58,7 @@ pub fn losses_svg(curve: impl Fn(&str) -> Curve) -> String {
             }
         }
     };
-    alone.into_string()
+    svg.into_string()
 }
 
 /// One curve with its title and its axes.
@@ -100,7 +108,7 @@ impl Axis {
         (value - self.low) / (self.high - self.low)
     }
 
-    /// Round numbers along it, some three to seven.
+    /// Round numbers along it, about three to seven.
     fn ticks(&self) -> Vec<f64> {
         let rough = (self.high - self.low) / 5.0;
         let power = 10_f64.powf(rough.log10().floor());
@@ -121,7 +129,7 @@ fn number(value: f64) -> String {
 }
 
 /// The mean of the points around each, a twentieth of all.
-fn smooth(curve: &[(f64, f64)]) -> Curve {
+fn smooth(curve: &[(f64, f64)]) -> Points {
     let reach = curve.len() / 40;
     let mean = |i: usize| {
         let near = &curve[i.saturating_sub(reach)..(i + reach + 1).min(curve.len())];
@@ -136,17 +144,16 @@ mod tests {
 
     #[test]
     fn a_loss_has_a_panel_if_it_was_computed() {
-        let svg = losses_svg(|name| match name {
-            "loss" => (1..=50).map(|i| (f64::from(i), 1.0 / f64::from(i))).collect(),
-            _ => Curve::new(),
-        });
+        let step: Vec<u64> = (1..=50).collect();
+        let loss = step.iter().map(|&step| Some(1.0 / step as f64)).collect();
+        let svg = losses_svg(&LossCurve { step, loss, prior: vec![None; 50], ..LossCurve::default() });
         assert!(svg.contains(">total<") && !svg.contains("prior"), "{svg}");
-        assert_eq!(svg.matches("<polyline").count(), 2, "as it came, and smooth");
+        assert_eq!(svg.matches("<polyline").count(), 2, "all points, and their mean");
     }
 
     #[test]
     fn a_curve_is_smoothed_over_a_twentieth_of_it() {
-        let curve: Curve = (0..100).map(|i| (f64::from(i), f64::from(i % 2))).collect();
+        let curve: Points = (0..100).map(|i| (f64::from(i), f64::from(i % 2))).collect();
         let smooth = smooth(&curve);
         assert!((smooth[50].1 - 0.5).abs() < 0.11, "{:?}", smooth[50]);
     }

@@ -1,9 +1,8 @@
-//! Tables of numbers, for terminals and for pages.
+//! Tables of scores, for terminals and for pages.
 
 use maud::{Markup, html};
-use serde_json::Value;
 
-use crate::ml::evaluate::METRICS;
+use super::scores::{Better, Metric, Protocol, Score, Scores};
 
 /// Rows under a head. The first column names the row.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,7 +16,7 @@ pub struct Table {
 /// One cell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cell {
-    /// What stands in it.
+    /// Its text.
     pub text: String,
     /// Whether it is the best of its column.
     pub best: bool,
@@ -30,7 +29,7 @@ impl<T: Into<String>> From<T> for Cell {
 }
 
 impl Table {
-    /// In Markdown, its columns aligned; the best in bold.
+    /// The table in Markdown, its columns aligned; the best in bold.
     pub fn markdown(&self) -> String {
         let text = |cell: &Cell| if cell.best { format!("**{}**", cell.text) } else { cell.text.clone() };
         let rows: Vec<Vec<String>> = self.rows.iter().map(|row| row.iter().map(text).collect()).collect();
@@ -64,69 +63,76 @@ impl Table {
     }
 }
 
-/// A number of a report, to four figures; `-` where there is none.
-pub(super) fn shown(number: &Value) -> String {
-    number["value"].as_f64().map_or_else(|| "-".into(), |value| format!("{value:.4}"))
+/// A score to four decimal places; `-` where there is none.
+pub(super) fn formatted(score: Option<&Score>) -> String {
+    score.and_then(|score| score.value).map_or_else(|| "-".into(), |value| format!("{value:.4}"))
 }
 
-/// An arrow that says which way is better.
-fn arrow(number: &Value) -> &'static str {
-    match number["better"].as_str() {
-        Some("higher") => " ↑",
-        Some("lower") => " ↓",
-        _ => "",
+/// An arrow that shows which way is better.
+fn arrow(score: &Score) -> &'static str {
+    match score.better {
+        Better::Higher => " ↑",
+        Better::Lower => " ↓",
     }
 }
 
-/// What one evaluation found: a row for each metric, a column for each protocol and one for the photos themselves.
-pub fn of_evaluation(evaluation: &Value) -> Table {
-    let columns = ["prompt_invariant", "prompt_varying", "real"].map(|name| &evaluation[name]);
-    let row = |title: &str, numbers: [&Value; 3]| {
-        let way = numbers.iter().map(|number| arrow(number)).find(|arrow| !arrow.is_empty());
-        let named = Cell::from(format!("{title}{}", way.unwrap_or_default()));
-        std::iter::once(named).chain(numbers.map(|number| shown(number).into())).collect()
+/// The scores of one evaluation: a row for each metric, a column for each protocol and one for the photos themselves.
+pub fn scores_table(scores: &Scores) -> Table {
+    let row = |title: &str, columns: [Option<&Score>; 3]| -> Vec<Cell> {
+        let arrow = columns.into_iter().flatten().next().map_or("", arrow);
+        let title = Cell::from(format!("{title}{arrow}"));
+        std::iter::once(title).chain(columns.map(|score| formatted(score).into())).collect()
     };
-    let mut rows: Vec<Vec<Cell>> =
-        METRICS.iter().map(|(name, title)| row(title, columns.map(|column| &column[name]))).collect();
-    rows.push(row("PRES", [&evaluation["pres"], &Value::Null, &Value::Null]));
-    rows.push(row("DIV", [&evaluation["div"], &Value::Null, &Value::Null]));
+    let protocols = [Protocol::PromptInvariant, Protocol::PromptVarying];
+    let metrics = Metric::ALL.into_iter().map(|metric| {
+        let [invariant, varying] =
+            protocols.map(|protocol| scores.protocol(protocol).map(|of| of.score(metric)));
+        row(metric.title(), [invariant, varying, scores.real.score(metric)])
+    });
+    let of_all = [row("PRES", [Some(&scores.pres), None, None]), row("DIV", [Some(&scores.div), None, None])];
     let head = ["", "prompt-invariant", "prompt-varying", "photos"].map(str::to_owned).to_vec();
-    Table { head, rows }
+    Table { head, rows: metrics.chain(of_all).collect() }
 }
 
-/// A method on a subject, and what its evaluation found.
-#[derive(Clone, Debug)]
-pub struct Found<'a> {
+/// A method on a subject, and its scores.
+#[derive(Clone, Copy, Debug)]
+pub struct Evaluated<'a> {
     /// The method.
-    pub recipe: &'a str,
+    pub method: &'a str,
     /// The subject.
     pub subject: &'a str,
-    /// The `evaluation` of its report; null where there is none yet.
-    pub evaluation: &'a Value,
+    /// Its report's scores; none where nothing was evaluated.
+    pub scores: Option<&'a Scores>,
 }
 
-/// The paper's table 1 (`prompt_invariant`) or table 2 (`prompt_varying`): a row for each method and subject, methods
-/// together; the best of each subject in bold.
-pub fn comparison(protocol: &str, all: &[Found<'_>]) -> Table {
-    let number = |found: &Found<'_>, metric: &str| found.evaluation[protocol][metric].clone();
-    let is_best = |one: &Found<'_>, metric: &str| {
-        let own = number(one, metric);
-        let Some(value) = own["value"].as_f64() else { return false };
-        let lower = own["better"] == "lower";
-        let others = all.iter().filter(|other| other.subject == one.subject);
-        let mut others = others.filter_map(|other| number(other, metric)["value"].as_f64());
-        others.all(|other| if lower { value <= other } else { value >= other })
+impl<'a> Evaluated<'a> {
+    fn score(&self, protocol: Protocol, metric: Metric) -> Option<&'a Score> {
+        Some(self.scores?.protocol(protocol)?.score(metric))
+    }
+}
+
+/// The paper's table 1 ([`Protocol::PromptInvariant`]) or table 2 ([`Protocol::PromptVarying`]): a row for each
+/// method and subject, methods together; the best of each subject in bold.
+pub fn comparison_table(protocol: Protocol, all: &[Evaluated<'_>]) -> Table {
+    let is_best = |one: &Evaluated<'_>, metric: Metric| {
+        let Some(score) = one.score(protocol, metric) else { return false };
+        let Some(value) = score.value else { return false };
+        let same_subject = all.iter().filter(|other| other.subject == one.subject);
+        let mut others = same_subject.filter_map(|other| other.score(protocol, metric)?.value);
+        others.all(|other| match score.better {
+            Better::Lower => value <= other,
+            Better::Higher => value >= other,
+        })
     };
-    let rows = all.iter().map(|found| {
-        let metrics = METRICS
-            .iter()
-            .map(|(metric, _)| Cell { text: shown(&number(found, metric)), best: is_best(found, metric) });
-        [found.recipe.into(), found.subject.into()].into_iter().chain(metrics).collect()
+    let rows = all.iter().map(|one| {
+        let metrics = Metric::ALL
+            .into_iter()
+            .map(|metric| Cell { text: formatted(one.score(protocol, metric)), best: is_best(one, metric) });
+        [one.method.into(), one.subject.into()].into_iter().chain(metrics).collect()
     });
-    let titles = METRICS.iter().map(|(name, title)| {
-        let way =
-            all.iter().map(|found| arrow(&found.evaluation[protocol][*name])).find(|way| !way.is_empty());
-        format!("{title}{}", way.unwrap_or_default())
+    let titles = Metric::ALL.into_iter().map(|metric| {
+        let arrow = all.iter().find_map(|one| one.score(protocol, metric)).map_or("", arrow);
+        format!("{}{arrow}", metric.title())
     });
     let head = ["method", "subject"].map(str::to_owned).into_iter().chain(titles).collect();
     Table { head, rows: rows.collect() }
@@ -135,20 +141,15 @@ pub fn comparison(protocol: &str, all: &[Found<'_>]) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    fn evaluation(dino: f64, lpips: Option<f64>) -> Value {
-        json!({"prompt_invariant": {
-            "dino": {"value": dino, "better": "higher"}, "lpips": {"value": lpips, "better": "lower"},
-        }})
-    }
+    use crate::report::scores::example;
 
     #[test]
     fn the_best_of_each_subject_is_marked_whichever_way_is_better() {
-        let evaluations = [evaluation(0.7, Some(0.4)), evaluation(0.6, Some(0.3)), evaluation(0.1, None)];
-        let found = |recipe, subject, i: usize| Found { recipe, subject, evaluation: &evaluations[i] };
-        let all = [found("hypnos", "mug", 0), found("dreambooth", "mug", 1), found("hypnos", "car", 2)];
-        let table = comparison("prompt_invariant", &all);
+        let scores = [example(Some(0.7), Some(0.4)), example(Some(0.6), Some(0.3)), example(Some(0.1), None)];
+        let evaluated = |method, subject, i: usize| Evaluated { method, subject, scores: Some(&scores[i]) };
+        let all =
+            [evaluated("hypnos", "mug", 0), evaluated("dreambooth", "mug", 1), evaluated("hypnos", "car", 2)];
+        let table = comparison_table(Protocol::PromptInvariant, &all);
         let best = |row: usize, title: &str| {
             let column = table.head.iter().position(|head| head.starts_with(title)).expect("a column");
             table.rows[row][column].best
@@ -160,9 +161,9 @@ mod tests {
 
     #[test]
     fn a_table_in_markdown_has_as_many_columns_in_every_line() {
-        let table = of_evaluation(&evaluation(0.5, None));
+        let table = scores_table(&example(Some(0.5), None));
         let lines: Vec<String> = table.markdown().lines().map(str::to_owned).collect();
-        assert_eq!(lines.len(), 2 + METRICS.len() + 2);
+        assert_eq!(lines.len(), 2 + Metric::ALL.len() + 2);
         assert!(lines.iter().all(|line| line.matches('|').count() == 5), "{lines:#?}");
         let widths: Vec<usize> = lines.iter().map(|line| line.chars().count()).collect();
         assert!(widths.iter().all(|width| *width == widths[0]), "{lines:#?}");

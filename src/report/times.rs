@@ -1,42 +1,37 @@
-//! How long each phase of a training took.
+//! How long each phase of a training takes.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-
-use serde_json::{Map, Value, json};
 
 use crate::job::Phase;
 
-/// Seconds by phase, from what a watcher hears and its clock.
+/// Measures the phases of a training by its caller's clock.
 #[derive(Clone, Debug, Default)]
-pub struct Times {
-    /// The phase at hand, and since when.
-    since: Option<(Phase, Instant)>,
-    gone: Vec<(Phase, Duration)>,
+pub struct PhaseTimes {
+    /// The current phase, and when it began.
+    current: Option<(Phase, Instant)>,
+    finished: BTreeMap<Phase, Duration>,
 }
 
-impl Times {
-    /// Hears that the training is at `phase`.
-    pub fn hear(&mut self, phase: Phase, now: Instant) {
-        if self.since.is_none_or(|(before, _)| before != phase) {
-            self.close(now);
-            self.since = Some((phase, now));
+impl PhaseTimes {
+    /// Notes that the training is in `phase`, which may have begun earlier.
+    pub fn enter(&mut self, phase: Phase, now: Instant) {
+        if self.current.is_none_or(|(current, _)| current != phase) {
+            self.finish(now);
+            self.current = Some((phase, now));
         }
     }
 
-    /// Seconds of each phase so far, in their order: `{"preparing": 1.5, ..}`.
-    pub fn seconds(&mut self, now: Instant) -> Value {
-        self.close(now);
+    /// Ends the current phase. Seconds of each phase that was entered, to the millisecond.
+    pub fn seconds(&mut self, now: Instant) -> BTreeMap<Phase, f64> {
+        self.finish(now);
         let seconds = |duration: &Duration| (duration.as_secs_f64() * 1000.0).round() / 1000.0;
-        let all = self.gone.iter().map(|(phase, gone)| (phase.to_string(), json!(seconds(gone))));
-        Value::Object(all.collect::<Map<_, _>>())
+        self.finished.iter().map(|(&phase, duration)| (phase, seconds(duration))).collect()
     }
 
-    fn close(&mut self, now: Instant) {
-        let Some((phase, since)) = self.since.take() else { return };
-        let took = now.saturating_duration_since(since);
-        match self.gone.iter_mut().find(|(one, _)| *one == phase) {
-            Some((_, gone)) => *gone += took,
-            None => self.gone.push((phase, took)),
+    fn finish(&mut self, now: Instant) {
+        if let Some((phase, began)) = self.current.take() {
+            *self.finished.entry(phase).or_default() += now.saturating_duration_since(began);
         }
     }
 }
@@ -47,15 +42,20 @@ mod tests {
 
     #[test]
     fn each_phase_has_its_seconds_even_if_it_comes_twice() {
-        let (mut times, begin) = (Times::default(), Instant::now());
+        let (mut times, begin) = (PhaseTimes::default(), Instant::now());
         let at = |ms| begin + Duration::from_millis(ms);
         for (phase, ms) in [(Phase::Preparing, 0), (Phase::Training, 500), (Phase::Training, 700)] {
-            times.hear(phase, at(ms));
+            times.enter(phase, at(ms));
         }
         for (phase, ms) in [(Phase::Evaluating, 1500), (Phase::Training, 1750), (Phase::Drawing, 2750)] {
-            times.hear(phase, at(ms));
+            times.enter(phase, at(ms));
         }
-        let wanted = json!({"preparing": 0.5, "training": 2.0, "evaluating": 0.25, "drawing": 0.125});
-        assert_eq!(times.seconds(at(2875)), wanted);
+        let wanted = [
+            (Phase::Preparing, 0.5),
+            (Phase::Training, 2.0),
+            (Phase::Evaluating, 0.25),
+            (Phase::Drawing, 0.125),
+        ];
+        assert_eq!(times.seconds(at(2875)), BTreeMap::from(wanted));
     }
 }

@@ -23,7 +23,7 @@ use crate::blobs::{self, Key, Name};
 use crate::clock;
 use crate::engine::{ClassImages, Ending, Flow, Image, Shown, TrainEvent, Trained};
 use crate::job::{Checkpoint, Fault, FaultCode, Job, Object, Phase, Progress, TrainSpec};
-use crate::report::{self, Times};
+use crate::report::{self, PhaseTimes};
 
 impl Worker {
     /// Trains on the job's photos and stores the result.
@@ -84,10 +84,10 @@ impl Worker {
             reply,
         }));
         // The observer, and with it the sender of events, is dropped when the training has ended.
-        let (mut n_images, mut times) = (0, Times::default());
+        let (mut n_images, mut times) = (0, PhaseTimes::default());
         while let Some(event) = received.recv().await {
             if let Event::Phase(phase, since) = event {
-                times.hear(phase, since);
+                times.enter(phase, since);
                 continue;
             }
             let was_checkpoint = matches!(event, Event::Checkpoint { .. });
@@ -106,7 +106,7 @@ impl Worker {
         match ending? {
             Ending::Trained(mut trained) => {
                 // Of this attempt only.
-                trained.report["seconds"] = times.seconds(clock::now());
+                trained.report.seconds = times.seconds(clock::now());
                 self.store_result(bundle, job, lease, trained, n_images).await
             }
             Ending::Stopped if lease.is_canceled() => Ok(Outcome::Canceled),
@@ -296,7 +296,7 @@ impl Worker {
             let meta = json!({ "bundle_sha256": bundle });
             objects.push(self.put(job, lease, Name::LastWeights, Content::File(last), meta).await?);
         }
-        let written = serde_json::to_vec_pretty(&trained.report).map_err(|error| {
+        let written = trained.report.to_json().map_err(|error| {
             Fault::new(FaultCode::Internal, format!("the report cannot be written: {error}"))
         })?;
         let written = Content::Bytes(written.into());

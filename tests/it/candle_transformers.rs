@@ -15,7 +15,6 @@
 //! another order on each side, which leaves about 1e-6 after a layer and 1e-5 after all of them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use ::candle_transformers::models::clip::text_model;
@@ -29,6 +28,7 @@ use ::candle_transformers::models::stable_diffusion::{
 };
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
+use hypnos::ml::Interrupt;
 use hypnos::ml::bundle::Bundle;
 use hypnos::ml::diffusion::{Config, Schedule};
 use hypnos::ml::models::clip::{self, ClipText};
@@ -236,14 +236,14 @@ fn both(
 ) -> Result<(Tensor, Tensor)> {
     let noise = normal("noise", &[2, 4, 8, 8]);
     let mut none = |_: usize| -> Result<Tensor> { candle_core::bail!("noise was asked for") };
-    let mut go_on = |_, _| ControlFlow::Continue(());
+    let mut go_on = |_, _| Ok::<_, Interrupt<()>>(());
     let ours = sample(sampler, schedule, steps, &noise, &mut answer, &mut none, &mut go_on);
     let mut x = (noise * theirs.init_noise_sigma())?;
     for t in theirs.timesteps().to_vec() {
         let seen = theirs.scale_model_input(x.clone(), t)?;
         x = theirs.step(&answer(&seen, t as f64)?, t, &x)?;
     }
-    Ok((ours.expect("latents").expect("nobody stopped it"), x))
+    Ok((ours.expect("latents"), x))
 }
 
 fn timesteps(theirs: &dyn Scheduler) -> Vec<f64> {

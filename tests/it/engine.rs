@@ -9,7 +9,7 @@ use hypnos::engine::{
 use hypnos::job::{Evaluation, Fault, FaultCode, Format, Method, Phase, SampleSpec, TrainOptions, TrainSpec};
 use hypnos::ml::bundle::{Like, random};
 use hypnos::ml::image_io;
-use serde_json::Value;
+use hypnos::report::{PhotoSize, Protocol, Report};
 use tempfile::TempDir;
 
 fn settings() -> EngineSettings {
@@ -77,7 +77,7 @@ impl Attempt {
     }
 
     /// The weights' bytes, the report, the pictures.
-    fn trained(&self) -> (Vec<u8>, &Value, &[Image]) {
+    fn trained(&self) -> (Vec<u8>, &Report, &[Image]) {
         match &self.result {
             Ok(Ending::Trained(trained)) => {
                 (std::fs::read(&trained.weights).expect("weights"), &trained.report, &trained.images)
@@ -298,16 +298,16 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
     let (_, report, images) = attempt.trained();
     assert_eq!(images.len(), 3);
     assert!(images.iter().all(|image| image.prompt.contains("{product}") && image.format == Format::Png));
-    assert_eq!(report["prompts"]["instance"][0], "a photo of sks mug");
-    assert_eq!(report["bundle"]["sha256"], engine().bundle());
-    assert_eq!(report["photos"][0], serde_json::json!({"width": 96, "height": 80}));
-    assert_eq!(report["curve"]["step"].as_array().map(Vec::len), Some(8));
-    assert!(report["curve"]["loss"][7].as_f64().expect("a loss") > 0.0);
-    let protocols: Vec<&Value> =
-        report["images"].as_array().expect("images").iter().map(|image| &image["protocol"]).collect();
-    assert_eq!(protocols, ["prompt_invariant", "prompt_invariant", "prompt_varying"]);
-    assert!(report["evaluation"]["prompt_varying"]["ssim"]["value"].is_number(), "{report:#}");
-    assert!(report["warnings"][0].as_str().expect("a warning").contains("no class images"));
+    assert_eq!(report.prompts.instance[0], "a photo of sks mug");
+    assert_eq!(report.bundle.sha256, engine().bundle());
+    assert_eq!(report.photos[0], PhotoSize { width: 96, height: 80 });
+    assert_eq!(report.curve.step, (1..=8).collect::<Vec<u64>>());
+    assert!(report.curve.loss[7].expect("a loss") > 0.0);
+    let protocols: Vec<_> = report.images.iter().map(|image| image.protocol.expect("a protocol")).collect();
+    assert_eq!(protocols, [Protocol::PromptInvariant, Protocol::PromptInvariant, Protocol::PromptVarying]);
+    let varying = report.evaluation.as_ref().and_then(|scores| scores.prompt_varying.as_ref());
+    assert!(varying.is_some_and(|scores| scores.ssim.value.is_some()), "{report:#?}");
+    assert!(report.warnings[0].contains("no class images"));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use hypnos::ml::bundle::{Backbones, Bundle, Like, check, random, random_metrics}
 use hypnos::ml::evaluate::{Generated, GeneratedSet, Judge};
 use hypnos::ml::image_io;
 use hypnos::ml::metrics;
+use hypnos::report::{Protocol, Report};
 use image::{Rgb, RgbImage};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -264,16 +265,14 @@ fn the_step_that_scored_best_is_served_and_a_training_paused_anywhere_serves_the
     let bundle = bundle(dir.path(), true);
     let unbroken = Attempt::new(&bundle, None, |_| Flow::Continue);
     let report = &unbroken.trained().report;
-    let trials = report["trials"].as_array().expect("trials");
     let (mut best, mut score) = (0, -1.0);
-    for trial in trials {
-        if trial["score"].as_f64().expect("a score") >= score {
-            (best, score) =
-                (trial["step"].as_u64().expect("a step"), trial["score"].as_f64().expect("a score"));
+    for trial in &report.trials {
+        if trial.score >= score {
+            (best, score) = (trial.step, trial.score);
         }
     }
-    assert_eq!(trials.iter().map(|trial| trial["step"].as_u64()).collect::<Vec<_>>(), [Some(2), Some(4)]);
-    assert!(score > 0.0 && report["served_step"] == best, "{report:#}");
+    assert_eq!(report.trials.iter().map(|trial| trial.step).collect::<Vec<_>>(), [2, 4]);
+    assert!(score > 0.0 && report.served_step == Some(best), "{report:#?}");
     assert_eq!(unbroken.trained().last, Some(unbroken.scratch.path().join("weights-last.safetensors")));
     assert_ne!(unbroken.file("weights.safetensors"), unbroken.file("weights-last.safetensors"));
 
@@ -310,16 +309,16 @@ fn a_training_is_judged_by_both_protocols_and_its_page_shows_it() {
     let attempt = Attempt::new(&bundle(dir.path(), true), None, |_| Flow::Continue);
     let Trained { report, images, gallery, .. } = attempt.trained();
     assert_eq!((images.len(), gallery.pictures.len(), gallery.photos.len()), (3, 3, 3));
-    let protocols: Vec<_> =
-        report["images"].as_array().expect("images").iter().map(|i| &i["protocol"]).collect();
-    assert_eq!(protocols, ["prompt_invariant", "prompt_invariant", "prompt_varying"]);
-    assert_eq!(report["images"][0]["prompt"], "a photo of sks mug");
-    assert!(report["images"][2]["fidelity"]["clip_t"].is_number(), "{report:#}");
-    let evaluation = &report["evaluation"];
-    for protocol in ["prompt_invariant", "prompt_varying"] {
-        assert!(evaluation[protocol]["dino"]["value"].is_number(), "{report:#}");
+    let protocols: Vec<_> = report.images.iter().map(|image| image.protocol.expect("a protocol")).collect();
+    assert_eq!(protocols, [Protocol::PromptInvariant, Protocol::PromptInvariant, Protocol::PromptVarying]);
+    assert_eq!(report.images[0].prompt, "a photo of sks mug");
+    assert!(report.images[2].fidelity.is_some_and(|scores| scores.clip_t.is_some()), "{report:#?}");
+    let scores = report.evaluation.as_ref().expect("an evaluation");
+    for protocol in [Protocol::PromptInvariant, Protocol::PromptVarying] {
+        let dino = &scores.protocol(protocol).expect("scores").dino;
+        assert!(dino.value.is_some(), "{report:#?}");
     }
-    assert!(evaluation["pres"]["value"].is_number() && evaluation["real"]["dino"]["value"].is_number());
+    assert!(scores.pres.value.is_some() && scores.real.dino.value.is_some());
     let page = hypnos::report::page(report, gallery);
     assert_eq!(page.matches("data:image/webp;base64,").count(), 3 + 3);
     assert!(page.contains("a photo of sks mug") && page.contains("Which step is served"));
@@ -332,9 +331,9 @@ fn networks_that_are_broken_cost_the_numbers_and_not_the_training() {
     std::fs::write(bundle.join("metrics/clip/config.json"), "{").expect("a file");
     let attempt = Attempt::new(&bundle, None, |_| Flow::Continue);
     let report = &attempt.trained().report;
-    assert_eq!((&report["evaluation"], &report["served_step"]), (&Value::Null, &json!(5)));
+    assert_eq!((&report.evaluation, report.served_step), (&None, Some(5)));
     assert_eq!(attempt.trained().images.len(), 3);
-    let warnings = report["warnings"].to_string();
+    let warnings = report.warnings.join("\n");
     assert!(warnings.contains("not judged: the models/metrics/clip/config.json"), "{warnings}");
     assert!(!warnings.contains(&bundle.display().to_string()), "{warnings}");
 }
@@ -443,10 +442,11 @@ fn methods_are_compared_and_what_is_done_is_not_done_again() {
         text.lines().filter(|line| line.starts_with("| dreambooth") || line.starts_with("| textual")).count();
     assert_eq!(rows, 4, "{text}");
     let cell = out.join("mug-1/dreambooth@1e-6");
-    let report: Value =
-        serde_json::from_slice(&std::fs::read(cell.join("report.json")).expect("a report")).expect("JSON");
-    assert_eq!((&report["class_name"], &report["options"]["learning_rate"]), (&json!("mug"), &json!(1e-6)));
-    assert!(report["seconds"]["training"].as_f64().is_some_and(|seconds| seconds > 0.0), "{report:#}");
+    let written = std::fs::read_to_string(cell.join("report.json")).expect("a report");
+    let report: Report = serde_json::from_str(&written).expect("a report");
+    assert_eq!(serde_json::from_str::<Value>(&written).expect("JSON"), json!(report));
+    assert_eq!((report.class_name.as_str(), &report.options["learning_rate"]), ("mug", &json!(1e-6)));
+    assert!(report.seconds.get(&Phase::Training).is_some_and(|&seconds| seconds > 0.0), "{report:#?}");
     let page = std::fs::read_to_string(cell.join("report.html")).expect("a page");
     assert!(page.starts_with("<!DOCTYPE html>") && page.contains("time, training"));
     let all = std::fs::read_to_string(out.join("comparison.html")).expect("a page");

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::cli::error::CliError;
 use crate::engine::{ClassImages, Image, Shown, Trained};
 use crate::job::{Format, PAGE, REPORT, TrainSpec, WEIGHTS};
-use crate::report;
+use crate::report::{self, Report};
 
 const JOB: &str = "job.json";
 const CHECKPOINT: &str = "checkpoint.safetensors";
@@ -74,18 +74,17 @@ impl Out {
     }
 
     /// The report of a complete training.
-    pub(crate) fn report(&self) -> Result<Value, CliError> {
+    pub(crate) fn report(&self) -> Result<Report, CliError> {
         let path = self.dir.join(REPORT);
         let bytes = fs::read(&path).map_err(|error| unread(&path, &error))?;
         serde_json::from_slice(&bytes)
             .map_err(|error| CliError::Input(format!("{}: {error}", path.display())))
     }
 
-    /// The images drawn with the result, in order, as PNG.
-    pub(crate) fn images(&self) -> Result<Vec<Vec<u8>>, CliError> {
-        let n = self.report()?["images"].as_array().map_or(0, Vec::len);
-        let paths = (0..n).map(|i| self.dir.join(image_name(i, Format::Png)));
-        paths.map(|path| fs::read(&path).map_err(|error| unread(&path, &error))).collect()
+    /// Image `i` of those drawn with the result, as PNG.
+    pub(crate) fn image(&self, i: usize) -> Result<Vec<u8>, CliError> {
+        let path = self.dir.join(image_name(i, Format::Png));
+        fs::read(&path).map_err(|error| unread(&path, &error))
     }
 
     /// An empty temporary directory on the same disk.
@@ -116,7 +115,10 @@ impl Out {
         for (i, image) in trained.images.iter().enumerate() {
             self.write(Path::new(&image_name(i, image.format)), &image.bytes)?;
         }
-        self.write(Path::new(REPORT), to_json(&trained.report).as_bytes())?;
+        let written = trained.report.to_json();
+        let written =
+            written.map_err(|error| CliError::Failed(format!("the report cannot be written: {error}")))?;
+        self.write(Path::new(REPORT), (written + "\n").as_bytes())?;
         self.write(Path::new(PAGE), report::page(&trained.report, &trained.gallery).as_bytes())?;
         let last = trained.last.iter().map(|file| (file, "weights-last.safetensors"));
         for (file, name) in last.chain([(&trained.weights, WEIGHTS)]) {

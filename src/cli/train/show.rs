@@ -1,5 +1,6 @@
 //! The progress of a training: bars on the terminal; images, checkpoints and the log on disk.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::time::Instant;
@@ -12,7 +13,7 @@ use super::out::{ClassImageCache, Out};
 use crate::cli::error::CliError;
 use crate::engine::{Flow, TrainEvent};
 use crate::job::{Phase, Progress};
-use crate::report::{self, Times};
+use crate::report::{LossCurve, PhaseTimes, losses_svg};
 
 const LOG: &str = "log.jsonl";
 
@@ -24,7 +25,7 @@ pub(super) struct Show<'a> {
     stop: &'a CancellationToken,
     bar: ProgressBar,
     phase: Option<Phase>,
-    times: Times,
+    times: PhaseTimes,
     log: Log,
     /// Steps at the last checkpoint.
     kept: u64,
@@ -52,7 +53,7 @@ impl<'a> Show<'a> {
             stop,
             bar,
             phase: None,
-            times: Times::default(),
+            times: PhaseTimes::default(),
             log,
             kept: 0,
             failed: None,
@@ -98,7 +99,7 @@ impl<'a> Show<'a> {
     }
 
     fn progress(&mut self, at: &Progress) -> Result<(), CliError> {
-        self.times.hear(at.phase, Instant::now());
+        self.times.enter(at.phase, Instant::now());
         if self.phase != Some(at.phase) {
             self.phase = Some(at.phase);
             self.bar.reset();
@@ -115,7 +116,7 @@ impl<'a> Show<'a> {
     }
 
     /// Ends the bars and draws the losses. Returns the duration of each phase, or the error that ended the training.
-    pub(super) fn finish(mut self) -> Result<Value, CliError> {
+    pub(super) fn finish(mut self) -> Result<BTreeMap<Phase, f64>, CliError> {
         self.bar.finish_and_clear();
         self.log.flush()?;
         if let Some(stop) = self.failed {
@@ -123,12 +124,26 @@ impl<'a> Show<'a> {
         }
         let steps = self.log.read()?;
         if !steps.is_empty() {
-            let curve = |name: &str| -> report::Curve {
-                steps.iter().filter_map(|line| Some((line["step"].as_f64()?, line[name].as_f64()?))).collect()
-            };
-            self.out.write("losses.svg".as_ref(), report::losses_svg(curve).as_bytes())?;
+            self.out.write("losses.svg".as_ref(), losses_svg(&curve(&steps)).as_bytes())?;
         }
         Ok(self.times.seconds(Instant::now()))
+    }
+}
+
+/// The losses of all steps in the log.
+fn curve(lines: &[Value]) -> LossCurve {
+    let steps = lines.iter().filter_map(|line| Some((line["step"].as_u64()?, line)));
+    let values = |name: &str| steps.clone().map(|(_, line)| line[name].as_f64()).collect();
+    LossCurve {
+        step: steps.clone().map(|(step, _)| step).collect(),
+        loss: values("loss"),
+        grad_norm: values("grad_norm"),
+        reconstruction: values("reconstruction"),
+        prior: values("prior"),
+        perceptual: values("perceptual"),
+        adversarial: values("adversarial"),
+        discriminator: values("critic"),
+        cut: values("cut"),
     }
 }
 

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use image::RgbImage;
-use serde_json::{Value, json};
 
-use super::session::{Halt, Session, shot};
+use super::session::{Halt, Session, thumbnail};
 use crate::engine::api::Image;
 use crate::job::{Phase, Progress, SEED_MAX};
 use crate::ml::evaluate::{Evaluation, Fidelity, Generated, GeneratedSet, Judge, PromptLists};
@@ -13,6 +12,7 @@ use crate::ml::product::PLACEHOLDER;
 use crate::ml::sample::Models;
 use crate::ml::train::{State, Trial};
 use crate::ml::{Interrupt, random};
+use crate::report::{PictureScores, Protocol, ReportImage, Scores};
 
 /// Images of a trial drawn at once. Part of what a seed means: the size of a batch orders sums, and a trial decides
 /// which weights are served.
@@ -33,9 +33,9 @@ pub(super) struct EvaluationOutput {
     /// The files, the prompt-invariant ones first.
     pub(super) images: Vec<Image>,
     /// What the report says of each.
-    pub(super) said: Vec<Value>,
-    /// What it says of all; null where nothing could be said.
-    pub(super) evaluation: Value,
+    pub(super) said: Vec<ReportImage>,
+    /// The scores of all; `None` where nothing could be evaluated.
+    pub(super) evaluation: Option<Scores>,
 }
 
 /// Whether the weights as they are now are to be scored, and were not yet.
@@ -149,7 +149,7 @@ pub(super) fn evaluate(
 ) -> Result<EvaluationOutput, Halt> {
     let options = session.input.spec.options.evaluation.clone();
     if !options.enabled {
-        return Ok(EvaluationOutput { images: Vec::new(), said: Vec::new(), evaluation: Value::Null });
+        return Ok(EvaluationOutput { images: Vec::new(), said: Vec::new(), evaluation: None });
     }
     let judge = match scorer {
         Some(scorer) => Some(scorer.judge),
@@ -188,14 +188,15 @@ pub(super) fn evaluate(
     let product = &session.plan.recipe.product;
     let said = (images.iter().enumerate())
         .map(|(i, image)| {
-            let protocol = if i < invariant.len() { "prompt_invariant" } else { "prompt_varying" };
+            let protocol =
+                if i < invariant.len() { Protocol::PromptInvariant } else { Protocol::PromptVarying };
             said(&product.named(&image.prompt), image, protocol, fidelity(i))
         })
         .collect();
     for (generated, image) in invariant.iter().chain(&varying).zip(&images) {
-        session.gallery.pictures.push(shot(&generated.pixels, &product.named(&image.prompt))?);
+        session.gallery.pictures.push(thumbnail(&generated.pixels, &product.named(&image.prompt))?);
     }
-    Ok(EvaluationOutput { images, said, evaluation: json!(found) })
+    Ok(EvaluationOutput { images, said, evaluation: found.map(Scores::from) })
 }
 
 /// The numbers of the images; none, and a warning, where they cannot be computed.
@@ -254,6 +255,11 @@ fn generated(
 }
 
 /// What the report says of one image.
-fn said(prompt: &str, image: &Image, protocol: &str, fidelity: Option<&Fidelity>) -> Value {
-    json!({"prompt": prompt, "seed": image.seed, "protocol": protocol, "fidelity": fidelity})
+fn said(prompt: &str, image: &Image, protocol: Protocol, fidelity: Option<&Fidelity>) -> ReportImage {
+    ReportImage {
+        prompt: prompt.to_owned(),
+        seed: image.seed,
+        protocol: Some(protocol),
+        fidelity: fidelity.cloned().map(PictureScores::from),
+    }
 }

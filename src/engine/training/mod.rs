@@ -61,7 +61,7 @@ fn trained(mut session: Session<'_, '_>) -> Result<Trained, Halt> {
     let weights = session.saved("weights.safetensors", &state, State::save_weights)?;
     let last = (state.served_step() != state.n_steps())
         .then(|| session.saved("weights-last.safetensors", &state, State::save_last_weights));
-    let report = session.report(&state, &photos, &data, &judged);
+    let report = Box::new(session.report(&state, &photos, &data, &judged));
     Ok(Trained { weights, last: last.transpose()?, images: judged.images, report, gallery: session.gallery })
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::recipe::{recipe, templates};
@@ -13,6 +13,7 @@ use crate::job::{Fault, FaultCode, SEED_MAX, TrainSpec};
 use crate::ml::random;
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{Learner, Recipe};
+use crate::report::MaskQuality;
 
 /// Steps of a class image's sampler: a quick one, for there are many of them.
 pub(super) const CLASS_IMAGE_STEPS: usize = 25;
@@ -29,8 +30,8 @@ pub(super) struct Plan {
     pub(super) evaluation_seed: u64,
     pub(super) trial_seed: u64,
     pub(super) warnings: Vec<String>,
-    /// The judgement of each photo's mask, as JSON.
-    pub(super) masks: Vec<Value>,
+    /// The quality of each photo's mask.
+    pub(super) masks: Vec<MaskQuality>,
     /// Hash of all models that are learned with.
     pub(super) learned_with: String,
 }

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use image::RgbImage;
-use serde_json::json;
 
-use super::session::{Halt, Session, shot};
+use super::session::{Halt, Session, thumbnail};
 use crate::engine::api::Shown;
 use crate::job::{Fault, FaultCode, Phase};
 use crate::ml::image_io;
 use crate::ml::segment::segment;
 use crate::ml::train::{Instance, TrainingData};
 use crate::ml::views::{self, Cut, View};
+use crate::report::MaskQuality;
 
 /// The photos, whole.
 pub(super) fn photos(session: &mut Session<'_, '_>) -> Result<Vec<RgbImage>, Halt> {
@@ -27,7 +27,7 @@ pub(super) fn photos(session: &mut Session<'_, '_>) -> Result<Vec<RgbImage>, Hal
                 i + 1
             ));
         }
-        session.gallery.photos.push(shot(&photo, "")?);
+        session.gallery.photos.push(thumbnail(&photo, "")?);
         photos.push(photo);
     }
     if photos.is_empty() {
@@ -93,7 +93,7 @@ fn cuts(
         }
         let warnings = judgement.warnings();
         session.plan.warnings.extend(warnings.iter().map(|warning| format!("{name}: {warning}")));
-        session.plan.masks.push(json!(judgement));
+        session.plan.masks.push(MaskQuality::from(&judgement));
         session.show(Shown::Mask(i), &mask.picture(), "", seed)?;
         cuts.push(Cut::new(photo, mask.values(), side, margin)?);
     }

@@ -1,85 +1,102 @@
-//! What is told of a training when it is done.
+//! Builds the report of a finished training.
+
+use std::collections::BTreeMap;
 
 use image::RgbImage;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::evaluation::EvaluationOutput;
 use super::session::Session;
 use crate::ml::train::{State, StepMetrics, TrainingData};
+use crate::report::{BundleId, ClassImageSet, LossCurve, PhotoSize, Prompts, Report, Seeds, TrialScores};
 
-/// Points of a curve.
+/// Most points of a curve.
 const CURVE_POINTS: usize = 500;
 
 impl Session<'_, '_> {
+    /// The report, but for the seconds of each phase.
     pub(super) fn report(
         &self,
         state: &State,
         photos: &[RgbImage],
         material: &TrainingData,
         judged: &EvaluationOutput,
-    ) -> Value {
+    ) -> Report {
         let (plan, recipe) = (&self.plan, &self.plan.recipe);
-        let mut instance_prompts: Vec<&str> =
-            material.instances.iter().map(|one| one.prompt.as_str()).collect();
-        instance_prompts.sort_unstable();
-        instance_prompts.dedup();
-        let trials: Vec<Value> = (state.trials().iter())
-            .map(|trial| {
-                json!({"step": trial.step, "likeness": trial.likeness, "adherence": trial.adherence, "score": trial.score()})
-            })
-            .collect();
-        json!({
-            "method": self.input.spec.options.method,
-            "options": self.input.spec.options,
-            "class_name": recipe.product.class_name,
-            "instance_token": recipe.product.token,
-            "background_token": recipe.views.as_ref().map(|views| &views.background_token),
-            "bundle": {"name": self.base.bundle.manifest().name, "sha256": self.base.hash()},
-            "prompts": {
-                "instance": instance_prompts,
-                "class": (recipe.n_class_images > 0).then(|| recipe.class_prompt()),
-                "preview": recipe.photo_prompt(),
+        Report {
+            method: self.input.spec.options.method,
+            options: json!(self.input.spec.options),
+            class_name: recipe.product.class_name.clone(),
+            instance_token: recipe.product.token.clone(),
+            background_token: recipe.views.as_ref().map(|views| views.background_token.clone()),
+            bundle: BundleId {
+                name: self.base.bundle.manifest().name.clone(),
+                sha256: self.base.hash().to_owned(),
             },
-            "seeds": {
-                "training": recipe.seed,
-                "preview": plan.preview_seed,
-                "evaluation": plan.evaluation_seed,
-                "trial": plan.trial_seed,
+            prompts: Prompts {
+                instance: instance_prompts(material),
+                class: (recipe.n_class_images > 0).then(|| recipe.class_prompt()),
+                preview: recipe.photo_prompt(),
             },
-            "class_images": {"settings_sha256": plan.class_images.settings, "seeds": plan.class_images.seeds},
-            "photos": photos.iter().map(|photo| json!({"width": photo.width(), "height": photo.height()})).collect::<Vec<_>>(),
-            "masks": plan.masks,
-            "resolution": self.base.bundle.resolution(),
-            "steps": state.n_steps(),
-            "served_step": state.served_step(),
-            "trials": trials,
-            "curve": curve(state.history()),
-            "images": judged.said,
-            "evaluation": judged.evaluation,
-            "hypnos": env!("CARGO_PKG_VERSION"),
-            "warnings": plan.warnings,
-        })
+            seeds: Seeds {
+                training: recipe.seed,
+                preview: plan.preview_seed,
+                evaluation: Some(plan.evaluation_seed),
+                trial: Some(plan.trial_seed),
+            },
+            class_images: ClassImageSet {
+                settings_sha256: plan.class_images.settings.clone(),
+                seeds: plan.class_images.seeds.clone(),
+            },
+            photos: (photos.iter())
+                .map(|photo| PhotoSize { width: photo.width(), height: photo.height() })
+                .collect(),
+            masks: plan.masks.clone(),
+            resolution: self.base.bundle.resolution() as u64,
+            steps: state.n_steps(),
+            served_step: Some(state.served_step()),
+            trials: state.trials().iter().map(TrialScores::from).collect(),
+            curve: curve(state.history()),
+            images: judged.said.clone(),
+            evaluation: judged.evaluation.clone(),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            warnings: plan.warnings.clone(),
+            seconds: BTreeMap::new(), // the engine has no clock
+        }
     }
 }
 
-/// Every number of the steps, each point the mean of equally many of them, named by the last; null where none of them
-/// has it.
-fn curve(history: &[StepMetrics]) -> Value {
+/// The prompts of the product's pictures, sorted, each once.
+fn instance_prompts(material: &TrainingData) -> Vec<String> {
+    let mut prompts: Vec<String> = material.instances.iter().map(|one| one.prompt.clone()).collect();
+    prompts.sort_unstable();
+    prompts.dedup();
+    prompts
+}
+
+/// At most [`CURVE_POINTS`] points, each the mean of equally many steps (the last of what remains) and named by its last
+/// step; null where no step of the point computed the value.
+fn curve(history: &[StepMetrics]) -> LossCurve {
     let points = history.chunks(history.len().div_ceil(CURVE_POINTS).max(1));
-    let mean = |points: &[StepMetrics], of: fn(&StepMetrics) -> f32| {
+    let mean = |point: &[StepMetrics], of: fn(&StepMetrics) -> f32| {
         let values: Vec<f64> =
-            points.iter().map(|taken| f64::from(of(taken))).filter(|v| v.is_finite()).collect();
+            point.iter().map(|step| f64::from(of(step))).filter(|value| value.is_finite()).collect();
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     };
-    let mut last = 0;
-    let steps: Vec<usize> = (points.clone())
-        .map(|point| {
-            last += point.len();
-            last
-        })
-        .collect();
-    let column =
-        |of: fn(&StepMetrics) -> f32| -> Value { points.clone().map(|point| mean(point, of)).collect() };
-    let columns = StepMetrics::COLUMNS.iter().map(|&(name, of)| (name.to_owned(), column(of)));
-    Value::Object(std::iter::once(("step".to_owned(), json!(steps))).chain(columns).collect())
+    let means = |of: fn(&StepMetrics) -> f32| points.clone().map(|point| mean(point, of)).collect();
+    let last_step = |last: &mut u64, point: &[StepMetrics]| {
+        *last += point.len() as u64;
+        Some(*last)
+    };
+    LossCurve {
+        step: points.clone().scan(0, last_step).collect(),
+        loss: means(|step| step.loss),
+        grad_norm: means(|step| step.grad_norm),
+        reconstruction: means(|step| step.reconstruction),
+        prior: means(|step| step.prior),
+        perceptual: means(|step| step.perceptual),
+        adversarial: means(|step| step.adversarial),
+        discriminator: means(|step| step.discriminator),
+        cut: means(|step| step.cut),
+    }
 }

@@ -14,11 +14,11 @@ use crate::ml::models::vae::Moments;
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::train::{Recipe, State};
 use crate::ml::{Error, Interrupt, image_io};
-use crate::report::{Gallery, Shot};
+use crate::report::{Gallery, Thumbnail};
 
 /// Longest side of an image on a report's page, and how many views it shows.
-const SHOT_SIDE: u32 = 320;
-const SHOT_VIEWS: usize = 24;
+const THUMBNAIL_SIDE: u32 = 320;
+const THUMBNAIL_VIEWS: usize = 24;
 
 /// Why a training ends before its time.
 pub(super) enum Halt {
@@ -156,9 +156,9 @@ impl<'a, 'o> Session<'a, 'o> {
         seed: u64,
     ) -> Result<(), Halt> {
         match what {
-            Shown::Mask(_) => self.gallery.masks.push(shot(pixels, prompt)?),
-            Shown::View(n) if n < SHOT_VIEWS => self.gallery.views.push(shot(pixels, prompt)?),
-            Shown::Attention(_) => self.gallery.attention.push(shot(pixels, prompt)?),
+            Shown::Mask(_) => self.gallery.masks.push(thumbnail(pixels, prompt)?),
+            Shown::View(n) if n < THUMBNAIL_VIEWS => self.gallery.views.push(thumbnail(pixels, prompt)?),
+            Shown::Attention(_) => self.gallery.attention.push(thumbnail(pixels, prompt)?),
             Shown::View(_) | Shown::Preview(_) => {}
         }
         let (width, height) = pixels.dimensions();
@@ -237,6 +237,6 @@ impl<'a, 'o> Session<'a, 'o> {
 }
 
 /// An image for the report's page.
-pub(super) fn shot(pixels: &RgbImage, caption: &str) -> Result<Shot, Error> {
-    Ok(Shot { webp: image_io::thumbnail(pixels, SHOT_SIDE)?, caption: caption.to_owned() })
+pub(super) fn thumbnail(pixels: &RgbImage, caption: &str) -> Result<Thumbnail, Error> {
+    Ok(Thumbnail { webp: image_io::thumbnail(pixels, THUMBNAIL_SIDE)?, caption: caption.to_owned() })
 }

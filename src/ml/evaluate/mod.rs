@@ -19,7 +19,7 @@ use candle_core::Device;
 use image::RgbImage;
 
 pub use prompts::{ImageType, PromptLists};
-pub use score::{BackboneInfo, Better, Evaluation, Fidelity, METRICS, Number, Protocol, Real};
+pub use score::{BackboneInfo, Better, Evaluation, Fidelity, Number, Protocol, Real};
 
 use super::bundle::{Backbones, Bundle, MetricBackbone};
 use super::metrics::{self, Features};

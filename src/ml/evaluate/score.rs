@@ -7,18 +7,6 @@ use serde::Serialize;
 /// Assumption: of one training's pictures such a mean moves by some 0.05 with eight of them, about what people notice.
 const FEW: usize = 8;
 
-/// The numbers of a protocol: the name that reports have for each, and its title, in the order of the paper's tables.
-pub const METRICS: [(&str, &str); 8] = [
-    ("dino", "DINO"),
-    ("clip_i", "CLIP-I"),
-    ("clip_t", "CLIP-T"),
-    ("fid_64", "FID-64"),
-    ("fid_2048", "FID-2048"),
-    ("ssim", "SSIM"),
-    ("psnr", "PSNR"),
-    ("lpips", "LPIPS"),
-];
-
 /// A network that looked, and which weights it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BackboneInfo {

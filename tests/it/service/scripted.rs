@@ -11,9 +11,8 @@ use hypnos::engine::{
     TrainInput, Trained,
 };
 use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
-use hypnos::report::Gallery;
+use hypnos::report::{Gallery, Report};
 use hypnos::worker::{Clock, MakeEngine};
-use serde_json::json;
 use sha2::{Digest, Sha256};
 
 /// What an engine did, in order; shared by all that were made from one script.
@@ -332,6 +331,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Observer<'_>)
     let weights = input.scratch.join("weights");
     std::fs::write(&weights, state).expect("scratch is there");
     let images = vec![picture("a photo of {product}", spec.seed, Format::Png)];
-    let (report, gallery) = (json!({ "steps": total, "class_name": spec.class_name }), Gallery::default());
-    Ok(Ending::Trained(Trained { weights, last: None, images, report, gallery }))
+    let report = Report { steps: total, class_name: spec.class_name.clone(), ..Report::default() };
+    let report = Box::new(report);
+    Ok(Ending::Trained(Trained { weights, last: None, images, report, gallery: Gallery::default() }))
 }
