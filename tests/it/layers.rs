@@ -124,3 +124,14 @@ fn each_library_has_one_place() {
     only("opentelemetry", &["src/telemetry/"]);
     only("std::env", &["src/cli/", "src/config.rs"]);
 }
+
+#[test]
+fn every_file_that_the_architecture_names_is_there() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/architecture.md")).expect("the page");
+    let named = text.split('`').filter(|word| {
+        ["src/", "tests/", "benches/", "migrations/"].iter().any(|place| word.starts_with(place))
+    });
+    let missing: Vec<&str> = named.clone().filter(|path| !root.join(path).exists()).collect();
+    assert!(named.count() > 40 && missing.is_empty(), "docs/architecture.md names {missing:?}");
+}
