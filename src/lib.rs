@@ -27,7 +27,6 @@ pub mod http;
 pub mod job;
 pub mod maintenance;
 pub mod memory;
-pub mod ml;
 pub mod photo;
 pub mod report;
 pub mod retry;
@@ -35,3 +34,5 @@ pub mod store;
 pub mod sweep;
 pub mod telemetry;
 pub mod worker;
+
+pub use hypnos_ml as ml;

@@ -106,7 +106,7 @@ TEXTS = ["a photo of a mug", "a photo of sks backpack, on a beach", "", "Watch! 
 
 
 def philox(seed, n):
-    """The first `n` words of stream 0 of `seed`: Philox4x32-10, as src/ml/random.rs has it."""
+    """The first `n` words of stream 0 of `seed`: Philox4x32-10, as crates/hypnos-ml/src/random.rs has it."""
     low = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
     block = np.arange(-(-n // 4), dtype=np.uint64)

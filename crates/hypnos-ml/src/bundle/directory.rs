@@ -1,0 +1,238 @@
+//! An opened bundle: its configs are read, its weights are read when a model is asked for.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use candle_core::Device;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+use super::configs::{PARTS, check_index, read_config, read_schedule};
+use super::files::{SMALL_FILES, bad, find_weights, hash_file};
+use super::manifest::{Manifest, read_manifest};
+use crate::diffusion::Schedule;
+use crate::models::clip::{self, ClipText};
+use crate::models::tracer::{self, Tracer};
+use crate::models::unet::{self, Unet};
+use crate::models::vae::{self, Vae};
+use crate::param::Param;
+use crate::perceptual::{self, Perceptual};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Weights, meta_params};
+use crate::{Error, Result};
+
+/// The parts that only training needs: what it learns with, and what decides which of its steps is served.
+const TEACHERS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
+
+/// An opened bundle.
+#[derive(Debug)]
+pub struct Bundle {
+    dir: PathBuf,
+    manifest: Manifest,
+    text: clip::Config,
+    unet: unet::Config,
+    vae: vae::Config,
+    schedule: Schedule,
+    hash: OnceLock<String>,
+}
+
+/// A model and its weights by name.
+#[derive(Debug)]
+pub struct Part<M> {
+    /// The model.
+    pub model: M,
+    /// Every weight it holds; the names are those of the file, in their current spelling.
+    pub params: BTreeMap<String, Param>,
+}
+
+impl Bundle {
+    /// Reads the configs of the bundle in `dir`. [`Error::File`] is the first thing wrong with them, naming the file;
+    /// [`check()`](super::check()) finds all, in the weights too.
+    pub fn open(dir: &Path) -> Result<Bundle> {
+        if !dir.is_dir() {
+            return Err(bad(dir, "is not a directory; a bundle was wanted"));
+        }
+        check_index(dir)?;
+        Ok(Bundle {
+            dir: dir.to_owned(),
+            manifest: read_manifest(dir)?.unwrap_or_default(),
+            text: read_config(dir, "text_encoder", clip::Config::check)?,
+            unet: read_config(dir, "unet", unet::Config::check)?,
+            vae: read_config(dir, "vae", vae::Config::check)?,
+            schedule: read_schedule(dir)?,
+            hash: OnceLock::new(),
+        })
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What `hypnos.json` says; empty if there is none.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Side of the pictures it draws, in pixels: what `hypnos.json` says, or the UNet's latents times the VAE's
+    /// factor.
+    pub fn resolution(&self) -> usize {
+        let side = self.unet.sample_size.unwrap_or(64); // diffusers' own fallback for SD 1.x
+        self.manifest.resolution.unwrap_or(side * self.factor())
+    }
+
+    /// Pixels per latent along each axis, 8 in SD 1.5.
+    pub fn factor(&self) -> usize {
+        self.vae.factor()
+    }
+
+    /// What latents are multiplied with for the UNet, 0.18215 in SD 1.5.
+    pub fn scaling_factor(&self) -> f64 {
+        self.vae.scaling_factor
+    }
+
+    /// Channels of the latents, 4 in SD 1.5.
+    pub fn latent_channels(&self) -> usize {
+        self.vae.latent_channels
+    }
+
+    /// The noise schedule it was trained with.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// Its tokenizer. [`Error::File`] as [`Tokenizer::open`] says.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::open(&self.dir.join("tokenizer"))
+    }
+
+    /// Its text encoder with weights in f32 on `device`, which learn if `trainable`. [`Error::File`] names file and
+    /// tensor; so for the other two.
+    pub fn text_encoder(&self, device: &Device, trainable: bool) -> Result<Part<ClipText>> {
+        self.part("text_encoder", device, trainable, |w| ClipText::load(w, &self.text))
+    }
+
+    /// Its UNet.
+    pub fn unet(&self, device: &Device, trainable: bool) -> Result<Part<Unet>> {
+        self.part("unet", device, trainable, |w| Unet::load(w, &self.unet))
+    }
+
+    /// Its VAE.
+    pub fn vae(&self, device: &Device, trainable: bool) -> Result<Part<Vae>> {
+        self.part("vae", device, trainable, |w| Vae::load(w, &self.vae))
+    }
+
+    /// A text encoder of this bundle's shape with weights from elsewhere, named as in the bundle's file; so for
+    /// [`Bundle::unet_of`].
+    pub fn text_encoder_of(&self, weights: &Weights) -> Result<ClipText> {
+        ClipText::load(weights, &self.text)
+    }
+
+    /// A UNet of this bundle's shape with weights from elsewhere.
+    pub fn unet_of(&self, weights: &Weights) -> Result<Unet> {
+        Unet::load(weights, &self.unet)
+    }
+
+    /// What finds the product in a photo. [`Error::File`] if the bundle has none; so for [`Bundle::perceptual`].
+    pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
+        let config = self.teacher("segmenter", "finding the product in a photo", tracer::Config::check)?;
+        Tracer::load(&self.weights("segmenter", device)?, &config)
+    }
+
+    /// What the perceptual loss looks with.
+    pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
+        let config = self.teacher("perceptual", "the perceptual loss", perceptual::Config::check)?;
+        Perceptual::load(&self.weights("perceptual", device)?, &config, device)
+    }
+
+    /// Whether there is a part of this name.
+    pub fn has(&self, part: &str) -> bool {
+        self.dir.join(part).is_dir()
+    }
+
+    fn teacher<T: DeserializeOwned>(
+        &self,
+        part: &str,
+        what_for: &str,
+        check: impl Fn(&T) -> Result<()>,
+    ) -> Result<T> {
+        if !self.has(part) {
+            let what = format!("is missing; {what_for} needs it, though drawing does not");
+            return Err(bad(&self.dir.join(part), what));
+        }
+        read_config(&self.dir, part, check)
+    }
+
+    /// Content hash of all that a training learns with: as [`Bundle::hash`], and the parts that only training needs.
+    pub fn learning_hash(&self) -> Result<String> {
+        let mut all = Sha256::new();
+        all.update(self.hash()?);
+        for part in TEACHERS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
+            for file in [part.join("config.json"), find_weights(part)?] {
+                all.update(hash_file(&file)?);
+            }
+        }
+        Ok(format!("{:x}", all.finalize()))
+    }
+
+    /// Content hash: SHA-256 over the paths and SHA-256 of all files that decide what it draws, in lower-case
+    /// hexadecimal. Two bundles with the same one draw the same, whatever their `hypnos.json` says of them. Reads
+    /// every file the first time it is asked for.
+    pub fn hash(&self) -> Result<&str> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash);
+        }
+        let mut paths = self.small_files();
+        for (part, _) in PARTS {
+            paths.push(self.weight_file(part)?);
+        }
+        let mut all = Sha256::new();
+        for path in paths {
+            all.update(format!("{}\0{}\n", path.display(), hash_file(&self.dir.join(&path))?));
+        }
+        Ok(self.hash.get_or_init(|| format!("{:x}", all.finalize())))
+    }
+
+    /// The small files that are there of those that decide what it draws, by their paths in the bundle.
+    pub(crate) fn small_files(&self) -> Vec<PathBuf> {
+        SMALL_FILES.iter().map(PathBuf::from).filter(|path| self.dir.join(path).exists()).collect()
+    }
+
+    /// The weight file of a part, by its path in the bundle.
+    pub(crate) fn weight_file(&self, part: &str) -> Result<PathBuf> {
+        let file = find_weights(&self.dir.join(part))?;
+        Ok(file.strip_prefix(&self.dir).map_or_else(|_| file.clone(), Path::to_owned))
+    }
+
+    /// Names and shapes of the weights that a part's model reads, in their current spelling. No weight is read.
+    pub(crate) fn shapes(&self, part: &str) -> Result<BTreeMap<String, Vec<usize>>> {
+        let params = match part {
+            "text_encoder" => meta_params(|w| ClipText::load(w, &self.text))?,
+            "unet" => meta_params(|w| Unet::load(w, &self.unet))?,
+            "vae" => meta_params(|w| Vae::load(w, &self.vae))?,
+            _ => return Err(Error::input(format!("{part}: is no part that draws"))),
+        };
+        Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
+    }
+
+    /// The configs of text encoder, UNet and VAE.
+    pub(crate) fn configs(&self) -> (&clip::Config, &unet::Config, &vae::Config) {
+        (&self.text, &self.unet, &self.vae)
+    }
+
+    fn part<M>(
+        &self,
+        name: &str,
+        device: &Device,
+        trainable: bool,
+        load: impl FnOnce(&Weights) -> Result<M>,
+    ) -> Result<Part<M>> {
+        let weights = self.weights(name, device)?.trainable(trainable);
+        Ok(Part { model: load(&weights)?, params: weights.params() })
+    }
+
+    fn weights(&self, part: &str, device: &Device) -> Result<Weights> {
+        Weights::open(&find_weights(&self.dir.join(part))?, device)
+    }
+}

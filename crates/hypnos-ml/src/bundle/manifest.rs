@@ -1,0 +1,93 @@
+//! `hypnos.json`: what we know of a bundle beyond what diffusers says.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::files::{bad, read_text};
+use crate::product::Product;
+use crate::samplers::Sampler;
+use crate::{Error, Result};
+
+/// The content of `hypnos.json`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Manifest {
+    /// What people call it.
+    #[serde(default)]
+    pub name: String,
+    /// Its family: `sd15`, `miniature`.
+    #[serde(default)]
+    pub kind: String,
+    /// Side of the pictures it draws, in pixels; without it the configs decide.
+    #[serde(default)]
+    pub resolution: Option<usize>,
+    /// Words of one token each that mean next to nothing, to be given a meaning.
+    #[serde(default)]
+    pub rare_tokens: Vec<String>,
+    /// For each method, the training options that suit it where the defaults do not: those are for Stable Diffusion
+    /// 1.5.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub training: BTreeMap<String, Value>,
+    /// How it draws where nothing else is asked for.
+    #[serde(default)]
+    pub drawing: Drawing,
+    /// What it was fine-tuned to draw, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub product: Option<Product>,
+    /// Where each file came from, by its path in the bundle.
+    #[serde(default)]
+    pub files: BTreeMap<String, Origin>,
+}
+
+impl Manifest {
+    /// The training options that suit it for this method, a JSON object; empty where the defaults do.
+    pub fn suited(&self, method: &str) -> Value {
+        self.training.get(method).cloned().unwrap_or_else(|| json!({}))
+    }
+}
+
+/// How a bundle draws where nothing else is asked for.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct Drawing {
+    /// The way from noise to latents, by its name.
+    pub scheduler: Sampler,
+    /// Weight of the prompt against the negative prompt.
+    pub guidance: f64,
+}
+
+impl Default for Drawing {
+    /// What suits Stable Diffusion 1.5.
+    fn default() -> Self {
+        Self { scheduler: Sampler::Dpmpp2m, guidance: 7.5 }
+    }
+}
+
+/// Where a file came from.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Origin {
+    /// A repository, or a sentence.
+    pub source: String,
+    /// Its commit or version.
+    pub revision: String,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+    /// SPDX expression.
+    pub licence: String,
+}
+
+pub(super) fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
+    let path = dir.join("hypnos.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let manifest: Manifest =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::file_from(&path, e.to_string(), e))?;
+    match manifest.resolution {
+        Some(side) if !(8..=4096).contains(&side) => {
+            Err(bad(&path, format!("resolution is {side}, wanted 8 to 4096")))
+        }
+        _ => Ok(Some(manifest)),
+    }
+}

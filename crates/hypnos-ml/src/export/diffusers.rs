@@ -1,0 +1,136 @@
+//! Writes a directory that diffusers loads: the bundle's, with the trained parts in place of its own.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::fine_tune::{FineTune, PARTS};
+use super::form::Width;
+use crate::bundle::{Bundle, Manifest, Origin, hash_file, model_index, read_json, weight_file, write_json};
+use crate::tensorfile::{save_streaming, write_atomically};
+use crate::{Error, Result};
+
+const INDEX: &str = "model_index.json";
+
+/// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and
+/// what to call the product.
+///
+/// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `width` is.
+pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+    let mut part = out.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    let part = PathBuf::from(part);
+    let written = fill(fine_tune, width, &part)
+        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be made", e)));
+    written.map_err(|error| {
+        let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
+        error.renamed(&part, out) // people asked for another name than the one that it has while it is written
+    })
+}
+
+fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+    let bundle = fine_tune.bundle;
+    // 1. What stays as it is.
+    let (mut copied, mut made) = (bundle.small_files(), Vec::new());
+    copied.retain(|path| path != Path::new(INDEX));
+    for part in PARTS.into_iter().filter(|part| !fine_tune.changed(part)) {
+        copied.push(bundle.weight_file(part)?);
+    }
+    for path in &copied {
+        copy(&bundle.dir().join(path), &out.join(path))?;
+    }
+    // 2. What was learned.
+    let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it
+    for part in PARTS.into_iter().filter(|part| fine_tune.changed(part)) {
+        let file = format!("{part}/{}", weight_file(part));
+        save_streaming(&out.join(&file), &fine_tune.parts[part].shapes, &format, width.dtype(), |name| {
+            fine_tune.tensor(part, name)
+        })?;
+        made.push(file);
+    }
+    typed(&out.join("text_encoder/config.json"), width)?;
+    // 3. What it is. This comes last: a directory without it is no bundle.
+    write_json(&out.join(INDEX), &index(bundle)?)?;
+    made.push(INDEX.to_owned());
+    let copied = copied.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    write_json(&out.join("hypnos.json"), &json!(manifest(fine_tune, copied, made, out)?))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be made", e))?;
+    }
+    write_atomically(to, |out| {
+        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
+        copied.map_err(|e| Error::io(to, "cannot be written", e))?;
+        Ok(())
+    })
+}
+
+/// A config that names the type of its weights has to name the right one: transformers would round them to the other.
+fn typed(config: &Path, width: Width) -> Result<()> {
+    let mut value = read_json(config)?;
+    let mut changed = false;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(word) = value.get_mut(key).filter(|word| **word != width.word()) {
+            *word = width.word().into();
+            changed = true;
+        }
+    }
+    if changed { write_json(config, &value) } else { Ok(()) }
+}
+
+/// `model_index.json`: as the bundle has it, without parts that are not here, such as a safety checker.
+fn index(bundle: &Bundle) -> Result<Value> {
+    let class = bundle.schedule().config().class_name.as_deref().unwrap_or("PNDMScheduler");
+    let mut index = model_index(class);
+    let path = bundle.dir().join(INDEX);
+    let theirs = if path.exists() { read_json(&path)? } else { json!({}) };
+    for (key, value) in index.as_object_mut().into_iter().flatten() {
+        let of_a_class = |own: &&Value| own.is_string() || own[1].is_string() && !value[1].is_null();
+        if let Some(own) = theirs.get(key).filter(of_a_class) {
+            *value = own.clone();
+        }
+    }
+    Ok(index)
+}
+
+/// `hypnos.json`: whose files these are. One that is the bundle's to the bit comes from where that came from, if that
+/// is known.
+fn manifest(
+    fine_tune: &FineTune<'_>,
+    copied: Vec<String>,
+    made: Vec<String>,
+    out: &Path,
+) -> Result<Manifest> {
+    let (bundle, product) = (fine_tune.bundle, &fine_tune.product);
+    let theirs = bundle.manifest();
+    let known = copied.into_iter().filter(|path| theirs.files.contains_key(path));
+    let mut files = BTreeMap::new();
+    for path in known.chain(made) {
+        let (sha256, before) = (hash_file(&out.join(&path))?, theirs.files.get(&path));
+        let part = path.split('/').next().unwrap_or_default();
+        let licence = before.map(|before| before.licence.as_str()).or(fine_tune.licence_of(part));
+        let origin = match before.filter(|before| before.sha256 == sha256) {
+            Some(before) => before.clone(),
+            None => Origin {
+                source: format!("fine-tuned from {} by hypnos", fine_tune.bundle_name()),
+                revision: bundle.hash()?.to_owned(),
+                sha256,
+                licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known
+            },
+        };
+        files.insert(path, origin);
+    }
+    let rare_tokens = theirs.rare_tokens.iter().filter(|token| **token != product.token).cloned().collect();
+    Ok(Manifest {
+        name: fine_tune.title(),
+        rare_tokens,
+        product: Some(product.clone()),
+        files,
+        ..theirs.clone()
+    })
+}

@@ -1,0 +1,77 @@
+//! The single file of Stable Diffusion 1: every weight under its original name, and metadata as ModelSpec 1.0.1 has
+//! them (<https://github.com/Stability-AI/ModelSpec>), which say how to draw with it and what to call the product.
+//!
+//! Departure: without the date, which nothing here knows.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::fine_tune::{FineTune, PARTS};
+use super::form::Width;
+use super::ldm_names::LdmNames;
+use crate::Result;
+use crate::bundle::Bundle;
+use crate::diffusion::Prediction;
+use crate::tensorfile::save_streaming_hashed;
+
+/// Writes the file `out`.
+pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+    let (_, unet, vae) = fine_tune.bundle.configs();
+    let names = LdmNames::new(unet, vae);
+    let (mut shapes, mut sources) = (BTreeMap::new(), BTreeMap::new());
+    for part in PARTS {
+        for (name, shape) in &fine_tune.parts[part].shapes {
+            let (theirs, shape) = names.of(part, name, shape);
+            shapes.insert(theirs.clone(), shape);
+            sources.insert(theirs, (part, name));
+        }
+    }
+    let (metadata, hash) = (metadata(fine_tune)?, "modelspec.hash_sha256");
+    save_streaming_hashed(out, &shapes, &metadata, hash, width.dtype(), |theirs| {
+        let (part, name) = sources[theirs];
+        Ok(fine_tune.tensor(part, name)?.reshape(shapes[theirs].as_slice())?)
+    })
+}
+
+fn metadata(fine_tune: &FineTune<'_>) -> Result<BTreeMap<String, String>> {
+    let (bundle, product) = (fine_tune.bundle, &fine_tune.product);
+    let (side, words) = (bundle.resolution(), product.words());
+    let prediction = match bundle.schedule().prediction() {
+        Prediction::Epsilon => "epsilon",
+        Prediction::V => "v",
+    };
+    let mut pairs = vec![
+        ("format", "pt".to_owned()),
+        ("modelspec.sai_model_spec", "1.0.1".to_owned()),
+        (
+            "modelspec.architecture",
+            if is_sd1(bundle) { "stable-diffusion-v1" } else { "latent-diffusion" }.to_owned(),
+        ),
+        ("modelspec.implementation", "https://github.com/CompVis/stable-diffusion".to_owned()),
+        ("modelspec.title", fine_tune.title()),
+        ("modelspec.resolution", format!("{side}x{side}")),
+        ("modelspec.prediction_type", prediction.to_owned()),
+        ("modelspec.trigger_phrase", words.clone()),
+        ("modelspec.usage_hint", format!("Trigger words: {words}")),
+        ("modelspec.tags", product.class_name.clone()),
+        ("hypnos.class_name", product.class_name.clone()),
+        ("hypnos.token", product.token.clone()),
+        ("hypnos.bundle_sha256", bundle.hash()?.to_owned()),
+    ];
+    pairs.extend(fine_tune.licence().map(|licence| ("modelspec.license", licence)));
+    // Said nowhere else in the file: the original code has it in a file of settings.
+    pairs.push(("hypnos.scaling_factor", bundle.scaling_factor().to_string()));
+    pairs.extend(fine_tune.learned.metadata().get("recipe").map(|recipe| ("hypnos.recipe", recipe.clone())));
+    Ok(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+}
+
+/// Whether programs that know Stable Diffusion 1 by heart can draw with weights of these sizes.
+pub(super) fn is_sd1(bundle: &Bundle) -> bool {
+    let (text, unet, vae) = bundle.configs();
+    let deep = |channels: &[usize], first: usize| channels == [first, 2 * first, 4 * first, 4 * first];
+    deep(&unet.block_out_channels, 320)
+        && (0..4).all(|level| unet.n_layers(level) == 2)
+        && deep(&vae.block_out_channels, 128)
+        && (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (768, 12, 49408)
+        && (bundle.scaling_factor() - 0.18215).abs() < 1e-6
+}

@@ -1,0 +1,290 @@
+//! Convolution by cuDNN.
+//!
+//! Only algorithms that sum the products as they stand and in a fixed order: those that transform them (Winograd, FFT)
+//! round differently, and those that add with atomics give other bits each time. f32 is f32 throughout, never TF32.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::cudnn::result::CudnnError;
+use candle_core::cuda_backend::cudarc::cudnn::{
+    ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, CudnnDataType,
+    FilterDescriptor, TensorDescriptor, sys,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, DeviceId};
+use candle_core::{StorageRef, WithDType};
+use half::bf16;
+use sys::cudnnConvolutionBwdDataAlgo_t as ToInput;
+use sys::cudnnConvolutionBwdFilterAlgo_t as ToWeight;
+use sys::cudnnConvolutionFwdAlgo_t as Forward;
+
+use super::{Buffer, CudaDevice, DType, Result, Storage, Tensor, bail};
+use crate::ops::conv2d::{Conv, Conv2dSpec};
+
+/// Most bytes of scratch memory an algorithm may ask for.
+const WORKSPACE_BYTES_MOST: usize = 1 << 30;
+
+/// In the order in which they are tried.
+const FORWARD: [Forward; 2] = [
+    Forward::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
+    Forward::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
+];
+const TO_INPUT: [ToInput; 1] = [ToInput::CUDNN_CONVOLUTION_BWD_DATA_ALGO_1];
+const TO_WEIGHT: [ToWeight; 1] = [ToWeight::CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1];
+
+/// The algorithm for a shape and its scratch memory in bytes; `None` where cuDNN has none.
+type Plan<A> = Option<(A, usize)>;
+type Plans<A> = HashMap<(Conv, DType), Plan<A>>;
+
+/// A handle and what was asked of it before. cuDNN's handles stay on the thread that made them.
+struct Session {
+    handle: Arc<Cudnn>,
+    forward: Plans<Forward>,
+    to_input: Plans<ToInput>,
+    to_weight: Plans<ToWeight>,
+}
+
+impl Session {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let handle = Cudnn::new(device.cuda_stream())?;
+        Ok(Self { handle, forward: HashMap::new(), to_input: HashMap::new(), to_weight: HashMap::new() })
+    }
+}
+
+thread_local! {
+    static SESSIONS: RefCell<HashMap<DeviceId, Session>> = RefCell::default();
+}
+
+/// Calls `f` with this thread's session on the device.
+fn with_session<T>(device: &CudaDevice, f: impl FnOnce(&mut Session) -> Result<T>) -> Result<T> {
+    SESSIONS.with_borrow_mut(|sessions| match sessions.entry(device.id()) {
+        Entry::Occupied(mut known) => f(known.get_mut()),
+        Entry::Vacant(place) => f(place.insert(Session::new(device)?)),
+    })
+}
+
+/// The first of `algorithms` that cuDNN has for the shape within [`WORKSPACE_BYTES_MOST`].
+fn plan<A: Copy>(
+    algorithms: &[A],
+    size: impl Fn(A) -> std::result::Result<usize, CudnnError>,
+) -> Result<Plan<A>> {
+    for &algorithm in algorithms {
+        match size(algorithm) {
+            Ok(bytes) if bytes <= WORKSPACE_BYTES_MOST => return Ok(Some((algorithm, bytes))),
+            Ok(_) => {}
+            // The statuses from 3000 say in different words that it is not supported.
+            Err(error) if (error.0 as u32) / 1000 == 3 => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
+/// What cuDNN wants to know of a convolution that is evenly padded.
+struct Descriptors<T> {
+    conv: ConvDescriptor<f32>,
+    x: TensorDescriptor<T>,
+    w: FilterDescriptor<T>,
+    y: TensorDescriptor<T>,
+}
+
+/// What a tensor's elements must be for cuDNN.
+trait Element: CudnnDataType + CudaDType + DeviceRepr + WithDType {
+    const MATH: sys::cudnnMathType_t;
+}
+
+impl Element for f32 {
+    const MATH: sys::cudnnMathType_t = sys::cudnnMathType_t::CUDNN_FMA_MATH;
+}
+
+impl Element for bf16 {
+    const MATH: sys::cudnnMathType_t = sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH;
+}
+
+impl<T: Element> Descriptors<T> {
+    fn new(handle: &Arc<Cudnn>, conv: &Conv) -> Result<Self> {
+        let whole = |dims: [usize; 4]| dims.map(|n| n as i32);
+        let (stride, pad) = (conv.spec.stride as i32, conv.spec.before as i32);
+        let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW;
+        let mode = sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION;
+        let mut descriptor = handle.create_conv2d::<f32>([pad, pad], [stride, stride], [1, 1], mode)?;
+        descriptor.set_math_type(T::MATH)?;
+        Ok(Self {
+            conv: descriptor,
+            x: handle.create_4d_tensor(format, whole([conv.b, conv.c, conv.h, conv.w]))?,
+            w: handle.create_4d_filter(format, whole([conv.o, conv.c, conv.kh, conv.kw]))?,
+            y: handle.create_4d_tensor(format, whole([conv.b, conv.o, conv.oh, conv.ow]))?,
+        })
+    }
+}
+
+/// A convolution whose padding is the same on all sides, and its input: cuDNN knows no other.
+fn evenly_padded(x: &Tensor, conv: &Conv) -> Result<(Tensor, Conv)> {
+    let Conv2dSpec { stride, before, after } = conv.spec;
+    if before == after {
+        return Ok((x.detach(), *conv));
+    }
+    let x = x.detach().pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
+    Ok((x.contiguous()?, widened(conv, stride)))
+}
+
+/// The sizes of a convolution whose padding has become part of its input.
+fn widened(conv: &Conv, stride: usize) -> Conv {
+    let more = conv.spec.before + conv.spec.after;
+    Conv { h: conv.h + more, w: conv.w + more, spec: Conv2dSpec::padded(stride, 0), ..*conv }
+}
+
+/// A tensor's elements on the GPU.
+struct Elements<'a>(StorageRef<'a>, usize);
+
+impl<'a> Elements<'a> {
+    fn of(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self(storage, layout.start_offset())
+    }
+
+    fn get<T: Element>(&self) -> Result<CudaView<'_, T>> {
+        match &*self.0 {
+            Storage::Cuda(storage) => Ok(storage.as_cuda_slice::<T>()?.slice(self.1..)),
+            _ => bail!("cuDNN: wanted a tensor on the GPU"),
+        }
+    }
+}
+
+/// Scratch memory.
+fn workspace(device: &CudaDevice, bytes: usize) -> Result<CudaSlice<u8>> {
+    // SAFETY: cuDNN writes what it reads there. The driver refuses to allocate nothing.
+    unsafe { device.alloc::<u8>(bytes.max(1)) }
+}
+
+/// `x` convolved with `weight`; `None` if cuDNN has no algorithm for the shape.
+pub(super) fn value(x: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    match x.dtype() {
+        DType::F32 => value_of::<f32>(x, weight, conv),
+        DType::BF16 => value_of::<bf16>(x, weight, conv),
+        other => bail!("conv2d: wanted f32 or bf16 on the GPU, got {other:?}"),
+    }
+}
+
+fn value_of<T: Element>(x: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    let device = x.device().as_cuda_device()?;
+    let (x, conv) = evenly_padded(x, conv)?;
+    with_session(device, |session| {
+        let Descriptors { conv: convolution, x: x_shape, w, y: y_shape } =
+            &Descriptors::<T>::new(&session.handle, &conv)?;
+        let operation = ConvForward { conv: convolution, x: x_shape, w, y: y_shape };
+        let plan = match session.forward.get(&(conv, T::DTYPE)) {
+            Some(&known) => known,
+            None => plan(&FORWARD, |algorithm| operation.get_workspace_size(algorithm))?,
+        };
+        session.forward.insert((conv, T::DTYPE), plan);
+        let Some((algorithm, bytes)) = plan else { return Ok(None) };
+        let mut y = Buffer::new(device, conv.out_dims(), T::DTYPE)?;
+        let (x, weight) = (Elements::of(&x), Elements::of(weight));
+        let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(0.0)));
+        let to = y.storage.as_cuda_slice_mut::<T>()?;
+        // SAFETY: the descriptors were made from the sizes that these tensors have.
+        unsafe {
+            operation.launch(
+                algorithm,
+                Some(&mut scratch),
+                factors,
+                &x.get::<T>()?,
+                &weight.get::<T>()?,
+                to,
+            )?;
+        }
+        Ok(Some(y))
+    })
+}
+
+/// The gradient of the weight, of the dtype of `x`; `None` if cuDNN has no algorithm for the shape.
+pub(super) fn weight_gradient(x: &Tensor, dy: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    match x.dtype() {
+        DType::F32 => weight_gradient_of::<f32>(x, dy, conv),
+        DType::BF16 => weight_gradient_of::<bf16>(x, dy, conv),
+        other => bail!("conv2d: wanted f32 or bf16 on the GPU, got {other:?}"),
+    }
+}
+
+fn weight_gradient_of<T: Element>(x: &Tensor, dy: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    let device = x.device().as_cuda_device()?;
+    let (x, conv) = evenly_padded(x, conv)?;
+    with_session(device, |session| {
+        let Descriptors { conv: convolution, x: x_shape, w, y } =
+            &Descriptors::<T>::new(&session.handle, &conv)?;
+        let operation = ConvBackwardFilter { conv: convolution, x: x_shape, dw: w, dy: y };
+        let plan = match session.to_weight.get(&(conv, T::DTYPE)) {
+            Some(&known) => known,
+            None => plan(&TO_WEIGHT, |algorithm| operation.get_workspace_size(algorithm))?,
+        };
+        session.to_weight.insert((conv, T::DTYPE), plan);
+        let Some((algorithm, bytes)) = plan else { return Ok(None) };
+        let mut dw = Buffer::new(device, (conv.o, conv.c, conv.kh, conv.kw), T::DTYPE)?;
+        let (x, dy) = (Elements::of(&x), Elements::of(dy));
+        let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(0.0)));
+        let to = dw.storage.as_cuda_slice_mut::<T>()?;
+        // SAFETY: the descriptors were made from the sizes that these tensors have.
+        unsafe {
+            operation.launch(algorithm, Some(&mut scratch), factors, &x.get::<T>()?, to, &dy.get::<T>()?)?;
+        }
+        Ok(Some(dw))
+    })
+}
+
+/// The gradient of the input; `None` if cuDNN has no algorithm for the shape.
+pub(super) fn input_gradient(dy: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    let wide = if conv.spec.before == conv.spec.after { *conv } else { widened(conv, conv.spec.stride) };
+    let dx = match dy.dtype() {
+        DType::F32 => input_gradient_of::<f32>(dy, weight, &wide)?,
+        DType::BF16 => input_gradient_of::<bf16>(dy, weight, &wide)?,
+        other => bail!("conv2d: wanted f32 or bf16 on the GPU, got {other:?}"),
+    };
+    match dx {
+        Some(dx) if wide != *conv => Ok(Some(without_padding(dx, conv)?)),
+        dx => Ok(dx),
+    }
+}
+
+/// Cuts the padding off a gradient again.
+fn without_padding(dx: Buffer, conv: &Conv) -> Result<Buffer> {
+    let before = conv.spec.before;
+    let dx = dx.tensor().narrow(2, before, conv.h)?.narrow(3, before, conv.w)?.contiguous()?;
+    match dx.storage_and_layout().0.try_clone(dx.layout())? {
+        Storage::Cuda(storage) => Buffer::of(storage, dx.shape().clone(), dx.dtype()),
+        _ => bail!("conv2d: the gradient left the GPU"),
+    }
+}
+
+fn input_gradient_of<T: Element>(dy: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
+    let device = dy.device().as_cuda_device()?;
+    with_session(device, |session| {
+        let Descriptors { conv: convolution, x, w, y } = &Descriptors::<T>::new(&session.handle, conv)?;
+        let operation = ConvBackwardData { conv: convolution, dx: x, w, dy: y };
+        let plan = match session.to_input.get(&(*conv, T::DTYPE)) {
+            Some(&known) => known,
+            None => plan(&TO_INPUT, |algorithm| operation.get_workspace_size(algorithm))?,
+        };
+        session.to_input.insert((*conv, T::DTYPE), plan);
+        let Some((algorithm, bytes)) = plan else { return Ok(None) };
+        let mut dx = Buffer::new(device, (conv.b, conv.c, conv.h, conv.w), T::DTYPE)?;
+        let (dy, weight) = (Elements::of(dy), Elements::of(weight));
+        let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(0.0)));
+        let to = dx.storage.as_cuda_slice_mut::<T>()?;
+        // SAFETY: the descriptors were made from the sizes that these tensors have.
+        unsafe {
+            operation.launch(
+                algorithm,
+                Some(&mut scratch),
+                factors,
+                to,
+                &weight.get::<T>()?,
+                &dy.get::<T>()?,
+            )?;
+        }
+        Ok(Some(dx))
+    })
+}

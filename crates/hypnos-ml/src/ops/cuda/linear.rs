@@ -1,0 +1,59 @@
+//! A dense layer: three matrix products and a bias.
+
+use super::elementwise::add_bias;
+use super::matmul::{Mat, Size, product};
+use super::reduce::column_sums;
+use super::{Buffer, Computed, DType, Result, Tensor, View};
+use crate::ops::cpu::Into;
+use crate::param::Param;
+
+pub(in crate::ops) fn linear(
+    x: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    shape: Vec<usize>,
+) -> Result<Computed> {
+    let device = x.device().as_cuda_device()?;
+    let weight = weight.weight(x.dtype())?;
+    let (n_out, n_in) = (weight.dim(0)?, weight.dim(1)?);
+    let (x, weight) = (View::of(x)?, View::of(&weight)?);
+    let y = Buffer::new(device, shape, x.dtype)?;
+    let factors = (Mat::view(&x, n_in), Mat::view(&weight, n_in).t());
+    let size = Size::one(x.len / n_in.max(1), n_out, n_in);
+    product(device, Mat::buffer(&y, n_out), Into::Replace, size, factors)?;
+    if let Some(bias) = bias {
+        add_bias(device, &y, &bias.value(), 1)?;
+    }
+    Ok(y.computed())
+}
+
+pub(in crate::ops) fn linear_backward(
+    x: &Tensor,
+    dy: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+) -> Result<Option<Tensor>> {
+    let device = x.device().as_cuda_device()?;
+    let dims = weight.dims();
+    let (n_out, n_in) = (dims[0], dims[1]);
+    let (input, dy) = (View::of(x)?, View::of(dy)?);
+    let n = input.len / n_in.max(1);
+    if let Some(bias) = bias.filter(|bias| bias.is_trainable()) {
+        bias.add_grad(column_sums(device, &dy, n_out)?)?;
+    }
+    if weight.is_trainable() {
+        let dw = Buffer::new(device, dims, DType::F32)?;
+        let factors = (Mat::view(&dy, n_out).t(), Mat::view(&input, n_in));
+        product(device, Mat::buffer(&dw, n_in), Into::Replace, Size::one(n_out, n_in, n), factors)?;
+        weight.add_grad(dw.tensor())?;
+    }
+    if !x.track_op() {
+        return Ok(None);
+    }
+    let weight = weight.weight(x.dtype())?;
+    let weight = View::of(&weight)?;
+    let dx = Buffer::new(device, x.dims(), x.dtype())?;
+    let factors = (Mat::view(&dy, n_out), Mat::view(&weight, n_in));
+    product(device, Mat::buffer(&dx, n_in), Into::Replace, Size::one(n, n_in, n_out), factors)?;
+    Ok(Some(dx.tensor()))
+}

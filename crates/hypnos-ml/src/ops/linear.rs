@@ -1,0 +1,95 @@
+//! `y = x W^T + b`.
+
+use candle_core::{Device, Result, Tensor, bail};
+
+use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
+use super::custom_op::{Computed, custom_op, trained_tag};
+use crate::param::Param;
+
+/// A dense layer over the last dimension.
+///
+/// * `x` `[.., I]`
+/// * `weight` `[O, I]`, or `[O, I, 1, 1]` as old checkpoints have it; `bias` `[O]`
+///
+/// Gives `[.., O]`. Differentiable in `x`, `weight` and `bias`.
+pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor> {
+    let dims = weight.dims();
+    let (n_out, n_in) = (dims[0], dims[1]);
+    let Some((&last, lead)) = x.dims().split_last() else { bail!("linear: got a scalar") };
+    if last != n_in {
+        bail!("{}: wanted inputs of width {n_in}, got {:?}", weight.name(), x.dims());
+    }
+    let x = x.contiguous()?;
+    let shape = [lead, &[n_out]].concat();
+    let value = match x.device() {
+        Device::Cpu => Computed::cpu(forward(&x, weight, bias, n_out, n_in)?, shape),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => super::cuda::linear(&x, weight, bias, shape)?,
+        other => bail!("linear: no kernel for {other:?}"),
+    };
+    let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
+    let tag = trained_tag(&weight, bias.as_ref());
+    custom_op("linear", &[&x, &tag], value, move |dy| {
+        let dx = match dy.device() {
+            Device::Cpu => backward(&input, dy, &weight, bias.as_ref(), n_out, n_in)?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => super::cuda::linear_backward(&input, dy, &weight, bias.as_ref())?,
+            other => bail!("linear: no kernel for {other:?}"),
+        };
+        Ok([dx, None, None])
+    })
+}
+
+fn forward(x: &Tensor, weight: &Param, bias: Option<&Param>, n_out: usize, n_in: usize) -> Result<Vec<f32>> {
+    let (x, weight) = (View::of(x, "linear")?, weight.value());
+    let weight = View::of(&weight, "linear")?;
+    let n = x.len() / n_in;
+    let factors = (Mat::rows(&x, n_in), Mat::rows(&weight, n_in).t());
+    let Some(bias) = bias else { return Ok(product((n, n_out, n_in), factors, 1.0)) };
+    let bias = bias.value();
+    let mut y = View::of(&bias, "linear")?.repeat(n);
+    gemm(&mut y, n_out, Into::Add, (n, n_out, n_in), factors, 1.0, Threads::All);
+    Ok(y)
+}
+
+fn backward(
+    x: &Tensor,
+    dy: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    n_out: usize,
+    n_in: usize,
+) -> Result<Option<Tensor>> {
+    let (input, dy_view) = (View::of(x, "linear")?, View::of(dy, "linear")?);
+    let n = input.len() / n_in;
+    let dy = Mat::rows(&dy_view, n_out);
+    if weight.is_trainable() {
+        let dw = product((n_out, n_in, n), (dy.t(), Mat::rows(&input, n_in)), 1.0);
+        weight.add_grad(Computed::cpu(dw, weight.dims()).detached())?;
+    }
+    if let Some(bias) = bias.filter(|bias| bias.is_trainable()) {
+        bias.add_grad(Computed::cpu(column_sums(&dy_view, n_out), n_out).detached())?;
+    }
+    if !x.track_op() {
+        return Ok(None);
+    }
+    let value = weight.value();
+    let weight = View::of(&value, "linear")?;
+    let dx = product((n, n_in, n_out), (dy, Mat::rows(&weight, n_in)), 1.0);
+    Ok(Some(Computed::cpu(dx, x.dims()).detached()))
+}
+
+/// Sums over rows of width `n`, in f32 within blocks of rows and f64 across them.
+pub(super) fn column_sums(rows: &[f32], n: usize) -> Vec<f32> {
+    const BLOCK: usize = 64;
+    let mut total = vec![0.0_f64; n];
+    let mut part = zeros(n);
+    for block in rows.chunks(BLOCK * n) {
+        part.fill(0.0);
+        for row in block.chunks_exact(n) {
+            part.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+        }
+        total.iter_mut().zip(&part).for_each(|(sum, &value)| *sum += f64::from(value));
+    }
+    total.into_iter().map(|sum| sum as f32).collect()
+}

@@ -1,0 +1,457 @@
+//! The state of a training: weights, optimisers, history and trials; one step on a batch; checkpoints.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Map, Value};
+
+use super::discriminator::DiscriminatorTrainer;
+use super::losses::{Batch, FrozenModels, LossModels, Objective, losses};
+use super::recipe::Recipe;
+use super::trace::{StepRecord, Trace};
+use super::trial::{self, Trial};
+use crate::bundle::{Bundle, Part};
+use crate::finetuned::{self, EMBEDDING, TEXT_ENCODER, UNET};
+use crate::models::{clip::ClipText, unet::Unet};
+use crate::ops::{AdamW, AdamWConfig};
+use crate::param::Param;
+use crate::product::Product;
+use crate::sample::Models;
+use crate::tensorfile::{TensorFile, save_streaming};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+/// What `format` says in the metadata of a checkpoint.
+const FORMAT: &str = "hypnos checkpoint 2";
+
+/// Where in a checkpoint the discriminator's tensors lie.
+const DISCRIMINATOR: &str = "discriminator";
+
+/// Where in a checkpoint the weights of the best trial lie, and what all trials found.
+const BEST: &str = "best";
+const TRIALS: [&str; 3] = ["trials.step", "trials.likeness", "trials.adherence"];
+
+/// The metrics of one step. Losses are unweighted; one that the step did not compute is not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepMetrics {
+    /// The weighted sum before the step (eq. 1).
+    pub loss: f32,
+    /// Norm of all gradients together, before clipping.
+    pub grad_norm: f32,
+    /// Eq. 2.
+    pub reconstruction: f32,
+    /// Eq. 4.
+    pub prior: f32,
+    /// Eq. 5.
+    pub perceptual: f32,
+    /// Eq. 7.
+    pub adversarial: f32,
+    /// The discriminator's own loss, before its step.
+    pub discriminator: f32,
+    /// Share of the reconstruction's elements whose exponent was cut.
+    pub cut: f32,
+}
+
+/// A metric of a step: its name and its value.
+pub type Column = (&'static str, fn(&StepMetrics) -> f32);
+
+impl StepMetrics {
+    /// Each metric: its name in checkpoints, logs and reports, and its value.
+    pub const COLUMNS: [Column; 8] = [
+        ("loss", |step| step.loss),
+        ("grad_norm", |step| step.grad_norm),
+        ("reconstruction", |step| step.reconstruction),
+        ("prior", |step| step.prior),
+        ("perceptual", |step| step.perceptual),
+        ("adversarial", |step| step.adversarial),
+        ("critic", |step| step.discriminator),
+        ("cut", |step| step.cut),
+    ];
+
+    fn of(row: [f32; 8]) -> Self {
+        let [loss, grad_norm, reconstruction, prior, perceptual, adversarial, discriminator, cut] = row;
+        Self { loss, grad_norm, reconstruction, prior, perceptual, adversarial, discriminator, cut }
+    }
+}
+
+/// A training at some step: weights, moments, the metrics of each step so far, and the best trial's weights.
+pub struct State {
+    text: ClipText,
+    unet: Unet,
+    /// Every trained weight, by its name in our files.
+    params: BTreeMap<String, Param>,
+    optimiser: AdamW,
+    discriminator: Option<DiscriminatorTrainer>,
+    history: Vec<StepMetrics>,
+    trials: Vec<Trial>,
+    /// The weights of the best trial, on the CPU, where steps were taken since; else they are the weights themselves.
+    best: Option<BTreeMap<String, Tensor>>,
+}
+
+impl State {
+    /// Before the first step, of trainable models.
+    pub fn new(
+        text: Part<ClipText>,
+        unet: Part<Unet>,
+        lr: f64,
+        discriminator: Option<DiscriminatorTrainer>,
+    ) -> Result<Self> {
+        let named = |part: &str, params: BTreeMap<String, Param>| {
+            let part = part.to_owned();
+            params.into_iter().map(move |(name, param)| (format!("{part}.{name}"), param))
+        };
+        let params = named(TEXT_ENCODER, text.params).chain(named(UNET, unet.params)).collect();
+        Self::of(text.model, unet.model, params, lr, discriminator)
+    }
+
+    /// Before the first step of one that learns an embedding only: that of the product's token, which begins as the
+    /// mean of its class's words. All else is `base`'s, frozen.
+    ///
+    /// Assumption: the paper of Textual Inversion begins with one word; a class may have several.
+    pub fn of_embedding(
+        base: &Models,
+        product: &Product,
+        lr: f64,
+        discriminator: Option<DiscriminatorTrainer>,
+    ) -> Result<Self> {
+        let (token, meaning) = (&product.token, base.tokenizer.words(&product.class_name));
+        let id = base.tokenizer.id(token);
+        let id =
+            id.ok_or_else(|| Error::input(format!("\"{token}\": wanted one token of the vocabulary")))?;
+        if meaning.is_empty() {
+            return Err(Error::setting("class_name", "has no words to begin with"));
+        }
+        let row = Param::new(format!("{EMBEDDING}.{token}"), base.text.mean_embedding(&meaning)?, true)?;
+        let params = BTreeMap::from([(row.name().to_owned(), row.clone())]);
+        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, lr, discriminator)
+    }
+
+    fn of(
+        text: ClipText,
+        unet: Unet,
+        params: BTreeMap<String, Param>,
+        lr: f64,
+        discriminator: Option<DiscriminatorTrainer>,
+    ) -> Result<Self> {
+        let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
+        Ok(Self {
+            text,
+            unet,
+            params,
+            optimiser,
+            discriminator,
+            history: Vec::new(),
+            trials: Vec::new(),
+            best: None,
+        })
+    }
+
+    /// Steps taken.
+    pub fn n_steps(&self) -> u64 {
+        self.history.len() as u64
+    }
+
+    /// The metrics of each step, the first one first.
+    pub fn history(&self) -> &[StepMetrics] {
+        &self.history
+    }
+
+    /// Every trained weight, by its name in our files: `text_encoder.…` and `unet.…`.
+    pub fn params(&self) -> &BTreeMap<String, Param> {
+        &self.params
+    }
+
+    /// The discriminator, where one takes part.
+    pub fn discriminator(&self) -> Option<&DiscriminatorTrainer> {
+        self.discriminator.as_ref()
+    }
+
+    pub(super) fn discriminator_mut(&mut self) -> Option<&mut DiscriminatorTrainer> {
+        self.discriminator.as_mut()
+    }
+
+    /// One step on `batch`; then one of the discriminator on `shown`, real latents and fake ones, to which it adds this
+    /// step's guess. [`Error::Diverged`], changing no weight of the diffusion model, where loss or gradient is not
+    /// finite.
+    pub fn step(
+        &mut self,
+        frozen: FrozenModels<'_>,
+        batch: &Batch,
+        objective: &Objective,
+        shown: Option<(Tensor, Tensor)>,
+        trace: Option<(&Trace, &Recipe)>,
+    ) -> Result<StepMetrics> {
+        let step = self.n_steps() + 1;
+        let diverged = || Error::Diverged { step };
+        let discriminator = self.discriminator.as_ref().map(DiscriminatorTrainer::frozen).transpose()?;
+        let (text, unet) = (&self.text, &self.unet);
+        let models = LossModels { text, unet, frozen, discriminator: discriminator.as_ref() };
+        let losses = losses(&models, batch, objective)?;
+        let value = losses.total.to_scalar::<f32>()?;
+        if !value.is_finite() {
+            return Err(diverged());
+        }
+        losses.total.backward()?;
+        let norm = self.optimiser.grad_norm()?;
+        if !norm.is_finite() {
+            return Err(diverged());
+        }
+        if let Some((trace, recipe)) = trace {
+            trace.write(&StepRecord {
+                step,
+                recipe,
+                batch,
+                losses: &losses,
+                grad_norm: norm,
+                params: &self.params,
+                discriminator: self.discriminator.as_ref().map(|discriminator| &discriminator.params),
+            })?;
+        }
+        self.keep_best()?;
+        self.optimiser.step_clipped(norm)?;
+        // Assumption: the discriminator sees the guess that was judged, not one of the weights after the step.
+        let discriminator = match (&mut self.discriminator, shown, &losses.z0) {
+            (Some(discriminator), Some((real, fake)), Some(z0)) => {
+                discriminator.step(&real, &Tensor::cat(&[&fake, &z0.detach()], 0)?)?
+            }
+            _ => f32::NAN,
+        };
+        if self.discriminator.is_some() && !discriminator.is_finite() {
+            return Err(diverged());
+        }
+        let number = |tensor: &Tensor| tensor.to_scalar::<f32>();
+        let term = |tensor: &Option<Tensor>| tensor.as_ref().map_or(Ok(f32::NAN), number);
+        let metrics = StepMetrics {
+            loss: value,
+            grad_norm: norm as f32,
+            reconstruction: number(&losses.reconstruction)?,
+            prior: term(&losses.prior)?,
+            perceptual: term(&losses.perceptual)?,
+            adversarial: term(&losses.adversarial)?,
+            discriminator,
+            cut: number(&losses.cut)?,
+        };
+        self.history.push(metrics);
+        Ok(metrics)
+    }
+
+    /// Every trial so far, in order.
+    pub fn trials(&self) -> &[Trial] {
+        &self.trials
+    }
+
+    /// Adds the trial of the weights as they are now, once for each step. From the first trial on, the best one's
+    /// weights are served.
+    pub fn add_trial(&mut self, trial: Trial) {
+        self.trials.push(trial);
+        if self.served_step() == self.n_steps() {
+            self.best = None;
+        }
+    }
+
+    /// The step whose weights are served.
+    pub fn served_step(&self) -> u64 {
+        trial::best(&self.trials).map_or(self.n_steps(), |trial| trial.step)
+    }
+
+    /// Copies the weights away, if they are the best that was tried, before a step changes them.
+    fn keep_best(&mut self) -> Result<()> {
+        if self.trials.is_empty() || self.served_step() != self.n_steps() {
+            return Ok(());
+        }
+        let copy = |param: &Param| param.value().copy()?.to_device(&Device::Cpu);
+        let copies = self.params.iter().map(|(name, param)| Ok((name.clone(), copy(param)?)));
+        self.best = Some(copies.collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    /// The models as they are now, frozen, with the rest of `base`: they draw without recording a graph and without a
+    /// copy of the weights, and so do not outlast the next step.
+    pub fn frozen(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
+        let values = self.params.iter().map(|(name, param)| (name.clone(), param.value()));
+        self.models(values.collect(), bundle, base)
+    }
+
+    /// The models that are served, frozen, as [`State::frozen`] gives those of now.
+    pub fn served(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
+        let Some(best) = &self.best else { return self.frozen(bundle, base) };
+        let values = best.iter().map(|(name, value)| Ok((name.clone(), value.to_device(&base.device)?)));
+        self.models(values.collect::<Result<_>>()?, bundle, base)
+    }
+
+    fn models(&self, values: HashMap<String, Tensor>, bundle: &Bundle, base: &Models) -> Result<Models> {
+        finetuned::models(&Weights::from_tensors(values, &base.device), self.params.keys(), bundle, base)
+    }
+
+    /// Writes the weights that are served, and nothing else, as [`finetuned::FineTuned::load`] reads them. The bytes
+    /// depend on weights, bundle and recipe only.
+    pub fn save_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let Some(best) = &self.best else { return self.save_last_weights(path, bundle, recipe) };
+        self.write_weights(path, bundle, recipe, |name| best[name].clone())
+    }
+
+    /// Writes the weights of the last step, whichever are served.
+    pub fn save_last_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        self.write_weights(path, bundle, recipe, |name| self.params[name].value())
+    }
+
+    fn write_weights(
+        &self,
+        path: &Path,
+        bundle: &str,
+        recipe: &Recipe,
+        value: impl Fn(&str) -> Tensor,
+    ) -> Result<()> {
+        let shapes = self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect();
+        let metadata = finetuned::metadata(finetuned::FORMAT, bundle, &recipe.json());
+        save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(value(name)))
+    }
+
+    /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
+    pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let metadata = finetuned::metadata(FORMAT, bundle, &recipe.json());
+        let learning = self.learning();
+        let shapes = self.shapes(self.history.len(), self.trials.len(), self.best.is_some());
+        save_streaming(path, &shapes, &metadata, DType::F32, |name| {
+            let moments = |name: &str| {
+                let (param, optimiser) = &learning[name];
+                optimiser.moments(param.name())
+            };
+            Ok(match name.split_once('.') {
+                Some(("m", name)) => moments(name)?.0,
+                Some(("v", name)) => moments(name)?.1,
+                Some(("history", column)) => self.column(column)?,
+                Some(("trials", column)) => self.trial_column(column)?,
+                Some((BEST, name)) if self.best.is_some() => self.best_weight(name)?,
+                _ => learning[name].0.value(),
+            })
+        })
+    }
+
+    /// Goes on from a file by [`State::save`]. [`Error::Input`] if it is of another bundle, another recipe or other
+    /// models; the state is then of no use.
+    pub fn resume(&mut self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
+        let file = TensorFile::open(path)?;
+        let bad = |what: String| Error::file(path, what);
+        finetuned::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
+        let theirs = file.metadata().get("recipe").map_or("null", String::as_str);
+        if let Some(what) = difference(theirs, &recipe.json()) {
+            return Err(bad(format!("was made with other settings: {what}")));
+        }
+        let n_steps = file.shape("history.loss").and_then(|shape| shape.first().copied()).unwrap_or(0);
+        let n_trials = file.shape(TRIALS[0]).and_then(|shape| shape.first().copied()).unwrap_or(0);
+        let has_best = file.names().any(|name| name.starts_with(BEST) && name[BEST.len()..].starts_with('.'));
+        let shapes = self.shapes(n_steps, n_trials, has_best);
+        let fits = |(name, shape): (&String, &Vec<usize>)| file.shape(name) == Some(shape);
+        if file.names().count() != shapes.len() || !shapes.iter().all(fits) {
+            return Err(bad("holds other tensors than these models have".into()));
+        }
+        let read = |name: &str| {
+            Tensor::from_vec(file.read(name)?, shapes[name].as_slice(), &Device::Cpu).map_err(Error::from)
+        };
+        for (name, (param, _)) in self.learning() {
+            param.set(&read(&name)?)?;
+        }
+        restore(&mut self.optimiser, &self.params, "", n_steps as u64, &read)?;
+        if let Some(discriminator) = &mut self.discriminator {
+            let n_steps = recipe.discriminator.n_steps + n_steps as u64;
+            let (optimiser, params) = (&mut discriminator.optimiser, &discriminator.params);
+            restore(optimiser, params, &format!("{DISCRIMINATOR}."), n_steps, &read)?;
+        }
+        let mut rows = vec![[0.0; 8]; n_steps];
+        for (i, (column, _)) in StepMetrics::COLUMNS.iter().enumerate() {
+            let values = file.read(&format!("history.{column}"))?;
+            rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
+        }
+        self.history = rows.into_iter().map(StepMetrics::of).collect();
+        let [steps, likeness, adherence] = TRIALS.map(|column| match n_trials {
+            0 => Ok(Vec::new()),
+            _ => file.read(column),
+        });
+        let shares = likeness?.into_iter().zip(adherence?);
+        self.trials = (steps?.into_iter().zip(shares))
+            .map(|(step, (likeness, adherence))| Trial { step: step as u64, likeness, adherence })
+            .collect();
+        let best = |name: &String| Ok((name.clone(), read(&format!("{BEST}.{name}"))?));
+        self.best = has_best.then(|| self.params.keys().map(best).collect::<Result<_>>()).transpose()?;
+        Ok(())
+    }
+
+    /// All that learns, by its name in a checkpoint, and by which optimiser.
+    fn learning(&self) -> BTreeMap<String, (&Param, &AdamW)> {
+        let own = self.params.iter().map(|(name, param)| (name.clone(), (param, &self.optimiser)));
+        let discriminator = self.discriminator.iter().flat_map(|one| {
+            let params = one.params.iter();
+            params.map(|(name, param)| (format!("{DISCRIMINATOR}.{name}"), (param, &one.optimiser)))
+        });
+        own.chain(discriminator).collect()
+    }
+
+    /// Names and shapes in a checkpoint after `n_steps` steps and `n_trials` trials, with a best one before or not.
+    fn shapes(&self, n_steps: usize, n_trials: usize, has_best: bool) -> BTreeMap<String, Vec<usize>> {
+        let history =
+            StepMetrics::COLUMNS.iter().map(|(column, _)| (format!("history.{column}"), vec![n_steps]));
+        let trials = TRIALS.map(|column| (column.to_owned(), vec![n_trials]));
+        let trials = trials.into_iter().filter(|_| n_trials > 0);
+        let best = self.params.iter().filter(|_| has_best);
+        let best = best.map(|(name, param)| (format!("{BEST}.{name}"), param.dims()));
+        let learning = self.learning();
+        let weights = learning.iter().flat_map(|(name, (param, _))| {
+            [name.clone(), format!("m.{name}"), format!("v.{name}")].map(|name| (name, param.dims()))
+        });
+        weights.chain(history).chain(trials).chain(best).collect()
+    }
+
+    fn column(&self, name: &str) -> Result<Tensor> {
+        let column = StepMetrics::COLUMNS.iter().find(|(column, _)| *column == name).map(|(_, of)| *of);
+        let of = column.ok_or_else(|| Error::input(format!("history: no column {name}")))?;
+        let values: Vec<f32> = self.history.iter().map(of).collect();
+        Ok(Tensor::from_vec(values, self.history.len(), &Device::Cpu)?)
+    }
+
+    fn trial_column(&self, name: &str) -> Result<Tensor> {
+        let of = |trial: &Trial| match name {
+            "step" => trial.step as f32, // far below 2^24
+            "likeness" => trial.likeness,
+            _ => trial.adherence,
+        };
+        let values: Vec<f32> = self.trials.iter().map(of).collect();
+        Ok(Tensor::from_vec(values, self.trials.len(), &Device::Cpu)?)
+    }
+
+    fn best_weight(&self, name: &str) -> Result<Tensor> {
+        let found = self.best.as_ref().and_then(|best| best.get(name));
+        found.cloned().ok_or_else(|| Error::input(format!("best: no weight {name}")))
+    }
+}
+
+/// Puts an optimiser's saved moments back. `params` are its weights by name; in the file they lie under `prefix`.
+fn restore(
+    optimiser: &mut AdamW,
+    params: &BTreeMap<String, Param>,
+    prefix: &str,
+    n_steps: u64,
+    read: &dyn Fn(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let names: BTreeMap<&str, &String> = params.iter().map(|(name, p)| (p.name(), name)).collect();
+    optimiser.restore(n_steps, |own| {
+        let moment = |kind: &str| read(&format!("{kind}.{prefix}{}", names[own]));
+        let both = moment("m").and_then(|m| Ok((m, moment("v")?)));
+        both.map_err(candle_core::Error::wrap)
+    })?;
+    Ok(())
+}
+
+/// The first setting in which two recipes differ.
+fn difference(theirs: &str, ours: &str) -> Option<String> {
+    if theirs == ours {
+        return None;
+    }
+    let settings = |json: &str| serde_json::from_str::<Map<String, Value>>(json).unwrap_or_default();
+    let (theirs, ours) = (settings(theirs), settings(ours));
+    let other = ours.iter().find(|(key, value)| theirs.get(*key) != Some(value));
+    Some(other.map_or("more than there are here".into(), |(key, value)| {
+        format!("{key} is {} there and {value} here", theirs.get(key).unwrap_or(&Value::Null))
+    }))
+}
