@@ -114,6 +114,7 @@ const BOTH: [&str; 4] = ["--as", "diffusers", "--as", "single-file"];
 const PROMPT: [&str; 2] = ["--prompt", "a photo of {product}"];
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
 fn a_training_exports_all_of_its_weights_in_both_forms() {
     let dir = scratch();
     let (out, again, small) = (dir.path().join("mug"), dir.path().join("again"), dir.path().join("small"));

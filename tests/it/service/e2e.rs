@@ -151,6 +151,7 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one_behind_a_pooler() 
 
 /// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
 /// revived; a third ends the job.
+#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
 async fn one_killed_and_one_frozen(database: String) {
     let dir = tempfile::tempdir().unwrap();
     let garage = Garage::start().await;

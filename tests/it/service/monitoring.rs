@@ -115,6 +115,7 @@ fn training(class_name: &'static str) -> Form {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
 async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
     let dir = tempfile::tempdir().unwrap();
     let (collector, endpoint) = Collector::start().await;

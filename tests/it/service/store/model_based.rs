@@ -151,6 +151,7 @@ struct Walk<'a> {
 type Checked = Result<(), TestCaseError>;
 
 impl Walk<'_> {
+    #[expect(clippy::too_many_lines, reason = "one arm for each operation of the store")]
     async fn step(&mut self, step: &Step) -> Checked {
         let store = &self.db.store;
         match *step {
