@@ -21,7 +21,7 @@ pub(super) struct Torch {
 }
 
 impl Torch {
-    /// Starts `python` with PyTorch on `n_threads` threads, for work on `device` in `dtype`. [`Error::Bad`] if it
+    /// Starts `python` with PyTorch on `n_threads` threads, for work on `device` in `dtype`. [`Error::Input`] if it
     /// cannot be started or lacks torch.
     pub(super) fn start(python: &str, n_threads: usize, device: &str, dtype: &str) -> Result<Self> {
         let mut child = Command::new(python)

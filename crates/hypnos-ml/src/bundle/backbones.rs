@@ -36,7 +36,7 @@ pub struct Backbones {
 
 impl Backbones {
     /// Those in `metrics/{dino,clip,inception,lpips}/` of the bundle, each a `config.json` and weights; one that is not
-    /// there is `None`. [`Error::File`] names the file that cannot be used.
+    /// there is `None`. [`Error::File`](crate::Error::File) names the file that cannot be used.
     pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
         Ok(Self {
             dino: load(bundle, "dino", device, dino::Config::check, dino::Config::name, |w, config| {
