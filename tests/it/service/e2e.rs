@@ -186,7 +186,7 @@ async fn one_killed_and_one_frozen(database: String) {
     is_ready(&url).await;
     let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
     let shared = store.sessions() == Some(hypnos::store::Sessions::Shared);
-    let told = serve.log().matches("the database is behind a pooler").count();
+    let told = serve.log().matches("database behind a pooler").count();
     assert_eq!(told, usize::from(shared), "in one line: {}", serve.log());
     let client = http();
     let worker = |name: &str| {

@@ -139,7 +139,7 @@ async fn a_sweep_without_its_database_removes_nothing_and_makes_nothing() {
     let store = Store::connect(&format!("sqlite:{}", unmarked.display()), 2).await.unwrap();
     store.migrate().await.unwrap();
     let database = [("HYPNOS_DATABASE", format!("sqlite:{}", unmarked.display()))];
-    is_refused(&shop.sweep(&["--remove"], &database).await, "the database does not say");
+    is_refused(&shop.sweep(&["--remove"], &database).await, "the database does not record");
     // Objects elsewhere.
     let missing = [("HYPNOS_OBJECTS", elsewhere.display().to_string())];
     is_refused(&shop.sweep(&["--remove"], &missing).await, "HYPNOS_OBJECTS: there is no directory");
