@@ -185,7 +185,7 @@ async fn a_worker_told_to_stop_ends_in_time_even_if_nothing_can_be_stored() {
     eventually("it trains", async || (script.steps("mug").len() > 3).then_some(())).await;
     chaos.strike_all(Some(What::FailsBefore));
     let said = worker.told_to_stop().await.unwrap_err();
-    assert_eq!(said.message, "what was under way could not be stored within 0.4 s");
+    assert_eq!(said.message, "the work in progress could not be stored within 0.4 s");
     // Its lease runs out, and another takes it.
     let row = workers.until(&job, |row| row.state == State::Queued).await;
     assert_eq!(row.attempt, 1);
