@@ -4,7 +4,7 @@
 //! follow, draw, and compose photos and images on one sheet.
 
 mod client;
-pub(super) mod products;
+mod products;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -17,12 +17,8 @@ pub(super) enum CliError {
 
 impl From<ml::Error> for CliError {
     fn from(error: ml::Error) -> Self {
-        match error {
-            ml::Error::Tensor(_) | ml::Error::OutOfMemory(_) | ml::Error::DeviceLost(_) => {
-                Self::Failed(error.to_string())
-            }
-            _ => Self::Input(error.to_string()),
-        }
+        let line = error.to_string();
+        if error.is_machine_failure() { Self::Failed(line) } else { Self::Input(line) }
     }
 }
 

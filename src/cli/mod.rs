@@ -4,9 +4,6 @@
 
 mod admin;
 mod backup;
-mod bench;
-mod bench_serve;
-mod bench_shares;
 mod compare;
 mod demo;
 mod error;
@@ -83,12 +80,6 @@ enum Command {
     Evaluate(Box<evaluate::Evaluate>),
     /// Train and judge several methods on several products with equal seeds, and set them side by side.
     Compare(Box<compare::Compare>),
-    /// Measure operations and models, side by side with PyTorch where it is given.
-    Bench(bench::Args),
-    /// Measure the service beside a bare handler, how soon a job starts, and how fast jobs are deleted.
-    BenchServe(bench_serve::BenchServe),
-    /// Measure what a training keeps of its device beside samples, and how soon one starts.
-    BenchShares(bench_shares::BenchShares),
 }
 
 /// Runs the command of the process's arguments.
@@ -115,9 +106,6 @@ pub fn run() -> ExitCode {
         Command::Sample(args) => Ok(sample::run(&args)?),
         Command::Evaluate(args) => evaluate::run(&args),
         Command::Compare(args) => compare::run(&args),
-        Command::Bench(args) => Ok(bench::run(&args)?),
-        Command::BenchServe(args) => bench_serve::run(&args),
-        Command::BenchShares(args) => bench_shares::run(&args),
     });
     done.unwrap_or_else(|error| {
         let (line, code) = match error {

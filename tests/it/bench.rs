@@ -1,16 +1,28 @@
-//! `hypnos bench` as a person runs it. What it measures is never tested, only that it measures and says so.
+//! The benchmark `torch_eager` as a person runs it, and its unit tests: a bench target has no test harness, so its
+//! `#[test]` functions run here. What it measures is never tested, only that it measures and says so.
 
+use std::ffi::OsString;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::ExitCode;
 
 use serde_json::Value;
 
-fn bench(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_hypnos")).arg("bench").args(args).output().expect("the program starts")
+#[path = "../../benches/torch_eager/bench.rs"]
+mod torch_eager;
+
+/// What the benchmark would have left as a process.
+struct Output {
+    code: ExitCode,
+    stdout: String,
+    stderr: String,
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+fn bench(args: &[&str]) -> Output {
+    let args = ["torch_eager", "--bench"].iter().chain(args).map(OsString::from); // as cargo starts it
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let code = torch_eager::main(args, &mut stdout, &mut stderr);
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    Output { code, stdout: text(stdout), stderr: text(stderr) }
 }
 
 fn json(file: &Path) -> Value {
@@ -27,8 +39,8 @@ fn a_small_operation_is_measured_without_python() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("bench.json");
     let out = bench(&["--only", "linear-77", "--repeats", "1", "--json", &file.to_string_lossy()]);
-    assert!(out.status.success(), "{}", text(&out.stderr));
-    let table = text(&out.stdout);
+    assert_eq!((out.code, out.stderr.as_str()), (ExitCode::SUCCESS, ""));
+    let table = out.stdout;
     for name in ["linear-77x768-320/fwd", "linear-77x768-320/fwd+bwd"] {
         let start = format!("| {name} | 1x77x768 * 320x768 | ");
         let row =
@@ -44,8 +56,8 @@ fn a_small_operation_is_measured_without_python() {
 #[test]
 fn a_name_that_no_case_has_is_refused() {
     let out = bench(&["--only", "transistor"]);
-    assert_eq!(out.status.code(), Some(2));
-    let error = text(&out.stderr);
+    assert_eq!(out.code, ExitCode::from(2));
+    let error = out.stderr;
     assert!(error.contains("--only transistor") && error.lines().count() == 1, "{error}");
 }
 
@@ -78,7 +90,7 @@ done"#,
     let args =
         ["--python", &python, "--only", "linear-77x768-320/fwd+", "--repeats", "3", "--json", &json_file];
     let out = bench(&args);
-    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!((out.code, out.stderr.as_str()), (ExitCode::SUCCESS, ""));
     let words = std::fs::read_to_string(asked).expect("what was asked");
     assert_eq!(words.split_whitespace().collect::<Vec<_>>(), ["setup", "run", "run", "run", "run", "drop"]);
     let entry = &json(&file)["cases"][0];
@@ -88,7 +100,7 @@ done"#,
     ours.sort_by(f64::total_cmp);
     let (ratio, paired) = (entry["ratio"].as_f64(), entry["paired"].as_f64());
     assert!((ratio.expect("a ratio") - ours[1] / 10.0).abs() < 1e-12 && ratio == paired, "{entry}");
-    assert!(text(&out.stdout).contains("torch 9.9"));
+    assert!(out.stdout.contains("torch 9.9"));
 }
 
 #[cfg(unix)]
@@ -103,10 +115,10 @@ fn a_python_without_pytorch_is_named_in_one_line() {
     ] {
         let python = stand_in(dir.path(), script);
         let out = bench(&["--python", &python, "--only", "linear-77"]);
-        assert_eq!(out.status.code(), Some(2));
-        let error = text(&out.stderr);
+        assert_eq!(out.code, ExitCode::from(2));
+        let error = out.stderr;
         assert!(error.contains(wanted) && error.lines().count() == 1, "{error}");
     }
-    let error = text(&bench(&["--python", "/no/such/python", "--only", "linear-77"]).stderr);
+    let error = bench(&["--python", "/no/such/python", "--only", "linear-77"]).stderr;
     assert!(error.contains("--python /no/such/python: "), "{error}");
 }

@@ -104,11 +104,11 @@ fn each_library_has_one_place() {
     let only = |word: &str, places: &[&str]| {
         nobody_says("src", &[word], |file| places.iter().any(|place| file.starts_with(place)));
     };
-    only("sqlx", &["src/store/", "src/cli/bench_serve"]);
+    only("sqlx", &["src/store/"]);
     only("object_store", &["src/blobs/"]);
-    only("axum", &["src/http/", "src/cli/bench_serve"]);
+    only("axum", &["src/http/"]);
     only("hyper", &["src/http/"]);
-    only("candle_core", &["src/engine/", "src/cli/bench", "src/cli/models.rs", "src/cli/sample.rs"]);
+    only("candle_core", &["src/engine/", "src/cli/models.rs", "src/cli/sample.rs"]);
     only("image::", &["src/photo", "src/engine/"]);
     only("maud::", &["src/report/"]);
     only("opentelemetry", &["src/telemetry/"]);

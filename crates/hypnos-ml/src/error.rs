@@ -53,6 +53,11 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Whether the machine failed, and not what it was given.
+    pub fn is_machine_failure(&self) -> bool {
+        matches!(self, Self::Tensor(_) | Self::OutOfMemory(_) | Self::DeviceLost(_))
+    }
+
     /// An [`Error::Input`].
     pub fn input(message: impl Into<String>) -> Self {
         Self::Input(message.into())

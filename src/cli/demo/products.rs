@@ -6,24 +6,24 @@ use serde::Deserialize;
 static FILES: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/examples/products");
 
 /// The default product.
-pub(in crate::cli) const FIRST: &str = "dotted-teapot";
+pub(super) const FIRST: &str = "dotted-teapot";
 
 /// A product and its photos.
 #[derive(Clone, Debug, Deserialize)]
-pub(in crate::cli) struct Product {
+pub(super) struct Product {
     /// Its name.
-    pub(in crate::cli) name: String,
+    pub(super) name: String,
     /// Its class name.
-    pub(in crate::cli) class_name: String,
+    pub(super) class_name: String,
     /// Its place in the photos, as prompts say it.
-    pub(in crate::cli) place: String,
+    pub(super) place: String,
     /// Its photos, JPEG files.
     #[serde(skip)]
-    pub(in crate::cli) photos: Vec<Vec<u8>>,
+    pub(super) photos: Vec<Vec<u8>>,
 }
 
 /// All products, with their photos.
-pub(in crate::cli) fn all() -> Vec<Product> {
+pub(super) fn all() -> Vec<Product> {
     let list = FILES.get_file("products.json").expect("the list is there");
     let mut products: Vec<Product> = serde_json::from_slice(list.contents()).expect("the list is sound");
     for product in &mut products {
@@ -36,7 +36,7 @@ pub(in crate::cli) fn all() -> Vec<Product> {
 }
 
 /// The product of that name; an error that lists all otherwise.
-pub(in crate::cli) fn find(name: &str) -> Result<Product, String> {
+pub(super) fn find(name: &str) -> Result<Product, String> {
     let all = all();
     let names: Vec<_> = all.iter().map(|product| product.name.clone()).collect();
     let found = all.into_iter().find(|product| product.name == name);

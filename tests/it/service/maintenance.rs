@@ -208,7 +208,7 @@ async fn a_spent_checkpoint_that_cannot_be_removed_holds_up_no_other() {
     assert!(why.contains(&jobs[0].id.to_string()), "{why}");
 }
 
-/// Not a measurement: that deletions go many at a time. `hypnos bench-serve` measures.
+/// Not a measurement: that deletions go many at a time. The benchmark `service` measures.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_deletions_take_no_hundred_rounds() {
     let workers = TestWorkers::new().await;

@@ -3,17 +3,16 @@
 
 use std::net::SocketAddr;
 
+use anyhow::Result;
 use axum::extract::{Path, State};
 use axum::routing::get;
 use axum::{Json, Router};
+use hypnos::job::TenantId;
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
 use sqlx::{PgPool, SqlitePool};
-
-use crate::job::TenantId;
-use crate::ml::{Error, Result};
 
 /// The columns that the service reads, of which a client sees about half.
 #[derive(Debug, sqlx::FromRow)]
@@ -70,19 +69,15 @@ const LIST: &str = "select id, tenant, parent, spec, photos, state, run_lease, a
 
 /// Serves `GET /job/{id}` and `GET /jobs/{n}` from the database at `url`; its address.
 pub(super) async fn serve(url: &str, connections: u32, tenant: TenantId) -> Result<SocketAddr> {
-    let failed = |error: sqlx::Error| Error::input(format!("the bare handler: {error}"));
     let tenant = tenant.to_string();
     let router = if let Some(path) = url.strip_prefix("sqlite:") {
         let options = SqliteConnectOptions::new().filename(path).read_only(true);
-        let pool = SqlitePoolOptions::new().max_connections(connections).connect_with(options);
-        on_sqlite(pool.await.map_err(failed)?, tenant)
+        on_sqlite(SqlitePoolOptions::new().max_connections(connections).connect_with(options).await?, tenant)
     } else {
-        let pool = PgPoolOptions::new().max_connections(connections).connect(url);
-        on_postgres(pool.await.map_err(failed)?, tenant)
+        on_postgres(PgPoolOptions::new().max_connections(connections).connect(url).await?, tenant)
     };
-    let failed = |error: std::io::Error| Error::input(format!("the bare handler: {error}"));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
     tokio::spawn(async { axum::serve(listener, router).await });
     Ok(address)
 }

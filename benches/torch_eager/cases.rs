@@ -3,6 +3,8 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use super::inputs::{TEXT, UNET, VAE, json};
+
 /// One row of the table.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Case {
@@ -225,7 +227,6 @@ fn shapes_of_25m() -> Vec<[usize; 2]> {
 }
 
 fn models() -> Vec<Case> {
-    let json = |text| serde_json::from_str::<Value>(text).unwrap_or_default();
     let text = Work::Text { config: json(TEXT), tokens: 77 };
     let unet = |fused| Work::Unet { config: json(UNET), latents: [1, 4, 32, 32], fused };
     let train = |side, checkpointing| Work::Train {
@@ -274,7 +275,6 @@ fn models() -> Vec<Case> {
 
 /// Stable Diffusion 1.5 at its own size, 512 pixels.
 fn real_models() -> Vec<Case> {
-    let json = |text| serde_json::from_str::<Value>(text).unwrap_or_default();
     let unet = Work::Unet { config: json(UNET), latents: [2, 4, 64, 64], fused: true };
     let vae = Work::VaeDecode { config: json(VAE), latents: [1, 4, 64, 64] };
     let train = |method: bool| Work::Train {
@@ -294,30 +294,6 @@ fn real_models() -> Vec<Case> {
         case("hypnos-512", Pass::Step, train(true), 40.0),
     ]
 }
-
-/// The text encoder of Stable Diffusion 1.5, CLIP ViT-L/14's.
-const TEXT: &str = r#"{
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5
-}"#;
-
-/// The UNet of Stable Diffusion 1.5.
-const UNET: &str = r#"{
-    "in_channels": 4, "out_channels": 4, "sample_size": 64, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768, "norm_num_groups": 32,
-    "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": true, "freq_shift": 0,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
-}"#;
-
-/// The autoencoder of Stable Diffusion 1.5.
-const VAE: &str = r#"{
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "act_fn": "silu",
-    "scaling_factor": 0.18215,
-    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
-}"#;
 
 /// EfficientNet-B1.
 const CLASSIFIER: &str = r#"{ "width_coefficient": 1.0, "depth_coefficient": 1.1 }"#;
@@ -347,36 +323,29 @@ const SMALL_VAE: &str = r#"{
 
 const SMALL_CLASSIFIER: &str = r#"{ "width_coefficient": 0.5, "depth_coefficient": 0.5 }"#;
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
+#[test]
+fn names_are_unique_and_fit_a_command_line() {
+    let cases = all(true);
+    let names: std::collections::BTreeSet<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+    assert_eq!(names.len(), cases.len());
+    let plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-+/".contains(&b));
+    assert!(names.iter().all(|name| plain(name)), "{names:?}");
+}
 
-    use super::*;
+#[test]
+fn the_optimiser_has_thirty_tensors_of_25_million_weights() {
+    let shapes = shapes_of_25m();
+    let n: usize = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
+    assert_eq!((shapes.len(), n), (30, 24_907_520));
+}
 
-    #[test]
-    fn names_are_unique_and_fit_a_command_line() {
-        let cases = all(true);
-        let names: BTreeSet<&str> = cases.iter().map(|case| case.name.as_str()).collect();
-        assert_eq!(names.len(), cases.len());
-        let plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-+/".contains(&b));
-        assert!(names.iter().all(|name| plain(name)), "{names:?}");
-    }
-
-    #[test]
-    fn the_optimiser_has_thirty_tensors_of_25_million_weights() {
-        let shapes = shapes_of_25m();
-        let n: usize = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
-        assert_eq!((shapes.len(), n), (30, 24_907_520));
-    }
-
-    #[test]
-    fn every_operation_has_its_counterpart_in_pytorch() {
-        for case in all(true) {
-            let work = serde_json::to_value(&case.work).expect("a case is plain data");
-            let op = work["op"].as_str().expect("the name of an operation");
-            assert!(super::super::torch::PROGRAM.contains(&format!("\ndef {op}(")), "{op}");
-            assert_ne!(work["config"], serde_json::json!({}), "{}", case.name);
-            assert!(work.get("config").is_none_or(Value::is_object), "{}", case.name);
-        }
+#[test]
+fn every_operation_has_its_counterpart_in_pytorch() {
+    for case in all(true) {
+        let work = serde_json::to_value(&case.work).expect("a case is plain data");
+        let op = work["op"].as_str().expect("the name of an operation");
+        assert!(super::torch::PROGRAM.contains(&format!("\ndef {op}(")), "{op}");
+        assert_ne!(work["config"], serde_json::json!({}), "{}", case.name);
+        assert!(work.get("config").is_none_or(Value::is_object), "{}", case.name);
     }
 }

@@ -10,35 +10,26 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result, anyhow, ensure};
+use hypnos::job::{Fault, FaultCode, JobId, Kind, TenantId, TrainOptions, TrainSpec};
+use hypnos::ml;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
-use super::{Service, failed};
-use crate::cli::error::CliError;
-use crate::cli::output::print_line;
-use crate::job::{Fault, FaultCode, JobId, Kind, TenantId, TrainOptions, TrainSpec};
+use super::Service;
+use super::quantiles::quantiles;
 
 const ROWS_PER_STATEMENT: usize = 1000;
 const SPAN: Duration = Duration::from_hours(24 * 90);
 /// One training in so many has the class that nobody else has.
 const RARE_EVERY: usize = 5_000;
 
-/// Times of one thing, in milliseconds.
-struct Times(Vec<f64>);
-
-impl Times {
-    fn print(mut self, name: &str) {
-        self.0.sort_by(f64::total_cmp);
-        let at = |share: f64| self.0[((self.0.len() - 1) as f64 * share).round() as usize];
-        print_line(&format!("{name:<32} {:>8.2} {:>8.2} {:>8.2}", at(0.5), at(0.95), at(1.0)));
-    }
-}
-
 /// Writes `n` jobs that have ended into the table; a training among them, from the middle.
-pub(super) async fn fill(service: &Service, n: usize) -> Result<JobId, CliError> {
-    let mut connection = Connected::open(&service.database).await.map_err(words)?;
-    let spec = TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|error| words(error.message))?;
-    let spec = serde_json::to_string(&spec).map_err(words)?;
+pub(super) async fn fill(service: &Service, n: usize) -> Result<JobId> {
+    let mut connection = Connected::open(&service.database).await?;
+    let spec =
+        TrainSpec::new("mug", TrainOptions::default(), 1).map_err(|invalid| anyhow!(invalid.message))?;
+    let spec = serde_json::to_string(&spec)?;
     let now = jiff::Timestamp::now().as_millisecond();
     let (mut parent, mut middle) = (JobId::new(), None);
     for from in (0..n).step_by(ROWS_PER_STATEMENT) {
@@ -51,14 +42,14 @@ pub(super) async fn fill(service: &Service, n: usize) -> Result<JobId, CliError>
                 middle = middle.or_else(|| (i >= n / 2).then_some(id));
             }
             let comma = if i == from { "" } else { "," };
-            write!(sql, "{comma}\n{}", row(service.tenant, id, parent, i, ended_ms, &spec)).map_err(words)?;
+            write!(sql, "{comma}\n{}", row(service.tenant, id, parent, i, ended_ms, &spec))?;
         }
-        connection.run(sql).await.map_err(words)?;
+        connection.run(sql).await?;
     }
     if let Connected::Postgres(connection) = &mut connection {
-        sqlx::raw_sql("analyze job").execute(connection).await.map_err(words)?; // as its autovacuum does in time
+        sqlx::raw_sql("analyze job").execute(connection).await?; // as its autovacuum does in time
     }
-    middle.ok_or_else(|| words("--ended: wanted at least 20"))
+    Ok(middle.ok_or_else(|| ml::Error::input(format!("--ended: wanted at least 20, got {n}")))?)
 }
 
 const INSERT: &str = "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, state, cancel_requested, \
@@ -89,7 +80,7 @@ fn id_of(ms: i64, i: usize) -> JobId {
 }
 
 /// Times lists and claims, `n` times each.
-pub(super) async fn measure(service: &Service, training: JobId, n: usize) -> Result<(), CliError> {
+pub(super) async fn measure(service: &Service, training: JobId, n: usize) -> Result<()> {
     let days = |days: i32| {
         let then = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(24 * i64::from(days));
         then.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
@@ -109,38 +100,42 @@ pub(super) async fn measure(service: &Service, training: JobId, n: usize) -> Res
         ("samples, canceled", "/v1/samples?limit=20&state=canceled".to_owned()),
         ("samples of one training", format!("/v1/samples?job_id={training}")),
     ];
-    print_line(&format!("{:<32} {:>8} {:>8} {:>8}", "ms", "median", "p95", "largest"));
+    println!("{:<32} {:>8} {:>8} {:>8}", "ms", "median", "p95", "largest");
     let client = reqwest::Client::new();
     for (name, path) in lists {
-        let mut times = Times(Vec::new());
+        let mut times = Vec::new();
         for _ in 0..n {
             let began = Instant::now();
             let request = client.get(format!("http://{}{path}", service.address)).bearer_auth(&service.key);
-            let answer = request.send().await.map_err(words)?;
+            let answer = request.send().await?;
             let status = answer.status().as_u16();
-            answer.bytes().await.map_err(words)?;
-            if status != 200 {
-                return Err(words(format!("{path}: wanted 200, got {status}")));
-            }
-            times.0.push(began.elapsed().as_secs_f64() * 1e3);
+            answer.bytes().await?;
+            ensure!(status == 200, "{path}: wanted 200, got {status}");
+            times.push(began.elapsed().as_secs_f64() * 1e3);
         }
-        times.print(name);
+        print(name, &times);
     }
     let (worker, kinds) = (Uuid::now_v7(), [Kind::Train, Kind::Sample]);
     let (lease, deadline) = (Duration::from_mins(1), Duration::from_mins(10));
-    let mut times = Times(Vec::new());
+    let mut times = Vec::new();
     for _ in 0..n {
         let id = service.submit().await?;
         let began = Instant::now();
-        let claim = service.store.claim(worker, &kinds, lease, deadline).await.map_err(failed)?;
-        times.0.push(began.elapsed().as_secs_f64() * 1e3);
+        let claim = service.store.claim(worker, &kinds, lease, deadline).await?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
         let claim = claim.filter(|claim| claim.job.id == id);
-        let claim = claim.ok_or_else(|| words("the training that was submitted was not claimed"))?;
+        let claim = claim.context("the training that was submitted was not claimed")?;
         let fault = Fault::new(FaultCode::Input, "nothing is trained here");
-        service.store.fail(claim.job.lease(), &fault, None).await.map_err(failed)?;
+        service.store.fail(claim.job.lease(), &fault, None).await?;
     }
-    times.print("claim");
+    print("claim", &times);
     Ok(())
+}
+
+/// One line of times in milliseconds.
+fn print(name: &str, times: &[f64]) {
+    let [median, p95, largest] = quantiles(times, [0.5, 0.95, 1.0]);
+    println!("{name:<32} {median:>8.2} {p95:>8.2} {largest:>8.2}");
 }
 
 /// A connection of its own, for what no service does.
@@ -165,8 +160,4 @@ impl Connected {
             Self::Postgres(connection) => sql.execute(connection).await.map(drop),
         }
     }
-}
-
-fn words(error: impl std::fmt::Display) -> CliError {
-    CliError::Failed(error.to_string())
 }

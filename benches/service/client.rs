@@ -3,10 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-
-use crate::ml::{Error, Result};
 
 /// What the clients of one measurement saw.
 pub(super) struct Seen {
@@ -28,23 +27,22 @@ pub(super) async fn load(
         (0..n).map(|_| tokio::spawn(one(address, request.to_owned(), began + time))).collect();
     let mut requests = 0;
     for client in clients {
-        requests += client.await.map_err(|error| Error::input(format!("a client ended: {error}")))??;
+        requests += client.await??;
     }
     Ok(Seen { requests, time: began.elapsed() })
 }
 
 async fn one(address: std::net::SocketAddr, request: String, until: Instant) -> Result<usize> {
-    let failed = |error: std::io::Error| Error::input(format!("{address}: {error}"));
-    let mut stream = TcpStream::connect(address).await.map_err(failed)?;
-    stream.set_nodelay(true).map_err(failed)?;
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
     let mut buffer = Vec::with_capacity(64 << 10);
     let mut n = 0;
     while Instant::now() < until {
-        stream.write_all(request.as_bytes()).await.map_err(failed)?;
+        stream.write_all(request.as_bytes()).await?;
         buffer.clear();
         loop {
-            if stream.read_buf(&mut buffer).await.map_err(failed)? == 0 {
-                return Err(Error::input(format!("{address}: the connection was closed")));
+            if stream.read_buf(&mut buffer).await? == 0 {
+                bail!("{address}: the connection was closed");
             }
             if is_whole(&buffer)? {
                 break;
@@ -60,12 +58,12 @@ fn is_whole(answer: &[u8]) -> Result<bool> {
     let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(false) };
     let head = String::from_utf8_lossy(&answer[..end]);
     if !head.starts_with("HTTP/1.1 200") {
-        return Err(Error::input(format!("wanted 200, got {}", head.lines().next().unwrap_or_default())));
+        bail!("wanted 200, got {}", head.lines().next().unwrap_or_default());
     }
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
     });
-    let length = length.ok_or_else(|| Error::input("an answer does not say its length"))?;
+    let length = length.context("an answer does not say its length")?;
     Ok(answer.len() >= end + 4 + length)
 }

@@ -1,6 +1,6 @@
-"""PyTorch's side of `hypnos bench`: eager, on the CPU or a GPU.
+"""PyTorch's side of the benchmark `torch_eager`: eager, on the CPU or a GPU.
 
-Started by the command with the number of threads, the device and f32 or bf16 as its arguments. In bf16 what only computes
+Started by the benchmark with the number of threads, the device and f32 or bf16 as its arguments. In bf16 what only computes
 has bf16 weights, and what trains has f32 weights under autocast. It obeys one line at a time and answers each with
 one line of JSON:
 

@@ -1,66 +1,45 @@
-//! `hypnos bench`: how fast our operations and models are, side by side with PyTorch eager on the same device.
-//!
-//! Method. Each side runs in a process of its own, PyTorch's in a child that is given by `--python`. Both have as many
-//! threads as rayon. A case is built on both sides from the same description, with seeded normal numbers; the upstream
-//! gradient is normal too. After a warm-up the sides take turns: ours, theirs, ours, theirs. Before each measurement
-//! both are idle for 50 ms, because OpenMP's threads spin a little after their work. Short cases are run several times
-//! in a measurement, as often on both sides, so that one lasts 50 ms or more; data are warm in the caches then. Time is
-//! taken inside each process and holds no building of inputs and no freeing of results; gradients are dropped between
-//! runs, so that each backward makes them anew. A case too large to be in memory twice runs in blocks (ours, theirs,
-//! ours, theirs), the other side's memory given back; one too large even for that is left out and says so.
-//!
-//! `ratio` is our median over theirs, `paired` the median of the ratios of neighbouring measurements, which suffers
-//! less where a machine grows slower and faster with time, `fastest` the ratio of the shortest times. `others` is the
-//! share of the machine that other programs took meanwhile. Above a few per cent the ratios flatter us: foreign load
-//! makes OpenMP wait at its barriers, up to tenfold as we saw, and hinders rayon's stealing less. Nothing here is a
-//! test: a time that fails a build would measure the build machine.
-//!
-//! Departure: our backward begins with candle's store adding the upstream gradient to zeros, one pass over the output
-//! that PyTorch has no need of. It is counted as ours. Fresh memory that is zero already is paid for by who writes it
-//! first: the rows of an embedding's gradient that no token picked cost us nothing until the optimiser reads them.
-//!
-//! On a GPU both sides wait for it before they read the clock, and there are cases at Stable Diffusion 1.5's own size.
-//! In bf16 PyTorch has bf16 weights where a model only computes, and autocast over f32 weights where it trains, as
-//! diffusers' training scripts do; in f32 it never uses TF32. Neither do we.
+//! The whole benchmark but for its process, which `main.rs` describes and `tests/it/bench.rs` has in its place.
 
 mod cases;
-mod load;
+#[path = "../shared/command_line.rs"]
+mod command_line;
+#[path = "../shared/inputs.rs"]
+mod inputs;
+#[path = "../shared/machine.rs"]
+mod machine;
 mod ours;
+#[path = "../shared/side_by_side.rs"]
+mod side_by_side;
+#[path = "../shared/spread.rs"]
+mod spread;
 mod table;
 mod torch;
 
+use std::ffi::OsString;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use candle_core::DType;
+use clap::Parser;
+use hypnos::memory::giving_back;
+use hypnos::ml::{Error, Result, device};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use self::cases::Case;
-use self::load::Load;
+use self::command_line::CargoFlags;
+use self::machine::{Load, Room, first_line_value};
 use self::ours::{Place, Ready};
+use self::side_by_side::{n_runs, quietly, warm_up};
 use self::table::{Measured, Outcome};
 use self::torch::Torch;
-use super::output::print_line;
-use crate::memory::giving_back;
-use crate::ml::{Error, Result, device};
 
-/// Idle time before each measurement.
-const QUIET: Duration = Duration::from_millis(50);
-
-/// A measurement lasts at least this long, by repetition.
-const SHORTEST_SECS: f64 = 0.05;
-
-/// Runs of one measurement at most.
-const MOST_RUNS: f64 = 1000.0;
-
-/// Memory left alone when it is decided what fits.
-const SPARE_GIB: f64 = 1.0;
-
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
+/// Measures operations and models, side by side with PyTorch where it is given.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo bench --bench torch_eager --")]
+struct Args {
     /// A Python with torch, diffusers and transformers to measure against; without it only our times are taken.
     #[arg(long)]
     python: Option<String>,
@@ -85,6 +64,8 @@ pub(super) struct Args {
     /// Only say the names of the cases.
     #[arg(long)]
     list: bool,
+    #[command(flatten)]
+    _cargo: CargoFlags,
 }
 
 /// What is computed in.
@@ -103,7 +84,16 @@ impl Precision {
     }
 }
 
-pub(super) fn run(args: &Args) -> Result<ExitCode> {
+/// Runs the benchmark with the arguments of a process; the table goes to `out`, an error to `errors`.
+pub(crate) fn main(
+    args: impl IntoIterator<Item = OsString>,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> ExitCode {
+    command_line::finish(run(&Args::parse_from(args), out), errors)
+}
+
+fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let place = Place { device: device::open(&args.device)?, dtype: args.precision.dtype() };
     if place.device.is_cpu() && place.dtype != DType::F32 {
         return Err(Error::input("--precision bf16: only a GPU computes in it"));
@@ -111,18 +101,18 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let chosen = chosen(&args.only, place.device.is_cuda())?;
     if args.list {
         for case in &chosen {
-            print_line(&case.name);
+            print_line(out, &case.name);
         }
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let n_threads = rayon::current_num_threads();
     let theirs = args.torch_precision.unwrap_or(args.precision);
     let start = |python: &String| Torch::start(python, n_threads, &args.device, theirs.dtype().as_str());
     let mut torch = args.python.as_ref().map(start).transpose()?;
     let about = about(n_threads, args, torch.as_ref());
-    print_line(&format!("{}\n", about_words(&about)));
+    print_line(out, &format!("{}\n", about_words(&about)));
     for line in table::head(torch.is_some()) {
-        print_line(line);
+        print_line(out, line);
     }
     let bar = progress(chosen.len());
     let mut entries = Vec::new();
@@ -135,7 +125,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             Err(error) if place.device.is_cuda() => Outcome::Skipped(format!("left out: {error}")),
             outcome => outcome?,
         };
-        bar.suspend(|| print_line(&table::row(case, &outcome, torch.is_some())));
+        bar.suspend(|| print_line(out, &table::row(case, &outcome, torch.is_some())));
         bar.inc(1);
         entries.push(table::entry(case, &outcome));
         if let Some(file) = &args.json {
@@ -144,9 +134,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
     if let Some(peak) = first_line_value("/proc/self/status", "VmHWM") {
-        print_line(&format!("\nPeak memory of our side over all cases: {peak}"));
+        print_line(out, &format!("\nPeak memory of our side over all cases: {peak}"));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+fn print_line(out: &mut dyn Write, line: &str) {
+    let _ = writeln!(out, "{line}"); // a closed pipe is no reason to fail
 }
 
 fn chosen(only: &[String], on_gpu: bool) -> Result<Vec<Case>> {
@@ -154,9 +148,7 @@ fn chosen(only: &[String], on_gpu: bool) -> Result<Vec<Case>> {
     let chosen: Vec<Case> = cases::all(on_gpu).into_iter().filter(wanted).collect();
     if chosen.is_empty() {
         let only = only.join(" ");
-        return Err(Error::input(format!(
-            "--only {only}: no case is named so; `hypnos bench --list` has the names"
-        )));
+        return Err(Error::input(format!("--only {only}: no case is named so; --list has the names")));
     }
     Ok(chosen)
 }
@@ -193,18 +185,6 @@ fn about_words(about: &Value) -> String {
     )
 }
 
-/// The value of the first `key: value` line, on systems that have such files.
-fn first_line_value(file: &str, key: &str) -> Option<String> {
-    let text = fs::read_to_string(file).ok()?;
-    let (_, value) = text.lines().find(|line| line.starts_with(key))?.split_once(':')?;
-    Some(value.trim().to_string())
-}
-
-fn available_gib() -> Option<f64> {
-    let kib = first_line_value("/proc/meminfo", "MemAvailable")?;
-    Some(kib.strip_suffix(" kB")?.parse::<f64>().ok()? / f64::from(1 << 20))
-}
-
 fn progress(n: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:40} {pos} of {len} {msg}");
     ProgressBar::new(n as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
@@ -216,13 +196,8 @@ fn write(file: &Path, value: &Value) -> Result<()> {
 }
 
 fn measure(case: &Case, place: &Place, torch: Option<&mut Torch>, repeats: usize) -> Result<Outcome> {
-    let free = match device::free_bytes(&place.device)? {
-        Some(bytes) => Some(bytes as f64 / f64::from(1 << 30)),
-        None => available_gib(),
-    };
-    let free = free.map_or(f64::INFINITY, |gib| gib - SPARE_GIB);
-    if case.gib > free {
-        let why = format!("left out: needs {:.1} GiB, {:.1} GiB are free", case.gib, free.max(0.0));
+    let room = Room::on(&place.device)?;
+    if let Some(why) = room.refusal(case.gib) {
         return Ok(Outcome::Skipped(why));
     }
     let mut processes = vec![std::process::id()];
@@ -230,7 +205,7 @@ fn measure(case: &Case, place: &Place, torch: Option<&mut Torch>, repeats: usize
     let before = Load::now(&processes);
     let measured = match torch {
         None => alone(case, place, repeats)?,
-        Some(torch) if 2.0 * case.gib <= free => in_turns(case, place, torch, repeats)?,
+        Some(torch) if room.holds(2.0 * case.gib) => in_turns(case, place, torch, repeats)?,
         Some(torch) => in_blocks(case, place, torch, repeats)?,
     };
     let others = Load::now(&processes).zip(before).map(|(now, before)| now.others_since(before));
@@ -239,7 +214,7 @@ fn measure(case: &Case, place: &Place, torch: Option<&mut Torch>, repeats: usize
 
 fn alone(case: &Case, place: &Place, repeats: usize) -> Result<Measured> {
     let mut ready = Ready::new(&case.work, case.pass, place)?;
-    let n_runs = n_runs(warm_up(|| ready.measure(1))?);
+    let n_runs = n_runs(warm_up(|n| ready.measure(n))?);
     let ours = (0..repeats).map(|_| quietly(|| ready.measure(n_runs))).collect::<Result<_>>()?;
     give_back(ready, place)?;
     Ok(Measured { ours, theirs: Vec::new(), how: "alone", others: None })
@@ -248,13 +223,7 @@ fn alone(case: &Case, place: &Place, repeats: usize) -> Result<Measured> {
 fn in_turns(case: &Case, place: &Place, torch: &mut Torch, repeats: usize) -> Result<Measured> {
     let mut ready = Ready::new(&case.work, case.pass, place)?;
     torch.set_up(case)?;
-    let slower_start = warm_up(|| ready.measure(1))?.min(warm_up(|| torch.measure(1))?);
-    let n_runs = n_runs(slower_start);
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..repeats {
-        ours.push(quietly(|| ready.measure(n_runs))?);
-        theirs.push(quietly(|| torch.measure(n_runs))?);
-    }
+    let (ours, theirs) = side_by_side::in_turns(|n| ready.measure(n), |n| torch.measure(n), repeats)?;
     give_back(ready, place)?;
     torch.drop_case()?;
     Ok(Measured { ours, theirs, how: "in turns", others: None })
@@ -283,20 +252,4 @@ fn in_blocks(case: &Case, place: &Place, torch: &mut Torch, repeats: usize) -> R
 fn give_back(ready: Ready, place: &Place) -> Result<()> {
     giving_back(|| drop(ready));
     device::release(&place.device)
-}
-
-fn quietly(measure: impl FnOnce() -> Result<f64>) -> Result<f64> {
-    std::thread::sleep(QUIET);
-    measure()
-}
-
-/// Seconds of a run that is not the first.
-fn warm_up(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
-    let first = measure()?;
-    if first < SHORTEST_SECS { measure() } else { Ok(first) }
-}
-
-/// Runs that make one measurement, where one run takes `seconds`.
-fn n_runs(seconds: f64) -> usize {
-    (SHORTEST_SECS / seconds.max(1e-9)).ceil().clamp(1.0, MOST_RUNS) as usize
 }

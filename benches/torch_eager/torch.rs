@@ -3,13 +3,13 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use hypnos::ml::{Error, Result};
 use serde_json::Value;
 
 use super::cases::Case;
-use crate::ml::{Error, Result};
 
-/// What the child runs; it travels inside this program, so that a measurement needs no checkout.
-pub(super) const PROGRAM: &str = include_str!("../../../benches/torch_eager.py");
+/// What the child runs; it is part of this program, so that a measurement needs no checkout.
+pub(super) const PROGRAM: &str = include_str!("torch_eager.py");
 
 /// The running child. It waits at its input, and so is quiet, whenever it was not asked for something.
 pub(super) struct Torch {

@@ -5,25 +5,21 @@ use std::time::Instant;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
-use serde::de::DeserializeOwned;
+use hypnos::ml;
+use hypnos::ml::bundle::Part;
+use hypnos::ml::diffusion::{self, Schedule};
+use hypnos::ml::models::clip::ClipText;
+use hypnos::ml::models::unet::Unet;
+use hypnos::ml::models::vae::Vae;
+use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
+use hypnos::ml::param::Param;
+use hypnos::ml::perceptual::Perceptual;
+use hypnos::ml::train::{Batch, DiscriminatorTrainer, FrozenModels, Objective, Reconstruction, State};
+use hypnos::ml::weights::Weights;
 use serde_json::Value;
 
 use super::cases::{Looks, Pass, Work};
-use crate::ml::bundle::Part;
-use crate::ml::diffusion::{self, Schedule};
-use crate::ml::models::clip::ClipText;
-use crate::ml::models::unet::Unet;
-use crate::ml::models::vae::Vae;
-use crate::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
-use crate::ml::param::Param;
-use crate::ml::perceptual::Perceptual;
-use crate::ml::random;
-use crate::ml::train::{Batch, DiscriminatorTrainer, FrozenModels, Objective, Reconstruction, State};
-use crate::ml::weights::Weights;
-use crate::ml::{self, Error};
-
-/// All data are drawn from it.
-const SEED: u64 = 15;
+use super::inputs::{SEED, config, normal, token_ids};
 
 /// Where and in which numbers a case is computed.
 #[derive(Clone, Debug)]
@@ -83,8 +79,7 @@ impl Ready {
 impl Place {
     /// Seeded normal numbers of the given standard deviation, f32.
     fn normal(&self, label: &str, dims: &[usize], std: f32) -> Result<Tensor> {
-        let values = random::normal(random::derive(SEED, label), 0, dims.iter().product());
-        Tensor::from_vec(values.into_iter().map(|v| v * std).collect::<Vec<_>>(), dims, &self.device)
+        normal(label, dims, std, &self.device)
     }
 
     /// The same in the dtype of the computation.
@@ -182,12 +177,6 @@ impl Operation {
     }
 }
 
-/// Uniform numbers of rows.
-fn token_ids(n: usize, n_rows: usize) -> Vec<u32> {
-    let seed = random::derive(SEED, "ids");
-    (0..n as u64).map(|i| random::below(seed, 0, i, n_rows) as u32).collect()
-}
-
 fn operation(work: &Work, pass: Pass, on: &Place) -> Result<Ready> {
     let Operation { inputs, params, apply } = Operation::of(work)?;
     let inputs = inputs.iter().enumerate().map(|(i, dims)| on.input(&format!("input {i}"), dims, 1.0));
@@ -275,10 +264,6 @@ fn give_grad(param: &Param, grad: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn config<T: DeserializeOwned>(value: &Value) -> ml::Result<T> {
-    serde_json::from_value(value.clone()).map_err(|error| Error::input(format!("config: {error}")))
-}
-
 /// All weights of a model that was just loaded.
 fn params_of(weights: &Weights) -> Vec<Param> {
     weights.params().into_values().collect()
@@ -288,7 +273,7 @@ fn text(json: &Value, n_tokens: usize, pass: Pass, on: &Place) -> ml::Result<Rea
     on.wants_f32("the text encoder")?;
     let trained = pass == Pass::Backward;
     let weights = on.weights(trained);
-    let config = config::<crate::ml::models::clip::Config>(json)?;
+    let config = config::<hypnos::ml::models::clip::Config>(json)?;
     let model = ClipText::load(&weights, &config)?;
     let ids = [token_ids(n_tokens, config.vocab_size)];
     let params = params_of(&weights);
@@ -305,7 +290,7 @@ fn text(json: &Value, n_tokens: usize, pass: Pass, on: &Place) -> ml::Result<Rea
 
 fn unet(json: &Value, latents: &[usize; 4], pass: Pass, on: &Place) -> ml::Result<Ready> {
     let weights = on.weights(pass != Pass::Forward);
-    let config = config::<crate::ml::models::unet::Config>(json)?;
+    let config = config::<hypnos::ml::models::unet::Config>(json)?;
     let model = Unet::load(&weights, &config)?;
     let (x, noise) = (on.input("latents", latents, 1.0)?, on.input("noise", latents, 1.0)?);
     let text = on.input("text", &[latents[0], 77, config.cross_attention_dim], 1.0)?;
@@ -338,7 +323,7 @@ fn train(
 ) -> ml::Result<Ready> {
     on.wants_f32("a training")?;
     // 1. What learns.
-    let text_config = config::<crate::ml::models::clip::Config>(text)?;
+    let text_config = config::<hypnos::ml::models::clip::Config>(text)?;
     let text_weights = on.weights(true);
     let text = Part { model: ClipText::load(&text_weights, &text_config)?, params: text_weights.params() };
     let unet_weights = on.weights(true);

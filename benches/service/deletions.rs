@@ -2,15 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, ensure};
 use futures_util::{StreamExt, stream};
+use hypnos::blobs::{Key, Name, Scope};
+use hypnos::job::{Format, JobId, Lease};
+use hypnos::maintenance;
 use tokio_util::sync::CancellationToken;
 
-use super::{Service, failed};
-use crate::blobs::{Key, Name, Scope};
-use crate::cli::error::CliError;
-use crate::cli::output::print_line;
-use crate::job::{Format, JobId, Lease};
-use crate::maintenance;
+use super::Service;
 
 /// Objects of each training: its photos, and what its one attempt wrote.
 const N_PHOTOS: usize = 3;
@@ -20,7 +19,7 @@ const OBJECT_BYTES: usize = 10_000;
 
 /// Makes `n` trainings with their objects, then deletes them by HTTP from `clients` connections. Counted is the time
 /// from the first request until neither a row nor an object is left.
-pub(super) async fn deletions(service: &Service, n: usize, clients: usize) -> Result<(), CliError> {
+pub(super) async fn deletions(service: &Service, n: usize, clients: usize) -> Result<()> {
     let mut jobs = Vec::new();
     for _ in 0..n {
         jobs.push(stored(service).await?);
@@ -35,9 +34,10 @@ pub(super) async fn deletions(service: &Service, n: usize, clients: usize) -> Re
         let url = format!("http://{}/v1/jobs/{job}", service.address);
         let request = client.delete(url).bearer_auth(&service.key);
         async move {
-            let answer = request.send().await.map_err(|error| CliError::Failed(error.to_string()))?;
+            let answer = request.send().await?;
             let status = answer.status().as_u16();
-            if status == 204 { Ok(()) } else { Err(CliError::Failed(format!("wanted 204, got {status}"))) }
+            ensure!(status == 204, "wanted 204, got {status}");
+            anyhow::Ok(())
         }
     });
     let mut answers = stream::iter(requests).buffer_unordered(clients.max(1));
@@ -45,37 +45,34 @@ pub(super) async fn deletions(service: &Service, n: usize, clients: usize) -> Re
         answer?;
     }
     let answered = began.elapsed();
-    while service.store.n_deleting().await.map_err(failed)? > 0 {
+    while service.store.n_deleting().await? > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let erased = began.elapsed();
     stop.cancel();
     let _ = maintaining.await; // it ends because it was told to
     for job in jobs {
-        let left = service.blobs.list(&Scope::job(service.tenant, job)).await;
-        if !left.map_err(|error| CliError::Failed(error.to_string()))?.is_empty() {
-            return Err(CliError::Failed("an object of a deleted training is still there".into()));
-        }
+        let left = service.blobs.list(&Scope::job(service.tenant, job)).await?;
+        ensure!(left.is_empty(), "an object of a deleted training is still there");
     }
-    print_line(&format!(
+    println!(
         "deletions/s, of {n} with {} objects each: {:.0} (answered: {:.0})",
         N_PHOTOS + N_IMAGES,
         n as f64 / erased.as_secs_f64(),
         n as f64 / answered.as_secs_f64()
-    ));
+    );
     Ok(())
 }
 
 /// A training that has ended, with its objects in the store.
-async fn stored(service: &Service) -> Result<JobId, CliError> {
+async fn stored(service: &Service) -> Result<JobId> {
     let job = service.submit().await?;
-    service.store.cancel(service.tenant, job).await.map_err(failed)?;
+    service.store.cancel(service.tenant, job).await?;
     let lease = Lease { job, run_lease: 1 };
     let photos = (0..N_PHOTOS).map(|n| Key::photo(service.tenant, job, n));
     let images = (0..N_IMAGES).map(|n| Key::artifact(service.tenant, lease, Name::Image(n, Format::Png)));
     for key in photos.chain(images) {
-        let stored = service.blobs.put(&key, vec![0; OBJECT_BYTES]).await;
-        stored.map_err(|error| CliError::Failed(error.to_string()))?;
+        service.blobs.put(&key, vec![0; OBJECT_BYTES]).await?;
     }
     Ok(job)
 }
