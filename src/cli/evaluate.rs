@@ -13,7 +13,8 @@ use super::photos;
 use crate::config;
 use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
 use crate::ml::evaluate::{Generated, GeneratedSet, Judge, PromptLists};
-use crate::ml::finetuned::FineTuned;
+use crate::ml::finetuned::{self, FineTuned};
+use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::{self, device, image_io};
 use crate::report::{Scores, scores_table};
@@ -172,6 +173,9 @@ fn drawn(
         standard.into_iter().chain(lists.draw(n, args.seed)?).chain(of_class).collect();
     let style = ProgressStyle::with_template("drawing {bar:40} {pos} of {len}, {elapsed} gone, {eta} left");
     let bar = bar(style, prompts.len());
+    let kept = args.out.as_ref().and(args.model.as_deref());
+    let weights_sha256 = kept.map(finetuned::hash).transpose()?;
+    let finetune = Some(FineTune { weights_sha256: weights_sha256.as_deref(), job: None });
     let mut all = Vec::new();
     for batch in (0..prompts.len()).collect::<Vec<_>>().chunks(args.batch as usize) {
         let pictures: Vec<ImageRequest> = (batch.iter())
@@ -186,8 +190,7 @@ fn drawn(
         for ((&i, picture), pixels) in batch.iter().zip(&pictures).zip(pixels) {
             let (name, prompt) = (format!("{i:04}.png"), prompts[i].clone());
             if let Some(dir) = &args.out {
-                let model = (bundle.manifest().name.as_str(), bundle.hash()?);
-                let texts = sample::texts(picture, &how, model, false);
+                let texts = Provenance::new(picture, &how, bundle, finetune, false)?.texts();
                 std::fs::create_dir_all(dir).map_err(|error| {
                     CliError::Input(format!("{}: cannot be made: {error}", dir.display()))
                 })?;

@@ -12,9 +12,10 @@ use super::output::print_line;
 use crate::config;
 use crate::job::PRODUCT;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
-use crate::ml::finetuned::FineTuned;
+use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::product::Product;
-use crate::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents, texts};
+use crate::ml::provenance::{FineTune, Provenance};
+use crate::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents};
 use crate::ml::samplers::Sampler;
 use crate::ml::tensorfile::{TensorFile, save};
 use crate::ml::{Error, Result, device, image_io};
@@ -125,6 +126,8 @@ fn draw(
     let style = ProgressStyle::with_template("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left");
     let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let n_batches = pictures.len().div_ceil(args.batch);
+    let weights_sha256 = args.model.as_deref().map(finetuned::hash).transpose()?;
+    let finetune = weights_sha256.as_deref().map(|hash| FineTune { weights_sha256: Some(hash), job: None });
     let mut done = Vec::new();
     for (i, batch) in pictures.chunks(args.batch).enumerate() {
         let noise = noise.narrow(0, i * args.batch, batch.len())?;
@@ -135,9 +138,8 @@ fn draw(
         })?;
         for (picture, pixels) in batch.iter().zip(decode(models, &drawn)?) {
             let file = args.out.join(format!("{}.png", picture.seed));
-            let model = (bundle.manifest().name.as_str(), bundle.hash()?);
-            let texts = texts(picture, settings, model, args.latents.is_some());
-            image_io::save_png(&file, &pixels, (settings.width, settings.height), &texts)?;
+            let drawn = Provenance::new(picture, settings, bundle, finetune, args.latents.is_some())?;
+            image_io::save_png(&file, &pixels, (settings.width, settings.height), &drawn.texts())?;
             bar.suspend(|| print_line(&file.display().to_string()));
         }
         done.push(drawn.to_device(&Device::Cpu)?);

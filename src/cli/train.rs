@@ -153,6 +153,7 @@ impl Work<'_> {
         let (resume, scratch) = (self.out.checkpoint(), self.out.scratch()?);
         let input = TrainInput {
             spec: self.spec,
+            job: None,
             photos: self.photos,
             class_images: self.class_image_cache.had(),
             resume: resume.as_deref(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::job::{Fault, Format, Progress, SampleSpec, TrainSpec};
+use crate::job::{Fault, Format, JobId, Progress, SampleSpec, TrainSpec};
 use crate::report::{Gallery, Report};
 
 /// What the observer wants next.
@@ -86,6 +86,8 @@ pub struct ClassImages {
 pub struct TrainInput<'a> {
     /// What is asked for.
     pub spec: &'a TrainSpec,
+    /// Its job, which its pictures name; none on the command line.
+    pub job: Option<JobId>,
     /// The photos as PNG, in order.
     pub photos: &'a [Vec<u8>],
     /// As PNG, for each of [`ClassImages::seeds`], those that were drawn before; the others are drawn.
@@ -142,8 +144,10 @@ pub struct DrawInput<'a> {
     pub train: &'a TrainSpec,
     /// Its weights.
     pub weights: &'a Path,
-    /// Their SHA-256, by which loaded models are kept.
+    /// Their SHA-256, by which loaded models are kept and which pictures name.
     pub weights_sha256: &'a str,
+    /// The job that trained them, which pictures name.
+    pub job: Option<JobId>,
 }
 
 /// An encoded image.

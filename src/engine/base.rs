@@ -6,7 +6,8 @@ use super::api::Image;
 use super::faults::fault;
 use crate::job::{Fault, Format};
 use crate::ml::bundle::{Bundle, Drawing};
-use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
+use crate::ml::provenance::{FineTune, Provenance};
+use crate::ml::sample::{ImageRequest, Models, SampleSettings};
 use crate::ml::{self, image_io};
 
 /// An opened bundle with its models.
@@ -41,23 +42,23 @@ impl Base {
         SampleSettings { sampler: scheduler, steps, guidance, width: side, height: side }
     }
 
-    /// The file of an image that was asked for as `prompt`, with the placeholder for the product in it.
+    /// The file of an image that `finetune` drew and that was asked for as `prompt`, with the placeholder for the product
+    /// in it.
     pub(super) fn encoded(
         &self,
         prompt: &str,
         request: &ImageRequest,
         settings: &SampleSettings,
+        finetune: FineTune<'_>,
         pixels: &[u8],
         format: Format,
     ) -> Result<Image, Fault> {
         let size = (settings.width, settings.height);
+        let drawn = Provenance::new(request, settings, &self.bundle, Some(finetune), false).map_err(fault)?;
         let bytes = match format {
-            Format::Png => {
-                let model = (self.bundle.manifest().name.as_str(), self.hash.as_str());
-                image_io::png(pixels, size, &sample::texts(request, settings, model, false))
-            }
-            Format::Jpeg => image_io::jpeg(pixels, size),
-            Format::Webp => image_io::webp(pixels, size),
+            Format::Png => image_io::png(pixels, size, &drawn.texts()),
+            Format::Jpeg => image_io::jpeg(pixels, size).map(|file| drawn.in_jpeg(&file)),
+            Format::Webp => image_io::webp(pixels, size).map(|file| drawn.in_webp(&file, size)),
         };
         Ok(Image {
             bytes: bytes.map_err(fault)?,

@@ -14,6 +14,7 @@ use super::training;
 use crate::job::{Fault, FaultCode, SampleSpec, Scheduler, TrainSpec};
 use crate::ml::bundle::Bundle;
 use crate::ml::finetuned::{self, FineTuned};
+use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, SampleSettings};
 use crate::ml::samplers::Sampler;
 use crate::ml::{self, Error, Interrupt, device};
@@ -103,9 +104,11 @@ impl ImageGenerator for CandleEngine {
             Err(Interrupt::Stopped(())) => return Ok(None),
             Err(Interrupt::Failed(error)) => return Err(fault(error)),
         };
+        let job = input.job.map(|job| job.to_string());
+        let finetune = FineTune { weights_sha256: Some(input.weights_sha256), job: job.as_deref() };
         let files = prompts.iter().zip(&batch).zip(drawn);
         let encode = |((prompt, request), pixels): ((&&str, &ImageRequest), Vec<u8>)| {
-            self.base.encoded(prompt, request, &settings, &pixels, spec.format)
+            self.base.encoded(prompt, request, &settings, finetune, &pixels, spec.format)
         };
         files.map(encode).collect::<Result<_, _>>().map(Some)
     }

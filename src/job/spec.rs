@@ -99,9 +99,9 @@ string_enum!(
 );
 
 string_enum!(
-    /// What a picture is written as.
+    /// What a picture is written as. Each carries how it was drawn.
     Format {
-        /// Lossless; carries its parameters.
+        /// Lossless.
         Png = "png",
         /// Quality 90.
         Jpeg = "jpeg",

@@ -108,6 +108,7 @@ impl Worker {
             train,
             weights: file.path().to_owned(),
             weights_sha256: weights.sha256.clone(),
+            train_job: claim.job.parent,
             turn: claim.turn,
             weight: claim.weight,
             left,

@@ -75,6 +75,7 @@ impl Worker {
         let (reply, answered) = oneshot::channel();
         device.send(Command::Train(TrainCommand {
             spec: spec.clone(),
+            job: job.id,
             photos,
             class_images,
             resume: resume.clone(),

@@ -6,11 +6,21 @@ use hypnos::engine::{
     CandleEngine, DrawInput, Ending, Engine, EngineSettings, Flow, Image, ImageGenerator, Shown, TrainEvent,
     TrainInput,
 };
-use hypnos::job::{Evaluation, Fault, FaultCode, Format, Method, Phase, SampleSpec, TrainOptions, TrainSpec};
+use hypnos::job::{
+    Evaluation, Fault, FaultCode, Format, JobId, Method, Phase, SampleSpec, TrainOptions, TrainSpec,
+};
 use hypnos::ml::bundle::{Like, random};
 use hypnos::ml::image_io;
 use hypnos::report::{PhotoSize, Protocol, Report};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::provenance::{drawn_json, png_texts};
+
+/// The job of every training here.
+const JOB: JobId = JobId(Uuid::from_u128(7));
 
 fn settings() -> EngineSettings {
     EngineSettings {
@@ -62,8 +72,15 @@ impl Attempt {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
         let mut beats = Vec::new();
         let scratch_dir = scratch.path();
-        let input =
-            TrainInput { spec, photos: &photos, class_images, resume, scratch: scratch_dir, trace: None };
+        let input = TrainInput {
+            spec,
+            job: Some(JOB),
+            photos: &photos,
+            class_images,
+            resume,
+            scratch: scratch_dir,
+            trace: None,
+        };
         let result = engine().train(input, &mut |artist, beat| {
             let flow = flow(artist, &beat);
             beats.push(beat);
@@ -134,6 +151,12 @@ fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn ImageGenerator,
     }
 }
 
+/// What identifies a file; one that is not there has nothing but its name.
+fn sha256(file: &Path) -> String {
+    let bytes = std::fs::read(file).unwrap_or_else(|_| file.to_string_lossy().into_owned().into_bytes());
+    format!("{:x}", Sha256::digest(bytes))
+}
+
 /// What a training with `weights` draws for a prompt.
 fn draw(
     artist: &mut dyn ImageGenerator,
@@ -144,8 +167,8 @@ fn draw(
     let spec = r#"{"prompts": ["a photo of {product}"], "steps": 3, "seed": 5}"#;
     let mut spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
     change(&mut spec);
-    let weights_sha256 = &weights.to_string_lossy(); // all that is asked of it is to tell models apart
-    let input = DrawInput { spec: &spec, train, weights, weights_sha256 };
+    let weights_sha256 = &sha256(weights);
+    let input = DrawInput { spec: &spec, train, weights, weights_sha256, job: Some(JOB) };
     draw_all(artist, &input, &mut |_, _| Flow::Continue)
 }
 
@@ -292,10 +315,14 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
         }
     }
     assert_eq!((step_seen, last_phase), (8, Phase::Evaluating));
-    let previews =
-        attempt.beats.iter().filter(|beat| matches!(beat, TrainEvent::Shown { what: Shown::Preview(_), .. }));
-    assert_eq!(previews.count(), 3);
+    let previews = attempt.beats.iter().filter_map(|beat| match beat {
+        TrainEvent::Shown { what: Shown::Preview(_), picture } => Some(picture),
+        _ => None,
+    });
+    let previews: Vec<&Image> = previews.collect();
+    assert_eq!(previews.len(), 3);
     let (_, report, images) = attempt.trained();
+    previews.into_iter().chain(images).for_each(assert_names_the_job);
     assert_eq!(images.len(), 3);
     assert!(images.iter().all(|image| image.prompt.contains("{product}") && image.format == Format::Png));
     assert_eq!(report.prompts.instance[0], "a photo of sks mug");
@@ -332,14 +359,31 @@ fn a_trained_model_draws_its_product_in_every_format_and_in_every_engine() {
         assert_eq!((decoded.width(), decoded.height()), (72, 64));
         assert_eq!((drawn.width, drawn.height, drawn.seed), (72, 64, 5));
         assert_eq!(drawn.prompt, "a photo of {product}");
+        let said = drawn_json(&drawn.bytes, format);
+        assert_eq!(said["prompt"], "a photo of sks mug");
+        assert_eq!(
+            (&said["job"], &said["weights_sha256"]),
+            (&JOB.to_string().into(), &sha256(&weights).into())
+        );
     }
     let here = draw_as(&mut engine, &weights, Format::Png, None);
     assert_eq!(here, draw_as(&mut self::engine(), &weights, Format::Png, None));
-    assert_ne!(here.bytes, draw_as(&mut engine, &untrained.weights(), Format::Png, None).bytes);
-    let reader = png::Decoder::new(std::io::Cursor::new(&here.bytes)).read_info().expect("a PNG");
-    let texts: Vec<String> =
-        reader.info().utf8_text.iter().map(|chunk| chunk.get_text().expect("a text")).collect();
-    assert!(texts.iter().any(|text| text.contains("a photo of sks mug")), "{texts:?}");
+    let other = draw_as(&mut engine, &untrained.weights(), Format::Png, None);
+    assert_ne!(here.bytes, other.bytes);
+    let (here, other) = (png_texts(&here.bytes), png_texts(&other.bytes));
+    for keyword in ["parameters", "hypnos", "XML:com.adobe.xmp"] {
+        assert_ne!(here[keyword], other[keyword], "two products of one base model");
+    }
+    let last = format!("Model hash: {}, Model: miniature-{JOB}", &sha256(&weights)[..10]);
+    assert!(here["parameters"].ends_with(&last), "{here:?}");
+}
+
+/// What the picture of a training says: its job, and no hash of weights that have no file yet.
+fn assert_names_the_job(picture: &Image) {
+    let said: Value = serde_json::from_str(&png_texts(&picture.bytes)["hypnos"]).expect("JSON");
+    assert_eq!((&said["job"], said.get("weights_sha256")), (&JOB.to_string().into(), None));
+    let parameters = &png_texts(&picture.bytes)["parameters"];
+    assert!(parameters.contains(&format!("-{JOB}")) && !parameters.contains("Model hash"), "{parameters}");
 }
 
 #[test]
@@ -370,7 +414,7 @@ fn a_sample_tells_its_steps_and_can_be_stopped() {
     let spec = r#"{"prompts": ["{product}"], "steps": 4, "seed": 5, "n": 3}"#;
     let spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
     let (train, weights) = (earlier_spec(), attempt.weights());
-    let input = DrawInput { spec: &spec, train: &train, weights: &weights, weights_sha256: "one" };
+    let input = DrawInput { spec: &spec, train: &train, weights: &weights, weights_sha256: "one", job: None };
     let mut seen = Vec::new();
     let mut engine = engine();
     let drawn = draw_all(&mut engine, &input, &mut |done, total| {
@@ -454,6 +498,7 @@ fn weights_and_checkpoints_of_another_bundle_are_refused() {
     let (photos, scratch) = (photos(), dir.path().join("scratch"));
     let input = TrainInput {
         spec: &spec,
+        job: None,
         photos: &photos,
         class_images: Vec::new(),
         resume: Some(&checkpoint),
@@ -475,6 +520,7 @@ fn a_photo_that_is_none_is_the_input_s_fault() {
     let photos = [photos().remove(0), b"not a picture".to_vec()];
     let input = TrainInput {
         spec: &spec,
+        job: None,
         photos: &photos,
         class_images: Vec::new(),
         resume: None,

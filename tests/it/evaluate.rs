@@ -238,6 +238,7 @@ impl Attempt {
         let spec = spec();
         let input = TrainInput {
             spec: &spec,
+            job: None,
             photos: &photos,
             class_images: Vec::new(),
             resume,

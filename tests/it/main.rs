@@ -14,6 +14,7 @@ mod ops;
 mod candle_transformers;
 mod metrics;
 mod models;
+mod provenance;
 mod sample;
 mod samplers;
 mod train;

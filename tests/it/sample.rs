@@ -10,6 +10,7 @@ use hypnos::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_n
 use hypnos::ml::samplers::{self, Sampler};
 
 use crate::golden::{Golden, OUTPUT, assert_close};
+use crate::provenance::png_texts;
 
 fn miniature() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
@@ -146,17 +147,19 @@ fn a_picture_carries_its_parameters_and_its_latents_can_be_kept() {
     let run =
         hypnos_sample(out.path(), &["--seed", "41", "-n", "2", "--batch", "1", "--save-latents", kept_text]);
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-    let file = std::fs::File::open(out.path().join("42.png")).expect("the second picture");
-    let reader = png::Decoder::new(std::io::BufReader::new(file)).read_info().expect("a PNG");
+    let file = std::fs::read(out.path().join("42.png")).expect("the second picture");
+    let reader = png::Decoder::new(std::io::Cursor::new(&file)).read_info().expect("a PNG");
     assert_eq!((reader.info().width, reader.info().height), (64, 64));
-    let texts: Vec<(String, String)> = (reader.info().utf8_text.iter())
-        .map(|chunk| (chunk.keyword.clone(), chunk.get_text().expect("a text")))
-        .collect();
-    let all = &texts.iter().find(|(keyword, _)| keyword == "hypnos").expect("our chunk").1;
-    let all: serde_json::Value = serde_json::from_str(all).expect("JSON");
+    let texts = png_texts(&file);
+    let all: serde_json::Value = serde_json::from_str(&texts["hypnos"]).expect("JSON");
     assert_eq!((all["seed"].as_u64(), all["steps"].as_u64()), (Some(42), Some(3)));
     assert_eq!(all["prompt"], "a photo of a red mug");
-    assert!(texts.iter().any(|(keyword, text)| keyword == "parameters" && text.contains("Seed: 42")));
+    assert!(all.get("weights_sha256").is_none() && all.get("job").is_none(), "{all}");
+    let model = &all["bundle_sha256"].as_str().expect("a hash")[..10];
+    assert!(
+        texts["parameters"].contains(&format!("Seed: 42, Size: 64x64, Model hash: {model}")),
+        "{texts:?}"
+    );
     let latents = candle_core::safetensors::load(&kept, &Device::Cpu).expect("latents");
     assert_eq!(latents["latents"].dims(), [2, 4, 16, 16]);
 }

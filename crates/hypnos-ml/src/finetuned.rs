@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::bundle::Bundle;
+use super::bundle::{Bundle, hash_file};
 use super::product::Product;
 use super::sample::Models;
 use super::tensorfile::TensorFile;
@@ -77,6 +77,11 @@ pub(crate) fn models<'a>(
         text = text.with_embedding(id, learned.pp(EMBEDDING).get(token, &[1, text.width()])?)?;
     }
     Ok(base.with(text, base.unet.clone()))
+}
+
+/// SHA-256 of a file of weights, by which pictures name them, in lower-case hexadecimal. Reads all of it.
+pub fn hash(file: &Path) -> Result<String> {
+    hash_file(file)
 }
 
 /// Bytes that the weights of a file take in memory, from its header.

@@ -1,7 +1,7 @@
 //! Reads, resizes and encodes pictures: PNG to pixels and tensors, pixels to PNG, JPEG and WebP.
 //!
-//! Input is trusted: the service has decoded untrusted uploads and encoded them again. Only PNG files say how they
-//! were made; JPEG and WebP have no place for texts that other programs read.
+//! Input is trusted: the service has decoded untrusted uploads and encoded them again. How a picture was drawn is put
+//! into its file by [`super::provenance`].
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -15,6 +15,8 @@ use super::{Error, Result};
 
 /// Quality of JPEG and WebP, of 100.
 const QUALITY: u8 = 90;
+/// Longest text of a PNG, in bytes, that goes into a chunk which every reader knows.
+const PLAIN_TEXT_MAX: usize = 1024;
 
 /// The largest square in the middle of a photo, brought to `side` pixels as [`fitted`] does.
 pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
@@ -103,7 +105,8 @@ pub fn signed(pixels: &RgbImage) -> Result<Tensor> {
 /// A PNG file of RGB pixels.
 ///
 /// * `pixels`: `height x width x 3` bytes, row by row; so for the other formats
-/// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in iTXt chunks
+/// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in tEXt chunks where they
+///   are short and ASCII, in iTXt chunks otherwise
 pub fn png(pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<Vec<u8>> {
     let mut file = Vec::new();
     let written = write_png(&mut file, pixels, size, texts);
@@ -151,7 +154,12 @@ fn write_png(
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     for (keyword, text) in texts {
-        encoder.add_itxt_chunk((*keyword).to_string(), text.clone())?;
+        // tEXt is Latin-1 by the standard and UTF-8 to ComfyUI; ASCII is both.
+        if text.is_ascii() && text.len() <= PLAIN_TEXT_MAX {
+            encoder.add_text_chunk((*keyword).to_string(), text.clone())?;
+        } else {
+            encoder.add_itxt_chunk((*keyword).to_string(), text.clone())?;
+        }
     }
     let mut writer = encoder.write_header()?;
     writer.write_image_data(pixels)?;

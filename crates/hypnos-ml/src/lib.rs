@@ -23,6 +23,7 @@ pub mod ops;
 pub mod param;
 pub mod perceptual;
 pub mod product;
+pub mod provenance;
 pub mod random;
 pub mod sample;
 pub mod samplers;

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::json;
 
 use super::bundle::Bundle;
 use super::diffusion::Schedule;
@@ -219,29 +218,4 @@ fn pixels(picture: &Tensor) -> Result<Vec<u8>> {
         return Err(Error::NotFinite(what.into()));
     }
     Ok(values.into_iter().map(|value| value.round_ties_even() as u8).collect())
-}
-
-/// What a picture says of itself: the one line that other programs read, and all of it as JSON.
-///
-/// * `bundle`: name and hash of the models
-/// * `own_latents`: whether it began with given noise instead of its seed's
-pub fn texts(
-    picture: &ImageRequest,
-    settings: &SampleSettings,
-    (name, hash): (&str, &str),
-    own_latents: bool,
-) -> [(&'static str, String); 2] {
-    let ImageRequest { prompt, negative, seed } = picture;
-    let SampleSettings { sampler, steps, guidance, width, height } = settings;
-    let line = format!(
-        "{prompt}\nNegative prompt: {negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, \
-         Seed: {seed}, Size: {width}x{height}, Model hash: {}",
-        &hash[..10.min(hash.len())]
-    );
-    let all = json!({
-        "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance,
-        "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": name,
-        "bundle_sha256": hash, "own_latents": own_latents, "hypnos": env!("CARGO_PKG_VERSION"),
-    });
-    [("parameters", line), ("hypnos", all.to_string())]
 }

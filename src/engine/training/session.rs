@@ -11,6 +11,7 @@ use crate::engine::base::Base;
 use crate::engine::faults::{fault, unwritable};
 use crate::job::{Fault, FaultCode, Format, Phase, Progress};
 use crate::ml::models::vae::Moments;
+use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::train::{Recipe, State};
 use crate::ml::{Error, Interrupt, image_io};
@@ -184,8 +185,10 @@ impl<'a, 'o> Session<'a, 'o> {
         let requests: Vec<ImageRequest> = wanted.iter().map(request).collect();
         let settings = self.base.drawing(self.input.spec.options.evaluation.steps as usize);
         let drawn = self.draw(models, &requests, &settings, at, Some(state))?;
+        let job = self.input.job.map(|job| job.to_string());
+        let finetune = FineTune { weights_sha256: None, job: job.as_deref() }; // they have no file yet
         let files = wanted.iter().zip(&requests).zip(drawn).map(|(((prompt, _), request), pixels)| {
-            let file = self.base.encoded(prompt, request, &settings, &pixels, Format::Png)?;
+            let file = self.base.encoded(prompt, request, &settings, finetune, &pixels, Format::Png)?;
             Ok((file, image_io::of_pixels(pixels, (settings.width, settings.height))?))
         });
         files.collect()

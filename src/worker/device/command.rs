@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use tokio::sync::oneshot;
 
 use crate::engine::{ClassImages, Ending, Flow, Image, TrainEvent};
-use crate::job::{Fault, SampleSpec, TrainSpec};
+use crate::job::{Fault, JobId, SampleSpec, TrainSpec};
 use crate::worker::shares::DeviceTime;
 
 /// Where the answer to a command goes.
@@ -27,6 +27,7 @@ pub(in crate::worker) enum Command {
 
 pub(in crate::worker) struct TrainCommand {
     pub(in crate::worker) spec: TrainSpec,
+    pub(in crate::worker) job: JobId,
     pub(in crate::worker) photos: Vec<Vec<u8>>,
     pub(in crate::worker) class_images: Vec<Option<Vec<u8>>>,
     pub(in crate::worker) resume: Option<PathBuf>,
@@ -42,6 +43,8 @@ pub(in crate::worker) struct DrawCommand {
     pub(in crate::worker) train: TrainSpec,
     pub(in crate::worker) weights: PathBuf,
     pub(in crate::worker) weights_sha256: String,
+    /// The training's job.
+    pub(in crate::worker) train_job: Option<JobId>,
     /// The tenant's turn and weight at the claim: of several samples the one with the earliest turn is drawn next.
     pub(in crate::worker) turn: i64,
     pub(in crate::worker) weight: i64,

@@ -178,11 +178,26 @@ impl DeviceQueue {
 
     /// Trains to the end, and draws samples between two steps.
     fn train(&mut self, engine: &mut dyn Engine, command: TrainCommand) -> Result<(), EngineFailure> {
-        let TrainCommand { spec, photos, class_images, resume, scratch, mut observer, device_time, reply } =
-            command;
-        let resume = resume.as_deref();
-        let input =
-            TrainInput { spec: &spec, photos: &photos, class_images, resume, scratch: &scratch, trace: None };
+        let TrainCommand {
+            spec,
+            job,
+            photos,
+            class_images,
+            resume,
+            scratch,
+            mut observer,
+            device_time,
+            reply,
+        } = command;
+        let input = TrainInput {
+            spec: &spec,
+            job: Some(job),
+            photos: &photos,
+            class_images,
+            resume: resume.as_deref(),
+            scratch: &scratch,
+            trace: None,
+        };
         let mut since = self.clock.now();
         self.account.training_began(since);
         let mut failure = Ok(());
@@ -245,6 +260,7 @@ impl DeviceQueue {
             train: &command.train,
             weights: &command.weights,
             weights_sha256: &command.weights_sha256,
+            job: command.train_job,
         };
         let outcome = catch_panic(|| {
             artist.draw(&input, images, &mut |step, total| {

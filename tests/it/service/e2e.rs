@@ -1,18 +1,18 @@
 //! End-to-end tests: the program itself with its miniature bundle, in real processes that are killed.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::BufReader;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use hypnos::job::Format;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
 use super::postgres::{Bouncer, Postgres, socket_of};
 use super::s3::{ACCESS_KEY, Garage, SECRET_KEY, http};
 use super::test_workers::eventually;
+use crate::provenance::{drawn_json, png_texts};
 
 /// A process of ours, killed with this value.
 pub(super) struct Process {
@@ -126,11 +126,9 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
     for picture in pictures {
         let decoded = image::open(picture).unwrap();
         assert_eq!((decoded.width(), decoded.height()), (128, 128));
-        let reader = png::Decoder::new(BufReader::new(File::open(picture).unwrap())).read_info().unwrap();
-        let texts: Vec<String> =
-            reader.info().utf8_text.iter().map(|chunk| chunk.get_text().unwrap()).collect();
-        let own = "Sampler: euler-a, CFG scale: 4,";
-        assert!(texts.iter().any(|text| text.contains(own)), "what suits the model: {texts:?}");
+        let texts = png_texts(&std::fs::read(picture).unwrap());
+        let own = "Sampler: Euler a, Schedule type: Automatic, CFG scale: 4,";
+        assert!(texts["parameters"].contains(own), "what suits the model: {texts:?}");
     }
     serve.signal("-TERM");
     assert!(serve.ended().await, "{}", serve.log());
@@ -292,6 +290,10 @@ async fn one_killed_and_one_frozen(database: String) {
     for shown in sample["images"].as_array().unwrap() {
         let bytes = client.get(shown["url"].as_str().unwrap()).send().await.unwrap().bytes().await.unwrap();
         assert_eq!(image::load_from_memory(&bytes).unwrap().width(), 64);
+        let said = drawn_json(&bytes, Format::Webp);
+        assert!(job.ends_with(said["job"].as_str().unwrap()), "the training's: {said}");
+        let weights = listed.iter().find(|artifact| artifact["name"] == "weights.safetensors").unwrap();
+        assert_eq!(said["weights_sha256"], weights["sha256"]);
     }
     third.signal("-TERM");
     assert!(third.ended().await, "{}", third.log());

@@ -224,6 +224,7 @@ impl ImageGenerator for Scripted {
         let weights = std::fs::read(input.weights).map_err(missing)?;
         assert_eq!(weights.len(), 32, "whole");
         assert!(!pictures.is_empty() && pictures.len() <= self.script.batch, "{pictures:?}");
+        assert!(input.job.is_some(), "the worker names the training's job");
         let prompt = input.spec.prompts[0].clone();
         assert!(!prompt.starts_with("panics"), "as the script says");
         for step in 1..=u64::from(input.spec.steps) {
@@ -287,9 +288,7 @@ fn train(engine: &mut Scripted, input: TrainInput<'_>, watch: &mut Observer<'_>)
         written.map_err(|_| Fault::new(FaultCode::Machine, "the checkpoint cannot be written"))?;
         Ok(file)
     };
-    // The worker names the directory after the job.
-    let job =
-        input.scratch.file_name().unwrap_or_default().to_string_lossy().chars().take(36).collect::<String>();
+    let job = input.job.expect("the worker names the job").to_string();
     let total = u64::from(spec.options.steps);
     while step < total {
         script.takes_a_step()?;
