@@ -33,36 +33,36 @@ const TIMESTEPS_MAX: usize = 100_000;
 pub struct Config {
     /// The reference class that wrote the file; decides the defaults of the betas.
     #[serde(rename = "_class_name")]
-    pub class_name: Option<String>,
+    pub(crate) class_name: Option<String>,
     /// T, the number of timesteps the model was trained with. 1000 where absent.
-    pub num_train_timesteps: Option<usize>,
+    pub(crate) num_train_timesteps: Option<usize>,
     /// The first β. 0.0001 where absent (0.00085 for Heun and KDPM2).
-    pub beta_start: Option<f64>,
+    pub(crate) beta_start: Option<f64>,
     /// The last β. 0.02 where absent (0.012 for Heun and KDPM2).
-    pub beta_end: Option<f64>,
+    pub(crate) beta_end: Option<f64>,
     /// `linear` (where absent), `scaled_linear` or `squaredcos_cap_v2`.
-    pub beta_schedule: Option<String>,
+    pub(crate) beta_schedule: Option<String>,
     /// The T betas themselves, instead of the three keys above.
-    pub trained_betas: Option<Vec<f64>>,
+    pub(crate) trained_betas: Option<Vec<f64>>,
     /// `epsilon` (where absent) or `v_prediction`.
-    pub prediction_type: Option<String>,
+    pub(crate) prediction_type: Option<String>,
     /// `leading`, `linspace` or `trailing`; where absent each sampler has its own.
-    pub timestep_spacing: Option<String>,
+    pub(crate) timestep_spacing: Option<String>,
     /// Added to the timesteps of `leading`. 0 where absent.
     ///
     /// Departure: the reference pipeline puts 1 over any other value when it loads, with a warning; its schedulers,
     /// and this program, take the file at its word.
-    pub steps_offset: Option<usize>,
+    pub(crate) steps_offset: Option<usize>,
     /// Whether the last step of DDIM and PNDM ends at ᾱ = 1 (true) or at ᾱ_0 (false).
-    pub set_alpha_to_one: Option<bool>,
+    pub(crate) set_alpha_to_one: Option<bool>,
     /// Every other key: those of single samplers, checked when such a sampler runs, and those nobody reads.
     #[serde(flatten)]
-    pub rest: BTreeMap<String, Value>,
+    pub(crate) rest: BTreeMap<String, Value>,
 }
 
 /// What the model predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Prediction {
+pub(crate) enum Prediction {
     /// The noise ε.
     Epsilon,
     /// The velocity v.
@@ -71,7 +71,7 @@ pub enum Prediction {
 
 /// How timesteps are laid over the T trained ones: table 2 of Lin et al. 2023 (arXiv 2305.08891).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spacing {
+pub(crate) enum Spacing {
     /// Multiples of T / steps, from 0 up, plus `steps_offset`.
     Leading,
     /// Evenly from 0 to T − 1, both included.
@@ -93,7 +93,7 @@ impl Config {
     }
 
     /// Refuses, naming key and value, what would make this model's noise different from what we compute.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.class_betas()?;
         self.prediction()?;
         self.spacing()?;
@@ -117,17 +117,17 @@ impl Config {
     }
 
     /// T.
-    pub fn n_timesteps(&self) -> usize {
+    pub(crate) fn n_timesteps(&self) -> usize {
         self.num_train_timesteps.unwrap_or(1000)
     }
 
     /// What is added to the timesteps of `leading`.
-    pub fn steps_offset(&self) -> usize {
+    pub(crate) fn steps_offset(&self) -> usize {
         self.steps_offset.unwrap_or(0)
     }
 
     /// What the model predicts; [`Error::Input`] for anything but ε and v.
-    pub fn prediction(&self) -> Result<Prediction> {
+    pub(crate) fn prediction(&self) -> Result<Prediction> {
         match self.prediction_type.as_deref() {
             None | Some("epsilon") => Ok(Prediction::Epsilon),
             Some("v_prediction") => Ok(Prediction::V),
@@ -136,7 +136,7 @@ impl Config {
     }
 
     /// The spacing the file asks for, `None` where it leaves that to the sampler.
-    pub fn spacing(&self) -> Result<Option<Spacing>> {
+    pub(crate) fn spacing(&self) -> Result<Option<Spacing>> {
         match self.timestep_spacing.as_deref() {
             None => Ok(None),
             Some("leading") => Ok(Some(Spacing::Leading)),
@@ -149,12 +149,12 @@ impl Config {
     }
 
     /// Whether a key outside the typed ones is there and true.
-    pub fn is_set(&self, key: &str) -> bool {
+    pub(crate) fn is_set(&self, key: &str) -> bool {
         self.rest.get(key) == Some(&Value::Bool(true))
     }
 
     /// Passes where `key` is absent, null or one of `wanted`; otherwise [`Error::Input`].
-    pub fn only(&self, key: &str, wanted: &[Value]) -> Result<()> {
+    pub(crate) fn only(&self, key: &str, wanted: &[Value]) -> Result<()> {
         match self.rest.get(key) {
             None | Some(Value::Null) => Ok(()),
             Some(value) if wanted.contains(value) => Ok(()),
@@ -250,7 +250,7 @@ impl Schedule {
     }
 
     /// T.
-    pub fn n_timesteps(&self) -> usize {
+    pub(crate) fn n_timesteps(&self) -> usize {
         self.alphas_cumprod.len()
     }
 
@@ -260,17 +260,17 @@ impl Schedule {
     }
 
     /// What the model predicts.
-    pub fn prediction(&self) -> Prediction {
+    pub(crate) fn prediction(&self) -> Prediction {
         self.prediction
     }
 
     /// The configuration this schedule was made from.
-    pub fn config(&self) -> &Config {
+    pub(crate) fn config(&self) -> &Config {
         &self.config
     }
 
     /// ᾱ_t. [`Error::Input`] where t ≥ T.
-    pub fn alpha_bar(&self, t: usize) -> Result<f64> {
+    pub(crate) fn alpha_bar(&self, t: usize) -> Result<f64> {
         let n = self.n_timesteps();
         let value = self.alphas_cumprod.get(t).copied().map(f64::from);
         value.ok_or_else(|| {
@@ -292,7 +292,7 @@ impl Schedule {
     }
 
     /// v = √ᾱ_t ε − √(1 − ᾱ_t) x_0. Shapes, dtype and errors as for [`Self::q_sample()`].
-    pub fn velocity(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+    pub(crate) fn velocity(&self, x_0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
         self.mix(("x_0", x_0), ("eps", eps), t, |alpha, sigma| (-sigma, alpha))
     }
 
@@ -312,37 +312,14 @@ impl Schedule {
         }
     }
 
-    /// ε as the model's answer at x_t implies it. As [`Self::q_sample()`].
-    pub fn eps(&self, x_t: &Tensor, answer: &Tensor, t: &[usize]) -> Result<Tensor> {
-        match self.prediction {
-            Prediction::Epsilon => self.mix(("x_t", x_t), ("eps", answer), t, |_, _| (0.0, 1.0)),
-            Prediction::V => self.eps_from_v(x_t, answer, t),
-        }
-    }
-
     /// x_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t. As [`Self::q_sample()`]; errors in ε grow by √((1 − ᾱ_t) / ᾱ_t).
-    pub fn x_0_from_eps(&self, x_t: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
+    pub(crate) fn x_0_from_eps(&self, x_t: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
         self.mix(("x_t", x_t), ("eps", eps), t, |alpha, sigma| (1.0 / alpha, -sigma / alpha))
     }
 
     /// x_0 = √ᾱ_t x_t − √(1 − ᾱ_t) v. As [`Self::q_sample()`].
-    pub fn x_0_from_v(&self, x_t: &Tensor, v: &Tensor, t: &[usize]) -> Result<Tensor> {
+    pub(crate) fn x_0_from_v(&self, x_t: &Tensor, v: &Tensor, t: &[usize]) -> Result<Tensor> {
         self.mix(("x_t", x_t), ("v", v), t, |alpha, sigma| (alpha, -sigma))
-    }
-
-    /// ε = √ᾱ_t v + √(1 − ᾱ_t) x_t. As [`Self::q_sample()`].
-    pub fn eps_from_v(&self, x_t: &Tensor, v: &Tensor, t: &[usize]) -> Result<Tensor> {
-        self.mix(("x_t", x_t), ("v", v), t, |alpha, sigma| (sigma, alpha))
-    }
-
-    /// ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t). As [`Self::q_sample()`].
-    pub fn eps_from_x_0(&self, x_t: &Tensor, x_0: &Tensor, t: &[usize]) -> Result<Tensor> {
-        self.mix(("x_t", x_t), ("x_0", x_0), t, |alpha, sigma| (1.0 / sigma, -alpha / sigma))
-    }
-
-    /// v = (ε − √(1 − ᾱ_t) x_t) / √ᾱ_t. As [`Self::q_sample()`].
-    pub fn v_from_eps(&self, x_t: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
-        self.mix(("x_t", x_t), ("eps", eps), t, |alpha, sigma| (-sigma / alpha, 1.0 / alpha))
     }
 
     /// c_a(t) a + c_b(t) b with the two weights of each image's own timestep; the tensors come with their names.

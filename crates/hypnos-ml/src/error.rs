@@ -69,12 +69,12 @@ impl Error {
     }
 
     /// An [`Error::File`].
-    pub fn file(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
+    pub(crate) fn file(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
         Self::File { path: path.as_ref().to_owned(), what: what.into(), source: None }
     }
 
     /// An [`Error::File`] that comes from another error.
-    pub fn file_from(
+    pub(crate) fn file_from(
         path: impl AsRef<Path>,
         what: impl Into<String>,
         source: impl StdError + Send + Sync + 'static,

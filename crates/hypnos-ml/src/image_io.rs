@@ -18,7 +18,7 @@ const QUALITY: u8 = 90;
 /// Longest text of a PNG, in bytes, that goes into a chunk which every reader knows.
 const PLAIN_TEXT_MAX: usize = 1024;
 
-/// The largest square in the middle of a photo, brought to `side` pixels as [`fitted`] does.
+/// The largest square in the middle of a photo, brought to `side` pixels as `fitted` does.
 pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
     fitted(photo, side as u32, side as u32)
 }
@@ -28,7 +28,7 @@ pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
 ///
 /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
 /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
-pub fn fitted(photo: &RgbImage, width: u32, height: u32) -> RgbImage {
+pub(crate) fn fitted(photo: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (w, h) = photo.dimensions();
     let scaled =
         |side: u32, by: u32, over: u32| (u64::from(side) * u64::from(by) / u64::from(over.max(1))) as u32;

@@ -8,31 +8,31 @@ use super::weights::Weights;
 
 /// `y = x W^T + b` over the last dimension.
 #[derive(Clone, Debug)]
-pub struct Linear {
+pub(crate) struct Linear {
     weight: Param,
     bias: Option<Param>,
 }
 
 impl Linear {
     /// A layer `[.., n_in]` to `[.., n_out]` with a bias.
-    pub fn load(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
+    pub(crate) fn load(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
         Ok(Self { weight: w.get("weight", &[n_out, n_in])?, bias: Some(w.get("bias", &[n_out])?) })
     }
 
     /// A layer without a bias.
-    pub fn load_no_bias(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
+    pub(crate) fn load_no_bias(w: &Weights, n_in: usize, n_out: usize) -> super::Result<Self> {
         Ok(Self { weight: w.get("weight", &[n_out, n_in])?, bias: None })
     }
 
     /// `[.., n_in]` to `[.., n_out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
 }
 
 /// Convolution.
 #[derive(Clone, Debug)]
-pub struct Conv2d {
+pub(crate) struct Conv2d {
     weight: Param,
     bias: Option<Param>,
     spec: Conv2dSpec,
@@ -40,7 +40,7 @@ pub struct Conv2d {
 
 impl Conv2d {
     /// A square kernel and a bias.
-    pub fn load(
+    pub(crate) fn load(
         w: &Weights,
         n_in: usize,
         n_out: usize,
@@ -52,7 +52,7 @@ impl Conv2d {
     }
 
     /// A square kernel without a bias.
-    pub fn load_no_bias(
+    pub(crate) fn load_no_bias(
         w: &Weights,
         n_in: usize,
         n_out: usize,
@@ -63,14 +63,14 @@ impl Conv2d {
     }
 
     /// `[B, n_in, H, W]` to `[B, n_out, H', W']`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(x, &self.weight, self.bias.as_ref(), self.spec)
     }
 }
 
 /// Layer norm over the last dimension.
 #[derive(Clone, Debug)]
-pub struct LayerNorm {
+pub(crate) struct LayerNorm {
     weight: Param,
     bias: Param,
     eps: f64,
@@ -78,19 +78,19 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     /// Over `width` elements.
-    pub fn load(w: &Weights, width: usize, eps: f64) -> super::Result<Self> {
+    pub(crate) fn load(w: &Weights, width: usize, eps: f64) -> super::Result<Self> {
         Ok(Self { weight: w.get("weight", &[width])?, bias: w.get("bias", &[width])?, eps })
     }
 
     /// `[.., width]` to the same.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 }
 
 /// Group norm with the activation that follows it.
 #[derive(Clone, Debug)]
-pub struct GroupNorm {
+pub(crate) struct GroupNorm {
     weight: Param,
     bias: Param,
     n_groups: usize,
@@ -100,7 +100,7 @@ pub struct GroupNorm {
 
 impl GroupNorm {
     /// Over `n_channels` in `n_groups`.
-    pub fn load(
+    pub(crate) fn load(
         w: &Weights,
         n_channels: usize,
         n_groups: usize,
@@ -112,7 +112,7 @@ impl GroupNorm {
     }
 
     /// `[B, C, ..]` to the same.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let fused = self.activation == Some(Activation::Silu);
         let y = ops::group_norm(x, &self.weight, &self.bias, self.n_groups, self.eps, fused)?;
         match self.activation {
@@ -124,14 +124,14 @@ impl GroupNorm {
 
 /// A batch norm with fixed statistics: `scale x + shift` for each channel.
 #[derive(Clone, Debug)]
-pub struct BatchNorm {
+pub(crate) struct BatchNorm {
     scale: Tensor,
     shift: Tensor,
 }
 
 impl BatchNorm {
     /// From its weight, bias and running statistics, `[n]` each.
-    pub fn load(w: &Weights, n: usize, eps: f64) -> super::Result<Self> {
+    pub(crate) fn load(w: &Weights, n: usize, eps: f64) -> super::Result<Self> {
         let part = |name: &str| Ok::<_, super::Error>(w.get(name, &[n])?.value());
         let scale = (part("weight")? / (part("running_var")? + eps)?.sqrt()?)?;
         let shift = (part("bias")? - (part("running_mean")? * &scale)?)?;
@@ -139,7 +139,7 @@ impl BatchNorm {
     }
 
     /// `[B, n, H, W]` to the same.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let per_channel = |values: &Tensor| values.reshape((1, values.elem_count(), 1, 1));
         x.broadcast_mul(&per_channel(&self.scale)?)?.broadcast_add(&per_channel(&self.shift)?)
     }
@@ -147,7 +147,7 @@ impl BatchNorm {
 
 /// A frozen convolution without a bias, with the batch norm behind it folded in.
 #[derive(Clone, Debug)]
-pub struct NormedConv2d {
+pub(crate) struct NormedConv2d {
     weight: Param,
     bias: Param,
     spec: Conv2dSpec,
@@ -156,7 +156,7 @@ pub struct NormedConv2d {
 
 impl NormedConv2d {
     /// Of one group, `[O, C, kh, kw]`; convolution and norm by their names below `w`.
-    pub fn load(
+    pub(crate) fn load(
         w: &Weights,
         (conv, norm): (&str, &str),
         shape: [usize; 4],
@@ -168,7 +168,7 @@ impl NormedConv2d {
     }
 
     /// With a square kernel for each of `n` channels.
-    pub fn load_depthwise(
+    pub(crate) fn load_depthwise(
         w: &Weights,
         (conv, norm): (&str, &str),
         (n, kernel): (usize, usize),
@@ -180,7 +180,7 @@ impl NormedConv2d {
     }
 
     /// With these values in the place of the kernel `named`.
-    pub fn of(
+    pub(crate) fn of(
         named: &Param,
         kernel: &Tensor,
         norm: &BatchNorm,
@@ -198,7 +198,7 @@ impl NormedConv2d {
     }
 
     /// `[B, C, H, W]` to `[B, O, H', W']`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let conv = if self.depthwise { ops::depthwise_conv2d } else { ops::conv2d };
         conv(x, &self.weight, Some(&self.bias), self.spec)
     }
@@ -206,20 +206,20 @@ impl NormedConv2d {
 
 /// What the residual blocks of one model have in common.
 #[derive(Clone, Copy, Debug)]
-pub struct ResnetConfig {
+pub(crate) struct ResnetConfig {
     /// Groups of each norm.
-    pub n_groups: usize,
+    pub(crate) n_groups: usize,
     /// Eps of each norm.
-    pub eps: f64,
+    pub(crate) eps: f64,
     /// Activation after each norm.
-    pub activation: Activation,
+    pub(crate) activation: Activation,
     /// Width of the time embedding, where there is one.
-    pub time_width: Option<usize>,
+    pub(crate) time_width: Option<usize>,
 }
 
 /// Residual block: two convolutions, the time embedding added between them. Ports diffusers' `ResnetBlock2D`.
 #[derive(Clone, Debug)]
-pub struct Resnet {
+pub(crate) struct Resnet {
     norm1: GroupNorm,
     conv1: Conv2d,
     time_emb_proj: Option<Linear>,
@@ -231,7 +231,7 @@ pub struct Resnet {
 
 impl Resnet {
     /// From `n_in` to `n_out` channels; a 1x1 shortcut where they differ.
-    pub fn load(w: &Weights, n_in: usize, n_out: usize, config: &ResnetConfig) -> super::Result<Self> {
+    pub(crate) fn load(w: &Weights, n_in: usize, n_out: usize, config: &ResnetConfig) -> super::Result<Self> {
         let ResnetConfig { n_groups, eps, activation, time_width } = *config;
         let norm = |name: &str, n| GroupNorm::load(&w.pp(name), n, n_groups, eps, Some(activation));
         let conv = |name: &str, n| Conv2d::load(&w.pp(name), n, n_out, 3, Conv2dSpec::padded(1, 1));
@@ -253,7 +253,7 @@ impl Resnet {
     /// * `time` `[B, time width]`, wanted exactly if the block was configured with one
     ///
     /// Gives `[B, n_out, h, w]`.
-    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
         if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
             let time = project.forward(&ops::activate(time, self.activation)?)?;
@@ -268,17 +268,17 @@ impl Resnet {
 }
 
 /// `1 / (1 + e^-x)`, by way of tanh, which is finite at both ends. Differentiable.
-pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn sigmoid(x: &Tensor) -> Result<Tensor> {
     ((x * 0.5)?.tanh()? * 0.5)? + 0.5
 }
 
 /// `[B, C, h, w]` to `[B, h w, C]`.
-pub fn to_tokens(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
     x.flatten_from(2)?.transpose(1, 2)?.contiguous()
 }
 
 /// `[B, h w, C]` to `[B, C, h, w]`.
-pub fn to_picture(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+pub(crate) fn to_picture(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, _, c) = x.dims3()?;
     x.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))
 }

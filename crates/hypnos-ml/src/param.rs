@@ -62,7 +62,7 @@ impl Param {
     }
 
     /// The value in the dtype of the computation, converted once and kept until the weight changes.
-    pub fn weight(&self, dtype: DType) -> Result<Tensor> {
+    pub(crate) fn weight(&self, dtype: DType) -> Result<Tensor> {
         let value = self.value();
         if value.dtype() == dtype {
             return Ok(value);
@@ -80,7 +80,7 @@ impl Param {
     }
 
     /// Where the weight lies.
-    pub fn device(&self) -> Device {
+    pub(crate) fn device(&self) -> Device {
         self.value().device().clone()
     }
 

@@ -13,19 +13,19 @@ use super::{Error, Result};
 pub struct Config {
     /// The classifier.
     #[serde(flatten)]
-    pub net: NetConfig,
+    pub(crate) net: NetConfig,
     /// What it takes off each channel of a unit picture.
     #[serde(default = "imagenet_mean")]
-    pub image_mean: [f64; 3],
+    pub(crate) image_mean: [f64; 3],
     /// What it then divides by.
     #[serde(default = "imagenet_std")]
-    pub image_std: [f64; 3],
+    pub(crate) image_std: [f64; 3],
     /// Whether it looks at pictures of half the size.
     ///
     /// Assumption: it does. It was made for 240 pixels, not for 512, and noise of single pixels is not what it is asked
     /// for.
     #[serde(default = "yes")]
-    pub halve: bool,
+    pub(crate) halve: bool,
 }
 
 fn imagenet_mean() -> [f64; 3] {
@@ -42,7 +42,7 @@ fn yes() -> bool {
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.net.check()?;
         if self.image_std.iter().all(|std| *std > 0.0) {
             return Ok(());

@@ -23,7 +23,7 @@ fn yes() -> bool {
 
 impl Product {
     /// How prompts call it: `[V] [C]`, or `[V]`.
-    pub fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         if self.with_class { format!("{} {}", self.token, self.class_name) } else { self.token.clone() }
     }
 

@@ -48,7 +48,7 @@ impl Models {
 
     /// The same with another text encoder and another UNet, frozen ones of the same bundle's shapes.
     #[must_use]
-    pub fn with(&self, text: ClipText, unet: Unet) -> Self {
+    pub(crate) fn with(&self, text: ClipText, unet: Unet) -> Self {
         let (tokenizer, vae, schedule) =
             (Arc::clone(&self.tokenizer), Arc::clone(&self.vae), Arc::clone(&self.schedule));
         Self { tokenizer, text, unet, vae, schedule, device: self.device.clone() }

@@ -80,17 +80,6 @@ pub fn prepared(photo: &RgbImage, side: usize) -> Result<Tensor> {
 }
 
 impl Mask {
-    /// From numbers in 0..1, row by row. [`Error::Input`] if there are not as many as pixels.
-    pub fn new(width: usize, height: usize, values: Vec<f32>) -> Result<Self> {
-        if width * height != values.len() || values.is_empty() {
-            return Err(Error::input(format!(
-                "mask: wanted {width} x {height} numbers, got {}",
-                values.len()
-            )));
-        }
-        Ok(Self { width, height, values })
-    }
-
     /// Row by row, in 0..1.
     pub fn values(&self) -> &[f32] {
         &self.values
@@ -259,8 +248,7 @@ mod tests {
 
     /// A mask of 40 x 30 drawn by a rule.
     fn drawn(rule: impl Fn(i32, i32) -> f32) -> Mask {
-        let values = (0..1200).map(|i| rule(i % 40, i / 40)).collect();
-        Mask::new(40, 30, values).expect("a mask")
+        Mask { width: 40, height: 30, values: (0..1200).map(|i| rule(i % 40, i / 40)).collect() }
     }
 
     fn disc(cx: i32, cy: i32, radius: i32) -> impl Fn(i32, i32) -> bool {

@@ -60,7 +60,7 @@ impl TensorFile {
     }
 
     /// Where the file lies.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -224,7 +224,7 @@ fn halves(bytes: &[u8]) -> Vec<u16> {
 
 /// Writes tensors as a safetensors file, whole or not at all; `dtype` is f32, f16 or bf16.
 ///
-/// See [`save_streaming`], which this is for tensors that are already there.
+/// See `save_streaming`, which this is for tensors that are already there.
 pub fn save(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -241,7 +241,7 @@ pub fn save(
 /// The bytes depend on the arguments only. They go to a neighbouring temporary file that takes the wanted name when
 /// all is on disk: a reader sees the old file or the new one. [`Error::File`] if `dtype` is not f32, f16 or bf16, a
 /// tensor has another shape than announced, or a value does not fit f16.
-pub fn save_streaming(
+pub(crate) fn save_streaming(
     path: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
     metadata: &BTreeMap<String, String>,
@@ -253,7 +253,7 @@ pub fn save_streaming(
 
 /// As [`save_streaming`], and says in the metadata, as `key`, what all that follows the header hashes to: SHA-256 in
 /// lower-case hexadecimal after `0x`.
-pub fn save_streaming_hashed(
+pub(crate) fn save_streaming_hashed(
     path: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
     metadata: &BTreeMap<String, String>,

@@ -82,7 +82,7 @@ impl Tokenizer {
     }
 
     /// The one token that a word is, if it is one; asked of rare tokens, so start, end and unknown do not count.
-    pub fn id(&self, word: &str) -> Option<u32> {
+    pub(crate) fn id(&self, word: &str) -> Option<u32> {
         match self.tokens(word)[..] {
             [token] if ![self.start, self.end, self.pad].contains(&token) => Some(token),
             _ => None,
@@ -95,12 +95,12 @@ impl Tokenizer {
     }
 
     /// The tokens of a text, without start and end, all of them.
-    pub fn words(&self, text: &str) -> Vec<u32> {
+    pub(crate) fn words(&self, text: &str) -> Vec<u32> {
         self.tokens(text)
     }
 
     /// The token that stands behind every text.
-    pub fn end(&self) -> u32 {
+    pub(crate) fn end(&self) -> u32 {
         self.end
     }
 
@@ -110,7 +110,7 @@ impl Tokenizer {
     }
 
     /// One more than the largest id, the rows that the token embedding needs.
-    pub fn vocab_size(&self) -> usize {
+    pub(crate) fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 

@@ -17,7 +17,7 @@ use super::random;
 use super::tensorfile::TensorFile;
 use super::{Error, Result};
 
-pub use super::tensorfile::{save, save_streaming};
+pub use super::tensorfile::save;
 
 /// Parts of names that files spell differently: ours (diffusers >= 0.15) and the other.
 ///
@@ -261,7 +261,7 @@ fn edits(a: &str, b: &str) -> usize {
 
 /// How a file differs from what a model built from a [`Weights::meta`] asked for: one line for each tensor that
 /// is missing, misshapen or not asked for, without the file's name.
-pub fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<String> {
+pub(crate) fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<String> {
     let mut lines = Vec::new();
     let mut used = BTreeSet::new();
     for (name, param) in wanted {

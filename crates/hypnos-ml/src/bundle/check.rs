@@ -7,7 +7,6 @@ use candle_core::Device;
 use serde::de::DeserializeOwned;
 
 use super::configs::{PARTS, check_index, read_config, read_schedule};
-use super::directory::Bundle;
 use super::files::{bad, find_weights, hash_file};
 use super::manifest::{Manifest, read_manifest};
 use crate::metrics::{self, dino, inception, lpips};
@@ -29,13 +28,6 @@ pub struct Finding(String);
 impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-impl Bundle {
-    /// All that is wrong with this bundle; see [`check()`].
-    pub fn check(&self) -> Vec<Finding> {
-        check(self.dir())
     }
 }
 

@@ -19,10 +19,10 @@ pub struct Manifest {
     pub name: String,
     /// Its family: `sd15`, `miniature`.
     #[serde(default)]
-    pub kind: String,
+    pub(crate) kind: String,
     /// Side of the pictures it draws, in pixels; without it the configs decide.
     #[serde(default)]
-    pub resolution: Option<usize>,
+    pub(crate) resolution: Option<usize>,
     /// Words of one token each that mean next to nothing, to be given a meaning.
     #[serde(default)]
     pub rare_tokens: Vec<String>,
@@ -68,13 +68,13 @@ impl Default for Drawing {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Origin {
     /// A repository, or a sentence.
-    pub source: String,
+    pub(crate) source: String,
     /// Its commit or version.
-    pub revision: String,
+    pub(crate) revision: String,
     /// SHA-256 of the file, in lower-case hexadecimal.
-    pub sha256: String,
+    pub(crate) sha256: String,
     /// SPDX expression.
-    pub licence: String,
+    pub(crate) licence: String,
 }
 
 pub(super) fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {

@@ -46,14 +46,11 @@ fn noising_and_going_back_gives_the_latents_with_every_prediction() {
     let x_t = schedule.q_sample(&x_0, &eps, &t).unwrap();
     let v = schedule.velocity(&x_0, &eps, &t).unwrap();
     assert!(worst(&schedule.x_0_from_v(&x_t, &v, &t).unwrap(), &x_0) < 2e-6);
-    assert!(worst(&schedule.eps_from_v(&x_t, &v, &t).unwrap(), &eps) < 2e-6);
     assert!(worst(&schedule.x_0_from_eps(&x_t, &eps, &t).unwrap(), &x_0) < 2e-5);
-    assert!(worst(&schedule.eps_from_x_0(&x_t, &x_0, &t).unwrap(), &eps) < 2e-5);
-    assert!(worst(&schedule.v_from_eps(&x_t, &eps, &t).unwrap(), &v) < 2e-5);
 }
 
 #[test]
-fn target_and_its_inverses_follow_the_prediction_type() {
+fn target_and_x_0_follow_the_prediction_type() {
     let (x_0, eps) = (draw(0, &[2, 4, 3, 3]), draw(1, &[2, 4, 3, 3]));
     let t = [700, 20];
     for (key, want_eps) in [("epsilon", true), ("v_prediction", false)] {
@@ -62,7 +59,6 @@ fn target_and_its_inverses_follow_the_prediction_type() {
         let target = schedule.target(&x_0, &eps, &t).unwrap();
         assert_eq!(worst(&target, &eps) == 0.0, want_eps, "{key}");
         assert!(worst(&schedule.x_0(&x_t, &target, &t).unwrap(), &x_0) < 5e-6, "{key}");
-        assert!(worst(&schedule.eps(&x_t, &target, &t).unwrap(), &eps) < 5e-6, "{key}");
     }
 }
 

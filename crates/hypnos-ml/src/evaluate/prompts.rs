@@ -19,9 +19,9 @@ const CHARS_MAX: usize = 120;
 #[serde(deny_unknown_fields)]
 pub struct PromptLists {
     /// Where the product stands, such as `on a wooden table`.
-    pub backgrounds: Vec<String>,
+    pub(crate) backgrounds: Vec<String>,
     /// What kind of picture it is.
-    pub image_types: Vec<ImageType>,
+    pub(crate) image_types: Vec<ImageType>,
 }
 
 /// A kind of picture.
@@ -29,9 +29,9 @@ pub struct PromptLists {
 #[serde(deny_unknown_fields)]
 pub struct ImageType {
     /// How a prompt begins, such as `a photo of`.
-    pub words: String,
+    pub(crate) words: String,
     /// How such a picture may look.
-    pub styles: Vec<String>,
+    pub(crate) styles: Vec<String>,
 }
 
 impl Default for PromptLists {
@@ -57,7 +57,7 @@ impl PromptLists {
     }
 
     /// How many different prompts they hold.
-    pub fn n_prompts(&self) -> usize {
+    pub(crate) fn n_prompts(&self) -> usize {
         self.backgrounds.len() * self.image_types.iter().map(|one| one.styles.len()).sum::<usize>()
     }
 

@@ -26,7 +26,7 @@ pub enum Width {
 
 impl Form {
     /// What it is called in the directory that it is put in.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Diffusers => "diffusers",
             Self::SingleFile => "single-file.safetensors",

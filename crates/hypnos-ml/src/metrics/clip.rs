@@ -26,12 +26,12 @@ pub struct Config {
     #[serde(flatten)]
     pub net: PairConfig,
     /// What the shorter side is brought to first; `image_size` where nothing is said.
-    pub resize: Option<usize>,
+    pub(crate) resize: Option<usize>,
 }
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.net.check()?;
         let (resize, crop) = (self.resize(), self.net.vision_config.image_size);
         if (crop..=8192).contains(&resize) {
@@ -44,7 +44,7 @@ impl Config {
     }
 
     /// What the field calls it: `CLIP ViT-B/32`.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let vision = &self.net.vision_config;
         let size = match (vision.hidden_size, vision.num_hidden_layers) {
             (768, 12) => "B".into(),

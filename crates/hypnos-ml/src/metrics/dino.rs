@@ -18,14 +18,14 @@ use crate::{Error, Result};
 pub struct Config {
     /// The network; the middle `image_size` pixels are looked at.
     #[serde(flatten)]
-    pub net: vit::Config,
+    pub(crate) net: vit::Config,
     /// What the shorter side is brought to first; eight sevenths of `image_size` where nothing is said.
     pub resize: Option<usize>,
 }
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.net.check()?;
         let (resize, crop) = (self.resize(), self.net.image_size);
         if (crop..=8192).contains(&resize) {
@@ -38,7 +38,7 @@ impl Config {
     }
 
     /// What the field calls it: `DINO ViT-S/16`.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let vit::Config { hidden_size, num_hidden_layers, patch_size, .. } = self.net;
         let size = match (hidden_size, num_hidden_layers) {
             (192, 12) => "Ti".into(),
@@ -63,7 +63,7 @@ pub struct Dino {
 }
 
 impl Dino {
-    /// From weights as [`Vit::load`] names them.
+    /// From weights as `Vit::load` names them.
     pub fn load(w: &Weights, config: &Config, device: &Device) -> Result<Self> {
         config.check()?;
         Ok(Self { net: Vit::load(w, &config.net)?, config: config.clone(), device: device.clone() })

@@ -34,7 +34,7 @@ pub struct Inception {
 
 impl Config {
     /// What the field calls it.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let narrow = match self.channel_divisor {
             1 => String::new(),
             divisor => format!(", channels over {divisor}"),
@@ -44,7 +44,7 @@ impl Config {
 }
 
 impl Inception {
-    /// From weights as [`net::Inception::load`] names them.
+    /// From weights as `net::Inception::load` names them.
     pub fn load(w: &Weights, config: &Config, device: &Device) -> Result<Self> {
         let net = net::Inception::load(w, config)?;
         Ok(Self { net, side: config.image_size, device: device.clone() })

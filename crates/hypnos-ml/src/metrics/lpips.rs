@@ -38,10 +38,10 @@ pub enum Net {
 pub struct Config {
     /// The trunk.
     #[serde(default)]
-    pub net: Net,
+    pub(crate) net: Net,
     /// What every number of channels is divided by: 1 is the published network.
     #[serde(default = "channel_divisor")]
-    pub channel_divisor: usize,
+    pub(crate) channel_divisor: usize,
 }
 
 fn channel_divisor() -> usize {
@@ -50,7 +50,7 @@ fn channel_divisor() -> usize {
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let divisor = self.channel_divisor;
         if divisor > 0 && 64_usize.is_multiple_of(divisor) {
             return Ok(());
@@ -59,7 +59,7 @@ impl Config {
     }
 
     /// What the field calls it.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let net = match self.net {
             Net::Alex => "AlexNet",
             Net::Vgg => "VGG-16",

@@ -30,6 +30,6 @@ pub use cosine::{mean_paired_cosine, mean_pairwise_cosine, mean_self_cosine};
 pub use dino::Dino;
 pub use features::Features;
 pub use frechet::frechet;
-pub use inception::{Inception, InceptionFeatures};
+pub use inception::Inception;
 pub use lpips::Lpips;
 pub use pixelwise::{psnr, ssim};

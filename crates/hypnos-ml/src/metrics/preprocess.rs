@@ -10,9 +10,9 @@ use image::RgbImage;
 use crate::{Error, Result};
 
 /// Means of ImageNet's channels, of unit pictures.
-pub const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+pub(crate) const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 /// Their standard deviations.
-pub const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
+pub(crate) const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 
 /// Whose integers a resize of bytes computes with, and where a crop goes whose middle falls on half a pixel. The
 /// filters are the same.
@@ -113,7 +113,7 @@ fn cubic(x: f64) -> f64 {
 }
 
 /// A square photo as a network takes it: `[1, 3, S, S]`, `(unit - mean) / std` channel by channel, on the CPU.
-pub fn normalised(photo: &RgbImage, mean: [f64; 3], std: [f64; 3]) -> Result<Tensor> {
+pub(crate) fn normalised(photo: &RgbImage, mean: [f64; 3], std: [f64; 3]) -> Result<Tensor> {
     let (mean, std) = (mean.map(|v| v as f32), std.map(|v| v as f32));
     let values = photo.as_raw().iter().enumerate();
     let values = values.map(|(i, &v)| (f32::from(v) / 255.0 - mean[i % 3]) / std[i % 3]).collect();

@@ -10,24 +10,24 @@ use crate::ops::Conv2dSpec;
 use crate::weights::Weights;
 
 /// Channels of the five convolutions.
-pub const CHANNELS: [usize; 5] = [64, 192, 384, 256, 256];
+pub(crate) const CHANNELS: [usize; 5] = [64, 192, 384, 256, 256];
 
 /// Place in torchvision's list, kernel, stride, padding, and whether a max-pool comes before.
 const LAYERS: [(usize, usize, usize, usize, bool); 5] =
     [(0, 11, 4, 2, false), (3, 5, 1, 2, true), (6, 3, 1, 1, true), (8, 3, 1, 1, false), (10, 3, 1, 1, false)];
 
 /// The smallest side that leaves a pixel for every layer.
-pub const SIDE_MIN: usize = 31;
+pub(crate) const SIDE_MIN: usize = 31;
 
 /// The convolutions.
 #[derive(Debug)]
-pub struct AlexNet {
+pub(crate) struct AlexNet {
     convs: Vec<(Conv2d, bool)>,
 }
 
 impl AlexNet {
     /// From weights named `0`, `3`, `6`, `8` and `10`; every number of channels is divided by `divisor`.
-    pub fn load(w: &Weights, divisor: usize) -> crate::Result<Self> {
+    pub(crate) fn load(w: &Weights, divisor: usize) -> crate::Result<Self> {
         let mut n_in = 3;
         let convs = LAYERS.iter().zip(CHANNELS).map(|(&(place, kernel, stride, padding, pool), n_out)| {
             let (n_out, spec) = (n_out / divisor, Conv2dSpec::padded(stride, padding));
@@ -39,7 +39,7 @@ impl AlexNet {
     }
 
     /// Pictures `[B, 3, H, W]` of at least [`SIDE_MIN`] to five features `[B, C, h, w]`. Differentiable.
-    pub fn features(&self, pictures: &Tensor) -> Result<Vec<Tensor>> {
+    pub(crate) fn features(&self, pictures: &Tensor) -> Result<Vec<Tensor>> {
         let mut features: Vec<Tensor> = Vec::with_capacity(self.convs.len());
         for (conv, pool) in &self.convs {
             let x = features.last().unwrap_or(pictures);

@@ -20,20 +20,20 @@ pub struct Config {
     /// Width of the hidden states.
     pub hidden_size: usize,
     /// Width inside each feed-forward.
-    pub intermediate_size: usize,
+    pub(crate) intermediate_size: usize,
     /// Layers.
-    pub num_hidden_layers: usize,
+    pub(crate) num_hidden_layers: usize,
     /// Heads of each attention.
-    pub num_attention_heads: usize,
+    pub(crate) num_attention_heads: usize,
     /// Longest sequence.
     #[serde(default = "positions")]
-    pub max_position_embeddings: usize,
+    pub(crate) max_position_embeddings: usize,
     /// Activation of each feed-forward.
     #[serde(default = "quick_gelu")]
-    pub hidden_act: Activation,
+    pub(crate) hidden_act: Activation,
     /// Eps of each norm.
     #[serde(default = "eps")]
-    pub layer_norm_eps: f64,
+    pub(crate) layer_norm_eps: f64,
 }
 
 fn positions() -> usize {
@@ -50,7 +50,7 @@ fn eps() -> f64 {
 
 impl Config {
     /// Refuses sizes that cannot be a model.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let positive =
             [self.vocab_size, self.hidden_size, self.intermediate_size, self.max_position_embeddings];
         refuse(!positive.contains(&0), "a size", 0, "every size above zero")?;
@@ -127,7 +127,7 @@ impl ClipText {
     }
 
     /// Width of the hidden states.
-    pub fn width(&self) -> usize {
+    pub(crate) fn width(&self) -> usize {
         self.position_embedding.dims()[1]
     }
 
@@ -148,7 +148,7 @@ impl ClipText {
     }
 
     /// Mean of the embeddings of `ids`, `[1, D]`.
-    pub fn mean_embedding(&self, ids: &[u32]) -> Result<Tensor> {
+    pub(crate) fn mean_embedding(&self, ids: &[u32]) -> Result<Tensor> {
         self.tokens(ids, &[ids.len()])?.detach().mean_keepdim(0)
     }
 
@@ -219,12 +219,12 @@ impl Layer {
 #[derive(Clone, Debug, Deserialize)]
 pub struct PairConfig {
     /// The text encoder.
-    pub text_config: Config,
+    pub(crate) text_config: Config,
     /// The picture encoder.
     pub vision_config: VisionConfig,
     /// Width of the space that both project to.
     #[serde(default = "projection")]
-    pub projection_dim: usize,
+    pub(crate) projection_dim: usize,
 }
 
 /// The picture encoder's part of it; what is not said is as in ViT-B/32.
@@ -232,21 +232,21 @@ pub struct PairConfig {
 #[serde(default)]
 pub struct VisionConfig {
     /// Width of the tokens.
-    pub hidden_size: usize,
+    pub(crate) hidden_size: usize,
     /// Width inside each feed-forward.
-    pub intermediate_size: usize,
+    pub(crate) intermediate_size: usize,
     /// Layers.
-    pub num_hidden_layers: usize,
+    pub(crate) num_hidden_layers: usize,
     /// Heads of each attention.
-    pub num_attention_heads: usize,
+    pub(crate) num_attention_heads: usize,
     /// Side of the pictures, in pixels.
     pub image_size: usize,
     /// Side of a patch, in pixels.
-    pub patch_size: usize,
+    pub(crate) patch_size: usize,
     /// Activation of each feed-forward.
-    pub hidden_act: Activation,
+    pub(crate) hidden_act: Activation,
     /// Eps of each norm.
-    pub layer_norm_eps: f64,
+    pub(crate) layer_norm_eps: f64,
 }
 
 impl Default for VisionConfig {
@@ -270,7 +270,7 @@ fn projection() -> usize {
 
 impl PairConfig {
     /// Refuses sizes that cannot be a model.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         self.text_config.check()?;
         let vision = &self.vision_config;
         let positive = [self.projection_dim, vision.hidden_size, vision.intermediate_size, vision.image_size];
@@ -309,13 +309,13 @@ impl Clip {
     }
 
     /// Normalised pictures `[B, 3, S, S]` to `[B, P]` in the shared space, of any length.
-    pub fn pictures(&self, pictures: &Tensor) -> Result<Tensor> {
+    pub(crate) fn pictures(&self, pictures: &Tensor) -> Result<Tensor> {
         self.visual_projection.forward(&self.vision.forward(pictures)?)
     }
 
     /// Token ids as for [`ClipText::forward`] to `[B, P]` in the shared space, of any length: what stands at the first
     /// `end` of each sequence.
-    pub fn texts(&self, ids: &[Vec<u32>], end: u32) -> Result<Tensor> {
+    pub(crate) fn texts(&self, ids: &[Vec<u32>], end: u32) -> Result<Tensor> {
         let states = self.text.forward(ids)?; // [B, L, D]
         let pooled = ids.iter().enumerate().map(|(i, ids)| {
             let Some(place) = ids.iter().position(|id| *id == end) else {

@@ -23,27 +23,27 @@ const EPS: f64 = 1e-5;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Channels of the latents.
-    pub latent_channels: usize,
+    pub(crate) latent_channels: usize,
     /// Rows and columns of the latents.
-    pub latent_side: usize,
+    pub(crate) latent_side: usize,
     /// Width of the tokens; the first two convolutions have a quarter and a half of it.
-    pub width: usize,
+    pub(crate) width: usize,
     /// Heads of each attention.
-    pub n_heads: usize,
+    pub(crate) n_heads: usize,
     /// Layers of the transformer.
-    pub n_layers: usize,
+    pub(crate) n_layers: usize,
     /// Groups of the norm after each convolution.
-    pub n_groups: usize,
+    pub(crate) n_groups: usize,
 }
 
 impl Config {
     /// The sizes that HYPNOS is trained with, for latents of a bundle's shape.
-    pub fn new(latent_channels: usize, latent_side: usize) -> Self {
+    pub(crate) fn new(latent_channels: usize, latent_side: usize) -> Self {
         Self { latent_channels, latent_side, width: 192, n_heads: 3, n_layers: 3, n_groups: 8 }
     }
 
     /// Rows and columns of tokens.
-    pub fn token_side(&self) -> usize {
+    pub(crate) fn token_side(&self) -> usize {
         STRIDES.iter().fold(self.latent_side, |side, stride| side.div_ceil(*stride))
     }
 

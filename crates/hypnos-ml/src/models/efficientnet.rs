@@ -44,17 +44,17 @@ struct Stage {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// What channels are multiplied with: 1 in B1, 2 in B7.
-    pub width_coefficient: f64,
+    pub(crate) width_coefficient: f64,
     /// What repeats are multiplied with: 1.1 in B1, 3.1 in B7.
-    pub depth_coefficient: f64,
+    pub(crate) depth_coefficient: f64,
     /// How convolutions are padded.
     #[serde(default)]
-    pub padding: Padding,
+    pub(crate) padding: Padding,
     /// Side of the pictures that static padding was computed for.
     pub image_size: Option<usize>,
     /// Eps of every batch norm.
     #[serde(default = "eps")]
-    pub batch_norm_eps: f64,
+    pub(crate) batch_norm_eps: f64,
 }
 
 fn eps() -> f64 {
@@ -64,7 +64,7 @@ fn eps() -> f64 {
 /// How convolutions are padded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Padding {
+pub(crate) enum Padding {
     /// Half of the kernel on every side: torch's.
     #[default]
     Symmetric,
@@ -83,7 +83,7 @@ pub enum Spelling {
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let sane = |c: f64| c > 0.0 && c <= 8.0;
         refuse(
             sane(self.width_coefficient),
@@ -103,7 +103,7 @@ impl Config {
     }
 
     /// Channels of the five features.
-    pub fn channels(&self) -> [usize; 5] {
+    pub(crate) fn channels(&self) -> [usize; 5] {
         TAPS.map(|tap| self.round(STAGES[tap].channels))
     }
 
@@ -180,7 +180,7 @@ impl EfficientNet {
     }
 
     /// Normalised pictures `[B, 3, H, W]` to features at strides 2, 4, 8, 16 and 32, each `[B, C, H/s, W/s]` with
-    /// [`Config::channels`]. Differentiable in the pictures.
+    /// `Config::channels`. Differentiable in the pictures.
     pub fn features(&self, pictures: &Tensor) -> Result<Vec<Tensor>> {
         let mut x = silu(&self.stem.forward(pictures)?)?;
         let mut features = Vec::with_capacity(TAPS.len());

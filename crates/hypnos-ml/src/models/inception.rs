@@ -26,7 +26,7 @@ pub struct Config {
     pub image_size: usize,
     /// What every number of channels is divided by: 1 is the published network.
     #[serde(default = "channel_divisor")]
-    pub channel_divisor: usize,
+    pub(crate) channel_divisor: usize,
 }
 
 fn image_size() -> usize {
@@ -39,7 +39,7 @@ fn channel_divisor() -> usize {
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let divisor = self.channel_divisor;
         refuse(
             divisor > 0 && 16_usize.is_multiple_of(divisor),
@@ -53,11 +53,11 @@ impl Config {
 
 /// What the network gives of pictures, in two depths.
 #[derive(Clone, Debug)]
-pub struct Pools {
+pub(crate) struct Pools {
     /// Means over the first max-pool, `[B, 64]`.
-    pub first: Tensor,
+    pub(crate) first: Tensor,
     /// Means over the last block, `[B, 2048]`.
-    pub last: Tensor,
+    pub(crate) last: Tensor,
 }
 
 /// The network, without its classifier.
@@ -72,7 +72,7 @@ pub struct Inception {
 
 impl Inception {
     /// From weights named as pytorch-fid's file names them, such as `Mixed_5b.branch1x1.conv.weight`.
-    pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
+    pub(crate) fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let net = Reader { w, divisor: config.channel_divisor };
         let stem = [
@@ -101,7 +101,7 @@ impl Inception {
     }
 
     /// Signed pictures `[B, 3, S, S]` to means of two of its layers, of 64 and 2048 channels over the divisor.
-    pub fn forward(&self, pictures: &Tensor) -> Result<Pools> {
+    pub(crate) fn forward(&self, pictures: &Tensor) -> Result<Pools> {
         let mut x = pictures.clone();
         for conv in &self.stem {
             x = conv.forward(&x)?;

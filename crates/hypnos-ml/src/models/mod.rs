@@ -1,6 +1,6 @@
 //! The models: one architecture, one file. They never import one another, but for TRACER, whose encoder is one of them.
 
-pub mod alexnet;
+pub(crate) mod alexnet;
 pub mod clip;
 pub mod discriminator;
 pub mod efficientnet;
@@ -8,8 +8,8 @@ pub mod inception;
 pub mod tracer;
 pub mod unet;
 pub mod vae;
-pub mod vgg;
-pub mod vit;
+pub(crate) mod vgg;
+pub(crate) mod vit;
 
 use super::{Error, Result};
 

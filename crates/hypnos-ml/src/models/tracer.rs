@@ -28,20 +28,20 @@ const DENOISE: f64 = 0.93;
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// Of the encoder: 2 in B7.
-    pub width_coefficient: f64,
+    pub(crate) width_coefficient: f64,
     /// Of the encoder: 3.1 in B7.
-    pub depth_coefficient: f64,
+    pub(crate) depth_coefficient: f64,
     /// Side of the pictures that the encoder's padding was made for: 600 in B7.
     pub image_size: usize,
     /// Side that pictures are brought to: 640 in B7. A multiple of 32.
     pub input_size: usize,
     /// Channels of the three receptive field blocks, from stride 8 down: 32, 64, 128 in B7.
-    pub rfb_channels: [usize; 3],
+    pub(crate) rfb_channels: [usize; 3],
 }
 
 impl Config {
     /// Refuses what is no network.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         self.encoder().check()?;
         let side = self.input_size;
         refuse(
@@ -101,11 +101,11 @@ impl Tracer {
     }
 
     /// Side of the pictures it takes.
-    pub fn input_size(&self) -> usize {
+    pub(crate) fn input_size(&self) -> usize {
         self.input_size
     }
 
-    /// Normalised pictures `[B, 3, S, S]`, S being [`Tracer::input_size`], to foreground `[B, 1, S, S]` in 0..1.
+    /// Normalised pictures `[B, 3, S, S]`, S being `Tracer::input_size`, to foreground `[B, 1, S, S]` in 0..1.
     pub fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
         let features = self.encoder.features(pictures)?;
         let [_, at4, at8, at16, at32] = &features[..] else {

@@ -19,7 +19,7 @@ use crate::{Error, param::Param};
 /// One number for every level, or one for each.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
-pub enum PerLevel {
+pub(crate) enum PerLevel {
     /// The same at every level.
     Same(usize),
     /// From the shallowest level down.
@@ -45,50 +45,50 @@ impl PerLevel {
 pub struct Config {
     /// Channels of the latents.
     #[serde(default = "four")]
-    pub in_channels: usize,
+    pub(crate) in_channels: usize,
     /// Channels of the prediction.
     #[serde(default = "four")]
-    pub out_channels: usize,
+    pub(crate) out_channels: usize,
     /// Channels of each level, from the shallowest down. Each level but the last halves the size.
-    pub block_out_channels: Vec<usize>,
+    pub(crate) block_out_channels: Vec<usize>,
     /// Residual blocks of each level on the way down; one more on the way up.
     #[serde(default = "two")]
-    pub layers_per_block: PerLevel,
+    pub(crate) layers_per_block: PerLevel,
     /// Kind of each level on the way down: with or without attention.
-    pub down_block_types: Vec<String>,
+    pub(crate) down_block_types: Vec<String>,
     /// Kind of each level on the way up.
-    pub up_block_types: Vec<String>,
+    pub(crate) up_block_types: Vec<String>,
     /// Heads of each attention. The reference's name for it is a slip it keeps for old checkpoints' sake.
     #[serde(default = "eight")]
-    pub attention_head_dim: PerLevel,
+    pub(crate) attention_head_dim: PerLevel,
     /// Heads of each attention, where a checkpoint says it by its right name.
     #[serde(default)]
-    pub num_attention_heads: Option<PerLevel>,
+    pub(crate) num_attention_heads: Option<PerLevel>,
     /// Width of the text's hidden states.
     pub cross_attention_dim: usize,
     /// Layers of each transformer.
     #[serde(default = "one")]
-    pub transformer_layers_per_block: PerLevel,
+    pub(crate) transformer_layers_per_block: PerLevel,
     /// Whether a transformer's projections are stored as matrices (SD 2) or 1x1 convolutions (SD 1).
     #[serde(default)]
-    pub use_linear_projection: bool,
+    pub(crate) use_linear_projection: bool,
     /// Activation.
     #[serde(default = "silu")]
-    pub act_fn: Activation,
+    pub(crate) act_fn: Activation,
     /// Groups of each norm.
     #[serde(default = "groups")]
-    pub norm_num_groups: usize,
+    pub(crate) norm_num_groups: usize,
     /// Eps of the residual blocks' norms.
     #[serde(default = "eps")]
-    pub norm_eps: f64,
+    pub(crate) norm_eps: f64,
     /// Whether the time embedding has the cosines first.
     #[serde(default = "yes")]
-    pub flip_sin_to_cos: bool,
+    pub(crate) flip_sin_to_cos: bool,
     /// Shift of the time embedding's frequencies.
     #[serde(default)]
-    pub freq_shift: f64,
+    pub(crate) freq_shift: f64,
     /// Side of the latents it was trained on.
-    pub sample_size: Option<usize>,
+    pub(crate) sample_size: Option<usize>,
     /// Everything else, looked through by [`Config::check`].
     #[serde(flatten)]
     rest: serde_json::Map<String, Value>,
@@ -164,7 +164,7 @@ const FIXED: [(&str, &str); 9] = [
 
 impl Config {
     /// Refuses what this file does not build.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let (channels, n) = (&self.block_out_channels, self.block_out_channels.len());
         refuse(n > 0, "block_out_channels", channels, "at least one level")?;
         let groups = self.norm_num_groups;
@@ -290,7 +290,7 @@ impl Unet {
     }
 
     /// Channels of the latents.
-    pub fn in_channels(&self) -> usize {
+    pub(crate) fn in_channels(&self) -> usize {
         self.config.in_channels
     }
 

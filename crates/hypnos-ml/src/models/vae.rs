@@ -19,38 +19,36 @@ const EPS: f64 = 1e-6;
 pub struct Config {
     /// Channels of the picture.
     #[serde(default = "rgb")]
-    pub in_channels: usize,
+    pub(crate) in_channels: usize,
     /// Channels of the picture that comes out.
     #[serde(default = "rgb")]
-    pub out_channels: usize,
+    pub(crate) out_channels: usize,
     /// Channels of the latents.
     #[serde(default = "four")]
-    pub latent_channels: usize,
+    pub(crate) latent_channels: usize,
     /// Channels of each level, from the picture down. Each level but the last halves the size.
-    pub block_out_channels: Vec<usize>,
+    pub(crate) block_out_channels: Vec<usize>,
     /// Residual blocks of each level of the encoder; the decoder has one more.
     #[serde(default = "one")]
-    pub layers_per_block: usize,
+    pub(crate) layers_per_block: usize,
     /// Groups of each norm.
     #[serde(default = "groups")]
-    pub norm_num_groups: usize,
+    pub(crate) norm_num_groups: usize,
     /// Activation.
     #[serde(default = "silu")]
-    pub act_fn: Activation,
+    pub(crate) act_fn: Activation,
     /// What latents are multiplied with for the UNet.
     #[serde(default = "scaling")]
-    pub scaling_factor: f64,
-    /// Side of the pictures it was trained on.
-    pub sample_size: Option<usize>,
+    pub(crate) scaling_factor: f64,
     /// Whether the middle has an attention.
     #[serde(default = "yes")]
-    pub mid_block_add_attention: bool,
+    pub(crate) mid_block_add_attention: bool,
     /// Whether a 1x1 convolution follows the encoder.
     #[serde(default = "yes")]
-    pub use_quant_conv: bool,
+    pub(crate) use_quant_conv: bool,
     /// Whether a 1x1 convolution precedes the decoder.
     #[serde(default = "yes")]
-    pub use_post_quant_conv: bool,
+    pub(crate) use_post_quant_conv: bool,
     #[serde(default)]
     down_block_types: Vec<String>,
     #[serde(default)]
@@ -91,7 +89,7 @@ fn yes() -> bool {
 
 impl Config {
     /// Refuses what this file does not build.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let (channels, groups) = (&self.block_out_channels, self.norm_num_groups);
         refuse(!channels.is_empty(), "block_out_channels", channels, "at least one level")?;
         let divided = groups > 0 && channels.iter().all(|&c| c > 0 && c % groups == 0);
@@ -114,7 +112,7 @@ impl Config {
     }
 
     /// Pixels per latent along one side.
-    pub fn factor(&self) -> usize {
+    pub(crate) fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
 

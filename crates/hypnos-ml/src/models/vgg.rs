@@ -10,23 +10,23 @@ use crate::ops::Conv2dSpec;
 use crate::weights::Weights;
 
 /// Channels of the five stages.
-pub const CHANNELS: [usize; 5] = [64, 128, 256, 512, 512];
+pub(crate) const CHANNELS: [usize; 5] = [64, 128, 256, 512, 512];
 
 /// Places of each stage's convolutions in torchvision's list.
 const STAGES: [&[usize]; 5] = [&[0, 2], &[5, 7], &[10, 12, 14], &[17, 19, 21], &[24, 26, 28]];
 
 /// The smallest side that leaves a pixel for every stage.
-pub const SIDE_MIN: usize = 16;
+pub(crate) const SIDE_MIN: usize = 16;
 
 /// The convolutions.
 #[derive(Debug)]
-pub struct Vgg16 {
+pub(crate) struct Vgg16 {
     stages: Vec<Vec<Conv2d>>,
 }
 
 impl Vgg16 {
     /// From weights named `0`, `2`, `5` to `28`; every number of channels is divided by `divisor`.
-    pub fn load(w: &Weights, divisor: usize) -> crate::Result<Self> {
+    pub(crate) fn load(w: &Weights, divisor: usize) -> crate::Result<Self> {
         let mut n_in = 3;
         let stages = STAGES.iter().zip(CHANNELS).map(|(places, n_out)| {
             let n_out = n_out / divisor;
@@ -41,7 +41,7 @@ impl Vgg16 {
     }
 
     /// Pictures `[B, 3, H, W]` of at least [`SIDE_MIN`] to five features `[B, C, h, w]`. Differentiable.
-    pub fn features(&self, pictures: &Tensor) -> Result<Vec<Tensor>> {
+    pub(crate) fn features(&self, pictures: &Tensor) -> Result<Vec<Tensor>> {
         let mut features: Vec<Tensor> = Vec::with_capacity(self.stages.len());
         for convs in &self.stages {
             let mut x = match features.last() {

@@ -15,23 +15,23 @@ use crate::weights::Weights;
 
 /// Sizes; the keys are those of transformers' `ViTConfig`.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Config {
+pub(crate) struct Config {
     /// Width of the tokens, 384 in ViT-S.
-    pub hidden_size: usize,
+    pub(crate) hidden_size: usize,
     /// Blocks, 12 in ViT-S.
-    pub num_hidden_layers: usize,
+    pub(crate) num_hidden_layers: usize,
     /// Heads of each attention, 6 in ViT-S.
-    pub num_attention_heads: usize,
+    pub(crate) num_attention_heads: usize,
     /// Width inside each feed-forward; four times `hidden_size` where nothing is said.
-    pub intermediate_size: Option<usize>,
+    pub(crate) intermediate_size: Option<usize>,
     /// Side of a patch, in pixels.
-    pub patch_size: usize,
+    pub(crate) patch_size: usize,
     /// Side of the pictures, in pixels.
     #[serde(default = "image_size")]
-    pub image_size: usize,
+    pub(crate) image_size: usize,
     /// Eps of each norm. DINO's own code has 1e-6; configs on the hub say 1e-12, which gives other numbers.
     #[serde(default = "eps")]
-    pub layer_norm_eps: f64,
+    pub(crate) layer_norm_eps: f64,
 }
 
 fn image_size() -> usize {
@@ -44,7 +44,7 @@ fn eps() -> f64 {
 
 impl Config {
     /// Refuses sizes that cannot be a model.
-    pub fn check(&self) -> crate::Result<()> {
+    pub(crate) fn check(&self) -> crate::Result<()> {
         let (width, heads, patch) = (self.hidden_size, self.num_attention_heads, self.patch_size);
         refuse(width > 0 && self.inner() > 0, "a size", 0, "every size above zero")?;
         refuse(
@@ -69,7 +69,7 @@ impl Config {
 
 /// The network, without a head.
 #[derive(Debug)]
-pub struct Vit {
+pub(crate) struct Vit {
     patch_embed: Conv2d,
     cls_token: Param,
     pos_embed: Param,
@@ -80,7 +80,7 @@ pub struct Vit {
 
 impl Vit {
     /// From weights named `cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.N`, `norm`.
-    pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
+    pub(crate) fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let (d, patch) = (config.hidden_size, config.patch_size);
         let blocks = (0..config.num_hidden_layers).map(|i| Block::load(&w.pp("blocks").pp(i), config));
@@ -101,7 +101,7 @@ impl Vit {
     }
 
     /// Normalised pictures `[B, 3, S, S]` to the class token behind the last norm, `[B, D]`.
-    pub fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
         let (b, side) = (pictures.dim(0)?, self.config.image_size);
         if pictures.dims() != [b, 3, side, side] {
             candle_core::bail!("vit: wanted pictures [B, 3, {side}, {side}], got {:?}", pictures.dims());

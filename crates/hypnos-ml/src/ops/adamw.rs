@@ -14,15 +14,15 @@ pub struct AdamWConfig {
     /// Learning rate.
     pub lr: f64,
     /// Decay of the mean of gradients.
-    pub beta1: f64,
+    pub(crate) beta1: f64,
     /// Decay of the mean of squared gradients.
-    pub beta2: f64,
+    pub(crate) beta2: f64,
     /// Added to the root of the second moment.
-    pub eps: f64,
+    pub(crate) eps: f64,
     /// Decoupled weight decay.
-    pub weight_decay: f64,
+    pub(crate) weight_decay: f64,
     /// Largest total norm of the gradients; larger ones are scaled down together. `None`: no clipping.
-    pub max_norm: Option<f64>,
+    pub(crate) max_norm: Option<f64>,
 }
 
 impl Default for AdamWConfig {
@@ -34,7 +34,7 @@ impl Default for AdamWConfig {
 /// The optimiser: its parameters and their moments.
 pub struct AdamW {
     /// May be changed between steps.
-    pub config: AdamWConfig,
+    pub(crate) config: AdamWConfig,
     params: Vec<(Param, Moments)>,
     n_steps: u64,
 }
@@ -73,7 +73,7 @@ impl AdamW {
     }
 
     /// [`AdamW::step`] for a caller who has asked for [`AdamW::grad_norm`] already: that is a pass over all gradients.
-    pub fn step_clipped(&mut self, norm: f64) -> Result<()> {
+    pub(crate) fn step_clipped(&mut self, norm: f64) -> Result<()> {
         if !norm.is_finite() {
             bail!("AdamW: the norm of the gradients is {norm}");
         }
@@ -100,7 +100,7 @@ impl AdamW {
     }
 
     /// Euclidean norm of all gradients together.
-    pub fn grad_norm(&self) -> Result<f64> {
+    pub(crate) fn grad_norm(&self) -> Result<f64> {
         let mut total = 0.0;
         #[cfg(feature = "cuda")]
         let mut on_gpu = Vec::new();
@@ -193,16 +193,16 @@ impl Moments {
 /// The numbers of one step, worked out once in f64.
 pub(super) struct Update {
     /// Factor on the gradient that clips it.
-    pub clip: f32,
-    pub beta1: f32,
-    pub beta2: f32,
+    pub(crate) clip: f32,
+    pub(crate) beta1: f32,
+    pub(crate) beta2: f32,
     /// `lr / (1 - beta1^t)`
-    pub rate: f32,
+    pub(crate) rate: f32,
     /// `1 / sqrt(1 - beta2^t)`
-    pub correction: f32,
-    pub eps: f32,
+    pub(crate) correction: f32,
+    pub(crate) eps: f32,
     /// `1 - lr * weight_decay`
-    pub keep: f32,
+    pub(crate) keep: f32,
 }
 
 impl Update {

@@ -46,15 +46,15 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, causal: boo
 /// Sizes of one attention.
 #[derive(Clone, Copy)]
 pub(super) struct Heads {
-    pub b: usize,
+    pub(crate) b: usize,
     /// Queries.
-    pub l: usize,
+    pub(crate) l: usize,
     /// Keys.
-    pub s: usize,
+    pub(crate) s: usize,
     /// Width of all heads together.
-    pub d: usize,
-    pub n: usize,
-    pub causal: bool,
+    pub(crate) d: usize,
+    pub(crate) n: usize,
+    pub(crate) causal: bool,
 }
 
 /// Scores that one tile of queries may have: half a megabyte of f32 stays in a core's cache.

@@ -14,11 +14,11 @@ use crate::param::Param;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dSpec {
     /// Step between outputs, the same in both directions.
-    pub stride: usize,
+    pub(crate) stride: usize,
     /// Zeros at the top and left.
-    pub before: usize,
+    pub(crate) before: usize,
     /// Zeros at the bottom and right.
-    pub after: usize,
+    pub(crate) after: usize,
 }
 
 impl Conv2dSpec {
@@ -65,16 +65,16 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
 /// Sizes of one convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Conv {
-    pub b: usize,
-    pub c: usize,
-    pub h: usize,
-    pub w: usize,
-    pub o: usize,
-    pub kh: usize,
-    pub kw: usize,
-    pub oh: usize,
-    pub ow: usize,
-    pub spec: Conv2dSpec,
+    pub(crate) b: usize,
+    pub(crate) c: usize,
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    pub(crate) o: usize,
+    pub(crate) kh: usize,
+    pub(crate) kw: usize,
+    pub(crate) oh: usize,
+    pub(crate) ow: usize,
+    pub(crate) spec: Conv2dSpec,
 }
 
 /// Elements of one tile of unfolded patches: 4 MB of f32, within the shared cache.

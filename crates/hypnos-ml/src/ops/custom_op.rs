@@ -8,8 +8,8 @@ use crate::param::Param;
 
 /// What a kernel computed: storage in row-major order and its shape.
 pub(super) struct Computed {
-    pub storage: Storage,
-    pub shape: Shape,
+    pub(crate) storage: Storage,
+    pub(crate) shape: Shape,
 }
 
 impl Computed {

@@ -44,15 +44,15 @@ pub fn depthwise_conv2d(
 /// Sizes of one depthwise convolution.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Depthwise {
-    pub b: usize,
-    pub c: usize,
-    pub h: usize,
-    pub w: usize,
-    pub kh: usize,
-    pub kw: usize,
-    pub oh: usize,
-    pub ow: usize,
-    pub spec: Conv2dSpec,
+    pub(crate) b: usize,
+    pub(crate) c: usize,
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    pub(crate) kh: usize,
+    pub(crate) kw: usize,
+    pub(crate) oh: usize,
+    pub(crate) ow: usize,
+    pub(crate) spec: Conv2dSpec,
 }
 
 impl Depthwise {

@@ -48,12 +48,12 @@ pub fn group_norm(
 /// What does not depend on the data.
 #[derive(Clone, Copy)]
 pub(super) struct Norm {
-    pub c: usize,
-    pub n_groups: usize,
+    pub(crate) c: usize,
+    pub(crate) n_groups: usize,
     /// Elements of one channel of one image.
-    pub spatial: usize,
-    pub eps: f64,
-    pub silu: bool,
+    pub(crate) spatial: usize,
+    pub(crate) eps: f64,
+    pub(crate) silu: bool,
 }
 
 impl Norm {

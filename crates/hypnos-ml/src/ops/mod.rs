@@ -38,4 +38,5 @@ pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use softmax::softmax;
-pub use upsample::{upsample_bilinear, upsample_nearest};
+pub(crate) use upsample::upsample_bilinear;
+pub use upsample::upsample_nearest;

@@ -41,7 +41,7 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
 /// outer edges; as `torch.nn.functional.interpolate(mode="bilinear")` does.
 ///
 /// `x` `[B, C, H, W]`; gives `[B, C, factor * H, factor * W]`. Differentiable.
-pub fn upsample_bilinear(x: &Tensor, factor: usize, align_corners: bool) -> Result<Tensor> {
+pub(crate) fn upsample_bilinear(x: &Tensor, factor: usize, align_corners: bool) -> Result<Tensor> {
     let (.., h, w) = x.dims4()?;
     let along = |x: &Tensor, n: usize| linear(x, &between(n, factor, align_corners, x.device())?, None);
     let wide = along(x, w)?.transpose(2, 3)?;
@@ -68,8 +68,8 @@ fn between(n: usize, factor: usize, align_corners: bool, device: &Device) -> Res
 /// Heights and widths.
 #[derive(Clone, Copy)]
 pub(super) struct Resize {
-    pub from: (usize, usize),
-    pub to: (usize, usize),
+    pub(crate) from: (usize, usize),
+    pub(crate) to: (usize, usize),
 }
 
 impl Resize {

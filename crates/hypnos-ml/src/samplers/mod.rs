@@ -21,13 +21,13 @@ use super::{Error, Interrupt, Result};
 
 /// The model, guidance included: its answer (ε or v) for latents `[B, C, h, w]` at one timestep, same shape, f32.
 /// The timestep is a whole number except for [`Sampler::Euler`] and [`Sampler::EulerAncestral`].
-pub type Model<'a> = dyn FnMut(&Tensor, f64) -> candle_core::Result<Tensor> + 'a;
+pub(crate) type Model<'a> = dyn FnMut(&Tensor, f64) -> candle_core::Result<Tensor> + 'a;
 
 /// Fresh unit noise for one step, counted from 0, in the shape of the latents. Only `euler-a` asks, never at the end.
-pub type StepNoise<'a> = dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a;
+pub(crate) type StepNoise<'a> = dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a;
 
 /// Told (calls of the model done, calls in all) after each step; may stop the sampling.
-pub type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt<B>> + 'a;
+pub(crate) type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt<B>> + 'a;
 
 /// Latents for `noise`, in `steps` steps of `sampler`.
 ///

@@ -25,7 +25,7 @@ fn towards(
     let b = x_0.dim(0)?;
     let mut model = |x: &Tensor, t: f64| {
         let t = vec![t.round() as usize; b];
-        let eps = schedule.eps_from_x_0(x, x_0, &t);
+        let eps = eps_of(schedule, x, x_0, t[0]);
         let answer = match schedule.prediction() {
             Prediction::Epsilon => eps,
             Prediction::V => eps.and_then(|eps| schedule.velocity(x_0, &eps, &t)),
@@ -39,6 +39,13 @@ fn towards(
         Err(Interrupt::Failed(error)) => Err(error),
         Err(Interrupt::Stopped(())) => panic!("nobody stopped it"),
     }
+}
+
+/// The noise in `x`, all of it at timestep `t`, if its clean latents are `x_0`.
+fn eps_of(schedule: &Schedule, x: &Tensor, x_0: &Tensor, t: usize) -> Result<Tensor> {
+    let alpha_bar = schedule.alpha_bar(t)?;
+    let (alpha, sigma) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
+    Ok(((x * (1.0 / sigma))? - (x_0 * (alpha / sigma))?)?)
 }
 
 fn worst(a: &Tensor, b: &Tensor) -> f32 {

@@ -40,7 +40,7 @@ impl DiscriminatorTrainer {
     }
 
     /// With these weights, which must be trainable.
-    pub fn of(weights: &Weights, config: Config, lr: f64, device: &Device) -> Result<Self> {
+    pub(crate) fn of(weights: &Weights, config: Config, lr: f64, device: &Device) -> Result<Self> {
         let model = Discriminator::load(weights, &config)?;
         let params = weights.params();
         let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
@@ -49,7 +49,7 @@ impl DiscriminatorTrainer {
 
     /// One step towards telling `real` latents `[B, c, h, w]` from `fake` ones, by least squares with 1 for real. Gives
     /// the loss before it. The weights stay as they are where it is not finite.
-    pub fn step(&mut self, real: &Tensor, fake: &Tensor) -> Result<f32> {
+    pub(crate) fn step(&mut self, real: &Tensor, fake: &Tensor) -> Result<f32> {
         let n_real = real.dim(0)?;
         let scores = self.model.forward(&Tensor::cat(&[real, fake], 0)?.detach())?;
         let missed = (scores.narrow(0, 0, n_real)? - 1.0)?.sqr()?.mean_all()?;

@@ -117,13 +117,13 @@ pub struct FrozenModels<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct LossModels<'a> {
     /// Learns.
-    pub text: &'a ClipText,
+    pub(crate) text: &'a ClipText,
     /// Learns.
-    pub unet: &'a Unet,
+    pub(crate) unet: &'a Unet,
     /// Frozen.
-    pub frozen: FrozenModels<'a>,
+    pub(crate) frozen: FrozenModels<'a>,
     /// Frozen, as it was before the step.
-    pub discriminator: Option<&'a Discriminator>,
+    pub(crate) discriminator: Option<&'a Discriminator>,
 }
 
 /// The losses of a batch, and what was computed on the way. Scalars are unweighted and carry their graphs.

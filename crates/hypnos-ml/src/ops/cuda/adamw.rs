@@ -30,9 +30,9 @@ impl Moments {
 
 /// One weight of a step.
 pub(in crate::ops) struct Slot<'a> {
-    pub value: Tensor,
-    pub grad: Tensor,
-    pub moments: &'a mut Moments,
+    pub(crate) value: Tensor,
+    pub(crate) grad: Tensor,
+    pub(crate) moments: &'a mut Moments,
 }
 
 /// `Slot` of `adamw.cu`.

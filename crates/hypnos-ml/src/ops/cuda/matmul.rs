@@ -49,10 +49,10 @@ impl Mat {
 /// `batch` products of `[m, k]` and `[k, n]`.
 #[derive(Clone, Copy)]
 pub(super) struct Size {
-    pub batch: usize,
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
+    pub(crate) batch: usize,
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
 }
 
 impl Size {
