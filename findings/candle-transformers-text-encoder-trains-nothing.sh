@@ -3,8 +3,8 @@
 #
 # Seen with candle-core, candle-nn and candle-transformers 0.11.1 on a CPU. The text encoder ends with candle-nn's layer
 # norm, whose fused kernel has no backward. `loss.backward()` on its output returns Ok all the same, with a gradient for
-# none of the trainable variables; an optimiser then changes nothing. A loss on one of candle-nn's plain linear layers has
-# gradients for all of them, so the variables and the optimiser's way of finding gradients are right.
+# none of the trainable variables; an optimiser then changes nothing. A loss on one of candle-nn's plain linear layers
+# has gradients for all of them, so the variables and the optimiser's way of finding gradients are right.
 # Output seen: "linear: 2 of 2", "text encoder: 0 of 36".
 #
 # What helps: layer norms written with tensor operations (candle_nn::ops::layer_norm_slow), or operations of one's own.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Two checkouts of one package that share CARGO_TARGET_DIR: cargo takes the programs of the one for those of the other.
 #
-# Seen with cargo 1.95.0 (f2d3ce0bd 2026-03-21). Since a package's place counts relative to its workspace, both checkouts
-# have the same file names in the target directory, and a program is fresh if it is newer than the sources. So in a
-# checkout whose files are older than the last build in the other, `cargo run` and `cargo test` build nothing, say
+# Seen with cargo 1.95.0 (f2d3ce0bd 2026-03-21). Since a package's place counts relative to its workspace, both
+# checkouts have the same file names in the target directory, and a program is fresh if it is newer than the sources. So
+# in a checkout whose files are older than the last build in the other, `cargo run` and `cargo test` build nothing, say
 # nothing, and run what was built from the other's sources: a worktree's tests can pass without its code being compiled.
 # Output seen: "built from a" four times, for runs in a, b, a and b.
 #

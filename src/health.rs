@@ -27,7 +27,7 @@ pub enum Condition {
     /// It takes jobs.
     Working,
     /// A job failed because of the machine: it takes no job until a probe succeeds.
-    Resting {
+    BackingOff {
         /// What failed, in one line.
         why: String,
         /// When.
@@ -84,15 +84,15 @@ impl Reporter {
         self.set(Condition::Working);
     }
 
-    /// It takes no job for `pause`, and then it is probed. A further fault does not change the time since when it
-    /// rests.
-    pub fn resting(&self, why: &str, pause: Duration) {
+    /// It takes no job for `pause`, and then it is probed. After a further fault, `since` is still the time of the
+    /// first one.
+    pub fn backing_off(&self, why: &str, pause: Duration) {
         let now = SystemTime::now();
         let since = match self.condition() {
-            Condition::Resting { since, .. } => since,
+            Condition::BackingOff { since, .. } => since,
             _ => now,
         };
-        self.set(Condition::Resting { why: why.to_owned(), since, next_probe: now + pause });
+        self.set(Condition::BackingOff { why: why.to_owned(), since, next_probe: now + pause });
     }
 
     /// This process cannot use it any more.
@@ -117,14 +117,19 @@ impl Reporter {
 
 impl fmt::Display for Device {
     /// One line, such as
-    /// `cuda:0: resting since 2026-11-27T10:00:00Z, next probe at 2026-11-27T10:00:05Z: out of memory`.
+    /// `cuda:0: backing off since 2026-11-27T10:00:00Z, next probe at 2026-11-27T10:00:05Z: out of memory`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.name)?;
         match &self.condition {
             Condition::Starting => f.write_str("starting"),
             Condition::Working => f.write_str("working"),
-            Condition::Resting { why, since, next_probe } => {
-                write!(f, "resting since {}, next probe at {}: {why}", second(*since), second(*next_probe))
+            Condition::BackingOff { why, since, next_probe } => {
+                write!(
+                    f,
+                    "backing off since {}, next probe at {}: {why}",
+                    second(*since),
+                    second(*next_probe)
+                )
             }
             Condition::Dead { why, since } => write!(f, "dead since {}: {why}", second(*since)),
         }
@@ -149,7 +154,7 @@ mod tests {
         assert!(!health.is_ready(), "both are starting");
         first.working();
         second.working();
-        first.resting("out of memory", Duration::from_secs(5));
+        first.backing_off("out of memory", Duration::from_secs(5));
         assert!(health.is_ready(), "the other one works");
         second.dead("an illegal address was used");
         assert!(!health.is_ready());
@@ -163,13 +168,15 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_fails_again_has_been_resting_since_its_first_fault() {
+    fn a_device_that_fails_again_has_been_backing_off_since_its_first_fault() {
         let health = Health::default();
         let device = health.add("cpu");
-        device.resting("no scratch directory", Duration::from_secs(5));
-        let Condition::Resting { since: first, .. } = health.devices()[0].condition.clone() else { panic!() };
-        device.resting("no scratch directory", Duration::from_secs(10));
-        let Condition::Resting { since, next_probe, .. } = health.devices()[0].condition.clone() else {
+        device.backing_off("no scratch directory", Duration::from_secs(5));
+        let Condition::BackingOff { since: first, .. } = health.devices()[0].condition.clone() else {
+            panic!()
+        };
+        device.backing_off("no scratch directory", Duration::from_secs(10));
+        let Condition::BackingOff { since, next_probe, .. } = health.devices()[0].condition.clone() else {
             panic!()
         };
         assert_eq!(since, first);

@@ -51,8 +51,8 @@ def main(comparison, work):
                 counts[report.parts[-2]] += [1, seen[4] == asked, asked != home and seen[4] == home, seen[0] == kind, 0, 0]
     for recipe, (n, follows, instead, right, n_free, leaked) in counts.items():
         share = lambda part, whole: f"{part / max(whole, 1):.2f}"
-        told = f"place {share(follows, n)}, the photos' place instead {share(instead, n)}, class {share(right, n)}"
-        print(f"{recipe:20} of {n} with a place: {told}; of {n_free} without: the photos' place {share(leaked, n_free)}")
+        shares = f"place {share(follows, n)}, the photos' place instead {share(instead, n)}, class {share(right, n)}"
+        print(f"{recipe:20} of {n} with a place: {shares}; of {n_free} without: the photos' place {share(leaked, n_free)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ LICENCE = "MIT OR Apache-2.0"
 WITHOUT = {"hypnos.json", "README.md"}
 # Options that suit it: `hypnos demo` and the page take them.
 TRAINING = json.loads(Path(__file__).with_name("training.json").read_text())
-# How it draws best: a sampler that adds noise anew wipes out what a small UNet left of the last; it wants little guidance.
+# How it draws best: a sampler that adds noise anew wipes out what a small UNet left of the last; it wants little
+# guidance.
 DRAWING = {"scheduler": "euler-a", "guidance": 4.0}
 
 

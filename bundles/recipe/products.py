@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-# What each product is, where its name does not end with it, and where it stands: render.rs's SETS in its order of products.
+# What each product is, where its name does not end with it, and where it stands: render.rs's SETS in its order of
+# products.
 CLASSES = {"dotted-car": "toy car"}
 PLACES = ["on a wooden table", "on white marble", "in the snow", "on the beach"]
 ORDER = (

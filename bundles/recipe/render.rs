@@ -1,8 +1,9 @@
 //! Draws product pictures with exact masks, for the miniature to learn from and for demo products.
 //!
-//! `render train OUT COUNT SEED` writes OUT.rgbm (COUNT x 128 x 128 x 4 bytes: red, green, blue, foreground) and OUT.jsonl (what
-//! each shows). `render demo DIR` writes the demo products' photos as PPM files. Objects are signed distance functions,
-//! marched along rays; four rays a pixel; one lamp with a soft shadow. Everything follows from the seed. No crates.
+//! `render train OUT COUNT SEED` writes OUT.rgbm (COUNT x 128 x 128 x 4 bytes: red, green, blue, foreground) and
+//! OUT.jsonl (what each shows). `render demo DIR` writes the demo products' photos as PPM files. Objects are signed
+//! distance functions, marched along rays; four rays a pixel; one lamp with a soft shadow. Everything follows from the
+//! seed. No crates.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -305,8 +306,8 @@ fn shape(class: Class, p: V) -> (f32, u8) {
     best
 }
 
-/// A box around a thing, and how much `shape` grows at least for each step away from the box: some shapes are bounds from
-/// below.
+/// A box around a thing, and how much `shape` grows at least for each step away from the box: some shapes are bounds
+/// from below.
 struct Bounds {
     low: V,
     high: V,

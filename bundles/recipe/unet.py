@@ -40,8 +40,8 @@ SEED = 5
 PICTURES, LOOKS = 24, 2
 WARM = 200
 WITHOUT_CAPTION = 0.1
-# Hang et al. 2023, arXiv 2303.09556: the weight of a timestep is min(SNR, GAMMA) / SNR; from FLAT of all steps on it is 1, for
-# it is the last steps of drawing that leave pictures grainy.
+# Hang et al. 2023, arXiv 2303.09556: the weight of a timestep is min(SNR, GAMMA) / SNR; from FLAT of all steps on it is
+# 1, for it is the last steps of drawing that leave pictures grainy.
 GAMMA, FLAT = 5.0, 0.5
 
 

@@ -111,7 +111,7 @@ def main():
     demo = photos(args.demo) if args.demo else None
     clock = Clock(args.steps)
     if team.first:
-        print(f"{sum(p.numel() for p in net.parameters())} weights; at step {begin}: {told(score(average.net, x, masks, demo))}", flush=True)
+        print(f"{sum(p.numel() for p in net.parameters())} weights; at step {begin}: {summary(score(average.net, x, masks, demo))}", flush=True)
     for step in range(begin, args.steps):
         r = rng(SEED + 100 * team.rank, step)
         is_other = other is not None and step % 2 == 0
@@ -133,7 +133,7 @@ def main():
             clock.tell(step + 1, loss=reconstruction.item(), kl=kl.item(), moved=moved.item())
             if (step + 1) % 200 == 0:
                 keep(path, step + 1, net=net, average=average, optimiser=optimiser)
-                print(told(score(average.net, x, masks, demo)), flush=True)
+                print(summary(score(average.net, x, masks, demo)), flush=True)
     if team.first:
         keep(path, max(begin, args.steps), net=net, average=average, optimiser=optimiser)
         found = score(average.net, *unseen.batch(range(min(MANY, len(unseen)))), demo)
@@ -143,10 +143,10 @@ def main():
         average.net.register_to_config(_name_or_path="miniature")  # not a path of this machine
         average.net.half().save_pretrained(out)
         (out / "score.json").write_text(json.dumps(found) + "\n")
-        print(f"done: {told(found)}")
+        print(f"done: {summary(found)}")
 
 
-def told(found):
+def summary(found):
     return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
 
 

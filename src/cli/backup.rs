@@ -35,14 +35,14 @@ pub(super) fn run(args: &Backup) -> Result<ExitCode, CliError> {
     service::run(|stop| async move {
         let store = service::open_existing_store(&args.storage).await?;
         if args.to.exists() {
-            return Err(CliError::Input(format!("--to: {} is there already", args.to.display())));
+            return Err(CliError::Input(format!("--to: {} already exists", args.to.display())));
         }
         let dir = args.to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // An unfinished copy is removed with this directory.
         let part = tempfile::tempdir_in(dir).map_err(|error| unusable(dir, &error))?;
         let copy = part.path().join("hypnos.db");
         let copied = stop.run_until_cancelled(store.copy_to(&copy)).await;
-        let copied = copied.ok_or_else(|| CliError::Failed("stopped: there is no copy".into()))?;
+        let copied = copied.ok_or_else(|| CliError::Failed("stopped: no copy was made".into()))?;
         copied.map_err(|error| CliError::Failed(format!("the database cannot be copied: {error}")))?;
         place(&copy, &args.to, dir).map_err(|error| unusable(dir, &error))?;
         print_line(&format!("the database is copied to {}", args.to.display()));
@@ -64,5 +64,5 @@ fn place(copy: &Path, to: &Path, dir: &Path) -> std::io::Result<()> {
 }
 
 fn unusable(dir: &Path, error: &std::io::Error) -> CliError {
-    CliError::Failed(format!("no copy can be put into {}: {}", dir.display(), error.kind()))
+    CliError::Failed(format!("cannot write a copy into {}: {}", dir.display(), error.kind()))
 }

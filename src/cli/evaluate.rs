@@ -12,7 +12,7 @@ use super::output::print_line;
 use super::photos;
 use crate::config;
 use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
-use crate::ml::evaluate::{Generated, GeneratedSet, Judge, PromptLists};
+use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
 use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
@@ -21,7 +21,7 @@ use crate::report::{Scores, scores_table};
 
 #[derive(Debug, Args)]
 pub(super) struct Evaluate {
-    /// Directory of the models, with what judges in metrics/
+    /// Directory of the models, with metric networks in metrics/
     #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Directory with photos of the product: PNG, JPEG or WebP
@@ -39,10 +39,10 @@ pub(super) struct Evaluate {
     /// Their prompts, a line for each in the order of their names, with {product} for the product
     #[arg(long, value_name = "FILE", requires = "generated")]
     prompts: Option<PathBuf>,
-    /// Fine-tuned weights to draw with instead
+    /// Fine-tuned weights that draw the pictures to score
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// What kind of thing the product is; a model knows it
+    /// Class name of the product; by default that of --model
     #[arg(long, value_name = "NAME", required_unless_present = "model", conflicts_with = "model")]
     class_name: Option<String>,
     /// The prompt of the prompt-invariant protocol; pictures of all others are prompt-varying
@@ -54,10 +54,10 @@ pub(super) struct Evaluate {
     /// Image types, backgrounds and styles of the prompts that a model is given: JSON; our own if not given
     #[arg(long, value_name = "FILE", requires = "model")]
     prompt_lists: Option<PathBuf>,
-    /// Where a model's prompts and noise come from
+    /// Seed of a model's prompts and noise
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Steps from noise to picture
+    /// Steps of the sampler
     #[arg(long, default_value_t = 25)]
     steps: usize,
     /// Weight of the prompt, by default what suits the bundle; 1 switches guidance off
@@ -69,7 +69,7 @@ pub(super) struct Evaluate {
     /// Directory for the pictures that a model draws; not kept if not given
     #[arg(long, value_name = "DIR", requires = "model")]
     out: Option<PathBuf>,
-    /// Print everything that was found, as JSON
+    /// Print all scores as JSON
     #[arg(long)]
     json: bool,
     /// cpu, cuda or cuda:N
@@ -93,17 +93,17 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let lists = args.prompt_lists.as_deref().map(prompt_lists).transpose()?.unwrap_or_default();
     let device = device::open(&args.device)?;
     let bundle = Bundle::open(&args.bundle)?;
-    let judge = Judge::new(&bundle, &device, real)?;
+    let evaluator = Evaluator::new(&bundle, &device, real)?;
     let pictures = match (generated, &args.model) {
         (Some(pictures), _) => pictures,
         (None, Some(model)) => {
             let base = Models::load(&bundle, &device)?;
             let finetuned = FineTuned::load(model, &bundle, &base)?;
-            drawn(args, &bundle, &finetuned, &lists, judge.can_tell_the_class())?
+            drawn(args, &bundle, &finetuned, &lists, evaluator.can_score_class())?
         }
         (None, None) => return Err(CliError::Input("wanted --generated or --model".into())),
     };
-    let scores = scores(&judge, &pictures)?;
+    let scores = scores(&evaluator, &pictures)?;
     if args.json {
         print_line(&format!("{:#}", with_names(&scores, &pictures)));
     } else {
@@ -196,7 +196,7 @@ fn drawn(
                 })?;
                 image_io::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
             }
-            all.push((name, Generated { pixels: image_io::of_pixels(pixels, (side, side))?, prompt }));
+            all.push((name, Generated { pixels: image_io::from_pixels(pixels, (side, side))?, prompt }));
             bar.inc(1);
         }
     }
@@ -206,7 +206,7 @@ fn drawn(
 }
 
 /// The scores of the images, as in reports.
-fn scores(judge: &Judge, pictures: &Pictures) -> Result<Scores, CliError> {
+fn scores(evaluator: &Evaluator, pictures: &Pictures) -> Result<Scores, CliError> {
     let generated: Vec<Generated> = pictures.all.iter().map(|(_, one)| one.clone()).collect();
     let (invariant, varying) = generated.split_at(pictures.n_invariant);
     let class_images: Vec<_> = pictures.class_images.iter().map(|one| one.pixels.clone()).collect();
@@ -214,7 +214,7 @@ fn scores(judge: &Judge, pictures: &Pictures) -> Result<Scores, CliError> {
     let bar = bar(style, 0);
     let drawn =
         GeneratedSet { class_name: &pictures.class_name, invariant, varying, class_images: &class_images };
-    let found = judge.evaluate(&drawn, &mut |done, total| {
+    let found = evaluator.evaluate(&drawn, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         Ok(())

@@ -10,7 +10,7 @@ use super::output::{print_line, print_warning};
 use crate::config;
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME};
-use crate::ml::export::{FineTune, Form, Width};
+use crate::ml::export::{ExportFormat, FineTune, Precision};
 
 #[derive(Debug, Args)]
 pub(super) struct Export {
@@ -20,19 +20,19 @@ pub(super) struct Export {
     /// The fine-tuned weights: `weights.safetensors` of a training
     #[arg(long, value_name = "WEIGHTS")]
     model: PathBuf,
-    /// What to write; may be given for each
+    /// Format to write; may be repeated
     #[arg(long = "as", value_enum, value_name = "FORM", required = true)]
-    forms: Vec<FormName>,
-    /// Directory to put it in; made if it is not there
+    formats: Vec<FormatName>,
+    /// Output directory; created if it does not exist
     #[arg(long)]
     out: PathBuf,
-    /// Type of the weights; f16 takes half the room and loses the smaller part of what was learned to rounding
-    #[arg(long, value_enum, default_value_t = WidthName::F32)]
-    dtype: WidthName,
+    /// Type of the weights; f16 takes half the space and rounds away the smallest of what was learned
+    #[arg(long, value_enum, default_value_t = PrecisionName::F32)]
+    dtype: PrecisionName,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum FormName {
+pub(super) enum FormatName {
     /// A directory `diffusers`, which diffusers loads, and which is a bundle
     Diffusers,
     /// `single-file.safetensors`, which AUTOMATIC1111 and ComfyUI read
@@ -40,27 +40,27 @@ pub(super) enum FormName {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum WidthName {
+pub(super) enum PrecisionName {
     F32,
     F16,
 }
 
-impl FormName {
-    fn form(self) -> Form {
+impl FormatName {
+    fn format(self) -> ExportFormat {
         match self {
-            Self::Diffusers => Form::Diffusers,
-            Self::SingleFile => Form::SingleFile,
+            Self::Diffusers => ExportFormat::Diffusers,
+            Self::SingleFile => ExportFormat::SingleFile,
         }
     }
 
     /// Fails if its place in `dir` is taken.
     pub(super) fn vacant(self, dir: &Path) -> Result<()> {
-        self.form().vacant(dir).map(drop)
+        self.format().vacant(dir).map(drop)
     }
 }
 
 pub(super) fn run(args: &Export) -> Result<ExitCode> {
-    write(&args.bundle, &args.model, &args.forms, args.dtype, &args.out)?;
+    write(&args.bundle, &args.model, &args.formats, args.dtype, &args.out)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -68,26 +68,27 @@ pub(super) fn run(args: &Export) -> Result<ExitCode> {
 pub(super) fn write(
     bundle: &Path,
     model: &Path,
-    forms: &[FormName],
-    width: WidthName,
+    formats: &[FormatName],
+    precision: PrecisionName,
     out: &Path,
 ) -> Result<()> {
-    if forms.is_empty() {
+    if formats.is_empty() {
         return Ok(());
     }
-    for form in forms {
-        form.vacant(out)?;
+    for format in formats {
+        format.vacant(out)?;
     }
     let bundle = Bundle::open(bundle)?;
     let fine_tune = FineTune::open(model, &bundle)?;
-    let warnings: BTreeSet<String> = forms.iter().flat_map(|form| fine_tune.warnings(form.form())).collect();
+    let warnings: BTreeSet<String> =
+        formats.iter().flat_map(|format| fine_tune.warnings(format.format())).collect();
     warnings.iter().for_each(|warning| print_warning(warning));
-    let width = match width {
-        WidthName::F32 => Width::F32,
-        WidthName::F16 => Width::F16,
+    let precision = match precision {
+        PrecisionName::F32 => Precision::F32,
+        PrecisionName::F16 => Precision::F16,
     };
-    for form in forms {
-        print_line(&fine_tune.export(form.form(), width, out)?.display().to_string());
+    for format in formats {
+        print_line(&fine_tune.export(format.format(), precision, out)?.display().to_string());
     }
     Ok(())
 }

@@ -13,9 +13,9 @@ use crate::store::{self, NewKey, Scope, Store, TenantState};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make a key and print it, this once.
+    /// Create a key and print it once.
     Create(Create),
-    /// End a key's life. Servers notice within a minute.
+    /// Revoke a key. Servers notice within a minute.
     Revoke(Revoke),
     /// List the keys, without their secrets.
     List(List),
@@ -23,16 +23,16 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct Create {
-    /// Whose key it is; made if there is no such tenant
+    /// Tenant of the key; created if it does not exist
     #[arg(long)]
     tenant: String,
-    /// What it is for, for people
+    /// What it is for: a note for people
     #[arg(long, default_value = "")]
     name: String,
-    /// read; write, which may read as well; or admin, which may write as well and see the server's figures
+    /// read; write, which may read as well; or admin, which may write as well and see the server's metrics
     #[arg(long, default_value = "write")]
     scope: Scope,
-    /// Days until it ends; without it, it does not
+    /// Days until it expires; by default never
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=36_500))]
     days: Option<u32>,
     #[command(flatten)]
@@ -109,7 +109,7 @@ async fn revoke(args: &Revoke, store: Store) -> Result<(), CliError> {
         print_line("revoked");
         return Ok(());
     }
-    Err(CliError::Input(format!("there is no live key with the id {:?}", args.id)))
+    Err(CliError::Input(format!("there is no valid key with the id {:?}", args.id)))
 }
 
 async fn list(store: Store) -> Result<(), CliError> {

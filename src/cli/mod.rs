@@ -43,42 +43,42 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// See it all: start the service, train on a product that is in the program, draw it.
+    /// Run the whole service locally: train on an embedded product and draw it.
     Demo(Box<demo::Demo>),
-    /// Answer requests; with --workers, do the work as well.
+    /// Run the HTTP server; with --workers also workers, in the same process.
     Serve(Box<serve::Serve>),
-    /// Do the work: train and draw what is in the queue.
+    /// Run workers, which train and draw the queued jobs.
     Work(Box<work::Work>),
-    /// Bring the database up to date.
+    /// Migrate the database to this program's schema.
     Migrate(migrate::Migrate),
     /// Find objects that no row names, and remove them with --remove.
     Sweep(sweep::Sweep),
     /// Copy the SQLite file while the service runs.
     Backup(backup::Backup),
-    /// Say that a database and an object store belong together.
+    /// Mark a database and an object store as one deployment.
     Pair(pair::Pair),
-    /// Say who may call.
+    /// Create, list and revoke API keys.
     #[command(subcommand)]
     Keys(keys::Command),
-    /// Look after jobs and tenants, on the database itself.
+    /// Administer jobs and tenants, directly on the database.
     #[command(subcommand)]
     Admin(admin::Command),
     /// Print the OpenAPI document of the service.
     Openapi,
-    /// Look after the models on disk.
+    /// Manage model bundles on disk.
     #[command(subcommand)]
     Models(models::Command),
-    /// Find the product in photos, and say whether they can be worked with.
+    /// Find the product in photos, and say which photos can be used.
     Segment(segment::Segment),
-    /// Make photos of a product into a model of it, without a service.
+    /// Train a model on photos of a product, without a service.
     Train(Box<train::Train>),
-    /// Write a model of a product as what other programs read.
+    /// Export a fine-tuned model in formats of other programs.
     Export(export::Export),
-    /// Draw pictures from a bundle and words.
+    /// Draw pictures from a bundle and a prompt.
     Sample(Box<sample::Sample>),
-    /// Compare pictures with the photos of a product and with their prompts.
+    /// Score pictures against the photos of a product and their prompts.
     Evaluate(Box<evaluate::Evaluate>),
-    /// Train and judge several methods on several products with equal seeds, and set them side by side.
+    /// Train and evaluate several methods on several products with equal seeds.
     Compare(Box<compare::Compare>),
 }
 

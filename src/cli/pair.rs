@@ -10,16 +10,16 @@ use super::service::{self, Log};
 use crate::config::Storage;
 use crate::deployment;
 
-/// Check that the database and the object store belong together, and mark both if they bear no marker yet: as every
-/// program does at its start.
+/// Check that the database and the object store belong together, and mark both if they have no marker yet, as every
+/// process does at its start.
 ///
-/// Where they bear different markers, or nothing shows that they belong together, nothing starts: one of them may be
-/// another deployment's, and a sweep would take its objects for nobody's. If it is meant all the same, because the
-/// database was begun anew or both were copied to become a deployment of their own, say so with --replace.
+/// Where they have different markers, or nothing shows that they belong together, nothing starts: one of them may be
+/// another deployment's, and a sweep would take its objects for orphans. To pair them anyway, because the database was
+/// created again or both were copied to become a deployment of their own, use --replace.
 #[derive(Debug, Args)]
 pub(super) struct Pair {
-    /// Mark both as one deployment, whatever they bear. MARKER is what the object store bears now, as the refusal names
-    /// it, or none
+    /// Mark both as one deployment, whatever their markers are. MARKER is the object store's, as the refusal names it,
+    /// or none
     #[arg(long, value_name = "MARKER")]
     replace: Option<String>,
     #[command(flatten)]

@@ -31,13 +31,13 @@ pub(super) struct Sample {
     /// Fine-tuned weights to draw with: `weights.safetensors` of a training from this bundle.
     #[arg(long, value_name = "WEIGHTS")]
     model: Option<PathBuf>,
-    /// What the pictures show; {product} stands for what the model was fine-tuned to.
+    /// Prompt; {product} stands for the product of --model.
     #[arg(long)]
     prompt: String,
-    /// What they must not show.
+    /// Negative prompt.
     #[arg(long, default_value = "")]
     negative: String,
-    /// Steps from noise to picture.
+    /// Steps of the sampler.
     #[arg(long, default_value_t = 25)]
     steps: usize,
     /// Weight of the prompt against the negative prompt, by default what suits the bundle; 1 switches guidance off.
@@ -61,7 +61,7 @@ pub(super) struct Sample {
     /// Pixels; the bundle's own size if not given.
     #[arg(long)]
     height: Option<usize>,
-    /// Directory for the pictures; made if it is not there.
+    /// Directory for the pictures; created if it does not exist.
     #[arg(long)]
     out: PathBuf,
     /// Noise to begin with instead of the seeds': a safetensors file with `latents` [n, c, h, w], unit normal.

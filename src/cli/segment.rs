@@ -14,7 +14,7 @@ use crate::config;
 use crate::ml::bundle::{Bundle, MINIATURE_NAME, write_json};
 use crate::ml::device;
 use crate::ml::image_io::{read_png, save_png};
-use crate::ml::segment::{Judgement, segment};
+use crate::ml::segment::{MaskStats, segment};
 
 #[derive(Debug, Args)]
 pub(super) struct Segment {
@@ -24,7 +24,7 @@ pub(super) struct Segment {
     /// Photos, PNG, JPEG or WebP, and directories of photos
     #[arg(long, required = true, num_args = 1.., value_name = "DIR|FILE")]
     photos: Vec<PathBuf>,
-    /// Directory for masks, cut-outs and masks.json; made if it is not there
+    /// Directory for masks, cut-outs and masks.json; created if it does not exist
     #[arg(long)]
     out: PathBuf,
     /// cpu, cuda or cuda:N
@@ -57,25 +57,25 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, CliError> {
             print_warning(&format!("{}: is {warning}", file.display()));
         }
         let pixels = read_png(&photo.png)?;
-        let (mask, judgement) = segment(&segmenter, &pixels, &device)?.cleaned();
+        let (mask, stats) = segment(&segmenter, &pixels, &device)?.cleaned();
         let name = name(file, &mut names);
         let (mask_name, cut_out_name) = (format!("{name}-mask.png"), format!("{name}-cut-out.png"));
         let size = (photo.width as usize, photo.height as usize);
         save_png(&args.out.join(&mask_name), &mask.picture(), size, &[])?;
         save_png(&args.out.join(&cut_out_name), &mask.cut_out(&pixels), size, &[])?;
-        let refusal = judgement.refusal();
+        let refusal = stats.refusal();
         match &refusal {
-            None => print_line(&format!("{}: {}", file.display(), words(&judgement))),
+            None => print_line(&format!("{}: {}", file.display(), words(&stats))),
             Some(refusal) => {
                 print_error(&format!("{}: {refusal}", file.display()));
                 n_refused += 1;
             }
         }
-        let mut entry = json!(judgement);
+        let mut entry = json!(stats);
         entry["photo"] = json!(file);
         entry["mask"] = mask_name.into();
         entry["cut_out"] = cut_out_name.into();
-        entry["warnings"] = json!(judgement.warnings());
+        entry["warnings"] = json!(stats.warnings());
         entry["refusal"] = json!(refusal);
         found.push(entry);
     }
@@ -110,8 +110,8 @@ fn name(file: &Path, taken: &mut BTreeSet<String>) -> String {
 }
 
 /// The result for a photo, in a line.
-fn words(judgement: &Judgement) -> String {
-    let percent = judgement.area * 100.0;
-    let seen = format!("a product on {percent:.1} % of it, confidence {:.2}", judgement.confidence);
-    std::iter::once(seen).chain(judgement.warnings()).collect::<Vec<_>>().join("; ")
+fn words(stats: &MaskStats) -> String {
+    let percent = stats.area * 100.0;
+    let seen = format!("a product on {percent:.1} % of it, confidence {:.2}", stats.confidence);
+    std::iter::once(seen).chain(stats.warnings()).collect::<Vec<_>>().join("; ")
 }

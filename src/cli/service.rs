@@ -89,7 +89,7 @@ impl Log {
 /// Log, metrics and traces of a process that serves or works.
 pub(super) struct Instrumentation {
     /// The metrics that `/metrics` shows.
-    pub(super) figures: PrometheusHandle,
+    pub(super) metrics: PrometheusHandle,
     telemetry: Option<Telemetry>,
 }
 
@@ -102,7 +102,7 @@ impl Instrumentation {
             |error: &dyn std::error::Error| CliError::Failed(format!("metrics cannot be recorded: {error}"));
         let prometheus = PrometheusBuilder::new().set_buckets(&LATENCIES).map_err(|error| failed(&error))?;
         let prometheus = prometheus.build_recorder();
-        let figures = prometheus.handle();
+        let metrics = prometheus.handle();
         match telemetry.as_ref().and_then(Telemetry::recorder) {
             Some(pushed) => {
                 let both = FanoutBuilder::default().add_recorder(prometheus).add_recorder(pushed).build();
@@ -110,7 +110,7 @@ impl Instrumentation {
             }
             None => metrics::set_global_recorder(prometheus).map_err(|error| failed(&error))?,
         }
-        Ok(Self { figures, telemetry })
+        Ok(Self { metrics, telemetry })
     }
 
     /// Updates the metrics of the queue while metrics are pushed; returns at once if they are not.
@@ -134,7 +134,7 @@ impl Instrumentation {
     ) -> Result<T, CliError> {
         let this = &self;
         let done = run(|stop| async move {
-            tokio::spawn(run_upkeep(this.figures.clone()));
+            tokio::spawn(run_upkeep(this.metrics.clone()));
             work(this, stop).await
         });
         if let Some(telemetry) = self.telemetry.filter(|_| !matches!(&done, Err(CliError::Interrupted))) {
@@ -146,10 +146,10 @@ impl Instrumentation {
 
 /// Aggregates recorded values into histogram buckets. Until then every single value is kept, even if nothing reads
 /// `/metrics`.
-async fn run_upkeep(figures: PrometheusHandle) {
+async fn run_upkeep(metrics: PrometheusHandle) {
     loop {
         tokio::time::sleep(UPKEEP_INTERVAL).await;
-        figures.run_upkeep();
+        metrics.run_upkeep();
     }
 }
 
@@ -203,9 +203,7 @@ fn no_signals(error: std::io::Error) -> CliError {
 /// A listener at the address of the setting `name`.
 pub(super) async fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, CliError> {
     let bound = TcpListener::bind(address).await;
-    bound.map_err(|error| {
-        CliError::Input(format!("{name}: {address} cannot be listened on: {}", error.kind()))
-    })
+    bound.map_err(|error| CliError::Input(format!("{name}: cannot listen on {address}: {}", error.kind())))
 }
 
 /// Opens the database, and waits for it if it is not up yet. Migrates its schema if `migrate`, else checks it.
@@ -258,7 +256,7 @@ pub(super) async fn open_existing_store(storage: &Storage) -> Result<Store, CliE
         && !file.is_file()
     {
         return Err(CliError::Input(format!(
-            "there is no database at {}: wanted that of a service, by HYPNOS_DATABASE or HYPNOS_DATA",
+            "there is no database at {}: set HYPNOS_DATABASE or HYPNOS_DATA to the service's",
             file.display()
         )));
     }

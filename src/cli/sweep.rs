@@ -20,12 +20,12 @@ pub(super) struct Sweep {
     /// Remove what is found; without it, it is only listed
     #[arg(long)]
     remove: bool,
-    /// Remove although it looks like a mistake; what it looks like is to be named. most-objects: more than half of all
-    /// objects would go, as with a wrong database. newer-than-rows: the database looks like a restored backup, and what
-    /// would go may be all that is left of the jobs since
+    /// Remove despite a suspicion, which must be named. most-objects: more than half of all
+    /// objects would be removed, as with a wrong database. newer-than-rows: the database looks like a restored backup,
+    /// and what would go may be all that is left of the jobs since
     #[arg(long, value_name = "WHAT", value_delimiter = ',', requires = "remove")]
     despite: Vec<Despite>,
-    /// Leave alone what is younger: no upload may take longer
+    /// Leave younger objects alone; longer than any upload takes
     #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     older_hours: u32,
     #[command(flatten)]
@@ -75,7 +75,7 @@ async fn sweep(args: &Sweep, store: &Store, blobs: &Blobs) -> Result<(), CliErro
     }
     if let Some(doubt) = found.doubts.iter().find(|doubt| !args.despite.contains(&despite(**doubt))) {
         return Err(CliError::Input(format!(
-            "{counted}; nothing was removed, for {}. If they are to go all the same: --despite {}",
+            "{counted}; nothing was removed, for {}. To remove them anyway: --despite {}",
             why(*doubt, &found),
             word(*doubt)
         )));
@@ -111,7 +111,7 @@ fn word(doubt: Doubt) -> String {
 fn why(doubt: Doubt, found: &Found) -> String {
     match doubt {
         Doubt::MostObjects => format!(
-            "{} of {} objects would go, which looks like a wrong database",
+            "{} of {} objects would be removed, which looks like a wrong database",
             found.orphans.len(),
             found.n_objects
         ),

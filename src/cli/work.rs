@@ -59,9 +59,9 @@ async fn work_on(
     let ended = CancellationToken::new();
     let answer = async {
         if let Some(listener) = listener {
-            let (figures, health) = (instrumentation.figures.clone(), health.clone());
+            let (metrics, health) = (instrumentation.metrics.clone(), health.clone());
             let (store, blobs, stop) = (store.clone(), blobs.clone(), stop.clone());
-            let operations = Arc::new(Operations::for_worker(store, blobs, figures, stop, health));
+            let operations = Arc::new(Operations::for_worker(store, blobs, metrics, stop, health));
             http::serve(listener, operations.router(), CONNECTIONS, Timeouts::default(), ended.clone()).await;
         }
     };

@@ -1,4 +1,4 @@
-//! Lingering close: goes on reading what a refused client still sends.
+//! Lingering close: keeps reading what a refused client still sends.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};

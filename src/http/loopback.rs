@@ -66,7 +66,7 @@ fn check_local(app: &AppState, request: &Request) -> Result<(), Problem> {
 }
 
 /// What shows that a request came through a proxy, if anything does. A proxy that adds no header and sends a loopback
-/// Host cannot be told from a client; but nginx by default sends HTTP/1.0, which clients no longer do.
+/// Host cannot be distinguished from a client; but nginx by default sends HTTP/1.0, which clients no longer do.
 fn proxy_evidence(version: Version, headers: &HeaderMap) -> Option<String> {
     let is_evidence = |name: &&str| name.starts_with("x-forwarded") || PROXY_HEADERS.contains(name);
     let header = headers.keys().map(HeaderName::as_str).find(is_evidence);

@@ -98,7 +98,7 @@ kinds! {
     ImageTooSmall = "image-too-small", UNPROCESSABLE_ENTITY, "The photo is too small",
         "`detail` says what is accepted.";
     ImageAspect = "image-aspect", UNPROCESSABLE_ENTITY, "The photo is too long and narrow",
-        "Cut it closer to the product.";
+        "Crop it closer to the product.";
     ImageAnimated = "animated-not-supported", UNPROCESSABLE_ENTITY, "The photo is an animation",
         "Send a single picture.";
     ImageColor = "image-color-unsupported", UNPROCESSABLE_ENTITY, "The photo's colour space is not supported",
@@ -241,7 +241,7 @@ impl From<store::Error> for Problem {
                 tracing::warn!(error = %error_chain(&error), "request outcome unknown: the database did not confirm a commit");
                 Self::new(
                     Kind::OutcomeUnknown,
-                    "the database did not confirm the request; the same request with the same Idempotency-Key will tell",
+                    "the database did not confirm the request; the same request with the same Idempotency-Key will get its outcome",
                 )
             }
             store::Error::LeaseLost | store::Error::Corrupt(_) | store::Error::InvalidSettings(_) => {

@@ -26,7 +26,7 @@ const RETRY_EARLY: Duration = Duration::from_secs(10);
 const RESERVATION_GRACE: Duration = Duration::from_mins(1);
 /// Reservations of one tenant.
 const RESERVATIONS_MAX: usize = 1000;
-/// A longer wait is told, but not reserved.
+/// A longer wait is announced, but not reserved.
 const RESERVATION_WAIT_MAX: Duration = Duration::from_hours(1);
 /// How long an upload waits for a processing slot when the queue moves slower than expected.
 const SLOT_WAIT_MAX: Duration = Duration::from_secs(75);
@@ -43,7 +43,7 @@ const INITIAL_SECS_PER_BYTE: f64 = 3e-7;
 const WEIGHT_MAX: f64 = 64e6;
 /// Weight of [`INITIAL_SECS_PER_BYTE`], so that the first upload counts for more.
 const INITIAL_WEIGHT: f64 = 8e6;
-/// Factor by which an expected wait is prolonged in what a client is told, for others that may come.
+/// Factor by which the wait announced to a client exceeds the expected one, for others that may come.
 const RETRY_MARGIN: f64 = 1.25;
 
 /// The uploads that are being received, queued or processed.
@@ -251,7 +251,7 @@ impl Backlog {
         Duration::from_secs(wait.as_secs() + 1)
     }
 
-    /// Refuses an upload, and reserves the time at which its client is told to retry.
+    /// Refuses an upload, and reserves the time at which its client is to retry.
     fn refuse(&mut self, tenant: TenantId, bytes: u64, cause: Exhausted, now: Instant) -> RetryLater {
         let wait = self.retry_wait(tenant, bytes);
         let n_reserved = self.tenants.get(&tenant).map_or(0, |entries| {
@@ -361,7 +361,7 @@ mod tests {
     }
 
     /// Simulates clients that come at some time with an upload of so many bytes, and a server that takes
-    /// `secs_per_byte` to process them. A refused client retries when it is told to.
+    /// `secs_per_byte` to process them. A refused client retries at the announced time.
     fn serve(backlog: &mut Backlog, clients: &[(TenantId, Duration, u64)], secs_per_byte: f64) -> Vec<Done> {
         let zero = Instant::now();
         let mut coming: Vec<_> = clients.iter().enumerate().map(|(n, client)| (client.1, n)).collect();

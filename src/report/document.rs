@@ -11,10 +11,10 @@ use utoipa::ToSchema;
 
 use super::scores::{PictureScores, Protocol, Scores};
 use crate::job::{Method, Phase, TrainOptions};
-use crate::ml::segment::Judgement;
+use crate::ml::segment::MaskStats;
 use crate::ml::train::Trial;
 
-/// All that led to a training's result, and what the result is worth.
+/// How a training's result was made, and its evaluation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Report {
     /// The method.
@@ -146,13 +146,13 @@ pub struct MaskQuality {
     pub confidence: f64,
 }
 
-impl From<&Judgement> for MaskQuality {
-    fn from(judgement: &Judgement) -> Self {
+impl From<&MaskStats> for MaskQuality {
+    fn from(stats: &MaskStats) -> Self {
         Self {
-            area: judgement.area,
-            touches: judgement.touches.iter().map(|&side| side.to_owned()).collect(),
-            things: judgement.things as u64,
-            confidence: judgement.confidence,
+            area: stats.area,
+            touches: stats.touches.iter().map(|&side| side.to_owned()).collect(),
+            things: stats.things as u64,
+            confidence: stats.confidence,
         }
     }
 }

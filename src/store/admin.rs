@@ -164,7 +164,7 @@ impl Store {
         Ok(Some(Requeued::Taken(new_state)))
     }
 
-    /// Pauses claims: of a tenant or of all, of a kind or of both. Running jobs go on. A repeated pause replaces the
+    /// Pauses claims: of a tenant or of all, of a kind or of both. Running jobs continue. A repeated pause replaces the
     /// reason.
     pub async fn pause(&self, tenant: Option<TenantId>, kind: Option<Kind>, reason: &str) -> Result<()> {
         let insert = "insert into pause (tenant, kind, reason, created_ms) select $1, $2, $3, ms from clock where true \

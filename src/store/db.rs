@@ -319,7 +319,7 @@ impl Tx {
     pub(super) async fn rows(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<Vec<Row>> {
         let sql = sql.into();
         let Self { begun, executor, .. } = self;
-        let rows = executor.execute(Statement::Within, async {
+        let rows = executor.execute(Statement::InTransaction, async {
             match begun {
                 Begun::Sqlite(writer) => {
                     let rows = bound!(sql.sqlite, args).fetch_all(writer.connection()).await?;
@@ -340,7 +340,7 @@ impl Tx {
     pub(super) async fn run(&mut self, sql: impl Into<Sql>, args: &[Arg]) -> Result<u64> {
         let sql = sql.into();
         let Self { begun, executor, .. } = self;
-        let count = executor.execute(Statement::Within, async {
+        let count = executor.execute(Statement::InTransaction, async {
             match begun {
                 Begun::Sqlite(writer) => {
                     let done = bound!(sql.sqlite, args).execute(writer.connection()).await?;

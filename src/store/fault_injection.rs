@@ -17,7 +17,7 @@ pub enum Statement {
     /// The begin of a transaction.
     Begin,
     /// A statement within a transaction.
-    Within,
+    InTransaction,
     /// The commit of a transaction.
     Commit,
 }

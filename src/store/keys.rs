@@ -14,7 +14,7 @@ string_enum!(
         Read = "read",
         /// Look, submit, cancel and delete.
         Write = "write",
-        /// The same, and see what concerns all tenants: the server's figures.
+        /// The same, and see what concerns all tenants: the server's metrics.
         Admin = "admin",
     }
 );

@@ -13,7 +13,7 @@ string_enum!(
     TenantState {
         /// It is.
         Active = "active",
-        /// Its keys open nothing, and what waits is not claimed. What runs goes on to its end.
+        /// Its keys are refused and its queued jobs are not claimed. Running jobs continue to their end.
         Disabled = "disabled",
         /// It is being erased, with all that it has. There is no way back.
         Deleting = "deleting",

@@ -80,7 +80,7 @@ impl Worker {
             class_images,
             resume: resume.clone(),
             scratch: scratch.path().to_owned(),
-            observer: Box::new(move |beat| observer.observe(beat)),
+            observer: Box::new(move |event| observer.observe(event)),
             device_time: lease.device_time.clone(),
             reply,
         }));
@@ -318,7 +318,7 @@ struct Prepared {
     resume: Option<PathBuf>,
 }
 
-/// What the job's task handles while the device goes on.
+/// What the job's task handles while the device works.
 enum Event {
     /// A phase began.
     Phase(Phase, Instant),
@@ -336,7 +336,7 @@ enum Event {
     },
 }
 
-/// Receives the events of a training, on the device's thread, and decides how it goes on.
+/// Receives the events of a training, on the device's thread, and decides how it continues.
 struct TrainingObserver {
     lease: Arc<LeaseHandle>,
     drain: CancellationToken,
@@ -352,9 +352,9 @@ struct TrainingObserver {
 }
 
 impl TrainingObserver {
-    fn observe(&mut self, beat: TrainEvent) -> Flow {
+    fn observe(&mut self, event: TrainEvent) -> Flow {
         let mut may_checkpoint = false;
-        match beat {
+        match event {
             TrainEvent::Progress(mut progress) => {
                 may_checkpoint = progress.phase == Phase::Training && progress.step > 0;
                 if !self.eta.is_in(progress.phase) {

@@ -69,7 +69,8 @@ def models(config):
         }
 
 
-# ------------------------------------------------------- which modules CompVis/stable-diffusion builds, and in what order
+# ------------------------------------------------------- which modules CompVis/stable-diffusion builds, and in what
+# order
 
 
 def both(*names):

@@ -2,7 +2,7 @@
 
     pip install --no-deps timm==1.0.31 torchvision==0.29.2 carvekit==4.1.2   # beside what make.py names
     python tests/golden/method.py            # all of them
-    python tests/golden/method.py critic     # only this
+    python tests/golden/method.py discriminator     # only this
     python tests/golden/method.py --full DIR # TRACER-B7 and EfficientNet-B1 at full size, too large to be committed
 
 What `--full` writes has the names of the small goldens: `HYPNOS_GOLDENS=DIR cargo nextest run -E 'test(/^method::the_(perc|segm)/)'` holds
@@ -100,7 +100,7 @@ def gradients(loss, module, inputs, **options):
 
 
 @golden
-def critic():
+def discriminator():
     """The latent discriminator on 5 latents of 16x16: scores, the class token's attention in the last layer, and both losses.
 
     Loss d is least squares, 1 for the first two (real), 0 for the others; loss g is eq. 7 on the last one. Gradients: of d
@@ -122,7 +122,7 @@ def critic():
         return {"scores": scores, "attention": attention, "d": d, "g": g}, weights | {"latents": grad}
 
     cases.add("all", {"latents": latents}, run)
-    write("critic", cases.tensors, config=config, **cases.metadata)
+    write("discriminator", cases.tensors, config=config, **cases.metadata)
 
 
 # ------------------------------------------------------------------------------------------------- perceptual loss

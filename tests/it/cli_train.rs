@@ -1,4 +1,4 @@
-//! `hypnos train`: photos of a directory to a model in a directory, killed and gone on with, and what it refuses.
+//! `hypnos train`: trains on a directory of photos, resumes after a kill, and refuses invalid input.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -137,7 +137,7 @@ fn textual_inversion_killed_at_any_step_and_resumed_gives_the_bytes_of_an_unbrok
 }
 
 #[test]
-fn a_training_leaves_all_that_can_be_looked_at() {
+fn a_training_writes_masks_views_images_a_report_and_weights() {
     let (dir, traces) = (scratch(), scratch());
     let out = dir.path().join("mug");
     let trace = traces.path().to_str().expect("a path");
@@ -191,7 +191,7 @@ fn a_training_leaves_all_that_can_be_looked_at() {
 }
 
 #[test]
-fn what_cannot_work_is_refused_in_one_line_and_nothing_is_written() {
+fn an_invalid_training_is_refused_in_one_line_and_nothing_is_written() {
     let dir = scratch();
     let refuse = |more: &[&str], wanted: &[&str]| {
         let out = dir.path().join("out");
@@ -215,12 +215,12 @@ fn what_cannot_work_is_refused_in_one_line_and_nothing_is_written() {
     );
     refuse(
         &["--set", "background_token=sks"],
-        &["background_token: is \"sks\" as instance_token is; wanted another"],
+        &["background_token: is \"sks\", the same as instance_token; wanted another"],
     );
 }
 
 #[test]
-fn three_to_five_photos_are_wanted_and_each_must_be_one() {
+fn three_to_five_photos_are_required_and_each_must_be_one() {
     let dir = scratch();
     let photos = dir.path().join("photos");
     fs::create_dir(&photos).expect("a directory");
@@ -253,13 +253,13 @@ fn a_photo_that_cannot_be_cut_is_refused_by_its_number() {
 }
 
 #[test]
-fn a_directory_that_holds_something_else_is_left_alone() {
+fn a_directory_with_other_contents_is_left_alone() {
     let dir = scratch();
     fs::write(dir.path().join("mine"), "precious").expect("a file");
     let line = refused(&mut train(&demo_photos(), dir.path(), &[]), 2);
     assert!(line.contains("is not empty"), "{line}");
     let line = refused(&mut train(&demo_photos(), dir.path(), &["--resume"]), 2);
-    assert!(line.contains("holds no training to go on with"), "{line}");
+    assert!(line.contains("has no training to resume"), "{line}");
     assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1);
 }
 

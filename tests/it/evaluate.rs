@@ -1,4 +1,4 @@
-//! Evaluation: its numbers made of what the metrics give, the trials of a training, and the programs around it.
+//! Evaluation: scores computed from the metrics, trials during a training, and the commands `evaluate` and `compare`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -8,7 +8,7 @@ use hypnos::engine::{CandleEngine, Ending, Engine, EngineSettings, Flow, TrainEv
 use hypnos::job::{Evaluation, Method, Phase, TrainOptions, TrainSpec};
 use hypnos::ml::Interrupt;
 use hypnos::ml::bundle::{Backbones, Bundle, Like, check, random, random_metrics};
-use hypnos::ml::evaluate::{Generated, GeneratedSet, Judge};
+use hypnos::ml::evaluate::{Evaluator, Generated, GeneratedSet};
 use hypnos::ml::image_io;
 use hypnos::ml::metrics;
 use hypnos::report::{Protocol, Report};
@@ -57,13 +57,13 @@ fn near(a: Option<f64>, b: f64) {
 }
 
 #[test]
-fn every_number_is_made_of_what_the_metrics_give() {
+fn every_score_is_computed_from_the_metrics_values() {
     let dir = tempfile::tempdir().expect("a directory");
     let place = bundle(dir.path(), true);
     assert_eq!(check(&place), []);
     let bundle = Bundle::open(&place).expect("a bundle");
     let nets = Backbones::load(&bundle, &Device::Cpu).expect("networks");
-    let judge = Judge::new(&bundle, &Device::Cpu, photos()).expect("a judge");
+    let evaluator = Evaluator::new(&bundle, &Device::Cpu, photos()).expect("an evaluator");
     let invariant = [generated(1, "a photo of {product}"), generated(2, "a photo of {product}")];
     let varying = [generated(3, "{product} on a beach"), generated(4, "a drawing of {product}")];
     let class_images = [painted(8, [0, 0, 0], (64, 64))];
@@ -74,7 +74,7 @@ fn every_number_is_made_of_what_the_metrics_give() {
         class_images: &class_images,
     };
     let mut calls = Vec::new();
-    let found = judge.evaluate(&drawn, &mut |done, total| {
+    let found = evaluator.evaluate(&drawn, &mut |done, total| {
         calls.push((done, total));
         Ok::<_, Interrupt<()>>(())
     });
@@ -108,8 +108,11 @@ fn every_number_is_made_of_what_the_metrics_give() {
             protocol.fid_2048.value,
             metrics::frechet(&ours.pool2048, &theirs.pool2048).expect("a distance"),
         );
-        let pairs =
-            || shown.iter().flat_map(|one| real.iter().map(move |photo| (one, image_io::squared(photo, 64))));
+        let pairs = || {
+            shown
+                .iter()
+                .flat_map(|one| real.iter().map(move |photo| (one, image_io::center_square(photo, 64))))
+        };
         let mean = |compare: Compare<'_>| {
             pairs().map(|(one, photo)| compare(one, &photo).expect("a number")).sum::<f64>() / 6.0
         };
@@ -135,14 +138,14 @@ fn every_number_is_made_of_what_the_metrics_give() {
 }
 
 #[test]
-fn without_networks_pixels_are_compared_and_each_number_says_what_is_missing() {
+fn without_networks_only_pixels_are_compared_and_each_score_says_what_is_missing() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = Bundle::open(&bundle(dir.path(), false)).expect("a bundle");
-    let judge = Judge::new(&bundle, &Device::Cpu, photos()).expect("a judge");
-    assert!(!judge.can_try() && !judge.can_tell_the_class());
+    let evaluator = Evaluator::new(&bundle, &Device::Cpu, photos()).expect("an evaluator");
+    assert!(!evaluator.can_score_trials() && !evaluator.can_score_class());
     let invariant = [generated(1, "a photo of {product}")];
     let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
-    let found = json!(judge.evaluate(&drawn, &mut go_on()).expect("numbers"));
+    let found = json!(evaluator.evaluate(&drawn, &mut go_on()).expect("numbers"));
     let numbers = &found["prompt_invariant"];
     assert!(numbers["ssim"]["value"].is_number() && numbers["psnr"]["value"].is_number());
     for (metric, part) in [
@@ -159,14 +162,14 @@ fn without_networks_pixels_are_compared_and_each_number_says_what_is_missing() {
 }
 
 #[test]
-fn a_picture_that_is_a_photo_has_no_number_for_its_noise_and_is_otherwise_perfect() {
+fn an_image_equal_to_a_photo_has_no_psnr_and_otherwise_perfect_scores() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = Bundle::open(&bundle(dir.path(), true)).expect("a bundle");
     let photo = painted(1, [1, 2, 3], (64, 64));
-    let judge = Judge::new(&bundle, &Device::Cpu, vec![photo.clone()]).expect("a judge");
+    let evaluator = Evaluator::new(&bundle, &Device::Cpu, vec![photo.clone()]).expect("an evaluator");
     let invariant = [Generated { pixels: photo, prompt: "{product}".into() }];
     let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
-    let found = judge.evaluate(&drawn, &mut go_on()).expect("numbers");
+    let found = evaluator.evaluate(&drawn, &mut go_on()).expect("numbers");
     let numbers = found.prompt_invariant.expect("a protocol");
     near(numbers.ssim.value, 1.0);
     near(numbers.dino.value, 1.0);
@@ -181,19 +184,19 @@ fn a_picture_that_is_a_photo_has_no_number_for_its_noise_and_is_otherwise_perfec
 fn an_evaluation_can_be_stopped_after_any_call() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = Bundle::open(&bundle(dir.path(), true)).expect("a bundle");
-    let judge = Judge::new(&bundle, &Device::Cpu, photos()).expect("a judge");
+    let evaluator = Evaluator::new(&bundle, &Device::Cpu, photos()).expect("an evaluator");
     let invariant = [generated(1, "{product}"), generated(2, "{product}")];
     let drawn = GeneratedSet { class_name: "mug", invariant: &invariant, varying: &[], class_images: &[] };
     for stop in [1, 5, 13] {
         let mut n_calls = 0;
-        let stopped = judge.evaluate(&drawn, &mut |done, _| {
+        let stopped = evaluator.evaluate(&drawn, &mut |done, _| {
             n_calls += 1;
             if done == stop { Err(Interrupt::Stopped(())) } else { Ok(()) }
         });
         assert!(matches!(stopped, Err(Interrupt::Stopped(()))), "{stopped:?}");
         assert_eq!(n_calls, stop);
     }
-    assert!(Judge::new(&bundle, &Device::Cpu, Vec::new()).is_err());
+    assert!(Evaluator::new(&bundle, &Device::Cpu, Vec::new()).is_err());
 }
 
 /// A short training that is tried out twice and judged.
@@ -246,7 +249,7 @@ impl Attempt {
             trace: None,
         };
         let mut engine = CandleEngine::open(settings).expect("an engine");
-        let ending = engine.train(input, &mut |_, beat| flow(&beat)).expect("no fault");
+        let ending = engine.train(input, &mut |_, event| flow(&event)).expect("no fault");
         Self { ending, scratch }
     }
 
@@ -261,7 +264,7 @@ impl Attempt {
 }
 
 #[test]
-fn the_step_that_scored_best_is_served_and_a_training_paused_anywhere_serves_the_same() {
+fn the_best_scored_step_is_served_also_after_a_pause_at_any_step() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = bundle(dir.path(), true);
     let unbroken = Attempt::new(&bundle, None, |_| Flow::Continue);
@@ -286,7 +289,7 @@ fn the_step_that_scored_best_is_served_and_a_training_paused_anywhere_serves_the
         (Phase::Evaluating, 4, 1),
     ] {
         let mut n_seen = 0;
-        let first = Attempt::new(&bundle, None, |beat| match beat {
+        let first = Attempt::new(&bundle, None, |event| match event {
             TrainEvent::Progress(at) if (at.phase, at.step) == (phase, step) => {
                 n_seen += 1;
                 if n_seen == nth { Flow::Pause } else { Flow::Continue }
@@ -305,7 +308,7 @@ fn the_step_that_scored_best_is_served_and_a_training_paused_anywhere_serves_the
 }
 
 #[test]
-fn a_training_is_judged_by_both_protocols_and_its_page_shows_it() {
+fn a_training_is_evaluated_by_both_protocols_and_its_report_shows_them() {
     let dir = tempfile::tempdir().expect("a directory");
     let attempt = Attempt::new(&bundle(dir.path(), true), None, |_| Flow::Continue);
     let Trained { report, images, gallery, .. } = attempt.trained();
@@ -326,7 +329,7 @@ fn a_training_is_judged_by_both_protocols_and_its_page_shows_it() {
 }
 
 #[test]
-fn networks_that_are_broken_cost_the_numbers_and_not_the_training() {
+fn broken_metric_networks_cost_the_scores_and_not_the_training() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = bundle(dir.path(), true);
     std::fs::write(bundle.join("metrics/clip/config.json"), "{").expect("a file");
@@ -335,7 +338,7 @@ fn networks_that_are_broken_cost_the_numbers_and_not_the_training() {
     assert_eq!((&report.evaluation, report.served_step), (&None, Some(5)));
     assert_eq!(attempt.trained().images.len(), 3);
     let warnings = report.warnings.join("\n");
-    assert!(warnings.contains("not judged: the models/metrics/clip/config.json"), "{warnings}");
+    assert!(warnings.contains("not evaluated: the models/metrics/clip/config.json"), "{warnings}");
     assert!(!warnings.contains(&bundle.display().to_string()), "{warnings}");
 }
 
@@ -360,7 +363,7 @@ fn said(run: &Output) -> (String, String) {
 }
 
 #[test]
-fn pictures_from_anywhere_are_judged_by_the_program() {
+fn the_evaluate_command_scores_images_of_any_origin() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = bundle(dir.path(), true);
     let bundle = bundle.to_str().expect("Unicode");
@@ -421,7 +424,7 @@ fn pictures_from_anywhere_are_judged_by_the_program() {
 }
 
 #[test]
-fn methods_are_compared_and_what_is_done_is_not_done_again() {
+fn the_compare_command_resumes_without_repeating_trainings() {
     let dir = tempfile::tempdir().expect("a directory");
     let bundle = bundle(dir.path(), true);
     let photos = written(dir.path(), "mug-1", &photos());
@@ -462,8 +465,7 @@ fn methods_are_compared_and_what_is_done_is_not_done_again() {
     assert!(text.contains("dreambooth-no-prior@2e-6"), "{text}");
     assert_eq!(written(&cell.join("weights.safetensors")), before);
 
-    for (recipes, wanted) in
-        [("hypnoz", "is no method"), ("dreambooth-no-hands", "leaves out what is no part")]
+    for (recipes, wanted) in [("hypnoz", "is not a method"), ("dreambooth-no-hands", "omits an unknown part")]
     {
         let run = compare(recipes);
         let (_, err) = said(&run);

@@ -1,4 +1,4 @@
-//! A fine-tune as what other programs read: their names, all of its weights, and nothing half-written.
+//! Exports of fine-tuned models: other programs' tensor names, all weights, and no half-written files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -114,7 +114,7 @@ const BOTH: [&str; 4] = ["--as", "diffusers", "--as", "single-file"];
 const PROMPT: [&str; 2] = ["--prompt", "a photo of {product}"];
 
 #[test]
-#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn a_training_exports_all_of_its_weights_in_both_forms() {
     let dir = scratch();
     let (out, again, small) = (dir.path().join("mug"), dir.path().join("again"), dir.path().join("small"));
@@ -245,7 +245,7 @@ fn a_learned_embedding_stands_in_the_row_of_its_token_and_all_else_is_the_bundle
 }
 
 #[test]
-fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
+fn a_failed_export_is_one_line_and_leaves_no_file() {
     let dir = scratch();
     let out = dir.path().join("mug");
     succeeds(&mut train(&demo_photos(), &out, &DREAMBOOTH));
@@ -273,8 +273,8 @@ fn what_cannot_be_exported_is_one_line_and_leaves_nothing() {
         "less.safetensors: tensor `unet.conv_in.bias` of shape [64] is missing",
     );
 
-    // A file may grow to 8 MiB, or 16 by the shell, less than the UNet has: that write fails as on a full disk, with another
-    // word.
+    // A file may grow to 8 MiB, or 16 by the shell, less than the UNet has: that write fails as on a full disk, with
+    // another word.
     for form in ["diffusers", "single-file"] {
         let plain = export(&weights, &place, &["--as", form]);
         let mut limited = Command::new("sh");
@@ -301,7 +301,7 @@ fn rewrite(
 }
 
 #[test]
-fn a_bundle_of_which_little_is_known_is_exported_too() {
+fn a_bundle_without_a_manifest_is_exported_too() {
     let (dir, plain) = (scratch(), scratch());
     copy(&bundle(), plain.path());
     fs::remove_file(plain.path().join("hypnos.json")).expect("a file");
@@ -344,7 +344,7 @@ fn a_bundle_of_which_little_is_known_is_exported_too() {
 }
 
 #[test]
-fn a_place_for_the_product_is_refused_where_there_is_none() {
+fn a_placeholder_is_refused_where_no_product_was_learned() {
     let (out, bundle) = (scratch(), bundle());
     let words = ["sample", "--bundle", text(&bundle), "--out", text(out.path()), "--prompt", "a {product}"];
     let line = refused(&mut hypnos(&words), 2);

@@ -56,8 +56,8 @@ impl Place {
     }
 }
 
-/// Where a golden lies: in the directory that `HYPNOS_GOLDENS` names, for sizes too large to be committed, or else with the
-/// committed ones.
+/// Where a golden lies: in the directory that `HYPNOS_GOLDENS` names, for sizes too large to be committed, or else with
+/// the committed ones.
 pub(crate) fn path(name: &str) -> PathBuf {
     let other = std::env::var_os("HYPNOS_GOLDENS").map(|dir| PathBuf::from(dir).join(name));
     other.filter(|path| path.exists()).unwrap_or_else(|| committed(name))

@@ -44,7 +44,7 @@ fn nobody_says(dir: &str, words: &[&str], may: impl Fn(&str) -> bool) {
 }
 
 #[test]
-fn the_core_knows_no_network_no_clock_no_environment_and_no_terminal() {
+fn the_core_uses_no_network_clock_environment_or_terminal() {
     let words = ["std::net", "std::env", "std::time", "SystemTime", "Instant::now", "println!"];
     nobody_says(CORE, &words, |_| false);
 }
@@ -70,7 +70,7 @@ fn models_do_not_import_one_another() {
 }
 
 #[test]
-fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
+fn unsafe_code_is_in_the_kernels_and_memory_settings_only() {
     let may = |file: &str| file.starts_with("crates/hypnos-ml/src/ops/") || file == "src/memory.rs";
     for place in ["src", CORE] {
         nobody_says(place, &["unsafe "], may);
@@ -78,20 +78,20 @@ fn unsafe_code_stands_in_the_kernels_and_the_memory_map_only() {
 }
 
 #[test]
-fn only_the_operations_put_a_gradient_into_a_weight() {
+fn only_operations_add_to_the_gradient_of_a_weight() {
     for place in ["src", CORE] {
         nobody_says(place, &[".add_grad("], |file| file.starts_with("crates/hypnos-ml/src/ops/"));
     }
 }
 
 #[test]
-fn the_http_front_and_the_worker_do_not_know_each_other() {
+fn the_http_server_and_the_worker_do_not_depend_on_each_other() {
     nobody_says("src/http", &["crate::worker", "crate::engine", "crate::ml", "candle"], |_| false);
     nobody_says("src/worker", &["crate::http", "axum", "crate::ml", "candle"], |_| false);
 }
 
 #[test]
-fn the_nouns_and_the_seam_do_no_work() {
+fn shared_types_engine_and_report_do_no_io() {
     let words = ["tokio", "axum", "sqlx", "object_store", "crate::store", "crate::blobs", "crate::http"];
     nobody_says("src/job", &words, |_| false);
     nobody_says("src/engine", &words, |_| false);
@@ -100,7 +100,7 @@ fn the_nouns_and_the_seam_do_no_work() {
 }
 
 #[test]
-fn each_library_has_one_place() {
+fn each_library_is_used_in_one_place() {
     let only = |word: &str, places: &[&str]| {
         nobody_says("src", &[word], |file| places.iter().any(|place| file.starts_with(place)));
     };
@@ -116,7 +116,7 @@ fn each_library_has_one_place() {
 }
 
 #[test]
-fn every_file_that_the_architecture_names_is_there() {
+fn every_file_that_the_architecture_page_names_exists() {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("docs/architecture.md")).expect("the page");
     let named = text.split('`').filter(|word| {

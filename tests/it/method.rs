@@ -2,7 +2,7 @@
 
 use candle_core::{Tensor, Var};
 use hypnos::ml::models::discriminator::{self, Discriminator};
-use hypnos::ml::models::efficientnet::{EfficientNet, Spelling};
+use hypnos::ml::models::efficientnet::{EfficientNet, WeightNames};
 use hypnos::ml::models::tracer::{self, Tracer};
 use hypnos::ml::perceptual::{self, Perceptual, perceptual_loss};
 use hypnos::ml::segment;
@@ -13,11 +13,11 @@ use crate::golden::{Golden, Place, assert_close, variable};
 
 #[test]
 fn the_discriminator_agrees_with_torch() {
-    critic(&Place::cpu());
+    discriminator_golden(&Place::cpu());
 }
 
-pub(crate) fn critic(place: &Place) {
-    let golden = Golden::open("critic");
+pub(crate) fn discriminator_golden(place: &Place) {
+    let golden = Golden::open("discriminator");
     let config = sizes(&golden, "config");
     let weights = golden.weights("", place).trainable(true);
     let model = Discriminator::load(&weights, &config).expect("a discriminator");
@@ -110,7 +110,7 @@ pub(crate) fn tracer_golden(place: &Place) {
         "image_size": whole["image_size"], "padding": "static-same", "batch_norm_eps": 1e-3,
     });
     let encoder_config = serde_json::from_value(encoder_config).expect("a config");
-    let encoder = EfficientNet::load(&encoder, &encoder_config, Spelling::Lukemelas).expect("an encoder");
+    let encoder = EfficientNet::load(&encoder, &encoder_config, WeightNames::Lukemelas).expect("an encoder");
     for (i, feature) in encoder.features(&input).expect("features").iter().enumerate().skip(1) {
         let wanted = golden.get(&format!("output.all.feature.{i}"));
         assert_close(&format!("feature {i}"), feature, &wanted, place.model_output);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use hypnos::ml::Result;
 use hypnos::ml::bundle::{Backbones, Bundle, check};
-use hypnos::ml::metrics::preprocess::{Library, middle, stretched};
+use hypnos::ml::metrics::preprocess::{Library, resize_and_center_crop, stretch};
 use hypnos::ml::metrics::{
     Clip, Dino, Features, Inception, Lpips, clip, dino, frechet, inception, lpips, mean_paired_cosine,
     mean_pairwise_cosine, mean_self_cosine, psnr, ssim,
@@ -109,7 +109,7 @@ fn assert_middles(what: &str, pictures: &[RgbImage], resize: usize, library: Lib
     let wanted = golden.get(&format!("output.{what}"));
     let crop = wanted.dim(1).expect("a side");
     for (i, photo) in pictures.iter().enumerate() {
-        let found = middle(photo, resize, crop, library);
+        let found = resize_and_center_crop(photo, resize, crop, library);
         let wanted = picture(&wanted.get(i).expect("as many as pictures"));
         let n_off = found.as_raw().iter().zip(wanted.as_raw()).filter(|(a, b)| a != b).count();
         assert_eq!(n_off, 0, "{what}: picture {i}: bytes of {}", wanted.as_raw().len());
@@ -176,7 +176,7 @@ pub(crate) fn inception_golden(place: &Place) {
     for (i, photo) in pictures.iter().enumerate() {
         let rows: Vec<u32> = (0..config.image_size as u32).step_by(7).collect();
         let rows = Tensor::new(rows, &Device::Cpu).expect("rows");
-        let found = stretched(photo, config.image_size).and_then(|x| Ok(x.index_select(&rows, 2)?));
+        let found = stretch(photo, config.image_size).and_then(|x| Ok(x.index_select(&rows, 2)?));
         let wanted = wanted.narrow(0, i, 1).expect("as many as pictures");
         assert_close(&format!("stretched {i}"), &found.expect("a picture"), &wanted, 1e-5);
     }
@@ -230,7 +230,7 @@ fn ssim_and_psnr_agree_with_scikit_image() {
 }
 
 #[test]
-fn the_frechet_distance_agrees_with_pytorch_fid_with_many_rows_and_few() {
+fn the_frechet_distance_agrees_with_pytorch_fid_for_many_and_for_few_rows() {
     let golden = Golden::open("metrics");
     for case in ["many", "few", "mixed"] {
         let rows = |side: &str| {
@@ -268,11 +268,11 @@ pub(crate) fn pools(place: &Place) {
 }
 
 #[test]
-fn a_picture_of_any_proportions_has_a_middle() {
+fn an_image_of_any_proportions_has_a_middle_square() {
     for library in [Library::Pillow, Library::Torch] {
         for (width, height) in [(1, 9000), (9000, 1), (1, 1), (37, 37)] {
             let plain = RgbImage::from_pixel(width, height, image::Rgb([10, 200, 255]));
-            let found = middle(&plain, 37, 32, library);
+            let found = resize_and_center_crop(&plain, 37, 32, library);
             assert_eq!(found.dimensions(), (32, 32));
             assert!(found.pixels().all(|pixel| pixel.0 == [10, 200, 255]), "{width} x {height}");
         }
@@ -351,7 +351,7 @@ fn a_bundle_brings_its_backbones_each_with_its_name_and_hash() {
 }
 
 #[test]
-fn what_is_wrong_with_a_backbone_is_said_in_one_line_each() {
+fn each_problem_of_a_backbone_is_one_line() {
     let dir = bundle_with_backbones();
     // A whole classifier's file serves: what is beyond the trunk is left alone.
     retensor(&dir, "inception", |tensors| {
@@ -405,7 +405,7 @@ fn a_text_encoder_that_has_another_vocabulary_is_refused() {
 }
 
 #[test]
-fn features_that_are_no_numbers_are_refused_with_the_picture_s_place() {
+fn features_that_are_not_finite_are_refused_with_the_image_s_index() {
     let dir = bundle_with_backbones();
     let broken = Tensor::new(&[f32::NAN; 48], &Device::Cpu).expect("no numbers");
     retensor(&dir, "dino", |tensors| {
@@ -424,7 +424,7 @@ fn features_that_are_no_numbers_are_refused_with_the_picture_s_place() {
 }
 
 #[test]
-fn what_cannot_be_compared_is_refused_in_one_line() {
+fn images_that_cannot_be_compared_are_refused_in_one_line() {
     let rows = |n: usize, width: usize| Features { values: vec![vec![1.0; width]; n] };
     let says = |result: Result<f64>, wanted: &str| {
         assert_eq!(result.expect_err("nothing to compare").to_string(), wanted);

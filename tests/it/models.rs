@@ -125,7 +125,7 @@ fn check_vae(place: &Place, golden: &Golden, model: &Vae, case: &str) {
 }
 
 /// Text encoder, UNet and frozen autoencoder of one small Stable Diffusion.
-struct Chain<'a> {
+struct Pipeline<'a> {
     place: &'a Place,
     golden: Golden,
     text_weights: Weights,
@@ -136,7 +136,7 @@ struct Chain<'a> {
     schedule: Schedule,
 }
 
-impl<'a> Chain<'a> {
+impl<'a> Pipeline<'a> {
     fn load(place: &'a Place) -> Self {
         let golden = Golden::open("step");
         let configs: Value = golden.metadata("config");
@@ -186,14 +186,14 @@ fn the_whole_step_has_the_reference_s_gradients() {
 
 pub(crate) fn whole_step(place: &Place) {
     for (case, with_picture) in [("a", false), ("b", true)] {
-        let chain = Chain::load(place);
-        let loss = chain.loss(with_picture).expect("a loss");
+        let pipeline = Pipeline::load(place);
+        let loss = pipeline.loss(with_picture).expect("a loss");
         let value = f64::from(loss.to_scalar::<f32>().expect("a number"));
-        let wanted = chain.golden.scalar(&format!("output.all.{case}"));
+        let wanted = pipeline.golden.scalar(&format!("output.all.{case}"));
         assert!((value - wanted).abs() <= OUTPUT * wanted, "loss {case}: {value}, wanted {wanted}");
         loss.backward().expect("a backward");
-        chain.golden.check_gradients(&format!("all.{case}"), "text.", &chain.text_weights, place);
-        chain.golden.check_gradients(&format!("all.{case}"), "unet.", &chain.unet_weights, place);
+        pipeline.golden.check_gradients(&format!("all.{case}"), "text.", &pipeline.text_weights, place);
+        pipeline.golden.check_gradients(&format!("all.{case}"), "unet.", &pipeline.unet_weights, place);
     }
 }
 
@@ -203,20 +203,22 @@ fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
 }
 
 pub(crate) fn optimiser_steps(place: &Place) {
-    let chain = Chain::load(place);
-    let params = chain.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
-    let unet = chain.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
+    let pipeline = Pipeline::load(place);
+    let params =
+        pipeline.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
+    let unet =
+        pipeline.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
     let params: Vec<_> = params.chain(unet).collect();
     let config = AdamWConfig { lr: 1e-3, ..AdamWConfig::default() };
     let mut adamw = AdamW::new(params.iter().map(|(_, param)| param.clone()), config).expect("an optimiser");
     let mut n_compared = 0;
     for step in [1, 2] {
-        chain.loss(false).expect("a loss").backward().expect("a backward");
+        pipeline.loss(false).expect("a loss").backward().expect("a backward");
         let norm = adamw.step().expect("a step");
-        let wanted = chain.golden.scalar(&format!("output.all.norm.{step}"));
+        let wanted = pipeline.golden.scalar(&format!("output.all.norm.{step}"));
         assert!((norm - wanted).abs() <= OUTPUT * wanted, "step {step}: norm {norm}, wanted {wanted}");
         for (name, param) in &params {
-            if let Some(wanted) = chain.golden.find(&format!("output.all.after.{step}.{name}")) {
+            if let Some(wanted) = pipeline.golden.find(&format!("output.all.after.{step}.{name}")) {
                 assert_close(name, &param.value(), &wanted, OUTPUT);
                 n_compared += 1;
             }

@@ -246,7 +246,7 @@ fn push_gradient(param: &Param, grad: &Tensor) {
 }
 
 #[test]
-fn saved_moments_continue_as_if_never_stopped() {
+fn adamw_resumed_from_saved_moments_equals_an_uninterrupted_run() {
     saved_moments(&Place::cpu());
 }
 

@@ -1,4 +1,4 @@
-//! Words to pictures: against diffusers from the first token to the last pixel, and through the program itself.
+//! Image generation against diffusers, from the tokens to the pixels, and through the command `hypnos sample`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -186,7 +186,7 @@ fn given_noise_replaces_the_seeds() {
 }
 
 #[test]
-fn bad_requests_end_with_one_line_and_code_2() {
+fn invalid_requests_end_with_one_line_and_exit_code_2() {
     let out = tempfile::tempdir().expect("a directory");
     let broken = out.path().join("broken.safetensors");
     std::fs::write(&broken, b"not tensors").expect("a file");

@@ -1,4 +1,4 @@
-//! The noise schedule and the samplers against diffusers' schedulers, which walked a formula instead of a UNet.
+//! The noise schedule and the samplers against diffusers' schedulers, with a formula in place of the UNet.
 
 use candle_core::Tensor;
 use hypnos::ml::Interrupt;
@@ -66,7 +66,7 @@ fn walk(golden: &Golden, sampler: Sampler, schedule: &Schedule, steps: usize) ->
 }
 
 #[test]
-fn every_sampler_asks_at_the_timesteps_and_noise_levels_of_the_reference() {
+fn every_sampler_calls_the_model_at_the_timesteps_and_noise_levels_of_the_reference() {
     let golden = Golden::open("samplers");
     for name in SCHEDULES {
         let schedule = schedule(&golden.metadata(&format!("schedule.{name}")));
@@ -91,7 +91,7 @@ fn every_sampler_asks_at_the_timesteps_and_noise_levels_of_the_reference() {
 }
 
 #[test]
-fn every_sampler_walks_the_latents_of_the_reference() {
+fn every_sampler_visits_the_latents_of_the_reference() {
     let golden = Golden::open("samplers");
     let after: HashMap<String, Vec<usize>> = golden.metadata("after");
     let mut n_compared = 0;
@@ -116,7 +116,7 @@ fn every_sampler_walks_the_latents_of_the_reference() {
 }
 
 #[test]
-fn every_beta_schedule_is_the_references_to_the_last_bit() {
+fn every_beta_schedule_equals_the_reference_bit_for_bit() {
     let golden = Golden::open("noising");
     for name in ["linear", "linear_sd", "scaled_linear", "squaredcos_cap_v2"] {
         let schedule = schedule(&golden.metadata(&format!("betas.{name}")));

@@ -1,5 +1,5 @@
-//! `hypnos segment`: a mask and a judgement for every photo, and which of them cannot be used. What the segmenter finds is
-//! another test's matter; here it has the golden's weights, which find something in anything.
+//! `hypnos segment`: writes a mask of every photo with its quality, and says which photos cannot be used. The masks
+//! themselves are tested in `method.rs`; here the segmenter has the golden's random weights.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -57,7 +57,7 @@ fn lines(bytes: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(bytes).lines().map(str::to_owned).collect()
 }
 
-fn told(out: &Path) -> Vec<Value> {
+fn reported_photos(out: &Path) -> Vec<Value> {
     let text = fs::read(out.join("masks.json")).expect("a list");
     let list: Value = serde_json::from_slice(&text).expect("JSON");
     list["photos"].as_array().expect("photos").clone()
@@ -86,7 +86,7 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
         said.iter().all(|line| line.contains(&wanted) && line.contains("; the product touches")),
         "{said:?}"
     );
-    for (entry, name) in told(&out).iter().zip(["a", "a-2"]) {
+    for (entry, name) in reported_photos(&out).iter().zip(["a", "a-2"]) {
         let read = |key: &str| {
             let file = out.join(entry[key].as_str().expect("a name"));
             image_io::read_png(&fs::read(file).expect("a file")).expect("a picture")
@@ -102,7 +102,7 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
 }
 
 #[test]
-fn one_photo_that_cannot_be_used_does_not_hide_the_others() {
+fn one_unusable_photo_does_not_hide_the_others() {
     let (bundle, dir) = (segmenting(0.0), scratch());
     let (good, out) = (photo(dir.path().join("good.png")), dir.path().join("out"));
     let whole = fs::read(&good).expect("a photo");
@@ -116,13 +116,17 @@ fn one_photo_that_cannot_be_used_does_not_hide_the_others() {
     assert_eq!((errors.len(), lines(&done.stdout).len()), (2, 1), "{errors:?}");
     assert!(errors[0].contains("torn.png: the file is cut short"), "{errors:?}");
     assert!(errors[1].contains("nowhere.png: cannot be read"), "{errors:?}");
-    let told = told(&out);
-    assert!(told[0]["refusal"].is_string() && told[1]["refusal"].is_string() && told[2]["refusal"].is_null());
+    let photos = reported_photos(&out);
+    assert!(
+        photos[0]["refusal"].is_string()
+            && photos[1]["refusal"].is_string()
+            && photos[2]["refusal"].is_null()
+    );
     assert!(out.join("good-mask.png").is_file() && !out.join("torn-mask.png").exists());
 }
 
 #[test]
-fn a_photo_without_a_background_is_refused_and_its_mask_is_there_to_look_at() {
+fn a_photo_without_a_background_is_refused_and_its_mask_is_written() {
     let (bundle, dir) = (segmenting(60.0), scratch());
     let (file, out) = (photo(dir.path().join("full.png")), dir.path().join("out"));
     let done = run(bundle.path(), &[&file], &out);
@@ -133,12 +137,12 @@ fn a_photo_without_a_background_is_refused_and_its_mask_is_there_to_look_at() {
         errors[0].contains("full.png: no background was found in it (foreground: 100.0 %)"),
         "{errors:?}"
     );
-    assert_eq!(told(&out)[0]["area"].as_f64(), Some(1.0));
+    assert_eq!(reported_photos(&out)[0]["area"].as_f64(), Some(1.0));
     assert!(out.join("full-mask.png").is_file() && out.join("full-cut-out.png").is_file());
 }
 
 #[test]
-fn without_a_segmenter_or_photos_there_is_one_line() {
+fn a_missing_segmenter_or_photo_is_one_line() {
     let (plain, dir) = (segmenting(0.0), scratch());
     fs::remove_dir_all(plain.path().join("segmenter")).expect("a directory");
     let (file, out) = (photo(dir.path().join("a.png")), dir.path().join("out"));

@@ -60,7 +60,7 @@ fn a_wider_vocabulary_gives_the_ids_of_the_reference() {
 }
 
 #[test]
-fn the_count_tells_what_will_be_cut_off() {
+fn the_token_count_says_what_will_be_cut_off() {
     let tokenizer = Tokenizer::open(&at("tests/bundle/tokenizer")).unwrap();
     assert_eq!(tokenizer.count(""), 0);
     let long = "x".repeat(100);

@@ -1,4 +1,4 @@
-//! Training in the core: against PyTorch over whole steps, and what a training may never do.
+//! Training in the core: whole steps against PyTorch, and the invariants of a training.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -290,7 +290,7 @@ fn values(state: &State) -> BTreeMap<&String, Vec<u32>> {
 }
 
 #[test]
-fn a_frozen_view_draws_what_the_saved_weights_draw_and_follows_each_step() {
+fn frozen_models_draw_what_the_saved_weights_draw_and_follow_each_step() {
     let bench = Bench::new();
     let (dir, mut state) = (tempfile::tempdir().expect("a directory"), bench.state(false));
     let settings =
@@ -317,23 +317,23 @@ fn a_frozen_view_draws_what_the_saved_weights_draw_and_follows_each_step() {
 }
 
 #[test]
-fn a_resumed_state_goes_on_as_if_never_stopped_and_its_file_has_the_same_bytes() {
+fn a_resumed_training_equals_an_uninterrupted_one_byte_for_byte() {
     goes_on_as_if_never_stopped(&Bench::new());
 }
 
 #[test]
-fn with_all_four_losses_and_a_discriminator_as_well() {
+fn a_resumed_training_with_all_losses_equals_an_uninterrupted_one() {
     let bench = Bench::hypnos();
     goes_on_as_if_never_stopped(&bench);
     let mut state = bench.state(false);
     bench.run(&mut state, 4).expect("steps");
-    let told = |of: fn(&hypnos::ml::train::StepMetrics) -> f32| -> Vec<bool> {
-        state.history().iter().map(|taken| of(taken).is_finite()).collect()
+    let computed = |of: fn(&hypnos::ml::train::StepMetrics) -> f32| -> Vec<bool> {
+        state.history().iter().map(|metrics| of(metrics).is_finite()).collect()
     };
-    assert_eq!(told(|taken| taken.perceptual), [true, true, true, false], "s_p is 3");
-    assert_eq!(told(|taken| taken.adversarial), [true; 4]);
-    assert_eq!(told(|taken| taken.discriminator), [true; 4]);
-    assert_eq!(told(|taken| taken.prior), [true; 4]);
+    assert_eq!(computed(|metrics| metrics.perceptual), [true, true, true, false], "s_p is 3");
+    assert_eq!(computed(|metrics| metrics.adversarial), [true; 4]);
+    assert_eq!(computed(|metrics| metrics.discriminator), [true; 4]);
+    assert_eq!(computed(|metrics| metrics.prior), [true; 4]);
 }
 
 fn goes_on_as_if_never_stopped(bench: &Bench) {
@@ -362,7 +362,7 @@ fn goes_on_as_if_never_stopped(bench: &Bench) {
 }
 
 #[test]
-fn the_best_that_was_tried_is_served_and_outlives_a_checkpoint() {
+fn the_best_scored_step_is_served_and_survives_a_checkpoint() {
     let bench = Bench::new();
     let dir = tempfile::tempdir().expect("a directory");
     let bytes = |save: &dyn Fn(&Path) -> hypnos::ml::Result<()>| {
@@ -453,7 +453,7 @@ fn a_loss_that_is_not_a_number_changes_no_weight() {
 }
 
 #[test]
-fn computing_blocks_again_takes_the_same_steps() {
+fn gradient_checkpointing_takes_the_same_steps() {
     let bench = Bench::new();
     let (mut kept, mut again) = (bench.state(false), bench.state(true));
     bench.run(&mut kept, 3).expect("steps");
@@ -518,7 +518,7 @@ fn a_photo_is_cut_to_its_middle_and_brought_to_size() {
     let pixels: Vec<u8> = (0..48 * 96).flat_map(|i| [[0, 255, 128][i % 96 / 32]; 3]).collect();
     let png = image_io::png(&pixels, (96, 48), &[]).expect("a PNG");
     let row = |side: usize| -> Vec<f32> {
-        let photo = image_io::squared(&image_io::read_png(&png).expect("a photo"), side);
+        let photo = image_io::center_square(&image_io::read_png(&png).expect("a photo"), side);
         assert_eq!(photo.dimensions(), (side as u32, side as u32));
         let row = image_io::signed(&photo)
             .expect("a tensor")

@@ -49,8 +49,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     recipe.check()?;
     let mut data = TrainingData::default();
     for photo in photos {
-        let pixels =
-            image_io::squared(&image::load_from_memory(&fs::read(photo)?)?.to_rgb8(), bundle.resolution());
+        let pixels = image_io::center_square(
+            &image::load_from_memory(&fs::read(photo)?)?.to_rgb8(),
+            bundle.resolution(),
+        );
         let moments = models.vae.encode(&image_io::signed(&pixels)?)?;
         data.instances.push(Instance { moments, prompt: recipe.photo_prompt(), pixels });
     }

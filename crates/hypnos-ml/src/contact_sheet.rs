@@ -18,7 +18,7 @@ pub fn contact_sheet(groups: &[Vec<Vec<u8>>], columns: usize, side: u32) -> Resu
         for (i, file) in group.iter().enumerate() {
             let read =
                 image::load_from_memory(file).map_err(|error| Error::input(format!("a picture: {error}")))?;
-            let tile = image_io::fitted(&read.to_rgb8(), side, side);
+            let tile = image_io::crop_to_fill(&read.to_rgb8(), side, side);
             let (x, y) = ((i % columns) as u32, (i / columns) as u32);
             let (left, down) = (GAP + x * (side + GAP), top + y * (side + GAP));
             imageops::replace(&mut sheet, &tile, left.into(), down.into());

@@ -1,4 +1,4 @@
-//! The noise schedule: how much of a latent is left at each timestep, and what follows from that.
+//! The noise schedule: how much of the signal is left in a latent at each timestep.
 //!
 //! Reads `scheduler_config.json`, computes ᾱ as the reference does, noises latents for training and converts
 //! between what a model may predict (ε, v) and x_0. It does not sample (`samplers`) and weighs no loss.

@@ -1,4 +1,4 @@
-//! Fine-tuned weights: the format of their file, and loading it as models that draw.
+//! Fine-tuned weights: the format of their file, and loading it as models for sampling.
 //!
 //! One safetensors file: `text_encoder.…` and `unet.…`, or only `embedding.<token>` where nothing else learned; f32,
 //! since a fine-tune is lost to the rounding of narrower types; the autoencoder stays the bundle's. Its metadata say

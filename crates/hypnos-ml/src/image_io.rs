@@ -18,17 +18,17 @@ const QUALITY: u8 = 90;
 /// Longest text of a PNG, in bytes, that goes into a chunk which every reader knows.
 const PLAIN_TEXT_MAX: usize = 1024;
 
-/// The largest square in the middle of a photo, brought to `side` pixels as `fitted` does.
-pub fn squared(photo: &RgbImage, side: usize) -> RgbImage {
-    fitted(photo, side as u32, side as u32)
+/// The largest square in the middle of a photo, resized to `side` pixels as `crop_to_fill` does.
+pub fn center_square(photo: &RgbImage, side: usize) -> RgbImage {
+    crop_to_fill(photo, side as u32, side as u32)
 }
 
-/// The largest part in the middle of a photo with the proportions of `width` to `height`, brought to that size. One of
+/// The largest part in the middle of a photo with the proportions of `width` to `height`, resized to that size. One of
 /// that size already is taken pixel for pixel.
 ///
 /// The filter is the bicubic of Catmull and Rom, widened when it shrinks so that nothing aliases: sharper than a
 /// triangle, and it rings less than Lanczos at the hard edges of a product before a plain ground.
-pub(crate) fn fitted(photo: &RgbImage, width: u32, height: u32) -> RgbImage {
+pub(crate) fn crop_to_fill(photo: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (w, h) = photo.dimensions();
     let scaled =
         |side: u32, by: u32, over: u32| (u64::from(side) * u64::from(by) / u64::from(over.max(1))) as u32;
@@ -46,13 +46,13 @@ pub fn thumbnail(pixels: &RgbImage, side: u32) -> Result<Vec<u8>> {
     let (width, height) = pixels.dimensions();
     let longer = width.max(height);
     let size = |v: u32| ((u64::from(v) * u64::from(side) / u64::from(longer.max(1))) as u32).max(1);
-    let small = (longer > side).then(|| fitted(pixels, size(width), size(height)));
+    let small = (longer > side).then(|| crop_to_fill(pixels, size(width), size(height)));
     let shown = small.as_ref().unwrap_or(pixels);
     webp(shown.as_raw(), (shown.width() as usize, shown.height() as usize))
 }
 
 /// A picture made smaller, if need be, so that neither side is longer than `side`.
-pub fn within(picture: &RgbImage, side: u32) -> RgbImage {
+pub fn shrink_to(picture: &RgbImage, side: u32) -> RgbImage {
     let (width, height) = picture.dimensions();
     let longer = width.max(height);
     if longer <= side {
@@ -70,7 +70,7 @@ pub fn read_png(png: &[u8]) -> Result<RgbImage> {
 
 /// A picture of pixels as [`super::sample::draw`] gives them: `height x width x 3` bytes. [`Error::Input`] if there are
 /// more or fewer.
-pub fn of_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<RgbImage> {
+pub fn from_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<RgbImage> {
     let n = pixels.len();
     let whole =
         ImageBuffer::from_raw(width as u32, height as u32, pixels).filter(|_| n == width * height * 3);
@@ -78,7 +78,7 @@ pub fn of_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<Rgb
 }
 
 /// A picture in grey with a coarse map laid over it: from nothing at the map's least to red at its most.
-pub fn heated(picture: &RgbImage, map: &[Vec<f32>]) -> RgbImage {
+pub fn overlay_heatmap(picture: &RgbImage, map: &[Vec<f32>]) -> RgbImage {
     let (least, most) =
         map.iter().flatten().fold((f32::MAX, f32::MIN), |(least, most), &v| (least.min(v), most.max(v)));
     let span = if most > least { most - least } else { 1.0 };

@@ -1,4 +1,4 @@
-//! How a function that reports to an observer can end before it is done.
+//! Why a function that calls an observer ended early.
 
 use std::convert::Infallible;
 

@@ -1,4 +1,4 @@
-//! A weight that knows its name, whether it is trained, and its gradient.
+//! A model weight: its name, its value, whether it is trainable, and its gradient.
 //!
 //! candle keeps gradients in a store made anew by each `backward`, adding each one to zeros first: for 860 M weights
 //! that is three more passes over 3.4 GB, and a checkpointed block, whose backward runs inside another, has no way to

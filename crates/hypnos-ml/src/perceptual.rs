@@ -4,7 +4,7 @@
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::models::efficientnet::{Config as NetConfig, EfficientNet, Spelling};
+use super::models::efficientnet::{Config as NetConfig, EfficientNet, WeightNames};
 use super::weights::Weights;
 use super::{Error, Result};
 
@@ -71,7 +71,7 @@ impl Perceptual {
             Tensor::new(values.map(|v| v as f32).as_slice(), device)?.reshape((1, 3, 1, 1))
         };
         Ok(Self {
-            net: EfficientNet::load(w, &config.net, Spelling::Timm)?,
+            net: EfficientNet::load(w, &config.net, WeightNames::Timm)?,
             mean: channels(config.image_mean)?,
             std: channels(config.image_std)?,
             halve: config.halve,

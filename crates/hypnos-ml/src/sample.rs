@@ -1,4 +1,4 @@
-//! Draws pictures: prompts and weights to pixels.
+//! Generates pictures: prompts and weights to pixels.
 //!
 //! A picture's noise comes from its own seed alone, so the same picture comes out alone or in a batch (up to the
 //! rounding of sums, which a matrix product orders by its size).

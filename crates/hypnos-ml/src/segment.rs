@@ -45,7 +45,7 @@ pub struct Mask {
 
 /// What a mask is like.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Judgement {
+pub struct MaskStats {
     /// Share of the photo that is foreground.
     pub area: f64,
     /// Sides of the photo that the product touches.
@@ -101,7 +101,7 @@ impl Mask {
     }
 
     /// The mask without specks and pinholes, its soft edge kept, and what was found in it.
-    pub fn cleaned(mut self) -> (Self, Judgement) {
+    pub fn cleaned(mut self) -> (Self, MaskStats) {
         let confidence = self.values.iter().map(|v| f64::from((2.0 * v - 1.0).abs())).sum::<f64>()
             / self.values.len() as f64;
         // 1. Specks leave, with the soft edge around them.
@@ -130,13 +130,13 @@ impl Mask {
         for &i in holes.iter().filter(small).flatten() {
             self.values[i] = 1.0;
         }
-        let judgement = Judgement {
+        let stats = MaskStats {
             area: n_foreground as f64 / self.values.len() as f64,
             touches: self.touches(),
             things: parts.iter().filter(|part| part.len() as f64 >= THING * largest).count(),
             confidence,
         };
-        (self, judgement)
+        (self, stats)
     }
 
     /// Sides of which the foreground covers more than a trace.
@@ -202,7 +202,7 @@ impl Mask {
     }
 }
 
-impl Judgement {
+impl MaskStats {
     /// Why the photo cannot be used, if it cannot.
     pub fn refusal(&self) -> Option<String> {
         let percent = self.area * 100.0;
@@ -259,9 +259,9 @@ mod tests {
     fn a_plain_product_is_accepted_without_a_word() {
         let product = disc(20, 15, 8);
         let mask = drawn(|x, y| f32::from(product(x, y)));
-        let (clean, judgement) = mask.clone().cleaned();
-        assert_eq!((clean, judgement.things, &judgement.touches[..]), (mask, 1, &[][..]));
-        assert_eq!((judgement.refusal(), judgement.warnings()), (None, vec![]));
+        let (clean, stats) = mask.clone().cleaned();
+        assert_eq!((clean, stats.things, &stats.touches[..]), (mask, 1, &[][..]));
+        assert_eq!((stats.refusal(), stats.warnings()), (None, vec![]));
     }
 
     #[test]
@@ -273,10 +273,10 @@ mod tests {
             _ if handle(x, y) => 0.0,
             _ => f32::from(product(x, y)),
         });
-        let (clean, judgement) = mask.cleaned();
+        let (clean, stats) = mask.cleaned();
         let at = |x: usize, y: usize| clean.values()[y * 40 + x];
         assert_eq!((at(2, 2), at(15, 15), at(24, 15), at(20, 8)), (0.0, 1.0, 0.0, 1.0));
-        assert_eq!(judgement.things, 1);
+        assert_eq!(stats.things, 1);
     }
 
     #[test]
@@ -298,17 +298,17 @@ mod tests {
     #[test]
     fn two_products_are_told_of() {
         let (one, other) = (disc(10, 15, 6), disc(30, 15, 5));
-        let (_, judgement) = drawn(|x, y| f32::from(one(x, y) || other(x, y))).cleaned();
-        assert_eq!(judgement.things, 2);
-        assert!(judgement.warnings()[0].starts_with("2 separate things"), "{:?}", judgement.warnings());
+        let (_, stats) = drawn(|x, y| f32::from(one(x, y) || other(x, y))).cleaned();
+        assert_eq!(stats.things, 2);
+        assert!(stats.warnings()[0].starts_with("2 separate things"), "{:?}", stats.warnings());
     }
 
     #[test]
     fn a_product_that_leaves_the_photo_is_told_of_by_side() {
         let product = disc(0, 15, 10);
-        let (_, judgement) = drawn(|x, y| f32::from(product(x, y))).cleaned();
-        assert_eq!(judgement.touches, ["left"]);
-        assert!(judgement.warnings()[0].contains("touches the left edge"));
+        let (_, stats) = drawn(|x, y| f32::from(product(x, y))).cleaned();
+        assert_eq!(stats.touches, ["left"]);
+        assert!(stats.warnings()[0].contains("touches the left edge"));
     }
 
     #[test]
@@ -321,8 +321,8 @@ mod tests {
     #[test]
     fn an_uncertain_outline_is_told_of() {
         let product = disc(20, 15, 9);
-        let (_, judgement) = drawn(|x, y| if product(x, y) { 0.6 } else { 0.3 }).cleaned();
-        assert!((judgement.confidence - 0.35).abs() < 0.05, "{}", judgement.confidence);
-        assert!(judgement.warnings().iter().any(|w| w.contains("uncertain")));
+        let (_, stats) = drawn(|x, y| if product(x, y) { 0.6 } else { 0.3 }).cleaned();
+        assert!((stats.confidence - 0.35).abs() < 0.05, "{}", stats.confidence);
+        assert!(stats.warnings().iter().any(|w| w.contains("uncertain")));
     }
 }

@@ -1,5 +1,5 @@
-//! Views of photos with known foregrounds (HYPNOS, arXiv 2410.14265, section 3.3): the product before one plain colour,
-//! or its photo as it is, now and then smaller and moved.
+//! Views of photos with known foregrounds (HYPNOS, arXiv 2410.14265, section 3.3): the product on one plain colour, or
+//! the unchanged photo, and in some views smaller and moved.
 //!
 //! A view is a pure function of photos, settings, seed and its number. All are squares of one size, 8 bits a channel,
 //! so that what is learned from is exactly what a person can look at.

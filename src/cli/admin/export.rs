@@ -56,7 +56,7 @@ pub(super) async fn export(
 ) -> Result<ExitCode, CliError> {
     if tenant.state == TenantState::Active {
         print_warning(
-            "the tenant is served meanwhile: what comes from now on may be missing; `hypnos admin tenants disable` ends that",
+            "the tenant is active: jobs accepted from now on may be missing; `hypnos admin tenants disable` prevents that",
         );
     }
     prepare(out, tenant)?;
@@ -101,7 +101,7 @@ fn prepare(out: &Path, tenant: &Tenant) -> Result<(), CliError> {
             write(&marker, text.as_bytes())
         }
         Err(_) => Err(CliError::Input(format!(
-            "--out: wanted a new directory or an export that was broken off, got {}, which holds something else",
+            "--out: wanted a new directory or an interrupted export, got {}, which has other contents",
             out.display()
         ))),
     }
@@ -167,7 +167,7 @@ impl Export<'_> {
                 Some(Missing::Changed(now)) => job = *now,
                 Some(Missing::Object(keys)) => {
                     self.missing += 1;
-                    print_error(&format!("{}: not in the store, or not whole: {keys}", job.job.id));
+                    print_error(&format!("{}: missing or damaged in the store: {keys}", job.job.id));
                     return Ok(Some(line(&job, &artifacts)));
                 }
             }
@@ -205,7 +205,7 @@ impl Export<'_> {
         let absent = self.fetch_all(images.iter()).await?;
         for key in &absent {
             self.missing += 1;
-            print_error(&format!("class image: not in the store, or not whole: {key}"));
+            print_error(&format!("class image: missing or damaged in the store: {key}"));
         }
         lines.finish()
     }
@@ -257,7 +257,7 @@ impl Export<'_> {
         if self.missing > 0 {
             print_line(&said);
             return Err(CliError::Failed(format!(
-                "{shown} is incomplete: what {} jobs or class images name is not in the store",
+                "{shown} is incomplete: objects that {} jobs or class images name are missing in the store",
                 self.missing
             )));
         }

@@ -19,17 +19,17 @@ use crate::store::{AdminJob, Requeued, Store, Submitted};
 pub(in crate::cli) enum Command {
     /// List jobs, the newest first.
     List(List),
-    /// Show all that is known of a job.
+    /// Show all data of a job.
     Show(Show),
-    /// Do failed or canceled jobs again: new jobs with the same photos. Without conditions on the state: failed ones.
+    /// Retry failed or canceled jobs, as new jobs with the same photos. Without conditions on the state: failed ones.
     Retry(Act),
-    /// Take running jobs from their workers, at the cost of no attempt: they go on from their last checkpoint.
+    /// Take running jobs from their workers, at the cost of no attempt: they resume from their last checkpoint.
     Requeue(Act),
-    /// End jobs: what waits at once, what runs within a step.
+    /// Cancel jobs: queued ones at once, running ones within a step.
     Cancel(Act),
-    /// Hold claims back: no worker takes new jobs. What runs goes on.
+    /// Pause claims: no worker takes new jobs. Running jobs continue.
     Pause(Hold),
-    /// End a pause that was made with the same words.
+    /// End a pause that was made with the same options.
     Resume(Resume),
     /// List what is paused.
     Paused(Paused),
@@ -42,7 +42,7 @@ pub(in crate::cli) struct List {
     /// At most so many
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     limit: u32,
-    /// A JSON object for each, a line each
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -53,10 +53,10 @@ pub(in crate::cli) struct List {
 pub(in crate::cli) struct Show {
     /// Its id
     id: JobId,
-    /// With what it is to do, which holds the client's own words: prompts, templates
+    /// Include its specification, which contains the client's texts: prompts, templates
     #[arg(long)]
     spec: bool,
-    /// As a JSON object
+    /// Print a JSON object
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -67,7 +67,7 @@ pub(in crate::cli) struct Show {
 pub(in crate::cli) struct Act {
     #[command(flatten)]
     selection: Selection,
-    /// A JSON object for each, a line each
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -103,7 +103,7 @@ pub(in crate::cli) struct Resume {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Paused {
-    /// A JSON object for each, a line each
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -295,11 +295,11 @@ async fn retry(args: &Act, store: Store) -> Result<ExitCode, CliError> {
                 outcomes.refuse(job.job.id, &format!("it is {state}; wanted failed or canceled"));
             }
             Ok(Retried::Submitted(Submitted::Disabled)) => {
-                outcomes.refuse(job.job.id, &format!("its tenant {:?} is not served", job.tenant_name));
+                outcomes.refuse(job.job.id, &format!("its tenant {:?} is not active", job.tenant_name));
             }
             Ok(Retried::Submitted(Submitted::NoParent(state))) => {
                 let is = state.map_or("deleted".to_owned(), |state| state.to_string());
-                outcomes.refuse(job.job.id, &format!("the training that it draws with is {is}"));
+                outcomes.refuse(job.job.id, &format!("its training is {is}"));
             }
             Ok(Retried::Submitted(other)) => {
                 return Err(CliError::Failed(format!("{}: not accepted: {other:?}", job.job.id)));
@@ -365,7 +365,7 @@ async fn resume(args: &Resume, store: Store) -> Result<ExitCode, CliError> {
         print_line(&format!("resumed: {what}"));
         return Ok(ExitCode::SUCCESS);
     }
-    Err(CliError::Input(format!("there is no pause of {what}; `hypnos admin jobs paused` has all")))
+    Err(CliError::Input(format!("there is no pause of {what}; `hypnos admin jobs paused` lists all")))
 }
 
 /// Describes what a pause covers.

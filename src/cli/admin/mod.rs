@@ -20,10 +20,10 @@ use crate::store::{self, Store, Tenant};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Look at jobs of every tenant, and act on them.
+    /// List and change the jobs of every tenant.
     #[command(subcommand)]
     Jobs(jobs::Command),
-    /// Look at tenants; disable, export and delete them.
+    /// List, disable, export and delete tenants.
     #[command(subcommand)]
     Tenants(tenants::Command),
 }
@@ -69,7 +69,7 @@ impl Place {
 async fn tenant_named(store: &Store, name: &str) -> Result<Tenant, CliError> {
     let tenant = store.tenant_named(name).await.map_err(failed)?;
     tenant.ok_or_else(|| {
-        CliError::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` has all"))
+        CliError::Input(format!("there is no tenant {name:?}; `hypnos admin tenants list` lists all"))
     })
 }
 

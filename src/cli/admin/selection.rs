@@ -145,7 +145,7 @@ impl Selection {
 /// Asks for confirmation on the terminal; an error if there is none.
 fn agreed(question: &str) -> Result<bool, CliError> {
     if !io::stdin().is_terminal() {
-        return Err(CliError::Input(format!("this would {question}; say --yes if that is meant")));
+        return Err(CliError::Input(format!("this would {question}; add --yes to confirm")));
     }
     let _ = write!(io::stderr(), "{question}? [y/N] ");
     let mut answer = String::new();

@@ -25,10 +25,10 @@ const LOOK: Duration = Duration::from_millis(500);
 pub(in crate::cli) enum Command {
     /// List tenants and how much they have.
     List(List),
-    /// Disable a tenant: its keys are answered with 403, its waiting jobs stay queued. Running jobs go on to their end;
-    /// `hypnos admin jobs cancel --tenant NAME` ends that too.
+    /// Disable a tenant: its keys are answered with 403, its waiting jobs stay queued. Running jobs continue to their
+    /// end; `hypnos admin jobs cancel --tenant NAME` ends that too.
     Disable(Named),
-    /// Serve a disabled tenant again.
+    /// Enable a disabled tenant again.
     Enable(Named),
     /// Set a tenant's share of the devices: twice the weight of another that waits too, twice the device time.
     Weight(Weight),
@@ -40,7 +40,7 @@ pub(in crate::cli) enum Command {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct List {
-    /// A JSON object for each, a line each
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -70,7 +70,7 @@ pub(in crate::cli) struct Weight {
 pub(in crate::cli) struct Export {
     /// The tenant's name
     name: String,
-    /// Directory to write into: a new one, or one of an export that was broken off, which then goes on
+    /// Directory to write into: a new one, or that of an interrupted export, which is then resumed
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
@@ -206,7 +206,7 @@ fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), Cl
             let _ = write!(
                 io::stderr(),
                 "This erases {jobs} jobs ({running} of them running) with all their objects, and {keys} keys, for good.\n\
-                 Type the tenant's name to go on: "
+                 Type the tenant's name to continue: "
             );
             let mut line = String::new();
             let read = io::stdin().lock().read_line(&mut line);
@@ -215,8 +215,8 @@ fn confirm(args: &Delete, tenant: &Tenant, holdings: &Holdings) -> Result<(), Cl
         }
         None => {
             let wanted =
-                format!("this would erase {:?} for good; say --yes-delete {:?}", tenant.name, tenant.name);
-            return Err(CliError::Input(format!("{wanted} if that is meant")));
+                format!("this would erase {:?} for good; add --yes-delete {:?}", tenant.name, tenant.name);
+            return Err(CliError::Input(format!("{wanted} to confirm")));
         }
     };
     if typed == tenant.name {

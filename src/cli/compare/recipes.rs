@@ -39,11 +39,11 @@ impl FromStr for Recipe {
         };
         let mut words = words.split("-no-");
         let method = words.next().unwrap_or_default().parse();
-        let method: Method = method.map_err(|_| refused("is no method"))?;
+        let method: Method = method.map_err(|_| refused("is not a method"))?;
         let without = words.map(|word| PARTS.into_iter().find(|part| *part == word));
-        let without = without.collect::<Option<_>>().ok_or_else(|| refused("leaves out what is no part"))?;
+        let without = without.collect::<Option<_>>().ok_or_else(|| refused("omits an unknown part"))?;
         let learning_rate = rate.map(str::parse).transpose();
-        let learning_rate = learning_rate.map_err(|_| refused("has no number for its learning rate"))?;
+        let learning_rate = learning_rate.map_err(|_| refused("has an invalid learning rate"))?;
         Ok(Self { method, without, learning_rate, name: text.to_owned() })
     }
 }
@@ -123,10 +123,10 @@ mod tests {
     #[test]
     fn what_is_no_recipe_is_refused_in_one_line_that_names_all() {
         for (text, wanted) in [
-            ("hypno", "is no method"),
-            ("hypnos-no-magic", "leaves out what is no part"),
-            ("dreambooth@fast", "has no number for its learning rate"),
-            ("", "is no method"),
+            ("hypno", "is not a method"),
+            ("hypnos-no-magic", "omits an unknown part"),
+            ("dreambooth@fast", "has an invalid learning rate"),
+            ("", "is not a method"),
         ] {
             let words = text.parse::<Recipe>().expect_err("refused");
             assert!(words.contains(wanted) && words.contains("textual_inversion"), "{words}");

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! job.json                      the specification, and the bundle's hash
-//! checkpoint.safetensors        the last checkpoint, while the training goes on
+//! checkpoint.safetensors        the last checkpoint, while the training runs
 //! log.jsonl                     metrics of each step
 //! masks/ views/ previews/       images from the course of the training
 //! weights.safetensors           the weights that are served; weights-last.safetensors, if the last step's differ
@@ -48,9 +48,9 @@ impl Out {
         let entries = fs::read_dir(dir).map(Iterator::count);
         if entries.is_ok_and(|n| n > 0) {
             let what = if resume {
-                "holds no training to go on with"
+                "has no training to resume"
             } else {
-                "is not empty; --resume goes on with what is there"
+                "is not empty; --resume continues the training in it"
             };
             return Err(CliError::Input(format!("{}: {what}", dir.display())));
         }
@@ -179,12 +179,13 @@ impl ClassImageCache {
 fn same_training(job: &Path, begun: &Value, spec: &TrainSpec, bundle: &str) -> Result<TrainSpec, CliError> {
     let other = |what: &str| {
         CliError::Input(format!(
-            "{}: was begun with another {what}; it cannot go on with this one",
+            "{}: was started with another {what}; it cannot be resumed with this one",
             job.display()
         ))
     };
-    let theirs: TrainSpec = serde_json::from_value(begun["spec"].clone())
-        .map_err(|error| CliError::Input(format!("{}: tells of no training: {error}", job.display())))?;
+    let theirs: TrainSpec = serde_json::from_value(begun["spec"].clone()).map_err(|error| {
+        CliError::Input(format!("{}: is not the record of a training: {error}", job.display()))
+    })?;
     if begun["bundle"] != bundle {
         return Err(other("bundle"));
     }

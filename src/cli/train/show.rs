@@ -60,8 +60,8 @@ impl<'a> Show<'a> {
         }
     }
 
-    /// Handles an event and says how the training goes on.
-    pub(super) fn hear(&mut self, event: TrainEvent) -> Flow {
+    /// Handles an event and says how the training continues.
+    pub(super) fn observe(&mut self, event: TrainEvent) -> Flow {
         let step = match &event {
             TrainEvent::Progress(at) if at.phase == Phase::Training => Some(at.step),
             _ => None,

@@ -33,7 +33,8 @@ pub(super) fn class_images(session: &mut Session<'_, '_>) -> Result<Vec<Moments>
                 let message = format!("class image {}: {error}", encoded.len() + 1);
                 Fault::new(FaultCode::ArtifactMissing, message)
             })?;
-            encoded.push(session.encode(&image_io::squared(&pixels, session.base.bundle.resolution()))?);
+            encoded
+                .push(session.encode(&image_io::center_square(&pixels, session.base.bundle.resolution()))?);
         }
     }
     Ok(encoded)

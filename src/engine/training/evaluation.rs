@@ -7,7 +7,7 @@ use image::RgbImage;
 use super::session::{Halt, Session, thumbnail};
 use crate::engine::api::Image;
 use crate::job::{Phase, Progress, SEED_MAX};
-use crate::ml::evaluate::{Evaluation, Fidelity, Generated, GeneratedSet, Judge, PromptLists};
+use crate::ml::evaluate::{Evaluation, Evaluator, Fidelity, Generated, GeneratedSet, PromptLists};
 use crate::ml::product::PLACEHOLDER;
 use crate::ml::sample::Models;
 use crate::ml::train::{State, Trial};
@@ -23,7 +23,7 @@ type Wanted = Vec<(String, u64)>;
 
 /// Scores the weights of a step by a few images. It is the same for all steps, and after a resume.
 pub(super) struct CheckpointScorer {
-    judge: Judge,
+    evaluator: Evaluator,
     /// CLIP-T of the untrained model, which knows the class but not the product.
     base_adherence: f64,
 }
@@ -71,8 +71,8 @@ pub(super) fn score_step(
         varied.extend(drawn.into_iter().map(|(_, image)| image));
     }
     let class_name = session.plan.recipe.product.class_name.clone();
-    let likeness = or_warning(session, scorer.judge.likeness(&invariant))?;
-    let adherence = or_warning(session, scorer.judge.adherence(&class_name, &varied))?;
+    let likeness = or_warning(session, scorer.evaluator.likeness(&invariant))?;
+    let adherence = or_warning(session, scorer.evaluator.adherence(&class_name, &varied))?;
     let (likeness, adherence) = (likeness.unwrap_or(f64::NAN), adherence.unwrap_or(f64::NAN));
     state.add_trial(Trial::new(state.n_steps(), likeness, adherence / scorer.base_adherence));
     Ok(())
@@ -85,21 +85,23 @@ fn new_scorer(
     state: &State,
     photos: &[RgbImage],
 ) -> Result<Option<CheckpointScorer>, Halt> {
-    let Some(judge) = judge(session, photos)?.filter(Judge::can_try) else { return Ok(None) };
-    let base_adherence = base_adherence(session, &judge, at, state)?;
-    Ok(Some(CheckpointScorer { judge, base_adherence }))
+    let Some(evaluator) = evaluator(session, photos)?.filter(Evaluator::can_score_trials) else {
+        return Ok(None);
+    };
+    let base_adherence = base_adherence(session, &evaluator, at, state)?;
+    Ok(Some(CheckpointScorer { evaluator, base_adherence }))
 }
 
-/// A judge with the bundle's networks; none, and a warning, where one of them cannot be used.
-fn judge(session: &mut Session<'_, '_>, photos: &[RgbImage]) -> Result<Option<Judge>, Halt> {
-    let judge = Judge::new(&session.base.bundle, session.base.device(), photos.to_vec());
-    or_warning(session, judge)
+/// An evaluator with the bundle's networks; none, and a warning, where one of them cannot be used.
+fn evaluator(session: &mut Session<'_, '_>, photos: &[RgbImage]) -> Result<Option<Evaluator>, Halt> {
+    let evaluator = Evaluator::new(&session.base.bundle, session.base.device(), photos.to_vec());
+    or_warning(session, evaluator)
 }
 
 /// CLIP-T of the bundle's own model for the trials' prompts, with the class name for the product.
 fn base_adherence(
     session: &mut Session<'_, '_>,
-    judge: &Judge,
+    evaluator: &Evaluator,
     at: &Progress,
     state: &State,
 ) -> Result<f64, Halt> {
@@ -114,7 +116,7 @@ fn base_adherence(
         let drawn = generated(session, &base.models, batch, at, state)?;
         images.extend(drawn.into_iter().map(|(_, image)| image));
     }
-    let adherence = judge.adherence(&class_name, &images);
+    let adherence = evaluator.adherence(&class_name, &images);
     Ok(or_warning(session, adherence)?.unwrap_or(f64::NAN))
 }
 
@@ -151,12 +153,12 @@ pub(super) fn evaluate(
     if !options.enabled {
         return Ok(EvaluationOutput { images: Vec::new(), said: Vec::new(), evaluation: None });
     }
-    let judge = match scorer {
-        Some(scorer) => Some(scorer.judge),
-        None => judge(session, photos)?,
+    let evaluator = match scorer {
+        Some(scorer) => Some(scorer.evaluator),
+        None => evaluator(session, photos)?,
     };
-    let tells = judge.as_ref().is_some_and(Judge::can_tell_the_class);
-    let n_class_images = if tells { options.class_images as usize } else { 0 };
+    let scores_class = evaluator.as_ref().is_some_and(Evaluator::can_score_class);
+    let n_class_images = if scores_class { options.class_images as usize } else { 0 };
     let (standard, varying) = prompts(session, options.images as usize, session.plan.evaluation_seed)?;
     let seed = random::derive(session.plan.evaluation_seed, "class") & SEED_MAX;
     let of_class: Wanted = (0..n_class_images as u64)
@@ -180,8 +182,8 @@ pub(super) fn evaluate(
     let of_class = draw(session, &of_class)?;
     images.truncate(invariant.len() + varying.len()); // those of the class are looked at, not kept
 
-    let found = match judge {
-        Some(judge) => judged(session, &judge, &invariant, &varying, of_class, state)?,
+    let found = match evaluator {
+        Some(evaluator) => scored(session, &evaluator, &invariant, &varying, of_class, state)?,
         None => None,
     };
     let fidelity = |i: usize| found.as_ref().and_then(|found: &Evaluation| found.pictures.get(i));
@@ -200,9 +202,9 @@ pub(super) fn evaluate(
 }
 
 /// The numbers of the images; none, and a warning, where they cannot be computed.
-fn judged(
+fn scored(
     session: &mut Session<'_, '_>,
-    judge: &Judge,
+    evaluator: &Evaluator,
     invariant: &[Generated],
     varying: &[Generated],
     class_images: Vec<Generated>,
@@ -211,7 +213,7 @@ fn judged(
     let class_name = session.plan.recipe.product.class_name.clone();
     let class_images: Vec<RgbImage> = class_images.into_iter().map(|image| image.pixels).collect();
     let drawn = GeneratedSet { class_name: &class_name, invariant, varying, class_images: &class_images };
-    let found = judge.evaluate(&drawn, &mut |done, total| {
+    let found = evaluator.evaluate(&drawn, &mut |done, total| {
         let at = session.at(Phase::Evaluating, done, total);
         session.progress(at, Some(state)).map_err(Interrupt::Stopped)
     });
@@ -228,7 +230,7 @@ fn or_warning<T>(session: &mut Session<'_, '_>, found: crate::ml::Result<T>) -> 
         Ok(found) => Ok(Some(found)),
         Err(error) if error.is_input() => {
             let error = error.renamed(session.base.bundle.dir(), "the models".as_ref());
-            let warning = format!("not judged: {error}");
+            let warning = format!("not evaluated: {error}");
             if !session.plan.warnings.contains(&warning) {
                 session.plan.warnings.push(warning);
             }
@@ -238,7 +240,7 @@ fn or_warning<T>(session: &mut Session<'_, '_>, found: crate::ml::Result<T>) -> 
     }
 }
 
-/// One batch of images with their prompts, as files and as they are judged.
+/// One batch of images with their prompts, as files and as they are evaluated.
 fn generated(
     session: &mut Session<'_, '_>,
     models: &Models,

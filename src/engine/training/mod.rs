@@ -38,7 +38,7 @@ pub(super) fn train(
 ) -> Result<Ending, Fault> {
     match trained(Session::new(base, generator, input, observe)?) {
         Ok(trained) => Ok(Ending::Trained(trained)),
-        Err(Halt::Asked(ending)) => Ok(*ending),
+        Err(Halt::Requested(ending)) => Ok(*ending),
         Err(Halt::Fault(fault)) => Err(fault),
     }
 }
@@ -57,12 +57,18 @@ fn trained(mut session: Session<'_, '_>) -> Result<Trained, Halt> {
     train_discriminator(&mut session, &mut state, &data)?;
     let scorer = take_steps(&mut session, &mut state, &photos, &data, perceptual.as_ref())?;
     show_attention(&mut session, &state, &data)?;
-    let judged = evaluation::evaluate(&mut session, scorer, &state, &photos)?;
+    let evaluation = evaluation::evaluate(&mut session, scorer, &state, &photos)?;
     let weights = session.saved("weights.safetensors", &state, State::save_weights)?;
     let last = (state.served_step() != state.n_steps())
         .then(|| session.saved("weights-last.safetensors", &state, State::save_last_weights));
-    let report = Box::new(session.report(&state, &photos, &data, &judged));
-    Ok(Trained { weights, last: last.transpose()?, images: judged.images, report, gallery: session.gallery })
+    let report = Box::new(session.report(&state, &photos, &data, &evaluation));
+    Ok(Trained {
+        weights,
+        last: last.transpose()?,
+        images: evaluation.images,
+        report,
+        gallery: session.gallery,
+    })
 }
 
 /// The network of the perceptual loss, where the recipe wants it.
@@ -160,8 +166,8 @@ fn show_attention(session: &mut Session<'_, '_>, state: &State, data: &TrainingD
     for (i, instance) in data.instances.iter().take(session.input.photos.len()).enumerate() {
         let heads = discriminator.attention(&(&instance.moments.mean * scale)?)?; // [1, N, h, w]
         let map = heads.mean(1)?.squeeze(0)?.to_vec2::<f32>()?;
-        let (seed, heated) = (session.plan.recipe.seed, image_io::heated(&instance.pixels, &map));
-        session.show(Shown::Attention(i), &heated, &instance.prompt, seed)?;
+        let (seed, overlaid) = (session.plan.recipe.seed, image_io::overlay_heatmap(&instance.pixels, &map));
+        session.show(Shown::Attention(i), &overlaid, &instance.prompt, seed)?;
     }
     Ok(())
 }

@@ -93,11 +93,11 @@ fn warnings(recipe: &Recipe, tokenizer: &Tokenizer) -> Vec<String> {
     let (n_tokens, room) = (tokenizer.count(&prompt), tokenizer.length() - 2);
     if n_tokens > room {
         warnings.push(format!(
-            "class_name: its end is not seen; prompts hold {room} tokens, this has {n_tokens}"
+            "class_name: its end is ignored; prompts have room for {room} tokens, this has {n_tokens}"
         ));
     }
     if recipe.n_class_images == 0 && recipe.learner == Learner::Weights {
-        warnings.push("no class images: every thing of the class may come to look like the product".into());
+        warnings.push("no class images: every object of the class may come to look like the product".into());
     }
     warnings
 }

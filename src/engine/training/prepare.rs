@@ -47,7 +47,7 @@ fn of_photos(session: &mut Session<'_, '_>, photos: &[RgbImage]) -> Result<Train
     let mut instances = Vec::with_capacity(photos.len());
     for photo in photos {
         session.progress(session.at(Phase::Preparing, instances.len(), photos.len()), None)?;
-        let pixels = image_io::squared(photo, side);
+        let pixels = image_io::center_square(photo, side);
         instances.push(Instance { moments: session.encode(&pixels)?, prompt: prompt.clone(), pixels });
     }
     Ok(TrainingData { instances, ..TrainingData::default() })
@@ -86,14 +86,14 @@ fn cuts(
     let mut cuts = Vec::with_capacity(photos.len());
     for (i, photo) in photos.iter().enumerate() {
         session.progress(session.at(Phase::Refining, i, total), None)?;
-        let (mask, judgement) = segment(&segmenter, photo, base.device())?.cleaned();
+        let (mask, stats) = segment(&segmenter, photo, base.device())?.cleaned();
         let name = format!("photo {}", i + 1);
-        if let Some(refusal) = judgement.refusal() {
+        if let Some(refusal) = stats.refusal() {
             return Err(Fault::new(FaultCode::Input, format!("{name}: {refusal}")).into());
         }
-        let warnings = judgement.warnings();
+        let warnings = stats.warnings();
         session.plan.warnings.extend(warnings.iter().map(|warning| format!("{name}: {warning}")));
-        session.plan.masks.push(MaskQuality::from(&judgement));
+        session.plan.masks.push(MaskQuality::from(&stats));
         session.show(Shown::Mask(i), &mask.picture(), "", seed)?;
         cuts.push(Cut::new(photo, mask.values(), side, margin)?);
     }

@@ -1,7 +1,8 @@
 //! Translates a client's options into the recipe of a training.
 
 use crate::job::{
-    Fault, FaultCode, LossWeights as AskedWeights, Method, Reconstruction as Asked, TrainOptions, TrainSpec,
+    Fault, FaultCode, LossWeights as LossWeightOptions, Method, Reconstruction as ReconstructionOption,
+    TrainOptions, TrainSpec,
 };
 use crate::ml::bundle::Bundle;
 use crate::ml::product::Product;
@@ -69,7 +70,7 @@ fn views(
     let background_token =
         single_token(tokenizer, "background_token", options.background_token.as_ref(), rest)?;
     if background_token == token {
-        let message = format!("background_token: is \"{token}\" as instance_token is; wanted another");
+        let message = format!("background_token: is \"{token}\", the same as instance_token; wanted another");
         return Err(Fault::new(FaultCode::Input, message));
     }
     let views = &options.views;
@@ -85,11 +86,11 @@ fn views(
 
 /// What a step is to lower.
 fn objective(options: &TrainOptions) -> Objective {
-    let AskedWeights { reconstruction, prior, perceptual, discriminator } = options.loss_weights;
+    let LossWeightOptions { reconstruction, prior, perceptual, discriminator } = options.loss_weights;
     Objective {
         reconstruction: match options.reconstruction {
-            Asked::Mse => Reconstruction::Mse,
-            Asked::InverseGaussian => {
+            ReconstructionOption::Mse => Reconstruction::Mse,
+            ReconstructionOption::InverseGaussian => {
                 Reconstruction::InverseGaussian { sigma: options.sigma, exponent_max: options.exponent_max }
             }
         },

@@ -20,7 +20,7 @@ impl Session<'_, '_> {
         state: &State,
         photos: &[RgbImage],
         material: &TrainingData,
-        judged: &EvaluationOutput,
+        output: &EvaluationOutput,
     ) -> Report {
         let (plan, recipe) = (&self.plan, &self.plan.recipe);
         Report {
@@ -57,8 +57,8 @@ impl Session<'_, '_> {
             served_step: Some(state.served_step()),
             trials: state.trials().iter().map(TrialScores::from).collect(),
             curve: curve(state.history()),
-            images: judged.said.clone(),
-            evaluation: judged.evaluation.clone(),
+            images: output.said.clone(),
+            evaluation: output.evaluation.clone(),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             warnings: plan.warnings.clone(),
             seconds: BTreeMap::new(), // the engine has no clock
@@ -74,8 +74,8 @@ fn instance_prompts(material: &TrainingData) -> Vec<String> {
     prompts
 }
 
-/// At most [`CURVE_POINTS`] points, each the mean of equally many steps (the last of what remains) and named by its last
-/// step; null where no step of the point computed the value.
+/// At most [`CURVE_POINTS`] points, each the mean of equally many steps (the last of what remains) and named by its
+/// last step; null where no step of the point computed the value.
 fn curve(history: &[StepMetrics]) -> LossCurve {
     let points = history.chunks(history.len().div_ceil(CURVE_POINTS).max(1));
     let mean = |point: &[StepMetrics], of: fn(&StepMetrics) -> f32| {

@@ -21,17 +21,17 @@ use crate::report::{Gallery, Thumbnail};
 const THUMBNAIL_SIDE: u32 = 320;
 const THUMBNAIL_VIEWS: usize = 24;
 
-/// Why a training ends before its time.
+/// Why a training ends early.
 pub(super) enum Halt {
-    /// The observer asked for it.
-    Asked(Box<Ending>),
-    /// It cannot go on.
+    /// The observer requested it.
+    Requested(Box<Ending>),
+    /// It cannot continue.
     Fault(Fault),
 }
 
 impl Halt {
-    fn asked(ending: Ending) -> Self {
-        Self::Asked(Box::new(ending))
+    fn requested(ending: Ending) -> Self {
+        Self::Requested(Box::new(ending))
     }
 }
 
@@ -130,14 +130,14 @@ impl<'a, 'o> Session<'a, 'o> {
     pub(super) fn tell(&mut self, event: TrainEvent, state: Option<&State>) -> Result<(), Halt> {
         match (self.observe)(self.generator, event) {
             Flow::Continue => Ok(()),
-            Flow::Stop => Err(Halt::asked(Ending::Stopped)),
-            Flow::Pause => Err(Halt::asked(Ending::Paused(self.checkpoint(state)?))),
+            Flow::Stop => Err(Halt::requested(Ending::Stopped)),
+            Flow::Pause => Err(Halt::requested(Ending::Paused(self.checkpoint(state)?))),
             Flow::Checkpoint => {
                 let Some((step, file)) = self.checkpoint(state)? else { return Ok(()) };
                 match (self.observe)(self.generator, TrainEvent::Checkpoint { step, file }) {
                     Flow::Continue | Flow::Checkpoint => Ok(()), // it has one of this very step
-                    Flow::Stop => Err(Halt::asked(Ending::Stopped)),
-                    Flow::Pause => Err(Halt::asked(Ending::Paused(self.checkpoint(state)?))),
+                    Flow::Stop => Err(Halt::requested(Ending::Stopped)),
+                    Flow::Pause => Err(Halt::requested(Ending::Paused(self.checkpoint(state)?))),
                 }
             }
         }
@@ -189,12 +189,12 @@ impl<'a, 'o> Session<'a, 'o> {
         let finetune = FineTune { weights_sha256: None, job: job.as_deref() }; // they have no file yet
         let files = wanted.iter().zip(&requests).zip(drawn).map(|(((prompt, _), request), pixels)| {
             let file = self.base.encoded(prompt, request, &settings, finetune, &pixels, Format::Png)?;
-            Ok((file, image_io::of_pixels(pixels, (settings.width, settings.height))?))
+            Ok((file, image_io::from_pixels(pixels, (settings.width, settings.height))?))
         });
         files.collect()
     }
 
-    /// Pixels of `requests`, as one batch; the observer is told `at` after each step of the sampler.
+    /// Pixels of `requests`, as one batch; the observer gets `at` after each step of the sampler.
     pub(super) fn draw(
         &mut self,
         models: &Models,

@@ -32,7 +32,7 @@ pub(in crate::worker) struct TrainCommand {
     pub(in crate::worker) class_images: Vec<Option<Vec<u8>>>,
     pub(in crate::worker) resume: Option<PathBuf>,
     pub(in crate::worker) scratch: PathBuf,
-    /// Receives every event of the training and says how to go on.
+    /// Receives every event of the training and says how to continue.
     pub(in crate::worker) observer: Box<dyn FnMut(TrainEvent) -> Flow + Send>,
     pub(in crate::worker) device_time: Arc<DeviceTime>,
     pub(in crate::worker) reply: Reply<Ending>,

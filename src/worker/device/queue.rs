@@ -75,8 +75,8 @@ fn forward<T: Send + 'static>(
 }
 
 /// Whether the device computes.
-pub(super) fn probe(artist: &mut dyn ImageGenerator) -> Result<(), Fault> {
-    catch_panic(|| artist.probe())
+pub(super) fn probe(generator: &mut dyn ImageGenerator) -> Result<(), Fault> {
+    catch_panic(|| generator.probe())
         .unwrap_or_else(|_| Err(Fault::device_lost("the engine panicked when it was probed")))
 }
 
@@ -164,9 +164,9 @@ impl DeviceQueue {
         }
     }
 
-    fn answer_probes(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
+    fn answer_probes(&mut self, generator: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         for reply in self.probes.drain(..) {
-            let outcome = probe(artist);
+            let outcome = probe(generator);
             let works = outcome.is_ok();
             send_reply(reply, outcome);
             if !works {
@@ -202,13 +202,13 @@ impl DeviceQueue {
         self.account.training_began(since);
         let mut failure = Ok(());
         let outcome = catch_panic(|| {
-            engine.train(input, &mut |artist, beat| {
+            engine.train(input, &mut |generator, event| {
                 let now = self.clock.now();
                 self.account.trained(now.saturating_sub(since));
                 device_time.add(now.saturating_sub(since));
-                let mut flow = observer(beat);
+                let mut flow = observer(event);
                 if matches!(flow, Flow::Continue | Flow::Checkpoint) {
-                    failure = self.between_steps(artist);
+                    failure = self.between_steps(generator);
                     if failure.is_err() {
                         flow = Flow::Stop;
                     }
@@ -232,23 +232,23 @@ impl DeviceQueue {
     }
 
     /// Between two steps of a training: answers probes, and draws batches while samples owe the training no time.
-    fn between_steps(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
+    fn between_steps(&mut self, generator: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         self.receive_all();
-        self.answer_probes(artist)?;
+        self.answer_probes(generator)?;
         while !self.samples.is_empty() && self.account.may_draw() {
-            self.draw(artist)?;
+            self.draw(generator)?;
             self.receive_all();
         }
         Ok(())
     }
 
     /// Draws one batch of the sample with the earliest turn.
-    fn draw(&mut self, artist: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
+    fn draw(&mut self, generator: &mut dyn ImageGenerator) -> Result<(), EngineFailure> {
         let turns = self.samples.iter().enumerate();
         let Some((next, _)) = turns.min_by_key(|(_, sample)| sample.turn()) else { return Ok(()) };
         let PendingSample { mut command, mut drawn } = self.samples.remove(next);
         let n_images = command.spec.pictures().count();
-        let n_batch = artist.batch().max(1);
+        let n_batch = generator.batch().max(1);
         let images = drawn.len()..n_images.min(drawn.len() + n_batch);
         let (n_before, n_batches) = (drawn.len().div_ceil(n_batch), n_images.div_ceil(n_batch));
         command.left.store(n_images - images.end, Ordering::Release);
@@ -263,7 +263,7 @@ impl DeviceQueue {
             job: command.train_job,
         };
         let outcome = catch_panic(|| {
-            artist.draw(&input, images, &mut |step, total| {
+            generator.draw(&input, images, &mut |step, total| {
                 (command.on_step)(n_before as u64 * total + step, n_batches as u64 * total);
                 if (command.is_wanted)() { Flow::Continue } else { Flow::Stop }
             })

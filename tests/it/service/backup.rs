@@ -23,12 +23,12 @@ fn block(name: &str) -> String {
 }
 
 /// Where the commands are run, and with which settings.
-struct Shop {
+struct Installation {
     dir: tempfile::TempDir,
     settings: BTreeMap<&'static str, String>,
 }
 
-impl Shop {
+impl Installation {
     fn new() -> Self {
         let settings = BTreeMap::from([("HYPNOS_LOG", "error".to_owned())]);
         Self { dir: tempfile::tempdir().unwrap(), settings }
@@ -125,14 +125,14 @@ async fn is_whole(store: &Store, blobs: &Blobs, job: &Job) {
 
 /// What the page says of the time after a restore, once what was lost is older than a day: the sweep names it, and
 /// removes nothing of it unless told so by name.
-async fn sweeping_wants_a_word(shop: &Shop, url: &str, blobs: &Blobs, lost: &Job) {
+async fn sweeping_needs_a_confirmation(installation: &Installation, url: &str, blobs: &Blobs, lost: &Job) {
     let n_left = async || blobs.list(&Scope::job(lost.tenant, lost.id)).await.unwrap().len();
-    let young = shop.hypnos(&["sweep", "--remove"]).await;
+    let young = installation.hypnos(&["sweep", "--remove"]).await;
     assert!(young.status.success() && said(&young).contains("0 objects of"), "{}", said(&young));
     assert_eq!(n_left().await, 5);
     let aged = std::time::SystemTime::now() - std::time::Duration::from_hours(48);
     for entry in blobs.list(&Scope::job(lost.tenant, lost.id)).await.unwrap() {
-        let file = shop.path("hypnos-data/objects").join(entry.key.as_str());
+        let file = installation.path("hypnos-data/objects").join(entry.key.as_str());
         std::fs::File::options().write(true).open(file).unwrap().set_modified(aged).unwrap();
     }
     let mut connection = SqliteConnection::connect(url).await.unwrap();
@@ -143,37 +143,39 @@ async fn sweeping_wants_a_word(shop: &Shop, url: &str, blobs: &Blobs, lost: &Job
     sqlx::raw_sql(sqlx::AssertSqlSafe(ago)).execute(&mut connection).await.unwrap();
     connection.close().await.unwrap();
 
-    let refused = shop.hypnos(&["sweep", "--remove"]).await;
+    let refused = installation.hypnos(&["sweep", "--remove"]).await;
     assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
     assert!(said(&refused).contains("--despite newer-than-rows"), "{}", said(&refused));
-    let other = shop.hypnos(&["sweep", "--remove", "--despite", "most-objects"]).await;
+    let other = installation.hypnos(&["sweep", "--remove", "--despite", "most-objects"]).await;
     assert_eq!(other.status.code(), Some(2), "another word is not enough: {}", said(&other));
     assert_eq!(n_left().await, 5);
-    let told = shop.run("sweep").await;
-    assert!(told.contains("0 removed") && told.contains("5 removed"), "{told}");
+    let output = installation.run("sweep").await;
+    assert!(output.contains("0 removed") && output.contains("5 removed"), "{output}");
     assert_eq!(n_left().await, 0);
-    let after = shop.hypnos(&["sweep", "--remove"]).await;
+    let after = installation.hypnos(&["sweep", "--remove"]).await;
     assert!(after.status.success() && said(&after).contains("0 objects of"), "{}", said(&after));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sqlite_and_a_directory_come_back_as_they_were_backed_up() {
-    let shop = Shop::new();
-    let url = format!("sqlite:{}", shop.path("hypnos-data/hypnos.db").display());
+    let installation = Installation::new();
+    let url = format!("sqlite:{}", installation.path("hypnos-data/hypnos.db").display());
     let open = async || {
-        let place = Place::Directory(shop.path("hypnos-data/objects"));
+        let place = Place::Directory(installation.path("hypnos-data/objects"));
         let blobs = Blobs::open(&BlobsConfig { place, links: None }).await.unwrap();
         (Store::connect(&url, 4).await.unwrap(), blobs)
     };
-    assert!(shop.hypnos(&["migrate"]).await.status.success());
-    std::fs::write(shop.path("hypnos-data/url-secret"), "a secret of sixteen characters").unwrap();
+    assert!(installation.hypnos(&["migrate"]).await.status.success());
+    std::fs::write(installation.path("hypnos-data/url-secret"), "a secret of sixteen characters").unwrap();
     let (store, blobs) = open().await;
     let kept = [trained(&store, &blobs).await, trained(&store, &blobs).await];
-    let marker = std::fs::read(shop.path("hypnos-data/objects/deployment.json")).unwrap();
-    shop.run("backup").await;
-    assert!(!files(&shop.path("backup")).iter().any(|name| name.contains("wal") || name.contains("tmp")));
+    let marker = std::fs::read(installation.path("hypnos-data/objects/deployment.json")).unwrap();
+    installation.run("backup").await;
+    assert!(
+        !files(&installation.path("backup")).iter().any(|name| name.contains("wal") || name.contains("tmp"))
+    );
     assert_ne!(
-        std::fs::read(shop.path("hypnos-data/objects/deployment.json")).unwrap(),
+        std::fs::read(installation.path("hypnos-data/objects/deployment.json")).unwrap(),
         marker,
         "it moved on"
     );
@@ -184,35 +186,35 @@ async fn sqlite_and_a_directory_come_back_as_they_were_backed_up() {
     store.close().await;
 
     // An older database beside newer objects.
-    shop.run("restore").await;
+    installation.run("restore").await;
     let (store, blobs) = open().await;
     is_whole(&store, &blobs, &kept[0]).await;
     is_whole(&store, &blobs, &deleted).await; // from the copy of the objects
     assert!(store.find(lost.tenant, lost.id, Kind::Train).await.unwrap().is_none());
     assert!(store.deployment().await.unwrap().unwrap().restored.is_some());
-    sweeping_wants_a_word(&shop, &url, &blobs, &lost).await;
+    sweeping_needs_a_confirmation(&installation, &url, &blobs, &lost).await;
     assert_eq!(store.deployment().await.unwrap().unwrap().restored, None, "settled");
     is_whole(&store, &blobs, &kept[0]).await;
 
     // Nothing but the backup.
     store.close().await;
-    std::fs::remove_dir_all(shop.path("hypnos-data")).unwrap();
-    shop.run("restore").await;
+    std::fs::remove_dir_all(installation.path("hypnos-data")).unwrap();
+    installation.run("restore").await;
     let (store, blobs) = open().await;
     is_whole(&store, &blobs, &kept[0]).await;
     is_whole(&store, &blobs, &deleted).await;
 
     // A second copy to the same place is refused, and leaves the first.
-    let again = shop.hypnos(&["backup", "--to", "backup/url-secret"]).await;
+    let again = installation.hypnos(&["backup", "--to", "backup/url-secret"]).await;
     assert_eq!(again.status.code(), Some(2), "{}", said(&again));
-    assert!(said(&again).contains("is there already"), "{}", said(&again));
+    assert!(said(&again).contains("already exists"), "{}", said(&again));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_and_a_bucket_come_back_as_they_were_backed_up() {
     let (garage, database) = (Garage::start().await, Postgres::database().await);
-    let mut shop = Shop::new();
-    shop.settings.extend([
+    let mut installation = Installation::new();
+    installation.settings.extend([
         ("HYPNOS_DATABASE", database.clone()),
         ("HYPNOS_OBJECTS", format!("s3://{BUCKET}")),
         ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
@@ -227,30 +229,30 @@ async fn postgres_and_a_bucket_come_back_as_they_were_backed_up() {
         ("RCLONE_CONFIG_STORE_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
         ("RCLONE_CONFIG_STORE_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
     ]);
-    assert!(shop.hypnos(&["migrate"]).await.status.success());
+    assert!(installation.hypnos(&["migrate"]).await.status.success());
     let bucket = Bucket { prefix: String::new(), ..garage.bucket() };
     let blobs = Blobs::open(&BlobsConfig { place: Place::Bucket(bucket), links: None }).await.unwrap();
     let store = Store::connect(&database, 4).await.unwrap();
     let kept = trained(&store, &blobs).await;
-    shop.run("backup-postgres").await;
+    installation.run("backup-postgres").await;
     hypnos::deployment::mark(&store, &blobs, true).await.unwrap(); // as every ten minutes
     let lost = trained(&store, &blobs).await;
     store.close().await;
 
-    shop.run("restore-postgres").await;
+    installation.run("restore-postgres").await;
     let store = Store::connect(&database, 4).await.unwrap();
     is_whole(&store, &blobs, &kept).await;
     assert!(store.find(lost.tenant, lost.id, Kind::Train).await.unwrap().is_none());
     assert!(store.deployment().await.unwrap().unwrap().restored.is_some());
-    let swept = shop.run("sweep").await;
+    let swept = installation.run("sweep").await;
     assert!(swept.contains("0 objects of"), "all of it is young: {swept}");
     assert_eq!(blobs.list(&Scope::job(lost.tenant, lost.id)).await.unwrap().len(), 5);
 
     // An empty bucket is filled again from the copy.
     blobs.delete_all(&Scope::all()).await.unwrap();
-    shop.run("restore-postgres").await;
+    installation.run("restore-postgres").await;
     is_whole(&store, &blobs, &kept).await;
-    let refused = shop.hypnos(&["backup", "--to", "x.db"]).await;
+    let refused = installation.hypnos(&["backup", "--to", "x.db"]).await;
     assert_eq!(refused.status.code(), Some(2));
     assert!(said(&refused).contains("pg_dump"), "{}", said(&refused));
 }

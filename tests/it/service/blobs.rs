@@ -15,11 +15,11 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use reqwest::Method;
 use tempfile::TempDir;
 
-use super::chaos::{Chaos, What, keys};
+use super::chaos::{Chaos, StoreFault, keys};
 use super::s3::{Fault, Faulty, Garage, files, http};
 
 /// A store to test with: the service's view of it, and the bare one for looks and blows behind its back.
-struct Stage {
+struct TestStore {
     blobs: Blobs,
     bare: Arc<dyn ObjectStore>,
     /// What the service's keys begin with in the bare store.
@@ -33,7 +33,7 @@ enum Server {
     Faulty(Faulty),
 }
 
-impl Stage {
+impl TestStore {
     async fn directory() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let blobs = open_directory(directory.path(), "a secret of sixteen").await;
@@ -127,7 +127,7 @@ fn assert_discreet(error: &Error) {
     }
 }
 
-async fn what_is_put_is_got(stage: &Stage) {
+async fn what_is_put_can_be_read(stage: &TestStore) {
     for (key, n_bytes) in [(image_key(), 100_000), (weights_key(), 0), (image_key(), 1)] {
         let bytes = noise(1, n_bytes);
         let object = stage.blobs.put(&key, bytes.clone()).await.unwrap();
@@ -142,7 +142,7 @@ async fn what_is_put_is_got(stage: &Stage) {
     assert_eq!(keys(&*stage.bare).await.len(), 3);
 }
 
-async fn what_is_not_there_is_missing(stage: &Stage) {
+async fn an_absent_object_is_missing(stage: &TestStore) {
     let object = stage.blobs.put(&image_key(), "x").await.unwrap();
     let gone = Object { key: image_key().as_str().into(), ..object.clone() };
     let directory = tempfile::tempdir().unwrap();
@@ -157,7 +157,7 @@ async fn what_is_not_there_is_missing(stage: &Stage) {
     assert!(files(directory.path()).is_empty());
 }
 
-async fn a_large_file_goes_in_parts_and_comes_back(stage: &Stage) {
+async fn a_large_file_goes_in_parts_and_comes_back(stage: &TestStore) {
     let directory = tempfile::tempdir().unwrap();
     let (there, back) = (directory.path().join("there"), directory.path().join("back"));
     for n_bytes in [0, 3, 20 << 20] {
@@ -175,7 +175,7 @@ async fn a_large_file_goes_in_parts_and_comes_back(stage: &Stage) {
     assert_eq!(files(directory.path()).len(), 2);
 }
 
-async fn a_damaged_object_is_never_taken_for_a_whole_one(stage: &Stage) {
+async fn a_damaged_object_is_never_accepted(stage: &TestStore) {
     let bytes = noise(3, 300_000);
     let object = stage.blobs.put(&image_key(), bytes.clone()).await.unwrap();
     let mut flipped = bytes.clone();
@@ -206,7 +206,7 @@ async fn a_damaged_object_is_never_taken_for_a_whole_one(stage: &Stage) {
     }
 }
 
-async fn an_owner_s_objects_are_listed_and_removed_and_no_others(stage: &Stage) {
+async fn only_an_owner_s_objects_are_listed_and_removed(stage: &TestStore) {
     let (tenant, other) = (TenantId::new(), TenantId::new());
     let (job, second) = (JobId::new(), JobId::new());
     let written = [
@@ -239,7 +239,7 @@ async fn an_owner_s_objects_are_listed_and_removed_and_no_others(stage: &Stage) 
 }
 
 // case 72
-async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &Stage) {
+async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &TestStore) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("weights");
     std::fs::write(&file, large(4, 30 << 20)).unwrap();
@@ -249,18 +249,18 @@ async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &Stage) {
 
     // Begin, four parts, complete: each of them once.
     for nth in 0..6 {
-        chaos.strike(nth, What::FailsBefore);
+        chaos.inject(nth, StoreFault::FailsBefore);
         let error = blobs.put_file(&key, &file, |_| {}).await.unwrap_err();
         assert_eq!(error, Error::Unavailable("connection reset".into()), "operation {nth}");
         assert_eq!(stage.unfinished().await, 0, "operation {nth}");
     }
-    chaos.strike(3, What::Full);
+    chaos.inject(3, StoreFault::Full);
     assert_eq!(blobs.put_file(&key, &file, |_| {}).await, Err(Error::Full));
     assert!(keys(&*stage.bare).await.is_empty());
 
     // Dropped while its third part hangs.
     let before = chaos.n_answered();
-    chaos.strike(3, What::HangsBefore);
+    chaos.inject(3, StoreFault::HangsBefore);
     let sending = tokio::spawn({
         let (blobs, key, file) = (blobs.clone(), key.clone(), file.clone());
         async move { blobs.put_file(&key, &file, |_| {}).await }
@@ -272,13 +272,13 @@ async fn an_upload_that_fails_or_is_dropped_leaves_no_part(stage: &Stage) {
     assert!(keys(&*stage.bare).await.is_empty());
 }
 
-async fn a_store_that_works_passes_the_probe_and_keeps_nothing_of_it(stage: &Stage) {
+async fn a_store_that_works_passes_the_probe_and_keeps_nothing_of_it(stage: &TestStore) {
     stage.blobs.probe().await.unwrap();
     stage.blobs.probe().await.unwrap();
     assert!(keys(&*stage.bare).await.is_empty());
 }
 
-async fn what_lies_there_of_others_is_named_and_left_alone(stage: &Stage) {
+async fn foreign_objects_are_reported_and_left_alone(stage: &TestStore) {
     let (tenant, job) = (TenantId::new(), JobId::new());
     let ours = [Key::photo(tenant, job, 0), Key::photo(tenant, job, 1)];
     for key in &ours {
@@ -303,7 +303,7 @@ async fn what_lies_there_of_others_is_named_and_left_alone(stage: &Stage) {
     assert_eq!(keys(&*stage.bare).await.len(), 4);
 }
 
-async fn a_marker_is_read_as_it_was_written(stage: &Stage) {
+async fn a_marker_is_read_as_it_was_written(stage: &TestStore) {
     assert_eq!(stage.blobs.marker().await.unwrap(), None);
     for text in ["one", "another"] {
         stage.blobs.put_marker(text).await.unwrap();
@@ -323,7 +323,7 @@ macro_rules! contract {
         $(mod $store {
             $(#[tokio::test]
             async fn $clause() {
-                super::$clause(&super::Stage::$store().await).await;
+                super::$clause(&super::TestStore::$store().await).await;
             })*
         })*
     };
@@ -331,45 +331,45 @@ macro_rules! contract {
 
 contract! {
     directory: [
-        what_is_put_is_got,
-        what_is_not_there_is_missing,
+        what_is_put_can_be_read,
+        an_absent_object_is_missing,
         a_large_file_goes_in_parts_and_comes_back,
-        a_damaged_object_is_never_taken_for_a_whole_one,
-        an_owner_s_objects_are_listed_and_removed_and_no_others,
+        a_damaged_object_is_never_accepted,
+        only_an_owner_s_objects_are_listed_and_removed,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        what_lies_there_of_others_is_named_and_left_alone,
+        foreign_objects_are_reported_and_left_alone,
         a_marker_is_read_as_it_was_written,
     ];
     garage: [
-        what_is_put_is_got,
-        what_is_not_there_is_missing,
+        what_is_put_can_be_read,
+        an_absent_object_is_missing,
         a_large_file_goes_in_parts_and_comes_back,
-        a_damaged_object_is_never_taken_for_a_whole_one,
-        an_owner_s_objects_are_listed_and_removed_and_no_others,
+        a_damaged_object_is_never_accepted,
+        only_an_owner_s_objects_are_listed_and_removed,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        what_lies_there_of_others_is_named_and_left_alone,
+        foreign_objects_are_reported_and_left_alone,
         a_marker_is_read_as_it_was_written,
         a_bucket_s_link_reads_one_object_until_it_expires,
         a_bucket_with_the_wrong_secret_refuses,
     ];
     faulty: [
-        what_is_put_is_got,
-        what_is_not_there_is_missing,
+        what_is_put_can_be_read,
+        an_absent_object_is_missing,
         a_large_file_goes_in_parts_and_comes_back,
-        a_damaged_object_is_never_taken_for_a_whole_one,
-        an_owner_s_objects_are_listed_and_removed_and_no_others,
+        a_damaged_object_is_never_accepted,
+        only_an_owner_s_objects_are_listed_and_removed,
         an_upload_that_fails_or_is_dropped_leaves_no_part,
         a_store_that_works_passes_the_probe_and_keeps_nothing_of_it,
-        what_lies_there_of_others_is_named_and_left_alone,
+        foreign_objects_are_reported_and_left_alone,
         a_marker_is_read_as_it_was_written,
         a_bucket_s_link_reads_one_object_until_it_expires,
         a_bucket_with_the_wrong_secret_refuses,
     ];
 }
 
-impl Stage {
+impl TestStore {
     fn bucket(&self) -> Bucket {
         match &self.server {
             Server::Garage(garage) => garage.bucket(),
@@ -379,7 +379,7 @@ impl Stage {
     }
 }
 
-async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &Stage) {
+async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &TestStore) {
     let (client, now) = (http(), Timestamp::now());
     let object = stage.blobs.put(&image_key(), "picture").await.unwrap();
     let other = stage.blobs.put(&image_key(), "another").await.unwrap();
@@ -417,7 +417,7 @@ async fn a_bucket_s_link_reads_one_object_until_it_expires(stage: &Stage) {
     assert_eq!(client.get(&url).send().await.unwrap().status(), 200);
 }
 
-async fn a_bucket_with_the_wrong_secret_refuses(stage: &Stage) {
+async fn a_bucket_with_the_wrong_secret_refuses(stage: &TestStore) {
     let wrong = Bucket { credentials: super::s3::keys(&"0".repeat(64)), ..stage.bucket() };
     let blobs = open_bucket(wrong.clone()).await;
     assert!(!format!("{wrong:?} {blobs:?}").contains(&"0".repeat(64)));
@@ -431,7 +431,7 @@ async fn a_bucket_with_the_wrong_secret_refuses(stage: &Stage) {
 }
 
 #[tokio::test]
-async fn a_bucket_that_is_not_there_and_a_server_that_is_gone_are_away_and_not_missing() {
+async fn a_missing_bucket_and_an_unreachable_server_are_not_missing_objects() {
     let garage = Garage::start().await;
     let blobs = open_bucket(garage.bucket()).await.with_request_timeout(Duration::from_secs(2));
     let object = blobs.put(&image_key(), "x").await.unwrap();
@@ -530,7 +530,7 @@ async fn what_a_killed_upload_left_in_a_directory_is_swept_when_it_is_old() {
 }
 
 #[tokio::test]
-async fn a_store_that_fails_hangs_or_is_full_says_so_in_time() {
+async fn a_store_that_fails_hangs_or_is_full_is_an_error_in_time() {
     let directory = tempfile::tempdir().unwrap();
     let chaos = Chaos::over(Arc::new(LocalFileSystem::new_with_prefix(directory.path()).unwrap()));
     let blobs = Blobs::over(Arc::new(chaos.clone())).with_request_timeout(Duration::from_millis(200));
@@ -538,33 +538,33 @@ async fn a_store_that_fails_hangs_or_is_full_says_so_in_time() {
     let object = blobs.put(&key, "picture").await.unwrap();
     let scope = job_of(&key);
     let expected = [
-        (What::FailsBefore, Error::Unavailable("connection reset".into())),
-        (What::HangsBefore, Error::Unavailable("timeout".into())),
-        (What::HangsAfter, Error::Unavailable("timeout".into())),
-        (What::Full, Error::Full),
+        (StoreFault::FailsBefore, Error::Unavailable("connection reset".into())),
+        (StoreFault::HangsBefore, Error::Unavailable("timeout".into())),
+        (StoreFault::HangsAfter, Error::Unavailable("timeout".into())),
+        (StoreFault::Full, Error::Full),
     ];
     for (what, expected) in expected {
-        chaos.strike_all(Some(what));
+        chaos.inject_all(Some(what));
         assert_eq!(blobs.put(&key, "picture").await, Err(expected.clone()), "{what:?}");
         assert_eq!(blobs.get(&object).await, Err(expected.clone()), "{what:?}");
         assert_eq!(blobs.stream(&object).await.err(), Some(expected.clone()), "{what:?}");
         assert_eq!(blobs.list(&scope).await, Err(expected.clone()), "{what:?}");
         assert_eq!(blobs.probe().await, Err(expected.clone()), "{what:?}");
-        if what != What::HangsAfter {
+        if what != StoreFault::HangsAfter {
             assert_eq!(blobs.delete(&key).await, Err(expected.clone()), "{what:?}");
         }
         assert_discreet(&expected);
-        chaos.strike_all(None);
+        chaos.inject_all(None);
         assert_eq!(blobs.get(&object).await.unwrap(), "picture", "{what:?}");
     }
     // case 70: half of it once is read again, twice is damaged.
-    chaos.strike(0, What::Short);
+    chaos.inject(0, StoreFault::Short);
     assert_eq!(blobs.get(&object).await.unwrap(), "picture");
-    chaos.strike(0, What::Short);
-    chaos.strike(1, What::Short);
+    chaos.inject(0, StoreFault::Short);
+    chaos.inject(1, StoreFault::Short);
     assert_eq!(blobs.get(&object).await, Err(Error::Damaged));
     // case 69: done, but nobody heard.
-    chaos.strike(0, What::FailsAfter);
+    chaos.inject(0, StoreFault::FailsAfter);
     assert!(blobs.put(&key, "picture").await.is_err());
     assert_eq!(blobs.put(&key, "picture").await, Ok(object));
     // What a probe that was cut off left, the next one takes along.
@@ -575,23 +575,23 @@ async fn a_store_that_fails_hangs_or_is_full_says_so_in_time() {
 
 // cases 68, 69
 #[tokio::test]
-async fn a_server_in_trouble_is_asked_again_and_keeps_one_object() {
+async fn a_failing_server_is_retried_and_stores_one_object() {
     let server = Faulty::start().await;
     let blobs = open_bucket(server.bucket()).await;
     for fault in [Fault::SlowDown, Fault::Broken, Fault::Deaf, Fault::Lost, Fault::Slow] {
         let bytes = noise(5, 50_000);
         let key = image_key();
-        server.strike(|method, _| method == "PUT", fault, 2);
+        server.inject(|method, _| method == "PUT", fault, 2);
         let object =
             blobs.put(&key, bytes.clone()).await.unwrap_or_else(|error| panic!("{fault:?}: {error}"));
-        server.strike(|method, _| method == "GET", fault, 2);
+        server.inject(|method, _| method == "GET", fault, 2);
         assert_eq!(blobs.get(&object).await.unwrap(), bytes, "{fault:?}");
         assert_eq!(blobs.delete_all(&job_of(&key)).await, Ok(1));
         server.calm();
     }
     // For good: an error in time, in our words.
     let blobs = blobs.with_request_timeout(Duration::from_secs(2));
-    server.strike(|_, _| true, Fault::Broken, usize::MAX);
+    server.inject(|_, _| true, Fault::Broken, usize::MAX);
     let error = blobs.put(&image_key(), "x").await.unwrap_err();
     assert!(matches!(error, Error::Unavailable(_)), "{error}");
     assert_discreet(&error);
@@ -599,18 +599,18 @@ async fn a_server_in_trouble_is_asked_again_and_keeps_one_object() {
 
 // case 70
 #[tokio::test]
-async fn a_body_cut_short_or_with_a_turned_bit_is_fetched_again_and_never_believed() {
+async fn a_truncated_or_corrupted_body_is_fetched_again_and_never_accepted() {
     let server = Faulty::start().await;
     let blobs = open_bucket(server.bucket()).await;
     let bytes = noise(6, 200_000);
     let object = blobs.put(&image_key(), bytes.clone()).await.unwrap();
     for fault in [Fault::Cut, Fault::Short, Fault::Flip] {
-        server.strike(|method, _| method == "GET", fault, 1);
+        server.inject(|method, _| method == "GET", fault, 1);
         assert_eq!(blobs.get(&object).await.unwrap(), bytes, "{fault:?}");
         server.calm();
     }
     for fault in [Fault::Short, Fault::Flip] {
-        server.strike(|method, _| method == "GET", fault, usize::MAX);
+        server.inject(|method, _| method == "GET", fault, usize::MAX);
         assert_eq!(blobs.get(&object).await, Err(Error::Damaged), "{fault:?}");
         server.calm();
     }
@@ -625,14 +625,14 @@ async fn an_upload_that_cannot_be_completed_leaves_no_part_on_the_server() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("weights");
     std::fs::write(&file, large(7, 20 << 20)).unwrap();
-    server.strike(|method, uri| method == "POST" && uri.contains("uploadId="), Fault::Broken, usize::MAX);
+    server.inject(|method, uri| method == "POST" && uri.contains("uploadId="), Fault::Broken, usize::MAX);
     let error = blobs.put_file(&weights_key(), &file, |_| {}).await.unwrap_err();
     assert!(matches!(error, Error::Unavailable(_)), "{error}");
     assert_discreet(&error);
     assert_eq!(server.unfinished(), 0);
     server.calm();
 
-    server.strike(|method, uri| method == "PUT" && uri.contains("partNumber=2"), Fault::SlowDown, 2);
+    server.inject(|method, uri| method == "PUT" && uri.contains("partNumber=2"), Fault::SlowDown, 2);
     let object = blobs.put_file(&weights_key(), &file, |_| {}).await.unwrap();
     blobs.get_to_file(&object, &directory.path().join("back")).await.unwrap();
 }

@@ -1,5 +1,5 @@
-//! A browser without a window, driven through chromedriver: the few words of the WebDriver protocol (W3C) that are
-//! needed, as plain HTTP.
+//! A headless browser, driven through chromedriver by the few commands of the WebDriver protocol (W3C) that are needed,
+//! as plain HTTP.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;

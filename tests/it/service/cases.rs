@@ -14,7 +14,7 @@ fn functions(dir: &Path, found: &mut String) {
 }
 
 #[test]
-fn every_test_that_the_table_of_cases_names_is_there() {
+fn every_test_that_the_table_of_cases_names_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let table = fs::read_to_string(root.join("tests/CASES.md")).unwrap();
     let mut sources = String::new();

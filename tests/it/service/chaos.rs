@@ -16,9 +16,9 @@ use object_store::{
     UploadPart,
 };
 
-/// What happens to an operation.
+/// StoreFault happens to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum What {
+pub(crate) enum StoreFault {
     /// It fails and has done nothing.
     FailsBefore,
     /// It is done, but the caller hears that it failed.
@@ -31,7 +31,7 @@ pub(crate) enum What {
     Panics,
     /// The disk is full.
     Full,
-    /// What is read lacks its second half. Other operations go well.
+    /// StoreFault is read lacks its second half. Other operations go well.
     Short,
 }
 
@@ -46,8 +46,8 @@ pub(crate) struct Chaos {
 struct Plan {
     n_operations: AtomicUsize,
     n_answered: AtomicUsize,
-    faults: Mutex<BTreeMap<usize, What>>,
-    always: Mutex<Option<What>>,
+    faults: Mutex<BTreeMap<usize, StoreFault>>,
+    always: Mutex<Option<StoreFault>>,
 }
 
 impl Chaos {
@@ -56,13 +56,13 @@ impl Chaos {
     }
 
     /// The `nth` operation from now, 0 the next one, goes wrong.
-    pub(crate) fn strike(&self, nth: usize, what: What) {
+    pub(crate) fn inject(&self, nth: usize, what: StoreFault) {
         let at = self.n_operations() + nth;
         self.plan.faults.lock().unwrap().insert(at, what);
     }
 
     /// All operations from now on go wrong, until `None`.
-    pub(crate) fn strike_all(&self, what: Option<What>) {
+    pub(crate) fn inject_all(&self, what: Option<StoreFault>) {
         *self.plan.always.lock().unwrap() = what;
     }
 
@@ -78,7 +78,7 @@ impl Chaos {
 }
 
 impl Plan {
-    fn next(&self) -> Option<What> {
+    fn next(&self) -> Option<StoreFault> {
         let n = self.n_operations.fetch_add(1, Ordering::SeqCst);
         self.faults.lock().unwrap().remove(&n).or(*self.always.lock().unwrap())
     }
@@ -91,19 +91,19 @@ impl Plan {
 
     async fn try_run<T>(&self, operation: impl Future<Output = Result<T>>) -> Result<T> {
         match self.next() {
-            Some(What::FailsBefore) => Err(failure(io::ErrorKind::ConnectionReset)),
-            Some(What::Full) => Err(failure(io::ErrorKind::StorageFull)),
-            Some(What::Panics) => panic!("chaos"),
-            Some(What::HangsBefore) => std::future::pending().await,
-            Some(What::FailsAfter) => {
+            Some(StoreFault::FailsBefore) => Err(failure(io::ErrorKind::ConnectionReset)),
+            Some(StoreFault::Full) => Err(failure(io::ErrorKind::StorageFull)),
+            Some(StoreFault::Panics) => panic!("chaos"),
+            Some(StoreFault::HangsBefore) => std::future::pending().await,
+            Some(StoreFault::FailsAfter) => {
                 operation.await?;
                 Err(failure(io::ErrorKind::ConnectionReset))
             }
-            Some(What::HangsAfter) => {
+            Some(StoreFault::HangsAfter) => {
                 operation.await?;
                 std::future::pending().await
             }
-            Some(What::Short) | None => operation.await,
+            Some(StoreFault::Short) | None => operation.await,
         }
     }
 }
@@ -154,7 +154,7 @@ impl ObjectStore for Chaos {
     async fn get_opts(&self, place: &Path, options: GetOptions) -> Result<GetResult> {
         let what = self.plan.faults.lock().unwrap().get(&self.n_operations()).copied();
         let mut found = self.plan.run(self.inner.get_opts(place, options)).await?;
-        if what == Some(What::Short) {
+        if what == Some(StoreFault::Short) {
             let (meta, range) = (found.meta.clone(), found.range.clone());
             let bytes = found.bytes().await?;
             let half = bytes.slice(..bytes.len() / 2);

@@ -1,6 +1,6 @@
-// Loaded before libc's own: a disk that is slow, fails or is full when a write-ahead log is written. While the file `hold` is in
-// the test's directory a sync waits; while `fail` is there it fails, after the bytes were written; while `full` is there
-// nothing can be written.
+// Loaded before libc's own: a disk that is slow, fails or is full when a write-ahead log is written. While the file
+// `hold` is in the test's directory a sync waits; while `fail` is there it fails, after the bytes were written; while
+// `full` is there nothing can be written.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static int told(const char *what) {
+static int is_ordered(const char *what) {
     const char *directory = getenv("HYPNOS_TEST_DISK");
     char path[4096];
     if (!directory) return 0;
@@ -27,17 +27,17 @@ static int is_log(int fd) {
 static int sync_with(const char *name, int fd) {
     int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, name);
     if (is_log(fd)) {
-        if (told("fail")) {
+        if (is_ordered("fail")) {
             errno = EIO;
             return -1;
         }
-        while (told("hold")) usleep(5000);
+        while (is_ordered("hold")) usleep(5000);
     }
     return real(fd);
 }
 
 static int is_full(int fd) {
-    if (!is_log(fd) || !told("full")) return 0;
+    if (!is_log(fd) || !is_ordered("full")) return 0;
     errno = ENOSPC;
     return 1;
 }

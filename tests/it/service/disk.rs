@@ -1,5 +1,5 @@
-//! A disk that syncs SQLite's log slowly, or not at all, when a test says so: a library that the test is run with
-//! again, in a process of its own.
+//! A disk on which SQLite's log is synced slowly or not at all when a test says so: a preloaded library, with which the
+//! test starts itself again in a process of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -83,7 +83,7 @@ pub(super) async fn is_ready(url: &str) {
 /// The two commands of the README's quick start, as they stand there, against the program that was built for the tests
 /// and on a port that is free.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
+async fn the_readme_s_five_lines_turn_four_photos_into_images() {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     let section = readme.split("## Run the service").nth(1).expect("a section `Run the service`");
     let blocks: Vec<&str> =
@@ -135,13 +135,13 @@ async fn the_readme_s_five_lines_take_four_photos_to_pictures() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_outlives_a_killed_worker_and_a_frozen_one() {
+async fn a_training_survives_a_killed_worker_and_a_frozen_one() {
     one_killed_and_one_frozen(Postgres::database().await).await;
 }
 
 // case A7
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_outlives_a_killed_worker_and_a_frozen_one_behind_a_pooler() {
+async fn a_training_survives_a_killed_worker_and_a_frozen_one_behind_a_pooler() {
     let direct = Postgres::database().await;
     let bouncer = Bouncer::start(socket_of(&direct), "");
     one_killed_and_one_frozen(bouncer.through(&direct)).await;
@@ -149,7 +149,7 @@ async fn a_training_outlives_a_killed_worker_and_a_frozen_one_behind_a_pooler() 
 
 /// One `serve` and two `work` on Postgres and S3. The first worker is killed, the second frozen past its lease and
 /// revived; a third ends the job.
-#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 async fn one_killed_and_one_frozen(database: String) {
     let dir = tempfile::tempdir().unwrap();
     let garage = Garage::start().await;
@@ -158,7 +158,7 @@ async fn one_killed_and_one_frozen(database: String) {
     let mut settings = BTreeMap::from([
         ("HYPNOS_DATABASE", database.clone()),
         ("HYPNOS_DATA", dir.path().join("serve").display().to_string()),
-        ("HYPNOS_OBJECTS", format!("s3://{}/story", bucket.name)),
+        ("HYPNOS_OBJECTS", format!("s3://{}/scenario", bucket.name)),
         ("HYPNOS_S3_ENDPOINT", garage.endpoint.clone()),
         ("HYPNOS_S3_ACCESS_KEY", ACCESS_KEY.to_owned()),
         ("HYPNOS_S3_SECRET_KEY", SECRET_KEY.to_owned()),
@@ -184,8 +184,8 @@ async fn one_killed_and_one_frozen(database: String) {
     is_ready(&url).await;
     let store = hypnos::store::Store::connect(&database, 2).await.unwrap();
     let shared = store.sessions() == Some(hypnos::store::Sessions::Shared);
-    let told = serve.log().matches("database behind a pooler").count();
-    assert_eq!(told, usize::from(shared), "in one line: {}", serve.log());
+    let n_lines = serve.log().matches("database behind a pooler").count();
+    assert_eq!(n_lines, usize::from(shared), "in one line: {}", serve.log());
     let client = http();
     let worker = |name: &str| {
         let mut settings = settings.clone();
@@ -301,9 +301,9 @@ async fn one_killed_and_one_frozen(database: String) {
 }
 
 /// `timeout` signals its child and then its whole group, at once.
-// attack 10
+// case A10
 #[tokio::test(flavor = "multi_thread")]
-async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
+async fn two_simultaneous_signals_count_as_one_and_a_later_one_ends_the_process_at_once() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     let dir = tempfile::tempdir().unwrap();
@@ -323,7 +323,7 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
         request.write_all(b"{").await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(300)).await; // for the server to take it up
         serve.signal("-TERM");
-        eventually("it was told", async || serve.log().contains("shutting down").then_some(())).await;
+        eventually("it logs the signal", async || serve.log().contains("shutting down").then_some(())).await;
         serve.signal("-TERM"); // one that the kernel does not make one with the first
         tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
         assert!(serve.child.try_wait().unwrap().is_none(), "the request goes on: {}", serve.log());
@@ -342,7 +342,7 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_it_at_once() {
 }
 
 async fn story_blobs(garage: &Garage) -> hypnos::blobs::Blobs {
-    let bucket = hypnos::blobs::Bucket { prefix: "story".into(), ..garage.bucket() };
+    let bucket = hypnos::blobs::Bucket { prefix: "scenario".into(), ..garage.bucket() };
     let place = hypnos::blobs::Place::Bucket(bucket);
     hypnos::blobs::Blobs::open(&hypnos::blobs::BlobsConfig { place, links: None }).await.unwrap()
 }
@@ -352,9 +352,9 @@ fn hex(bytes: &[u8]) -> String {
     format!("{:x}", sha2::Sha256::digest(bytes))
 }
 
-// attack 3
+// case A3
 #[tokio::test(flavor = "multi_thread")]
-async fn a_public_url_that_others_reach_means_keys() {
+async fn a_public_url_that_others_reach_requires_keys() {
     let dir = tempfile::tempdir().unwrap();
     let address = free_address();
     let url = format!("http://{address}");
@@ -374,9 +374,9 @@ async fn a_public_url_that_others_reach_means_keys() {
     assert!(serve.log().contains("hypnos keys create"), "nobody can call yet: {}", serve.log());
 }
 
-// attack 8, 15
+// case A8, A15
 #[tokio::test(flavor = "multi_thread")]
-async fn many_uploads_at_once_are_accepted_or_told_a_wait_that_holds_and_memory_goes_back() {
+async fn many_simultaneous_uploads_are_accepted_or_get_a_retry_time_that_holds_and_memory_is_freed() {
     let dir = tempfile::tempdir().unwrap();
     let seen = dir.path().join("seen.json");
     let mut load = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/load-uploads"));
@@ -388,8 +388,8 @@ async fn many_uploads_at_once_are_accepted_or_told_a_wait_that_holds_and_memory_
     assert!(ran.status.success(), "{said}");
     let seen: Value = serde_json::from_str(&std::fs::read_to_string(&seen).unwrap()).unwrap();
     let seen = &seen[0];
-    let told: Vec<_> = ["accepted", "timed_out", "told_again"].iter().map(|name| &seen[name]).collect();
-    assert_eq!(told, [&json!(20), &json!(0), &json!(0)], "{said}");
+    let counts: Vec<_> = ["accepted", "timed_out", "refused_again"].iter().map(|name| &seen[name]).collect();
+    assert_eq!(counts, [&json!(20), &json!(0), &json!(0)], "{said}");
     let megabytes = |name: &str| seen[name].as_f64().unwrap();
     // All together are 240 MB: in memory are those that are being decoded, and afterwards none.
     assert!(megabytes("peak_mb") < megabytes("idle_mb") + 200.0, "{said}");
@@ -401,7 +401,7 @@ type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 
 /// What cannot work is refused before anything is opened: one line, exit code 2.
 #[test]
-fn settings_that_cannot_work_are_refused_in_one_line() {
+fn invalid_settings_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
     let cases: [Case; 13] = [
@@ -414,7 +414,7 @@ fn settings_that_cannot_work_are_refused_in_one_line() {
         (
             &["serve", "--listen", "127.0.0.1:0", "--auth", "none", "--public-url", "https://hypnos.example"],
             &[],
-            "HYPNOS_AUTH is none, but HYPNOS_PUBLIC_URL is https://hypnos.example, which others reach; wanted HYPNOS_AUTH=keys",
+            "HYPNOS_AUTH is none, but HYPNOS_PUBLIC_URL is https://hypnos.example, which other machines can reach; wanted HYPNOS_AUTH=keys",
         ),
         (&["serve"], &[("HYPNOS_PUBLIC_URL", "https://a@b")], "HYPNOS_PUBLIC_URL: wanted http(s)://"),
         (&["serve"], &[("HYPNOS_DATABASE", "mysql://x")], "wanted sqlite:… or postgres://…, got \"mysql\""),
@@ -455,5 +455,5 @@ fn settings_that_cannot_work_are_refused_in_one_line() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
     let ended = command.args(["serve", "--listen", &address]).env("HYPNOS_DATA", &data).output().unwrap();
     assert_eq!(ended.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&ended.stderr).contains("cannot be listened on"));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("cannot listen on"));
 }

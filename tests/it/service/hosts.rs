@@ -15,10 +15,10 @@ fn conditions(health: &Health) -> Vec<Condition> {
     health.devices().into_iter().map(|device| device.condition).collect()
 }
 
-fn is_resting(health: &Health) -> bool {
+fn is_backing_off(health: &Health) -> bool {
     let conditions = conditions(health);
     !conditions.is_empty()
-        && conditions.iter().all(|condition| matches!(condition, Condition::Resting { .. }))
+        && conditions.iter().all(|condition| matches!(condition, Condition::BackingOff { .. }))
 }
 
 /// Waits until all devices of a worker take jobs.
@@ -28,17 +28,17 @@ async fn works(health: &Health) {
 }
 
 /// Waits until no device of a worker takes jobs.
-async fn rests(health: &Health) {
-    eventually("it rests", async || is_resting(health).then_some(())).await;
+async fn backs_off(health: &Health) {
+    eventually("it backs off", async || is_backing_off(health).then_some(())).await;
 }
 
 async fn is_back_in_the_queue(workers: &TestWorkers, job: &Job) -> Job {
     workers.until(job, |job| job.state == State::Queued && job.attempt == 0 && job.run_lease > 0).await
 }
 
-// attack 5
+// case A5
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anything() {
+async fn a_worker_without_its_scratch_directory_stops_claiming_and_costs_no_attempt() {
     let workers = TestWorkers::new().await;
     let worker = workers.start(&Script::new(QUICK));
     works(&worker.health).await;
@@ -49,17 +49,17 @@ async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anythi
     for _ in 0..5 {
         jobs.push(workers.train("mug", 5).await);
     }
-    rests(&worker.health).await;
+    backs_off(&worker.health).await;
     assert!(!worker.health.is_ready());
     let line = worker.health.devices()[0].to_string();
-    assert!(line.starts_with("scripted:0: resting since ") && line.contains("files in use"), "{line}");
+    assert!(line.starts_with("scripted:0: backing off since ") && line.contains("files in use"), "{line}");
     assert!(!line.contains(&scratch.display().to_string()), "no path: {line}");
-    // It goes on resting, however often it is probed.
-    let Condition::Resting { since, next_probe, .. } = conditions(&worker.health)[0].clone() else {
+    // It keeps backing off, however often it is probed.
+    let Condition::BackingOff { since, next_probe, .. } = conditions(&worker.health)[0].clone() else {
         panic!("rests")
     };
     let later = async || match conditions(&worker.health)[0].clone() {
-        Condition::Resting { since: s, next_probe: n, .. } => (s == since && n > next_probe).then_some(()),
+        Condition::BackingOff { since: s, next_probe: n, .. } => (s == since && n > next_probe).then_some(()),
         other => panic!("{other:?}"),
     };
     eventually("it was probed again", later).await;
@@ -81,7 +81,7 @@ async fn a_worker_whose_scratch_is_gone_takes_itself_out_and_costs_no_job_anythi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn scratch_that_somebody_removed_is_made_anew() {
+async fn a_removed_scratch_directory_is_created_again() {
     let workers = TestWorkers::new().await;
     let worker = workers.start(&Script::new(QUICK));
     let first = workers.train("mug", 5).await;
@@ -95,9 +95,9 @@ async fn scratch_that_somebody_removed_is_made_anew() {
     worker.stop().await;
 }
 
-// attack 5
+// case A5
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_is_lost_is_tried_anew_and_then_ends_the_process() {
+async fn a_lost_device_is_opened_again_and_then_ends_the_process() {
     let workers = TestWorkers::new().await;
     let worker = workers.start(&Script::new(QUICK));
     let health = worker.health.clone();
@@ -114,7 +114,7 @@ async fn a_device_that_is_lost_is_tried_anew_and_then_ends_the_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_is_well_again_works_again() {
+async fn a_recovered_device_works_again() {
     let mut workers = TestWorkers::new().await;
     workers.settings.backoff = Duration::from_millis(300); // three of which end it
     let script = Script::new(SLOW);
@@ -122,7 +122,7 @@ async fn a_device_that_is_well_again_works_again() {
     let job = workers.train("mug", 60).await;
     workers.until(&job, |job| job.checkpoint.is_some()).await;
     script.lose_device(true);
-    rests(&worker.health).await;
+    backs_off(&worker.health).await;
     is_back_in_the_queue(&workers, &job).await;
     script.lose_device(false);
     let job = workers.ended(&job).await;
@@ -132,9 +132,9 @@ async fn a_device_that_is_well_again_works_again() {
     worker.stop().await;
 }
 
-// attack 5
+// case A5
 #[tokio::test(flavor = "multi_thread")]
-async fn of_several_devices_the_one_that_is_lost_takes_only_itself_out() {
+async fn a_lost_device_does_not_stop_the_other_devices() {
     let workers = TestWorkers::new().await;
     let (bad, good) = (Script::new(SLOW), Script::new(SLOW));
     let worker = workers.start_devices(&[&bad, &good], workers.blobs.clone());
@@ -160,9 +160,9 @@ async fn of_several_devices_the_one_that_is_lost_takes_only_itself_out() {
     worker.stop().await;
 }
 
-// attack 5
+// case A5
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_three_machines_fail_under_fails_and_does_not_walk_on() {
+async fn a_job_under_which_three_machines_fail_fails_and_is_not_claimed_again() {
     let mut workers = TestWorkers::new().await;
     let job = workers.train("machine", 50).await;
     for (i, host) in ["first", "second", "third"].into_iter().enumerate() {
@@ -174,7 +174,7 @@ async fn a_job_that_three_machines_fail_under_fails_and_does_not_walk_on() {
         if i < 2 {
             assert_eq!((row.state, row.attempt, row.error), (State::Queued, 0, None));
         }
-        rests(&worker.health).await;
+        backs_off(&worker.health).await;
         worker.stop().await;
     }
     let error = workers.find(&job).await.unwrap().error.unwrap();
@@ -183,14 +183,14 @@ async fn a_job_that_three_machines_fail_under_fails_and_does_not_walk_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_is_not_well_rests_longer_from_fault_to_fault() {
+async fn a_failing_machine_pauses_longer_after_each_fault() {
     let workers = TestWorkers::new().await;
     let worker = workers.start(&Script::new(QUICK));
     let mut rests = Vec::new();
     for _ in 0..3 {
         let job = workers.train("machine", 50).await; // each costs nothing
-        let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
-            Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
+        let rest = eventually("it backs off", async || match conditions(&worker.health)[0].clone() {
+            Condition::BackingOff { since, next_probe, .. } => next_probe.duration_since(since).ok(),
             _ => None,
         });
         rests.push(rest.await);
@@ -201,15 +201,15 @@ async fn a_machine_that_is_not_well_rests_longer_from_fault_to_fault() {
     let job = workers.train("mug", 5).await;
     assert_eq!(workers.ended(&job).await.state, State::Succeeded);
     workers.train("machine", 50).await;
-    let rest = eventually("it rests", async || match conditions(&worker.health)[0].clone() {
-        Condition::Resting { since, next_probe, .. } => next_probe.duration_since(since).ok(),
+    let rest = eventually("it backs off", async || match conditions(&worker.health)[0].clone() {
+        Condition::BackingOff { since, next_probe, .. } => next_probe.duration_since(since).ok(),
         _ => None,
     });
     assert_eq!(rest.await, workers.settings.backoff, "it has been well in between");
     worker.stop().await;
 }
 
-// attack 5
+// case A5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_on_a_device_that_is_lost_is_the_machine_s_fault() {
     let workers = TestWorkers::new().await;
@@ -239,9 +239,9 @@ async fn a_sample_that_panics_fails_alone_and_the_training_beside_it_goes_on() {
     worker.stop().await;
 }
 
-// attack 11
+// case A11
 #[tokio::test(flavor = "multi_thread")]
-async fn weights_in_use_stay_however_many_others_are_fetched() {
+async fn weights_in_use_stay_cached_however_many_others_are_fetched() {
     let mut workers = TestWorkers::new().await;
     workers.settings.weights_bytes_max = 1;
     let script = Script::new(QUICK);
@@ -270,9 +270,9 @@ async fn weights_in_use_stay_however_many_others_are_fetched() {
     worker.stop().await;
 }
 
-// attack 11
+// case A11
 #[tokio::test(flavor = "multi_thread")]
-async fn weights_whose_local_copy_is_gone_are_fetched_again() {
+async fn weights_whose_cached_copy_is_gone_are_fetched_again() {
     let workers = TestWorkers::new().await;
     let script = Script::new(QUICK);
     let worker = workers.start(&script);

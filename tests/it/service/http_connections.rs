@@ -8,14 +8,14 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::chaos::{Chaos, What};
+use super::chaos::{Chaos, StoreFault};
 use super::postgres::Postgres;
 use super::test_app::{AppConfig, TestApp, form, problem, refusal};
 use super::test_workers::{TestWorkers, eventually};
 
 // case 34
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_id_names_nothing() {
+async fn an_invalid_id_is_not_found() {
     let app = TestApp::start().await;
     let job = app.new_job().await;
     let id = job["id"].as_str().unwrap();
@@ -51,7 +51,7 @@ async fn what_is_no_id_names_nothing() {
 
 // case 35
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
+async fn a_request_keeps_its_own_id_if_that_is_a_valid_one() {
     let app = TestApp::start().await;
     let ask = |id: String| app.client.get(format!("{}/healthz", app.url)).header("x-request-id", id).send();
     let long = "x".repeat(64);
@@ -72,7 +72,7 @@ async fn a_request_keeps_its_own_id_if_that_is_a_harmless_one() {
 
 // case 38
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_is_json_whatever_was_hoped_for() {
+async fn an_answer_is_json_whatever_the_accept_header_says() {
     let app = TestApp::start().await;
     for accept in ["text/xml", "image/avif", "*/*;q=0", "nonsense"] {
         let answer = app.ask(Method::GET, "/v1/jobs").header("accept", accept).send().await.unwrap();
@@ -86,7 +86,7 @@ async fn an_answer_is_json_whatever_was_hoped_for() {
 
 // case 39
 #[tokio::test(flavor = "multi_thread")]
-async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows() {
+async fn an_unsupported_method_is_refused_with_the_supported_ones() {
     let app = TestApp::start().await;
     for (method, path, allow) in [
         ("PUT", "/v1/jobs", "GET,HEAD,POST"),
@@ -120,7 +120,7 @@ async fn a_method_that_a_path_does_not_know_is_refused_with_those_that_it_knows(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_answer_keeps_browsers_from_guessing() {
+async fn every_answer_forbids_sniffing_and_the_pages_run_no_foreign_code() {
     let app = TestApp::start().await;
     for path in ["/v1/jobs", "/", "/app.json", "/docs", "/openapi.json", "/healthz", "/nowhere"] {
         let answer = app.get(path).await;
@@ -153,7 +153,7 @@ async fn every_answer_keeps_browsers_from_guessing() {
 
 // case 40
 #[tokio::test(flavor = "multi_thread")]
-async fn two_lengths_of_one_body_are_not_two_requests() {
+async fn conflicting_body_lengths_do_not_smuggle_a_request() {
     let app = TestApp::start().await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
     let post = "POST /v1/jobs HTTP/1.1\r\nHost: x\r\n";
@@ -252,7 +252,7 @@ async fn closed(stream: &mut TcpStream) -> String {
 
 // case 41
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_clients_are_cut_off_and_others_served_meanwhile() {
+async fn slow_clients_are_disconnected_and_others_served_meanwhile() {
     let app = TestApp::build(impatient()).await;
     let mut slow = Vec::new();
     for begin in ["", "P", "PRI * HT", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "] {
@@ -286,7 +286,7 @@ async fn slow_clients_are_cut_off_and_others_served_meanwhile() {
 
 // case 41
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_does_not_read_is_cut_off() {
+async fn a_client_that_does_not_read_is_disconnected() {
     let app = TestApp::build(impatient()).await;
     let request = "GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n".repeat(400);
     let mut stream = app.connect().await;
@@ -305,7 +305,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
 
 // case 63
 #[tokio::test(flavor = "multi_thread")]
-async fn more_connections_than_there_are_places_wait_for_one() {
+async fn connections_beyond_the_limit_wait_for_a_slot() {
     let app = TestApp::build(AppConfig { connections_max: 4, ..impatient() }).await;
     let mut held = Vec::new();
     for _ in 0..8 {
@@ -317,12 +317,12 @@ async fn more_connections_than_there_are_places_wait_for_one() {
 
 // case 59
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_in_a_handler_is_an_answer_and_the_process_lives() {
+async fn a_panic_in_a_handler_is_a_500_and_the_process_survives() {
     let workers = TestWorkers::new().await;
     let chaos = Chaos::over(std::sync::Arc::new(workers.objects_store()));
     let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
     let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
-    chaos.strike(0, What::Panics);
+    chaos.inject(0, StoreFault::Panics);
     let (status, slug, body) = problem(app.get("/readyz").await).await;
     assert_eq!((status, slug.as_str()), (500, "internal"));
     assert!(!body["detail"].as_str().unwrap().contains("chaos"), "what it said is in the log only");
@@ -331,7 +331,7 @@ async fn a_panic_in_a_handler_is_an_answer_and_the_process_lives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new() {
+async fn a_server_that_shuts_down_is_not_ready_finishes_its_requests_and_accepts_no_new_ones() {
     let app = TestApp::start().await;
     assert_eq!(app.get("/readyz").await.status(), 200);
     let job = app.new_job().await;
@@ -348,8 +348,8 @@ async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new
     upload.write_all(head.as_bytes()).await.unwrap();
     upload.write_all(&body.as_bytes()[..10]).await.unwrap();
     let begun = eventually("the upload is under way", async || {
-        let figures = app.figures().await;
-        figures.contains("hypnos_http_requests_running 2").then_some(())
+        let metrics = app.metrics().await;
+        metrics.contains("hypnos_http_requests_running 2").then_some(())
     });
     begun.await;
 
@@ -369,30 +369,30 @@ async fn a_server_that_ends_says_so_finishes_what_it_is_at_and_takes_nothing_new
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_figures_tell_of_requests_and_of_the_queue_but_of_no_path() {
+async fn metrics_count_requests_and_the_queue_but_contain_no_path() {
     let app = TestApp::start().await;
     let job = app.new_job().await;
     let id = job["id"].as_str().unwrap();
     app.get(&format!("/v1/jobs/{id}")).await;
     let closed = app.client.get(format!("{}/metrics", app.url)).send().await.unwrap();
     assert_eq!(closed.status(), 401);
-    let figures = app.figures().await;
-    assert!(figures.contains("hypnos_jobs_queued{kind=\"train\"} 1"), "{figures}");
-    assert!(figures.contains("route=\"/v1/jobs/{id}\""), "{figures}");
-    assert!(!figures.contains(id));
+    let metrics = app.metrics().await;
+    assert!(metrics.contains("hypnos_jobs_queued{kind=\"train\"} 1"), "{metrics}");
+    assert!(metrics.contains("route=\"/v1/jobs/{id}\""), "{metrics}");
+    assert!(!metrics.contains(id));
     app.stop().await;
 }
 
-// attack 9
+// case A9
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_invents_is_no_label_of_a_figure() {
+async fn no_text_of_a_client_is_a_label_of_a_metric() {
     let app = TestApp::start().await;
     let lines = async || {
-        let figures = app.figures().await;
-        figures.lines().filter(|line| line.starts_with("hypnos_http_requests_total")).count()
+        let metrics = app.metrics().await;
+        metrics.lines().filter(|line| line.starts_with("hypnos_http_requests_total")).count()
     };
     app.ask("INVENTED".parse().unwrap(), "/v1/jobs").send().await.unwrap();
-    lines().await; // the figures' own line
+    lines().await; // the line of /metrics itself
     let before = lines().await;
     for n in 0..200 {
         let method: Method = format!("INVENTED{n}").parse().unwrap();
@@ -402,20 +402,20 @@ async fn what_a_client_invents_is_no_label_of_a_figure() {
         assert!([404, 405].contains(&status), "{status}");
         app.get(&format!("/v1/invented{n}/x")).await;
     }
-    let figures = app.figures().await;
-    assert!(!figures.contains("INVENTED") && !figures.contains("invented"), "a client's text");
+    let metrics = app.metrics().await;
+    assert!(!metrics.contains("INVENTED") && !metrics.contains("invented"), "a client's text");
     assert!(lines().await <= before + 3, "{before} lines, then {}", lines().await);
     app.stop().await;
 }
 
-// attack 15
+// case A15
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_full_takes_no_server_out_of_service_and_one_that_is_away_does() {
+async fn a_full_store_leaves_the_server_ready_and_an_unavailable_one_does_not() {
     let workers = TestWorkers::new().await;
     let chaos = Chaos::over(std::sync::Arc::new(workers.objects_store()));
     let blobs = Some(hypnos::blobs::Blobs::over(std::sync::Arc::new(chaos.clone())));
     let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
-    chaos.strike_all(Some(What::Full));
+    chaos.inject_all(Some(StoreFault::Full));
     let full = app.get("/readyz").await;
     assert_eq!(full.status(), 200);
     assert!(full.text().await.unwrap().contains("full"));
@@ -423,7 +423,7 @@ async fn a_store_that_is_full_takes_no_server_out_of_service_and_one_that_is_awa
         refusal(app.post_job(super::test_app::form(3, "mug")).await).await,
         (507, "storage-full".into())
     );
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     let away = eventually("an answer of a moment ago is not believed any more", async || {
         Some(app.get("/readyz").await).filter(|answer| answer.status() != 200)
     });
@@ -440,7 +440,7 @@ async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
     for (say, ready) in [
         (&(|| first.working()) as &dyn Fn(), true),
         (&|| second.dead("a secret of the machine"), true),
-        (&|| first.resting("a secret of the machine", Duration::from_secs(5)), false),
+        (&|| first.backing_off("a secret of the machine", Duration::from_secs(5)), false),
         (&|| first.working(), true),
     ] {
         say();
@@ -456,9 +456,9 @@ async fn a_server_whose_workers_have_no_device_left_is_not_ready() {
     app.stop().await;
 }
 
-// attack 15
+// case A15
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_without_a_body_may_say_how_it_is_packed() {
+async fn a_request_without_a_body_may_have_a_content_encoding() {
     let app = TestApp::start().await;
     let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
@@ -475,7 +475,7 @@ async fn a_request_without_a_body_may_say_how_it_is_packed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upload_that_is_refused_early_still_hears_why() {
+async fn an_upload_that_is_refused_early_still_gets_the_reason() {
     let mut config = AppConfig::default();
     config.settings.photo_bytes_max = 4 << 20;
     let app = TestApp::build(config).await;
@@ -493,7 +493,7 @@ async fn an_upload_that_is_refused_early_still_hears_why() {
 
 // case 73
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_database_is_away_the_answer_says_so_and_when_it_is_back_all_is_well() {
+async fn an_unavailable_database_is_a_503_until_it_is_back() {
     let server = Postgres::own();
     let workers = TestWorkers::on(tempfile::tempdir().unwrap(), &server.fresh().await).await;
     let app = TestApp::on(workers, AppConfig::default()).await;

@@ -35,7 +35,7 @@ fn the_committed_document_is_the_generated_one() {
 }
 
 #[test]
-fn every_operation_says_what_it_is_and_how_it_fails() {
+fn every_operation_documents_its_purpose_and_its_errors() {
     let document = document();
     assert_eq!(document["openapi"], "3.1.0");
     let mut ids = Vec::new();
@@ -67,7 +67,7 @@ fn every_operation_says_what_it_is_and_how_it_fails() {
 }
 
 #[test]
-fn every_word_of_a_refused_photo_is_a_problem_of_ours() {
+fn every_reason_to_refuse_a_photo_is_a_documented_problem() {
     let source = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/photo/mod.rs"));
     let words = source.split("Refusal::new(\"").skip(1).map(|rest| rest.split('"').next().unwrap());
     let words: Vec<_> = words.collect();
@@ -99,7 +99,7 @@ fn request(
 
 // case 31
 #[tokio::test(flavor = "multi_thread")]
-async fn every_operation_that_says_so_wants_a_key() {
+async fn every_operation_documented_to_need_a_key_needs_one() {
     let app = TestApp::start().await;
     let id = app.new_job().await["id"].as_str().unwrap().to_owned();
     for (path, method, operation) in operations(&document()) {
@@ -112,7 +112,7 @@ async fn every_operation_that_says_so_wants_a_key() {
 
 // case 33
 #[tokio::test(flavor = "multi_thread")]
-async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
+async fn every_operation_hides_what_belongs_to_another_tenant() {
     let app = TestApp::start().await;
     let job = app.trained().await.to_string();
     let sampled = app.ask(Method::POST, &format!("/v1/jobs/{job}/sample"));
@@ -122,7 +122,7 @@ async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
     let stranger = app.new_key(stranger, hypnos::store::Scope::Write, None).await;
     let nobody = JobId::new().to_string();
 
-    let told = async |response: Response| {
+    let answered = async |response: Response| {
         let (status, slug, mut body) = problem(response).await;
         body["request_id"] = Value::Null;
         (status, slug, body)
@@ -131,9 +131,9 @@ async fn what_belongs_to_another_tenant_is_not_there_whatever_is_asked_of_it() {
     for (path, method, _) in operations(&document()).iter().filter(|(path, ..)| path.contains("{id}")) {
         let theirs = request(&app, Some(&stranger), path, method, &job, &sample).send().await.unwrap();
         let nothing = request(&app, Some(&stranger), path, method, &nobody, &nobody).send().await.unwrap();
-        let (theirs, nothing) = (told(theirs).await, told(nothing).await);
+        let (theirs, nothing) = (answered(theirs).await, answered(nothing).await);
         assert_eq!((theirs.0, theirs.1.as_str()), (404, "not-found"), "{method} {path}");
-        assert_eq!(theirs, nothing, "{method} {path}: the answer tells that it exists");
+        assert_eq!(theirs, nothing, "{method} {path}: the answer reveals that it exists");
         walked += 1;
     }
     assert!(walked >= 12);

@@ -56,7 +56,7 @@ fn field<'a>(event: &'a [(String, String)], name: &str) -> Option<&'a str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_change_is_told_once_and_the_end_ends_the_stream() {
+async fn every_change_is_sent_once_and_the_end_of_the_job_ends_the_stream() {
     let app = TestApp::start().await;
     let options = r#"{"steps": 30, "class_images": 0, "evaluation": {"images": 1}}"#;
     let job: Value = app.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
@@ -84,12 +84,12 @@ async fn every_change_is_told_once_and_the_end_ends_the_stream() {
     assert!(events.next().await.is_none());
     states.dedup();
     assert_eq!(states, ["running", "succeeded"]);
-    let told = versions.len();
+    let n_events = versions.len();
     versions.dedup();
-    assert_eq!(versions.len(), told, "no version twice in a row");
+    assert_eq!(versions.len(), n_events, "no version twice in a row");
     worker.stop().await;
 
-    // Whoever comes back with the last id is told the end, and nothing else.
+    // A client that reconnects with the last id gets the end, and nothing else.
     let request = app.ask(Method::GET, &path).header("last-event-id", versions.last().unwrap());
     let mut events = Events::of(request.send().await.unwrap());
     assert_eq!(field(&events.next().await.unwrap(), "event"), Some("end"));
@@ -98,7 +98,7 @@ async fn every_change_is_told_once_and_the_end_ends_the_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
+async fn a_new_queue_position_is_sent_although_the_row_is_unchanged() {
     let app = TestApp::start().await;
     let first = app.new_job().await["id"].as_str().unwrap().to_owned();
     let second = app.new_job().await["id"].as_str().unwrap().to_owned();
@@ -116,7 +116,7 @@ async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
     let moves = async {
         let canceled = app.ask(Method::POST, &format!("/v1/jobs/{first}/cancel")).send().await.unwrap();
         assert_eq!(canceled.status(), 202);
-        tokio::time::timeout(Duration::from_secs(20), events.next()).await.expect("it is told").unwrap()
+        tokio::time::timeout(Duration::from_secs(20), events.next()).await.expect("an event").unwrap()
     };
     let began = std::time::Instant::now();
     let (waited, event) = tokio::join!(waiting, moves);
@@ -128,7 +128,7 @@ async fn a_place_in_the_queue_that_moves_is_told_though_the_row_is_as_it_was() {
 
 // case 43
 #[tokio::test(flavor = "multi_thread")]
-async fn streams_are_numbered_and_a_place_is_given_back_when_its_client_goes() {
+async fn streams_are_limited_and_a_disconnected_client_frees_its_slot() {
     let mut config = AppConfig::default();
     config.settings.streams_max = 3;
     let app = TestApp::build(config).await;

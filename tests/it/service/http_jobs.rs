@@ -10,12 +10,12 @@ use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::chaos::{Chaos, What};
+use super::chaos::{Chaos, StoreFault};
 use super::test_app::{AppConfig, TestApp, file, form, photo, problem, refusal};
 use super::test_workers::TestWorkers;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_accepted_seen_listed_canceled_and_deleted() {
+async fn a_job_is_accepted_read_listed_canceled_and_deleted() {
     let app = TestApp::start().await;
     let response = app.post_job(form(3, "mug")).await;
     assert_eq!(response.status(), 202);
@@ -51,7 +51,7 @@ async fn a_job_is_accepted_seen_listed_canceled_and_deleted() {
 
 // case 21
 #[tokio::test(flavor = "multi_thread")]
-async fn three_to_five_photos_are_wanted() {
+async fn three_to_five_photos_are_required() {
     let app = TestApp::start().await;
     for n in [0, 1, 2, 6, 100] {
         let (status, slug, body) = problem(app.post_job(form(n, "mug")).await).await;
@@ -158,8 +158,8 @@ async fn parts_may_come_in_any_order_but_none_twice_and_none_unknown() {
     app.stop().await;
 }
 
-/// A request with a form written by hand.
-fn by_hand(app: &TestApp, content_type: &str, body: &[u8]) -> Vec<u8> {
+/// A request with this body, byte for byte.
+fn raw_post(app: &TestApp, content_type: &str, body: &[u8]) -> Vec<u8> {
     let head = format!(
         "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: {content_type}\r\n\
          Content-Length: {}\r\nConnection: close\r\n\r\n",
@@ -169,7 +169,7 @@ fn by_hand(app: &TestApp, content_type: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-// case 25, attack 15
+// case 25, A15
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_s_name_may_be_in_any_code_page() {
     let app = TestApp::start().await;
@@ -193,7 +193,7 @@ async fn a_file_s_name_may_be_in_any_code_page() {
                 );
             }
             body.extend_from_slice(b"--b--\r\n");
-            let answer = app.raw(&by_hand(&app, "multipart/form-data; boundary=b", &body)).await;
+            let answer = app.raw(&raw_post(&app, "multipart/form-data; boundary=b", &body)).await;
             assert!(answer.starts_with("HTTP/1.1 202"), "{}: {answer}", file_name.escape_ascii());
         }
     }
@@ -202,7 +202,7 @@ async fn a_file_s_name_may_be_in_any_code_page() {
 
 // case 26
 #[tokio::test(flavor = "multi_thread")]
-async fn a_form_that_is_none_is_refused_within_bounds() {
+async fn a_malformed_form_is_refused_within_bounds() {
     let app = TestApp::start().await;
     let part = "--b\r\nContent-Disposition: form-data; name=\"class_name\"\r\n\r\nmug\r\n";
     let multipart = "multipart/form-data; boundary=b";
@@ -223,7 +223,7 @@ async fn a_form_that_is_none_is_refused_within_bounds() {
         ("text/plain", "mug", "415"),
     ];
     for (content_type, body, status) in cases {
-        let answer = app.raw(&by_hand(&app, content_type, body.as_bytes())).await;
+        let answer = app.raw(&raw_post(&app, content_type, body.as_bytes())).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{content_type}: {answer}");
         assert!(answer.contains("application/problem+json"));
     }
@@ -265,13 +265,13 @@ async fn a_body_that_is_too_long_is_refused_by_its_length_or_cut() {
 
     // Shorter than its length: the client ends its side.
     let mut stream = app.connect().await;
-    stream.write_all(&by_hand(&app, "multipart/form-data; boundary=b", &[b'x'; 100])[..250]).await.unwrap();
+    stream.write_all(&raw_post(&app, "multipart/form-data; boundary=b", &[b'x'; 100])[..250]).await.unwrap();
     stream.shutdown().await.unwrap();
     let mut answer = String::new();
     let _ = stream.read_to_string(&mut answer).await;
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400"), "{answer}");
     // Longer than its length: the rest is no request.
-    let mut longer = by_hand(&app, "multipart/form-data; boundary=b", b"--b--");
+    let mut longer = raw_post(&app, "multipart/form-data; boundary=b", b"--b--");
     longer.extend_from_slice(b"GARBAGE\r\n\r\n");
     let answer = app.raw(&longer).await;
     assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{answer}");
@@ -321,7 +321,7 @@ async fn an_option_out_of_range_is_named() {
 
 // case 30
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_is_packed_is_not_unpacked() {
+async fn a_compressed_body_is_not_decompressed() {
     let app = TestApp::start().await;
     let request = app.ask(Method::POST, "/v1/jobs").header("content-encoding", "gzip").body(vec![0; 100]);
     assert_eq!(refusal(request.send().await.unwrap()).await, (415, "media-type".into()));
@@ -330,7 +330,7 @@ async fn a_body_that_is_packed_is_not_unpacked() {
 
 // case 42
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_stays_of_an_upload_that_breaks_off() {
+async fn an_interrupted_upload_leaves_nothing() {
     let app = TestApp::start().await;
     let photo = photo(0);
     let mut body = Vec::new();
@@ -339,7 +339,7 @@ async fn nothing_stays_of_an_upload_that_breaks_off() {
         body.extend_from_slice(&photo);
         body.extend_from_slice(b"\r\n");
     }
-    let whole = by_hand(&app, "multipart/form-data; boundary=b", &body);
+    let whole = raw_post(&app, "multipart/form-data; boundary=b", &body);
     for cut in [300, whole.len() / 2, whole.len() - 1] {
         let mut stream = app.connect().await;
         stream.write_all(&whole[..cut]).await.unwrap();
@@ -406,7 +406,7 @@ async fn an_idempotency_key_names_one_request() {
 
 // cases 45, 48
 #[tokio::test(flavor = "multi_thread")]
-async fn one_place_in_the_queue_is_given_once() {
+async fn the_last_place_in_the_queue_is_given_once() {
     let mut config = AppConfig::default();
     config.settings.queue_max = 1;
     config.settings.uploads_max = 100;
@@ -432,12 +432,12 @@ async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
     let app = TestApp::on(workers, AppConfig { blobs, ..AppConfig::default() }).await;
     for nth in 0..3 {
         for (what, status, slug) in [
-            (What::FailsBefore, 503, "unavailable"),
-            (What::FailsAfter, 503, "unavailable"),
-            (What::Full, 507, "storage-full"),
-            (What::Panics, 500, "internal"),
+            (StoreFault::FailsBefore, 503, "unavailable"),
+            (StoreFault::FailsAfter, 503, "unavailable"),
+            (StoreFault::Full, 507, "storage-full"),
+            (StoreFault::Panics, 500, "internal"),
         ] {
-            chaos.strike(nth, what);
+            chaos.inject(nth, what);
             let answer = app.post_job(form(3, "mug")).await;
             assert_eq!(answer.headers().contains_key("retry-after"), status == 503);
             assert_eq!(refusal(answer).await, (status, slug.into()), "{nth} {what:?}");
@@ -449,7 +449,7 @@ async fn a_store_that_fails_or_fills_up_during_an_upload_leaves_no_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_that_failed_or_was_canceled_is_done_again_without_its_photos_being_sent() {
+async fn a_failed_or_canceled_training_is_retried_without_sending_its_photos_again() {
     let app = TestApp::start().await;
     let options = r#"{"steps": 7, "seed": 11}"#;
     let job: Value = app.post_job(form(3, "mug").text("options", options)).await.json().await.unwrap();
@@ -505,7 +505,7 @@ async fn a_training_that_failed_or_was_canceled_is_done_again_without_its_photos
 
 // cases 48, 61, for copies
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_stays_of_a_training_that_could_not_be_done_again() {
+async fn a_refused_retry_leaves_nothing() {
     let workers = TestWorkers::new().await;
     let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let blobs = Some(Blobs::over(Arc::new(chaos.clone())));
@@ -517,10 +517,10 @@ async fn nothing_stays_of_a_training_that_could_not_be_done_again() {
     app.ask(Method::POST, &format!("{path}/cancel")).send().await.unwrap();
     let retry = async || app.ask(Method::POST, &format!("{path}/retry")).send().await.unwrap();
     for nth in 0..6 {
-        chaos.strike(nth, What::FailsBefore);
+        chaos.inject(nth, StoreFault::FailsBefore);
         assert_eq!(refusal(retry().await).await, (503, "unavailable".into()), "{nth}");
     }
-    chaos.strike(1, What::Full);
+    chaos.inject(1, StoreFault::Full);
     assert_eq!(refusal(retry().await).await, (507, "storage-full".into()));
     app.new_job().await;
     assert_eq!(refusal(retry().await).await, (429, "queue-full".into()));
@@ -534,7 +534,7 @@ async fn nothing_stays_of_a_training_that_could_not_be_done_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn photos_are_looked_at_without_being_kept() {
+async fn photos_are_inspected_without_being_stored() {
     let app = TestApp::start().await;
     let form = Form::new()
         .part("images", file(photo(1)))
@@ -573,7 +573,7 @@ impl ProductDetector for HalfOfIt {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_inspects_photos_sees_where_the_product_was_found() {
+async fn an_inspection_shows_where_the_product_was_found() {
     let app =
         TestApp::build(AppConfig { detector: Some(Arc::new(HalfOfIt::default())), ..AppConfig::default() })
             .await;
@@ -593,7 +593,7 @@ async fn whoever_inspects_photos_sees_where_the_product_was_found() {
 
 // cases 1, 8 as a client sees them
 #[tokio::test(flavor = "multi_thread")]
-async fn a_photo_that_cannot_be_used_is_named_by_its_place() {
+async fn a_photo_that_cannot_be_used_is_named_by_its_index() {
     let app = TestApp::start().await;
     let cases = [
         (Vec::new(), 422, "image-empty"),
@@ -613,7 +613,7 @@ async fn a_photo_that_cannot_be_used_is_named_by_its_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_is_read_page_by_page_and_by_what_is_asked_for() {
+async fn a_list_is_paginated_and_filtered() {
     let app = TestApp::start().await;
     let mut ids = Vec::new();
     for class_name in ["mug", "cup", "mug", "cup", "mug"] {
@@ -655,7 +655,7 @@ async fn a_list_is_read_page_by_page_and_by_what_is_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_has_already_is_not_sent_again() {
+async fn an_unchanged_resource_is_answered_with_304() {
     let app = TestApp::start().await;
     let job = app.new_job().await;
     let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());

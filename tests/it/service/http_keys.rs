@@ -65,7 +65,7 @@ async fn a_request_without_one_good_key_is_refused_whatever_is_wrong_with_it() {
     assert_eq!(bodies.len(), 1, "all are told the same");
     let in_query = app.get(&format!("/v1/jobs?api_key={}", app.key)).await;
     assert_eq!(refusal(in_query).await, (400, "key-in-query".into()));
-    // attack 15: what only begins as one is a name like others
+    // case A15: what only begins like a key is a name like any other
     assert_eq!(app.get("/v1/jobs?class_name=hyp_x").await.status(), 200);
     assert_eq!(app.get("/v1/jobs").await.status(), 200);
     app.stop().await;
@@ -73,7 +73,7 @@ async fn a_request_without_one_good_key_is_refused_whatever_is_wrong_with_it() {
 
 // cases 32, 52
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_opens_what_its_scope_says_until_it_ends_or_is_revoked() {
+async fn a_key_grants_its_scope_until_it_expires_or_is_revoked() {
     let mut config = AppConfig::default();
     config.settings.key_time = Duration::from_millis(50);
     let app = TestApp::build(config).await;
@@ -95,9 +95,9 @@ async fn a_key_opens_what_its_scope_says_until_it_ends_or_is_revoked() {
     app.stop().await;
 }
 
-// "Read in the code only" of the attack: an expired key was believed for half a minute
+// An expired key used to be accepted for half a minute.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_ends_to_the_second_however_lately_it_was_used() {
+async fn a_key_expires_to_the_second_even_if_it_was_just_used() {
     let app = TestApp::start().await;
     let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
     let ends = jiff::Timestamp::now().as_millisecond() + 2500;
@@ -115,9 +115,9 @@ async fn a_key_ends_to_the_second_however_lately_it_was_used() {
     app.stop().await;
 }
 
-// attack 15
+// case A15
 #[tokio::test(flavor = "multi_thread")]
-async fn the_figures_are_an_operator_s() {
+async fn metrics_need_a_key_with_the_admin_scope() {
     let app = TestApp::start().await;
     for (scope, status) in [(Scope::Read, 403), (Scope::Write, 403), (Scope::Admin, 200)] {
         let key = app.new_key(app.tenant, scope, None).await;
@@ -175,7 +175,7 @@ async fn a_cursor_of_one_tenant_shows_another_nothing() {
 
 // case 36
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_says_of_the_server_is_not_believed() {
+async fn host_and_forwarded_headers_do_not_change_the_urls_in_answers() {
     let app = TestApp::start().await;
     let request = app.ask(Method::POST, "/v1/jobs").multipart(form(3, "mug")).header("host", "evil.example");
     let request = request.header("x-forwarded-host", "evil.example").header("x-forwarded-proto", "https");
@@ -187,7 +187,7 @@ async fn what_a_client_says_of_the_server_is_not_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_without_keys_answers_to_its_own_names_and_no_other_sites_page() {
+async fn a_server_without_keys_refuses_foreign_hosts_and_origins() {
     let mut config = AppConfig::default();
     config.settings.auth = Auth::None;
     let app = TestApp::build(config).await;

@@ -11,9 +11,9 @@ use tokio::io::AsyncWriteExt;
 use super::nginx::Nginx;
 use super::test_app::{AppConfig, TestApp, problem, refusal};
 
-// attack 3
+// case A3
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_without_keys_refuses_what_a_proxy_passed_on_and_says_how_to_have_keys() {
+async fn a_server_without_keys_refuses_requests_from_a_proxy_and_says_how_to_use_keys() {
     let mut config = AppConfig::default();
     config.settings.auth = Auth::None;
     let app = TestApp::build(config).await;
@@ -52,7 +52,7 @@ async fn a_server_without_keys_refuses_what_a_proxy_passed_on_and_says_how_to_ha
     app.stop().await;
 }
 
-// attack 14
+// case A14
 #[tokio::test(flavor = "multi_thread")]
 async fn events_come_through_nginx_as_they_happen() {
     let app = TestApp::start().await;
@@ -80,9 +80,9 @@ async fn events_come_through_nginx_as_they_happen() {
     app.stop().await;
 }
 
-// attack 14: nginx gives a server's answer up after 60 s
+// case A14: nginx gives a server's answer up after 60 s
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wait_as_long_as_anybody_asks_for_ends_before_nginx_gives_it_up() {
+async fn the_longest_wait_ends_before_nginx_times_out() {
     let app = TestApp::start().await;
     let nginx = Nginx::before(app.address).await;
     let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
@@ -97,9 +97,9 @@ async fn a_wait_as_long_as_anybody_asks_for_ends_before_nginx_gives_it_up() {
     app.stop().await;
 }
 
-// attack 14
+// case A14
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_says_something_at_once_even_to_one_who_has_all_there_is() {
+async fn a_stream_sends_its_first_byte_at_once_even_if_nothing_is_new() {
     let app = TestApp::start().await;
     let path = format!("/v1/jobs/{}", app.new_job().await["id"].as_str().unwrap());
     let has = app.get(&path).await.headers()["etag"].to_str().unwrap().to_owned();
@@ -115,9 +115,9 @@ async fn a_stream_says_something_at_once_even_to_one_who_has_all_there_is() {
     app.stop().await;
 }
 
-// attack 8: an answer that is decided before the body is read is heard, whether or not the client sends on
+// case A8: an answer that is decided before the body is read is heard, whether or not the client sends on
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_asks_whether_it_may_send_is_told_no_without_sending() {
+async fn a_client_that_expects_100_continue_is_refused_before_it_sends() {
     let app = TestApp::start().await;
     let head = |key: &str| {
         format!(

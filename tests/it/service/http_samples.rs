@@ -10,7 +10,7 @@ use super::scripted::Script;
 use super::test_app::{TestApp, problem, refusal};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_is_drawn_with_and_its_pictures_and_files_are_fetched_without_a_key() {
+async fn a_training_is_sampled_and_its_images_and_files_are_fetched_without_a_key() {
     let app = TestApp::start().await;
     let trained = app.trained().await;
     let worker = app.workers.start(&Script::new(Duration::ZERO));
@@ -128,7 +128,7 @@ async fn a_signed_url_opens_one_file_for_a_while() {
     app.stop().await;
 }
 
-// attack 12: nobody tidies here, so that the objects are still there
+// case A12: nobody tidies here, so that the objects are still there
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signed_url_ends_with_its_job() {
     let app = TestApp::start().await;
@@ -159,7 +159,7 @@ async fn a_signed_url_ends_with_its_job() {
 
 // cases 51, 83
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_training_that_succeeded_is_drawn_with() {
+async fn only_a_training_that_succeeded_is_sampled() {
     let app = TestApp::start().await;
     let sample = |id: String| {
         let request = app.ask(Method::POST, &format!("/v1/jobs/{id}/sample"));
@@ -186,7 +186,7 @@ async fn only_a_training_that_succeeded_is_drawn_with() {
 
 // cases 28, 29, 83
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sample_that_cannot_be_is_refused_with_the_field() {
+async fn an_invalid_sample_is_refused_with_the_field() {
     let app = TestApp::start().await;
     let path = format!("/v1/jobs/{}/sample", app.finished().await);
     let send = |body: Vec<u8>| {

@@ -40,7 +40,7 @@ impl TestApp {
     }
 }
 
-// attack 8
+// case A8
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_uploads_of_one_tenant_hold_up_neither_another_nor_its_own() {
     let mut config = AppConfig::default();
@@ -59,20 +59,20 @@ async fn idle_uploads_of_one_tenant_hold_up_neither_another_nor_its_own() {
     }
     assert_eq!(app.post_job(form(3, "mug")).await.status(), 202);
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
-    // Those that made room were told so.
-    let mut told = String::new();
+    // The uploads that made room got an answer.
+    let mut answers = String::new();
     for stream in &mut idle {
         let mut answer = [0; 4096];
         let read = tokio::time::timeout(Duration::from_millis(100), stream.read(&mut answer)).await;
         if let Ok(Ok(n)) = read {
-            told.push_str(&String::from_utf8_lossy(&answer[..n]));
+            answers.push_str(&String::from_utf8_lossy(&answer[..n]));
         }
     }
-    assert!(told.contains("HTTP/1.1 429") && told.contains("retry-after: "), "{told}");
+    assert!(answers.contains("HTTP/1.1 429") && answers.contains("retry-after: "), "{answers}");
     app.stop().await;
 }
 
-// attack 8
+// case A8
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_bodies_of_one_tenant_hold_up_no_request_of_another() {
     let mut config = AppConfig::default();
@@ -100,7 +100,7 @@ async fn slow_bodies_of_one_tenant_hold_up_no_request_of_another() {
     app.stop().await;
 }
 
-// attack 8
+// case A8
 #[tokio::test(flavor = "multi_thread")]
 async fn waits_of_one_tenant_are_cut_short_before_another_s_are_and_none_is_refused() {
     let mut config = AppConfig::default();
@@ -157,7 +157,7 @@ async fn ends(
     tokio::time::timeout(Duration::from_secs(1), rest).await.is_ok()
 }
 
-// attack 8, case 43
+// case A8, 43
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_with_many_streams_gives_some_up_for_one_with_few() {
     let mut config = AppConfig::default();
@@ -196,7 +196,7 @@ async fn a_tenant_with_many_streams_gives_some_up_for_one_with_few() {
     app.stop().await;
 }
 
-// attack 8
+// case A8
 #[tokio::test(flavor = "multi_thread")]
 async fn downloads_that_nobody_reads_hold_up_no_stream_of_another() {
     let mut config = AppConfig::default();
@@ -244,7 +244,7 @@ async fn downloads_that_nobody_reads_hold_up_no_stream_of_another() {
     app.stop().await;
 }
 
-// attack 8, case 63
+// case A8, 63
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_nobody_uses_makes_room_for_a_new_one() {
     let app = TestApp::build(AppConfig { connections_max: 4, ..AppConfig::default() }).await;

@@ -10,7 +10,7 @@ use reqwest::Response;
 use reqwest::multipart::Form;
 use sqlx::{Connection, PgConnection};
 
-use super::chaos::{Chaos, What};
+use super::chaos::{Chaos, StoreFault};
 use super::disk::Disk;
 use super::postgres::{Postgres, socket_of};
 use super::scripted::{Script, expected_weights};
@@ -26,7 +26,7 @@ async fn post(app: &TestApp, form: Form) -> Response {
     request.multipart(form).send().await.unwrap()
 }
 
-/// The front does not know whether a job was accepted, and says so; when the commit has landed, the same request finds
+/// The server does not know whether a job was accepted, and says so; when the commit has landed, the same request finds
 /// the job, with its photos.
 async fn an_upload_is_found_again(app: &TestApp, lift: impl AsyncFnOnce()) {
     let answer = post(app, form(3, "mug")).await;
@@ -34,7 +34,10 @@ async fn an_upload_is_found_again(app: &TestApp, lift: impl AsyncFnOnce()) {
     let (status, slug, body) = problem(answer).await;
     assert_eq!((status, slug.as_str()), (503, "outcome-unknown"));
     assert!(retry_after.unwrap() > 0);
-    assert!(body["detail"].as_str().unwrap().contains("the same Idempotency-Key will tell"), "{body}");
+    assert!(
+        body["detail"].as_str().unwrap().contains("the same Idempotency-Key will get its outcome"),
+        "{body}"
+    );
     let photos = app.workers.blobs.list(&Scope::tenant(app.tenant)).await.unwrap();
     assert_eq!(photos.len(), 3, "they stay");
     lift().await;
@@ -71,7 +74,7 @@ async fn an_upload_whose_commit_waits_for_a_standby_keeps_its_photos() {
 // case A1
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos() {
-    let name = "service::unknown::an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos";
+    let name = "service::in_doubt::an_upload_whose_commit_a_slow_disk_holds_up_keeps_its_photos";
     let Some(disk) = Disk::under(name) else { return };
     let app = TestApp::start().await;
     disk.hold();
@@ -98,10 +101,10 @@ async fn a_result_keeps_its_objects(
     // job.
     let preview = async || workers.store.artifacts(TENANT, job.id).await.unwrap().pop();
     eventually("the preview is shown", preview).await;
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 20).then_some(())).await;
     hold_up().await;
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     // Longer than the lease, and than the commit is waited for: whoever takes it for lost has cleaned up by now.
     tokio::time::sleep(Duration::from_secs(26)).await;
     lift().await;
@@ -133,7 +136,7 @@ async fn a_result_whose_commit_waits_for_a_standby_keeps_its_objects() {
 // case A1
 #[tokio::test(flavor = "multi_thread")]
 async fn a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects() {
-    let name = "service::unknown::a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects";
+    let name = "service::in_doubt::a_result_whose_commit_a_slow_disk_holds_up_keeps_its_objects";
     let Some(disk) = Disk::under(name) else { return };
     let workers = TestWorkers::new().await;
     a_result_keeps_its_objects(workers, async || disk.hold(), async || disk.mend()).await;
@@ -164,7 +167,7 @@ async fn every_commit_may_be_lost(loss: Loss) {
     loop {
         let job = workers.train("mug", 12).await;
         let before = wire.n_commits();
-        wire.strike(nth, loss);
+        wire.inject(nth, loss);
         let worker =
             workers.start_on_database(&Script::new(Duration::from_millis(2)), &wire.through(&url)).await;
         let done = tokio::select! {
@@ -193,13 +196,13 @@ async fn a_worker_that_loses_the_answer_of_any_commit_loses_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_whose_commit_is_never_sent_says_it_again() {
+async fn a_worker_repeats_a_commit_that_was_never_sent() {
     Box::pin(every_commit_may_be_lost(Loss::Before)).await;
 }
 
 // case A6
 #[tokio::test(flavor = "multi_thread")]
-async fn a_primary_that_becomes_read_only_costs_no_result_and_is_told_to_clients_as_away() {
+async fn a_read_only_primary_costs_no_result_and_is_reported_as_unavailable() {
     let server = Postgres::own();
     let mut workers = TestWorkers::on_server(&server).await;
     workers.settings.lease = Duration::from_mins(1);
@@ -209,10 +212,10 @@ async fn a_primary_that_becomes_read_only_costs_no_result_and_is_told_to_clients
     let chaos = Chaos::over(Arc::new(app.workers.objects_store()));
     let worker = app.workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
     app.workers.until(&job, |_| script.steps("mug").len() > 3).await;
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 20).then_some(())).await;
     server.set("default_transaction_read_only", Some("on")).await;
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     let answer = post(&app, form(3, "mug")).await;
     assert!(answer.headers().contains_key("retry-after"));
     let (status, slug, _) = problem(answer).await;

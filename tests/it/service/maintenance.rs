@@ -11,7 +11,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::chaos::{Chaos, What, keys};
+use super::chaos::{Chaos, StoreFault, keys};
 use super::s3::{Answer, Faulty};
 use super::test_workers::{TENANT, TestWorkers, eventually};
 
@@ -39,10 +39,10 @@ async fn n_objects(workers: &TestWorkers, job: &Job) -> usize {
     workers.blobs.list(&Scope::job(TENANT, job.id)).await.unwrap().len()
 }
 
-// attack 12
+// case A12
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_cannot_be_erased_holds_up_no_other_and_is_counted() {
-    let figures = PrometheusBuilder::new().install_recorder().unwrap();
+    let metrics = PrometheusBuilder::new().install_recorder().unwrap();
     let server = Faulty::start().await;
     // The oldest deleted job is the one with the locked object.
     let workers =
@@ -78,7 +78,7 @@ async fn a_job_that_cannot_be_erased_holds_up_no_other_and_is_counted() {
     let again =
         asked.iter().filter(|asked| asked.contains(&locked.id.to_string()) && !asked.contains("list-type"));
     assert_eq!(again.count(), 0, "it waits for its next try: {asked:?}");
-    let shown = figures.render();
+    let shown = metrics.render();
     assert!(
         shown.contains("hypnos_erased_total 3") && shown.contains("hypnos_erase_failures_total 1"),
         "{shown}"
@@ -91,9 +91,9 @@ async fn a_job_that_cannot_be_erased_holds_up_no_other_and_is_counted() {
     assert!(keys(&*server.store()).await.is_empty());
 }
 
-// attack 12
+// case A12
 #[tokio::test(flavor = "multi_thread")]
-async fn more_jobs_that_cannot_be_erased_than_one_look_shows_hold_up_none() {
+async fn more_jobs_that_cannot_be_erased_than_one_query_returns_hold_up_no_other() {
     let server = Faulty::start().await;
     let workers = workers_over(&server, |_| true).await;
     for _ in 0..120 {
@@ -113,7 +113,7 @@ async fn more_jobs_that_cannot_be_erased_than_one_look_shows_hold_up_none() {
     assert_eq!(workers.store.n_deleting().await.unwrap(), 120);
 }
 
-// attack 12
+// case A12
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_deletes_is_erased_at_once_and_not_with_the_next_round() {
     let workers = TestWorkers::new().await;
@@ -146,7 +146,7 @@ async fn what_a_client_deletes_is_erased_at_once_and_not_with_the_next_round() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_away_is_tried_again_and_a_panic_ends_nothing() {
+async fn an_unavailable_store_is_retried_and_a_panic_does_not_end_maintenance() {
     let workers = TestWorkers::new().await;
     let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let blobs = Blobs::over(Arc::new(chaos.clone()));
@@ -158,11 +158,11 @@ async fn a_store_that_is_away_is_tried_again_and_a_panic_ends_nothing() {
         Duration::from_millis(20),
         stop.clone(),
     ));
-    chaos.strike_all(Some(What::Panics));
+    chaos.inject_all(Some(StoreFault::Panics));
     deleted(&workers, &job).await;
     eventually("it was tried", async || (chaos.n_operations() > 3).then_some(())).await;
     assert_eq!(n_objects(&workers, &job).await, 3);
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     eventually("its objects are gone", async || (n_objects(&workers, &job).await == 0).then_some(())).await;
     // Unavailable altogether: no page is gone through to its end, and afterwards all goes.
     let mut jobs = Vec::new();
@@ -174,16 +174,16 @@ async fn a_store_that_is_away_is_tried_again_and_a_panic_ends_nothing() {
     for job in &jobs {
         deleted(&workers, job).await;
     }
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     let mut eraser = Eraser::new(workers.store.clone(), blobs.clone());
     eraser.round().await.unwrap_err();
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     assert_eq!(Eraser::new(workers.store.clone(), blobs).round().await.unwrap(), None);
     assert_eq!(workers.store.n_deleting().await.unwrap(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_spent_checkpoint_that_cannot_be_removed_holds_up_no_other() {
+async fn an_obsolete_checkpoint_that_cannot_be_removed_holds_up_no_other() {
     let server = Faulty::start().await;
     let workers = workers_over(&server, |path| path.ends_with("checkpoint-1.safetensors")).await;
     let mut jobs = Vec::new();
@@ -210,7 +210,7 @@ async fn a_spent_checkpoint_that_cannot_be_removed_holds_up_no_other() {
 
 /// Not a measurement: that deletions go many at a time. The benchmark `service` measures.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hundred_deletions_take_no_hundred_rounds() {
+async fn many_deleted_jobs_are_erased_in_one_round() {
     let workers = TestWorkers::new().await;
     let mut jobs = Vec::new();
     for _ in 0..150 {

@@ -63,7 +63,7 @@ impl Collector {
         texts(&first.resource_spans[0].resource.as_ref().unwrap().attributes)
     }
 
-    fn figures(&self) -> BTreeSet<String> {
+    fn metrics(&self) -> BTreeSet<String> {
         let sent = self.metrics.lock().unwrap();
         let sent = sent.iter().map(|body| ExportMetricsServiceRequest::decode(body.clone()).unwrap());
         let of_resource = sent.flat_map(|sent| sent.resource_metrics);
@@ -115,8 +115,8 @@ fn training(class_name: &'static str) -> Form {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::too_many_lines, reason = "one story, told in its order")]
-async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
+async fn a_request_and_its_job_are_one_trace_and_metrics_keep_their_names() {
     let dir = tempfile::tempdir().unwrap();
     let (collector, endpoint) = Collector::start().await;
     let (mut settings, address) = settings(dir.path());
@@ -192,7 +192,7 @@ async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
     assert_eq!((resource["service.name"].as_str(), resource["hypnos.role"].as_str()), ("hypnos", "serve"));
     assert_eq!(resource["deployment.environment"], "test");
 
-    let pushed = collector.figures();
+    let pushed = collector.metrics();
     let names = shown.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
     let names: BTreeSet<String> = names.map(ToOwned::to_owned).collect();
     assert!(
@@ -207,7 +207,7 @@ async fn a_request_and_its_job_are_one_trace_and_figures_keep_their_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_is_away_is_said_once_and_slows_nothing() {
+async fn an_unreachable_collector_is_logged_once_and_slows_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (mut settings, address) = settings(dir.path());
     settings.extend([
@@ -232,7 +232,7 @@ async fn a_collector_that_is_away_is_said_once_and_slows_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_never_answers_does_not_hold_up_the_end() {
+async fn a_collector_that_never_answers_does_not_delay_the_shutdown() {
     let dir = tempfile::tempdir().unwrap();
     let (mut settings, address) = settings(dir.path());
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap(); // its backlog takes connections
@@ -240,14 +240,14 @@ async fn a_collector_that_never_answers_does_not_hold_up_the_end() {
     let mut process = Process::start(dir.path(), "serve", &["serve"], &settings);
     is_ready(&format!("http://{address}")).await;
     process.signal("-TERM");
-    let told = Instant::now();
+    let signaled = Instant::now();
     assert!(process.ended().await, "{}", process.log());
-    assert!(told.elapsed() < Duration::from_secs(30), "{:?}", told.elapsed());
+    assert!(signaled.elapsed() < Duration::from_secs(30), "{:?}", signaled.elapsed());
     drop(silent);
 }
 
 #[test]
-fn opentelemetry_s_variables_that_cannot_work_are_refused_in_one_line() {
+fn invalid_opentelemetry_variables_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
     for (given, wanted) in [
@@ -288,11 +288,11 @@ async fn a_worker_answers_operators_on_a_listener_of_its_own() {
     let get = async |path: &str| http().get(format!("{url}{path}")).send().await.unwrap();
     assert_eq!(get("/readyz").await.text().await.unwrap(), "ok\ncpu: working\n");
     assert_eq!(get("/healthz").await.text().await.unwrap(), "ok\n");
-    let figures = get("/metrics").await;
-    assert_eq!(figures.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
-    let figures = figures.text().await.unwrap();
-    assert!(figures.contains("hypnos_device_working{worker=\"0\",device=\"cpu\"} 1"), "{figures}");
-    assert!(!figures.contains("hypnos_jobs_queued"), "the queue's are a front's: {figures}");
+    let metrics = get("/metrics").await;
+    assert_eq!(metrics.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
+    let metrics = metrics.text().await.unwrap();
+    assert!(metrics.contains("hypnos_device_working{worker=\"0\",device=\"cpu\"} 1"), "{metrics}");
+    assert!(!metrics.contains("hypnos_jobs_queued"), "the queue metrics belong to the server: {metrics}");
     assert_eq!(get("/v1/jobs").await.status(), 404, "nothing of the API");
     process.signal("-TERM");
     assert!(process.ended().await, "{}", process.log());
@@ -302,19 +302,19 @@ async fn a_worker_answers_operators_on_a_listener_of_its_own() {
     assert!(!second.ended().await);
     let last = second.log().lines().last().unwrap_or_default().to_owned();
     assert!(
-        last.starts_with("error: HYPNOS_METRICS_LISTEN: ") && last.contains("cannot be listened on"),
+        last.starts_with("error: HYPNOS_METRICS_LISTEN: ") && last.contains("cannot listen on"),
         "{last}"
     );
     drop(taken);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_takes_jobs() {
+async fn a_worker_is_ready_while_its_database_answers_and_a_device_takes_jobs() {
     let workers = TestWorkers::new().await;
     let (health, closing, ended) = (Health::default(), CancellationToken::new(), CancellationToken::new());
-    let figures = PrometheusBuilder::new().build_recorder().handle();
+    let metrics = PrometheusBuilder::new().build_recorder().handle();
     let (store, blobs) = (workers.store.clone(), workers.blobs.clone());
-    let operations = Operations::for_worker(store, blobs, figures, closing.clone(), health.clone());
+    let operations = Operations::for_worker(store, blobs, metrics, closing.clone(), health.clone());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/readyz", listener.local_addr().unwrap());
     let served = serve(listener, Arc::new(operations).router(), 8, Timeouts::default(), ended.clone());
@@ -333,10 +333,10 @@ async fn a_worker_is_ready_while_its_database_answers_and_one_of_its_devices_tak
     second.dead("an illegal address was used");
     let (status, said) = ready().await;
     assert!(status == 200 && said.starts_with("ok\ncuda:0: working\ncuda:1: dead since "), "{said}");
-    first.resting("out of memory", Duration::from_secs(5));
+    first.backing_off("out of memory", Duration::from_secs(5));
     let (status, said) = ready().await;
     assert!(
-        status == 503 && said.contains("cuda:0: resting since ") && said.contains("out of memory"),
+        status == 503 && said.contains("cuda:0: backing off since ") && said.contains("out of memory"),
         "{said}"
     );
     first.working();

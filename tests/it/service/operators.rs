@@ -193,8 +193,8 @@ on_both! {
     jobs_are_retried_requeued_and_canceled_and_refused_in_a_line_each,
     claims_are_paused_and_resumed,
     tenants_are_listed_disabled_and_enabled,
-    an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off,
-    an_export_says_what_the_store_has_lost,
+    an_export_has_all_of_a_tenant_and_resumes_where_it_was_interrupted,
+    an_export_lists_missing_objects,
     a_deleted_tenant_leaves_nothing,
 }
 
@@ -242,7 +242,7 @@ async fn jobs_are_listed_and_shown_without_what_a_client_wrote(site: Site) {
     }
 
     let line = site.admin(&["jobs", "list", "--tenant", "shpo"]).await.refused(2);
-    assert_eq!(line, "there is no tenant \"shpo\"; `hypnos admin tenants list` has all");
+    assert_eq!(line, "there is no tenant \"shpo\"; `hypnos admin tenants list` lists all");
     let unknown = JobId::new();
     let line = site.admin(&["jobs", "show", &unknown.to_string()]).await.refused(2);
     assert_eq!(line, format!("{unknown}: there is no such job"));
@@ -270,7 +270,7 @@ async fn jobs_are_retried_requeued_and_canceled_and_refused_in_a_line_each(site:
 
     // By a condition: only with a yes, and only what was not retried before.
     let line = site.admin(&["jobs", "retry", "--tenant", "shop"]).await.refused(2);
-    assert_eq!(line, "this would retry 1 job; say --yes if that is meant");
+    assert_eq!(line, "this would retry 1 job; add --yes to confirm");
     let retried = site.admin(&["jobs", "retry", "--tenant", "shop", "--yes", "--json"]).await.json();
     assert_eq!((retried.len(), &retried[0]["id"]), (1, &json!(failed[1].id)));
     let none = site.admin(&["jobs", "retry", "--state", "failed", "--yes"]).await.ok();
@@ -332,7 +332,7 @@ async fn claims_are_paused_and_resumed(site: Site) {
         (&json!("shop"), &json!("train"), &json!("bad drivers"))
     );
     let line = site.admin(&["jobs", "resume"]).await.refused(2);
-    assert_eq!(line, "there is no pause of all jobs of every tenant; `hypnos admin jobs paused` has all");
+    assert_eq!(line, "there is no pause of all jobs of every tenant; `hypnos admin jobs paused` lists all");
     assert_eq!(
         site.admin(&["jobs", "resume", "--tenant", "shop", "--kind", "train"]).await.ok(),
         "resumed: train jobs of shop\n"
@@ -411,7 +411,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
-async fn an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off(site: Site) {
+async fn an_export_has_all_of_a_tenant_and_resumes_where_it_was_interrupted(site: Site) {
     let shop = site.store.ensure_tenant("shop").await.unwrap();
     let trained = site.trained(shop).await;
     let failed = site.failed(shop).await;
@@ -480,7 +480,7 @@ async fn an_export_has_all_of_a_tenant_and_goes_on_where_it_was_broken_off(site:
     assert!(line.contains("an export of another tenant"), "{line}");
 }
 
-async fn an_export_says_what_the_store_has_lost(site: Site) {
+async fn an_export_lists_missing_objects(site: Site) {
     let shop = site.store.ensure_tenant("shop").await.unwrap();
     let trained = site.trained(shop).await;
     site.blobs.delete(&Key::photo(shop, trained.id, 1)).await.unwrap();
@@ -506,12 +506,12 @@ async fn a_deleted_tenant_leaves_nothing(site: Site) {
     site.blobs.put(&orphan, "orphan").await.unwrap();
 
     let line = site.admin(&["tenants", "delete", "shop"]).await.refused(2);
-    assert_eq!(line, "this would erase \"shop\" for good; say --yes-delete \"shop\" if that is meant");
+    assert_eq!(line, "this would erase \"shop\" for good; add --yes-delete \"shop\" to confirm");
     let line = site.admin(&["tenants", "delete", "shop", "--yes-delete", "other"]).await.refused(2);
     assert_eq!(line, "nothing was erased: wanted the name \"shop\", got \"other\"");
     assert_eq!(site.store.tenant_named("shop").await.unwrap().unwrap().state, TenantState::Active);
 
-    // One runs: its worker hears of the end at its next beat.
+    // One runs: its worker learns of the end at its next heartbeat.
     let running = site.claim().await;
     assert_eq!(running.tenant, shop);
     let store = site.store.clone();
@@ -560,7 +560,7 @@ async fn a_deletion_that_was_killed_is_finished_by_maintenance() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_database_is_made_by_who_only_looks_at_one() {
+async fn a_read_only_command_creates_no_database() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("slip-of-the-pen");
     for args in

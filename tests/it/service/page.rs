@@ -1,5 +1,5 @@
-//! The page at `/` in a browser, with an engine that computes nothing: a person's whole way, by mouse, by keyboard, on
-//! a phone.
+//! The page at `/` in a browser, with an engine that computes nothing: a user's whole workflow, by mouse, by keyboard,
+//! on a phone.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn files(dir: &std::path::Path, n: u32) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_person_drops_photos_trains_draws_and_downloads() {
+async fn a_user_drops_photos_trains_draws_and_downloads() {
     let app = TestApp::start().await;
     let script = Script::new(Duration::from_millis(20));
     let worker = app.workers.start(&script);

@@ -1,4 +1,4 @@
-//! What strangers may send. Every picture is made here; the numbers are those of the list of bad inputs.
+//! Invalid and hostile uploads. Every picture is made here; the numbers are those of tests/CASES.md.
 
 use std::io::Cursor;
 use std::time::{Duration, Instant};
@@ -306,7 +306,7 @@ fn chunks_that_inflate_to_300_mb_are_not_inflated() {
 
 // case 6
 #[test]
-fn a_file_cut_short_is_refused_or_whole_and_never_half_a_picture() {
+fn a_truncated_file_is_refused_or_whole_and_never_half_an_image() {
     let picture = picture(300, 280);
     let files = [
         jpeg(picture.clone()),
@@ -393,7 +393,7 @@ fn nothing_of_a_file_is_kept_but_its_pixels() {
 
 // case 11
 #[test]
-fn all_eight_orientations_give_the_same_upright_picture() {
+fn all_eight_orientations_give_the_same_upright_image() {
     let upright = DynamicImage::from(picture(320, 260));
     for orientation in 1..=8 {
         let apply = Orientation::from_exif(orientation).unwrap();
@@ -509,7 +509,7 @@ fn colour_profiles_are_brought_to_srgb() {
 
 // case 13
 #[test]
-fn cmyk_is_refused_rather_than_wrong() {
+fn cmyk_is_refused() {
     let refusal = refused(&flat_jpeg(300, 300, 0xC0, 4, 1));
     assert_eq!((refusal.code, refusal.status), ("image-color-unsupported", 422));
 }
@@ -557,7 +557,7 @@ fn animations_are_refused() {
 
 // case 16
 #[test]
-fn pictures_too_small_too_long_or_too_large_are_refused_and_told_what_is_wanted() {
+fn images_too_small_too_long_or_too_large_are_refused_with_the_limits() {
     let limits = Limits::default();
     for (width, height, code) in [
         (1, 1, "image-too-small"),
@@ -581,7 +581,7 @@ fn pictures_too_small_too_long_or_too_large_are_refused_and_told_what_is_wanted(
 
 // case 17
 #[test]
-fn the_same_picture_twice_is_noticed_however_it_was_saved() {
+fn the_same_image_twice_is_noticed_however_it_was_saved() {
     let base = picture(400, 300);
     let other = RgbImage::from_fn(400, 300, |x, y| {
         let inside = (f64::from(x) - 200.0).hypot(f64::from(y) - 150.0) < 90.0;
@@ -603,7 +603,7 @@ fn the_same_picture_twice_is_noticed_however_it_was_saved() {
 
 // case 18
 #[test]
-fn pictures_that_show_nothing_are_taken_with_a_warning() {
+fn images_that_show_nothing_are_accepted_with_a_warning() {
     let warned = |image: RgbImage| taken(&png(image)).inspection.warnings;
     let black = RgbImage::new(300, 300);
     assert_eq!(warned(black), [Warning::Dark, Warning::Uniform, Warning::Blurry]);
@@ -646,7 +646,7 @@ async fn a_jpeg_of_a_thousand_scans_is_refused_undecoded_and_others_are_served()
 
 // case 19
 #[tokio::test]
-async fn a_picture_that_takes_too_long_is_refused_and_holds_its_slot_until_it_is_done() {
+async fn an_image_that_takes_too_long_is_refused_and_occupies_its_slot_until_it_is_decoded() {
     let decoder = Decoder::new(Limits::default(), 1, Duration::ZERO);
     let slow = bytes::Bytes::from(png_of(4_000, 4_000, 8, 2, &[], &zeros(4_000 * 12_001)));
     let refusal = decoder.decode(slow.clone()).await.unwrap_err();
@@ -677,7 +677,7 @@ fn mend(png: &mut [u8]) {
 
 // case 20
 #[test]
-fn no_bytes_at_all_bring_the_decoder_down() {
+fn no_bytes_crash_the_decoder() {
     let limits = Limits { side_min: 8, side_max: 512, pixels_max: 100_000, ..Limits::default() };
     let small = picture(24, 20);
     let extra = Extra { icc: Some(ColorProfile::new_display_p3().encode().unwrap()), ..oriented(6) };

@@ -32,7 +32,7 @@ fn new(retried: Retried) -> Job {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_training_is_done_again_with_photos_of_its_own() {
+async fn a_failed_training_is_retried_with_copies_of_its_photos() {
     let workers = TestWorkers::new().await;
     let old = failed(&workers).await;
     let again = new(retry(&workers.store, &workers.blobs, &old, terms()).await.unwrap());
@@ -51,7 +51,7 @@ async fn a_failed_training_is_done_again_with_photos_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_what_failed_or_was_canceled_is_done_again() {
+async fn only_failed_and_canceled_jobs_are_retried() {
     let workers = TestWorkers::new().await;
     let job = workers.train("mug", 3).await;
     let again = async |job: &Job| retry(&workers.store, &workers.blobs, job, terms()).await.unwrap();

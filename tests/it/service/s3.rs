@@ -328,7 +328,7 @@ impl Faulty {
     }
 
     /// The next `n` requests that `choice` chooses go wrong.
-    pub(crate) fn strike(&self, choice: Choice, fault: Fault, n: usize) {
+    pub(crate) fn inject(&self, choice: Choice, fault: Fault, n: usize) {
         self.faults.lock().unwrap().planned.push_back((choice, fault, n));
     }
 

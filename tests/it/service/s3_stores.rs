@@ -50,9 +50,9 @@ fn refusals() -> Vec<(&'static str, Answer)> {
     ]
 }
 
-// attack 13
+// case A13
 #[tokio::test]
-async fn where_bulk_removal_is_refused_objects_go_one_by_one_and_it_is_found_out_once() {
+async fn where_bulk_delete_is_refused_objects_are_deleted_one_by_one_and_it_is_tried_once() {
     for (what, refusal) in refusals() {
         let server = Faulty::start().await;
         let blobs = open(server.bucket()).await;
@@ -81,7 +81,7 @@ async fn where_bulk_removal_is_refused_objects_go_one_by_one_and_it_is_found_out
 }
 
 #[tokio::test]
-async fn where_bulk_removal_works_a_thousand_objects_are_one_request() {
+async fn where_bulk_delete_works_a_thousand_objects_are_one_request() {
     let server = Faulty::start().await;
     let blobs = open(server.bucket()).await;
     let (tenant, job) = (TenantId::new(), JobId::new());
@@ -94,9 +94,9 @@ async fn where_bulk_removal_works_a_thousand_objects_are_one_request() {
     assert!(keys(&*server.store()).await.is_empty());
 }
 
-// attack 12, 13
+// case A12, A13
 #[tokio::test]
-async fn an_object_that_cannot_be_removed_keeps_no_other() {
+async fn an_object_that_cannot_be_removed_does_not_keep_others() {
     for bulk in [true, false] {
         let server = Faulty::start().await;
         let blobs = open(server.bucket()).await;
@@ -126,7 +126,7 @@ async fn an_object_that_cannot_be_removed_keeps_no_other() {
     }
 }
 
-// attack 13
+// case A13
 #[tokio::test]
 async fn a_store_that_refuses_checksum_headers_is_sent_none() {
     let server = Faulty::start().await;
@@ -150,9 +150,9 @@ async fn a_store_that_refuses_checksum_headers_is_sent_none() {
     assert!(keys(&*server.store()).await.is_empty());
 }
 
-// attack 13
+// case A13
 #[tokio::test]
-async fn readiness_asks_for_no_more_than_work_needs() {
+async fn readiness_needs_no_permission_that_work_does_not_need() {
     let server = Faulty::start().await;
     let blobs = open(server.bucket()).await;
     server.asked();
@@ -213,9 +213,9 @@ fn misunderstandings() -> Vec<(Answer, &'static str)> {
     ]
 }
 
-// attack 13
+// case A13
 #[tokio::test]
-async fn a_wrong_region_or_clock_is_told_in_the_store_s_own_words_and_at_once() {
+async fn a_wrong_region_or_clock_is_reported_at_once_in_the_store_s_own_words() {
     let server = Faulty::start().await;
     let blobs = open(server.bucket()).await;
     let key = Key::photo(TenantId::new(), JobId::new(), 0);
@@ -265,9 +265,9 @@ async fn foreign_keys_end_nothing(blobs: &Blobs, tenant: TenantId, job: JobId, f
     assert_eq!((left.entries.len(), left.foreign.len()), (0, foreign.len()));
 }
 
-// attack 13
+// case A13
 #[tokio::test]
-async fn foreign_keys_in_a_listing_are_passed_over_and_named() {
+async fn foreign_keys_in_a_listing_are_skipped_and_reported() {
     let server = Faulty::start().await;
     let blobs = open(server.bucket()).await;
     let (tenant, job) = (TenantId::new(), JobId::new());
@@ -283,9 +283,9 @@ async fn foreign_keys_in_a_listing_are_passed_over_and_named() {
     assert_eq!(touched, 0, "three of ours went in bulk, and nothing else: {asked:?}");
 }
 
-// attack 13
+// case A13
 #[tokio::test]
-async fn foreign_keys_in_a_real_bucket_are_passed_over_and_stay() {
+async fn foreign_keys_in_a_real_bucket_are_skipped_and_kept() {
     let garage = Garage::start().await;
     let blobs = open(garage.bucket()).await;
     let (tenant, job) = (TenantId::new(), JobId::new());
@@ -317,7 +317,7 @@ fn wants_token(server: &Faulty, token: &'static str) {
 }
 
 #[tokio::test]
-async fn temporary_keys_bring_their_token() {
+async fn temporary_credentials_send_their_session_token() {
     let server = Faulty::start().await;
     wants_token(&server, "a session");
     let key = Key::photo(TenantId::new(), JobId::new(), 0);
@@ -341,17 +341,21 @@ async fn temporary_keys_bring_their_token() {
 
 /// What a service that gives credentials answers: method, path with query and what came in `Authorization` to an
 /// answer.
-type Desk = dyn Fn(&str, &str, Option<&str>) -> (u16, String) + Send + Sync;
+type CredentialsHandler = dyn Fn(&str, &str, Option<&str>) -> (u16, String) + Send + Sync;
 
-async fn serve_desk(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Arc<Desk>) {
+async fn serve_credentials(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    handler: Arc<CredentialsHandler>,
+) {
     while let Ok((socket, _)) = listener.accept().await {
-        let (desk, tls) = (desk.clone(), tls.clone());
+        let (handler, tls) = (handler.clone(), tls.clone());
         tokio::spawn(async move {
             let answer = service_fn(move |request: Request<Incoming>| {
                 let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
                 let (method, uri) = (request.method().to_string(), request.uri().to_string());
                 let shown = header("authorization").or_else(|| header("x-aws-ec2-metadata-token"));
-                let (status, body) = desk(&method, &uri, shown);
+                let (status, body) = handler(&method, &uri, shown);
                 let answer = Response::builder().status(status).body(Full::new(bytes::Bytes::from(body)));
                 async move { answer }
             });
@@ -367,11 +371,13 @@ async fn serve_desk(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Arc<D
     }
 }
 
-/// A desk on a port of its own, in the clear.
-async fn desk(desk: impl Fn(&str, &str, Option<&str>) -> (u16, String) + Send + Sync + 'static) -> String {
+/// A credentials service on a port of its own, without TLS.
+async fn credentials_service(
+    handler: impl Fn(&str, &str, Option<&str>) -> (u16, String) + Send + Sync + 'static,
+) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(serve_desk(listener, None, Arc::new(desk)));
+    tokio::spawn(serve_credentials(listener, None, Arc::new(handler)));
     format!("http://{address}")
 }
 
@@ -394,13 +400,13 @@ async fn works(server: &Faulty, credentials: Credentials) {
 }
 
 #[tokio::test]
-async fn a_container_and_a_virtual_machine_are_handed_keys() {
+async fn containers_and_virtual_machines_get_credentials() {
     let server = Faulty::start().await;
     wants_token(&server, "a session");
     let dir = tempfile::tempdir().unwrap();
     let token_file = dir.path().join("token");
     std::fs::write(&token_file, "shown to the agent").unwrap();
-    let agent = desk(|_, uri, shown| match (uri, shown) {
+    let agent = credentials_service(|_, uri, shown| match (uri, shown) {
         ("/v1/credentials", Some("shown to the agent")) => (200, handed_out()),
         _ => (401, "who are you".into()),
     });
@@ -408,7 +414,7 @@ async fn a_container_and_a_virtual_machine_are_handed_keys() {
     works(&server, Credentials::Container { place: place.clone(), token_file: Some(token_file.clone()) })
         .await;
 
-    let metadata = desk(|method, uri, shown| match (method, uri, shown) {
+    let metadata = credentials_service(|method, uri, shown| match (method, uri, shown) {
         ("PUT", "/latest/api/token", _) => (200, "metadata token".into()),
         ("GET", "/latest/meta-data/iam/security-credentials/", Some("metadata token")) => {
             (200, "role".into())
@@ -432,7 +438,7 @@ async fn a_container_and_a_virtual_machine_are_handed_keys() {
 
 /// The whole program takes a role by a token in a file, at a service that speaks TLS as STS does.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_is_taken_with_the_token_in_a_file() {
+async fn a_role_is_assumed_with_the_token_in_a_file() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let server = Faulty::start().await;
     wants_token(&server, "a session");
@@ -467,7 +473,7 @@ async fn a_role_is_taken_with_the_token_in_a_file() {
         );
         (200, body)
     };
-    tokio::spawn(serve_desk(listener, Some(TlsAcceptor::from(Arc::new(tls))), Arc::new(answer)));
+    tokio::spawn(serve_credentials(listener, Some(TlsAcceptor::from(Arc::new(tls))), Arc::new(answer)));
 
     let token_file = dir.path().join("token");
     let migrate = |settings: Vec<(&'static str, String)>| {
@@ -525,9 +531,9 @@ fn hypnos(dir: &Path, args: &[&str]) -> Command {
     command
 }
 
-// attack 13
+// case A13
 #[tokio::test(flavor = "multi_thread")]
-async fn a_program_that_the_store_refuses_says_why_in_one_line_at_its_start() {
+async fn a_rejection_by_the_store_is_one_line_at_startup() {
     let server = Faulty::start().await;
     let dir = tempfile::tempdir().unwrap();
     for (answer, wanted) in misunderstandings() {

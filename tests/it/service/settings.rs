@@ -35,7 +35,7 @@ fn row(arg: &Arg, whom: &str) -> String {
 }
 
 #[test]
-fn the_readme_s_table_of_settings_is_the_command_line_s() {
+fn the_readme_s_table_of_settings_matches_the_command_line() {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     assert!(readme.contains(&table()), "README.md wants this table under `Settings`:\n\n{}\n", table());
 }

@@ -14,13 +14,13 @@ use super::s3::files;
 const TENANT: TenantId = TenantId::LOCAL;
 
 /// A deployment in a data directory.
-struct Shop {
+struct Installation {
     dir: tempfile::TempDir,
     store: Store,
     blobs: Blobs,
 }
 
-impl Shop {
+impl Installation {
     /// With so many trainings, whose photos are older than a day.
     async fn with(n: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -31,12 +31,12 @@ impl Shop {
         let place = Place::Directory(dir.path().join("data/objects"));
         let blobs = Blobs::open(&BlobsConfig { place, links: None }).await.unwrap();
         deployment::pair(&store, &blobs).await.unwrap();
-        let shop = Self { dir, store, blobs };
+        let installation = Self { dir, store, blobs };
         for _ in 0..n {
-            shop.train().await;
+            installation.train().await;
         }
-        shop.age();
-        shop
+        installation.age();
+        installation
     }
 
     async fn train(&self) -> JobId {
@@ -116,124 +116,131 @@ fn is_refused(ran: &Output, wanted: &str) {
     assert!(error.contains(wanted), "wanted {wanted:?}: {error}");
 }
 
-// attack 2
+// case A2
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_without_its_database_removes_nothing_and_makes_nothing() {
-    let shop = Shop::with(5).await;
-    let objects = ("HYPNOS_OBJECTS", shop.objects().display().to_string());
-    let elsewhere = shop.dir.path().join("elsewhere");
+async fn a_sweep_without_its_database_removes_and_creates_nothing() {
+    let installation = Installation::with(5).await;
+    let objects = ("HYPNOS_OBJECTS", installation.objects().display().to_string());
+    let elsewhere = installation.dir.path().join("elsewhere");
     // HYPNOS_DATA or HYPNOS_DATABASE forgotten, or another's.
     let nowhere = [("HYPNOS_DATA", elsewhere.display().to_string()), objects.clone()];
-    is_refused(&shop.sweep(&["--remove"], &nowhere).await, "there is no database at");
+    is_refused(&installation.sweep(&["--remove"], &nowhere).await, "there is no database at");
     assert!(!elsewhere.exists());
-    let file = format!("sqlite:{}", shop.dir.path().join("typo.db").display());
-    is_refused(&shop.sweep(&["--remove"], &[("HYPNOS_DATABASE", file)]).await, "there is no database at");
-    assert!(!shop.dir.path().join("typo.db").exists());
-    let empty = Shop::with(0).await;
+    let file = format!("sqlite:{}", installation.dir.path().join("typo.db").display());
+    is_refused(
+        &installation.sweep(&["--remove"], &[("HYPNOS_DATABASE", file)]).await,
+        "there is no database at",
+    );
+    assert!(!installation.dir.path().join("typo.db").exists());
+    let empty = Installation::with(0).await;
     let database = format!("sqlite:{}", empty.dir.path().join("data/hypnos.db").display());
     let args = ["--remove", "--despite", "most-objects,newer-than-rows"];
-    let ran = shop.sweep(&args, &[("HYPNOS_DATABASE", database)]).await;
+    let ran = installation.sweep(&args, &[("HYPNOS_DATABASE", database)]).await;
     is_refused(&ran, "do not belong together");
     // An empty one that was never marked, as before there were markers.
-    let unmarked = shop.dir.path().join("unmarked.db");
+    let unmarked = installation.dir.path().join("unmarked.db");
     let store = Store::connect(&format!("sqlite:{}", unmarked.display()), 2).await.unwrap();
     store.migrate().await.unwrap();
     let database = [("HYPNOS_DATABASE", format!("sqlite:{}", unmarked.display()))];
-    is_refused(&shop.sweep(&["--remove"], &database).await, "the database does not record");
+    is_refused(&installation.sweep(&["--remove"], &database).await, "the database does not record");
     // Objects elsewhere.
     let missing = [("HYPNOS_OBJECTS", elsewhere.display().to_string())];
-    is_refused(&shop.sweep(&["--remove"], &missing).await, "HYPNOS_OBJECTS: there is no directory");
+    is_refused(&installation.sweep(&["--remove"], &missing).await, "HYPNOS_OBJECTS: there is no directory");
     assert!(!elsewhere.exists());
-    assert_eq!(shop.n().await, 15);
+    assert_eq!(installation.n().await, 15);
     // A schema that is not this program's is not brought up to it.
-    let old =
-        Store::connect(&format!("sqlite:{}", shop.dir.path().join("old.db").display()), 2).await.unwrap();
+    let old = Store::connect(&format!("sqlite:{}", installation.dir.path().join("old.db").display()), 2)
+        .await
+        .unwrap();
     drop(old);
-    let database = [("HYPNOS_DATABASE", format!("sqlite:{}", shop.dir.path().join("old.db").display()))];
-    is_refused(&shop.sweep(&["--remove"], &database).await, "hypnos migrate");
+    let database =
+        [("HYPNOS_DATABASE", format!("sqlite:{}", installation.dir.path().join("old.db").display()))];
+    is_refused(&installation.sweep(&["--remove"], &database).await, "hypnos migrate");
 }
 
-// attack 2
+// case A2
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_that_looks_like_a_mistake_is_refused_until_it_is_named() {
-    let shop = Shop::with(4).await;
+async fn a_suspicious_sweep_is_refused_until_its_risks_are_named() {
+    let installation = Installation::with(4).await;
     let lease = |n| Lease { job: JobId::new(), run_lease: n };
     // Orphans of jobs that are younger than every row, and more than half of all.
     for n in 0..20 {
-        shop.blobs.put(&Key::artifact(TENANT, lease(n), Name::Weights), "lost").await.unwrap();
+        installation.blobs.put(&Key::artifact(TENANT, lease(n), Name::Weights), "lost").await.unwrap();
     }
-    shop.age();
-    let listed = shop.sweep(&[], &[]).await;
+    installation.age();
+    let listed = installation.sweep(&[], &[]).await;
     assert!(listed.status.success(), "{}", said(&listed));
     let text = said(&listed);
     assert!(text.contains("20 objects of 32 that no row names, 80 bytes; 0 removed"), "{text}");
     assert!(text.contains("--despite most-objects") && text.contains("--despite newer-than-rows"), "{text}");
-    is_refused(&shop.sweep(&["--remove"], &[]).await, "--despite most-objects");
+    is_refused(&installation.sweep(&["--remove"], &[]).await, "--despite most-objects");
     is_refused(
-        &shop.sweep(&["--remove", "--despite", "newer-than-rows"], &[]).await,
+        &installation.sweep(&["--remove", "--despite", "newer-than-rows"], &[]).await,
         "--despite most-objects",
     );
     is_refused(
-        &shop.sweep(&["--remove", "--despite", "most-objects"], &[]).await,
+        &installation.sweep(&["--remove", "--despite", "most-objects"], &[]).await,
         "--despite newer-than-rows",
     );
-    let unknown = shop.sweep(&["--remove", "--despite", "yes"], &[]).await;
+    let unknown = installation.sweep(&["--remove", "--despite", "yes"], &[]).await;
     assert_eq!(unknown.status.code(), Some(2), "{}", said(&unknown));
-    let alone = shop.sweep(&["--despite", "most-objects"], &[]).await;
+    let alone = installation.sweep(&["--despite", "most-objects"], &[]).await;
     assert_eq!(alone.status.code(), Some(2), "{}", said(&alone));
-    assert_eq!(shop.n().await, 32);
-    let done = shop.sweep(&["--remove", "--despite", "most-objects,newer-than-rows"], &[]).await;
+    assert_eq!(installation.n().await, 32);
+    let done = installation.sweep(&["--remove", "--despite", "most-objects,newer-than-rows"], &[]).await;
     assert!(done.status.success() && said(&done).contains("20 removed"), "{}", said(&done));
-    assert_eq!(shop.n().await, 12);
+    assert_eq!(installation.n().await, 12);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_killed_processes_left_is_removed_and_all_else_stays() {
-    let shop = Shop::with(4).await;
-    let job = shop.train().await;
+    let installation = Installation::with(4).await;
+    let job = installation.train().await;
     let lost = Key::artifact(TENANT, Lease { job, run_lease: 1 }, Name::Weights);
-    shop.blobs.put(&lost, "lost").await.unwrap();
+    installation.blobs.put(&lost, "lost").await.unwrap();
     // An upload that was not finished, and what a killed process wrote to see whether the store works.
-    let unfinished = shop.objects().join(format!("t/{TENANT}/j/{job}/a/1/report.json#1"));
+    let unfinished = installation.objects().join(format!("t/{TENANT}/j/{job}/a/1/report.json#1"));
     std::fs::write(&unfinished, "half").unwrap();
-    std::fs::create_dir(shop.objects().join("probe")).unwrap();
-    std::fs::write(shop.objects().join("probe/01940000-0000-7000-8000-000000000000"), "hypnos").unwrap();
-    shop.age();
+    std::fs::create_dir(installation.objects().join("probe")).unwrap();
+    std::fs::write(installation.objects().join("probe/01940000-0000-7000-8000-000000000000"), "hypnos")
+        .unwrap();
+    installation.age();
     let young = Key::artifact(TENANT, Lease { job, run_lease: 2 }, Name::Weights);
-    shop.blobs.put(&young, "being uploaded").await.unwrap();
-    let listed = shop.sweep(&[], &[]).await;
+    installation.blobs.put(&young, "being uploaded").await.unwrap();
+    let listed = installation.sweep(&[], &[]).await;
     assert!(said(&listed).contains(&format!("{lost}\t4 bytes\n")), "{}", said(&listed));
-    assert_eq!(shop.n().await, 17, "a look removes nothing");
-    let done = shop.sweep(&["--remove"], &[]).await;
+    assert_eq!(installation.n().await, 17, "a look removes nothing");
+    let done = installation.sweep(&["--remove"], &[]).await;
     assert!(done.status.success() && said(&done).contains("1 removed"), "{}", said(&done));
-    let left = shop.blobs.list(&Scope::all()).await.unwrap();
+    let left = installation.blobs.list(&Scope::all()).await.unwrap();
     assert_eq!(left.len(), 16);
     assert!(left.iter().any(|entry| entry.key == young));
-    let files = files(&shop.objects());
+    let files = files(&installation.objects());
     assert!(!files.iter().any(|name| name.contains('#') || name.starts_with("0194")), "{files:?}");
 }
 
-// attack 13
+// case A13
 #[tokio::test(flavor = "multi_thread")]
-async fn files_of_others_are_named_and_left_alone() {
+async fn files_of_others_are_reported_and_left_alone() {
     use std::os::unix::ffi::OsStrExt;
-    let shop = Shop::with(4).await;
-    let job = shop.train().await;
+    let installation = Installation::with(4).await;
+    let job = installation.train().await;
     let lost = Key::artifact(TENANT, Lease { job, run_lease: 1 }, Name::Weights);
-    shop.blobs.put(&lost, "lost").await.unwrap();
-    let place = shop.objects().join(format!("t/{TENANT}/j/{job}/photos"));
+    installation.blobs.put(&lost, "lost").await.unwrap();
+    let place = installation.objects().join(format!("t/{TENANT}/j/{job}/photos"));
     let latin = place.join(std::ffi::OsStr::from_bytes(b"caf\xe9.png"));
-    let others = [latin, place.join("line\nbreak"), place.join(".DS_Store"), shop.objects().join("t/deep")];
+    let others =
+        [latin, place.join("line\nbreak"), place.join(".DS_Store"), installation.objects().join("t/deep")];
     for file in &others[..3] {
         std::fs::write(file, "theirs").unwrap();
     }
     std::fs::create_dir_all(others[3].join("a/b/c/d/e/f/g/h")).unwrap();
-    std::os::unix::fs::symlink(shop.objects(), place.join("loop")).unwrap();
+    std::os::unix::fs::symlink(installation.objects(), place.join("loop")).unwrap();
     std::os::unix::fs::symlink("nowhere", place.join("dangling")).unwrap();
-    let done = shop.sweep(&["--remove", "--older-hours", "1"], &[]).await;
+    let done = installation.sweep(&["--remove", "--older-hours", "1"], &[]).await;
     assert!(done.status.success(), "{}", said(&done));
-    shop.age_one(&lost);
-    let done = shop.sweep(&["--remove"], &[]).await;
+    installation.age_one(&lost);
+    let done = installation.sweep(&["--remove"], &[]).await;
     let text = said(&done);
     assert!(done.status.success() && text.contains("1 removed"), "{text}");
     for name in ["caf", ".DS_Store", "line\\nbreak", "dangling"] {
@@ -243,17 +250,19 @@ async fn files_of_others_are_named_and_left_alone() {
         );
     }
     assert!(others.iter().all(|file| file.exists()));
-    assert_eq!(shop.n().await, 15);
+    assert_eq!(installation.n().await, 15);
     // Deleting the job is not stopped by them either.
-    assert!(shop.store.delete(TENANT, job).await.unwrap());
-    let left =
-        hypnos::maintenance::Eraser::new(shop.store.clone(), shop.blobs.clone()).round().await.unwrap();
+    assert!(installation.store.delete(TENANT, job).await.unwrap());
+    let left = hypnos::maintenance::Eraser::new(installation.store.clone(), installation.blobs.clone())
+        .round()
+        .await
+        .unwrap();
     assert_eq!(left, None);
-    assert_eq!(shop.n().await, 12);
+    assert_eq!(installation.n().await, 12);
     assert!(others.iter().all(|file| file.exists()));
 }
 
-impl Shop {
+impl Installation {
     fn age_one(&self, key: &Key) {
         let file = std::fs::File::options().write(true).open(self.objects().join(key.as_str())).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_hours(48)).unwrap();

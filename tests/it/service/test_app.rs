@@ -59,7 +59,7 @@ impl Default for AppConfig {
 /// A running service; `tenant` and `key` are those of its first tenant.
 pub(super) struct TestApp {
     pub(super) workers: TestWorkers,
-    /// The objects as the front sees them, which signs URLs to them.
+    /// The objects as the server sees them, which signs URLs to them.
     pub(super) blobs: Blobs,
     pub(super) address: SocketAddr,
     pub(super) url: String,
@@ -96,7 +96,7 @@ impl TestApp {
         let handle = metrics.handle();
         let _ = metrics::set_global_recorder(metrics); // one test, one process
         let closing = CancellationToken::new();
-        let front = AppState::new(
+        let state = AppState::new(
             workers.store.clone(),
             blobs.clone(),
             decoder,
@@ -107,7 +107,7 @@ impl TestApp {
             config.detector,
         );
         let served =
-            serve(listener, front.router(), config.connections_max, config.timeouts, closing.clone());
+            serve(listener, state.router(), config.connections_max, config.timeouts, closing.clone());
         let served = tokio::spawn(served);
         let tenant = workers.store.ensure_tenant("first").await.unwrap();
         let client = Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
@@ -139,8 +139,8 @@ impl TestApp {
         self.ask(Method::GET, path).send().await.unwrap()
     }
 
-    /// The figures, as an operator sees them.
-    pub(super) async fn figures(&self) -> String {
+    /// The metrics, as an operator sees them.
+    pub(super) async fn metrics(&self) -> String {
         let operator = self.new_key(self.tenant, Scope::Admin, None).await;
         let answer = self.ask_as(&operator, Method::GET, "/metrics").send().await.unwrap();
         assert_eq!(answer.status(), 200);

@@ -270,7 +270,7 @@ impl Worker {
         tokio::time::timeout(PATIENCE, self.task).await.expect("it ends").unwrap()
     }
 
-    /// As SIGKILL does, seen from the database and the store: no further write, no further beat.
+    /// As SIGKILL does, seen from the database and the store: no further write, no further heartbeat.
     pub(super) async fn kill(self) {
         self.task.abort();
         let _ = self.task.await;

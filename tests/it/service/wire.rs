@@ -63,7 +63,7 @@ impl Wire {
     }
 
     /// The `nth` commit from now, 0 the next one, goes wrong.
-    pub(crate) fn strike(&self, nth: usize, loss: Loss) {
+    pub(crate) fn inject(&self, nth: usize, loss: Loss) {
         self.plan.losses.lock().unwrap().insert(self.n_commits() + nth, loss);
     }
 

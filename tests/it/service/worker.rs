@@ -1,5 +1,5 @@
-//! What workers promise, with engines that compute nothing: results once, no step lost beyond the last checkpoint, and
-//! nothing left behind by those that die.
+//! Guarantees of workers, with engines that compute nothing: one result for each job, no step lost beyond the last
+//! checkpoint, and nothing left behind by a worker that dies.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use hypnos::maintenance;
 use sqlx::{Connection, SqliteConnection};
 use tokio_util::sync::CancellationToken;
 
-use super::chaos::{Chaos, What};
+use super::chaos::{Chaos, StoreFault};
 use super::postgres::{Bouncer, Postgres, socket_of};
 use super::scripted::{Did, Script, expected_weights};
 use super::test_workers::{TestWorkers, eventually, is};
@@ -19,7 +19,7 @@ const QUICK: Duration = Duration::from_millis(1);
 const SLOW: Duration = Duration::from_millis(20);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_does_not_say_what_to_do_fails_and_the_next_one_runs() {
+async fn a_job_with_an_invalid_row_fails_and_the_next_one_runs() {
     let workers = TestWorkers::new().await;
     let (broken, sound) = (workers.train("mug", 5).await, workers.train("mug", 5).await);
     let mut database = SqliteConnection::connect(&workers.settings.database).await.unwrap();
@@ -34,7 +34,7 @@ async fn a_row_that_does_not_say_what_to_do_fails_and_the_next_one_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_ends_with_weights_a_report_and_pictures_in_the_store() {
+async fn a_training_ends_with_weights_a_report_and_images_in_the_store() {
     let workers = TestWorkers::new().await;
     let script = Script::new(QUICK);
     let worker = workers.start(&script);
@@ -51,7 +51,7 @@ async fn a_training_ends_with_weights_a_report_and_pictures_in_the_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn class_images_are_drawn_once_for_all_trainings_that_want_the_same() {
+async fn class_images_are_drawn_once_for_all_trainings_with_the_same_settings() {
     let workers = TestWorkers::new().await;
     let script = Script::new(QUICK);
     let worker = workers.start(&script);
@@ -65,7 +65,7 @@ async fn class_images_are_drawn_once_for_all_trainings_that_want_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_worker_is_followed_by_another_that_goes_on_from_the_last_checkpoint() {
+async fn a_training_of_a_killed_worker_resumes_from_the_last_checkpoint_in_another() {
     let workers = TestWorkers::new().await;
     let (first, second) = (Script::new(SLOW), Script::new(QUICK));
     let worker = workers.start(&first);
@@ -92,7 +92,7 @@ async fn a_killed_worker_is_followed_by_another_that_goes_on_from_the_last_check
 
 // case 57
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_told_to_stop_gives_its_training_back_without_losing_a_step_or_an_attempt() {
+async fn a_stopping_worker_releases_its_training_without_losing_a_step_or_an_attempt() {
     let workers = TestWorkers::new().await;
     let script = Script::new(SLOW);
     let worker = workers.start(&script);
@@ -111,9 +111,9 @@ async fn a_worker_told_to_stop_gives_its_training_back_without_losing_a_step_or_
     worker.stop().await;
 }
 
-// attack 10
+// case A10
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_told_to_stop_gives_its_samples_back_at_the_next_step() {
+async fn a_stopping_worker_releases_its_samples_at_the_next_step() {
     let workers = TestWorkers::new().await;
     let quick = workers.start(&Script::new(QUICK));
     let parent = workers.train("mug", 2).await;
@@ -151,9 +151,9 @@ async fn a_worker_told_to_stop_gives_its_samples_back_at_the_next_step() {
     worker.stop().await;
 }
 
-// attack 10
+// case A10
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_told_to_stop_does_not_wait_for_what_it_fetches() {
+async fn a_stopping_worker_does_not_wait_for_downloads() {
     let workers = TestWorkers::new().await;
     let quick = workers.start(&Script::new(QUICK));
     let parent = workers.train("mug", 2).await;
@@ -161,7 +161,7 @@ async fn a_worker_told_to_stop_does_not_wait_for_what_it_fetches() {
     quick.stop().await;
     std::fs::remove_dir_all(workers.settings.scratch.join("weights")).unwrap();
     let chaos = Chaos::over(Arc::new(workers.objects_store()));
-    chaos.strike_all(Some(What::HangsBefore));
+    chaos.inject_all(Some(StoreFault::HangsBefore));
     let worker = workers.start_with_blobs(&Script::new(QUICK), Blobs::over(Arc::new(chaos.clone())));
     let jobs = [workers.train("teapot", 5).await, workers.sample(parent.id, 1).await];
     eventually("both are fetched for", async || (chaos.n_operations() >= 2).then_some(())).await;
@@ -172,9 +172,9 @@ async fn a_worker_told_to_stop_does_not_wait_for_what_it_fetches() {
     worker.kill().await; // it still lists what it may have stored
 }
 
-// attack 10
+// case A10
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_told_to_stop_ends_in_time_even_if_nothing_can_be_stored() {
+async fn a_stopping_worker_ends_in_time_even_if_nothing_can_be_stored() {
     let mut workers = TestWorkers::new().await;
     workers.settings.drain = Duration::from_millis(400);
     workers.settings.checkpoint_every = Duration::from_mins(10);
@@ -183,7 +183,7 @@ async fn a_worker_told_to_stop_ends_in_time_even_if_nothing_can_be_stored() {
     let worker = workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
     let job = workers.train("mug", 10_000).await;
     eventually("it trains", async || (script.steps("mug").len() > 3).then_some(())).await;
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     let said = worker.told_to_stop().await.unwrap_err();
     assert_eq!(said.message, "the work in progress could not be stored within 0.4 s");
     // Its lease runs out, and another takes it.
@@ -261,7 +261,7 @@ async fn a_panic_in_the_engine_fails_its_job_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_its_only_machine_fails_under_again_and_again_fails_in_the_end() {
+async fn a_job_under_which_its_only_machine_keeps_failing_fails_in_the_end() {
     let workers = TestWorkers::new().await;
     let script = Script::new(QUICK);
     let worker = workers.start(&script);
@@ -298,7 +298,7 @@ async fn a_job_that_always_kills_its_worker_fails_as_worker_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_canceled_training_stops_at_its_next_step_and_its_objects_go() {
+async fn a_canceled_training_stops_at_its_next_step_and_its_objects_are_removed() {
     let workers = TestWorkers::new().await;
     let script = Script::new(SLOW);
     let worker = workers.start(&script);
@@ -316,7 +316,7 @@ async fn a_canceled_training_stops_at_its_next_step_and_its_objects_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
     let mut workers = TestWorkers::new().await;
-    workers.settings.heartbeat = Duration::from_hours(1); // it never beats
+    workers.settings.heartbeat = Duration::from_hours(1); // no heartbeat
     workers.settings.lease = Duration::from_millis(400);
     let script = Script::new(SLOW);
     let worker = workers.start(&script);
@@ -331,16 +331,16 @@ async fn a_worker_that_cannot_renew_its_lease_stops_before_another_may_begin() {
 
 /// Kills a worker during its `nth` use of the store, for every n that a training has, and sees to it that another ends
 /// the job with the right result, whole, and that no object is left which no row names, but for the dead attempt's.
-async fn killed_at_every_use_of_the_store(what: What, new_floor: impl AsyncFn() -> TestWorkers) {
+async fn killed_at_every_use_of_the_store(fault: StoreFault, new_workers: impl AsyncFn() -> TestWorkers) {
     let mut n = 0;
     loop {
-        let mut workers = new_floor().await;
+        let mut workers = new_workers().await;
         workers.settings.lease = Duration::from_millis(400);
         workers.settings.heartbeat = Duration::from_millis(50);
         workers.settings.checkpoint_every = Duration::from_millis(8);
         let job = workers.train("mug", 12).await;
         let chaos = Chaos::over(Arc::new(workers.objects_store()));
-        chaos.strike(n, what);
+        chaos.inject(n, fault);
         let worker = workers
             .start_with_blobs(&Script::new(Duration::from_millis(2)), Blobs::over(Arc::new(chaos.clone())));
         let hung = eventually("the store hangs or the job ends", async || {
@@ -371,13 +371,13 @@ async fn killed_at_every_use_of_the_store(what: What, new_floor: impl AsyncFn() 
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_before_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsBefore, TestWorkers::new).await;
+    killed_at_every_use_of_the_store(StoreFault::HangsBefore, TestWorkers::new).await;
 }
 
 // case 55
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_after_any_use_of_the_store_loses_nothing() {
-    killed_at_every_use_of_the_store(What::HangsAfter, TestWorkers::new).await;
+    killed_at_every_use_of_the_store(StoreFault::HangsAfter, TestWorkers::new).await;
 }
 
 // case 55, A7
@@ -389,21 +389,21 @@ async fn a_worker_killed_behind_a_pooler_loses_nothing() {
         let database = bouncer.through(&Postgres::database().await);
         TestWorkers::on(tempfile::tempdir().unwrap(), &database).await
     };
-    killed_at_every_use_of_the_store(What::HangsAfter, workers).await;
+    killed_at_every_use_of_the_store(StoreFault::HangsAfter, workers).await;
 }
 
 // case 68
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_outlives_a_store_that_is_away_for_a_while() {
+async fn a_training_survives_an_outage_of_the_object_store() {
     let workers = TestWorkers::new().await;
     let job = workers.train("mug", 60).await;
     let chaos = Chaos::over(Arc::new(workers.objects_store()));
     let script = Script::new(SLOW);
     let worker = workers.start_with_blobs(&script, Blobs::over(Arc::new(chaos.clone())));
     workers.until(&job, |_| script.steps("mug").len() > 3).await;
-    chaos.strike_all(Some(What::FailsBefore));
+    chaos.inject_all(Some(StoreFault::FailsBefore));
     eventually("all steps are taken", async || (script.steps("mug").len() == 60).then_some(())).await;
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     let job = workers.ended(&job).await;
     assert_eq!((job.state, job.attempt), (State::Succeeded, 1));
     assert_eq!(workers.artifact(&job, WEIGHTS).await, expected_weights(7, 60));
@@ -501,7 +501,7 @@ async fn a_class_image_that_is_damaged_or_gone_is_drawn_again_and_replaced() {
     class_images_are_as_their_rows_say(&workers, 2).await;
 }
 
-// attack 12
+// case A12
 #[tokio::test(flavor = "multi_thread")]
 async fn the_weights_of_a_deleted_product_leave_the_disk() {
     let workers = TestWorkers::new().await;
@@ -528,9 +528,9 @@ async fn the_weights_of_a_deleted_product_leave_the_disk() {
     worker.stop().await;
 }
 
-// attack 12: what a dead worker held of a product goes without anybody starting another
+// case A12: what a dead worker held of a product goes without anybody starting another
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_worker_s_scratch_is_removed_by_those_that_live() {
+async fn a_dead_worker_s_scratch_directory_is_removed_by_other_workers() {
     let workers = TestWorkers::new().await;
     let runs =
         || std::fs::read_dir(workers.settings.scratch.join("runs")).map_or(0, |runs| runs.flatten().count());

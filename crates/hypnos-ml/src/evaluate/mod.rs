@@ -1,12 +1,12 @@
-//! Evaluation of generated pictures against the photos, by the field's own numbers (arXiv 2410.14265,
-//! section 3.5; Ruiz et al. 2023, arXiv 2208.12242, sections 4.1 to 4.3).
+//! Evaluation of generated pictures against the photos by the field's standard scores (arXiv 2410.14265, section 3.5;
+//! Ruiz et al. 2023, arXiv 2208.12242, sections 4.1 to 4.3).
 //!
-//! Two protocols: *prompt-invariant*, pictures of one standard prompt, says whether the product is there;
-//! *prompt-varying*, a prompt each, whether it stays itself elsewhere and the prompt is heard. The same numbers for
-//! both.
+//! Two protocols with the same scores: *prompt-invariant*, pictures of one standard prompt, measures whether the
+//! product is there; *prompt-varying*, a prompt for each picture, measures whether it stays recognisable elsewhere and
+//! whether the prompt is followed.
 //!
 //! Pairs: every generated picture with every photo. For SSIM, PSNR and LPIPS, which compare pixels, the middle square
-//! of the photo is brought to the picture's size; the networks see photos and pictures whole, each through its own
+//! of the photo is brought to the picture's size; the networks get photos and pictures whole, each through its own
 //! preprocessing. No pictures are drawn here.
 
 mod prompts;
@@ -49,7 +49,7 @@ pub struct GeneratedSet<'a> {
 }
 
 /// Judges pictures beside the photos of one product.
-pub struct Judge {
+pub struct Evaluator {
     backbones: Backbones,
     photos: Vec<RgbImage>,
     seen: Seen,
@@ -83,27 +83,27 @@ impl<B> Count<'_, '_, B> {
     }
 }
 
-impl Judge {
-    /// A judge with the networks that `bundle` brings, which may be none. [`Error::Input`] if there are no photos or a
+impl Evaluator {
+    /// An evaluator with the networks that `bundle` brings, which may be none. [`Error::Input`] if there are no photos or a
     /// network cannot be loaded.
     pub fn new(bundle: &Bundle, device: &Device, photos: Vec<RgbImage>) -> Result<Self> {
         if photos.is_empty() {
             return Err(Error::input("photos: wanted at least one to compare with, got none"));
         }
         let backbones = Backbones::load(bundle, device)?;
-        let mut judge = Self { backbones, photos, seen: Seen::default() };
+        let mut evaluator = Self { backbones, photos, seen: Seen::default() };
         let mut count = Count::<Infallible> { done: 0, total: 0, observe: &mut |_, _| Ok(()) };
-        judge.seen = judge.look(judge.photos.iter(), &mut count)?;
-        Ok(judge)
+        evaluator.seen = evaluator.look(evaluator.photos.iter(), &mut count)?;
+        Ok(evaluator)
     }
 
     /// Whether it can score a trial: it needs CLIP for the prompts.
-    pub fn can_try(&self) -> bool {
+    pub fn can_score_trials(&self) -> bool {
         self.backbones.clip.is_some()
     }
 
     /// Whether it can tell what became of the class (PRES).
-    pub fn can_tell_the_class(&self) -> bool {
+    pub fn can_score_class(&self) -> bool {
         self.backbones.dino.is_some()
     }
 
@@ -288,7 +288,7 @@ impl Judge {
         for one in generated {
             let (width, height) = one.pixels.dimensions();
             for photo in &self.photos {
-                let photo = image_io::fitted(photo, width, height);
+                let photo = image_io::crop_to_fill(photo, width, height);
                 found[0].push(metrics::ssim(&one.pixels, &photo)?);
                 found[1].push(metrics::psnr(&one.pixels, &photo)?);
                 if let Some(lpips) = &self.backbones.lpips {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::fine_tune::{FineTune, PARTS};
-use super::form::Width;
+use super::format::Precision;
 use crate::bundle::{Bundle, Manifest, Origin, hash_file, model_index, read_json, weight_file, write_json};
 use crate::tensorfile::{save_streaming, write_atomically};
 use crate::{Error, Result};
@@ -18,12 +18,12 @@ const INDEX: &str = "model_index.json";
 /// Writes the directory `out`, which is not there yet. `hypnos.json` makes it a bundle: where each file comes from, and
 /// what to call the product.
 ///
-/// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `width` is.
-pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+/// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `precision` is.
+pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
     let mut part = out.as_os_str().to_owned();
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
-    let written = fill(fine_tune, width, &part)
+    let written = fill(fine_tune, precision, &part)
         .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be made", e)));
     written.map_err(|error| {
         let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
@@ -31,7 +31,7 @@ pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Resul
     })
 }
 
-fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
     let bundle = fine_tune.bundle;
     // 1. What stays as it is.
     let (mut copied, mut made) = (bundle.small_files(), Vec::new());
@@ -46,12 +46,16 @@ fn fill(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
     let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it
     for part in PARTS.into_iter().filter(|part| fine_tune.changed(part)) {
         let file = format!("{part}/{}", weight_file(part));
-        save_streaming(&out.join(&file), &fine_tune.parts[part].shapes, &format, width.dtype(), |name| {
-            fine_tune.tensor(part, name)
-        })?;
+        save_streaming(
+            &out.join(&file),
+            &fine_tune.parts[part].shapes,
+            &format,
+            precision.dtype(),
+            |name| fine_tune.tensor(part, name),
+        )?;
         made.push(file);
     }
-    typed(&out.join("text_encoder/config.json"), width)?;
+    typed(&out.join("text_encoder/config.json"), precision)?;
     // 3. What it is. This comes last: a directory without it is no bundle.
     write_json(&out.join(INDEX), &index(bundle)?)?;
     made.push(INDEX.to_owned());
@@ -71,12 +75,12 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// A config that names the type of its weights has to name the right one: transformers would round them to the other.
-fn typed(config: &Path, width: Width) -> Result<()> {
+fn typed(config: &Path, precision: Precision) -> Result<()> {
     let mut value = read_json(config)?;
     let mut changed = false;
     for key in ["dtype", "torch_dtype"] {
-        if let Some(word) = value.get_mut(key).filter(|word| **word != width.word()) {
-            *word = width.word().into();
+        if let Some(word) = value.get_mut(key).filter(|word| **word != precision.word()) {
+            *word = precision.word().into();
             changed = true;
         }
     }

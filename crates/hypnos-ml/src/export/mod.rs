@@ -6,7 +6,7 @@
 
 mod diffusers;
 mod fine_tune;
-mod form;
+mod format;
 pub mod ldm_names;
 mod single_file;
 
@@ -14,20 +14,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use fine_tune::FineTune;
-pub use form::{Form, Width};
+pub use format::{ExportFormat, Precision};
 
 use super::{Error, Result};
 
 impl FineTune<'_> {
     /// Writes it into `dir`, which is made if it is not there, and gives where. [`Error::File`] if something is there
     /// already or cannot be written: then there is as much in `dir` as before.
-    pub fn export(&self, form: Form, width: Width, dir: &Path) -> Result<PathBuf> {
-        let path = form.vacant(dir)?;
+    pub fn export(&self, format: ExportFormat, precision: Precision, dir: &Path) -> Result<PathBuf> {
+        let path = format.vacant(dir)?;
         let made = !dir.exists();
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, "cannot be made", e))?;
-        let written = match form {
-            Form::Diffusers => diffusers::write(self, width, &path),
-            Form::SingleFile => single_file::write(self, width, &path),
+        let written = match format {
+            ExportFormat::Diffusers => diffusers::write(self, precision, &path),
+            ExportFormat::SingleFile => single_file::write(self, precision, &path),
         };
         if written.is_err() && made {
             let _ = fs::remove_dir(dir); // the first error is the one worth telling
@@ -35,16 +35,16 @@ impl FineTune<'_> {
         written.map(|()| path)
     }
 
-    /// What may surprise whoever reads it in this form.
-    pub fn warnings(&self, form: Form) -> Vec<String> {
+    /// What may surprise whoever reads it in this format.
+    pub fn warnings(&self, format: ExportFormat) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.licence().is_none() {
             let what =
                 "the bundle does not say what licence its weights come under, so the export does not either";
             warnings.push(what.into());
         }
-        if form == Form::SingleFile && !single_file::is_sd1(self.bundle) {
-            let name = form.name();
+        if format == ExportFormat::SingleFile && !single_file::is_sd1(self.bundle) {
+            let name = format.name();
             warnings.push(format!(
                 "{name}: the bundle has not the sizes of Stable Diffusion 1, which its readers expect"
             ));

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::fine_tune::{FineTune, PARTS};
-use super::form::Width;
+use super::format::Precision;
 use super::ldm_names::LdmNames;
 use crate::Result;
 use crate::bundle::Bundle;
@@ -15,7 +15,7 @@ use crate::diffusion::Prediction;
 use crate::tensorfile::save_streaming_hashed;
 
 /// Writes the file `out`.
-pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Result<()> {
+pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
     let (_, unet, vae) = fine_tune.bundle.configs();
     let names = LdmNames::new(unet, vae);
     let (mut shapes, mut sources) = (BTreeMap::new(), BTreeMap::new());
@@ -27,7 +27,7 @@ pub(super) fn write(fine_tune: &FineTune<'_>, width: Width, out: &Path) -> Resul
         }
     }
     let (metadata, hash) = (metadata(fine_tune)?, "modelspec.hash_sha256");
-    save_streaming_hashed(out, &shapes, &metadata, hash, width.dtype(), |theirs| {
+    save_streaming_hashed(out, &shapes, &metadata, hash, precision.dtype(), |theirs| {
         let (part, name) = sources[theirs];
         Ok(fine_tune.tensor(part, name)?.reshape(shapes[theirs].as_slice())?)
     })

@@ -8,7 +8,7 @@ use image::RgbImage;
 use serde::Deserialize;
 
 use super::features::{BATCH, Features, look};
-use super::preprocess::{Library, middle, normalised};
+use super::preprocess::{Library, normalised, resize_and_center_crop};
 use crate::models::clip::{self, PairConfig};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -91,8 +91,9 @@ impl Clip {
     /// [`Error::Input`] if one is not finite.
     pub fn images(&self, pictures: &[RgbImage]) -> Result<Features> {
         let (resize, crop) = (self.config.resize(), self.config.net.vision_config.image_size);
-        let prepare =
-            |picture: &RgbImage| normalised(&middle(picture, resize, crop, Library::Torch), MEAN, STD);
+        let prepare = |picture: &RgbImage| {
+            normalised(&resize_and_center_crop(picture, resize, crop, Library::Torch), MEAN, STD)
+        };
         let [features] =
             look("CLIP", pictures, &self.device, prepare, |batch| Ok([self.net.pictures(batch)?]))?;
         Ok(of_length_one(features))

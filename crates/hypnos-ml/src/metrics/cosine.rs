@@ -1,4 +1,4 @@
-//! Likeness of features as the cosine of the angle between them, averaged. In f64; -1..1, 1 for equal directions.
+//! Mean cosine similarity of features. In f64; -1..1, 1 for equal directions.
 
 use super::features::{Features, shared_width};
 use crate::{Error, Result};

@@ -8,7 +8,7 @@ use image::RgbImage;
 use serde::Deserialize;
 
 use super::features::{Features, look};
-use super::preprocess::{IMAGENET_MEAN, IMAGENET_STD, Library, middle, normalised};
+use super::preprocess::{IMAGENET_MEAN, IMAGENET_STD, Library, normalised, resize_and_center_crop};
 use crate::models::vit::{self, Vit};
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -73,7 +73,11 @@ impl Dino {
     pub fn features(&self, pictures: &[RgbImage]) -> Result<Features> {
         let (resize, crop) = (self.config.resize(), self.config.net.image_size);
         let prepare = |picture: &RgbImage| {
-            normalised(&middle(picture, resize, crop, Library::Pillow), IMAGENET_MEAN, IMAGENET_STD)
+            normalised(
+                &resize_and_center_crop(picture, resize, crop, Library::Pillow),
+                IMAGENET_MEAN,
+                IMAGENET_STD,
+            )
         };
         let [features] =
             look("DINO", pictures, &self.device, prepare, |batch| Ok([self.net.forward(batch)?]))?;

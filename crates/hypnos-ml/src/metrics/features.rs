@@ -1,4 +1,4 @@
-//! Features of pictures: what a network makes of them, row by row, each checked to be finite.
+//! Features of pictures: the outputs of a network, one row for each picture, each checked to be finite.
 
 use candle_core::{Device, Tensor};
 use image::RgbImage;

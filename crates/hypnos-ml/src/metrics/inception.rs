@@ -1,5 +1,5 @@
-//! Inception-v3 as the Fréchet inception distance has it (Heusel et al. 2017, arXiv 1706.08500): the look of a set of
-//! pictures.
+//! Inception-v3 as the Fréchet inception distance uses it (Heusel et al. 2017, arXiv 1706.08500): features of whole
+//! sets of pictures.
 //!
 //! As pytorch-fid 0.3.0 does: each picture stretched to 299 by 299 without antialiasing, signed, through the network of
 //! 2015-12-05; features behind its first max-pool (64) and behind its last block (2048).
@@ -8,7 +8,7 @@ use candle_core::Device;
 use image::RgbImage;
 
 use super::features::{Features, look};
-use super::preprocess::stretched;
+use super::preprocess::stretch;
 use crate::Result;
 use crate::models::inception as net;
 use crate::weights::Weights;
@@ -52,7 +52,7 @@ impl Inception {
 
     /// Both features of each picture of any size. [`crate::Error::Input`] if one is not finite.
     pub fn features(&self, pictures: &[RgbImage]) -> Result<InceptionFeatures> {
-        let prepare = |picture: &RgbImage| stretched(picture, self.side);
+        let prepare = |picture: &RgbImage| stretch(picture, self.side);
         let run = |batch: &_| {
             let pools = self.net.forward(batch)?;
             Ok([pools.first, pools.last])

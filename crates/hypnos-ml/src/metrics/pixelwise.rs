@@ -1,4 +1,4 @@
-//! Likeness of two pictures of one size, pixel by pixel. In f64, on bytes.
+//! Similarity of two pictures of one size, pixel by pixel: SSIM and PSNR. In f64, on bytes.
 
 use image::RgbImage;
 

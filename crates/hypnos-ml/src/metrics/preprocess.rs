@@ -1,5 +1,5 @@
-//! How pictures come to the backbones: the resizes and crops of the libraries that the references use, to the bit where
-//! they work on bytes.
+//! Preprocessing of pictures for the backbones: the resizes and crops of the libraries that the references use, bit by
+//! bit where they work on bytes.
 //!
 //! A backbone's number depends on which of them it was made with more than on anything else that two programs do
 //! differently (Parmar et al. 2022, arXiv 2104.11222).
@@ -31,12 +31,12 @@ pub enum Library {
 ///
 /// The filter is the bicubic with a = -0.5, widened where it shrinks, along the rows first, rounded to bytes, then
 /// along the columns. Only what the square shows is computed.
-pub fn middle(photo: &RgbImage, resize: usize, crop: usize, library: Library) -> RgbImage {
+pub fn resize_and_center_crop(photo: &RgbImage, resize: usize, crop: usize, library: Library) -> RgbImage {
     let (w, h) = (photo.width() as usize, photo.height() as usize);
     let long = |short: usize, long: usize| (resize as f64 * long as f64 / short as f64) as usize;
     let (width, height) = if w <= h { (resize, long(w, h)) } else { (long(h, w), resize) };
-    let columns = Taps::middle(w, width, crop, library);
-    let rows = Taps::middle(h, height, crop, library);
+    let columns = Taps::center(w, width, crop, library);
+    let rows = Taps::center(h, height, crop, library);
     // 1. Every row to the columns of the square.
     let mut narrow = Vec::with_capacity(h * crop * 3);
     for row in photo.as_raw().chunks_exact(w * 3) {
@@ -59,7 +59,7 @@ struct Taps {
 
 impl Taps {
     /// For the `n` outputs in the middle of `n_out`, from `n_in` inputs.
-    fn middle(n_in: usize, n_out: usize, n: usize, library: Library) -> Self {
+    fn center(n_in: usize, n_out: usize, n: usize, library: Library) -> Self {
         let scale = n_in as f64 / n_out as f64;
         let wide = scale.max(1.0);
         let support = 2.0 * wide;
@@ -122,7 +122,7 @@ pub(crate) fn normalised(photo: &RgbImage, mean: [f64; 3], std: [f64; 3]) -> Res
 
 /// A photo at `side` by `side`, signed, `[1, 3, side, side]`, on the CPU: torch's `interpolate` with `bilinear`,
 /// `align_corners=False` and no antialiasing, in f32, its proportions not kept.
-pub fn stretched(photo: &RgbImage, side: usize) -> Result<Tensor> {
+pub fn stretch(photo: &RgbImage, side: usize) -> Result<Tensor> {
     let (w, h) = (photo.width() as usize, photo.height() as usize);
     if w == 0 || h == 0 {
         return Err(Error::input("picture: has no pixels"));

@@ -1,5 +1,5 @@
 //! CLIP (Radford et al. 2021, arXiv 2103.00020): its text encoder, whose hidden states condition the UNet, and the
-//! whole of it, which puts pictures and texts into one space.
+//! whole model, which embeds pictures and texts into one space.
 //!
 //! Ports transformers' `CLIPTextModel` and `CLIPModel`.
 
@@ -232,7 +232,7 @@ pub struct PairConfig {
 #[serde(default)]
 pub struct VisionConfig {
     /// Width of the tokens.
-    pub(crate) hidden_size: usize,
+    pub hidden_size: usize,
     /// Width inside each feed-forward.
     pub(crate) intermediate_size: usize,
     /// Layers.

@@ -23,17 +23,17 @@ const EPS: f64 = 1e-5;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Channels of the latents.
-    pub(crate) latent_channels: usize,
+    pub latent_channels: usize,
     /// Rows and columns of the latents.
-    pub(crate) latent_side: usize,
+    pub latent_side: usize,
     /// Width of the tokens; the first two convolutions have a quarter and a half of it.
-    pub(crate) width: usize,
+    pub width: usize,
     /// Heads of each attention.
-    pub(crate) n_heads: usize,
+    pub n_heads: usize,
     /// Layers of the transformer.
-    pub(crate) n_layers: usize,
+    pub n_layers: usize,
     /// Groups of the norm after each convolution.
-    pub(crate) n_groups: usize,
+    pub n_groups: usize,
 }
 
 impl Config {

@@ -74,7 +74,7 @@ pub(crate) enum Padding {
 
 /// How a file names the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spelling {
+pub enum WeightNames {
     /// `conv_stem`, `blocks.1.0.conv_dw`.
     Timm,
     /// `_conv_stem`, `_blocks.1._depthwise_conv`.
@@ -147,14 +147,14 @@ pub struct EfficientNet {
 }
 
 impl EfficientNet {
-    /// From weights in this spelling.
-    pub fn load(w: &Weights, config: &Config, spelling: Spelling) -> crate::Result<Self> {
+    /// From weights in this names.
+    pub fn load(w: &Weights, config: &Config, names: WeightNames) -> crate::Result<Self> {
         config.check()?;
         let mut size = Size { padding: config.padding, side: config.image_size.unwrap_or(0) };
         let eps = config.batch_norm_eps;
-        let (conv, norm) = match spelling {
-            Spelling::Timm => ("conv_stem", "bn1"),
-            Spelling::Lukemelas => ("_conv_stem", "_bn0"),
+        let (conv, norm) = match names {
+            WeightNames::Timm => ("conv_stem", "bn1"),
+            WeightNames::Lukemelas => ("_conv_stem", "_bn0"),
         };
         let mut n_in = config.round(STEM);
         let stem = NormedConv2d::load(w, (conv, norm), [n_in, 3, 3, 3], size.pass(3, 2), eps)?;
@@ -162,17 +162,17 @@ impl EfficientNet {
         for (i, stage) in STAGES.iter().enumerate() {
             let repeats = config.repeats(stage.repeats);
             for j in 0..repeats {
-                let w = match spelling {
-                    Spelling::Timm => w.pp("blocks").pp(i).pp(j),
-                    Spelling::Lukemelas => w.pp("_blocks").pp(blocks.len()),
+                let w = match names {
+                    WeightNames::Timm => w.pp("blocks").pp(i).pp(j),
+                    WeightNames::Lukemelas => w.pp("_blocks").pp(blocks.len()),
                 };
                 let (n_out, stride) = (config.round(stage.channels), if j == 0 { stage.stride } else { 1 });
                 let depthwise = size.pass(stage.kernel, stride);
                 // lukemelas' code compares a list with a number here, so that no stage's first block is residual.
-                let is_residual = stride == 1 && n_in == n_out && (j > 0 || spelling == Spelling::Timm);
+                let is_residual = stride == 1 && n_in == n_out && (j > 0 || names == WeightNames::Timm);
                 let (expansion, kernel) = (stage.expansion, stage.kernel);
                 let shape = BlockShape { n_in, n_out, expansion, kernel, depthwise, is_residual };
-                blocks.push((Block::load(&w, &shape, spelling, eps)?, j + 1 == repeats && TAPS.contains(&i)));
+                blocks.push((Block::load(&w, &shape, names, eps)?, j + 1 == repeats && TAPS.contains(&i)));
                 n_in = n_out;
             }
         }
@@ -220,19 +220,19 @@ struct Block {
 }
 
 impl Block {
-    fn load(w: &Weights, shape: &BlockShape, spelling: Spelling, eps: f64) -> crate::Result<Self> {
+    fn load(w: &Weights, shape: &BlockShape, names: WeightNames, eps: f64) -> crate::Result<Self> {
         let BlockShape { n_in, n_out, expansion, kernel, depthwise, is_residual } = *shape;
         let (wide, narrow) = (n_in * expansion, (n_in / 4).max(1));
         // timm calls the last convolution by another name where there is no first one.
-        let (expand, middle, squeeze, project) = match (spelling, expansion) {
-            (Spelling::Timm, 1) => {
+        let (expand, middle, squeeze, project) = match (names, expansion) {
+            (WeightNames::Timm, 1) => {
                 (("", ""), ("conv_dw", "bn1"), ("se.conv_reduce", "se.conv_expand"), ("conv_pw", "bn2"))
             }
-            (Spelling::Timm, _) => {
+            (WeightNames::Timm, _) => {
                 let names = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"));
                 (names.0, names.1, ("se.conv_reduce", "se.conv_expand"), names.2)
             }
-            (Spelling::Lukemelas, _) => {
+            (WeightNames::Lukemelas, _) => {
                 let names =
                     (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"));
                 (names.0, names.1, ("_se_reduce", "_se_expand"), names.2)

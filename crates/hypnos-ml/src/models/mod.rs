@@ -1,4 +1,5 @@
-//! The models: one architecture, one file. They never import one another, but for TRACER, whose encoder is one of them.
+//! The models: one architecture, one file. They do not import one another, except TRACER, whose encoder is an
+//! EfficientNet.
 
 pub(crate) mod alexnet;
 pub mod clip;

@@ -1,4 +1,5 @@
-//! TRACER (Lee, Shin and Han 2022, arXiv 2112.07380): pictures to how much of each pixel is foreground. Inference only.
+//! TRACER (Lee, Shin and Han 2022, arXiv 2112.07380): segments a picture: how much of each pixel is foreground.
+//! Inference only.
 //!
 //! Ports the form that CarveKit's weights are for, `TracerUniversalB7` of carvekit 4.1.2: the encoder without the
 //! frequency edge module of the paper. Sizes come from the config, so that a small segmenter is the same code. Dilated
@@ -8,7 +9,7 @@
 use candle_core::{Result, Tensor};
 use serde::Deserialize;
 
-use super::efficientnet::{self, EfficientNet, Padding, Spelling};
+use super::efficientnet::{self, EfficientNet, Padding, WeightNames};
 use super::refuse;
 use crate::nn::{BatchNorm, NormedConv2d, sigmoid};
 use crate::ops::{self, Conv2dSpec, upsample_bilinear};
@@ -87,7 +88,7 @@ impl Tracer {
         let encoder = config.encoder();
         let ([_, at4, at8, at16, at32], [a, b, c]) = (encoder.channels(), config.rfb_channels);
         Ok(Self {
-            encoder: EfficientNet::load(&w.pp("encoder"), &encoder, Spelling::Lukemelas)?,
+            encoder: EfficientNet::load(&w.pp("encoder"), &encoder, WeightNames::Lukemelas)?,
             rfb: [
                 ReceptiveField::load(&w.pp("rfb2"), at8, a)?,
                 ReceptiveField::load(&w.pp("rfb3"), at16, b)?,

@@ -14,15 +14,15 @@ pub struct AdamWConfig {
     /// Learning rate.
     pub lr: f64,
     /// Decay of the mean of gradients.
-    pub(crate) beta1: f64,
+    pub beta1: f64,
     /// Decay of the mean of squared gradients.
-    pub(crate) beta2: f64,
+    pub beta2: f64,
     /// Added to the root of the second moment.
-    pub(crate) eps: f64,
+    pub eps: f64,
     /// Decoupled weight decay.
-    pub(crate) weight_decay: f64,
+    pub weight_decay: f64,
     /// Largest total norm of the gradients; larger ones are scaled down together. `None`: no clipping.
-    pub(crate) max_norm: Option<f64>,
+    pub max_norm: Option<f64>,
 }
 
 impl Default for AdamWConfig {
@@ -194,13 +194,13 @@ impl Moments {
 pub(super) struct Update {
     /// Factor on the gradient that clips it.
     pub(crate) clip: f32,
-    pub(crate) beta1: f32,
-    pub(crate) beta2: f32,
+    pub beta1: f32,
+    pub beta2: f32,
     /// `lr / (1 - beta1^t)`
     pub(crate) rate: f32,
     /// `1 / sqrt(1 - beta2^t)`
     pub(crate) correction: f32,
-    pub(crate) eps: f32,
+    pub eps: f32,
     /// `1 - lr * weight_decay`
     pub(crate) keep: f32,
 }

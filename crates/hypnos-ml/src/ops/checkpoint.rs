@@ -1,4 +1,4 @@
-//! Gradient checkpointing: keep a block's inputs, compute its inside again when the gradient comes.
+//! Gradient checkpointing: keeps only a block's inputs, and computes the block again in the backward pass.
 
 use candle_core::{Result, Tensor, Var};
 

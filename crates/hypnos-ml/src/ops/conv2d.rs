@@ -1,4 +1,4 @@
-//! Two-dimensional convolution: 1x1 as a matrix product, others as products with unfolded patches.
+//! Two-dimensional convolution: 1x1 as a matrix product, others as products with unfolded patches (im2col).
 //!
 //! Patches are unfolded in tiles that stay in cache, over the images of a batch together where the pictures are small,
 //! so that the large weights of the deep levels are read once a batch.
@@ -14,11 +14,11 @@ use crate::param::Param;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dSpec {
     /// Step between outputs, the same in both directions.
-    pub(crate) stride: usize,
+    pub stride: usize,
     /// Zeros at the top and left.
-    pub(crate) before: usize,
+    pub before: usize,
     /// Zeros at the bottom and right.
-    pub(crate) after: usize,
+    pub after: usize,
 }
 
 impl Conv2dSpec {

@@ -1,4 +1,4 @@
-//! Rows of a table, picked by number.
+//! Embedding: rows of a table by their index.
 
 use candle_core::{Device, Result, Tensor, bail};
 

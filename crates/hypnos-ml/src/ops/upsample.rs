@@ -1,4 +1,4 @@
-//! Enlargement: by the nearest neighbour to any size, bilinear by whole factors.
+//! Upsampling: nearest neighbour to any size, bilinear by whole factors.
 
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;

@@ -117,13 +117,13 @@ pub struct FrozenModels<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct LossModels<'a> {
     /// Learns.
-    pub(crate) text: &'a ClipText,
+    pub text: &'a ClipText,
     /// Learns.
-    pub(crate) unet: &'a Unet,
+    pub unet: &'a Unet,
     /// Frozen.
-    pub(crate) frozen: FrozenModels<'a>,
+    pub frozen: FrozenModels<'a>,
     /// Frozen, as it was before the step.
-    pub(crate) discriminator: Option<&'a Discriminator>,
+    pub discriminator: Option<&'a Discriminator>,
 }
 
 /// The losses of a batch, and what was computed on the way. Scalars are unweighted and carry their graphs.

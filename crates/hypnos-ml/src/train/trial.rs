@@ -1,4 +1,4 @@
-//! Scores of a few steps of a training, of which the best is served.
+//! Scores of a few steps of a training, of which the best one is served.
 
 use serde::Serialize;
 

@@ -85,22 +85,22 @@ async fn a_power_cut_loses_nothing(server: &Postgres, db: TestDatabase) {
 async fn connections_that_are_killed_are_replaced() {
     let db = TestDatabase::postgres().await;
     let tenant = db.tenant("shop").await;
-    let mut wakes = db.store.subscribe();
-    woken(&mut wakes).await; // its listener listens
+    let mut hints = db.store.subscribe();
+    notified(&mut hints).await; // its listener listens
     let other = db.another().await;
     db.sql(
         "select pg_terminate_backend(pid) from pg_stat_activity
             where datname = current_database() and pid <> pg_backend_pid()",
     )
     .await;
-    woken(&mut wakes).await; // it listens again, and says so
+    notified(&mut hints).await; // it listens again, and says so
     db.accept(training(tenant)).await;
     assert!(other.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap().is_some());
 }
 
 // case 60: the files as a crash at this moment would leave them, without what only memory knows
 #[tokio::test(flavor = "multi_thread")]
-async fn the_files_of_sqlite_hold_at_any_moment_what_was_acknowledged() {
+async fn sqlite_s_files_contain_what_was_acknowledged_at_any_moment() {
     let db = TestDatabase::sqlite().await;
     let tenant = db.tenant("shop").await;
     let mut accepted = Vec::new();
@@ -120,7 +120,7 @@ async fn the_files_of_sqlite_hold_at_any_moment_what_was_acknowledged() {
 
 // case 74
 #[tokio::test(flavor = "multi_thread")]
-async fn sqlite_that_another_process_locks_is_away_and_comes_back() {
+async fn sqlite_locked_by_another_process_is_unavailable_and_recovers() {
     let db = TestDatabase::sqlite().await;
     let tenant = db.tenant("shop").await;
     let job = db.accept(training(tenant)).await;
@@ -135,7 +135,7 @@ async fn sqlite_that_another_process_locks_is_away_and_comes_back() {
 
 // case 74
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_another_locks_in_postgres_is_away_and_not_rescued() {
+async fn a_row_locked_in_postgres_is_unavailable_and_not_rescued() {
     let db = TestDatabase::postgres().await;
     let tenant = db.tenant("shop").await;
     db.accept(training(tenant)).await;

@@ -21,20 +21,20 @@ use super::*;
 on_each! {
     a_fresh_pair_is_marked_at_once,
     two_starts_at_once_mark_one_deployment,
-    one_that_starts_while_another_marks_the_two_and_accepts_a_job_goes_on,
+    a_process_that_starts_while_another_pairs_and_accepts_a_job_starts_too,
     rows_whose_objects_are_in_the_store_are_evidence,
     rows_whose_objects_are_not_in_the_store_are_none,
     an_empty_database_beside_a_full_store_is_refused_and_nothing_is_removed,
     two_deployments_do_not_go_together,
     a_store_that_lost_its_marker_gets_it_again_where_rows_are_found,
-    a_marker_that_is_none_is_refused,
+    an_invalid_marker_is_refused,
     what_is_replaced_must_be_named,
-    a_restored_backup_is_known_and_its_sweep_wants_a_word,
-    a_backup_of_a_time_without_markers_is_known_too,
+    a_restored_backup_is_recognised_and_its_sweep_needs_a_confirmation,
+    a_backup_from_before_markers_is_recognised_too,
     a_wrong_database_is_suspected_where_most_objects_would_go,
-    orphans_are_what_no_row_names_object_by_object,
-    what_became_somebodys_meanwhile_is_kept,
-    an_older_deployment_goes_on,
+    orphans_are_exactly_the_objects_that_no_row_names,
+    an_object_that_a_row_names_meanwhile_is_kept,
+    an_older_deployment_keeps_working,
 }
 
 /// A directory of objects, and what is in it behind our back.
@@ -138,7 +138,7 @@ impl FaultInjector for Holds {
     }
 }
 
-async fn one_that_starts_while_another_marks_the_two_and_accepts_a_job_goes_on(db: TestDatabase) {
+async fn a_process_that_starts_while_another_pairs_and_accepts_a_job_starts_too(db: TestDatabase) {
     let objects = Objects::new().await;
     let tenant = db.tenant("a").await;
     // It asks for the marker, for photos of the oldest and of the newest trainings, and for class images.
@@ -185,7 +185,7 @@ async fn rows_whose_objects_are_not_in_the_store_are_none(db: TestDatabase) {
     deployment::pair(&db.store, &elsewhere.blobs).await.unwrap();
 }
 
-// attack 2
+// case A2
 async fn an_empty_database_beside_a_full_store_is_refused_and_nothing_is_removed(db: TestDatabase) {
     let (objects, tenant) = (Objects::new().await, db.tenant("shop").await);
     for _ in 0..3 {
@@ -239,7 +239,7 @@ async fn a_store_that_lost_its_marker_gets_it_again_where_rows_are_found(db: Tes
     is_apart(deployment::pair(&db.store, &objects.blobs).await);
 }
 
-async fn a_marker_that_is_none_is_refused(db: TestDatabase) {
+async fn an_invalid_marker_is_refused(db: TestDatabase) {
     let objects = Objects::new().await;
     for text in ["", "{}", "{\"deployment\": 5, \"seen_ms\": 1}", "\u{0}\u{1}"] {
         std::fs::write(objects.marker(), text).unwrap();
@@ -288,7 +288,7 @@ impl Dump {
     }
 }
 
-async fn a_restored_backup_is_known_and_its_sweep_wants_a_word(db: TestDatabase) {
+async fn a_restored_backup_is_recognised_and_its_sweep_needs_a_confirmation(db: TestDatabase) {
     let (objects, tenant) = (Objects::new().await, db.tenant("shop").await);
     for _ in 0..4 {
         with_photos(&db, &objects, tenant).await;
@@ -329,7 +329,7 @@ async fn a_restored_backup_is_known_and_its_sweep_wants_a_word(db: TestDatabase)
     assert_eq!((found.orphans.len(), found.doubts.len(), found.n_objects), (0, 0, 24));
 }
 
-async fn a_backup_of_a_time_without_markers_is_known_too(db: TestDatabase) {
+async fn a_backup_from_before_markers_is_recognised_too(db: TestDatabase) {
     let (objects, tenant) = (Objects::new().await, db.tenant("shop").await);
     for _ in 0..3 {
         with_photos(&db, &objects, tenant).await;
@@ -368,7 +368,7 @@ async fn a_wrong_database_is_suspected_where_most_objects_would_go(db: TestDatab
 }
 
 // case 54, 55: what a sweep may take
-async fn orphans_are_what_no_row_names_object_by_object(db: TestDatabase) {
+async fn orphans_are_exactly_the_objects_that_no_row_names(db: TestDatabase) {
     let (objects, tenant) = (Objects::new().await, db.tenant("shop").await);
     let put = async |key: &Key| objects.blobs.put(key, "x").await.unwrap();
     let other = db.tenant("other").await;
@@ -437,7 +437,7 @@ async fn orphans_are_what_no_row_names_object_by_object(db: TestDatabase) {
     }
 }
 
-async fn what_became_somebodys_meanwhile_is_kept(db: TestDatabase) {
+async fn an_object_that_a_row_names_meanwhile_is_kept(db: TestDatabase) {
     let (objects, tenant) = (Objects::new().await, db.tenant("shop").await);
     deployment::pair(&db.store, &objects.blobs).await.unwrap();
     with_photos(&db, &objects, tenant).await;
@@ -486,7 +486,7 @@ async fn a_copy_of_sqlite_is_whole_while_others_write() {
 }
 
 /// Rows and objects of the first version are marked, read and swept as if they had been written today.
-async fn an_older_deployment_goes_on(db: TestDatabase) {
+async fn an_older_deployment_keeps_working(db: TestDatabase) {
     db.back_to_the_first_schema().await;
     let objects = Objects::new().await;
     let (tenant, id) = (TenantId::LOCAL, JobId::new());

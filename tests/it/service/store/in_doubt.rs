@@ -22,25 +22,25 @@ async fn over_a_wire() -> (TestDatabase, Store, Wire) {
 const LOSSES: [Loss; 2] = [Loss::Before, Loss::Answer];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_asked_for_is_done_once_whichever_way_its_answer_was_lost() {
+async fn a_client_s_write_is_done_once_however_its_answer_was_lost() {
     let (db, store, wire) = over_a_wire().await;
     for loss in LOSSES {
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         let tenant = store.ensure_tenant(&format!("{loss:?}")).await.unwrap();
         assert_eq!(tenant, db.tenant(&format!("{loss:?}")).await);
 
         let new = NewJob { idempotency: Some(named("order-1", "abc")), ..training(tenant) };
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         let answer = store.submit(new.clone()).await.unwrap();
         assert!(matches!(&answer, Submitted::New(job) if job.id == new.id), "{loss:?}: {answer:?}");
         let same = NewJob { id: JobId::new(), ..new.clone() };
         let answer = store.submit(same).await.unwrap();
         assert!(matches!(answer, Submitted::Replayed(job) if job.id == new.id), "{loss:?}");
 
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         let canceled = store.cancel(tenant, new.id).await.unwrap().unwrap();
         assert_eq!(canceled.state, State::Canceled, "{loss:?}");
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         assert!(store.delete(tenant, new.id).await.unwrap(), "{loss:?}: there was one");
         assert!(!store.delete(tenant, new.id).await.unwrap());
 
@@ -53,19 +53,19 @@ async fn what_a_client_asked_for_is_done_once_whichever_way_its_answer_was_lost(
             scope: Scope::Write,
             expires_ms: None,
         };
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         store.create_key(&key).await.unwrap();
         assert!(store.find_key(&id).await.unwrap().unwrap().live);
         let other = store.create_key(&NewKey { hash: "cd".repeat(32), ..key }).await;
         assert!(matches!(other, Err(Error::Corrupt(_))), "another key of that id: {other:?}");
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         assert!(store.revoke_key(&id).await.unwrap(), "{loss:?}: there was one to revoke");
         assert!(!store.revoke_key(&id).await.unwrap());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
+async fn a_worker_s_write_repeated_after_a_lost_answer_is_done_once() {
     let (db, store, wire) = over_a_wire().await;
     let tenant = db.tenant("shop").await;
     // A row whose lock the server has not given up yet is passed over.
@@ -86,7 +86,7 @@ async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
 
         // A claim that nobody knows of is given back at no cost before there is another.
         let id = db.accept(training(tenant)).await.id;
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         let claim = async || store.claim(Uuid::now_v7(), BOTH, LONG, LONG).await;
         unknown(claim().await.map(drop));
         let job = claim().await.unwrap().unwrap();
@@ -96,34 +96,34 @@ async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
 
         let commit = async |step| store.commit_checkpoint(lease, &checkpoint(step)).await;
         assert_eq!(commit(1).await.unwrap(), None);
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(commit(2).await.map(drop));
         let before = commit(2).await.unwrap();
         assert_ne!(before, Some(checkpoint(2)), "{loss:?}: what was just written is not the one before");
         assert_eq!(before, (loss == Loss::Before).then(|| checkpoint(1)));
         assert_eq!(row(id).await.checkpoint, Some(checkpoint(2)));
 
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(store.add_artifact(lease, &object("preview-0.png")).await);
         store.add_artifact(lease, &object("preview-0.png")).await.unwrap();
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(store.renew(lease, LONG, None).await.map(drop));
         store.renew(lease, LONG, None).await.unwrap();
 
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(store.release(lease).await.map(drop));
         assert_eq!(store.release(lease).await.unwrap(), State::Queued, "{loss:?}");
         assert_eq!(row(id).await.attempt, 0, "{loss:?}: at no cost, and only once");
 
         let lease = claimed().await.lease();
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(store.fail(lease, &fault(), Some(NONE)).await.map(drop));
         assert_eq!(store.fail(lease, &fault(), Some(NONE)).await.unwrap(), State::Queued, "{loss:?}");
         assert_eq!(row(id).await.attempt, 1);
 
         let lease = claimed().await.lease();
         let finish = async || store.finish(lease, &json!({"n": 1}), &[object("weights")]).await;
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(finish().await.map(drop));
         assert_eq!(finish().await.unwrap(), State::Succeeded, "{loss:?}");
         let (done, shown) = (row(id).await, db.store.artifacts(tenant, id).await.unwrap());
@@ -133,7 +133,7 @@ async fn what_a_worker_says_again_after_a_lost_answer_is_done_once() {
         let id = db.accept(training(tenant)).await.id;
         let lease = claimed().await.lease();
         db.store.cancel(tenant, id).await.unwrap();
-        wire.strike(0, loss);
+        wire.inject(0, loss);
         unknown(store.cancelled(lease).await);
         store.cancelled(lease).await.unwrap();
         assert_eq!(row(id).await.state, State::Canceled, "{loss:?}");
@@ -147,7 +147,7 @@ async fn answers_that_never_come_use_up_no_connections() {
     let tenants = [db.tenant("a").await, db.tenant("b").await, db.tenant("c").await];
     let wire = Wire::before(socket_of(&db.url)).await;
     let store = Store::connect(&wire.through(&db.url), 3).await.unwrap();
-    (0..3).for_each(|nth| wire.strike(nth, Loss::AnswerHangs));
+    (0..3).for_each(|nth| wire.inject(nth, Loss::AnswerHangs));
     let submit = async |tenant| store.submit(training(tenant)).await;
     let answers = futures_util::future::join_all(tenants.map(submit)).await;
     for answer in answers {
@@ -159,7 +159,7 @@ async fn answers_that_never_come_use_up_no_connections() {
 
 // case A1
 #[tokio::test(flavor = "multi_thread")]
-async fn a_submission_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
+async fn a_submission_that_waits_for_a_standby_is_in_doubt_until_its_commit_is_resolved() {
     let server = Postgres::own();
     let db = TestDatabase::at(server.fresh().await).await;
     let tenant = db.tenant("shop").await;
@@ -178,7 +178,7 @@ async fn a_submission_that_waits_for_a_standby_is_unknown_until_it_is_settled() 
 
 // case A1
 #[tokio::test(flavor = "multi_thread")]
-async fn a_result_that_waits_for_a_standby_is_unknown_until_it_is_settled() {
+async fn a_result_that_waits_for_a_standby_is_in_doubt_until_its_commit_is_resolved() {
     let server = Postgres::own();
     let db = TestDatabase::at(server.fresh().await).await;
     let tenant = db.tenant("shop").await;
@@ -222,9 +222,9 @@ async fn a_session_that_is_terminated_after_its_commit_has_committed() {
 
 // case A1
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_a_slow_disk_holds_up_is_unknown_until_it_is_settled() {
+async fn a_commit_that_a_slow_disk_delays_is_in_doubt_until_it_is_resolved() {
     let Some(disk) = Disk::under(
-        "service::store::unknown::a_commit_that_a_slow_disk_holds_up_is_unknown_until_it_is_settled",
+        "service::store::in_doubt::a_commit_that_a_slow_disk_delays_is_in_doubt_until_it_is_resolved",
     ) else {
         return;
     };
@@ -260,9 +260,9 @@ async fn after_a_crash(db: &TestDatabase) -> (TestDatabase, tempfile::TempDir) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_crash() {
+async fn a_commit_whose_sync_failed_is_in_doubt_and_its_resolution_survives_a_crash() {
     let Some(disk) = Disk::under(
-        "service::store::unknown::a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_crash",
+        "service::store::in_doubt::a_commit_whose_sync_failed_is_in_doubt_and_its_resolution_survives_a_crash",
     ) else {
         return;
     };
@@ -289,7 +289,7 @@ async fn a_commit_whose_sync_failed_is_unknown_and_what_settles_it_outlives_a_cr
 /// SQLite undoes a transaction by itself when the disk is full or fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
-    let name = "service::store::unknown::a_disk_that_was_full_or_failed_for_a_while_is_written_again";
+    let name = "service::store::in_doubt::a_disk_that_was_full_or_failed_for_a_while_is_written_again";
     let Some(disk) = Disk::under(name) else { return };
     let db = TestDatabase::sqlite().await;
     let tenant = db.tenant("shop").await;
@@ -317,7 +317,7 @@ async fn a_disk_that_was_full_or_failed_for_a_while_is_written_again() {
 
 // case A6
 #[tokio::test(flavor = "multi_thread")]
-async fn a_primary_that_became_read_only_is_away_and_comes_back() {
+async fn a_read_only_primary_is_unavailable_and_recovers() {
     let server = Postgres::own();
     let db = TestDatabase::at(server.fresh().await).await;
     let tenant = db.tenant("shop").await;

@@ -275,9 +275,9 @@ impl Walk<'_> {
             }
             Step::Cancel { tenant, job } => {
                 let Some((id, before)) = nth(&self.jobs, job) else { return Ok(()) };
-                let told = store.cancel(self.tenants[tenant], id).await.unwrap();
+                let canceled = store.cancel(self.tenants[tenant], id).await.unwrap();
                 let there = before.tenant == self.tenants[tenant] && !before.deleting;
-                prop_assert_eq!(told.is_some(), there);
+                prop_assert_eq!(canceled.is_some(), there);
                 if there {
                     self.jobs.get_mut(&id).unwrap().cancel();
                 }
@@ -429,11 +429,11 @@ fn walk(db: impl Future<Output = TestDatabase>) {
 }
 
 #[test]
-fn sqlite_walks_as_the_model_does() {
+fn sqlite_agrees_with_the_model() {
     walk(TestDatabase::sqlite());
 }
 
 #[test]
-fn postgres_walks_as_the_model_does() {
+fn postgres_agrees_with_the_model() {
     walk(TestDatabase::postgres());
 }

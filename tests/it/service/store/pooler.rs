@@ -32,7 +32,7 @@ async fn in_every_session(db: &TestDatabase, text: &'static str) -> Vec<String> 
 
 // case A7
 #[tokio::test(flavor = "multi_thread")]
-async fn whose_the_sessions_are_is_found_out_at_the_first_connection() {
+async fn a_pooler_is_detected_at_the_first_connection() {
     let direct = Postgres::database().await;
     let sessions = async |url: &str| Store::connect(url, 2).await.unwrap().sessions();
     assert_eq!(sessions(&direct).await, Some(Sessions::Own));
@@ -40,7 +40,7 @@ async fn whose_the_sessions_are_is_found_out_at_the_first_connection() {
         "",
         "ignore_startup_parameters = options",
         "ignore_startup_parameters = options,extra_float_digits",
-        "pool_mode = session", // not told from the other, and works alike
+        "pool_mode = session", // cannot be distinguished from the other, and works alike
     ] {
         let bouncer = Bouncer::start(socket_of(&direct), more);
         assert_eq!(sessions(&bouncer.through(&direct)).await, Some(Sessions::Shared), "{more}");
@@ -58,7 +58,7 @@ async fn whose_the_sessions_are_is_found_out_at_the_first_connection() {
 
 /// An address that leads to Postgres itself, and to a pooler later: nothing runs under another session's statements.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_that_leads_to_a_pooler_later_is_away_until_a_restart() {
+async fn an_address_that_later_leads_to_a_pooler_is_unavailable_until_a_restart() {
     let db = TestDatabase::postgres().await;
     let tenant = db.tenant("shop").await;
     let wire = Wire::before(socket_of(&db.url)).await;
@@ -81,16 +81,16 @@ async fn an_address_that_leads_to_a_pooler_later_is_away_until_a_restart() {
 
 // case A7
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_address_leads_past_the_pooler_or_is_refused() {
+async fn a_direct_address_bypasses_the_pooler_or_is_refused() {
     let db = TestDatabase::pgbouncer().await;
     let direct = db.direct.as_deref().unwrap();
     let tenant = db.tenant("shop").await;
     // Who listens there hears of what is committed through the pooler.
     let other = Store::connect_with_direct(&db.url, Some(direct), 2).await.unwrap();
-    let mut wakes = other.subscribe();
-    woken(&mut wakes).await; // it listens
+    let mut hints = other.subscribe();
+    notified(&mut hints).await; // it listens
     db.accept(training(tenant)).await;
-    woken(&mut wakes).await;
+    notified(&mut hints).await;
     let refusal = async |url: &str, direct: &str| match Store::connect_with_direct(url, Some(direct), 2).await
     {
         Err(Error::InvalidSettings(line)) => line,
@@ -107,17 +107,17 @@ async fn a_second_address_leads_past_the_pooler_or_is_refused() {
 
 // case A7
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_left_in_sessions_that_are_everybodys() {
+async fn nothing_is_left_in_shared_sessions() {
     let db = TestDatabase::pgbouncer().await;
     let tenant = db.tenant("shop").await;
-    let mut wakes = db.store.subscribe();
+    let mut hints = db.store.subscribe();
     for _ in 0..20 {
         db.trained(tenant).await;
     }
     db.store.migrate().await.unwrap();
     db.store.check_schema().await.unwrap();
     db.store.rescue().await.unwrap();
-    woken(&mut wakes).await;
+    notified(&mut hints).await;
     let select = "select (select count(*) from pg_prepared_statements where name <> '')
         + (select count(*) from pg_listening_channels())
         + (select count(*) from pg_locks where locktype = 'advisory')
@@ -128,7 +128,7 @@ async fn nothing_is_left_in_sessions_that_are_everybodys() {
 
 // case A7
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_left_in_a_session_harms_nobody() {
+async fn settings_that_others_left_in_a_session_have_no_effect() {
     let db = TestDatabase::pgbouncer().await;
     let tenant = db.tenant("shop").await;
     // As the build before did: it listened on a session that was not its own.
@@ -140,7 +140,11 @@ async fn what_others_left_in_a_session_harms_nobody() {
         assert!(matches!(answer, Ok(Submitted::New(_))), "{answer:?}");
     }
     let listening = "select count(*)::text from pg_listening_channels()";
-    assert_eq!(in_every_session(&db, listening).await, ["0"; 4], "who cannot hear is not told");
+    assert_eq!(
+        in_every_session(&db, listening).await,
+        ["0"; 4],
+        "sessions that do not listen get no notification"
+    );
 }
 
 // case A7

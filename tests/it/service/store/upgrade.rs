@@ -102,13 +102,13 @@ async fn of_a_build_between(url: String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sqlite_file_of_a_build_between_is_brought_up_to_date() {
+async fn a_sqlite_file_of_an_intermediate_build_is_brought_up_to_date() {
     let dir = tempfile::tempdir().unwrap();
     of_a_build_between(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_postgres_of_a_build_between_is_brought_up_to_date() {
+async fn a_postgres_of_an_intermediate_build_is_brought_up_to_date() {
     of_a_build_between(Postgres::database().await).await;
 }
 

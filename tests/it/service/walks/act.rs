@@ -14,21 +14,21 @@ use tokio_util::sync::CancellationToken;
 use super::super::scripted::Script;
 use super::bucket::Way;
 use super::choose::BUSY;
-use super::client::{self, Ask, ClaimFilter, Standing};
+use super::client::{self, ClientRequest, Submission, WantedJob};
 use super::conditions::Passage;
 use super::database::{Database, Kind};
 use super::pace::Pace;
-use super::walk::{Action, Asked, Checked, Device, PLACES, Role, Up, Walk};
+use super::walk::{Action, Checked, Device, PLACES, PendingRequest, Role, Up, Walk};
 use super::world::{BEGINNING_MS, Late, LateCall, Line, Process, What};
 
 const LEASE: Duration = Duration::from_mins(1);
-const BEAT: Duration = Duration::from_secs(10);
+const HEARTBEAT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_secs(30);
 const CHECKPOINT: Duration = Duration::from_secs(3);
 const DEADLINE: Duration = Duration::from_hours(2);
 /// How long nothing is claimed after a fault of the machine, and how long the end of a worker may take.
-const REST: Duration = Duration::from_secs(5);
+const BACKOFF: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(100);
 /// By the device's own clock.
 const DEVICE_STEP: Duration = Duration::from_secs(1);
@@ -78,12 +78,12 @@ impl Walk<'_> {
             Action::Want => self.want(None),
             Action::Sample(parent) => self.want(Some(parent)),
             Action::Retry(id) => self.want_again(&id),
-            Action::AskAgain(n) => self.ask(Ask::Job(n)),
-            Action::About(ask) => self.ask(ask),
-            Action::Leave(n) => {
-                let asked = self.asked.remove(n);
-                asked.task.abort();
-                return self.hear(&asked.ask, None);
+            Action::Resend(n) => self.send(ClientRequest::Job(n)),
+            Action::Send(request) => self.send(request),
+            Action::GiveUp(n) => {
+                let pending = self.pending.remove(n);
+                pending.task.abort();
+                return self.receive(&pending.request, None);
             }
             Action::Land(n) => {
                 let late = self.world.state().late.remove(n);
@@ -132,20 +132,20 @@ impl Walk<'_> {
             Some(passage) => passage,
             None => self.conditions.passage(&what, &mut self.random),
         };
-        let told = match passage {
+        let outcome = match passage {
             _ if is_busy => "busy".into(),
             Passage::Through(delivery) => format!("{delivery:?}"),
             Passage::Hangs => "Hangs".into(),
         };
-        self.say(format!("{process:?}: {what}: {told}"));
+        self.say(format!("{process:?}: {what}: {outcome}"));
         let lateness = Duration::from_millis(self.conditions.lateness_ms(&mut self.random));
         {
             let mut state = self.world.state();
             match what {
-                What::Statement(_) => state.figures.statements += 1,
-                _ => state.figures.objects += 1,
+                What::Statement(_) => state.counts.statements += 1,
+                _ => state.counts.objects += 1,
             }
-            state.figures.faults += u64::from(passage != Passage::Through(Delivery::Answered));
+            state.counts.faults += u64::from(passage != Passage::Through(Delivery::Answered));
             state.lateness = lateness;
         }
         match passage {
@@ -156,7 +156,7 @@ impl Walk<'_> {
 
     fn step(&mut self, place: usize) {
         self.say(format!("{}: its device takes a step", PLACES[place].1));
-        self.world.state().figures.steps += 1;
+        self.world.state().counts.steps += 1;
         if let Some(Up { device: Some(device), .. }) = &self.up[place] {
             device.pace.step();
         }
@@ -212,58 +212,60 @@ impl Walk<'_> {
 
     fn want(&mut self, parent: Option<String>) {
         let n = self.clients.wanted.len();
-        let wanted = ClaimFilter {
+        let wanted = WantedJob {
             key: self.random.per_mille(700).then(|| format!("request-{n}")),
             parent,
             retry_of: None,
             class_name: format!("thing-{n}"),
             steps: 3 + self.random.below(6),
             seed: self.random.below(1000),
-            standing: Standing::Asking,
+            submission: Submission::Pending,
         };
         self.clients.wanted.push(wanted);
-        self.ask(Ask::Job(n));
+        self.send(ClientRequest::Job(n));
     }
 
     /// Wants a job done again that failed or was canceled.
     fn want_again(&mut self, id: &str) {
         let n = self.clients.wanted.len();
-        let before = self.clients.wanted[self.clients.told[id].wanted].clone();
-        self.clients.wanted.push(ClaimFilter {
+        let before = self.clients.wanted[self.clients.known[id].wanted].clone();
+        self.clients.wanted.push(WantedJob {
             key: self.random.per_mille(700).then(|| format!("request-{n}")),
             retry_of: Some(id.to_owned()),
-            standing: Standing::Asking,
+            submission: Submission::Pending,
             ..before
         });
-        self.ask(Ask::Job(n));
+        self.send(ClientRequest::Job(n));
     }
 
-    fn ask(&mut self, ask: Ask) {
-        let fronts: Vec<usize> = self.fronts().collect();
-        let place = self.random.of(&fronts);
-        self.say(format!("a client asks {}: {ask:?}", PLACES[place].1));
-        let request = match &ask {
-            Ask::Job(n) => {
+    fn send(&mut self, client_request: ClientRequest) {
+        let servers: Vec<usize> = self.servers().collect();
+        let place = self.random.of(&servers);
+        self.say(format!("a client sends to {}: {client_request:?}", PLACES[place].1));
+        let request = match &client_request {
+            ClientRequest::Job(n) => {
                 let wanted = &mut self.clients.wanted[*n];
-                if wanted.standing == Standing::Unknown {
-                    wanted.standing = Standing::Asking;
+                if wanted.submission == Submission::Unknown {
+                    wanted.submission = Submission::Pending;
                 }
                 client::job(wanted)
             }
-            Ask::Cancel(id) | Ask::Look { id, .. } => client::about(&ask, self.clients.told[id].is_sample),
-            Ask::Delete(id) => {
-                self.clients.delete_asked(id);
-                client::about(&ask, self.clients.told[id].is_sample)
+            ClientRequest::Cancel(id) | ClientRequest::Read { id, .. } => {
+                client::about(&client_request, self.clients.known[id].is_sample)
+            }
+            ClientRequest::Delete(id) => {
+                self.clients.delete_sent(id);
+                client::about(&client_request, self.clients.known[id].is_sample)
             }
         };
         let Some(router) = self.up[place].as_ref().and_then(|up| up.router.get().cloned()) else { return };
-        let task = tokio::spawn(client::ask(router, request));
-        self.asked.push(Asked { place, ask, task });
+        let task = tokio::spawn(client::send(router, request));
+        self.pending.push(PendingRequest { place, request: client_request, task });
     }
 
-    fn hear(&mut self, ask: &Ask, answer: Option<&client::Answer>) -> Checked {
-        let said = self.clients.hear(ask, answer)?;
-        self.say(format!("a client hears of {ask:?}: {said}"));
+    fn receive(&mut self, request: &ClientRequest, answer: Option<&client::Answer>) -> Checked {
+        let said = self.clients.receive(request, answer)?;
+        self.say(format!("a client gets an answer to {request:?}: {said}"));
         Ok(())
     }
 
@@ -290,7 +292,7 @@ impl Walk<'_> {
 
     fn freeze(&mut self, place: usize, frozen: bool) {
         self.say(format!("{} {}", PLACES[place].1, if frozen { "freezes" } else { "thaws" }));
-        self.world.state().figures.freezes += u64::from(frozen);
+        self.world.state().counts.freezes += u64::from(frozen);
         if let Some(up) = &self.up[place] {
             up.process.freeze(frozen);
         }
@@ -307,9 +309,9 @@ impl Walk<'_> {
         let mut up =
             Up { process, tasks: Vec::new(), router: Arc::default(), device: None, drain: drain.clone() };
         match role {
-            Role::Front => {
+            Role::Server => {
                 let router =
-                    client::front(store.clone(), blobs.clone(), self.conditions.attempts_max, self.scratch);
+                    client::server(store.clone(), blobs.clone(), self.conditions.attempts_max, self.scratch);
                 let served = up.router.clone();
                 up.tasks.push(tokio::spawn(async move {
                     if pair(&store, &blobs).await {
@@ -348,14 +350,14 @@ impl Walk<'_> {
         let settings = worker::Settings {
             database: String::new(),
             lease: LEASE,
-            heartbeat: BEAT,
+            heartbeat: HEARTBEAT,
             deadline: DEADLINE,
             poll: POLL,
             checkpoint_every: CHECKPOINT,
             scratch: self.scratch.to_owned(),
             weights_bytes_max: WEIGHTS_BYTES_MAX,
             sample_share: 0.5,
-            backoff: REST,
+            backoff: BACKOFF,
             drain: DRAIN,
             host: format!("host-{}", self.n_started),
             clock: script.clock(),
@@ -365,7 +367,7 @@ impl Walk<'_> {
         let connected = store.clone();
         let beating = lease_keeper.clone().run(
             move || std::future::ready(Ok(connected.clone())),
-            BEAT,
+            HEARTBEAT,
             drain.child_token(),
         );
         let (idle, begun) = (self.idle.clone(), pace.clone());
@@ -391,7 +393,7 @@ impl Walk<'_> {
     pub(super) async fn kill(&mut self, place: usize) -> Checked {
         let Some(up) = self.up[place].take() else { return Ok(()) };
         self.say(format!("{} is killed", PLACES[place].1));
-        self.world.state().figures.kills += 1;
+        self.world.state().counts.kills += 1;
         if !self.world.state().in_flight.is_empty() {
             self.cancel_waiting().await?;
         }
@@ -400,12 +402,13 @@ impl Walk<'_> {
         if let Some(device) = &up.device {
             device.pace.end();
         }
-        let asked = std::mem::take(&mut self.asked);
-        let (lost, left): (Vec<Asked>, _) = asked.into_iter().partition(|asked| asked.place == place);
-        self.asked = left;
-        for asked in lost {
-            asked.task.abort();
-            self.hear(&asked.ask, None)?;
+        let pending = std::mem::take(&mut self.pending);
+        let (lost, left): (Vec<PendingRequest>, _) =
+            pending.into_iter().partition(|request| request.place == place);
+        self.pending = left;
+        for pending in lost {
+            pending.task.abort();
+            self.receive(&pending.request, None)?;
         }
         // Of a file, what a dead process was at is done by now or never; a server goes on with it.
         while self.database.kind == Kind::Sqlite {
@@ -438,17 +441,18 @@ impl Walk<'_> {
                 self.end_of(place).await?;
             }
         }
-        let asked = std::mem::take(&mut self.asked);
-        let (answered, left): (Vec<Asked>, _) = asked.into_iter().partition(|asked| asked.task.is_finished());
-        self.asked = left;
-        for asked in answered {
-            let answer = asked.task.await.map_err(|error| format!("a front panicked: {error}"))?;
-            self.hear(&asked.ask, Some(&answer))?;
+        let pending = std::mem::take(&mut self.pending);
+        let (answered, left): (Vec<PendingRequest>, _) =
+            pending.into_iter().partition(|request| request.task.is_finished());
+        self.pending = left;
+        for pending in answered {
+            let answer = pending.task.await.map_err(|error| format!("a server panicked: {error}"))?;
+            self.receive(&pending.request, Some(&answer))?;
         }
-        self.world.state().figures.actions += 1;
+        self.world.state().counts.actions += 1;
         let dirty = std::mem::take(&mut self.world.state().dirty);
         if dirty {
-            self.world.state().figures.looks += 1;
+            self.world.state().counts.looks += 1;
             let rows = self.database.rows().await;
             self.seen.look(rows, &self.bucket, &self.clients)?;
         }
@@ -472,7 +476,7 @@ impl Walk<'_> {
     pub(super) async fn come_to_rest(&mut self) -> Checked {
         let began = Instant::now();
         while !self.idle.wait(MOMENT).await {
-            self.world.state().figures.moments += 1;
+            self.world.state().counts.moments += 1;
             let (n_in_flight, open) = {
                 let state = self.world.state();
                 (state.in_flight.len(), state.open)

@@ -1,5 +1,5 @@
 //! An object store in memory whose every use waits at a gate, and may fail before it, lose its answer, or be carried
-//! out when its caller has long given up.
+//! out after its caller has given up.
 
 use std::collections::BTreeMap;
 use std::fmt;

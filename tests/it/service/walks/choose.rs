@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hypnos::store::Statement;
 
-use super::client::{Ask, Standing};
+use super::client::{ClientRequest, Submission};
 use super::conditions::Outage;
 use super::database::Kind;
 use super::walk::{Action, Checked, PLACES, Role, Up, Walk};
@@ -56,9 +56,9 @@ impl Walk<'_> {
     fn could_without_faults(&self, may: impl Fn(usize) -> bool) -> Vec<Could> {
         let mut could = self.could_go_on(&may);
         for (n, wanted) in self.clients.wanted.iter().enumerate() {
-            let unknown = wanted.standing == Standing::Unknown && wanted.key.is_some();
-            if unknown && !self.is_asked(&Ask::Job(n)) && self.front_is_up() {
-                could.push((1000, Action::AskAgain(n)));
+            let unknown = wanted.submission == Submission::Unknown && wanted.key.is_some();
+            if unknown && !self.is_pending(&ClientRequest::Job(n)) && self.server_is_up() {
+                could.push((1000, Action::Resend(n)));
             }
         }
         for (place, (role, _)) in PLACES.iter().enumerate() {
@@ -79,7 +79,8 @@ impl Walk<'_> {
         for gate in &state.gates {
             let up = |up: &Option<Up>| up.as_ref().is_some_and(|up| Arc::ptr_eq(&up.process, &gate.process));
             let place = self.up.iter().position(up);
-            // On SQLite nobody begins to write while another writes, but is told after some time that the file is busy.
+            // On SQLite nobody begins to write while another writes, but gets the error that the file is busy after
+            // some time.
             let is_free = self.database.kind == Kind::Postgres
                 || gate.what != What::Statement(Statement::Begin)
                 || state.open == 0
@@ -116,20 +117,20 @@ impl Walk<'_> {
     /// No upload and no late call may take a day.
     fn may_a_day_pass(&self) -> bool {
         let state = self.world.state();
-        let is_front = |process: &Arc<Process>| process.name.starts_with("front");
-        self.asked.is_empty()
+        let is_server = |process: &Arc<Process>| process.name.starts_with("server");
+        self.pending.is_empty()
             && state.late.is_empty()
             && state.open == 0
             && state.in_flight.is_empty()
-            && !state.gates.iter().any(|gate| is_front(&gate.process))
+            && !state.gates.iter().any(|gate| is_server(&gate.process))
             && !self.up.iter().flatten().any(|up| up.process.is_frozen())
     }
 
     fn clients(&self, could: &mut Vec<Could>) {
-        for n in 0..self.asked.len() {
-            could.push((20, Action::Leave(n)));
+        for n in 0..self.pending.len() {
+            could.push((20, Action::GiveUp(n)));
         }
-        if !self.front_is_up() {
+        if !self.server_is_up() {
             return;
         }
         let conditions = &self.conditions;
@@ -138,24 +139,24 @@ impl Walk<'_> {
             could.extend(self.seen.succeeded().map(|id| (60, Action::Sample(id.to_owned()))));
         }
         if self.clients.wanted.len() < conditions.n_wanted_max + N_RETRIES {
-            let known = self.seen.without_result().filter(|id| self.clients.told.contains_key(*id));
+            let known = self.seen.without_result().filter(|id| self.clients.known.contains_key(*id));
             could.extend(known.map(|id| (150, Action::Retry(id.to_owned()))));
         }
         for (n, wanted) in self.clients.wanted.iter().enumerate() {
-            let weight = match (&wanted.standing, &wanted.key) {
-                (Standing::Unknown, Some(_)) => 300,
-                (Standing::Accepted(_), Some(_)) => 5,
+            let weight = match (&wanted.submission, &wanted.key) {
+                (Submission::Unknown, Some(_)) => 300,
+                (Submission::Accepted(_), Some(_)) => 5,
                 _ => 0,
             };
-            if !self.is_asked(&Ask::Job(n)) {
-                could.push((weight, Action::AskAgain(n)));
+            if !self.is_pending(&ClientRequest::Job(n)) {
+                could.push((weight, Action::Resend(n)));
             }
         }
-        for (id, told) in &self.clients.told {
+        for (id, known) in &self.clients.known {
             let open = if self.seen.has_ended(id) { 1 } else { 4 };
-            could.push((conditions.cancels * open, Action::About(Ask::Cancel(id.clone()))));
-            could.push((conditions.deletes, Action::About(Ask::Delete(id.clone()))));
-            could.push((2, Action::About(Ask::Look { id: id.clone(), was_deleted: told.deleted })));
+            could.push((conditions.cancels * open, Action::Send(ClientRequest::Cancel(id.clone()))));
+            could.push((conditions.deletes, Action::Send(ClientRequest::Delete(id.clone()))));
+            could.push((2, Action::Send(ClientRequest::Read { id: id.clone(), was_deleted: known.deleted })));
         }
     }
 
@@ -194,16 +195,16 @@ impl Walk<'_> {
         }
     }
 
-    fn is_asked(&self, ask: &Ask) -> bool {
-        self.asked.iter().any(|asked| asked.ask == *ask)
+    fn is_pending(&self, request: &ClientRequest) -> bool {
+        self.pending.iter().any(|pending| pending.request == *request)
     }
 
-    fn front_is_up(&self) -> bool {
-        self.fronts().next().is_some()
+    fn server_is_up(&self) -> bool {
+        self.servers().next().is_some()
     }
 
-    /// Places of fronts that take requests.
-    pub(super) fn fronts(&self) -> impl Iterator<Item = usize> {
+    /// Places of servers that take requests.
+    pub(super) fn servers(&self) -> impl Iterator<Item = usize> {
         (0..PLACES.len()).filter(|place| {
             self.up[*place].as_ref().is_some_and(|up| up.router.get().is_some() && !up.process.is_frozen())
         })

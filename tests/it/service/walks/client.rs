@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-/// A front of these, as clients see it.
-pub(super) fn front(store: Store, blobs: Blobs, attempts_max: i64, spool: &Path) -> Router {
+/// An HTTP server over these, as clients see it.
+pub(super) fn server(store: Store, blobs: Blobs, attempts_max: i64, spool: &Path) -> Router {
     static METRICS: LazyLock<PrometheusHandle> =
         LazyLock::new(|| PrometheusBuilder::new().build_recorder().handle());
     let settings = Settings {
@@ -38,7 +38,7 @@ pub(super) fn front(store: Store, blobs: Blobs, attempts_max: i64, spool: &Path)
 
 /// A job that a client wants.
 #[derive(Clone, Debug)]
-pub(super) struct ClaimFilter {
+pub(super) struct WantedJob {
     /// Its `Idempotency-Key`.
     pub(super) key: Option<String>,
     /// The training to draw with, for a sample.
@@ -49,32 +49,32 @@ pub(super) struct ClaimFilter {
     pub(super) class_name: String,
     pub(super) steps: u64,
     pub(super) seed: u64,
-    pub(super) standing: Standing,
+    pub(super) submission: Submission,
 }
 
-/// How far a client is with a job that it wants.
+/// What a client knows of the job that it wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// It has asked, and waits for an answer.
-    Asking,
-    /// It was told nothing, or that it is not known: the job may be there.
+pub(super) enum Submission {
+    /// Sent; there is no answer yet.
+    Pending,
+    /// The answer was lost, or says that the outcome is unknown: the job may exist.
     Unknown,
-    /// It was told that the job is there.
+    /// The answer says that the job exists.
     Accepted(String),
-    /// It was told that the job will not be there.
+    /// The answer says that there will be no such job.
     Refused,
 }
 
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Ask {
+pub(super) enum ClientRequest {
     /// This one of the jobs that are wanted.
     Job(usize),
     Cancel(String),
     Delete(String),
-    Look {
+    Read {
         id: String,
-        /// Whether it had been said before this was asked that the job is gone.
+        /// Whether an answer before this request said that the job is gone.
         was_deleted: bool,
     },
 }
@@ -83,8 +83,8 @@ pub(super) enum Ask {
 pub(super) type Answer = (u16, Value);
 
 /// Sends a request and waits for its answer.
-pub(super) async fn ask(front: Router, request: Request<Body>) -> Answer {
-    let response = front.oneshot(request).await.unwrap_or_else(|never| match never {});
+pub(super) async fn send(server: Router, request: Request<Body>) -> Answer {
+    let response = server.oneshot(request).await.unwrap_or_else(|never| match never {});
     let status = response.status().as_u16();
     let body = to_bytes(response.into_body(), 1 << 20).await.unwrap();
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
@@ -100,7 +100,7 @@ fn photo(n: u32) -> Vec<u8> {
 }
 
 /// The request for a job.
-pub(super) fn job(wanted: &ClaimFilter) -> Request<Body> {
+pub(super) fn job(wanted: &WantedJob) -> Request<Body> {
     const BOUNDARY: &str = "a-boundary";
     static PHOTOS: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| [1, 2, 3].map(photo));
     let mut request = Request::post(match (&wanted.retry_of, &wanted.parent) {
@@ -140,13 +140,13 @@ pub(super) fn job(wanted: &ClaimFilter) -> Request<Body> {
     request.header("content-type", media_type).body(form.into()).unwrap()
 }
 
-/// The request about a job that is there; `kind` is what its row calls it.
-pub(super) fn about(ask: &Ask, is_sample: bool) -> Request<Body> {
-    let (method, id, rest) = match ask {
-        Ask::Cancel(id) => ("POST", id, "/cancel"),
-        Ask::Delete(id) => ("DELETE", id, ""),
-        Ask::Look { id, .. } => ("GET", id, ""),
-        Ask::Job(_) => unreachable!("that is a request for a job"),
+/// A request about an existing job.
+pub(super) fn about(request: &ClientRequest, is_sample: bool) -> Request<Body> {
+    let (method, id, rest) = match request {
+        ClientRequest::Cancel(id) => ("POST", id, "/cancel"),
+        ClientRequest::Delete(id) => ("DELETE", id, ""),
+        ClientRequest::Read { id, .. } => ("GET", id, ""),
+        ClientRequest::Job(_) => unreachable!("that is a request for a job"),
     };
     let request = Request::builder().method(method).uri(format!("/v1/{}/{id}{rest}", place(is_sample)));
     request.header("host", "127.0.0.1:8080").body(Body::empty()).unwrap()
@@ -159,72 +159,76 @@ fn place(is_sample: bool) -> &'static str {
 
 /// What a client knows of a job that was accepted.
 #[derive(Clone, Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a thing that was said or asked")]
-pub(super) struct Told {
+#[expect(clippy::struct_excessive_bools, reason = "each is a separate fact from an answer or a request")]
+pub(super) struct KnownJob {
     /// Which of the jobs that are wanted it is.
     pub(super) wanted: usize,
     pub(super) is_sample: bool,
-    /// It was said that it is canceled, or will be.
+    /// An answer said that it is canceled, or will be.
     pub(super) canceled: bool,
-    /// It was asked to go; from then on it may be gone.
-    pub(super) delete_asked: bool,
-    /// It was said that it is gone.
+    /// A deletion was sent; from then on it may be gone.
+    pub(super) delete_sent: bool,
+    /// An answer said that it is gone.
     pub(super) deleted: bool,
 }
 
 /// All that clients want and know.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clients {
-    pub(super) wanted: Vec<ClaimFilter>,
-    pub(super) told: BTreeMap<String, Told>,
+    pub(super) wanted: Vec<WantedJob>,
+    pub(super) known: BTreeMap<String, KnownJob>,
 }
 
 impl Clients {
-    /// Hears an answer; none if there was none.
-    pub(super) fn hear(&mut self, ask: &Ask, answer: Option<&Answer>) -> Result<String, String> {
+    /// Processes an answer; none if there was none.
+    pub(super) fn receive(
+        &mut self,
+        request: &ClientRequest,
+        answer: Option<&Answer>,
+    ) -> Result<String, String> {
         let Some((status, body)) = answer else {
-            if let Ask::Job(n) = ask {
+            if let ClientRequest::Job(n) = request {
                 self.forget_answer(*n);
             }
             return Ok("no answer".into());
         };
         let said =
             format!("{status}{}", body["type"].as_str().map(|kind| format!(" {kind}")).unwrap_or_default());
-        match (ask, status) {
-            (_, 500) => return Err(format!("{ask:?} was answered {said}: {body}")),
-            (Ask::Job(n), 200 | 202) => self.accepted(*n, body)?,
-            (Ask::Job(n), 500..) => self.forget_answer(*n),
-            (Ask::Job(n), 404 | 409 | 429) => {
+        match (request, status) {
+            (_, 500) => return Err(format!("{request:?} was answered {said}: {body}")),
+            (ClientRequest::Job(n), 200 | 202) => self.accepted(*n, body)?,
+            (ClientRequest::Job(n), 500..) => self.forget_answer(*n),
+            (ClientRequest::Job(n), 404 | 409 | 429) => {
                 let wanted = &mut self.wanted[*n];
-                match &wanted.standing {
-                    Standing::Accepted(id) if !self.told[id].delete_asked => {
+                match &wanted.submission {
+                    Submission::Accepted(id) if !self.known[id].delete_sent => {
                         return Err(format!("{id} was accepted, and then its key was refused: {said}"));
                     }
-                    Standing::Accepted(_) => {}
-                    _ => wanted.standing = Standing::Refused,
+                    Submission::Accepted(_) => {}
+                    _ => wanted.submission = Submission::Refused,
                 }
             }
-            (Ask::Cancel(id), 202) => {
+            (ClientRequest::Cancel(id), 202) => {
                 let state = body["state"].as_str().unwrap_or_default();
-                let told = self.told.get_mut(id).expect("only what was accepted is canceled");
-                told.canceled |= !matches!(state, "succeeded" | "failed");
+                let known = self.known.get_mut(id).expect("only what was accepted is canceled");
+                known.canceled |= !matches!(state, "succeeded" | "failed");
             }
-            (Ask::Delete(id), 204) => {
-                for (other, told) in &mut self.told {
-                    let of_it = self.wanted[told.wanted].parent.as_ref() == Some(id);
-                    told.deleted |= other == id || of_it;
+            (ClientRequest::Delete(id), 204) => {
+                for (other, known) in &mut self.known {
+                    let of_it = self.wanted[known.wanted].parent.as_ref() == Some(id);
+                    known.deleted |= other == id || of_it;
                 }
             }
-            (Ask::Look { id, .. } | Ask::Cancel(id) | Ask::Delete(id), 404) => {
+            (ClientRequest::Read { id, .. } | ClientRequest::Cancel(id) | ClientRequest::Delete(id), 404) => {
                 if !self.may_be_gone(id) {
                     return Err(format!("{id} was accepted and not deleted, but is not there: {said}"));
                 }
             }
-            (Ask::Look { id, was_deleted: true }, 200) => {
+            (ClientRequest::Read { id, was_deleted: true }, 200) => {
                 return Err(format!("{id} was deleted, and is seen again"));
             }
-            (Ask::Look { .. }, 200) | (_, 500..) => {}
-            _ => return Err(format!("{ask:?} was answered {said}: {body}")),
+            (ClientRequest::Read { .. }, 200) | (_, 500..) => {}
+            _ => return Err(format!("{request:?} was answered {said}: {body}")),
         }
         Ok(said)
     }
@@ -232,39 +236,39 @@ impl Clients {
     fn accepted(&mut self, n: usize, body: &Value) -> Result<(), String> {
         let id = body["id"].as_str().ok_or("accepted without an id")?.to_owned();
         let wanted = &mut self.wanted[n];
-        if let Standing::Accepted(before) = &wanted.standing
+        if let Submission::Accepted(before) = &wanted.submission
             && *before != id
-            && !self.told[before].delete_asked
+            && !self.known[before].delete_sent
         {
             return Err(format!("one key is two jobs: {before} and {id}"));
         }
-        wanted.standing = Standing::Accepted(id.clone());
+        wanted.submission = Submission::Accepted(id.clone());
         let parent = wanted.parent.as_ref();
         // Deleted with its training since.
-        let delete_asked = parent.is_some_and(|parent| self.told[parent].delete_asked);
-        let told = Told { wanted: n, is_sample: parent.is_some(), delete_asked, ..Told::default() };
-        self.told.entry(id).or_insert(told);
+        let delete_sent = parent.is_some_and(|parent| self.known[parent].delete_sent);
+        let known = KnownJob { wanted: n, is_sample: parent.is_some(), delete_sent, ..KnownJob::default() };
+        self.known.entry(id).or_insert(known);
         Ok(())
     }
 
-    /// A client that heard nothing does not know; one that knew before still does.
+    /// Without an answer a client does not know the outcome, unless an earlier answer said it.
     fn forget_answer(&mut self, n: usize) {
-        let standing = &mut self.wanted[n].standing;
-        if *standing == Standing::Asking {
-            *standing = Standing::Unknown;
+        let submission = &mut self.wanted[n].submission;
+        if *submission == Submission::Pending {
+            *submission = Submission::Unknown;
         }
     }
 
     /// A deletion is sent.
-    pub(super) fn delete_asked(&mut self, id: &str) {
-        for (other, told) in &mut self.told {
-            let of_it = self.wanted[told.wanted].parent.as_deref() == Some(id);
-            told.delete_asked |= other == id || of_it;
+    pub(super) fn delete_sent(&mut self, id: &str) {
+        for (other, known) in &mut self.known {
+            let of_it = self.wanted[known.wanted].parent.as_deref() == Some(id);
+            known.delete_sent |= other == id || of_it;
         }
     }
 
     /// Whether it may be gone by a client's own doing.
     pub(super) fn may_be_gone(&self, id: &str) -> bool {
-        self.told.get(id).is_none_or(|told| told.delete_asked)
+        self.known.get(id).is_none_or(|known| known.delete_sent)
     }
 }

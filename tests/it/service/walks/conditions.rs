@@ -1,5 +1,5 @@
-//! How often what goes wrong in a walk. Each has conditions of its own: some lose many answers, some kill, some freeze,
-//! some do all of it a little.
+//! The probabilities of faults in a walk. Each walk has its own: some lose many answers, some kill, some freeze, some
+//! do a little of everything.
 
 use hypnos::store::{Delivery, Statement};
 

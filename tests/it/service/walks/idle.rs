@@ -1,8 +1,8 @@
-//! When nothing of a walk's processes moves: every task waits at a gate, for the clock, for an answer of the database
-//! that waits for a lock, or for one of these; and no thread computes.
+//! Detects that all processes of a walk are idle: every task waits at a gate, for the clock, for an answer of the
+//! database that waits for a lock, or for another such task; and no thread computes.
 //!
-//! All tasks run on one thread, whose runtime tells when it has nothing to do. Work that it has given to other threads
-//! it counts: with no time to be kept alive, each is a thread that begins and ends.
+//! All tasks run on one thread, whose runtime reports when it has nothing to do. Work that it has given to other
+//! threads is counted: with no keep-alive time, each is a thread that begins and ends.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,15 +42,15 @@ struct Shared {
     n_begun: AtomicUsize,
     n_alive: AtomicUsize,
     moving: Mutex<Moving>,
-    /// Who wants to know, and whether it is so.
-    asked: Mutex<(Option<Waker>, bool)>,
+    /// The task that waits for this moment, and whether it has come.
+    waiting: Mutex<(Option<Waker>, bool)>,
 }
 
 impl Shared {
     /// The runtime has nothing to do.
     fn parked(&self) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if asked.0.is_none() || self.n_alive.load(Ordering::SeqCst) > 0 {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.0.is_none() || self.n_alive.load(Ordering::SeqCst) > 0 {
             return;
         }
         let moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
@@ -58,8 +58,8 @@ impl Shared {
             return;
         }
         drop(moving);
-        asked.1 = true;
-        if let Some(waker) = asked.0.take() {
+        waiting.1 = true;
+        if let Some(waker) = waiting.0.take() {
             waker.wake();
         }
     }
@@ -67,7 +67,7 @@ impl Shared {
 
 impl Shared {
     fn look_again(&self) {
-        if let Some(waker) = self.asked.lock().unwrap_or_else(PoisonError::into_inner).0.take() {
+        if let Some(waker) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).0.take() {
             waker.wake();
         }
     }
@@ -110,7 +110,7 @@ impl Idle {
 
     /// Ends when nothing moves, or after a moment: which of them.
     pub(super) async fn wait(&self, moment: Duration) -> bool {
-        *self.0.asked.lock().unwrap_or_else(PoisonError::into_inner) = (None, false);
+        *self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner) = (None, false);
         tokio::select! {
             biased;
             () = self.twice() => true,
@@ -133,12 +133,12 @@ impl Idle {
 
     async fn once(&self) {
         std::future::poll_fn(|context| {
-            let mut asked = self.0.asked.lock().unwrap_or_else(PoisonError::into_inner);
-            if std::mem::take(&mut asked.1) {
-                asked.0 = None;
+            let mut waiting = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            if std::mem::take(&mut waiting.1) {
+                waiting.0 = None;
                 return Poll::Ready(());
             }
-            asked.0 = Some(context.waker().clone());
+            waiting.0 = Some(context.waker().clone());
             Poll::Pending
         })
         .await;

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::super::scripted::{Did, expected_weights};
 use super::bucket::{Bucket, Stored};
-use super::client::{Clients, Standing};
+use super::client::{Clients, Submission};
 use super::database::{JobRow, Rows};
 
 type Objects = BTreeMap<String, Stored>;
@@ -44,8 +44,8 @@ impl Seen {
             if row.state == "succeeded" {
                 self.succeeded.insert(row.id.clone());
             }
-            if let Some(told) = clients.told.get(&row.id)
-                && told.canceled
+            if let Some(known) = clients.known.get(&row.id)
+                && known.canceled
                 && matches!(row.state.as_str(), "succeeded" | "failed")
             {
                 return Err(format!("{} was said to be canceled, and has {}", row.id, row.state));
@@ -77,15 +77,15 @@ impl Seen {
         {
             return Err(format!("the row of {} is gone", gone.id));
         }
-        for (id, told) in &clients.told {
+        for (id, known) in &clients.known {
             match there.get(id.as_str()) {
-                Some(row) if told.deleted && !row.is_deleting => {
+                Some(row) if known.deleted && !row.is_deleting => {
                     return Err(format!("{id} was said to be deleted, and is there"));
                 }
-                Some(row) if !told.delete_asked && row.is_deleting => {
+                Some(row) if !known.delete_sent && row.is_deleting => {
                     return Err(format!("{id} is being deleted, and nobody asked for it"));
                 }
-                None if !told.delete_asked => return Err(format!("{id} was accepted, and is not there")),
+                None if !known.delete_sent => return Err(format!("{id} was accepted, and is not there")),
                 _ => {}
             }
         }
@@ -149,8 +149,8 @@ impl Seen {
             }
         }
         for wanted in &clients.wanted {
-            let waits = wanted.standing == Standing::Asking
-                || (wanted.standing == Standing::Unknown && wanted.key.is_some());
+            let waits = wanted.submission == Submission::Pending
+                || (wanted.submission == Submission::Unknown && wanted.key.is_some());
             if waits {
                 left.push(format!("a client does not know of {}", wanted.class_name));
             }

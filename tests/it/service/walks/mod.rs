@@ -1,17 +1,17 @@
 //! Random walks of the whole service over real SQL, in which every statement and every use of the object store may fail
 //! before it, lose its answer, or be carried out when its caller has long given up, and any process may die or freeze.
 //!
-//! What runs is the service's own code: fronts behind their router, workers with scripted engines, maintenance and
-//! sweeps, each on connections of its own and with its own client of one object store. Every call of theirs waits at a
-//! gate, and the walk lets one of them go on at a time, chosen at random; so a seed replays a walk. The clock is the
-//! walk's own.
+//! What runs is the service's own code: HTTP servers behind their router, workers with scripted engines, maintenance
+//! and sweeps, each on connections of its own and with its own client of one object store. Every call of theirs waits
+//! at a gate, and the walk lets one of them go on at a time, chosen at random; so a seed replays a walk. The clock is
+//! the walk's own.
 //!
 //! ```text
 //! walk        one walk, from its first process to its last check     conditions  how often what goes wrong
 //! choose      what could happen next                                 act         what happens
 //! world       the clock, the gates, calls that are carried out late  idle        when nothing moves by itself
 //! database    both databases, and their time                         bucket      the object store
-//! client      what is asked for, and what was told                   pace        a device, step by step
+//! client      requests, and what their answers said                  pace        a device, step by step
 //! invariants  what must be true                                      random      numbers that a seed decides
 //! ```
 
@@ -33,10 +33,10 @@ use std::time::Instant;
 use database::{Database, Kind, in_memory};
 use idle::Idle;
 use walk::{Failed, walk};
-use world::Figures;
+use world::Counts;
 
-/// Actions before a failure that are told of.
-const N_TOLD: usize = 80;
+/// Actions that are shown before a failure.
+const N_ACTIONS_SHOWN: usize = 80;
 /// Failures after which there are no further walks.
 const N_FAILED: u64 = 10;
 
@@ -70,17 +70,17 @@ fn walks(kind: Kind, n: u64) {
     let idle = Idle::default();
     let failed = idle.runtime().block_on(async {
         let mut database = Database::open(kind).await;
-        let (mut figures, mut failed) = (Figures::default(), 0);
+        let (mut counts, mut failed) = (Counts::default(), 0);
         let began = Instant::now();
         for (done, seed) in (1..).zip(from..from + n) {
             let scratch = in_memory();
             match walk(seed, &idle, &mut database, scratch.path(), one.is_some()).await {
-                Ok((more, _)) => figures += more,
+                Ok((more, _)) => counts += more,
                 Err(Failed { why, log }) => {
                     failed += 1;
                     eprintln!("walk {seed} on {kind:?}: {why}");
                     if failed == 1 && one.is_none() {
-                        eprintln!("{}", log[log.len().saturating_sub(N_TOLD)..].join("\n"));
+                        eprintln!("{}", log[log.len().saturating_sub(N_ACTIONS_SHOWN)..].join("\n"));
                     }
                     if failed == number("HYPNOS_TEST_WALKS_FAILED").unwrap_or(N_FAILED) {
                         break;
@@ -90,7 +90,7 @@ fn walks(kind: Kind, n: u64) {
             if done % n.div_ceil(10) == 0 || done == n {
                 let (time, each) = (began.elapsed(), began.elapsed() / done as u32);
                 eprintln!(
-                    "{done} walks on {kind:?} in {time:.1?}, {each:.1?} each: {failed} failed; {figures:?}"
+                    "{done} walks on {kind:?} in {time:.1?}, {each:.1?} each: {failed} failed; {counts:?}"
                 );
             }
         }
@@ -106,17 +106,17 @@ fn replays(kind: Kind) {
         let mut database = Database::open(kind).await;
         let from = number("HYPNOS_TEST_WALKS_FROM").unwrap_or(0);
         for seed in from..from + number("HYPNOS_TEST_WALKS").unwrap_or(5) {
-            let mut told = Vec::new();
+            let mut logs = Vec::new();
             for _ in 0..2 {
                 let scratch = in_memory();
-                told.push(match walk(seed, &idle, &mut database, scratch.path(), false).await {
+                logs.push(match walk(seed, &idle, &mut database, scratch.path(), false).await {
                     Ok((_, log)) | Err(Failed { log, .. }) => log,
                 });
             }
-            let same = told[0].iter().zip(&told[1]).take_while(|(first, second)| first == second).count();
+            let same = logs[0].iter().zip(&logs[1]).take_while(|(first, second)| first == second).count();
             let rest = |log: &[String]| log[same..log.len().min(same + 5)].join("\n");
-            let before = told[0][same.saturating_sub(20)..same].join("\n");
-            let (first, second) = (rest(&told[0]), rest(&told[1]));
+            let before = logs[0][same.saturating_sub(20)..same].join("\n");
+            let (first, second) = (rest(&logs[0]), rest(&logs[1]));
             assert!(
                 first.is_empty() && second.is_empty(),
                 "walk {seed}:\n{before}\nthen\n{first}\nor\n{second}"

@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 use super::super::scripted::Script;
 use super::act::DAY;
 use super::bucket::{Bucket, Way};
-use super::client::{Answer, Ask, Clients};
+use super::client::{Answer, ClientRequest, Clients};
 use super::conditions::{Conditions, Outage};
 use super::database::Database;
 use super::idle::Idle;
 use super::invariants::Seen;
 use super::pace::Pace;
 use super::random::Random;
-use super::world::{BEGINNING_MS, Figures, Process, WalkClock, World};
+use super::world::{BEGINNING_MS, Counts, Process, WalkClock, World};
 
 /// When all goes well, everything must have ended after so many actions, and so long by the walk's clock.
 const END_ACTIONS: usize = 20_000;
@@ -30,7 +30,7 @@ const END: Duration = Duration::from_hours(12);
 /// What processes there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    Front,
+    Server,
     Worker,
     Maintenance,
     Sweep,
@@ -38,8 +38,8 @@ pub(super) enum Role {
 
 /// Where they are; each place has a store of its own.
 pub(super) const PLACES: [(Role, &str); 6] = [
-    (Role::Front, "front A"),
-    (Role::Front, "front B"),
+    (Role::Server, "server A"),
+    (Role::Server, "server B"),
     (Role::Worker, "worker A"),
     (Role::Worker, "worker B"),
     (Role::Maintenance, "maintenance"),
@@ -50,7 +50,7 @@ pub(super) const PLACES: [(Role, &str); 6] = [
 pub(super) struct Up {
     pub(super) process: Arc<Process>,
     pub(super) tasks: Vec<JoinHandle<()>>,
-    /// Of a front, once it serves.
+    /// Of a server, once it serves.
     pub(super) router: Arc<OnceLock<Router>>,
     /// Of a worker.
     pub(super) device: Option<Device>,
@@ -64,9 +64,9 @@ pub(super) struct Device {
 }
 
 /// A request under way.
-pub(super) struct Asked {
+pub(super) struct PendingRequest {
     pub(super) place: usize,
-    pub(super) ask: Ask,
+    pub(super) request: ClientRequest,
     pub(super) task: JoinHandle<Answer>,
 }
 
@@ -84,10 +84,10 @@ pub(super) enum Action {
     Want,
     Sample(String),
     Retry(String),
-    AskAgain(usize),
-    About(Ask),
+    Resend(usize),
+    Send(ClientRequest),
     /// A client waits no longer for an answer.
-    Leave(usize),
+    GiveUp(usize),
     /// A late call is done, or never.
     Land(usize),
     Lose(usize),
@@ -114,7 +114,7 @@ pub(super) struct Walk<'a> {
     pub(super) up: [Option<Up>; PLACES.len()],
     pub(super) n_started: usize,
     pub(super) clients: Clients,
-    pub(super) asked: Vec<Asked>,
+    pub(super) pending: Vec<PendingRequest>,
     pub(super) seen: Seen,
     names: Names,
     pub(super) log: Vec<String>,
@@ -166,7 +166,7 @@ pub(super) async fn walk(
     database: &mut Database,
     scratch: &Path,
     verbose: bool,
-) -> Result<(Figures, Vec<String>), Failed> {
+) -> Result<(Counts, Vec<String>), Failed> {
     let mut random = Random::new(seed);
     let conditions = Conditions::new(&mut random);
     let world = Arc::<World>::default();
@@ -185,7 +185,7 @@ pub(super) async fn walk(
         up: Default::default(),
         n_started: 0,
         clients: Clients::default(),
-        asked: Vec::new(),
+        pending: Vec::new(),
         seen: Seen::default(),
         names: Names::default(),
         log: Vec::new(),
@@ -193,17 +193,17 @@ pub(super) async fn walk(
     };
     let walked = walk.run().await;
     let ended = walk.end().await;
-    let told = walk.clients.told.values();
-    let retries = told.clone().filter(|told| walk.clients.wanted[told.wanted].retry_of.is_some()).count();
-    let figures = Figures {
-        jobs: told.count() as u64,
+    let known = walk.clients.known.values();
+    let retries = known.clone().filter(|known| walk.clients.wanted[known.wanted].retry_of.is_some()).count();
+    let counts = Counts {
+        jobs: known.count() as u64,
         retries: retries as u64,
         results: walk.seen.n_results() as u64,
-        ..walk.world.state().figures
+        ..walk.world.state().counts
     };
     clock::set(None);
     match walked.and(ended) {
-        Ok(()) => Ok((figures, walk.log)),
+        Ok(()) => Ok((counts, walk.log)),
         Err(why) => Err(Failed { why: walk.names.plain(&why), log: walk.log }),
     }
 }
@@ -261,7 +261,7 @@ impl Walk<'_> {
     async fn finish(&mut self) -> Checked {
         let until = self.world.state().now + END;
         for _ in 0..END_ACTIONS {
-            if self.asked.is_empty() && self.seen.unfinished(&self.clients).is_empty() {
+            if self.pending.is_empty() && self.seen.unfinished(&self.clients).is_empty() {
                 return Ok(());
             }
             if self.world.state().now > until {

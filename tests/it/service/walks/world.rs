@@ -1,4 +1,4 @@
-//! What the processes of a walk stand in: a clock that the walk moves, and gates where every statement, every use of
+//! The environment of a walk's processes: a clock that the walk moves, and gates where every statement, every use of
 //! the object store and every step of a device waits until the walk lets it through.
 
 use std::any::Any;
@@ -96,8 +96,8 @@ pub(super) struct Late {
 
 /// What was done in a walk, to be reported.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Figures {
-    /// Jobs that were accepted; of these, that were asked for once more; that had a result.
+pub(super) struct Counts {
+    /// Jobs that were accepted; of these, the retries; those that had a result.
     pub(super) jobs: u64,
     pub(super) retries: u64,
     pub(super) results: u64,
@@ -113,7 +113,7 @@ pub(super) struct Figures {
     pub(super) looks: u64,
 }
 
-impl std::ops::AddAssign for Figures {
+impl std::ops::AddAssign for Counts {
     fn add_assign(&mut self, more: Self) {
         self.jobs += more.jobs;
         self.retries += more.retries;
@@ -146,7 +146,7 @@ pub(super) struct State {
     pub(super) in_flight: BTreeMap<u64, Flight>,
     /// Whether rows or objects may have changed since that was last looked at.
     pub(super) dirty: bool,
-    pub(super) figures: Figures,
+    pub(super) counts: Counts,
     n_ids: u64,
     last_tidied: u64,
 }
@@ -233,7 +233,7 @@ impl World {
     pub(super) fn do_later(self: &Arc<Self>, process: &Arc<Process>, call: LateCall) {
         let mut state = self.state();
         let after = state.now + state.lateness;
-        state.figures.late += 1;
+        state.counts.late += 1;
         state.late.push(Late { process: process.clone(), call, after });
     }
 
@@ -355,14 +355,14 @@ impl Process {
     /// Waits at a gate; what becomes of it.
     pub(super) async fn pass(self: &Arc<Self>, what: What) -> Delivery {
         self.check_alive();
-        let (go, told) = oneshot::channel();
+        let (go, passed) = oneshot::channel();
         {
             let mut state = self.world.state();
             let (id, since, hangs) = (state.id(), state.now, what == What::Nothing);
             let task = tokio::task::try_id().map_or(0, |id| id.to_string().parse().expect("a number"));
             state.gates.push(Gate { id, process: self.clone(), what, since, task, hangs, go });
         }
-        let delivery = told.await;
+        let delivery = passed.await;
         self.check_alive();
         match delivery {
             Ok(delivery) => delivery,

@@ -1,4 +1,4 @@
-//! What a fine-tune can be exported as.
+//! The formats that a fine-tune can be exported in.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use crate::{Error, Result};
 
 /// What a fine-tune is exported as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum ExportFormat {
     /// `diffusers/`: what `StableDiffusionPipeline.from_pretrained` loads, and a bundle.
     Diffusers,
     /// `single-file.safetensors`: all weights under the names of the original code.
@@ -17,14 +17,14 @@ pub enum Form {
 
 /// What weights are written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Width {
+pub enum Precision {
     /// As they were trained: many of a fine-tune's changes are too small for anything narrower.
     F32,
     /// Half the size. Small changes are lost.
     F16,
 }
 
-impl Form {
+impl ExportFormat {
     /// What it is called in the directory that it is put in.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -43,7 +43,7 @@ impl Form {
     }
 }
 
-impl Width {
+impl Precision {
     pub(super) fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
