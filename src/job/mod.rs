@@ -3,6 +3,7 @@
 //! A *job* is a row of the queue. It is either a *training*, on photos, or a *sample*: images drawn with a training's
 //! result. Both are queued, claimed under a lease, run, and finished once.
 
+mod model;
 mod spec;
 mod string_enum;
 
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub use model::{HeldModel, ModelCard, ModelDrawing, ModelPart, ModelRef, WaitingFor, Warning, WarningCode};
 pub use spec::{
     CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
     Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
@@ -86,7 +88,7 @@ string_enum!(
 );
 
 string_enum!(
-    /// Where a job stands. The last three never change again.
+    /// The state of a job. The last three are final.
     State {
         /// Waits for a worker.
         Queued = "queued",
@@ -109,15 +111,15 @@ impl State {
 }
 
 string_enum!(
-    /// What a running job is at.
+    /// The phase of a running job.
     Phase {
         /// Fetches photos and weights, encodes what never changes.
         Preparing = "preparing",
         /// Finds the product in its photos and makes views of it.
         Refining = "refining",
-        /// Draws the class images that keep the class what it was.
+        /// Draws the class images for the prior preservation.
         ClassImages = "class_images",
-        /// Teaches the discriminator what the product is.
+        /// Trains the discriminator to recognise the product.
         Discriminating = "discriminating",
         /// Takes steps.
         Training = "training",
@@ -133,15 +135,15 @@ string_enum!(
 /// How far a running job is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
-    /// What it is at.
+    /// Its phase.
     pub phase: Phase,
     /// Steps of this phase done.
     pub step: u64,
     /// Steps of this phase; 0 where it is not known.
     pub total: u64,
-    /// Seconds until the whole job is done, as far as can be told.
+    /// Estimated seconds until the whole job is done.
     pub eta_seconds: Option<f64>,
-    /// Pictures drawn so far that can be looked at.
+    /// Pictures drawn so far that can be fetched.
     pub images: u64,
     /// The last step's loss, while training.
     pub loss: Option<f64>,
@@ -157,7 +159,7 @@ impl Progress {
 string_enum!(
     /// Why a job failed. Stable: clients may act on it.
     FaultCode {
-        /// The photos or the words cannot work, in a way that could not be seen at the door.
+        /// The photos or texts are unusable, which could not be seen when the job was accepted.
         Input = "input",
         /// The loss was no longer a finite number.
         Diverged = "diverged",
@@ -177,7 +179,7 @@ string_enum!(
 /// Why a job failed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Fault {
-    /// Which kind of fault.
+    /// The kind of fault.
     pub code: FaultCode,
     /// One line for a person. Holds no path, no key and no prompt.
     pub message: String,
@@ -254,6 +256,15 @@ impl Spec {
         }
     }
 
+    /// What a worker must hold to run it, the SHA-256 or the name of a model; none if any will do. A sample needs its
+    /// training's.
+    pub fn needed_model(&self) -> Option<&str> {
+        match self {
+            Self::Train(spec) => spec.needed_model(),
+            Self::Sample(_) => None,
+        }
+    }
+
     /// Order among the tenant's own jobs: larger first.
     pub fn priority(&self) -> i32 {
         match self {
@@ -317,6 +328,8 @@ pub struct Job {
     pub retry_of: Option<JobId>,
     /// W3C `traceparent` of the request that submitted it.
     pub trace: Option<String>,
+    /// What a worker must hold to run it, the SHA-256 or the name of a model; none if any will do.
+    pub model: Option<String>,
 }
 
 impl Job {

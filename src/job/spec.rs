@@ -1,10 +1,13 @@
 //! Specifications of jobs: every option with its range and default. An invalid specification cannot be constructed.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use unicode_normalization::UnicodeNormalization;
 use utoipa::ToSchema;
 
+use super::model::{ModelCard, ModelRef, Warning};
 use super::string_enum::string_enum;
 
 /// The characters that [`is_printable`] rejects, as a set of a regular expression, without the ASCII controls.
@@ -77,9 +80,9 @@ impl Invalid {
 }
 
 string_enum!(
-    /// How a training goes about it. A method is a set of defaults: every setting of it can be changed.
+    /// The method of a training: a set of defaults, each of which can be changed.
     Method {
-        /// Views before plain colours, the inverse Gaussian, perceptual and adversarial losses (arXiv 2410.14265).
+        /// Views on plain colours, the inverse Gaussian, perceptual and adversarial losses (arXiv 2410.14265).
         Hypnos = "hypnos",
         /// Noise loss with prior preservation on UNet and text encoder (Ruiz et al. 2023, arXiv 2208.12242).
         Dreambooth = "dreambooth",
@@ -134,8 +137,8 @@ impl Format {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossWeights {
-    /// Of the reconstruction of the product.
-    #[schema(minimum = 0.0, maximum = 100.0, default = 1.0)]
+    /// Of the reconstruction of the product. By default 1.0.
+    #[schema(minimum = 0.0, maximum = 100.0)]
     pub reconstruction: f64,
     /// Of the prior preservation: what the class images count. By default 1; 0 for `textual_inversion`.
     #[schema(minimum = 0.0, maximum = 100.0)]
@@ -154,26 +157,26 @@ impl Default for LossWeights {
     }
 }
 
-/// Views of the photos: the product before plain colours, or its photo as it is.
+/// Views of the photos: the product on plain colours, or its photo as it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Views {
     /// Whether views are made; without them the photos are learned from as they are. By default so for `hypnos` only.
     pub enabled: bool,
-    /// How many.
-    #[schema(minimum = 1, maximum = 1000, default = 64)]
+    /// Number of views. By default 64.
+    #[schema(minimum = 1, maximum = 1000)]
     pub n: u32,
-    /// Share of views before one plain colour.
-    #[schema(minimum = 0.0, maximum = 1.0, default = 0.66)]
+    /// Share of views with the product on one plain colour. By default 0.66.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     pub monotone: f64,
-    /// Share of views in which the product is smaller and moved.
-    #[schema(minimum = 0.0, maximum = 1.0, default = 0.15)]
+    /// Share of views in which the product is smaller and moved. By default 0.15.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     pub resized: f64,
-    /// The smallest that it may become.
-    #[schema(minimum = 0.1, maximum = 1.0, default = 0.6)]
+    /// The smallest scale of the product. By default 0.6.
+    #[schema(minimum = 0.1, maximum = 1.0)]
     pub scale_min: f64,
-    /// Room left around the product, as a share of its longer side.
-    #[schema(minimum = 0.0, maximum = 1.0, default = 0.2)]
+    /// Room left around the product, as a share of its longer side. By default 0.2.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     pub margin: f64,
 }
 
@@ -189,14 +192,14 @@ impl Default for Views {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Discriminator {
-    /// Its steps before the first one of the training.
-    #[schema(minimum = 0, maximum = 10_000, default = 600)]
+    /// Its steps before the first one of the training. By default 600.
+    #[schema(minimum = 0, maximum = 10_000)]
     pub steps: u32,
-    /// Its learning rate.
-    #[schema(exclusive_minimum = 0.0, maximum = 0.01, default = 1e-4)]
+    /// Its learning rate. By default 1e-4.
+    #[schema(exclusive_minimum = 0.0, maximum = 0.01)]
     pub learning_rate: f64,
-    /// Real latents in each of its steps, and fake ones.
-    #[schema(minimum = 1, maximum = 64, default = 8)]
+    /// Real latents in each of its steps, and fake ones. By default 8.
+    #[schema(minimum = 1, maximum = 64)]
     pub batch: u32,
 }
 
@@ -210,13 +213,13 @@ impl Default for Discriminator {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Perceptual {
-    /// Weights of the activations at strides 2, 4, 8, 16 and 32.
-    #[schema(min_items = 5, max_items = 5, default = json!([1.0, 0.5, 0.25, 0.125, 0.0625]))]
+    /// Weights of the activations at strides 2, 4, 8, 16 and 32. By default [1.0, 0.5, 0.25, 0.125, 0.0625].
+    #[schema(min_items = 5, max_items = 5)]
     pub strides: [f64; 5],
-    /// Timesteps from here on are passed over, which saves their cost; none are if it is not given.
+    /// Timesteps from here on are skipped, which saves their cost. By default none.
     #[schema(minimum = 1, maximum = 1000)]
     pub timestep_max: Option<u32>,
-    /// Side, in latents, of a random square that is looked at in place of the whole picture.
+    /// Side, in latents, of a random square that is compared instead of the whole picture.
     #[schema(minimum = 4, maximum = 128)]
     pub crop: Option<u32>,
 }
@@ -232,14 +235,14 @@ impl Default for Perceptual {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Templates {
-    /// Of a photo, where no views are made.
-    #[schema(min_length = 1, max_length = 200, default = "a photo of {product}")]
+    /// Of a photo, where no views are made. By default `a photo of {product}`.
+    #[schema(min_length = 1, max_length = 200)]
     pub photo: String,
-    /// Of a view.
-    #[schema(min_length = 1, max_length = 200, default = "a photo of {product}, {background} background")]
+    /// Of a view. By default `a photo of {product}, {background} background`.
+    #[schema(min_length = 1, max_length = 200)]
     pub view: String,
-    /// Of a class image.
-    #[schema(min_length = 1, max_length = 200, default = "a photo of {class}")]
+    /// Of a class image. By default `a photo of {class}`.
+    #[schema(min_length = 1, max_length = 200)]
     pub class: String,
 }
 
@@ -253,34 +256,35 @@ impl Default for Templates {
     }
 }
 
-/// What is drawn with the model, and how it is judged.
+/// How the finished model is evaluated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Evaluation {
-    /// Whether anything is drawn and judged.
-    #[schema(default = true)]
+    /// Whether it is evaluated. By default true.
     pub enabled: bool,
-    /// Pictures of the finished model. Half of them show one standard prompt, one more if they are odd; the others a prompt
-    /// each.
-    #[schema(minimum = 1, maximum = 64, default = 4)]
+    /// Pictures of the finished model. Half of them, rounded up, show one standard prompt; each of the others has a
+    /// prompt of its own. By default 4.
+    #[schema(minimum = 1, maximum = 64)]
     pub images: u32,
-    /// Sampler steps of each.
-    #[schema(minimum = 1, maximum = 200, default = 25)]
+    /// Sampler steps of each. By default 25.
+    #[schema(minimum = 1, maximum = 200)]
     pub steps: u32,
-    /// What the others show, in turn; `{product}` stands for the product. By default drawn from lists of image types,
-    /// backgrounds and styles.
+    /// Prompts of these others, in turn; `{product}` stands for the product. By default drawn from lists of image
+    /// types, backgrounds and styles.
     #[schema(min_items = 1, max_items = 64, example = json!(["{product} on a beach at sunset"]))]
     pub prompts: Option<Vec<String>>,
-    /// Pictures of the class that the finished model draws to show whether the class is still what it was. They are not
-    /// kept, and not drawn where the models hold nothing to judge them with.
-    #[schema(minimum = 0, maximum = 64, default = 2)]
+    /// Pictures of the class that the finished model draws to measure whether other objects of the class still look
+    /// different from the product. They are not kept, and not drawn where the bundle has no network to score them
+    /// with. By default 2.
+    #[schema(minimum = 0, maximum = 64)]
     pub class_images: u32,
-    /// Steps after which a few pictures are scored, each at most `steps`; of these the best is served. By default at half,
-    /// at three quarters and at the end; empty, or where the models hold nothing to score with, the last step is served.
+    /// Steps after which a few pictures are scored, each at most `steps`; of these the best is served. By default at
+    /// half, at three quarters and at the end; empty, or where the bundle has no networks to score with, the last step
+    /// is served.
     #[schema(max_items = 10)]
     pub trials: Option<Vec<u32>>,
-    /// Pictures that are scored each time.
-    #[schema(minimum = 2, maximum = 64, default = 4)]
+    /// Pictures that are scored each time. By default 4.
+    #[schema(minimum = 2, maximum = 64)]
     pub trial_images: u32,
 }
 
@@ -319,7 +323,8 @@ impl Evaluation {
     }
 }
 
-/// How a model is trained. Everything has a default, which may depend on the method; an unknown name is refused.
+/// How a model is trained. What is left out is the model's own for the method, as `GET /v1/models` lists it, and where
+/// the model has none, the default said here, which suits Stable Diffusion 1.5. An unknown name is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainOptions {
@@ -332,7 +337,7 @@ pub struct TrainOptions {
     /// Learning rate of AdamW, constant. By default 2e-6; 5e-4 for `textual_inversion`.
     #[schema(exclusive_minimum = 0.0, maximum = 0.01)]
     pub learning_rate: f64,
-    /// Where all random numbers come from. Drawn by the server if not given, and said in the job.
+    /// Seed of all random numbers. Drawn by the server if not given, and shown in the job.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     pub seed: Option<u64>,
     /// The word for this one product: one token of the model's vocabulary that means next to nothing. The model's own
@@ -342,16 +347,17 @@ pub struct TrainOptions {
     /// The word for the backgrounds of the photos, another such token. The model's own choice if not given.
     #[schema(min_length = 1, max_length = 16, pattern = "^[a-z0-9]+$")]
     pub background_token: Option<String>,
-    /// Pictures of the class, drawn by the untrained model, that keep the class what it was; 0 for none.
-    #[schema(minimum = 0, maximum = 1000, default = 200)]
+    /// Pictures of the class, drawn by the untrained model, for the prior preservation; 0 for none. By default 200.
+    #[schema(minimum = 0, maximum = 1000)]
     pub class_images: u32,
     /// The loss on the product's noise. By default `inverse_gaussian` for `hypnos`, `mse` for the others.
     pub reconstruction: Reconstruction,
-    /// Width of the inverse Gaussian: the larger, the flatter. At 1.382 it lies closest to the square.
-    #[schema(minimum = 0.1, maximum = 100.0, default = 1.382)]
+    /// Width of the inverse Gaussian: the larger, the flatter. At 1.382 it lies closest to the square. By default
+    /// 1.382.
+    #[schema(minimum = 0.1, maximum = 100.0)]
     pub sigma: f64,
-    /// Largest exponent of the inverse Gaussian; what lies beyond it is not learned from.
-    #[schema(minimum = 1.0, maximum = 80.0, default = 20.0)]
+    /// Largest exponent of the inverse Gaussian; what lies beyond it is not learned from. By default 20.0.
+    #[schema(minimum = 1.0, maximum = 80.0)]
     pub exponent_max: f64,
     /// The last step at which the perceptual loss counts, at most `steps`. By default five eighths of them.
     #[schema(minimum = 0, maximum = 10_000)]
@@ -369,9 +375,9 @@ pub struct TrainOptions {
     /// Steps after which a picture is drawn for people to look at, each at most `steps`. By default at each quarter.
     #[schema(max_items = 100)]
     pub previews: Option<Vec<u32>>,
-    /// Pictures of the finished model, and what they are worth.
+    /// How the finished model is evaluated.
     pub evaluation: Evaluation,
-    /// Which of one's own waiting jobs goes first: the larger.
+    /// Of a tenant's waiting jobs, those with a larger priority start first.
     #[schema(minimum = -100, maximum = 100, default = 0)]
     pub priority: i32,
 }
@@ -433,10 +439,20 @@ impl TrainOptions {
     }
 
     /// Options from a JSON object that names some of them; all others take the defaults of its method.
-    pub fn given(some: &Value) -> Result<Self, serde_json::Error> {
-        let method = some.get("method").map_or(Ok(Method::default()), Method::deserialize)?;
+    pub fn given(some: &Value) -> serde_json::Result<Self> {
+        Self::suited(&BTreeMap::new(), some)
+    }
+
+    /// The same, where `suited` has by method what a model takes in place of the defaults.
+    pub fn suited(suited: &BTreeMap<String, Value>, given: &Value) -> serde_json::Result<Self> {
+        let method = given.get("method").map_or(Ok(Method::default()), Method::deserialize)?;
         let mut whole = serde_json::to_value(Self::of(method))?;
-        merge_json(&mut whole, some);
+        let suited = suited.get(method.as_str());
+        suited
+            .into_iter()
+            .chain([given])
+            .filter(|some| some.is_object())
+            .for_each(|some| merge_json(&mut whole, some));
         serde_json::from_value(whole)
     }
 
@@ -510,10 +526,20 @@ pub const STEPS_MAX: u32 = 10_000;
 pub struct TrainSpec {
     /// What kind of thing the product is, such as `mug`.
     pub class_name: String,
+    /// The model that is fine-tuned; none if any will do, as in rows of earlier builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelRef>,
     /// How it is trained.
     pub options: TrainOptions,
+    /// The options that were given, as long as the others depend on a model that no worker had registered:
+    /// [`TrainSpec::resolved`] completes them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open_options: Option<Value>,
     /// The seed, asked for or drawn.
     pub seed: u64,
+    /// What its sender was warned of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Warning>,
 }
 
 impl TrainSpec {
@@ -523,7 +549,36 @@ impl TrainSpec {
         let seed = options.seed.unwrap_or(drawn_seed & SEED_MAX);
         let s_p = options.s_p.unwrap_or(options.steps * 5 / 8); // 500 of the paper's 800
         let options = TrainOptions { s_p: Some(s_p), ..options };
-        Ok(Self { class_name: self::class_name(class_name)?, options, seed })
+        let class_name = self::class_name(class_name)?;
+        Ok(Self { class_name, model: None, options, open_options: None, seed, warnings: Vec::new() })
+    }
+
+    /// A training of the model `card`, with the options that suit it where `given` names none. A seed that is neither
+    /// given nor suited is `drawn_seed`. Options that the model cannot be trained with are refused.
+    pub fn of_model(
+        card: &ModelCard,
+        class_name: &str,
+        given: &Value,
+        drawn_seed: u64,
+    ) -> Result<Self, Invalid> {
+        let options = card.options(given).map_err(|error| Invalid::new("", error.to_string()))?;
+        let spec = Self::new(class_name, options, drawn_seed)?;
+        card.check(&spec.options)?;
+        let warnings = card.metrics_warning(&spec.options).into_iter().collect();
+        Ok(Self { model: Some(card.reference()), warnings, ..spec })
+    }
+
+    /// The specification for the model `card`, which a worker holds that claimed the job: options that were left open
+    /// are what suits this model. None if none were.
+    pub fn resolved(&self, card: &ModelCard) -> Result<Option<Self>, Invalid> {
+        let Some(given) = &self.open_options else { return Ok(None) };
+        Self::of_model(card, &self.class_name, given, self.seed).map(Some)
+    }
+
+    /// What a worker must hold to train it, the SHA-256 or the name of a model; none if any will do.
+    pub fn needed_model(&self) -> Option<&str> {
+        let model = self.model.as_ref()?;
+        Some(model.sha256.as_deref().unwrap_or(&model.name))
     }
 }
 
@@ -536,7 +591,7 @@ pub fn class_name(text: &str) -> Result<String, Invalid> {
         return invalid(format!("wanted 1 to {CLASS_NAME_CHARS_MAX} characters, got {n_chars}"));
     }
     match text.chars().find(|&c| !is_printable(c)) {
-        Some(c) => invalid(format!("holds U+{:04X}, a character that cannot be seen", c as u32)),
+        Some(c) => invalid(format!("holds U+{:04X}, an invisible character", c as u32)),
         None => Ok(name),
     }
 }
@@ -561,12 +616,12 @@ pub struct SampleSpec {
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 8, default = 1)]
     pub n: u32,
-    /// Seed of the first picture, drawn by the server if not given; each further one takes the next. A picture's own
-    /// seed is said with it and draws it again.
+    /// Seed of the first picture, drawn by the server if not given; each further one takes the next. Each picture
+    /// is listed with its own seed, which reproduces it.
     #[serde(default)]
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     pub seed: Option<u64>,
-    /// Steps from noise to picture.
+    /// Steps of the sampler.
     #[serde(default = "twenty_five")]
     #[schema(minimum = 1, maximum = 200, default = 25)]
     pub steps: u32,
@@ -575,7 +630,7 @@ pub struct SampleSpec {
     #[serde(default)]
     #[schema(minimum = 0.0, maximum = 30.0)]
     pub guidance: Option<f64>,
-    /// The way from noise to picture; the model's own if not given, `dpmpp-2m` for Stable Diffusion 1.5.
+    /// The sampler; the model's own if not given, `dpmpp-2m` for Stable Diffusion 1.5.
     #[serde(default)]
     pub scheduler: Option<Scheduler>,
     /// Pixels, a multiple of 8; the model's own size if not given.
@@ -593,7 +648,7 @@ pub struct SampleSpec {
 }
 
 string_enum!(
-    /// Ways from noise to picture.
+    /// Samplers.
     Scheduler {
         /// Song et al. 2021.
         Ddim = "ddim",
@@ -659,7 +714,7 @@ fn text(pointer: &str, text: &str, min: usize) -> Result<String, Invalid> {
     }
     match text.chars().find(|&c| !is_printable(c) && !matches!(c, '\n' | '\r' | '\t')) {
         Some(c) => {
-            let message = format!("holds U+{:04X}, a character that cannot be seen", c as u32);
+            let message = format!("holds U+{:04X}, an invisible character", c as u32);
             Err(Invalid::new(pointer, message))
         }
         None => Ok(text),

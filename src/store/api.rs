@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::db::{Arg, Row, Tx, args, locking};
 use super::error::Result;
 use super::handle::Store;
@@ -20,7 +22,8 @@ const ID_EARLIER_MS: i64 = 24 * 60 * 60 * 1000;
 macro_rules! job_columns {
     () => {
         "id, tenant, parent, kind, spec, photos, state, run_lease, attempt, max_attempts, cancel_requested, \
-         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms, retry_of, trace"
+         checkpoint, progress, result, error, version, created_ms, started_ms, finished_ms, retry_of, trace, \
+         model"
     };
 }
 pub(super) use job_columns;
@@ -70,17 +73,19 @@ impl Store {
                 return by_key(&row, idempotency);
             }
         }
+        let mut model = new.spec.needed_model().map(ToOwned::to_owned);
         if let Some(parent) = new.parent {
             // The lock prevents a deletion between this read and the insert of the new row.
             let select = locking!(
-                "select state from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
+                "select state, result from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
                 "for share"
             );
             let row = tx.row(select, args![new.tenant, parent]).await?;
-            let state = row.map(|row| row.parsed("state")).transpose()?;
+            let state = row.as_ref().map(|row| row.parsed("state")).transpose()?;
             if state != Some(State::Succeeded) {
                 return Ok(Submitted::NoParent(state));
             }
+            model = row.as_ref().map_or(Ok(None), trained_model)?;
         }
         let kind = new.spec.kind();
         let count = "select count(*) as jobs from job where tenant = $1 and kind = $2 and state = 'queued'";
@@ -88,7 +93,7 @@ impl Store {
         if waiting.map_or(Ok(0), |row| row.int("jobs"))? as u64 >= new.queue_max {
             return Ok(Submitted::QueueFull);
         }
-        let job = insert(&mut tx, new).await?;
+        let job = insert(&mut tx, new, model).await?;
         if let Some(Idempotency { key, request_hash }) = &new.idempotency {
             let insert = "insert into idempotency (tenant, key, request_hash, job, created_ms) \
                           select $1, $2, $3, $4, ms from clock";
@@ -285,11 +290,11 @@ fn first_id_after(ms: i64) -> JobId {
     JobId(uuid::Builder::from_unix_timestamp_millis(ms.max(0) as u64, &[0; 10]).into_uuid())
 }
 
-async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
+async fn insert(tx: &mut Tx, new: &NewJob, model: Option<String>) -> Result<Job> {
     let insert = concat!(
         "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, retry_of, \
-         trace, not_before_ms, created_ms) \
-         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, ms, ms from clock returning ",
+         trace, model, not_before_ms, created_ms) \
+         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ms, ms from clock returning ",
         job_columns!()
     );
     let class_name = match &new.spec {
@@ -308,9 +313,17 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job> {
         new.max_attempts,
         new.origin.retry_of,
         new.origin.trace.as_deref(),
+        model,
     ];
     let row = tx.row(insert, values).await?;
     job(&row.expect("an insert of one row returns it"))
+}
+
+/// The hash of the model that a finished training's weights belong to.
+fn trained_model(training: &Row) -> Result<Option<String>> {
+    let result: Option<Value> =
+        training.text_or_none("result")?.map(|text| parse("result", text)).transpose()?;
+    Ok(result.and_then(|result| result["bundle_sha256"].as_str().map(ToOwned::to_owned)))
 }
 
 /// Reads a row of the queue.
@@ -338,5 +351,6 @@ pub(super) fn job(row: &Row) -> Result<Job> {
         finished_ms: row.int_or_none("finished_ms")?,
         retry_of: row.parsed_or_none("retry_of")?,
         trace: document("trace")?.map(ToOwned::to_owned),
+        model: document("model")?.map(ToOwned::to_owned),
     })
 }

@@ -9,7 +9,8 @@
 use super::db::{Arg, Row, Tx, args};
 use super::error::{Error, Result};
 use super::handle::Store;
-use crate::job::{Job, JobId, Kind, State, TenantId};
+use super::worker::{model_args, runnable};
+use crate::job::{Job, JobId, Kind, ModelCard, State, TenantId};
 
 /// Largest weight of a tenant; the smallest is 1.
 pub const WEIGHT_MAX: u32 = 1000;
@@ -25,7 +26,7 @@ fn assumed_ms(kind: Kind) -> i64 {
 /// Selects what the turns of the tenants in `waiting` follow from, of tenants whose jobs of kind `$1` are not paused.
 /// `$2` and `$3` are the assumed device times of a training and of a sample.
 macro_rules! turns {
-    ($with:literal, $waiting:literal) => {
+    ($with:literal, $($waiting:expr),+) => {
         concat!(
             $with,
             "
@@ -40,7 +41,7 @@ macro_rules! turns {
                         from job where job.tenant = waiting.tenant and state = 'running') running
                     cross join clock) as running_ms
             from (",
-            $waiting,
+            $($waiting,)+
             ") waiting
             join tenant on tenant.id = waiting.tenant
             left join device_time on device_time.tenant = waiting.tenant
@@ -57,15 +58,35 @@ const TO_CLAIM: &str = turns!(
         select (select min(tenant) from job where state = 'queued' and kind = $1 and tenant > queued.tenant)
         from queued where queued.tenant is not null)",
     "select tenant, cast(0 as bigint) as jobs from queued where exists (select 1 from job where state = 'queued'
-        and kind = $1 and job.tenant = queued.tenant and not_before_ms <= (select ms from clock))"
+        and kind = $1 and job.tenant = queued.tenant and not_before_ms <= (select ms from clock) and ",
+    runnable!("$4", "$5"),
+    ")"
 );
 
-/// The same, with the number of jobs of each.
+/// Condition: a worker that can run a job for the model `$model` may have to choose between the two.
+macro_rules! competing {
+    ($model:literal) => {
+        concat!("(cast(", $model, " as text) is null or model is null or model = ", $model, ")")
+    };
+}
+
+/// The same, with the number of jobs of each that compete with one for the model `$4`.
 const TO_COUNT: &str = turns!(
     "",
     "select tenant, count(*) as jobs from job where state = 'queued' and kind = $1
-        and not_before_ms <= (select ms from clock) group by tenant"
+        and not_before_ms <= (select ms from clock) and ",
+    competing!("$4"),
+    " group by tenant"
 );
+
+/// The place of a waiting job in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuePlace {
+    /// How many jobs of its kind are claimed before it: 0 for the next one.
+    pub position: u64,
+    /// Whether a running worker holds the model that it needs.
+    pub served: bool,
+}
 
 /// A tenant with waiting jobs, and its turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,26 +169,33 @@ impl Store {
         row.map(|row| row.int("weight").map(|weight| weight as u32)).transpose()
     }
 
-    /// How many jobs of its kind are claimed before this one, if it waits: 0 for the next. An estimate: every job is
-    /// assumed to take as long as its tenant's recent jobs.
-    pub async fn queue_position(&self, job: &Job) -> Result<Option<u64>> {
+    /// The place of a job in the queue, if it waits. An estimate: every job is assumed to take as long as its tenant's
+    /// recent jobs.
+    pub async fn queue_place(&self, job: &Job) -> Result<Option<QueuePlace>> {
         if job.state != State::Queued {
             return Ok(None);
         }
         let ahead = "
             select (select count(*) from job where state = 'queued' and kind = me.kind and tenant = me.tenant
-                and (priority > me.priority or (priority = me.priority and id < me.id))) as own
+                and (me.model is null or model is null or model = me.model)
+                and (priority > me.priority or (priority = me.priority and id < me.id))) as own,
+                (select count(*) from model_worker join model on model.sha256 = model_worker.model
+                    where until_ms > (select ms from clock)
+                    and (me.model is null or me.model = sha256 or me.model = name)) as workers
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
         let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
-        let Some(own) = row.map(|row| row.int("own")).transpose()? else { return Ok(None) };
-        let turns = in_order(&self.db.read(TO_COUNT, &assumed_args(job.kind)).await?)?;
-        Ok(Some(position(job.tenant, own, &turns)))
+        let Some(row) = row else { return Ok(None) };
+        let values = [&assumed_args(job.kind)[..], args![job.model.as_deref()]].concat();
+        let turns = in_order(&self.db.read(TO_COUNT, &values).await?)?;
+        let position = position(job.tenant, row.int("own")?, &turns);
+        Ok(Some(QueuePlace { position, served: row.int("workers")? > 0 }))
     }
 }
 
-/// Tenants with jobs of that kind to claim, in the order of their turns.
-pub(super) async fn turns(tx: &mut Tx, kind: Kind) -> Result<Vec<Turn>> {
-    in_order(&tx.rows(TO_CLAIM, &assumed_args(kind)).await?)
+/// Tenants with jobs of that kind for a worker with this model, in the order of their turns.
+pub(super) async fn turns(tx: &mut Tx, kind: Kind, model: Option<&ModelCard>) -> Result<Vec<Turn>> {
+    let [sha256, name] = model_args(model);
+    in_order(&tx.rows(TO_CLAIM, &[&assumed_args(kind)[..], args![sha256, name]].concat()).await?)
 }
 
 fn assumed_args(kind: Kind) -> [Arg; 3] {

@@ -16,6 +16,7 @@
 //! keys      API keys                                          in_doubt  writes whose outcome is unknown
 //! objects   artifacts and class images                        notifier  hints between processes
 //! fair_queue  whose job is claimed next                       boot_clock  the clock of SQLite's leases
+//! models    what the workers hold
 //! deployment  the object store that belongs to the database   fault_injection  lost answers, for tests
 //! ```
 
@@ -32,6 +33,7 @@ mod in_doubt;
 mod jobs;
 mod json;
 mod keys;
+mod models;
 mod notifier;
 mod objects;
 mod postgres;
@@ -44,11 +46,12 @@ mod worker;
 pub use admin::{AdminFilter, AdminJob, Pause, Requeued};
 pub use deployment::{Deployment, References};
 pub use error::{Cause, Error, Result};
-pub use fair_queue::WEIGHT_MAX;
+pub use fair_queue::{QueuePlace, WEIGHT_MAX};
 pub use fault_injection::{Commit, Delivery, FaultInjector, Guard, Statement};
 pub use handle::Store;
 pub use jobs::{Filter, Gauge, Gauges, Idempotency, NewJob, Origin, Submitted};
 pub use keys::{Key, NewKey, Scope};
+pub use models::{ModelDevice, RegisteredModel};
 pub use notifier::Subscription;
 pub use postgres::Sessions;
 pub use tenants::{Holdings, Tenant, TenantState};

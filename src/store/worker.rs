@@ -17,7 +17,10 @@ use super::error::{Error, Result};
 use super::fair_queue::{Turn, charge, turns};
 use super::handle::Store;
 use super::json::{json, parse};
-use crate::job::{Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, Object, Progress, State, TenantId};
+use crate::job::{
+    Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, ModelCard, Object, Progress, Spec, State,
+    TenantId, TrainSpec,
+};
 
 /// Number of failed machines at which the fault counts as the job's own.
 pub const HOSTS_MAX: usize = 3;
@@ -29,11 +32,13 @@ pub struct ClaimFilter<'a> {
     pub kinds: &'a [Kind],
     /// But no samples of these tenants, of which it holds some already.
     pub no_samples_of: &'a [TenantId],
+    /// The model that it holds; none if it can run a job of any.
+    pub model: Option<&'a ModelCard>,
 }
 
 impl<'a> From<&'a [Kind]> for ClaimFilter<'a> {
     fn from(kinds: &'a [Kind]) -> Self {
-        Self { kinds, no_samples_of: &[] }
+        Self { kinds, no_samples_of: &[], model: None }
     }
 }
 
@@ -119,6 +124,27 @@ macro_rules! overdue {
             ")"
         )
     };
+}
+
+/// Condition: a worker with the model of [`model_args`] can run the job; one without a model can run every job.
+macro_rules! runnable {
+    ($sha256:literal, $name:literal) => {
+        concat!(
+            "(cast(",
+            $sha256,
+            " as text) is null or model is null or model = ",
+            $sha256,
+            " or model = ",
+            $name,
+            ")"
+        )
+    };
+}
+pub(super) use runnable;
+
+/// The arguments of `runnable!`: hash and name of a model.
+pub(super) fn model_args(model: Option<&ModelCard>) -> [Option<&str>; 2] {
+    [model.map(|card| card.sha256.as_str()), model.map(|card| card.name.as_str())]
 }
 
 /// Clears the columns of a running row.
@@ -248,18 +274,25 @@ impl Store {
         let filter = filter.into();
         let [Some(first), Some(last)] = [filter.kinds.first(), filter.kinds.last()] else { return Ok(None) };
         // Most polls find nothing, and need not wait for writers.
-        let poll = "select id from job where state = 'queued' and kind in ($1, $2) \
-                    and not_before_ms <= (select ms from clock) limit 1";
-        if self.db.row(poll, args![first.as_str(), last.as_str()]).await?.is_none() {
+        let poll = concat!(
+            "select id from job where state = 'queued' and kind in ($1, $2) \
+             and not_before_ms <= (select ms from clock) and ",
+            runnable!("$3", "$4"),
+            " limit 1"
+        );
+        let [sha256, name] = model_args(filter.model);
+        if self.db.row(poll, args![first.as_str(), last.as_str(), sha256, name]).await?.is_none() {
             return Ok(None);
         }
         let mut tx = self.db.begin().await?;
         for kind in [Kind::Train, Kind::Sample].into_iter().filter(|kind| filter.kinds.contains(kind)) {
-            for turn in turns(&mut tx, kind).await? {
+            for turn in turns(&mut tx, kind, filter.model).await? {
                 if kind == Kind::Sample && filter.no_samples_of.contains(&turn.tenant) {
                     continue;
                 }
-                let Some(id) = lock_next_job(&mut tx, kind, turn.tenant).await? else { continue };
+                let Some(id) = lock_next_job(&mut tx, kind, turn.tenant, filter.model).await? else {
+                    continue;
+                };
                 let job = start_attempt(&mut tx, id, &turn, worker, [lease, deadline], self.db.lease_clock())
                     .await?;
                 return match tx.commit().await {
@@ -311,6 +344,16 @@ impl Store {
             Some(row) => Ok(Renewal::Held { cancel_requested: row.flag("cancel_requested")? }),
             None => Ok(Renewal::Lost),
         }
+    }
+
+    /// Replaces the specification of a running training whose options were open, and binds the job to the model that
+    /// they were completed for. May be repeated.
+    pub async fn bind_model(&self, lease: Lease, spec: &TrainSpec) -> Result<()> {
+        let update =
+            concat!("update job set spec = $3, model = $4, version = version + 1 where ", lease_held!());
+        let document = json(&Spec::Train(Box::new(spec.clone())));
+        let values = args![lease.job, lease.run_lease, document, spec.needed_model()];
+        ensure_held(self.db.write(update, values).await?)
     }
 
     /// Makes a stored checkpoint the one that the next attempt resumes from. May be repeated. Returns the previous
@@ -546,13 +589,19 @@ const RESCUE: (&str, &str) = {
 };
 
 /// Locks the tenant's next job of that kind that no other claim has locked.
-async fn lock_next_job(tx: &mut Tx, kind: Kind, tenant: TenantId) -> Result<Option<JobId>> {
+async fn lock_next_job(
+    tx: &mut Tx,
+    kind: Kind,
+    tenant: TenantId,
+    model: Option<&ModelCard>,
+) -> Result<Option<JobId>> {
     let select = locking!(
         "select id from job where state = 'queued' and kind = $1 and tenant = $2 \
-         and not_before_ms <= (select ms from clock) order by priority desc, id limit 1";
+         and not_before_ms <= (select ms from clock) and ", runnable!("$3", "$4"), " order by priority desc, id limit 1";
         "for update skip locked"
     );
-    let row = tx.row(select, args![kind.as_str(), tenant]).await?;
+    let [sha256, name] = model_args(model);
+    let row = tx.row(select, args![kind.as_str(), tenant, sha256, name]).await?;
     row.map(|row| row.parsed("id")).transpose()
 }
 

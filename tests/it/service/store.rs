@@ -4,9 +4,10 @@ mod admin;
 mod contract;
 mod crash;
 mod deployment;
+mod in_doubt;
 mod model_based;
+mod models;
 mod pooler;
-mod unknown;
 mod upgrade;
 
 use std::collections::BTreeMap;
@@ -190,8 +191,8 @@ struct DeviceTime {
 }
 
 /// Waits for a hint that must come.
-async fn woken(wakes: &mut Subscription) {
-    tokio::time::timeout(LONG / 10, wakes.wait()).await.expect("a hint");
+async fn notified(hints: &mut Subscription) {
+    tokio::time::timeout(LONG / 10, hints.wait()).await.expect("a hint");
 }
 
 /// A training to be accepted.

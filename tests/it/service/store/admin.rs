@@ -9,14 +9,14 @@ on_each! {
     an_operator_sees_every_tenant_s_jobs,
     an_operator_sees_what_a_client_does_not,
     a_requeued_job_is_taken_from_its_worker_at_the_cost_of_no_attempt,
-    a_requeued_job_whose_owner_wanted_it_to_end_is_canceled,
+    a_requeued_job_whose_owner_had_canceled_it_is_canceled,
     only_what_runs_is_requeued,
     what_is_paused_is_not_claimed_until_it_is_resumed,
     a_pause_covers_a_tenant_a_kind_or_all,
     nothing_of_a_disabled_tenant_is_accepted_or_claimed,
-    a_key_says_whether_its_tenant_is_served,
+    a_key_says_whether_its_tenant_is_active,
     a_deleted_tenant_leaves_no_row,
-    a_deletion_goes_on_wherever_it_was_broken_off,
+    a_deletion_resumes_wherever_it_was_interrupted,
     the_tenant_of_a_server_without_keys_stays,
     a_database_of_the_first_schema_is_brought_up_to_date,
 }
@@ -114,7 +114,7 @@ async fn a_requeued_job_is_taken_from_its_worker_at_the_cost_of_no_attempt(db: T
     db.store.finish(again.lease(), &json!({}), &[]).await.unwrap();
 }
 
-async fn a_requeued_job_whose_owner_wanted_it_to_end_is_canceled(db: TestDatabase) {
+async fn a_requeued_job_whose_owner_had_canceled_it_is_canceled(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let job = db.accept(training(tenant)).await;
     db.claim().await.unwrap();
@@ -145,7 +145,11 @@ async fn what_is_paused_is_not_claimed_until_it_is_resumed(db: TestDatabase) {
     db.store.pause(None, None, "the power goes at one").await.unwrap();
     assert!(db.claim().await.is_none());
     assert!(see(&db, job.id).await.held_back);
-    assert_eq!(db.store.queue_position(&job).await.unwrap(), Some(0), "its place is what it was");
+    assert_eq!(
+        db.store.queue_place(&job).await.unwrap().map(|place| place.position),
+        Some(0),
+        "its place is what it was"
+    );
     // What runs goes on; what comes is accepted.
     assert_eq!(db.store.finish(held, &json!({}), &[]).await.unwrap(), State::Succeeded);
     let drawn = db.accept(sample(tenant, running.id)).await;
@@ -233,7 +237,7 @@ fn key(id: &str, tenant: TenantId) -> NewKey {
     }
 }
 
-async fn a_key_says_whether_its_tenant_is_served(db: TestDatabase) {
+async fn a_key_says_whether_its_tenant_is_active(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     db.store.create_key(&key("k1", tenant)).await.unwrap();
     let state = async || db.store.find_key("k1").await.unwrap().map(|key| (key.live, key.tenant_state));
@@ -323,7 +327,7 @@ async fn a_deleted_tenant_leaves_no_row(db: TestDatabase) {
     assert_ne!(db.tenant("shop").await, shop, "the name is free");
 }
 
-async fn a_deletion_goes_on_wherever_it_was_broken_off(db: TestDatabase) {
+async fn a_deletion_resumes_wherever_it_was_interrupted(db: TestDatabase) {
     let shop = with_everything(&db, "shop").await;
     db.sql("update job set lease_until_ms = 0, lease_until_boot_ms = lease_until_boot_ms - 3600000 where state = 'running'").await;
     db.store.delete_tenant(shop).await.unwrap();

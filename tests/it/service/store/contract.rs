@@ -15,28 +15,28 @@ on_each! {
     fifty_equal_requests_at_once_are_one_job,
     a_key_belongs_to_one_request_for_a_day,
     a_key_is_free_again_when_its_job_is_deleted,
-    one_place_in_the_queue_is_given_once,
+    the_last_place_in_the_queue_is_given_once,
     a_sample_needs_a_training_that_succeeded,
     trainings_come_before_samples_and_larger_priorities_first,
     ten_thousand_jobs_of_one_tenant_do_not_hold_up_another,
     tenants_take_turns,
     device_time_counts_and_not_the_number_of_jobs,
     both_kinds_count_as_one,
-    what_runs_counts_as_what_it_is_thought_to_take,
+    a_running_job_counts_with_its_expected_time,
     weights_of_one_to_three_give_one_to_three,
-    who_was_idle_comes_next_and_catches_up_on_nothing,
+    an_idle_tenant_comes_next_and_gets_no_credit_for_its_idle_time,
     a_lost_worker_s_device_time_counts,
-    a_worker_passes_over_the_samples_of_tenants_that_it_has_some_of,
-    a_weight_is_a_small_number_of_a_tenant_that_is_there,
+    a_claim_skips_the_samples_of_given_tenants,
+    a_weight_is_a_small_number_of_an_existing_tenant,
     an_old_database_gives_every_tenant_the_same_weight,
-    positions_foretell_the_order_of_claims,
-    a_position_says_how_many_are_claimed_before,
+    positions_predict_the_order_of_claims,
+    a_position_is_the_number_of_jobs_claimed_before,
     a_worker_gets_the_kinds_that_it_asks_for,
     sixty_four_claimers_get_each_job_once,
-    a_renewal_holds_the_lease_and_tells_of_a_cancel,
+    a_renewal_extends_the_lease_and_reports_a_cancel,
     the_version_changes_when_a_client_can_see_a_change,
     a_lost_lease_writes_nothing,
-    an_end_that_is_said_again_changes_nothing,
+    a_repeated_end_changes_nothing,
     a_lost_worker_costs_an_attempt_and_the_last_one_the_job,
     a_deadline_ends_an_attempt_however_alive_its_worker_looks,
     a_lease_that_is_held_is_not_rescued,
@@ -52,17 +52,17 @@ on_each! {
     a_running_job_that_is_deleted_vanishes_and_is_erased_after_its_end,
     a_training_is_erased_after_the_samples_drawn_with_it,
     a_deleted_training_takes_no_more_samples,
-    spent_checkpoints_are_named_until_they_are_forgotten,
+    obsolete_checkpoints_are_listed_until_they_are_forgotten,
     the_first_class_image_stays,
-    lists_are_filtered_and_turned_page_by_page,
-    another_tenants_rows_are_not_there,
-    keys_open_until_they_expire_or_are_revoked,
-    keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made,
+    lists_are_filtered_and_paginated,
+    another_tenants_rows_are_invisible,
+    keys_are_valid_until_they_expire_or_are_revoked,
+    keys_of_the_first_schema_stay_valid_and_admin_keys_can_be_created,
     gauges_count_what_waits_and_what_runs,
-    a_submission_wakes_who_waits,
+    a_submission_notifies_subscribers,
     two_migrations_at_once_are_one,
     a_schema_of_another_version_is_refused,
-    the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs,
+    a_step_of_the_wall_clock_ends_no_lease_where_there_is_a_boot_clock,
     what_a_row_names_is_read_under_its_lock,
 }
 
@@ -153,7 +153,7 @@ async fn a_key_is_free_again_when_its_job_is_deleted(db: TestDatabase) {
 }
 
 // case 48
-async fn one_place_in_the_queue_is_given_once(db: TestDatabase) {
+async fn the_last_place_in_the_queue_is_given_once(db: TestDatabase) {
     let submit = async |tenant| {
         let new = NewJob { queue_max: 2, ..training(tenant) };
         db.store.submit(new).await.unwrap()
@@ -222,7 +222,7 @@ async fn ten_thousand_jobs_of_one_tenant_do_not_hold_up_another(db: TestDatabase
     let first = db.claim().await.unwrap();
     assert_eq!(first.tenant, big, "the only one who waits");
     let one = db.accept(training(small)).await;
-    assert_eq!(db.store.queue_position(&one).await.unwrap(), Some(0));
+    assert_eq!(db.store.queue_place(&one).await.unwrap().map(|place| place.position), Some(0));
     assert_eq!(db.claim().await.unwrap().id, one.id, "who has nothing running is next");
 }
 
@@ -231,7 +231,7 @@ async fn tenants_take_turns(db: TestDatabase) {
     for tenant in [a, a, a, b, b] {
         db.accept(training(tenant)).await;
     }
-    assert_eq!(turns(&db, 9, |_| NONE).await, [a, b, a, b, a], "even if no device time is told");
+    assert_eq!(turns(&db, 9, |_| NONE).await, [a, b, a, b, a], "even if no device time was measured");
 }
 
 /// One worker, one job at a time: the tenants of the next `n` jobs, which take `time`.
@@ -272,12 +272,12 @@ async fn both_kinds_count_as_one(db: TestDatabase) {
     turns(&db, 10, |_| Duration::from_secs(10)).await;
     let first = db.accept(training(drawer)).await;
     let second = db.accept(training(trainer)).await;
-    assert_eq!(db.store.queue_position(&first).await.unwrap(), Some(1));
-    assert_eq!(db.store.queue_position(&second).await.unwrap(), Some(0));
+    assert_eq!(db.store.queue_place(&first).await.unwrap().map(|place| place.position), Some(1));
+    assert_eq!(db.store.queue_place(&second).await.unwrap().map(|place| place.position), Some(0));
     assert_eq!(db.claim().await.unwrap().id, second.id, "its tenant has drawn nothing");
 }
 
-async fn what_runs_counts_as_what_it_is_thought_to_take(db: TestDatabase) {
+async fn a_running_job_counts_with_its_expected_time(db: TestDatabase) {
     let [a, b] = [db.tenant("a").await, db.tenant("b").await];
     for tenant in [a, b] {
         db.accept(training(tenant)).await;
@@ -293,7 +293,7 @@ async fn what_runs_counts_as_what_it_is_thought_to_take(db: TestDatabase) {
     assert_eq!(order, [a, b, a, b, a, b], "many devices that are free at once do not all go to one");
 }
 
-// attack 4
+// case A4
 async fn weights_of_one_to_three_give_one_to_three(db: TestDatabase) {
     let [light, heavy] = [db.tenant("light").await, db.tenant("heavy").await];
     assert!(db.store.set_tenant_weight(heavy, 3).await.unwrap());
@@ -311,7 +311,7 @@ async fn weights_of_one_to_three_give_one_to_three(db: TestDatabase) {
     assert!((9..=11).contains(&count(&order, light)), "from the next claim on: {order:?}");
 }
 
-async fn who_was_idle_comes_next_and_catches_up_on_nothing(db: TestDatabase) {
+async fn an_idle_tenant_comes_next_and_gets_no_credit_for_its_idle_time(db: TestDatabase) {
     let [busy, idle] = [db.tenant("busy").await, db.tenant("idle").await];
     for _ in 0..60 {
         db.accept(training(busy)).await;
@@ -351,26 +351,26 @@ async fn a_lost_worker_s_device_time_counts(db: TestDatabase) {
     assert_eq!(used.train_ms, None, "nothing is learned from a part");
 }
 
-async fn a_worker_passes_over_the_samples_of_tenants_that_it_has_some_of(db: TestDatabase) {
+async fn a_claim_skips_the_samples_of_given_tenants(db: TestDatabase) {
     let [a, b] = [db.tenant("a").await, db.tenant("b").await];
     for tenant in [a, a, b] {
         let parent = db.trained(tenant).await.id;
         db.accept(sample(tenant, parent)).await;
     }
     let claim = async |no_samples_of: &[TenantId]| {
-        let wanted = ClaimFilter { kinds: BOTH, no_samples_of };
+        let wanted = ClaimFilter { kinds: BOTH, no_samples_of, model: None };
         db.store.claim(Uuid::now_v7(), wanted, LONG, LONG).await.unwrap().map(|claim| claim.job.tenant)
     };
     assert_eq!(claim(&[a]).await, Some(b));
     assert_eq!(claim(&[a, b]).await, None);
     assert_eq!(claim(&[b]).await, Some(a));
     let training = db.accept(training(a)).await;
-    let wanted = ClaimFilter { kinds: BOTH, no_samples_of: &[a] };
+    let wanted = ClaimFilter { no_samples_of: &[a], ..ClaimFilter::from(BOTH) };
     let claimed = db.store.claim(Uuid::now_v7(), wanted, LONG, LONG).await.unwrap().unwrap();
     assert_eq!((claimed.id, claimed.weight), (training.id, 1), "trainings are another thing");
 }
 
-async fn a_weight_is_a_small_number_of_a_tenant_that_is_there(db: TestDatabase) {
+async fn a_weight_is_a_small_number_of_an_existing_tenant(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     assert_eq!(db.store.tenant_weight(tenant).await.unwrap(), Some(1));
     for weight in [0, 1001, u32::MAX] {
@@ -410,7 +410,7 @@ async fn an_old_database_gives_every_tenant_the_same_weight(db: TestDatabase) {
     assert_eq!(failed, State::Queued);
 }
 
-async fn positions_foretell_the_order_of_claims(db: TestDatabase) {
+async fn positions_predict_the_order_of_claims(db: TestDatabase) {
     let mut waiting = Vec::new();
     for (name, weight, time) in [("a", 1, LONG), ("b", 3, LONG), ("c", 2, LONG / 10), ("d", 1, LONG * 2)] {
         let tenant = db.tenant(name).await;
@@ -427,7 +427,7 @@ async fn positions_foretell_the_order_of_claims(db: TestDatabase) {
     }
     let mut foretold = Vec::new();
     for job in &waiting {
-        foretold.push((db.store.queue_position(job).await.unwrap().unwrap(), job.id));
+        foretold.push((db.store.queue_place(job).await.unwrap().unwrap().position, job.id));
     }
     foretold.sort_unstable();
     assert!(foretold.iter().map(|(position, _)| *position).eq(0..16), "{foretold:?}");
@@ -438,27 +438,31 @@ async fn positions_foretell_the_order_of_claims(db: TestDatabase) {
     assert_eq!(order, foretold.into_iter().map(|(_, id)| id).collect::<Vec<_>>());
 }
 
-async fn a_position_says_how_many_are_claimed_before(db: TestDatabase) {
+async fn a_position_is_the_number_of_jobs_claimed_before(db: TestDatabase) {
     let [a, b] = [db.tenant("a").await, db.tenant("b").await];
     let mut waiting = Vec::new();
     for tenant in [a, a, a, b, b] {
         waiting.push(db.accept(training(tenant)).await);
     }
     for job in &waiting {
-        let position = db.store.queue_position(job).await.unwrap().unwrap();
+        let position = db.store.queue_place(job).await.unwrap().unwrap().position;
         let turn = [(a, 0), (b, 1), (a, 2), (b, 3), (a, 4)][position as usize].0;
         assert_eq!(turn, job.tenant);
     }
     let positions: HashSet<_> = {
         let mut all = HashSet::new();
         for job in &waiting {
-            all.insert(db.store.queue_position(job).await.unwrap());
+            all.insert(db.store.queue_place(job).await.unwrap().map(|place| place.position));
         }
         all
     };
     assert_eq!(positions.len(), waiting.len());
     let claimed = db.claim().await.unwrap();
-    assert_eq!(db.store.queue_position(&claimed).await.unwrap(), None, "it waits no more");
+    assert_eq!(
+        db.store.queue_place(&claimed).await.unwrap().map(|place| place.position),
+        None,
+        "it waits no more"
+    );
 }
 
 async fn a_worker_gets_the_kinds_that_it_asks_for(db: TestDatabase) {
@@ -517,7 +521,7 @@ async fn sixty_four_claimers_get_each_job_once(db: TestDatabase) {
     assert_eq!(states, HashMap::from([(State::Succeeded, 1000)]));
 }
 
-async fn a_renewal_holds_the_lease_and_tells_of_a_cancel(db: TestDatabase) {
+async fn a_renewal_extends_the_lease_and_reports_a_cancel(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     db.accept(training(tenant)).await;
     let job = db.claim_briefly().await.unwrap();
@@ -608,7 +612,7 @@ async fn writes_nothing(
 }
 
 // case A1: a worker whose answer was lost says it again
-async fn an_end_that_is_said_again_changes_nothing(db: TestDatabase) {
+async fn a_repeated_end_changes_nothing(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let store = &db.store;
     let mut ends: Vec<(Lease, State)> = Vec::new();
@@ -725,7 +729,7 @@ async fn a_retry_waits_until_its_time(db: TestDatabase) {
     assert_eq!(db.claim().await, None);
     let waiting = db.train(tenant, id).await.unwrap();
     assert_eq!((waiting.state, waiting.error.clone(), waiting.attempt), (State::Queued, None, 1));
-    assert_eq!(db.store.queue_position(&waiting).await.unwrap(), Some(0));
+    assert_eq!(db.store.queue_place(&waiting).await.unwrap().map(|place| place.position), Some(0));
     db.sql("update job set not_before_ms = not_before_ms - 600 * 1000").await;
     assert_eq!(db.claim().await.unwrap().attempt, 2);
 }
@@ -745,7 +749,7 @@ async fn a_fault_without_attempts_left_fails(db: TestDatabase) {
     assert_eq!(db.train(tenant, second).await.unwrap().attempt, 1);
 }
 
-// attack 5
+// case A5
 async fn a_machine_that_fails_costs_no_attempt_the_first_time(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let id = db.accept(NewJob { max_attempts: 2, ..training(tenant) }).await.id;
@@ -768,7 +772,7 @@ async fn a_machine_that_fails_costs_no_attempt_the_first_time(db: TestDatabase) 
     assert_eq!(db.train(tenant, id).await.unwrap().error, Some(fault()));
 }
 
-// attack 5
+// case A5
 async fn a_job_under_which_three_machines_fail_is_at_fault_itself(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let id = db.accept(NewJob { max_attempts: 100, ..training(tenant) }).await.id;
@@ -811,8 +815,8 @@ async fn a_cancel_that_was_acknowledged_never_succeeds(db: TestDatabase) {
     for end in ends {
         let id = db.accept(training(tenant)).await.id;
         let lease = db.claim().await.unwrap().lease();
-        let told = db.store.cancel(tenant, id).await.unwrap().unwrap();
-        assert_eq!((told.state, told.cancel_requested), (State::Running, true));
+        let canceled = db.store.cancel(tenant, id).await.unwrap().unwrap();
+        assert_eq!((canceled.state, canceled.cancel_requested), (State::Running, true));
         assert_eq!(end(db.store.clone(), lease).await, State::Canceled);
         let job = db.train(tenant, id).await.unwrap();
         assert_eq!((job.state, job.result, job.error), (State::Canceled, None, None));
@@ -841,12 +845,12 @@ async fn cancel_claim_and_finish_at_once_end_once(db: TestDatabase) {
             let job = worker.claim(Uuid::now_v7(), BOTH, LONG, LONG).await.unwrap()?;
             Some(worker.finish(job.lease(), &json!({}), &[]).await.unwrap())
         });
-        let (told, finished) = (canceling.await.unwrap(), working.await.unwrap());
+        let (canceled, finished) = (canceling.await.unwrap(), working.await.unwrap());
         let job = db.train(tenant, id).await.unwrap();
         assert!(job.state.is_terminal());
-        // What the client was told holds: a cancel that was taken is a cancel.
-        let taken = told.cancel_requested;
-        assert_eq!(job.state, if taken { State::Canceled } else { State::Succeeded });
+        // A cancel that was acknowledged to the client is a cancel.
+        let acknowledged = canceled.cancel_requested;
+        assert_eq!(job.state, if acknowledged { State::Canceled } else { State::Succeeded });
         if let Some(finished) = finished {
             assert_eq!(finished, job.state);
         }
@@ -924,7 +928,7 @@ async fn a_deleted_training_takes_no_more_samples(db: TestDatabase) {
     }
 }
 
-async fn spent_checkpoints_are_named_until_they_are_forgotten(db: TestDatabase) {
+async fn obsolete_checkpoints_are_listed_until_they_are_forgotten(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let id = db.accept(training(tenant)).await.id;
     let lease = db.claim().await.unwrap().lease();
@@ -962,7 +966,7 @@ async fn the_first_class_image_stays(db: TestDatabase) {
     assert_eq!(db.store.class_images(other, "s").await.unwrap(), []);
 }
 
-async fn lists_are_filtered_and_turned_page_by_page(db: TestDatabase) {
+async fn lists_are_filtered_and_paginated(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let parent = db.trained(tenant).await;
     let mut trainings = vec![parent.id];
@@ -1006,7 +1010,7 @@ async fn lists_are_filtered_and_turned_page_by_page(db: TestDatabase) {
 }
 
 // case 33: as far as the store goes
-async fn another_tenants_rows_are_not_there(db: TestDatabase) {
+async fn another_tenants_rows_are_invisible(db: TestDatabase) {
     let [owner, stranger] = [db.tenant("owner").await, db.tenant("stranger").await];
     let done = db.trained(owner).await;
     let drawn = db.accept(sample(owner, done.id)).await;
@@ -1024,7 +1028,7 @@ async fn another_tenants_rows_are_not_there(db: TestDatabase) {
         assert_eq!(store.cancel(stranger, job.id).await.unwrap(), None);
         assert!(!store.delete(stranger, job.id).await.unwrap());
         let forged = Job { tenant: stranger, ..job.clone() };
-        assert_eq!(store.queue_position(&forged).await.unwrap(), None);
+        assert_eq!(store.queue_place(&forged).await.unwrap().map(|place| place.position), None);
         assert_eq!(
             store.find(owner, job.id, job.kind).await.unwrap().as_ref(),
             Some(job),
@@ -1040,7 +1044,7 @@ async fn another_tenants_rows_are_not_there(db: TestDatabase) {
 }
 
 // case 32, 52: as far as the store goes
-async fn keys_open_until_they_expire_or_are_revoked(db: TestDatabase) {
+async fn keys_are_valid_until_they_expire_or_are_revoked(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     assert_eq!(db.tenant("shop").await, tenant, "the same name is the same tenant");
     let key = |id: &str, expires_ms| NewKey {
@@ -1072,8 +1076,8 @@ async fn keys_open_until_they_expire_or_are_revoked(db: TestDatabase) {
     assert_eq!(db.store.tenants().await.unwrap()[0].id, TenantId::LOCAL);
 }
 
-// attack 15
-async fn keys_of_the_first_schema_open_as_before_and_an_operator_s_can_be_made(db: TestDatabase) {
+// case A15
+async fn keys_of_the_first_schema_stay_valid_and_admin_keys_can_be_created(db: TestDatabase) {
     let tenant = TenantId::new();
     let rows = format!(
         "insert into tenant (id, name, created_ms) values ('{tenant}', 'shop', 5);
@@ -1147,21 +1151,21 @@ async fn gauges_count_what_waits_and_what_runs(db: TestDatabase) {
     assert!(gauges[1].oldest_queued_ms >= 5000);
 }
 
-async fn a_submission_wakes_who_waits(db: TestDatabase) {
+async fn a_submission_notifies_subscribers(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     let mut here = db.store.subscribe();
     db.accept(training(tenant)).await;
-    woken(&mut here).await;
+    notified(&mut here).await;
     let job = db.claim().await.unwrap();
     db.store.cancel(tenant, job.id).await.unwrap();
-    woken(&mut here).await;
+    notified(&mut here).await;
     if db.url.starts_with("postgres") {
         // Its listener says so when it listens; what is said after that is heard.
         let other = db.another().await;
         let mut there = other.subscribe();
-        woken(&mut there).await;
+        notified(&mut there).await;
         db.accept(training(tenant)).await;
-        woken(&mut there).await;
+        notified(&mut there).await;
     }
 }
 
@@ -1210,7 +1214,7 @@ async fn a_schema_of_another_version_is_refused(db: TestDatabase) {
 const AN_HOUR_LATER: &str =
     "update job set lease_until_ms = lease_until_ms - 3600000, deadline_ms = deadline_ms - 3600000";
 
-async fn the_wall_clock_takes_no_lease_where_the_machine_knows_how_long_it_runs(db: TestDatabase) {
+async fn a_step_of_the_wall_clock_ends_no_lease_where_there_is_a_boot_clock(db: TestDatabase) {
     let tenant = db.tenant("shop").await;
     db.accept(training(tenant)).await;
     let lease = db.claim().await.unwrap().lease();
