@@ -1,6 +1,7 @@
 //! How soon a job starts: on an idle worker whose engine does nothing, trainings are submitted one after the other.
 //! Counted are milliseconds from the row's creation to its claim, by the database's clock.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
@@ -8,7 +9,9 @@ use hypnos::engine::{
     ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGenerator, Observer, TrainInput,
 };
 use hypnos::health::Health;
-use hypnos::job::{Fault, FaultCode, Kind, TrainSpec};
+use hypnos::job::{
+    Fault, FaultCode, HeldModel, Kind, ModelCard, ModelDrawing, ModelPart, Scheduler, TrainSpec,
+};
 use hypnos::worker;
 use tokio_util::sync::CancellationToken;
 
@@ -33,7 +36,7 @@ pub(super) async fn starts(service: &Service, n: usize) -> Result<()> {
         host: "bench".into(),
         clock: worker::Clock::default(),
     };
-    let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle)));
+    let make: worker::MakeEngine = Box::new(|| Ok(Box::new(Idle(no_model()))));
     let engines = vec![("idle".to_owned(), make)];
     let (store, blobs, stop) = (service.store.clone(), service.blobs.clone(), drain.clone());
     let work = async move { worker::run(settings, store, blobs, engines, &Health::default(), stop).await };
@@ -65,8 +68,23 @@ pub(super) async fn starts(service: &Service, n: usize) -> Result<()> {
     Ok(())
 }
 
+/// A model that nothing is trained with.
+fn no_model() -> HeldModel {
+    let card = ModelCard {
+        name: "none".into(),
+        sha256: "none".into(),
+        family: "none".into(),
+        resolution: 64,
+        parts: ModelPart::ALL.to_vec(),
+        drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 7.5 },
+        training: BTreeMap::new(),
+        classes: None,
+    };
+    HeldModel { card, words: String::new(), memory_bytes: None }
+}
+
 /// An engine that refuses every training at once: what is measured is the way to it.
-struct Idle;
+struct Idle(HeldModel);
 
 impl ImageGenerator for Idle {
     fn batch(&self) -> usize {
@@ -88,8 +106,8 @@ impl ImageGenerator for Idle {
 }
 
 impl Engine for Idle {
-    fn bundle(&self) -> &'static str {
-        "none"
+    fn model(&self) -> &HeldModel {
+        &self.0
     }
 
     fn class_images(&self, _: &TrainSpec) -> ClassImages {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::job::{Fault, Format, JobId, Progress, SampleSpec, TrainSpec};
+use crate::job::{Fault, Format, HeldModel, JobId, Progress, SampleSpec, TrainSpec};
 use crate::report::{Gallery, Report};
 
 /// What the observer wants next.
@@ -12,7 +12,7 @@ use crate::report::{Gallery, Report};
 pub enum Flow {
     /// Go on.
     Continue,
-    /// Write a checkpoint, report it, and go on. Where there is nothing to save yet, just go on.
+    /// Write a checkpoint, report it, and continue. Where there is nothing to save yet, just continue.
     Checkpoint,
     /// Write a checkpoint if there is anything to save, and end with [`Ending::Paused`].
     Pause,
@@ -39,7 +39,7 @@ pub enum TrainEvent {
         /// Name and value of each of its metrics; a value that the step did not compute is not a number.
         metrics: Vec<(&'static str, f32)>,
     },
-    /// An image that people may look at while the training goes on.
+    /// An image that people may look at while the training runs.
     Shown {
         /// Which.
         what: Shown,
@@ -92,7 +92,7 @@ pub struct TrainInput<'a> {
     pub photos: &'a [Vec<u8>],
     /// As PNG, for each of [`ClassImages::seeds`], those that were drawn before; the others are drawn.
     pub class_images: Vec<Option<Vec<u8>>>,
-    /// The checkpoint to go on from.
+    /// The checkpoint to resume from.
     pub resume: Option<&'a Path>,
     /// An empty directory for the training's files.
     pub scratch: &'a Path,
@@ -174,8 +174,8 @@ pub trait ImageGenerator {
 
     /// Draws some pictures of a sample as one batch: those whose places in [`SampleSpec::pictures`] are given, at most
     /// [`ImageGenerator::batch`] of them. Which picture comes in which batch changes the rounding of sums and nothing
-    /// else. `observe` is told steps done and steps in all; [`Flow::Continue`] goes on, anything else ends the drawing
-    /// at once with `None`.
+    /// else. `observe` gets the steps done and the steps in all; anything but [`Flow::Continue`] ends the drawing at
+    /// once with `None`.
     fn draw(
         &mut self,
         input: &DrawInput<'_>,
@@ -189,8 +189,8 @@ pub trait ImageGenerator {
 
 /// Everything a device can do.
 pub trait Engine: ImageGenerator {
-    /// SHA-256 of the bundle that it draws with.
-    fn bundle(&self) -> &str;
+    /// The model that it trains and draws with.
+    fn model(&self) -> &HeldModel;
 
     /// The class images that a training of `spec` wants.
     fn class_images(&self, spec: &TrainSpec) -> ClassImages;

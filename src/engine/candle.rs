@@ -10,13 +10,13 @@ use super::api::{ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGener
 use super::base::Base;
 use super::faults::{fault, unreadable};
 use super::lru::LruCache;
+use super::model::{held_model, sampler};
 use super::training;
-use crate::job::{Fault, FaultCode, SampleSpec, Scheduler, TrainSpec};
+use crate::job::{Fault, FaultCode, HeldModel, SampleSpec, TrainSpec};
 use crate::ml::bundle::Bundle;
 use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, SampleSettings};
-use crate::ml::samplers::Sampler;
 use crate::ml::{self, Error, Interrupt, device};
 
 /// How an engine works. None of it changes what is drawn or learned, but for the rounding of sums.
@@ -37,6 +37,7 @@ pub struct EngineSettings {
 /// An engine that trains and draws with a bundle.
 pub struct CandleEngine {
     base: Arc<Base>,
+    model: HeldModel,
     batch: usize,
     finetuned: LruCache<FineTuned>,
 }
@@ -51,7 +52,8 @@ impl CandleEngine {
         let device = device::open(&settings.device)?;
         let base = Base::load(Bundle::open(&settings.bundle)?, &device, settings.checkpointing)?;
         let finetuned = LruCache::new(settings.finetuned_bytes_max);
-        Ok(Self { base: Arc::new(base), batch: settings.batch, finetuned })
+        let model = held_model(&base)?;
+        Ok(Self { base: Arc::new(base), model, batch: settings.batch, finetuned })
     }
 
     /// Whether a training of `spec` can begin, as far as words and settings tell.
@@ -129,8 +131,8 @@ impl ImageGenerator for CandleEngine {
 }
 
 impl Engine for CandleEngine {
-    fn bundle(&self) -> &str {
-        self.base.hash()
+    fn model(&self) -> &HeldModel {
+        &self.model
     }
 
     fn class_images(&self, spec: &TrainSpec) -> ClassImages {
@@ -146,14 +148,7 @@ impl Engine for CandleEngine {
 fn drawing(spec: &SampleSpec, own: SampleSettings) -> SampleSettings {
     let side = |asked: Option<u32>, own: usize| asked.map_or(own, |side| side as usize);
     SampleSettings {
-        sampler: spec.scheduler.map_or(own.sampler, |scheduler| match scheduler {
-            Scheduler::Ddim => Sampler::Ddim,
-            Scheduler::Pndm => Sampler::Pndm,
-            Scheduler::Dpmpp2m => Sampler::Dpmpp2m,
-            Scheduler::Dpmpp2mKarras => Sampler::Dpmpp2mKarras,
-            Scheduler::Euler => Sampler::Euler,
-            Scheduler::EulerA => Sampler::EulerAncestral,
-        }),
+        sampler: spec.scheduler.map_or(own.sampler, sampler),
         steps: spec.steps as usize,
         guidance: spec.guidance.unwrap_or(own.guidance),
         width: side(spec.width, own.width),

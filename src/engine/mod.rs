@@ -1,13 +1,14 @@
 //! What a device can do: train on photos, draw images with the result. Tests put a scripted engine in its place.
 //!
 //! An engine is owned by one OS thread. It does no network and no SQL and knows no queue: it is given files and bytes
-//! and reports to an *observer* between two steps; the observer says whether to go on. Time is the caller's too.
+//! and reports to an *observer* between two steps; the observer says whether to continue. Time is the caller's too.
 
 mod api;
 mod base;
 mod candle;
 mod faults;
 mod lru;
+mod model;
 mod training;
 
 pub use api::{

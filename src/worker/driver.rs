@@ -12,10 +12,11 @@ use uuid::Uuid;
 use super::context::Worker;
 use super::device::Device;
 use super::job::MachineFault;
+use super::registration::Registration;
 use super::scratch::scratch_fault;
 use crate::clock;
 use crate::health::Reporter;
-use crate::job::{Fault, Kind, TenantId};
+use crate::job::{Fault, HeldModel, Kind, TenantId};
 use crate::store::{Claim, ClaimFilter};
 
 /// Samples that one device holds at once: one per tenant, and one more of a tenant whose own is in its last batch.
@@ -63,7 +64,8 @@ enum Readiness {
 pub(super) struct Driver {
     worker: Worker,
     device: Device,
-    bundle: String,
+    name: String,
+    model: Arc<HeldModel>,
     reporter: Reporter,
     /// New at every start, since names of machines repeat.
     identity: Uuid,
@@ -75,12 +77,20 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) fn new(worker: Worker, device: Device, bundle: String, reporter: Reporter) -> Self {
+    /// `name` is the device's.
+    pub(super) fn new(
+        worker: Worker,
+        name: String,
+        device: Device,
+        model: HeldModel,
+        reporter: Reporter,
+    ) -> Self {
         let backoff = Backoff { until: None, next: worker.settings.backoff, n_lost: 0, n_faults_seen: 0 };
         Self {
             worker,
             device,
-            bundle,
+            name,
+            model: Arc::new(model),
             reporter,
             identity: Uuid::now_v7(),
             machine_fault: MachineFault::default(),
@@ -93,6 +103,7 @@ impl Driver {
     /// Claims and runs jobs until shutdown, then waits for the held ones. Fails if the device is dead.
     pub(super) async fn drive(mut self) -> Result<(), Fault> {
         self.reporter.working();
+        let registration = self.register();
         let drain = self.worker.drain.clone();
         let mut subscription = self.worker.store.subscribe();
         let mut failing = false;
@@ -139,10 +150,17 @@ impl Driver {
         while let Some(done) = self.jobs.join_next_with_id().await {
             self.on_job_ended(done);
         }
+        registration.end().await;
         if let Err(error) = self.worker.store.resolve_claims().await {
             warn!(%error, "claim with unknown outcome not released; its lease will expire");
         }
         ended
+    }
+
+    /// Keeps registered what this device holds.
+    fn register(&self) -> Registration {
+        let lease = self.worker.settings.lease;
+        Registration::start(self.worker.store.clone(), self.identity, &self.name, self.model.clone(), lease)
     }
 
     /// Claims one job that the device has time for, and starts it. Whether there was one.
@@ -158,7 +176,7 @@ impl Driver {
         };
         let unfinished = samples().filter(|held| held.left.load(Ordering::Acquire) > 0);
         let no_samples_of: Vec<TenantId> = unfinished.map(|held| held.tenant).collect();
-        let filter = ClaimFilter { kinds, no_samples_of: &no_samples_of };
+        let filter = ClaimFilter { kinds, no_samples_of: &no_samples_of, model: Some(&self.model.card) };
         let requested = clock::now();
         let settings = &self.worker.settings;
         let claimed =
@@ -166,10 +184,10 @@ impl Driver {
         let Some(Claim { job, turn, weight }) = claimed else { return Ok(false) };
         let left = Arc::new(AtomicUsize::new(usize::MAX)); // not known yet
         let held_job = HeldJob { kind: job.kind, tenant: job.tenant, left: left.clone() };
-        let (device, bundle) = (self.device.clone(), self.bundle.clone());
+        let (device, model) = (self.device.clone(), self.model.clone());
         let claim = Claim { job, turn, weight };
         let job =
-            self.worker.clone().run_job(device, bundle, claim, left, requested, self.machine_fault.clone());
+            self.worker.clone().run_job(device, model, claim, left, requested, self.machine_fault.clone());
         let task = self.jobs.spawn(job);
         self.held.insert(task.id(), held_job);
         Ok(true)
@@ -236,7 +254,7 @@ impl Driver {
         let pause = self.backoff.next;
         self.backoff.next = (pause * 2).min(self.worker.settings.backoff * BACKOFF_MAX);
         self.backoff.until = Some(clock::now() + pause);
-        self.reporter.resting(&fault.message, pause);
+        self.reporter.backing_off(&fault.message, pause);
         warn!(fault = fault.message, seconds = pause.as_secs_f64(), "machine fault; claims are suspended");
         metrics::counter!("hypnos_rests_total").increment(1);
         Ok(pause)

@@ -8,8 +8,9 @@ use tracing::{Instrument, Span, info, info_span};
 
 use super::context::Worker;
 use super::device::Device;
+use super::lease::LeaseHandle;
 use super::outcome::Outcome;
-use crate::job::{Fault, FaultCode, Spec};
+use crate::job::{Fault, FaultCode, HeldModel, Invalid, Spec, TrainSpec};
 use crate::store::Claim;
 use crate::telemetry;
 
@@ -33,7 +34,7 @@ impl Worker {
     pub(super) async fn run_job(
         self,
         device: Device,
-        bundle: String,
+        model: Arc<HeldModel>,
         claim: Claim,
         left: Arc<AtomicUsize>,
         requested: Instant,
@@ -47,7 +48,10 @@ impl Worker {
         async {
             info!("job claimed");
             let outcome = match job.spec() {
-                Ok(Spec::Train(spec)) => self.train(&device, &bundle, job, &spec, lease).await,
+                Ok(Spec::Train(spec)) => match self.bind_model(&model, *spec, lease).await {
+                    Ok(spec) => self.train(&device, &model.card.sha256, job, &spec, lease).await,
+                    Err(outcome) => outcome,
+                },
                 Ok(Spec::Sample(spec)) => self.sample(&device, &claim, &spec, left, lease).await,
                 Err(_) => Fault::new(FaultCode::Internal, "the job's row has no valid specification").into(),
             };
@@ -64,5 +68,25 @@ impl Worker {
         }
         .instrument(span)
         .await
+    }
+
+    /// The training's specification, completed for the device's model and stored so if options were left open.
+    async fn bind_model(
+        &self,
+        model: &HeldModel,
+        spec: TrainSpec,
+        lease: &LeaseHandle,
+    ) -> Result<TrainSpec, Outcome> {
+        match spec.resolved(&model.card) {
+            Ok(None) => Ok(spec),
+            Ok(Some(mut resolved)) => {
+                resolved.warnings.extend(model.class_warning(&spec.class_name));
+                self.write(lease, || self.store.bind_model(lease.lease, &resolved)).await?;
+                Ok(resolved)
+            }
+            Err(Invalid { pointer, message }) => {
+                Err(Fault::new(FaultCode::Input, format!("options{pointer}: {message}")).into())
+            }
+        }
     }
 }

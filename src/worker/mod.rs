@@ -16,6 +16,7 @@
 //! retry     retries while a lease is held                        finish     the last write of an attempt
 //! cache     weights on the local disk                            outcome    how an attempt ended
 //! scratch   the process's temporary directory                    progress   phases and their remaining time
+//! registration  the model that a device holds
 //! ```
 
 mod artifacts;
@@ -29,6 +30,7 @@ mod job;
 mod lease;
 mod outcome;
 mod progress;
+mod registration;
 mod retry;
 mod sample;
 mod scratch;
@@ -46,7 +48,7 @@ use tracing::{Instrument, info, info_span, warn};
 use crate::blobs::Blobs;
 use crate::clock;
 use crate::health::Health;
-use crate::job::{Fault, FaultCode};
+use crate::job::{Fault, FaultCode, Method, ModelCard, ModelPart, TrainOptions};
 use crate::store::Store;
 use cache::WeightsCache;
 use context::Worker;
@@ -108,10 +110,11 @@ pub async fn run_with(
     let mut drivers = JoinSet::new();
     for (reporter, name, make) in engines {
         let (share, clock) = (worker.settings.sample_share, worker.settings.clock.clone());
-        let (device, bundle) = Device::start(&name, make, share, clock).await?;
-        info!(device = name, bundle, "device ready");
+        let (device, model) = Device::start(&name, make, share, clock).await?;
+        announce(&name, &model.card);
         let span = info_span!("worker", device = name);
-        drivers.spawn(Driver::new(worker.clone(), device, bundle, reporter).drive().instrument(span));
+        let driver = Driver::new(worker.clone(), name, device, model, reporter);
+        drivers.spawn(driver.drive().instrument(span));
     }
     let worked = tokio::select! {
         biased;
@@ -128,7 +131,27 @@ pub async fn run_with(
     worked
 }
 
-/// Waits for all drivers. Fails if each of them failed: one working device is enough to go on.
+/// Logs that a device is ready, and what cannot be done with its model.
+fn announce(device: &str, model: &ModelCard) {
+    info!(device, model = model.name, sha256 = model.sha256, "device ready");
+    for method in Method::ALL {
+        let lacking = model.lacking(&TrainOptions::of(*method));
+        for (part, _, without) in lacking {
+            warn!(
+                model = model.name,
+                "the model has no {part}: method {method} cannot be trained with it, except with {without}"
+            );
+        }
+    }
+    if !model.has(ModelPart::Metrics) {
+        warn!(
+            model = model.name,
+            "the model has no metrics: trainings are not scored, their last step is served"
+        );
+    }
+}
+
+/// Waits for all drivers. Fails if each of them failed: one working device is enough to continue.
 async fn all_ended(drivers: &mut JoinSet<Result<(), Fault>>) -> Result<(), Fault> {
     let (mut worked, mut failed) = (0, None);
     while let Some(ended) = drivers.join_next().await {

@@ -63,6 +63,15 @@ pub fn free_bytes(device: &Device) -> Result<Option<u64>> {
     }
 }
 
+/// Bytes of a GPU's memory; none for a CPU, whose memory is the system's.
+pub fn total_bytes(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => Ok(Some(super::ops::cuda::total_bytes(cuda)?)),
+        _ => Ok(None),
+    }
+}
+
 /// Hands memory of a GPU that was freed, and that we keep for our own next use, back to whoever wants it.
 pub fn release(device: &Device) -> Result<()> {
     match device {

@@ -94,6 +94,16 @@ impl Tokenizer {
         self.id(word).is_some()
     }
 
+    /// All words of ASCII letters and digits that are one token each, sorted.
+    pub fn whole_words(&self) -> Vec<String> {
+        let vocab = self.inner.get_vocab(false);
+        let whole = vocab.keys().filter_map(|token| token.strip_suffix("</w>"));
+        let plain = whole.filter(|word| word.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+        let mut words: Vec<String> = plain.map(ToOwned::to_owned).collect();
+        words.sort_unstable();
+        words
+    }
+
     /// The tokens of a text, without start and end, all of them.
     pub(crate) fn words(&self, text: &str) -> Vec<u32> {
         self.tokens(text)

@@ -16,7 +16,7 @@ pub use thread::MakeEngine;
 
 use super::shares::{Account, Clock};
 use crate::engine::ClassImages;
-use crate::job::{Fault, FaultCode, TrainSpec};
+use crate::job::{Fault, FaultCode, HeldModel, TrainSpec};
 use queue::DeviceQueue;
 use thread::DeviceThread;
 
@@ -30,13 +30,13 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Starts a device's thread and waits until its engine is made. Returns the handle and the hash of its bundle.
+    /// Starts a device's thread and waits until its engine is made. Returns the handle and its model.
     pub(super) async fn start(
         name: &str,
         make: MakeEngine,
         share: f64,
         clock: Clock,
-    ) -> Result<(Self, String), Fault> {
+    ) -> Result<(Self, HeldModel), Fault> {
         let (commands, inbox) = unbounded_channel();
         let (ready, made) = oneshot::channel();
         let account = Account::new(share, clock.now());

@@ -11,7 +11,7 @@ use tracing::{error, warn};
 use super::command::Reply;
 use super::queue::{DeviceQueue, EngineFailure, catch_panic, probe, send_reply};
 use crate::engine::Engine;
-use crate::job::{Fault, FaultCode};
+use crate::job::{Fault, FaultCode, HeldModel};
 
 /// Makes the engine of a device, on the device's own thread; called again after a panic.
 pub type MakeEngine = Box<dyn Fn() -> Result<Box<dyn Engine>, Fault> + Send>;
@@ -29,8 +29,8 @@ impl DeviceThread {
         Self { make, engine: None, has_engine, queue }
     }
 
-    /// Works until no command will come any more. `ready` receives the hash of the engine's bundle.
-    pub(super) fn run(mut self, ready: Reply<String>) {
+    /// Works until no command will come any more. `ready` receives the engine's model.
+    pub(super) fn run(mut self, ready: Reply<HeldModel>) {
         let made = self.make();
         let is_made = made.is_ok();
         send_reply(ready, made);
@@ -46,15 +46,15 @@ impl DeviceThread {
         }
     }
 
-    /// Makes the engine; the hash of its bundle.
-    fn make(&mut self) -> Result<String, Fault> {
+    /// Makes the engine; its model.
+    fn make(&mut self) -> Result<HeldModel, Fault> {
         let make = &self.make;
         let engine = catch_panic(make)
             .unwrap_or_else(|_| Err(Fault::device_lost("the engine panicked while it was made")))?;
-        let bundle = engine.bundle().to_owned();
+        let model = engine.model().clone();
         self.engine = Some(engine);
         self.has_engine.store(true, Ordering::Release);
-        Ok(bundle)
+        Ok(model)
     }
 
     /// Drops a failed engine. After a panic another is made at once: if that works, the panic was the command's fault,
@@ -68,12 +68,13 @@ impl DeviceThread {
         if waiting.is_empty() {
             return; // the next probe makes another
         }
-        error!("engine panicked; making another");
+        error!("engine panicked; creating another");
         let fault = match self.make_and_probe() {
             Ok(()) => Fault::new(FaultCode::Internal, "the engine panicked"),
-            Err(fault) => {
-                Fault::device_lost(format!("the engine panicked and cannot be made anew: {}", fault.message))
-            }
+            Err(fault) => Fault::device_lost(format!(
+                "the engine panicked and cannot be created again: {}",
+                fault.message
+            )),
         };
         waiting.into_iter().for_each(|send| send(fault.clone()));
     }

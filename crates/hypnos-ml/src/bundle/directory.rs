@@ -75,6 +75,16 @@ impl Bundle {
         &self.manifest
     }
 
+    /// What people call it: what `hypnos.json` says, or the name of its directory.
+    pub fn name(&self) -> String {
+        if self.manifest.name.is_empty() {
+            let dir = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
+            dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        } else {
+            self.manifest.name.clone()
+        }
+    }
+
     /// Side of the pictures it draws, in pixels: what `hypnos.json` says, or the UNet's latents times the VAE's
     /// factor.
     pub fn resolution(&self) -> usize {

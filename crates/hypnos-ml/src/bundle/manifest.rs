@@ -19,7 +19,7 @@ pub struct Manifest {
     pub name: String,
     /// Its family: `sd15`, `miniature`.
     #[serde(default)]
-    pub(crate) kind: String,
+    pub kind: String,
     /// Side of the pictures it draws, in pixels; without it the configs decide.
     #[serde(default)]
     pub(crate) resolution: Option<usize>,
@@ -33,6 +33,9 @@ pub struct Manifest {
     /// How it draws where nothing else is asked for.
     #[serde(default)]
     pub drawing: Drawing,
+    /// The classes of things that it can draw; without a list, those whose words its vocabulary has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Vec<String>>,
     /// What it was fine-tuned to draw, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub product: Option<Product>,

@@ -161,6 +161,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
         rare_tokens: RARE_TOKENS.map(str::to_owned).to_vec(),
         training: BTreeMap::new(),
         drawing: Drawing::default(),
+        classes: None,
         product: None,
         files,
     })

@@ -78,6 +78,12 @@ pub(crate) fn free_bytes(device: &CudaDevice) -> Result<u64> {
     Ok(result::mem_get_info().w()?.0 as u64)
 }
 
+/// Bytes of the device's memory.
+pub(crate) fn total_bytes(device: &CudaDevice) -> Result<u64> {
+    device.cuda_stream().context().bind_to_thread().w()?;
+    Ok(result::mem_get_info().w()?.1 as u64)
+}
+
 /// Hands back what was freed and kept, once all that was launched has run.
 pub(crate) fn release(device: &CudaDevice) -> Result<()> {
     device.synchronize()?;
