@@ -398,6 +398,12 @@ pub struct Serving {
     /// File that holds it
     #[arg(long, env = "HYPNOS_URL_SECRET_FILE", value_name = "FILE")]
     pub url_secret_file: Option<PathBuf>,
+    /// The model that is trained where a job names none; by default the only one that workers hold
+    #[arg(long, env = "HYPNOS_DEFAULT_MODEL", value_name = "NAME")]
+    pub default_model: Option<String>,
+    /// Names of models whose jobs are accepted before a worker has registered them, with commas between them
+    #[arg(long, env = "HYPNOS_MODELS", value_name = "LIST", value_delimiter = ',')]
+    pub models: Vec<String>,
     /// Lifetime of a link to an object, in seconds
     #[arg(long, env = "HYPNOS_URL_SECS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub url_secs: u64,
@@ -455,7 +461,7 @@ impl Serving {
         };
         match (self.auth, reached) {
             (Some(Auth::None), Some(reached)) => invalid(format!(
-                "HYPNOS_AUTH is none, but {reached}, which others reach; wanted HYPNOS_AUTH=keys, or a loopback address and URL"
+                "HYPNOS_AUTH is none, but {reached}, which other machines can reach; wanted HYPNOS_AUTH=keys, or a loopback address and URL"
             )),
             (Some(auth), _) => Ok(auth == Auth::Keys),
             (None, reached) => Ok(reached.is_some()),

@@ -31,7 +31,7 @@ const THUMBNAIL_SIDE: u32 = 256;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Compare {
-    /// Directory of the models, with what judges in metrics/
+    /// Directory of the models, with metric networks in metrics/
     #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
     bundle: PathBuf,
     /// Methods, each `METHOD[-no-PART][@RATE]`: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
@@ -41,16 +41,16 @@ pub(super) struct Compare {
     /// Directories with 3 to 5 photos of a product each, as DIR=CLASS; without =CLASS the directory is named for it
     #[arg(long, value_name = "DIR", num_args = 1.., required = true)]
     subjects: Vec<String>,
-    /// Directory for everything that comes out; what is done there already is not done again
+    /// Output directory; trainings that are complete there are not repeated
     #[arg(long)]
     out: PathBuf,
-    /// Any option of a training by its name in the API, for all of them; what a method's name says goes first
+    /// Any option of a training by its name in the API, for all of them; the options of a method's name take precedence
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// The seed of every training
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Pictures that each draws, half of them for each protocol
+    /// Pictures that each model draws, half of them for each protocol
     #[arg(long, default_value_t = 16)]
     images: u32,
     /// Image types, backgrounds and styles of the prompts: JSON; our own if not given
@@ -65,7 +65,7 @@ pub(super) struct Compare {
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Compute blocks again instead of keeping them: less memory for a third more time
+    /// Gradient checkpointing: less memory for a third more time
     #[arg(long)]
     checkpointing: bool,
 }
@@ -173,7 +173,7 @@ fn compare(
         let subject = &subjects[cell.subject];
         whole.set_message(format!("{}, {}", cell.recipe, subject.name));
         let dir = args.out.join(&subject.name).join(&cell.recipe);
-        let (out, spec) = Out::open(&dir, &cell.spec, engine.bundle(), dir.exists())?;
+        let (out, spec) = Out::open(&dir, &cell.spec, &engine.model().card.sha256, dir.exists())?;
         if !out.is_done() {
             let class_image_cache =
                 out.class_images(Some(&class_image_cache), &engine.class_images(&spec))?;

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CliError;
@@ -18,7 +19,6 @@ use super::serve::{self, Serve};
 use super::service::{self, Instrumentation, Log};
 use crate::config::{Monitoring, Serving, Storage, Working};
 use crate::job::Method;
-use crate::ml::bundle::Bundle;
 use crate::ml::{contact_sheet, image_io};
 use client::Client;
 use products::Product;
@@ -48,10 +48,10 @@ pub(super) struct Demo {
     /// hypnos, dreambooth or textual_inversion
     #[arg(long, default_value = "hypnos")]
     method: Method,
-    /// Where the photos and the pictures are put side by side
+    /// Output file with the photos and the pictures side by side
     #[arg(long, value_name = "FILE", default_value = "hypnos-demo.png")]
     sheet: PathBuf,
-    /// End when the pictures are there, instead of serving on
+    /// Stop the service when the pictures are done
     #[arg(long)]
     exit: bool,
     #[command(flatten)]
@@ -75,16 +75,14 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, CliError> {
     }
     let product = products::find(&args.product).map_err(CliError::Input)?;
     if args.serving.keys_wanted()? {
-        return Err(CliError::Input("the demo runs without keys; HYPNOS_AUTH wants them".into()));
+        return Err(CliError::Input("HYPNOS_AUTH requires keys, but the demo runs without them".into()));
     }
     if args.serving.listen.port() == 0 {
         return Err(CliError::Input(
-            "HYPNOS_LISTEN: the demo is its own client and wants a port that it knows, got 0".into(),
+            "HYPNOS_LISTEN: the demo needs a known port for its own client, got 0".into(),
         ));
     }
-    let bundle = Bundle::open(&args.working.bundle)?;
-    let mut options = bundle.manifest().suited(args.method.as_str());
-    options["method"] = args.method.as_str().into();
+    let options = json!({ "method": args.method });
     let Demo { method, sheet, exit, storage, serving, working, monitoring, log, .. } = args;
     let log = log.quieter();
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, monitoring, log };
@@ -102,7 +100,7 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, CliError> {
             if exit {
                 stop.cancel();
             } else {
-                print_line("The service runs on; Ctrl-C ends it.");
+                print_line("The service keeps running; Ctrl-C ends it.");
             }
             Ok(())
         };

@@ -1,13 +1,11 @@
-//! Models of the HTTP server: the segmenter, to inspect photos, and the training options that suit the bundle.
+//! The segmenter of the HTTP server, to inspect photos.
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::Value;
 use tracing::info;
 
 use super::error::CliError;
@@ -34,14 +32,6 @@ pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn ProductDete
     Ok(Some(Arc::new(Segmenter(tracer))))
 }
 
-/// The training options that suit the bundle in `dir`, by method; empty if there is no bundle.
-pub(super) fn suggested(dir: &Path) -> std::result::Result<BTreeMap<String, Value>, CliError> {
-    if !dir.is_dir() {
-        return Ok(BTreeMap::new());
-    }
-    Ok(Bundle::open(dir)?.manifest().training.clone())
-}
-
 struct Segmenter(Tracer);
 
 impl ProductDetector for Segmenter {
@@ -53,15 +43,15 @@ impl ProductDetector for Segmenter {
 impl Segmenter {
     fn try_detect(&self, png: &[u8]) -> Result<DetectedProduct> {
         let photo = image_io::read_png(png)?;
-        let (mask, judgement) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
-        let preview = image_io::within(&mask.cut_out(&photo), PREVIEW);
+        let (mask, stats) = segment(&self.0, &photo, &device::open(DEVICE)?)?.cleaned();
+        let preview = image_io::shrink_to(&mask.cut_out(&photo), PREVIEW);
         let (width, height) = preview.dimensions();
         let preview = image_io::png(preview.as_raw(), (width as usize, height as usize), &[])?;
         Ok(DetectedProduct {
-            refusal: judgement.refusal(),
-            warnings: judgement.warnings(),
-            area: judgement.area,
-            confidence: judgement.confidence,
+            refusal: stats.refusal(),
+            warnings: stats.warnings(),
+            area: stats.area,
+            confidence: stats.confidence,
             preview: format!("data:image/png;base64,{}", STANDARD.encode(preview)),
         })
     }

@@ -85,13 +85,13 @@ pub(super) async fn serve(
     let settings = http_settings(args, &public_url, keys)?;
     let detector = product_detector::open(&args.working.bundle)?;
     let decoder = Decoder::new(limits, n_parallel, DECODE);
-    let (figures, health) = (instrumentation.figures.clone(), Health::default());
-    let front = AppState::new(
+    let (metrics, health) = (instrumentation.metrics.clone(), Health::default());
+    let state = AppState::new(
         store.clone(),
         blobs.clone(),
         decoder,
         settings,
-        figures,
+        metrics,
         stop.clone(),
         health.clone(),
         detector,
@@ -104,14 +104,14 @@ pub(super) async fn serve(
 
     // All parts share one shutdown token.
     let n_connections = serving.connections_max as usize;
-    let serve = http::serve(listener, front.router(), n_connections, timeouts.clone(), stop.clone());
+    let serve = http::serve(listener, state.router(), n_connections, timeouts.clone(), stop.clone());
     let operations = match args.monitoring.metrics_listen {
         Some(address) => Some(bind("HYPNOS_METRICS_LISTEN", address).await?),
         None => None,
     };
     let operations = async {
         if let Some(listener) = operations {
-            http::serve(listener, front.operations(), 64, timeouts.clone(), stop.clone()).await;
+            http::serve(listener, state.operations(), 64, timeouts.clone(), stop.clone()).await;
         }
     };
     let pause = service::maintenance_interval(seconds("HYPNOS_LEASE_SECS", args.working.lease_secs)?);
@@ -148,7 +148,6 @@ async fn warn_without_keys(store: &Store) -> Result<(), CliError> {
 
 fn http_settings(args: &Serve, public_url: &str, keys: bool) -> Result<http::Settings, CliError> {
     let serving = &args.serving;
-    let suggested = product_detector::suggested(&args.working.bundle)?;
     let spool = args.working.scratch.clone().unwrap_or_else(|| args.storage.scratch());
     let writable = std::fs::create_dir_all(&spool).and_then(|()| tempfile::tempfile_in(&spool));
     writable.map_err(|error| {
@@ -165,7 +164,8 @@ fn http_settings(args: &Serve, public_url: &str, keys: bool) -> Result<http::Set
         queue_max: serving.queue_max.into(),
         attempts_max: serving.attempts_max.into(),
         url_time: Duration::from_secs(serving.url_secs),
-        suggested,
+        default_model: serving.default_model.clone(),
+        models: serving.models.clone(),
         ..http::Settings::default()
     })
 }

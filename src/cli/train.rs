@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::error::CliError;
-use super::export::{self, FormName, WidthName};
+use super::export::{self, FormatName, PrecisionName};
 use super::output::print_line;
 use super::{photos, service};
 use crate::config;
@@ -30,19 +30,19 @@ pub(super) struct Train {
     /// Directory with 3 to 5 photos of the product: PNG, JPEG or WebP
     #[arg(long)]
     photos: PathBuf,
-    /// What kind of thing it is, such as "coffee mug"
+    /// Class name of the product, such as "coffee mug"
     #[arg(long)]
     class_name: String,
     /// hypnos, dreambooth or textual_inversion
     #[arg(long, default_value = "hypnos")]
     method: Method,
-    /// Directory for what comes out; new or empty, unless --resume is given
+    /// Output directory; new or empty, unless --resume is given
     #[arg(long)]
     out: PathBuf,
     /// Any option of a training by its name in the API, such as steps=400 or loss_weights.prior=0.5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Go on from the last checkpoint in --out
+    /// Resume from the last checkpoint in --out
     #[arg(long)]
     resume: bool,
     /// Steps between two checkpoints
@@ -51,22 +51,22 @@ pub(super) struct Train {
     /// Directory of class images, shared by trainings; inside --out if not given
     #[arg(long, value_name = "DIR")]
     class_images: Option<PathBuf>,
-    /// Write chosen steps down whole, as safetensors, in this directory
+    /// Write the steps of --trace-steps, with inputs and outputs, as safetensors into this directory
     #[arg(long, value_name = "DIR", requires = "trace_steps")]
     trace: Option<PathBuf>,
-    /// The steps to write down, counted from 1
+    /// The steps to write, counted from 1
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "trace")]
     trace_steps: Vec<u64>,
-    /// Also write the result as what other programs read; may be given for each
+    /// Also export the result in this format; may be repeated
     #[arg(long, value_enum, value_name = "FORM")]
-    export: Vec<FormName>,
+    export: Vec<FormatName>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Compute blocks again instead of keeping them: less memory for a third more time
+    /// Gradient checkpointing: less memory for a third more time
     #[arg(long)]
     checkpointing: bool,
 }
@@ -83,8 +83,8 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
             spec.options.steps
         )));
     }
-    for form in &args.export {
-        form.vacant(&args.out)?;
+    for format in &args.export {
+        format.vacant(&args.out)?;
     }
     let engine = CandleEngine::open(EngineSettings {
         bundle: args.bundle.clone(),
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         checkpointing: args.checkpointing,
     })?;
     engine.check(&spec)?;
-    let (out, spec) = Out::open(&args.out, &spec, engine.bundle(), args.resume)?;
+    let (out, spec) = Out::open(&args.out, &spec, &engine.model().card.sha256, args.resume)?;
 
     // 2. The training, in its own thread, while signals are handled here.
     let args = args.clone();
@@ -128,7 +128,7 @@ fn train(
     let weights = work.done_by(&mut engine, ProgressBar::new(0))?;
     print_line(&out.dir().display().to_string());
     drop(engine); // its models take the memory that an export may need
-    export::write(&args.bundle, &weights, &args.export, WidthName::F32, out.dir())?;
+    export::write(&args.bundle, &weights, &args.export, PrecisionName::F32, out.dir())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -161,7 +161,7 @@ impl Work<'_> {
             trace: self.trace,
         };
         let mut show = Show::new(self.out, self.class_image_cache, self.checkpoint_every, self.stop, bar);
-        let ending = engine.train(input, &mut |_, beat| show.hear(beat));
+        let ending = engine.train(input, &mut |_, event| show.observe(event));
         let seconds = show.finish()?;
         match ending? {
             Ending::Trained(mut trained) => {
@@ -172,7 +172,7 @@ impl Work<'_> {
                 let at = match checkpoint {
                     Some((step, file)) => {
                         self.out.keep_checkpoint(&file)?;
-                        format!("after step {step}; {} goes on from there", self.again)
+                        format!("after step {step}; {} continues from there", self.again)
                     }
                     None => "before the first step".into(),
                 };
@@ -221,7 +221,8 @@ pub(super) fn options(pairs: &[String]) -> Result<Map<String, Value>, CliError> 
         };
         // Invalid JSON counts as a string: method=hypnos needs no quotes.
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-        set(&mut options, key, value).map_err(|()| CliError::Input(format!("--set: {key} is no option")))?;
+        set(&mut options, key, value)
+            .map_err(|()| CliError::Input(format!("--set: {key} is not an option")))?;
     }
     Ok(options)
 }

@@ -6,19 +6,21 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::job::Job;
+use crate::store::QueuePlace;
 
 /// `Retry-After` of a job that has not ended, in seconds.
 pub(super) const POLL_AFTER_SECS: u64 = 5;
 
-/// The `ETag` of a job. It covers the queue position, which changes without the row.
-pub(super) fn etag(job: &Job, queue_position: Option<u64>) -> String {
-    format!("W/\"{}\"", version_tag(job, queue_position))
+/// The `ETag` of a job. It covers the place in the queue, which changes without the row.
+pub(super) fn etag(job: &Job, place: Option<QueuePlace>) -> String {
+    format!("W/\"{}\"", version_tag(job, place))
 }
 
 /// The version in an `ETag`; also the id of an event.
-pub(super) fn version_tag(job: &Job, queue_position: Option<u64>) -> String {
-    match queue_position {
-        Some(queue_position) => format!("{}-{queue_position}", job.version),
+pub(super) fn version_tag(job: &Job, place: Option<QueuePlace>) -> String {
+    match place {
+        Some(QueuePlace { position, served: true }) => format!("{}-{position}", job.version),
+        Some(QueuePlace { position, served: false }) => format!("{}-{position}-no-worker", job.version),
         None => job.version.to_string(),
     }
 }
@@ -34,10 +36,10 @@ pub(super) fn matches_etag(headers: &HeaderMap, etag: &str) -> bool {
 pub(super) fn conditional_json(
     headers: &HeaderMap,
     job: &Job,
-    queue_position: Option<u64>,
+    place: Option<QueuePlace>,
     body: impl Serialize,
 ) -> Response {
-    let etag = etag(job, queue_position);
+    let etag = etag(job, place);
     let mut response = if matches_etag(headers, &etag) {
         StatusCode::NOT_MODIFIED.into_response()
     } else {

@@ -139,12 +139,12 @@ impl Subscription {
         if job.state.is_terminal() {
             self.step = Step::End;
         }
-        let queue_position = self.position.get(job).await.ok()?;
-        let version = version_tag(job, queue_position);
+        let place = self.position.get(job).await.ok()?;
+        let version = version_tag(job, place);
         if self.sent.as_ref() == Some(&version) {
             return None;
         }
-        let view = JobView::of(job, queue_position, &self.app.settings.public_url).ok()?;
+        let view = JobView::of(job, place, &self.app.settings.public_url).ok()?;
         let event = Event::default().event("job").id(&version).data(serde_json::to_string(&view).ok()?);
         self.sent = Some(version);
         Some(event)

@@ -14,6 +14,7 @@ use super::conditional::conditional_json;
 use super::extract::{ApiQuery, PathId, PathIdAndName};
 use super::files::{redirect, signed_url};
 use super::long_poll::long_poll;
+use super::models::resolve;
 use super::pagination::{Page, PageQuery};
 use super::problem::{Kind as ProblemKind, Problem};
 use super::spool::Spooled;
@@ -25,7 +26,7 @@ use super::view::{ArtifactView, JobView};
 use crate::blobs::Scope;
 use crate::job::{Job, JobId, Kind, REPORT, Spec, State as JobState, TenantId, TrainOptions, TrainSpec};
 use crate::report::Report;
-use crate::store::{Idempotency, NewJob, Origin};
+use crate::store::{Idempotency, NewJob, Origin, QueuePlace};
 use crate::telemetry;
 
 /// The form of a new training.
@@ -39,7 +40,10 @@ pub(super) struct JobForm {
     /// What kind of thing the product is.
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
-    /// How it is trained, as JSON.
+    /// The model to train, by its name or SHA-256 in `/v1/models`; the only one or the service's default if not given.
+    #[schema(max_length = 256, example = "sd15")]
+    model: Option<String>,
+    /// How it is trained, as JSON. Options that are left out are those of the model for the method, in `/v1/models`.
     options: Option<TrainOptions>,
 }
 
@@ -75,7 +79,7 @@ pub(super) async fn create_job(
     let accepted = if let Some(existing) = replay(&app, writer.tenant, idempotency.as_ref()).await? {
         existing
     } else {
-        let spec = upload.spec()?;
+        let spec = resolve(&app, upload.request()?).await?;
         let slot = admitted.wait_for_slot(upload.bytes()).await?;
         // Runs to its end even if the client disconnects: canceled between the objects and the row, it would leave
         // objects that no row names.
@@ -87,7 +91,7 @@ pub(super) async fn create_job(
         accepted.map_err(|error| Problem::internal(&error))??
     };
     let Accepted { job, replayed } = accepted;
-    let view = view(&app, &job, None)?;
+    let view = view(&app, &job, app.store.queue_place(&job).await?)?;
     Ok(job_response(
         StatusCode::ACCEPTED,
         &format!("{}/v1/jobs/{}", app.settings.public_url, job.id),
@@ -158,8 +162,8 @@ async fn discard(app: &AppState, tenant: TenantId, id: JobId) {
     }
 }
 
-fn view<'a>(app: &AppState, job: &'a Job, queue_position: Option<u64>) -> Result<JobView<'a>, Problem> {
-    JobView::of(job, queue_position, &app.settings.public_url)
+fn view<'a>(app: &AppState, job: &'a Job, place: Option<QueuePlace>) -> Result<JobView<'a>, Problem> {
+    JobView::of(job, place, &app.settings.public_url)
 }
 
 /// A page of trainings, the newest first.
@@ -193,7 +197,8 @@ pub(super) async fn list_jobs(
 /// Gets a training
 ///
 /// With `If-None-Match` an unchanged training is answered with 304. With `Prefer: wait=N` the answer waits up to N
-/// seconds: for a change if there is an `If-None-Match`, else for the training's end. Under load it waits less long.
+/// seconds: for a change if there is an `If-None-Match`, else for the training's end. Under load it waits for a shorter
+/// time.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}", tag = "jobs",
     params(
@@ -215,8 +220,8 @@ pub(super) async fn get_job(
     PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, queue_position) = long_poll(&app, &mut reader, id, Kind::Train, &headers).await?;
-    Ok(conditional_json(&headers, &job, queue_position, view(&app, &job, queue_position)?))
+    let (job, place) = long_poll(&app, &mut reader, id, Kind::Train, &headers).await?;
+    Ok(conditional_json(&headers, &job, place, view(&app, &job, place)?))
 }
 
 /// Deletes a training, its photos, its results and its samples
@@ -290,7 +295,7 @@ pub(super) async fn retry_job(
 
 /// Gets a training's report
 ///
-/// All that led to the result: settings, hashes, seeds, prompts, losses, metrics.
+/// How the result was made: settings, hashes, seeds, prompts, losses, metrics.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/report", tag = "jobs", params(("id" = Uuid, Path, description = "The training")),
     responses((status = 200, description = "The report", body = Report)),

@@ -14,7 +14,7 @@
 //! upload, upload_queue, spool   photos of a form to objects; admission of uploads; temporary storage on disk
 //! idempotency, submit           Idempotency-Key; enqueuing jobs
 //! fair_pool, activity           concurrency limits shared by tenants; time since the last activity
-//! jobs, samples, photos, events, files, health    the handlers
+//! jobs, samples, models, photos, events, files, health    the handlers
 //! view, problem                 JSON of a row; RFC 9457 problems
 //! queue_position                a queued job's position, polled with bounded cost
 //! operations                    health checks and metrics, also for a listener of their own
@@ -40,6 +40,7 @@ mod linger;
 mod long_poll;
 mod loopback;
 mod middleware;
+mod models;
 mod multipart;
 mod openapi;
 mod operations;

@@ -20,6 +20,7 @@ use crate::job::{CLASS_NAME_PATTERN, PROMPT_PATTERN, STEPS_MAX, template_pattern
     tags(
         (name = "jobs", description = "Trainings: photos in, a model out."),
         (name = "samples", description = "Pictures drawn with a training's result."),
+        (name = "models", description = "What the workers hold."),
         (name = "photos", description = "Photos, inspected before a job is created."),
         (name = "files", description = "Files by signed URLs."),
         (name = "operations", description = "For operators of the server."),

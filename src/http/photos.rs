@@ -8,10 +8,12 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::auth::Writer;
+use super::models::class_warnings;
 use super::problem::{Kind, Problem, TYPE_PREFIX};
 use super::product_detector::DetectedProduct;
 use super::state::AppState;
 use super::upload::{FormKind, decode, receive};
+use crate::job::Warning;
 use crate::photo::{Inspection, duplicates};
 
 /// The form of photos to inspect.
@@ -22,6 +24,12 @@ pub(super) struct PhotosForm {
     /// Photos: PNG, JPEG or WebP.
     #[schema(value_type = Vec<String>, min_items = 1, max_items = 5)]
     images: Vec<Vec<u8>>,
+    /// What kind of thing the product is, to see whether the model knows it.
+    #[schema(max_length = 64, example = "mug")]
+    class_name: Option<String>,
+    /// The model that would be trained, as in a job.
+    #[schema(max_length = 256)]
+    model: Option<String>,
 }
 
 /// The inspected photos.
@@ -31,6 +39,8 @@ pub(super) struct Inspections {
     photos: Vec<Inspected>,
     /// Pairs of indices, from 0, of photos that show the same picture.
     duplicates: Vec<(usize, usize)>,
+    /// Warnings that a job with this class and model would have.
+    warnings: Vec<Warning>,
 }
 
 /// An inspected photo.
@@ -60,7 +70,7 @@ struct PhotoProblem {
 /// Inspects photos without storing them
 ///
 /// For each photo: whether a job would accept it, warnings (too dark, of one colour, blurry, a duplicate), and where
-/// the product was found in it. Nothing is stored or queued.
+/// the product was found in it; with a class, whether the model knows it. Nothing is stored or queued.
 #[utoipa::path(
     post, path = "/v1/photos/inspect", tag = "photos",
     request_body(content = PhotosForm, content_type = "multipart/form-data"),
@@ -78,6 +88,10 @@ pub(super) async fn inspect_photos(
     if upload.images.is_empty() {
         return Err(Problem::new(Kind::Field, "/images: wanted 1 to 5 photos, got 0").at("/images"));
     }
+    let warnings = match upload.class_name()? {
+        Some(class_name) => class_warnings(&app, &class_name, upload.model()?.as_deref()).await?,
+        None => Vec::new(),
+    };
     let mut slot = admitted.wait_for_slot(upload.bytes()).await?;
     let mut photos = Vec::new();
     for image in upload.images {
@@ -100,7 +114,7 @@ pub(super) async fn inspect_photos(
     let (indices, inspections): (Vec<_>, Vec<_>) =
         photos.iter().enumerate().filter_map(|(n, photo)| Some((n, photo.inspection.clone()?))).unzip();
     let duplicates = duplicates(&inspections).into_iter().map(|(a, b)| (indices[a], indices[b])).collect();
-    Ok(Json(Inspections { photos, duplicates }))
+    Ok(Json(Inspections { photos, duplicates, warnings }))
 }
 
 /// Finds the product, on a thread for blocking work.

@@ -1,6 +1,6 @@
-//! The queue position of a job that a client watches.
+//! The place in the queue of a job that a client watches.
 //!
-//! A position changes without the job's row, as other jobs are claimed, so it has to be queried. The query takes longer
+//! A place changes without the job's row, as other jobs are claimed, so it has to be queried. The query takes longer
 //! the more jobs wait, so all watches together spend at most a tenth of the time on it.
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::job::{Job, State};
-use crate::store::{self, Store};
+use crate::store::{self, QueuePlace, Store};
 
 /// Shortest time between two queries of one watch.
 const INTERVAL_MIN: Duration = Duration::from_secs(2);
@@ -35,7 +35,7 @@ impl QueuePositions {
     }
 
     /// Starts a watch; `known` is the position as it was just queried, if it was.
-    pub(super) fn watch(&self, known: Option<u64>) -> PositionWatch {
+    pub(super) fn watch(&self, known: Option<QueuePlace>) -> PositionWatch {
         self.0.n_watches.fetch_add(1, Ordering::Relaxed);
         let queried_at = known.map(|_| Instant::now());
         PositionWatch { shared: Arc::clone(&self.0), last: known, queried_at }
@@ -53,19 +53,19 @@ impl Shared {
 /// One watch of a job's queue position; ends when dropped.
 pub(super) struct PositionWatch {
     shared: Arc<Shared>,
-    last: Option<u64>,
+    last: Option<QueuePlace>,
     queried_at: Option<Instant>,
 }
 
 impl PositionWatch {
     /// The job's position, queried now or a moment ago; none unless the job is queued.
-    pub(super) async fn get(&mut self, job: &Job) -> store::Result<Option<u64>> {
+    pub(super) async fn get(&mut self, job: &Job) -> store::Result<Option<QueuePlace>> {
         if job.state != State::Queued {
             self.last = None;
         } else if self.queried_at.is_none_or(|at| at.elapsed() >= self.shared.interval()) {
             let started = Instant::now();
             // A job without a position has just left the queue; its next version will show that.
-            self.last = self.shared.store.queue_position(job).await?.or(self.last);
+            self.last = self.shared.store.queue_place(job).await?.or(self.last);
             self.queried_at = Some(Instant::now());
             self.shared.query_micros.store(started.elapsed().as_micros() as u64, Ordering::Relaxed);
         }

@@ -6,7 +6,7 @@ use utoipa_axum::routes;
 
 use super::linger::linger;
 use super::state::AppState;
-use super::{events, files, health, jobs, middleware, photos, samples};
+use super::{events, files, health, jobs, middleware, models, photos, samples};
 
 /// Operations that need a key.
 pub(super) fn api() -> OpenApiRouter<AppState> {
@@ -23,6 +23,7 @@ pub(super) fn api() -> OpenApiRouter<AppState> {
         .routes(routes!(samples::cancel_sample))
         .routes(routes!(samples::retry_sample))
         .routes(routes!(samples::get_image))
+        .routes(routes!(models::list_models))
         .routes(routes!(health::metrics))
         .layer(from_fn(middleware::time_limit));
     let uploads = OpenApiRouter::new()

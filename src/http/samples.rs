@@ -22,7 +22,7 @@ use super::state::AppState;
 use super::submit::{Accepted, job_response, random_seed, replay, resubmit, submit};
 use super::view::{ImageView, SampleView};
 use crate::job::{Job, JobId, Kind, Object, SampleSpec, Spec, State as JobState};
-use crate::store::{NewJob, Origin};
+use crate::store::{NewJob, Origin, QueuePlace};
 use crate::telemetry;
 
 /// Draws pictures with a finished training
@@ -84,17 +84,18 @@ pub(super) async fn create_sample(
     }
     let status = if job.state.is_terminal() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let location = format!("{}/v1/samples/{}", app.settings.public_url, job.id);
-    Ok(job_response(status, &location, replayed, view(&app, &job, None).await?))
+    let place = app.store.queue_place(&job).await?;
+    Ok(job_response(status, &location, replayed, view(&app, &job, place).await?))
 }
 
 /// The sample with its pictures, once it has succeeded.
-async fn view(app: &AppState, job: &Job, queue_position: Option<u64>) -> Result<SampleView, Problem> {
+async fn view(app: &AppState, job: &Job, place: Option<QueuePlace>) -> Result<SampleView, Problem> {
     let mut images = Vec::new();
     for image in pictures(app, job).await? {
         let (url, expires_at) = signed_url(app, &image).await?;
         images.push(ImageView::of(&image, url, expires_at));
     }
-    let view = SampleView::of(job, images, queue_position, &app.settings.public_url);
+    let view = SampleView::of(job, images, place, &app.settings.public_url);
     view.ok_or_else(|| Problem::not_found("sample"))
 }
 
@@ -162,8 +163,8 @@ pub(super) async fn get_sample(
     PathId(id): PathId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (job, queue_position) = long_poll(&app, &mut reader, id, Kind::Sample, &headers).await?;
-    Ok(conditional_json(&headers, &job, queue_position, view(&app, &job, queue_position).await?))
+    let (job, place) = long_poll(&app, &mut reader, id, Kind::Sample, &headers).await?;
+    Ok(conditional_json(&headers, &job, place, view(&app, &job, place).await?))
 }
 
 /// Fetches one of a sample's pictures

@@ -1,6 +1,5 @@
 //! Settings of the HTTP server.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,8 +41,10 @@ pub struct Settings {
     pub url_time: Duration,
     /// How long keys are cached: a revoked one works for no longer than this.
     pub key_time: Duration,
-    /// For each method, training options that suit the workers' models; the page suggests them.
-    pub suggested: BTreeMap<String, serde_json::Value>,
+    /// The model that is trained where a job names none; without one, the only one that workers hold.
+    pub default_model: Option<String>,
+    /// Names of models whose jobs are accepted before a worker has registered them.
+    pub models: Vec<String>,
 }
 
 impl Default for Settings {
@@ -63,7 +64,8 @@ impl Default for Settings {
             attempts_max: 3,
             url_time: Duration::from_hours(1),
             key_time: Duration::from_secs(30),
-            suggested: BTreeMap::new(),
+            default_model: None,
+            models: Vec::new(),
         }
     }
 }

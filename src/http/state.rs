@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::fair_pool::FairPools;
 use super::keys::KeyCache;
+use super::models::Vocabularies;
 use super::operations::Operations;
 use super::problem::Problem;
 use super::product_detector::ProductDetector;
@@ -36,6 +37,7 @@ pub struct Inner {
     pub(super) pools: FairPools,
     pub(super) uploads: UploadQueue,
     pub(super) positions: QueuePositions,
+    pub(super) vocabularies: Vocabularies,
     pub(super) detector: Option<Arc<dyn ProductDetector>>,
 }
 
@@ -68,6 +70,7 @@ impl AppState {
             pools: FairPools::new(settings.requests_max, settings.waits_max, settings.streams_max),
             uploads: UploadQueue::new(settings.uploads_max, decoder.n_parallel()),
             positions: QueuePositions::new(store.clone()),
+            vocabularies: Vocabularies::new(),
             store,
             blobs,
             decoder,

@@ -1,14 +1,11 @@
 //! The page at `/`: a client of the API in a browser, made of three static files.
 
-use axum::extract::State;
+use axum::Router;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::json;
 
 use super::state::AppState;
-use crate::job::Method;
 
 /// Pictures come from the object store, which may be another host; all else comes from this server.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -19,7 +16,6 @@ pub(super) fn routes() -> Router<AppState> {
         .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("ui/index.html")) }))
         .route("/app.css", get(|| async { file("text/css; charset=utf-8", include_str!("ui/app.css")) }))
         .route("/app.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("ui/app.js")) }))
-        .route("/app.json", get(about))
 }
 
 fn file(content_type: &'static str, text: &'static str) -> Response {
@@ -29,9 +25,4 @@ fn file(content_type: &'static str, text: &'static str) -> Response {
         (header::CACHE_CONTROL, "no-cache"),
     ];
     (headers, text).into_response()
-}
-
-/// Configuration of the page: the training methods, and options that suit this server's models.
-async fn about(State(app): State<AppState>) -> Response {
-    Json(json!({ "methods": Method::ALL, "options": app.settings.suggested })).into_response()
 }

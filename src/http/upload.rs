@@ -12,10 +12,9 @@ use super::multipart::FormReader;
 use super::problem::{Kind, Problem, excerpt};
 use super::spool::{Spool, Spooled};
 use super::state::AppState;
-use super::submit::random_seed;
 use super::upload_queue::{AdmittedUpload, ProcessingSlot};
 use crate::blobs::Key;
-use crate::job::{Invalid, JobId, N_PHOTOS_MAX, N_PHOTOS_MIN, Object, TenantId, TrainOptions, TrainSpec};
+use crate::job::{JobId, N_PHOTOS_MAX, N_PHOTOS_MIN, Object, TenantId, TrainOptions, class_name};
 use crate::memory::giving_back;
 use crate::photo::{Inspection, Photo, Refusal, duplicates};
 use crate::store::Idempotency;
@@ -23,6 +22,7 @@ use crate::store::Idempotency;
 /// Size limit of the rest of the form: fields, boundaries, headers.
 const REST_BYTES_MAX: usize = 1 << 20;
 const CLASS_NAME_BYTES_MAX: usize = 256;
+const MODEL_BYTES_MAX: usize = 256;
 const OPTIONS_BYTES_MAX: usize = 16 * 1024;
 
 /// The parts of a form as they were received.
@@ -30,16 +30,34 @@ const OPTIONS_BYTES_MAX: usize = 16 * 1024;
 pub(super) struct Upload {
     pub(super) images: Vec<Spooled>,
     pub(super) class_name: Option<Bytes>,
+    pub(super) model: Option<Bytes>,
     pub(super) options: Option<Bytes>,
 }
 
 /// Which parts a form may have besides its images.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum FormKind {
-    /// None.
+    /// `class_name` and `model`.
     Photos,
-    /// `class_name` and `options`.
+    /// `class_name`, `model` and `options`.
     Job,
+}
+
+impl FormKind {
+    fn parts(self) -> &'static str {
+        match self {
+            Self::Photos => "images, class_name, model",
+            Self::Job => "images, class_name, model, options",
+        }
+    }
+}
+
+/// What a form asks to be trained.
+pub(super) struct TrainRequest {
+    pub(super) class_name: String,
+    pub(super) model: Option<String>,
+    /// The options that were given: a JSON object of the right shape, its values in their ranges.
+    pub(super) options: Value,
 }
 
 /// Waits until an upload is admitted, and receives its form. A request that is not a form, or that is not admitted, is
@@ -85,15 +103,15 @@ async fn read(app: &AppState, mut form: FormReader, fields: FormKind) -> Result<
                 }
                 upload.images.push(spool.finish().await?);
             }
-            ("class_name", FormKind::Job) => {
+            ("class_name", _) => {
                 read_once(&mut upload.class_name, &mut form, "/class_name", CLASS_NAME_BYTES_MAX).await?;
             }
+            ("model", _) => read_once(&mut upload.model, &mut form, "/model", MODEL_BYTES_MAX).await?,
             ("options", FormKind::Job) => {
                 read_once(&mut upload.options, &mut form, "/options", OPTIONS_BYTES_MAX).await?;
             }
             _ => {
-                let wanted = if fields == FormKind::Job { "images, class_name, options" } else { "images" };
-                let detail = format!("unknown part {:?}; wanted {wanted}", excerpt(&name));
+                let detail = format!("unknown part {:?}; wanted {}", excerpt(&name), fields.parts());
                 return Err(Problem::new(Kind::Field, detail));
             }
         }
@@ -129,41 +147,59 @@ impl Upload {
         for field in [&self.class_name, &self.options] {
             request.add(field.as_deref().unwrap_or_default());
         }
+        // Only if it is there: the hash of a request without it is that of earlier builds.
+        if let Some(model) = &self.model {
+            request.add(b"model");
+            request.add(model);
+        }
         for image in &self.images {
             request = image.hash_into(request).await?;
         }
         Ok(Some(request.with_key(key)))
     }
 
-    pub(super) fn spec(&self) -> Result<TrainSpec, Problem> {
-        let invalid =
-            |pointer: &str, how: String| Problem::new(Kind::Field, format!("{pointer}: {how}")).at(pointer);
+    /// What is asked to be trained, checked as far as that can be without a model.
+    pub(super) fn request(&self) -> Result<TrainRequest, Problem> {
         let n = self.images.len();
         if n < N_PHOTOS_MIN {
             let how = format!("wanted {N_PHOTOS_MIN} to {N_PHOTOS_MAX} photos, got {n}");
             return Err(invalid("/images", how));
         }
-        let class_name =
-            self.class_name.as_deref().ok_or_else(|| invalid("/class_name", "is missing".into()))?;
-        let class_name = std::str::from_utf8(class_name);
-        let class_name = class_name.map_err(|_| invalid("/class_name", "is not UTF-8".into()))?;
-        let options: TrainOptions = match &self.options {
+        let class_name = self.class_name()?.ok_or_else(|| invalid("/class_name", "is missing".into()))?;
+        let options = match &self.options {
             Some(json) => parse_options(json, "/options")?,
-            None => TrainOptions::default(),
+            None => json!({}),
         };
-        options.check().map_err(|invalid| {
-            let pointer = format!("/options{}", invalid.pointer);
-            Invalid { pointer, ..invalid }
-        })?;
-        Ok(TrainSpec::new(class_name, options, random_seed()?)?)
+        Ok(TrainRequest { class_name, model: self.model()?, options })
+    }
+
+    /// The normalized class name, if it was sent.
+    pub(super) fn class_name(&self) -> Result<Option<String>, Problem> {
+        let text = utf8("/class_name", self.class_name.as_deref())?;
+        Ok(text.map(class_name).transpose()?)
+    }
+
+    /// The name of the model, if it was sent; an empty one counts as none.
+    pub(super) fn model(&self) -> Result<Option<String>, Problem> {
+        let text = utf8("/model", self.model.as_deref())?.map(str::trim);
+        Ok(text.filter(|text| !text.is_empty()).map(ToOwned::to_owned))
     }
 }
 
-/// Parses training options; what the document at `pointer` leaves out has the default of its method.
-fn parse_options(bytes: &[u8], pointer: &str) -> Result<TrainOptions, Problem> {
+fn invalid(pointer: &str, how: String) -> Problem {
+    Problem::new(Kind::Field, format!("{pointer}: {how}")).at(pointer)
+}
+
+fn utf8<'a>(pointer: &str, bytes: Option<&'a [u8]>) -> Result<Option<&'a str>, Problem> {
+    let text = bytes.map(std::str::from_utf8).transpose();
+    text.map_err(|_| invalid(pointer, "is not UTF-8".into()))
+}
+
+/// Parses the training options of the document at `pointer`: those that it names.
+fn parse_options(bytes: &[u8], pointer: &str) -> Result<Value, Problem> {
     from_json::<TrainOptions>(bytes, pointer)?; // for its errors, which name the field
-    let some = serde_json::from_slice(&whole_numbers(bytes)).and_then(|some| TrainOptions::given(&some));
-    some.map_err(|error| invalid_json(&error, pointer))
+    let given = serde_json::from_slice(&whole_numbers(bytes));
+    given.map_err(|error| invalid_json(&error, pointer))
 }
 
 /// Decodes a photo; only the decoded picture stays in memory.

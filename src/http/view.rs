@@ -7,11 +7,19 @@ use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::problem::Problem;
-use crate::job::{Fault, Job, JobId, Kind, Object, Progress, SampleSpec, Spec, State, TrainOptions};
+use crate::job::{
+    Fault, Job, JobId, Kind, ModelRef, Object, Progress, SampleSpec, Spec, State, TrainOptions, WaitingFor,
+    Warning, WarningCode,
+};
+use crate::store::QueuePlace;
 
 /// A time in RFC 3339.
 pub(super) fn time(ms: i64) -> String {
     Timestamp::from_millisecond(ms).unwrap_or_default().to_string()
+}
+
+fn waiting_for(place: QueuePlace) -> WaitingFor {
+    if place.served { WaitingFor::Turn } else { WaitingFor::Worker }
 }
 
 /// A training.
@@ -28,10 +36,16 @@ pub(super) struct JobView<'a> {
     cancel_requested: bool,
     /// The training that this one retries, which may be deleted by now; null unless it is a retry.
     retry_of: Option<JobId>,
+    /// What it waits for; null unless it is queued, and in lists.
+    waiting_for: Option<WaitingFor>,
+    /// What its sender should know.
+    warnings: Vec<Warning>,
     /// What kind of thing the product is.
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
-    /// All options of the training, defaults included.
+    /// The model that is trained; null until a worker decides it, and for trainings of earlier versions.
+    model: Option<ModelRef>,
+    /// All options of the training, those included that were left out.
     #[schema(value_type = TrainOptions)]
     options: &'a RawValue,
     /// Seed of all its random numbers: as requested, or drawn by the server.
@@ -110,6 +124,10 @@ pub(super) struct JobLinks {
 #[derive(Deserialize)]
 struct SpecFields<'a> {
     class_name: String,
+    #[serde(default)]
+    model: Option<ModelRef>,
+    #[serde(default)]
+    warnings: Vec<Warning>,
     #[serde(borrow)]
     options: &'a RawValue,
     seed: u64,
@@ -117,9 +135,13 @@ struct SpecFields<'a> {
 
 impl<'a> JobView<'a> {
     /// The JSON of a training.
-    pub(super) fn of(job: &'a Job, queue_position: Option<u64>, public_url: &str) -> Result<Self, Problem> {
-        let spec: SpecFields =
+    pub(super) fn of(job: &'a Job, place: Option<QueuePlace>, public_url: &str) -> Result<Self, Problem> {
+        let mut spec: SpecFields =
             serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
+        if place.is_some_and(|place| !place.served) {
+            let message = "no running worker holds the model that this job needs: it waits for one";
+            spec.warnings.push(Warning::new(WarningCode::NoWorker, message));
+        }
         let this = format!("{public_url}/v1/jobs/{}", job.id);
         let link = |name: &str| [&this, "/", name].concat();
         let links = JobLinks {
@@ -137,12 +159,15 @@ impl<'a> JobView<'a> {
             state: job.state,
             cancel_requested: job.cancel_requested,
             retry_of: job.retry_of,
+            waiting_for: place.map(waiting_for),
+            warnings: spec.warnings,
             class_name: spec.class_name,
+            model: spec.model,
             options: spec.options,
             seed: spec.seed,
             photos: job.photos.iter().map(PhotoView::of).collect(),
             progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
-            queue_position,
+            queue_position: place.map(|place| place.position),
             attempt: job.attempt,
             error: job.error.as_ref(),
             result: job.result.as_ref(),
@@ -181,6 +206,8 @@ pub(super) struct SampleView {
     state: State,
     /// Whether its cancellation was requested.
     cancel_requested: bool,
+    /// What it waits for; null unless it is queued, and in lists.
+    waiting_for: Option<WaitingFor>,
     /// What is drawn, defaults included; the seed is that of the first picture.
     spec: SampleSpec,
     /// The pictures, in the order of the prompts; empty until it succeeded, and in lists.
@@ -263,7 +290,7 @@ impl SampleView {
     pub(super) fn of(
         job: &Job,
         images: Vec<ImageView>,
-        queue_position: Option<u64>,
+        place: Option<QueuePlace>,
         public_url: &str,
     ) -> Option<Self> {
         let (Ok(Spec::Sample(spec)), Some(parent)) = (job.spec(), job.parent) else { return None };
@@ -277,10 +304,11 @@ impl SampleView {
             state: job.state,
             cancel_requested: job.cancel_requested,
             retry_of: job.retry_of,
+            waiting_for: place.map(waiting_for),
             spec,
             images,
             progress: job.progress.clone().filter(|_| !job.state.is_terminal()),
-            queue_position,
+            queue_position: place.map(|place| place.position),
             attempt: job.attempt,
             error: job.error.clone(),
             created_at: time(job.created_ms),

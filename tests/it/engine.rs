@@ -1,4 +1,4 @@
-//! The engine behind the seam: whole small trainings on the miniature, and what is drawn with them.
+//! The candle engine behind its trait: whole small trainings of the miniature, and images drawn with them.
 
 use std::path::{Path, PathBuf};
 
@@ -57,7 +57,7 @@ fn spec(steps: u32, class_images: u32) -> TrainSpec {
 /// One attempt at a training, and what it left.
 struct Attempt {
     result: Result<Ending, Fault>,
-    beats: Vec<TrainEvent>,
+    events: Vec<TrainEvent>,
     scratch: TempDir,
 }
 
@@ -70,7 +70,7 @@ impl Attempt {
         mut flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
     ) -> Self {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
-        let mut beats = Vec::new();
+        let mut events = Vec::new();
         let scratch_dir = scratch.path();
         let input = TrainInput {
             spec,
@@ -81,12 +81,12 @@ impl Attempt {
             scratch: scratch_dir,
             trace: None,
         };
-        let result = engine().train(input, &mut |artist, beat| {
-            let flow = flow(artist, &beat);
-            beats.push(beat);
+        let result = engine().train(input, &mut |generator, event| {
+            let flow = flow(generator, &event);
+            events.push(event);
             flow
         });
-        Self { result, beats, scratch }
+        Self { result, events, scratch }
     }
 
     fn unbroken(spec: &TrainSpec) -> Self {
@@ -120,8 +120,8 @@ impl Attempt {
 
     fn class_images(&self) -> Vec<Option<Vec<u8>>> {
         let mut all = Vec::new();
-        for beat in &self.beats {
-            if let TrainEvent::ClassImage { index, png } = beat {
+        for event in &self.events {
+            if let TrainEvent::ClassImage { index, png } = event {
                 all.resize(all.len().max(index + 1), None);
                 all[*index] = Some(png.clone());
             }
@@ -135,15 +135,15 @@ impl Attempt {
     }
 }
 
-fn is_at(beat: &TrainEvent, wanted: (Phase, u64)) -> bool {
-    matches!(beat, TrainEvent::Progress(progress) if (progress.phase, progress.step) == wanted)
+fn is_at(event: &TrainEvent, wanted: (Phase, u64)) -> bool {
+    matches!(event, TrainEvent::Progress(progress) if (progress.phase, progress.step) == wanted)
 }
 
-/// Answers `then` once, at the first beat that stands there, and goes on otherwise.
+/// Answers `then` once, at the first event of that phase and step, and continues otherwise.
 fn once(wanted: (Phase, u64), then: Flow) -> impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow {
     let mut done = false;
-    move |_, beat| {
-        if done || !is_at(beat, wanted) {
+    move |_, event| {
+        if done || !is_at(event, wanted) {
             return Flow::Continue;
         }
         done = true;
@@ -159,7 +159,7 @@ fn sha256(file: &Path) -> String {
 
 /// What a training with `weights` draws for a prompt.
 fn draw(
-    artist: &mut dyn ImageGenerator,
+    generator: &mut dyn ImageGenerator,
     train: &TrainSpec,
     weights: &Path,
     change: impl FnOnce(&mut SampleSpec),
@@ -169,19 +169,19 @@ fn draw(
     change(&mut spec);
     let weights_sha256 = &sha256(weights);
     let input = DrawInput { spec: &spec, train, weights, weights_sha256, job: Some(JOB) };
-    draw_all(artist, &input, &mut |_, _| Flow::Continue)
+    draw_all(generator, &input, &mut |_, _| Flow::Continue)
 }
 
 /// All pictures of a sample, batch by batch.
 fn draw_all(
-    artist: &mut dyn ImageGenerator,
+    generator: &mut dyn ImageGenerator,
     input: &DrawInput<'_>,
     watch: &mut dyn FnMut(u64, u64) -> Flow,
 ) -> Result<Option<Vec<Image>>, Fault> {
     let (n_pictures, mut drawn) = (input.spec.pictures().count(), Vec::new());
     while drawn.len() < n_pictures {
-        let batch = drawn.len()..n_pictures.min(drawn.len() + artist.batch());
-        match artist.draw(input, batch, watch)? {
+        let batch = drawn.len()..n_pictures.min(drawn.len() + generator.batch());
+        match generator.draw(input, batch, watch)? {
             Some(pictures) => drawn.extend(pictures),
             None => return Ok(None),
         }
@@ -206,11 +206,11 @@ fn a_training_paused_at_any_step_and_resumed_gives_the_same_bytes_as_an_unbroken
 }
 
 #[test]
-fn a_checkpoint_on_the_way_is_reported_and_is_the_one_that_a_pause_would_write() {
+fn a_checkpoint_during_a_training_is_the_one_that_a_pause_would_write() {
     let spec = spec(3, 0);
     let kept = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Checkpoint));
     let paused = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Pause));
-    let file = kept.beats.iter().find_map(|beat| match beat {
+    let file = kept.events.iter().find_map(|event| match event {
         TrainEvent::Checkpoint { step: 2, file } => Some(file.clone()),
         _ => None,
     });
@@ -228,7 +228,7 @@ fn before_the_first_step_there_is_nothing_to_save() {
         assert!(paused.files().is_empty());
     }
     let asked = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 0), Flow::Checkpoint));
-    assert!(!asked.beats.iter().any(|beat| matches!(beat, TrainEvent::Checkpoint { .. })));
+    assert!(!asked.events.iter().any(|event| matches!(event, TrainEvent::Checkpoint { .. })));
     asked.trained();
 }
 
@@ -237,12 +237,12 @@ fn a_training_that_is_stopped_ends_within_a_step_and_writes_nothing() {
     let spec = spec(3, 0);
     let stopped = Attempt::new(&spec, Vec::new(), None, once((Phase::Training, 2), Flow::Stop));
     assert!(matches!(stopped.result, Ok(Ending::Stopped)));
-    assert!(is_at(stopped.beats.last().expect("a beat"), (Phase::Training, 2)));
+    assert!(is_at(stopped.events.last().expect("an event"), (Phase::Training, 2)));
     assert!(stopped.files().is_empty());
 }
 
 #[test]
-fn class_images_that_were_drawn_before_give_the_same_training_as_drawing_them() {
+fn class_images_of_an_earlier_training_give_the_same_training_as_new_ones() {
     let spec = spec(2, 6);
     let drawn = Attempt::unbroken(&spec);
     let images = drawn.class_images();
@@ -259,7 +259,7 @@ fn class_images_that_were_drawn_before_give_the_same_training_as_drawing_them() 
 }
 
 #[test]
-fn trainings_with_the_same_settings_want_the_same_class_images() {
+fn trainings_with_the_same_settings_share_class_images() {
     let engine = engine();
     let of = |spec: &TrainSpec| engine.class_images(spec);
     let (small, large) = (of(&spec(1, 3)), of(&spec(9, 5)));
@@ -279,11 +279,11 @@ fn drawing_between_the_steps_does_not_change_the_training() {
     spec.options.evaluation.enabled = true;
     let alone = Attempt::unbroken(&spec);
     let mut served = Vec::new();
-    let busy = Attempt::new(&spec, Vec::new(), None, |artist, beat| {
-        if matches!(beat, TrainEvent::Shown { what: Shown::Preview(_), .. })
-            || is_at(beat, (Phase::Training, 1))
+    let busy = Attempt::new(&spec, Vec::new(), None, |generator, event| {
+        if matches!(event, TrainEvent::Shown { what: Shown::Preview(_), .. })
+            || is_at(event, (Phase::Training, 1))
         {
-            served.push(draw(artist, &earlier_spec(), &earlier.weights(), |_| ()).expect("pictures"));
+            served.push(draw(generator, &earlier_spec(), &earlier.weights(), |_| ()).expect("pictures"));
         }
         Flow::Continue
     });
@@ -297,14 +297,14 @@ fn earlier_spec() -> TrainSpec {
 }
 
 #[test]
-fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
+fn a_training_reports_each_step_its_previews_and_its_inputs() {
     let mut spec = spec(8, 0);
     spec.options.evaluation.enabled = true;
     let attempt = Attempt::unbroken(&spec);
     let mut step_seen = 0;
     let mut last_phase = Phase::Preparing;
-    for beat in &attempt.beats {
-        let TrainEvent::Progress(progress) = beat else { continue };
+    for event in &attempt.events {
+        let TrainEvent::Progress(progress) = event else { continue };
         let order = |phase| Phase::ALL.iter().position(|&one| one == phase);
         assert!(order(last_phase) <= order(progress.phase), "{} after {last_phase}", progress.phase);
         last_phase = progress.phase;
@@ -315,7 +315,7 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
         }
     }
     assert_eq!((step_seen, last_phase), (8, Phase::Evaluating));
-    let previews = attempt.beats.iter().filter_map(|beat| match beat {
+    let previews = attempt.events.iter().filter_map(|event| match event {
         TrainEvent::Shown { what: Shown::Preview(_), picture } => Some(picture),
         _ => None,
     });
@@ -326,7 +326,7 @@ fn a_training_reports_each_step_its_previews_and_how_it_came_about() {
     assert_eq!(images.len(), 3);
     assert!(images.iter().all(|image| image.prompt.contains("{product}") && image.format == Format::Png));
     assert_eq!(report.prompts.instance[0], "a photo of sks mug");
-    assert_eq!(report.bundle.sha256, engine().bundle());
+    assert_eq!(report.bundle.sha256, engine().model().card.sha256);
     assert_eq!(report.photos[0], PhotoSize { width: 96, height: 80 });
     assert_eq!(report.curve.step, (1..=8).collect::<Vec<u64>>());
     assert!(report.curve.loss[7].expect("a loss") > 0.0);
@@ -387,7 +387,7 @@ fn assert_names_the_job(picture: &Image) {
 }
 
 #[test]
-fn a_sample_s_pictures_come_in_order_and_are_the_same_alone_and_in_a_batch() {
+fn a_sample_s_images_come_in_order_and_are_the_same_alone_and_in_a_batch() {
     let attempt = Attempt::unbroken(&spec(1, 0));
     let mut engine = engine();
     let mut draw = |prompts: &[&str], n, seed| {
@@ -409,7 +409,7 @@ fn a_sample_s_pictures_come_in_order_and_are_the_same_alone_and_in_a_batch() {
 }
 
 #[test]
-fn a_sample_tells_its_steps_and_can_be_stopped() {
+fn a_sample_reports_its_steps_and_can_be_stopped() {
     let attempt = Attempt::unbroken(&spec(1, 0));
     let spec = r#"{"prompts": ["{product}"], "steps": 4, "seed": 5, "n": 3}"#;
     let spec: SampleSpec = serde_json::from_str(spec).expect("a specification");
@@ -434,7 +434,7 @@ fn a_sample_tells_its_steps_and_can_be_stopped() {
 }
 
 #[test]
-fn models_are_loaded_once_while_there_is_room_and_again_where_there_is_none() {
+fn loaded_models_are_cached_within_the_memory_limit() {
     let (one, other) = (Attempt::unbroken(&spec(1, 0)), Attempt::unbroken(&spec(2, 0)));
     for (bytes_max, stays) in [(1 << 30, true), (0, false)] {
         let mut engine = CandleEngine::open(EngineSettings { finetuned_bytes_max: bytes_max, ..settings() })
@@ -454,7 +454,7 @@ fn models_are_loaded_once_while_there_is_room_and_again_where_there_is_none() {
 }
 
 #[test]
-fn a_learning_rate_out_of_this_world_ends_as_diverged_and_leaves_no_file() {
+fn a_huge_learning_rate_ends_as_diverged_and_leaves_no_file() {
     let mut spec = spec(5, 0);
     spec.options.learning_rate = 1e30;
     let attempt = Attempt::unbroken(&spec);
@@ -465,7 +465,7 @@ fn a_learning_rate_out_of_this_world_ends_as_diverged_and_leaves_no_file() {
 }
 
 #[test]
-fn what_cannot_work_is_refused_in_one_line_before_anything_is_computed() {
+fn an_invalid_specification_is_refused_in_one_line_before_anything_is_computed() {
     let refused = |change: fn(&mut TrainSpec), wanted: &str| {
         let mut spec = spec(1, 0);
         change(&mut spec);
@@ -473,7 +473,7 @@ fn what_cannot_work_is_refused_in_one_line_before_anything_is_computed() {
         let fault = attempt.fault();
         assert_eq!(fault.code, FaultCode::Input);
         assert!(fault.message.contains(wanted) && !fault.message.contains('\n'), "{fault}");
-        assert!(attempt.beats.is_empty());
+        assert!(attempt.events.is_empty());
     };
     refused(|spec| spec.options.instance_token = Some("unbelievable9".into()), "wanted one token");
     refused(|spec| spec.options.evaluation.steps = 4000, "steps: wanted 1 to 1000, got 4000");
@@ -514,7 +514,7 @@ fn weights_and_checkpoints_of_another_bundle_are_refused() {
 }
 
 #[test]
-fn a_photo_that_is_none_is_the_input_s_fault() {
+fn a_photo_that_cannot_be_decoded_is_a_fault_of_the_input() {
     let spec = spec(1, 0);
     let scratch = tempfile::tempdir().expect("a directory");
     let photos = [photos().remove(0), b"not a picture".to_vec()];

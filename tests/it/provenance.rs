@@ -243,7 +243,9 @@ fn assert_is_what_they_read(
     now: impl Fn(&str) -> String,
 ) {
     let found = metadata(file, format);
-    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let hex = |bytes: &[u8]| {
+        bytes.iter().flat_map(|byte| format!("{byte:02x}").into_bytes()).map(char::from).collect::<String>()
+    };
     assert_eq!(String::from_utf8(found.xmp).unwrap(), now(&row.xmp), "{row:?}");
     assert_eq!(found.exif.as_deref().map(hex), row.exif, "{row:?}");
     if format == Format::Png {

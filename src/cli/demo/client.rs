@@ -32,7 +32,7 @@ impl Client {
         &self.url
     }
 
-    /// Waits until the service is ready, or until it stops.
+    /// Waits until the service is ready and its worker has a model, or until it stops.
     pub(super) async fn is_ready(&self, stop: &CancellationToken) -> Result<(), CliError> {
         let ready = async {
             while !self
@@ -44,10 +44,19 @@ impl Client {
             {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
+            // A training that is sent before the worker has registered its model has no options yet to show.
+            while !self.has_model().await {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
         };
         stop.run_until_cancelled(ready)
             .await
             .ok_or_else(|| CliError::Failed("the service did not start".into()))
+    }
+
+    async fn has_model(&self) -> bool {
+        let models = json_of(self.http.get(format!("{}/v1/models", self.url))).await;
+        models.is_ok_and(|models| models["data"][0]["workers"][0].is_object())
     }
 
     /// Queues a training.
@@ -110,7 +119,7 @@ impl Client {
         }
         if sample["state"] != "succeeded" {
             let why = sample["error"]["message"].as_str().unwrap_or("it was canceled");
-            return Err(CliError::Failed(format!("nothing was drawn: {why}")));
+            return Err(CliError::Failed(format!("no image was generated: {why}")));
         }
         print_line(&format!(
             "{:10} {} pictures, {:.0} s",

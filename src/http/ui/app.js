@@ -91,12 +91,15 @@ async function inspect() {
   if (!photos.length) return note("photos-note");
   const form = new FormData();
   photos.forEach((photo) => form.append("images", photo.file));
+  const name = $("class-name").value.trim();
+  if (name) form.append("class_name", name);
+  form.append("model", $("model").value);
   try {
     const found = await read("/v1/photos/inspect", { method: "POST", body: form });
     if (asked !== looking) return; // the photos have changed meanwhile
     found.photos.forEach((seen, i) => (photos[i].seen = seen));
     const twice = found.duplicates.map(([a, b]) => `photos ${a + 1} and ${b + 1} show the same picture`);
-    note("photos-note", twice.join("; "));
+    note("photos-note", [...twice, ...found.warnings.map(({ message }) => message)].join("; "));
   } catch (error) {
     if (asked === looking) note("photos-note", error.message);
   }
@@ -150,6 +153,7 @@ $("new").addEventListener("submit", (event) => {
     const form = new FormData();
     photos.forEach((photo) => form.append("images", photo.file));
     form.append("class_name", $("class-name").value.trim());
+    form.append("model", $("model").value);
     form.append("options", JSON.stringify({ method: $("method").value, ...options }));
     $("start").disabled = true;
     try {
@@ -213,12 +217,15 @@ async function paintJob(here, job) {
   $("job-title").textContent = job.class_name;
   $("state").textContent = job.cancel_requested && job.state === "running" ? "canceling" : job.state;
   $("state").className = `state ${job.state}`;
-  const place = job.queue_position === null ? "" : `${job.queue_position} ahead in the queue, `;
-  $("facts").textContent = `${place}${words(job.options.method)}, ${job.options.steps} steps, seed ${job.seed}, ${time(job.created_at)}`;
+  const waiting = job.waiting_for === "worker" ? "waits for a worker" : `${job.queue_position} ahead in the queue`;
+  const place = job.queue_position === null ? "" : `${waiting}, `;
+  const model = job.model ? `${job.model.name}, ` : "";
+  $("facts").textContent = `${place}${model}${words(job.options.method)}, ${job.options.steps} steps, seed ${job.seed}, ${time(job.created_at)}`;
   const ended = ["succeeded", "failed", "canceled"].includes(job.state);
   show("cancel", !ended);
   show("delete", ended);
   note("fault", job.error?.message);
+  note("warnings", job.warnings.map(({ message }) => message).join("; "));
   paintProgress(here, job, ended);
   const progress = job.progress;
   if (progress?.phase === "training" && progress.loss !== null) {
@@ -392,6 +399,7 @@ async function list() {
 function route() {
   const id = location.hash.match(/^#job=([0-9a-f-]{36})$/)?.[1];
   show("new", !id);
+  if (!id) loadModels();
   if (id) follow(id);
   else {
     open?.stop.abort();
@@ -407,12 +415,36 @@ $("key").addEventListener("submit", (event) => {
   route();
 });
 
-async function begin() {
-  const about = await (await fetch("/app.json")).json();
-  $("method").append(...about.methods.map((name) => element("option", { value: name, textContent: words(name) })));
-  const suggest = () => ($("options").value = about.options[$("method").value] ? JSON.stringify(about.options[$("method").value], null, 1) : "");
-  $("method").addEventListener("change", suggest);
-  suggest();
+// --- Models
+
+let models = [];
+
+async function loadModels() {
+  try {
+    models = (await read("/v1/models")).data.filter(({ workers, default: chosen }) => workers.length || chosen);
+  } catch (error) {
+    return; // without a key, or while the server is away: the form works without
+  }
+  const chosen = $("model").value;
+  $("model").replaceChildren(...models.map((model) => element("option", { value: model.name, textContent: model.name, selected: model.default })));
+  if (models.some(({ name }) => name === chosen)) $("model").value = chosen;
+  show("model-field", models.length > 1);
+  paintDefaults();
+}
+
+/** What the server takes for options that are left out. */
+function paintDefaults() {
+  const model = models.find(({ name }) => name === $("model").value);
+  const found = model?.methods.find(({ method }) => method === $("method").value);
+  if (!found) return ($("defaults").textContent = "");
+  const { steps, learning_rate, class_images } = found.options;
+  const lacks = found.usable ? "" : ` This model lacks what this method needs: ${found.lacks.map(words).join(", ")}.`;
+  $("defaults").textContent = `Left out: ${steps} steps, learning rate ${learning_rate}, ${class_images} class images.${lacks}`;
+}
+
+for (const id of ["model", "method"]) $(id).addEventListener("change", paintDefaults);
+
+function begin() {
   window.addEventListener("hashchange", route);
   route();
 }

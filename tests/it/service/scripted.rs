@@ -1,6 +1,7 @@
-//! An engine that computes nothing but keeps every promise of a real one: its result depends on the job's seed and on
-//! every step taken in order, its checkpoints are good to go on from, and it hears the watch between two steps.
+//! An engine that computes nothing but keeps every guarantee of a real one: its result depends on the job's seed and on
+//! every step taken in order, its checkpoints can be resumed, and it calls the observer between two steps.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
@@ -10,10 +11,29 @@ use hypnos::engine::{
     ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGenerator, Observer, Shown, TrainEvent,
     TrainInput, Trained,
 };
-use hypnos::job::{Fault, FaultCode, Format, Phase, Progress, TrainSpec};
+use hypnos::job::{
+    Fault, FaultCode, Format, HeldModel, ModelCard, ModelDrawing, ModelPart, Phase, Progress, Scheduler,
+    TrainSpec,
+};
 use hypnos::report::{Gallery, Report};
 use hypnos::worker::{Clock, MakeEngine};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
+
+/// A model with every part, whose vocabulary is of a few words.
+fn scripted_model(name: &str, sha256: &str) -> HeldModel {
+    let card = ModelCard {
+        name: name.into(),
+        sha256: sha256.into(),
+        family: "scripted".into(),
+        resolution: 64,
+        parts: ModelPart::ALL.to_vec(),
+        drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 7.5 },
+        training: BTreeMap::new(),
+        classes: None,
+    };
+    HeldModel { card, words: "mug teapot".into(), memory_bytes: None }
+}
 
 /// What an engine did, in order; shared by all that were made from one script.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +53,8 @@ pub(super) struct Script {
     pause: Arc<dyn Fn() + Send + Sync>,
     /// The kind of device: each draws one picture in bytes of its own.
     pub(super) device: &'static str,
+    /// The model that it says it holds.
+    model: HeldModel,
     /// How long it takes by the device's own clock, which nothing else moves.
     pub(super) device_step: Duration,
     /// Pictures drawn at once.
@@ -61,6 +83,7 @@ impl Script {
         Self {
             pause: Arc::new(pause),
             device: "",
+            model: scripted_model("scripted", "5c21b7ed"),
             device_step: step,
             batch: 64,
             did: Arc::default(),
@@ -84,6 +107,23 @@ impl Script {
     /// The same, on another kind of device.
     pub(super) fn on(self, device: &'static str) -> Self {
         Self { device, ..self }
+    }
+
+    /// The same, holding another model: its hash is its name.
+    pub(super) fn holding(self, name: &str) -> Self {
+        Self { model: scripted_model(name, name), ..self }
+    }
+
+    /// The same, with training options that suit its model.
+    pub(super) fn suited(mut self, method: &str, options: Value) -> Self {
+        self.model.card.training.insert(method.into(), options);
+        self
+    }
+
+    /// The same, with a model of these optional parts only.
+    pub(super) fn parts(mut self, parts: &[ModelPart]) -> Self {
+        self.model.card.parts = parts.to_vec();
+        self
     }
 
     /// The same, with steps that take so long by the device's clock.
@@ -244,8 +284,8 @@ impl ImageGenerator for Scripted {
 }
 
 impl Engine for Scripted {
-    fn bundle(&self) -> &'static str {
-        "5c21b7ed"
+    fn model(&self) -> &HeldModel {
+        &self.script.model
     }
 
     fn class_images(&self, spec: &TrainSpec) -> ClassImages {

@@ -29,9 +29,9 @@ fn first(did: &[(Duration, Did)], wanted: impl Fn(&Did) -> bool) -> usize {
     did.iter().position(|(_, did)| wanted(did)).expect("it was done")
 }
 
-// attack 4
+// case A4
 #[tokio::test(flavor = "multi_thread")]
-async fn a_training_beside_a_thousand_samples_of_another_starts_after_the_one_at_hand() {
+async fn a_training_beside_a_thousand_samples_of_another_tenant_starts_after_the_current_one() {
     let workers = TestWorkers::new().await;
     let parent = trained(&workers, TENANT).await;
     for _ in 0..1000 {
@@ -43,7 +43,7 @@ async fn a_training_beside_a_thousand_samples_of_another_starts_after_the_one_at
     let other = workers.store.ensure_tenant("b").await.unwrap();
     let before = script.draws("of a");
     let training = workers.train_of(other, "teapot", 1000).await;
-    assert_eq!(workers.store.queue_position(&training).await.unwrap().unwrap_or(0), 0);
+    assert_eq!(workers.store.queue_place(&training).await.unwrap().map_or(0, |place| place.position), 0);
     eventually("it trains", async || (!script.steps("teapot").is_empty()).then_some(())).await;
     let history = script.history();
     let start = first(&history, |did| matches!(did, Did::ClassImage(_)));
@@ -91,7 +91,7 @@ async fn kept_beside_a_flood(share: f64) -> (f64, usize) {
     (kept, drawn)
 }
 
-// attack 4
+// case A4
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_keeps_half_of_its_steps_beside_a_flood_of_samples() {
     let (kept, drawn) = kept_beside_a_flood(0.5).await;
@@ -130,7 +130,7 @@ async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sample_of_many_pictures_lets_the_training_go_on_between_its_batches() {
+async fn a_sample_of_many_images_lets_the_training_continue_between_its_batches() {
     let workers = TestWorkers::new().await;
     let parent = trained(&workers, TENANT).await;
     let script = Script::new(Duration::from_millis(2)).batch(3);
@@ -157,7 +157,7 @@ async fn a_sample_of_many_pictures_lets_the_training_go_on_between_its_batches()
     worker.stop().await;
 }
 
-// attack 4
+// case A4
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_whose_weights_are_one_to_three_draw_one_to_three() {
     let workers = TestWorkers::new().await;
@@ -210,14 +210,14 @@ async fn a_small_sample_does_not_wait_for_the_large_ones_of_another_tenant() {
     worker.stop().await;
 }
 
-// attack 10, "after a task's panic"
+// case A10
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_device_holds_is_counted_whatever_becomes_of_a_job_s_task() {
+async fn a_panicking_job_task_keeps_the_device_s_count_of_jobs_right() {
     use std::sync::Arc;
 
     use hypnos::blobs::Blobs;
 
-    use super::chaos::{Chaos, What};
+    use super::chaos::{Chaos, StoreFault};
 
     let mut workers = TestWorkers::new().await;
     workers.settings.checkpoint_every = Duration::from_mins(10);
@@ -236,14 +236,14 @@ async fn what_a_device_holds_is_counted_whatever_becomes_of_a_job_s_task() {
         (chaos.n_answered() == chaos.n_operations()).then_some(())
     })
     .await;
-    chaos.strike_all(Some(What::Panics));
+    chaos.inject_all(Some(StoreFault::Panics));
     script.let_draw();
     eventually("its task panics", async || {
         let drawn = script.draws("of a") == 1;
         (drawn && chaos.n_answered() < chaos.n_operations()).then_some(())
     })
     .await;
-    chaos.strike_all(None);
+    chaos.inject_all(None);
     let steps = script.steps("teapot").len();
     eventually("steps are taken", async || (script.steps("teapot").len() > steps + 60).then_some(())).await;
     assert_eq!(workers.find(&training).await.unwrap().state, State::Running);
