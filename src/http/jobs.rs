@@ -41,7 +41,7 @@ pub(super) struct JobForm {
     #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: String,
     /// The model to train, by its name or SHA-256 in `/v1/models`; the only one or the service's default if not given.
-    #[schema(max_length = 256, example = "sd15")]
+    #[schema(max_length = 64, example = "sd15")]
     model: Option<String>,
     /// How it is trained, as JSON. Options that are left out are those of the model for the method, in `/v1/models`.
     options: Option<TrainOptions>,

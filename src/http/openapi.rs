@@ -81,6 +81,7 @@ pub(super) fn document() -> Value {
     }
     describe_forms(&mut document);
     describe_texts(&mut document);
+    leave_defaults_to_models(&mut document);
     document
 }
 
@@ -189,6 +190,9 @@ fn describe_forms(document: &mut Value) {
         let schema = &mut document["components"]["schemas"][name];
         schema["additionalProperties"] = false.into();
         schema["properties"]["images"]["items"] = json!({ "type": "string", "format": "binary" });
+        for part in ["class_name", "model"] {
+            drop_null(&mut schema["properties"][part]); // absent, but never null
+        }
     }
     let options = &mut document["components"]["schemas"]["NewJob"]["properties"]["options"];
     *options = json!({ "$ref": "#/components/schemas/TrainOptions" }); // absent, but never null
@@ -202,10 +206,27 @@ fn describe_forms(document: &mut Value) {
     }
 }
 
+/// Removes the defaults of training options, which the derive macro takes from Rust's: they are those of a model for a
+/// method, as `/v1/models` lists them.
+fn leave_defaults_to_models(document: &mut Value) {
+    const OPTIONS: [&str; 7] =
+        ["TrainOptions", "LossWeights", "Views", "Discriminator", "Perceptual", "Templates", "Evaluation"];
+    for schema in OPTIONS {
+        let properties = document["components"]["schemas"][schema]["properties"].as_object_mut();
+        for (name, property) in properties.expect("a schema of options") {
+            if !["method", "priority"].contains(&name.as_str()) {
+                property.as_object_mut().expect("a property").remove("default");
+            }
+        }
+    }
+}
+
 /// Adds what the derive macro cannot express: patterns that are constants, and bounds of lists' items.
 fn describe_texts(document: &mut Value) {
     let schemas = &mut document["components"]["schemas"];
-    schemas["NewJob"]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();
+    for form in ["NewJob", "Photos"] {
+        schemas[form]["properties"]["class_name"]["pattern"] = CLASS_NAME_PATTERN.into();
+    }
     let prompt = json!({ "type": "string", "minLength": 1, "maxLength": 1000, "pattern": PROMPT_PATTERN });
     let sample = &mut schemas["SampleSpec"]["properties"];
     sample["prompts"]["items"] = prompt.clone();

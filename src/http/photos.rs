@@ -25,10 +25,10 @@ pub(super) struct PhotosForm {
     #[schema(value_type = Vec<String>, min_items = 1, max_items = 5)]
     images: Vec<Vec<u8>>,
     /// What kind of thing the product is, to see whether the model knows it.
-    #[schema(max_length = 64, example = "mug")]
+    #[schema(min_length = 1, max_length = 64, example = "mug")]
     class_name: Option<String>,
     /// The model that would be trained, as in a job.
-    #[schema(max_length = 256)]
+    #[schema(max_length = 64)]
     model: Option<String>,
 }
 
