@@ -13,7 +13,7 @@ create table model (
 -- The devices of running workers, and what each holds.
 create table model_worker (
     worker text not null primary key,               -- a UUID made at its start, as in job.worker
-    model text not null references model (sha256),
+    model text not null references model (sha256) on delete cascade,
     device text not null,                           -- cpu, cuda:0
     memory_bytes bigint,                           -- the device's own; null: the machine's
     until_ms bigint not null                       -- from then on it counts as gone, unless it says again that it is there
