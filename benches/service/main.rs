@@ -4,12 +4,12 @@
 //! cargo bench --bench service -- [--database URL] [--ended N]
 //! ```
 //!
-//! Method. In one process, on one database with `--jobs` trainings in it, run the service as `hypnos serve` runs it, with
-//! keys, and bare axum + sqlx (`bare.rs`) doing the same queries. Clients of [`client`] keep `--clients` connections
-//! busy, first those of one server, then those of the other, in turns, `--rounds` times after a warm-up. A round's ratio
-//! is our requests a second over the bare handler's beside it; what is said is the median ratio, with the smallest and
-//! the largest. Client and servers share the machine's cores, which pulls every ratio towards 1: where it matters, give
-//! the two servers and the client cores of their own.
+//! Method. In one process, on one database with `--jobs` trainings in it, run the service as `hypnos serve` runs it,
+//! with keys, and bare axum + sqlx (`bare.rs`) doing the same queries. Clients of [`client`] keep `--clients`
+//! connections busy, first those of one server, then those of the other, in turns, `--rounds` times after a warm-up. A
+//! round's ratio is our requests a second over the bare handler's beside it; what is said is the median ratio, with the
+//! smallest and the largest. Client and servers share the machine's cores, which pulls every ratio towards 1: where it
+//! matters, give the two servers and the client cores of their own.
 //!
 //! How soon a job starts: `starts.rs`. How many deletions a second: `deletions.rs`. Lists and claims beside many ended
 //! jobs: `history.rs`.

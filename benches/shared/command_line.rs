@@ -12,8 +12,8 @@ pub(crate) struct CargoFlags {
     _bench: bool,
 }
 
-/// Ends a benchmark: an error is one line in `errors`. Exit codes as those of `hypnos`: 0 success, 1 the machine failed,
-/// 2 invalid input.
+/// Ends a benchmark: an error is one line in `errors`. Exit codes as those of `hypnos`: 0 success, 1 the machine
+/// failed, 2 invalid input.
 pub(crate) fn finish(done: Result<(), impl Into<anyhow::Error>>, errors: &mut dyn Write) -> ExitCode {
     let Err(error) = done.map_err(Into::<anyhow::Error>::into) else { return ExitCode::SUCCESS };
     let line = error.to_string().lines().collect::<Vec<_>>().join(" ");

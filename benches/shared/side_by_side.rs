@@ -15,8 +15,8 @@ const SHORTEST_SECS: f64 = 0.05;
 /// Runs of one measurement at most.
 const MOST_RUNS: f64 = 1000.0;
 
-/// Warms both sides up, then measures ours, theirs, ours, theirs, until each has `repeats` measurements. A side is given
-/// a number of runs and returns the mean seconds of one; so are the results, the i-th of both neighbours in time.
+/// Warms both sides up, then measures ours, theirs, ours, theirs, until each has `repeats` measurements. A side is
+/// given a number of runs and returns the mean seconds of one; so are the results, the i-th of both neighbours in time.
 pub(crate) fn in_turns(
     mut ours: impl FnMut(usize) -> Result<f64>,
     mut theirs: impl FnMut(usize) -> Result<f64>,

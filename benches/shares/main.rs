@@ -1,4 +1,5 @@
-//! Benchmark of a device's shares: what a training keeps of it beside another tenant's samples, and how soon one starts.
+//! Benchmark of a device's shares: what a training keeps of it beside another tenant's samples, and how soon one
+//! starts.
 //!
 //! ```sh
 //! cargo bench --bench shares -- [--bundle DIR] [--device cpu] [--samples 1000] [--seconds 60]

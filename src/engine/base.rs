@@ -42,8 +42,8 @@ impl Base {
         SampleSettings { sampler: scheduler, steps, guidance, width: side, height: side }
     }
 
-    /// The file of an image that `finetune` drew and that was asked for as `prompt`, with the placeholder for the product
-    /// in it.
+    /// The file of an image that `finetune` drew and that was asked for as `prompt`, with the placeholder for the
+    /// product in it.
     pub(super) fn encoded(
         &self,
         prompt: &str,

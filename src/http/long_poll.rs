@@ -16,8 +16,9 @@ use crate::store::QueuePlace;
 /// How often the job is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The caller's job and its place in the queue: at once, or, with `Prefer: wait`, once it has changed from what the client
-/// has (`If-None-Match`) or, without that, once it has ended; at the latest after the time that the client waits.
+/// The caller's job and its place in the queue: at once, or, with `Prefer: wait`, once it has changed from what the
+/// client has (`If-None-Match`) or, without that, once it has ended; at the latest after the time that the client
+/// waits.
 pub(super) async fn long_poll(
     app: &AppState,
     caller: &mut Caller,
@@ -40,8 +41,8 @@ pub(super) async fn long_poll(
     Ok((job, place))
 }
 
-/// Waits until `done` is true of the job and its place in the queue, and returns the job. Ends earlier after `time`, when
-/// the caller's key expires, when the server shuts down, or when the permit is revoked.
+/// Waits until `done` is true of the job and its place in the queue, and returns the job. Ends earlier after `time`,
+/// when the caller's key expires, when the server shuts down, or when the permit is revoked.
 pub(super) async fn wait_until(
     app: &AppState,
     caller: &mut Caller,

@@ -131,8 +131,8 @@ impl ModelCard {
         self.parts.contains(&part)
     }
 
-    /// Complete options from a JSON object with some: the others are what suits this model for their method, or else the
-    /// method's defaults.
+    /// Complete options from a JSON object with some: the others are what suits this model for their method, or else
+    /// the method's defaults.
     pub fn options(&self, given: &Value) -> serde_json::Result<TrainOptions> {
         TrainOptions::suited(&self.training, given)
     }

@@ -95,7 +95,8 @@ pub(crate) fn hash_file(path: &Path) -> Result<String> {
     }
 }
 
-/// Writes a JSON file, whole or not at all, and the directories that it lies in. [`Error::File`](crate::Error) if it cannot.
+/// Writes a JSON file, whole or not at all, and the directories that it lies in. [`Error::File`](crate::Error) if it
+/// cannot.
 pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_text(path, &format!("{}\n", serde_json::to_string_pretty(value).map_err(|e| odd(&e))?))
 }

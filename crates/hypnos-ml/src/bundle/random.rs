@@ -95,7 +95,8 @@ impl Like {
 ///
 /// The bytes depend on `like`, `seed` and `dtype` (f32, f16 or bf16) only; [`Weights::random`] says how values are
 /// drawn. One tensor is in memory at a time. `progress` is told how many of how many weights are written.
-/// `hypnos.json` comes last: a bundle that was cut off has none. [`Error::File`](crate::Error::File) if `out` cannot be written.
+/// `hypnos.json` comes last: a bundle that was cut off has none. [`Error::File`](crate::Error::File) if `out` cannot be
+/// written.
 pub fn random(
     like: Like,
     seed: u64,

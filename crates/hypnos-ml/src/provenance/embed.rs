@@ -1,7 +1,7 @@
 //! Puts EXIF and XMP into files of our own encoders, whose pixels stay as they are.
 //!
-//! JPEG: EXIF and XMP each in an APP1 segment after JFIF's APP0 (ISO 16684-3, 1.1.3). WebP: chunks in the extended form of
-//! its container (RFC 9649, 2.7).
+//! JPEG: EXIF and XMP each in an APP1 segment after JFIF's APP0 (ISO 16684-3, 1.1.3). WebP: chunks in the extended form
+//! of its container (RFC 9649, 2.7).
 
 /// Most bytes of a JPEG segment, without its marker and its length.
 const SEGMENT_MAX: usize = 0xffff - 2;

@@ -12,8 +12,8 @@ const HEADER: &[u8; 8] = b"MM\0\x2a\0\0\0\x08";
 /// Bytes of a directory of one entry.
 const DIRECTORY: usize = 2 + 12 + 4;
 
-/// The block, without a container's own prefix: TIFF's header, a directory that names the EXIF directory, that directory
-/// with `UserComment` in UTF-16.
+/// The block, without a container's own prefix: TIFF's header, a directory that names the EXIF directory, that
+/// directory with `UserComment` in UTF-16.
 pub(super) fn user_comment(text: &str) -> Vec<u8> {
     let mut comment = b"UNICODE\0".to_vec();
     comment.extend(text.encode_utf16().flat_map(u16::to_be_bytes));

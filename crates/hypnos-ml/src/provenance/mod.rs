@@ -22,8 +22,8 @@ use super::sample::{ImageRequest, SampleSettings};
 /// Hexadecimal digits of a hash by which programs of the field name a model.
 const SHORT_HASH: usize = 10;
 
-/// The fine-tuned weights that drew a picture, as far as they are known: a training draws with weights that have no file
-/// yet.
+/// The fine-tuned weights that drew a picture, as far as they are known: a training draws with weights that have no
+/// file yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FineTune<'a> {
     /// SHA-256 of their file, in lower-case hexadecimal.
