@@ -155,7 +155,11 @@ impl Storage {
     pub fn database_url(&self) -> Result<SecretString> {
         if self.database.is_none() && self.database_file.is_none() {
             std::fs::create_dir_all(&self.data).map_err(|error| {
-                ConfigError(format!("HYPNOS_DATA: {} cannot be made: {}", self.data.display(), error.kind()))
+                ConfigError(format!(
+                    "HYPNOS_DATA: {} cannot be created: {}",
+                    self.data.display(),
+                    error.kind()
+                ))
             })?;
         }
         self.existing_database_url()

@@ -320,8 +320,8 @@ def train(work, passing):
         scale = looks["vae"]["scaling_factor"]
         factor = 2 ** (len(looks["vae"]["block_out_channels"]) - 1)
         reference = normal(1, 3, latents[2] * factor, latents[3] * factor, std=0.5)
-    critic = Discriminator(latents[1], latents[2]) if work["discriminator"] else None
-    critic_optimiser = critic and torch.optim.AdamW(critic.parameters(), lr=1e-4, weight_decay=1e-2)
+    discriminator = Discriminator(latents[1], latents[2]) if work["discriminator"] else None
+    discriminator_optimiser = discriminator and torch.optim.AdamW(discriminator.parameters(), lr=1e-4, weight_decay=1e-2)
     shown = [normal(8, *latents[1:]) for _ in range(2)]
     seen = {}
 
@@ -332,7 +332,7 @@ def train(work, passing):
 
     def lower(y):
         prior = F.mse_loss(y[1:], noise[1:])
-        if not looks and not critic:
+        if not looks and not discriminator:
             return (F.mse_loss(y[:1], noise[:1]) + prior).backward()
         loss = prior + 3.464 * (((y[:1] - noise[:1]) ** 2 / 3.82).clamp(max=20).exp() - 1).mean()
         z0 = (seen["noisy"][:1] - (1 - kept[:1]).sqrt() * y[:1]) / kept[:1].sqrt()
@@ -340,24 +340,24 @@ def train(work, passing):
             with autocast():
                 pairs = zip(strides, features(vae.decode(z0 / scale).sample), features(reference))
             loss = loss + 0.003 * sum(weight * F.mse_loss(a.float(), b.float()) for weight, a, b in pairs)
-        if critic:
-            critic.requires_grad_(False)
+        if discriminator:
+            discriminator.requires_grad_(False)
             with autocast():
-                score = critic(z0).float()
+                score = discriminator(z0).float()
             loss = loss + 0.5 * ((1 - score) ** 2).mean()
         loss.backward()
         seen["z0"] = z0.detach()
 
     def teach():
-        critic.requires_grad_(True)
+        discriminator.requires_grad_(True)
         with autocast():
-            scores = critic(torch.cat([*shown, seen["z0"]])).float()
-        critic_optimiser.zero_grad()
+            scores = discriminator(torch.cat([*shown, seen["z0"]])).float()
+        discriminator_optimiser.zero_grad()
         (((scores[:8] - 1) ** 2).mean() + (scores[8:] ** 2).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-        critic_optimiser.step()
+        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
+        discriminator_optimiser.step()
 
-    return Model(both, predict, lower, list(both.parameters()), fused=DEVICE.type == "cuda", after=teach if critic else None)
+    return Model(both, predict, lower, list(both.parameters()), fused=DEVICE.type == "cuda", after=teach if discriminator else None)
 
 
 WHOLE = {"adamw": adamw, "text": text, "unet": unet, "vae_decode": vae_decode, "train": train}

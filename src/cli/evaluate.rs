@@ -192,7 +192,7 @@ fn drawn(
             if let Some(dir) = &args.out {
                 let texts = Provenance::new(picture, &how, bundle, finetune, false)?.texts();
                 std::fs::create_dir_all(dir).map_err(|error| {
-                    CliError::Input(format!("{}: cannot be made: {error}", dir.display()))
+                    CliError::Input(format!("{}: cannot be created: {error}", dir.display()))
                 })?;
                 image_io::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
             }

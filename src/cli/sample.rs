@@ -111,7 +111,7 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
         None => initial_noise(&pictures, settings.latent_dims(&models))?,
     };
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| Error::input(format!("{}: cannot be made: {error}", args.out.display())))?;
+        .map_err(|error| Error::input(format!("{}: cannot be created: {error}", args.out.display())))?;
     draw(args, &bundle, &models, &pictures, &settings, &noise)
 }
 

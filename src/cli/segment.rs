@@ -39,7 +39,7 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, CliError> {
     let bundle = Bundle::open(&args.bundle)?;
     let segmenter = bundle.segmenter(&device)?;
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| CliError::Input(format!("{}: cannot be made: {error}", args.out.display())))?;
+        .map_err(|error| CliError::Input(format!("{}: cannot be created: {error}", args.out.display())))?;
 
     let (mut found, mut names, mut n_refused) = (Vec::new(), BTreeSet::new(), 0);
     for file in &files {

@@ -243,6 +243,6 @@ pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> 
 
 fn trace(dir: &Path, steps: &[u64]) -> Result<TraceInput, CliError> {
     std::fs::create_dir_all(dir)
-        .map_err(|error| CliError::Input(format!("{}: cannot be made: {error}", dir.display())))?;
+        .map_err(|error| CliError::Input(format!("{}: cannot be created: {error}", dir.display())))?;
     Ok(TraceInput { dir: dir.to_owned(), steps: steps.iter().copied().collect() })
 }

@@ -62,8 +62,8 @@ pub struct AdminFilter {
 /// The outcome of a requeue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Requeued {
-    /// Taken from its worker. Its new state: queued, or canceled if its owner had requested that.
-    Taken(State),
+    /// Released from its worker. Its new state: queued, or canceled if its owner had requested that.
+    Released(State),
     /// Not running; its state.
     NotRunning(State),
 }
@@ -161,7 +161,7 @@ impl Store {
         tx.notify().await?;
         tx.commit().await?;
         self.notifier.notify();
-        Ok(Some(Requeued::Taken(new_state)))
+        Ok(Some(Requeued::Released(new_state)))
     }
 
     /// Pauses claims: of a tenant or of all, of a kind or of both. Running jobs continue. A repeated pause replaces the

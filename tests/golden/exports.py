@@ -201,8 +201,8 @@ def goldens():
     for name, config in configs().items():
         own = models(config)
         rows = pairs(own)
-        told = lambda part: {key: value for key, value in own[part].config.items() if not key.startswith("_") and value is not None}
-        head = {"unet": told("unet"), "vae": told("vae"), "text_encoder": config["text_encoder"]}
+        given = lambda part: {key: value for key, value in own[part].config.items() if not key.startswith("_") and value is not None}
+        head = {"unet": given("unet"), "vae": given("vae"), "text_encoder": config["text_encoder"]}
         lines = [json.dumps(row, separators=(",", ":")) for row in [head, *rows]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="ascii")
         print(f"{name}: {len(rows)} tensors")
@@ -247,7 +247,7 @@ def check(args):
         picture = pipe.vae.decode(drawn / pipe.vae.config.scaling_factor).sample
         return drawn, (picture / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 
-    def told(what, value, most):
+    def compare(what, value, most):
         print(f"{what}: {value:.2e}, allowed {most:.0e}")
         assert value <= most, what
 
@@ -256,11 +256,11 @@ def check(args):
         "the weights, hypnos": ours(args.bundle, "--model", args.weights),
         "the export as a bundle, hypnos": ours(args.diffusers),
     }.items():
-        told(f"{what} against the export, diffusers: latents", off(ours_latents, latents), 1e-3)
+        compare(f"{what} against the export, diffusers: latents", off(ours_latents, latents), 1e-3)
         decoded = pipe.vae.decode(ours_latents / pipe.vae.config.scaling_factor).sample
-        told(f"{what} against the export, diffusers: picture", off((decoded / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0), picture), 1e-3)
+        compare(f"{what} against the export, diffusers: picture", off((decoded / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0), picture), 1e-3)
         levels = (pixels.int() - (picture * 255).round().int()).abs().max().item()
-        told(f"{what} against the export, diffusers: levels of 255", levels, 1)
+        compare(f"{what} against the export, diffusers: levels of 255", levels, 1)
     base = diffusers.StableDiffusionPipeline.from_pretrained(args.bundle, local_files_only=True)
     base.set_progress_bar_config(disable=True)
     base.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config)

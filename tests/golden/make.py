@@ -838,12 +838,12 @@ def pictures():
         ids = words(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         return text(ids).last_hidden_state
 
-    told = {"uncond": states(negatives), "cond": states(prompts)}
+    conditions = {"uncond": states(negatives), "cond": states(prompts)}
     generator = torch.Generator().manual_seed(30)
     noise, draws = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(20, 2, 4, 16, 16, generator=generator)
     tensors = {"input.noise": noise, "input.draws": draws}
     for sampler in SAMPLERS:
-        predict = lambda x, t, which: unet(x, t, told[which]).sample
+        predict = lambda x, t, which: unet(x, t, conditions[which]).sample
         latents = walk(scheduler_of(schedule, sampler), 20, noise, draws, predict)[-1]
         tensors[f"output.{sampler}.latents"] = latents
         if sampler == "ddim":

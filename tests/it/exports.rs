@@ -198,10 +198,7 @@ fn a_training_exports_all_of_its_weights_in_both_forms() {
         );
     }
     let line = refused(&mut export(&weights, &again, &BOTH), 2);
-    assert_eq!(
-        line,
-        format!("{}: is there already; a new place is wanted", again.join("diffusers").display())
-    );
+    assert_eq!(line, format!("{}: already exists; wanted a new path", again.join("diffusers").display()));
 
     // 4. Half the width, half the size, rounded as f16 rounds.
     succeeds(&mut export(&weights, &small, &["--as", "single-file", "--dtype", "f16"]));

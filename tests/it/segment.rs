@@ -77,11 +77,11 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
     let device = Device::Cpu;
     let tracer = Bundle::open(bundle.path()).and_then(|b| b.segmenter(&device)).expect("a segmenter");
     let pixels = image_io::read_png(&fs::read(&other).expect("a file")).expect("a photo");
-    let (mask, judgement) = segment(&tracer, &pixels, &device).expect("a mask").cleaned();
-    assert_eq!(judgement.refusal(), None);
+    let (mask, stats) = segment(&tracer, &pixels, &device).expect("a mask").cleaned();
+    assert_eq!(stats.refusal(), None);
     let said = lines(&done.stdout);
     assert_eq!(said.len(), 2);
-    let wanted = format!("a product on {:.1} % of it, confidence", judgement.area * 100.0);
+    let wanted = format!("a product on {:.1} % of it, confidence", stats.area * 100.0);
     assert!(
         said.iter().all(|line| line.contains(&wanted) && line.contains("; the product touches")),
         "{said:?}"
@@ -93,10 +93,10 @@ fn each_photo_gets_a_mask_a_cut_out_and_a_line() {
         };
         assert_eq!(entry["mask"], format!("{name}-mask.png"));
         assert!(read("mask") == mask.picture() && read("cut_out") == mask.cut_out(&pixels));
-        assert_eq!(entry["area"].as_f64(), Some(judgement.area));
-        assert_eq!(entry["confidence"].as_f64(), Some(judgement.confidence));
-        assert_eq!(entry["touches"].as_array().map(Vec::len), Some(judgement.touches.len()));
-        assert_eq!(entry["warnings"].as_array().map(Vec::len), Some(judgement.warnings().len()));
+        assert_eq!(entry["area"].as_f64(), Some(stats.area));
+        assert_eq!(entry["confidence"].as_f64(), Some(stats.confidence));
+        assert_eq!(entry["touches"].as_array().map(Vec::len), Some(stats.touches.len()));
+        assert_eq!(entry["warnings"].as_array().map(Vec::len), Some(stats.warnings().len()));
         assert!(entry["refusal"].is_null() && entry["things"].is_u64());
     }
 }

@@ -356,7 +356,7 @@ impl Schedule {
 }
 
 fn refuse(key: &str, came: impl std::fmt::Display, wanted: &str) -> Error {
-    Error::file("scheduler_config.json", format!("{key} is {came}; {wanted} is what this program can run"))
+    Error::file("scheduler_config.json", format!("{key} is {came}; this program supports {wanted}"))
 }
 
 /// `torch.linspace` in f32, to the last bit: from both ends towards the middle, with fused multiply-add.

@@ -62,7 +62,7 @@ pub fn shrink_to(picture: &RgbImage, side: u32) -> RgbImage {
     imageops::resize(picture, fit(width), fit(height), FilterType::Triangle)
 }
 
-/// The pixels of a PNG file. [`Error::Input`] if the bytes are none.
+/// The pixels of a PNG file. [`Error::Input`] if the bytes are not a PNG file.
 pub fn read_png(png: &[u8]) -> Result<RgbImage> {
     let decoded = image::load_from_memory_with_format(png, image::ImageFormat::Png);
     Ok(decoded.map_err(|error| Error::input(format!("cannot be decoded: {error}")))?.into_rgb8())
@@ -77,7 +77,7 @@ pub fn from_pixels(pixels: Vec<u8>, (width, height): (usize, usize)) -> Result<R
     whole.ok_or_else(|| Error::input(format!("picture: wanted {width} x {height} pixels, got {n} bytes")))
 }
 
-/// A picture in grey with a coarse map laid over it: from nothing at the map's least to red at its most.
+/// A picture in grey with a coarse map laid over it: from transparent at the map's minimum to red at its maximum.
 pub fn overlay_heatmap(picture: &RgbImage, map: &[Vec<f32>]) -> RgbImage {
     let (least, most) =
         map.iter().flatten().fold((f32::MAX, f32::MIN), |(least, most), &v| (least.min(v), most.max(v)));
@@ -105,7 +105,8 @@ pub fn signed(pixels: &RgbImage) -> Result<Tensor> {
 /// A PNG file of RGB pixels.
 ///
 /// * `pixels`: `height x width x 3` bytes, row by row; so for the other formats
-/// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in tEXt chunks where they
+/// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in tEXt chunks where
+/// they
 ///   are short and ASCII, in iTXt chunks otherwise
 pub fn png(pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<Vec<u8>> {
     let mut file = Vec::new();

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use super::error::Error;
 
-/// Why a function that reports to an observer ended early. An observer that goes on returns `Ok(())`; one that never
+/// Why a function that calls an observer ended early. An observer that continues returns `Ok(())`; one that never
 /// stops anything has `B` = [`Infallible`], and `?` then gives the [`Error`].
 #[derive(Debug)]
 pub enum Interrupt<B> {

@@ -125,7 +125,7 @@ fn noise(pictures: &[ImageRequest], label: &str, stream: u64, [c, h, w]: [usize;
 
 /// Draws latents for `pictures` from `noise` `[B, c, h, w]`, unit normal.
 ///
-/// Negative prompts and prompts go through the UNet as one batch. `observe` is told of each step (done, all) and may
+/// Negative prompts and prompts go through the UNet as one batch. `observe` gets each step (done, all) and may
 /// stop. Gives `[B, c, h, w]` in the UNet's scale.
 pub fn latents<B>(
     models: &Models,
@@ -178,7 +178,7 @@ pub fn latents<B>(
 /// Draws `pictures` from their seeds' noise, as one batch, to interleaved RGB pixels: one buffer of
 /// `height x width x 3` bytes each.
 ///
-/// `observe` is told of each step and of each picture decoded, and may stop.
+/// `observe` is called after each step and each decoded picture, and may stop.
 pub fn draw<B>(
     models: &Models,
     pictures: &[ImageRequest],
@@ -214,7 +214,7 @@ fn pixels(picture: &Tensor) -> Result<Vec<u8>> {
         (unit.squeeze(0)?.permute((1, 2, 0))?.contiguous()? * 255.0)?.to_device(&Device::Cpu)?;
     let values = interleaved.flatten_all()?.to_vec1::<f32>()?;
     if values.iter().any(|value| !value.is_finite()) {
-        let what = "sample: the picture is not a number; the weights or the latents are broken";
+        let what = "sample: the picture is not finite; the weights or the latents are broken";
         return Err(Error::NotFinite(what.into()));
     }
     Ok(values.into_iter().map(|value| value.round_ties_even() as u8).collect())

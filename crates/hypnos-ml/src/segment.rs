@@ -43,14 +43,14 @@ pub struct Mask {
     values: Vec<f32>,
 }
 
-/// What a mask is like.
+/// Statistics of a mask, by which it is accepted or refused.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MaskStats {
     /// Share of the photo that is foreground.
     pub area: f64,
     /// Sides of the photo that the product touches.
     pub touches: Vec<&'static str>,
-    /// Things that were found.
+    /// Separate objects that were found.
     pub things: usize,
     /// Mean of `|2 p - 1|`: 1 where every pixel is certain.
     pub confidence: f64,
@@ -208,7 +208,7 @@ impl MaskStats {
         let percent = self.area * 100.0;
         if self.area < *AREA.start() {
             return Some(format!(
-                "no product was found in it (foreground: {percent:.1} %); show it larger, before a plain background"
+                "no product was found in it (foreground: {percent:.1} %); show it larger, on a plain background"
             ));
         }
         if self.area > *AREA.end() {
@@ -228,12 +228,12 @@ impl MaskStats {
         }
         if self.things > 1 {
             warnings.push(format!(
-                "{} separate things were found; all of them are taken for the product",
+                "{} separate objects were found; all of them are taken for the product",
                 self.things
             ));
         }
         if self.confidence < CERTAIN {
-            warnings.push("where the product ends is uncertain; look at its mask".into());
+            warnings.push("the outline of the product is uncertain; look at its mask".into());
         }
         if self.area < SMALL {
             warnings.push(format!("the product is small ({:.1} % of the photo)", self.area * 100.0));
@@ -300,7 +300,7 @@ mod tests {
         let (one, other) = (disc(10, 15, 6), disc(30, 15, 5));
         let (_, stats) = drawn(|x, y| f32::from(one(x, y) || other(x, y))).cleaned();
         assert_eq!(stats.things, 2);
-        assert!(stats.warnings()[0].starts_with("2 separate things"), "{:?}", stats.warnings());
+        assert!(stats.warnings()[0].starts_with("2 separate objects"), "{:?}", stats.warnings());
     }
 
     #[test]

@@ -41,11 +41,11 @@ type Mask = ImageBuffer<Luma<f32>, Vec<f32>>;
 pub struct ViewSettings {
     /// Views in all; each step takes one.
     pub n: usize,
-    /// Share of views before one plain colour.
+    /// Share of views with the product on one plain colour.
     pub monotone: f64,
     /// Share of views whose foreground is smaller and moved.
     pub resized: f64,
-    /// The smallest that it may become.
+    /// The smallest scale of the foreground.
     pub scale_min: f64,
     /// Room left around the foreground, as a share of its longer side.
     pub margin: f64,
@@ -65,7 +65,7 @@ pub struct Cut {
 impl Cut {
     /// The square around the foreground of a photo, with `margin` as a share of its longer side on each of its sides,
     /// brought to `side` pixels. It is as large as the photo has room for and never cuts the foreground; where the
-    /// photo ends within it, its edge goes on.
+    /// photo ends within it, its edge pixels are repeated.
     ///
     /// * `mask`: row by row, one number in 0..1 for each pixel of the photo
     ///
@@ -108,7 +108,7 @@ impl Cut {
     }
 }
 
-/// A view, and what it becomes when it is spoiled for the discriminator.
+/// A view, and its negatives for the discriminator.
 #[derive(Clone, Debug)]
 pub struct View {
     /// The picture.
@@ -297,7 +297,7 @@ mod tests {
         let cut = Cut::new(&photo, &mask, 80, 0.2).expect("a cut");
         let [left, _, right, _] = bounds(cut.mask.as_raw(), 80).expect("a foreground");
         assert!(left <= 1 && right >= 79, "{left}..{right}");
-        assert_eq!(cut.photo.get_pixel(40, 2).0, [0, 0, 200], "the edge goes on");
+        assert_eq!(cut.photo.get_pixel(40, 2).0, [0, 0, 200], "the edge is repeated");
     }
 
     #[test]

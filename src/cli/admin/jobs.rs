@@ -320,7 +320,7 @@ async fn requeue(args: &Act, store: Store) -> Result<ExitCode, CliError> {
     let mut outcomes = Outcomes::new(args, &unknown);
     for job in &jobs {
         match store.requeue(job.job.id).await.map_err(failed)? {
-            Some(Requeued::Taken(state)) => outcomes.done(job.job.id, state.as_str(), Value::Null),
+            Some(Requeued::Released(state)) => outcomes.done(job.job.id, state.as_str(), Value::Null),
             Some(Requeued::NotRunning(state)) => {
                 outcomes.refuse(job.job.id, &format!("it is {state}; wanted running"));
             }

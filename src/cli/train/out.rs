@@ -224,7 +224,7 @@ fn to_json(value: &Value) -> String {
 }
 
 fn unmade(path: &Path, error: &io::Error) -> CliError {
-    CliError::Input(format!("{}: cannot be made: {error}", path.display()))
+    CliError::Input(format!("{}: cannot be created: {error}", path.display()))
 }
 
 fn unread(path: &Path, error: &io::Error) -> CliError {

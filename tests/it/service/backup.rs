@@ -54,7 +54,7 @@ impl Installation {
         command
     }
 
-    /// Runs a block, of which every line must do its work; what it said.
+    /// Runs a block, of which every line must succeed; its output.
     async fn run(&self, name: &str) -> String {
         let mut bash = self.command("bash");
         bash.args(["-euo", "pipefail", "-c", &block(name)]);
@@ -78,7 +78,7 @@ fn said(ran: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr))
 }
 
-/// A training that has succeeded, with all its objects, as the protocol leaves it.
+/// A training that has succeeded, with all its objects, made by the store's operations.
 async fn trained(store: &Store, blobs: &Blobs) -> Job {
     let (tenant, id) = (TenantId::LOCAL, JobId::new());
     let mut photos = Vec::new();
@@ -124,7 +124,7 @@ async fn is_whole(store: &Store, blobs: &Blobs, job: &Job) {
 }
 
 /// What the page says of the time after a restore, once what was lost is older than a day: the sweep names it, and
-/// removes nothing of it unless told so by name.
+/// removes nothing of it unless it is named.
 async fn sweeping_needs_a_confirmation(installation: &Installation, url: &str, blobs: &Blobs, lost: &Job) {
     let n_left = async || blobs.list(&Scope::job(lost.tenant, lost.id)).await.unwrap().len();
     let young = installation.hypnos(&["sweep", "--remove"]).await;

@@ -18,11 +18,11 @@ use tempfile::TempDir;
 use super::chaos::{Chaos, StoreFault, keys};
 use super::s3::{Fault, Faulty, Garage, files, http};
 
-/// A store to test with: the service's view of it, and the bare one for looks and blows behind its back.
+/// A store to test with: the service's access to it, and direct access to inspect and damage objects.
 struct TestStore {
     blobs: Blobs,
     bare: Arc<dyn ObjectStore>,
-    /// What the service's keys begin with in the bare store.
+    /// Prefix of the service's keys, seen by direct access.
     prefix: &'static str,
     server: Server,
 }
@@ -119,7 +119,7 @@ async fn poll<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() -> F)
     }
 }
 
-/// Nothing that a client or a log may not see.
+/// Fails if the text contains what a client or a log must not see.
 fn assert_discreet(error: &Error) {
     let text = format!("{error} {error:?}");
     for word in ["/", "<", "http", "private", "secret", "hypnos"] {
@@ -317,7 +317,7 @@ async fn a_marker_is_read_as_it_was_written(stage: &TestStore) {
     assert_eq!(stage.blobs.count(&[object, gone, other]).await, Ok(1));
 }
 
-/// Runs every clause on one store.
+/// Runs every test of the contract on one store.
 macro_rules! contract {
     ($($store:ident: [$($clause:ident),* $(,)?];)*) => {
         $(mod $store {

@@ -76,7 +76,7 @@ impl Browser {
         found[ELEMENT].as_str().unwrap().to_owned()
     }
 
-    /// Clicks, as far as a person could.
+    /// Clicks, if a user could.
     pub(super) async fn click(&self, selector: &str) {
         let element = self.element(selector).await;
         self.say(Method::POST, &format!("/element/{element}/click"), json!({})).await;
@@ -99,7 +99,7 @@ impl Browser {
         eventually(expression, async || (self.run(&script).await == true).then_some(())).await;
     }
 
-    /// A picture of the page, for whoever sets `HYPNOS_TEST_SHOTS` to a directory and wants to look.
+    /// A picture of the page, written if `HYPNOS_TEST_SHOTS` is set to a directory.
     pub(super) async fn shot(&self, name: &str) {
         if let Some(dir) = std::env::var_os("HYPNOS_TEST_SHOTS") {
             let png = self.say(Method::GET, "/screenshot", Value::Null).await;

@@ -16,12 +16,12 @@ use object_store::{
     UploadPart,
 };
 
-/// StoreFault happens to an operation.
+/// What happens to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StoreFault {
     /// It fails and has done nothing.
     FailsBefore,
-    /// It is done, but the caller hears that it failed.
+    /// It is done, but the caller gets an error.
     FailsAfter,
     /// It never answers and has done nothing.
     HangsBefore,
@@ -31,7 +31,7 @@ pub(crate) enum StoreFault {
     Panics,
     /// The disk is full.
     Full,
-    /// StoreFault is read lacks its second half. Other operations go well.
+    /// A read returns only its first half. Other operations succeed.
     Short,
 }
 
@@ -55,13 +55,13 @@ impl Chaos {
         Self { inner, plan: Arc::default() }
     }
 
-    /// The `nth` operation from now, 0 the next one, goes wrong.
+    /// The `nth` operation from now, 0 the next one, fails.
     pub(crate) fn inject(&self, nth: usize, what: StoreFault) {
         let at = self.n_operations() + nth;
         self.plan.faults.lock().unwrap().insert(at, what);
     }
 
-    /// All operations from now on go wrong, until `None`.
+    /// All operations from now on fail, until `None`.
     pub(crate) fn inject_all(&self, what: Option<StoreFault>) {
         *self.plan.always.lock().unwrap() = what;
     }
@@ -215,7 +215,7 @@ impl MultipartUpload for Troubled {
     }
 }
 
-/// Every key in the store, for a look behind the service's back.
+/// Every key in the store, read past the service.
 pub(crate) async fn keys(store: &dyn ObjectStore) -> Vec<String> {
     let mut keys: Vec<_> =
         store.list(None).map_ok(|meta| meta.location.to_string()).try_collect().await.unwrap();

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The variable that tells the library, and the test, where to look.
+/// The variable with the directory that the library and the test share.
 const DIRECTORY: &str = "HYPNOS_TEST_DISK";
 
 /// The disk under the databases of this process.
@@ -53,7 +53,7 @@ impl Disk {
         std::fs::write(self.0.join("full"), "").unwrap();
     }
 
-    /// As it should be.
+    /// The disk works again.
     pub(crate) fn mend(&self) {
         for what in ["hold", "fail", "full"] {
             let _ = std::fs::remove_file(self.0.join(what)); // it may not be there

@@ -21,7 +21,7 @@ impl Nginx {
         Self::with(server, "").await
     }
 
-    /// The same, with more to say of how.
+    /// The same, with further directives.
     pub(super) async fn with(server: SocketAddr, more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -55,7 +55,7 @@ impl Nginx {
     }
 }
 
-/// Debian has it where only root looks.
+/// Debian installs it in a directory that is only on root's path.
 fn program() -> &'static str {
     let places = ["/usr/sbin/nginx", "/usr/local/sbin/nginx", "/usr/local/bin/nginx"];
     let found = places.into_iter().find(|place| std::path::Path::new(place).exists());

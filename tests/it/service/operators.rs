@@ -19,7 +19,7 @@ use super::test_app::{AppConfig, TestApp, form, refusal};
 use super::test_workers::eventually;
 
 const DAY: Duration = Duration::from_hours(24);
-/// What must not be shown unless it is asked for.
+/// A client's text, which must not be shown unless requested.
 const SECRET: &str = "a photo of {product} with our new logo";
 
 /// A service's database and objects, and the program beside them.

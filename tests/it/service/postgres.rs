@@ -29,7 +29,7 @@ pub(crate) struct Postgres {
     _used: File,
 }
 
-/// For speed: the power never goes.
+/// For speed: power failures are not simulated.
 const QUICK: &str = "-c fsync=off -c full_page_writes=off -c synchronous_commit=off";
 /// As in production.
 const DURABLE: &str = "-c fsync=on";
@@ -131,7 +131,7 @@ impl Postgres {
         options.connect().await.unwrap()
     }
 
-    /// As if the power went.
+    /// Simulates a power failure.
     pub(crate) fn cut_power(&self) {
         self.program("pg_ctl", &["stop", "-w", "-m", "immediate", "-D", &self.data()]);
     }
@@ -216,7 +216,7 @@ fn lower(command: &mut Command, user: Option<(u32, u32)>) {
     }
 }
 
-/// A PgBouncer before the server of a database, for as long as this lives, however the test ends.
+/// A PgBouncer in front of the server of a database, for as long as this lives, however the test ends.
 pub(crate) struct Bouncer {
     dir: PathBuf,
     /// The shell that ends it when its standard input does.
@@ -292,7 +292,7 @@ pub(crate) fn find_programs() -> PathBuf {
     found.expect("Postgres is not installed: apt-get install postgresql")
 }
 
-/// Root steps down to `postgres` or `nobody`; anybody else stays.
+/// The user to run as: `postgres` or `nobody` instead of root, else the current one.
 fn user_to_be() -> Option<(u32, u32)> {
     if fs::metadata("/proc/self").expect("a process knows itself").uid() != 0 {
         return None;

@@ -34,7 +34,7 @@ const INSTALL: &str = "no `garage` in $HYPNOS_TEST_GARAGE, PATH or ~/.cache/hypn
                        cargo install garage --version 2.5.0 --locked --debug --no-default-features \
                        --features bundled-libs,sqlite --root ~/.cache/hypnos/tools";
 
-/// An HTTP client. There is one TLS library, and whoever needs it first installs it.
+/// An HTTP client. There is one TLS library, which the first user installs.
 pub(crate) fn http() -> reqwest::Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().timeout(Duration::from_secs(30)).build().unwrap()
@@ -73,7 +73,7 @@ fn client(endpoint: &str) -> AmazonS3 {
         .unwrap()
 }
 
-/// A Garage of this test's own. It dies with this value, and with this process however that ends.
+/// A Garage of this test's own. It ends with this value, or with this process however that ends.
 pub(crate) struct Garage {
     /// Where it answers.
     pub(crate) endpoint: String,
@@ -152,7 +152,7 @@ impl Garage {
         Arc::new(client(&self.endpoint))
     }
 
-    /// Writes or reads an object of any key at all, which the library would not.
+    /// Writes or reads an object under any key, which the library would refuse.
     pub(crate) async fn raw(&self, method: Method, key: &str, bytes: &'static [u8]) -> reqwest::Response {
         let url = format!("{}/{BUCKET}/{key}", self.endpoint);
         let body = HttpRequestBody::from(Bytes::from_static(bytes));
@@ -232,7 +232,7 @@ impl Fault {
     ];
 }
 
-/// Chooses a request by its method and its path with query.
+/// Selects a request by its method and its path with query.
 type Choice = fn(&Method, &str) -> bool;
 
 /// What a store answers in its own way: to this request, instead of doing it.
@@ -266,11 +266,11 @@ impl Answer {
 struct Faults {
     planned: VecDeque<(Choice, Fault, usize)>,
     quirk: Option<Arc<Quirk>>,
-    /// What is put into listings as if it lay there.
+    /// Keys that are added to listings.
     listed: Vec<String>,
     /// Method and path with query of every request.
     asked: Vec<String>,
-    /// One in so many requests goes wrong, by a stream of random numbers.
+    /// One in so many requests fails, by a stream of random numbers.
     random: Option<(u64, u64, u64)>,
 }
 
@@ -327,22 +327,22 @@ impl Faulty {
         Self { endpoint, directory, faults, serving }
     }
 
-    /// The next `n` requests that `choice` chooses go wrong.
+    /// The next `n` requests that `choice` selects fail.
     pub(crate) fn inject(&self, choice: Choice, fault: Fault, n: usize) {
         self.faults.lock().unwrap().planned.push_back((choice, fault, n));
     }
 
-    /// One in `one_in` requests goes wrong, the same ones for the same seed.
+    /// One in `one_in` requests fails, the same ones for the same seed.
     pub(crate) fn strike_at_random(&self, seed: u64, one_in: u64) {
         self.faults.lock().unwrap().random = Some((seed, one_in, 0));
     }
 
-    /// Everything goes well again.
+    /// No request fails any more.
     pub(crate) fn calm(&self) {
         *self.faults.lock().unwrap() = Faults::default();
     }
 
-    /// From now on it has a way of its own.
+    /// From now on it answers some requests in its own way.
     pub(crate) fn has(&self, quirk: impl Fn(&Parts) -> Option<Answer> + Send + Sync + 'static) {
         self.faults.lock().unwrap().quirk = Some(Arc::new(quirk));
     }

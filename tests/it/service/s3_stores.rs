@@ -308,7 +308,7 @@ async fn foreign_keys_in_a_real_bucket_are_skipped_and_kept() {
     }
 }
 
-/// Refuses who does not bring this token.
+/// Refuses requests without this token.
 fn wants_token(server: &Faulty, token: &'static str) {
     server.has(move |request| {
         let brought = request.headers.get("x-amz-security-token").and_then(|value| value.to_str().ok());
@@ -389,7 +389,7 @@ fn handed_out() -> String {
     )
 }
 
-/// Writes, signs and removes with what was handed out.
+/// Writes, signs and removes with the given credentials.
 async fn works(server: &Faulty, credentials: Credentials) {
     let blobs = open(Bucket { credentials, ..server.bucket() }).await;
     let (tenant, job) = (TenantId::new(), JobId::new());
@@ -436,7 +436,7 @@ async fn containers_and_virtual_machines_get_credentials() {
     assert_eq!(error.to_string(), "the store rejects the request: the credentials service answers 401");
 }
 
-/// The whole program takes a role by a token in a file, at a service that speaks TLS as STS does.
+/// The whole program assumes a role with a token in a file, at a service with TLS as STS has it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_is_assumed_with_the_token_in_a_file() {
     let _ = rustls::crypto::ring::default_provider().install_default();

@@ -46,7 +46,7 @@ pub(super) enum Did {
     Draw { prompt: String, during_training: bool },
 }
 
-/// How the engines of a test go about it.
+/// What the engines of a test do, and how fast.
 #[derive(Clone)]
 pub(super) struct Script {
     /// What a step of a training or of a sampler waits for here.
@@ -148,7 +148,7 @@ impl Script {
         Clock::new(move || *now.lock().unwrap())
     }
 
-    /// Takes the device away, or gives it back.
+    /// Makes the device lost, or available again.
     pub(super) fn lose_device(&self, lost: bool) {
         *self.lost.lock().unwrap() = lost;
     }

@@ -182,7 +182,7 @@ impl TestApp {
         done
     }
 
-    /// A finished training as the queue's protocol leaves one, with no worker about.
+    /// A finished training, made without a worker by the store's operations.
     pub(super) async fn finished(&self) -> JobId {
         let job = self.new_job().await;
         let id: JobId = job["id"].as_str().unwrap().parse().unwrap();
@@ -194,7 +194,7 @@ impl TestApp {
         id
     }
 
-    /// Nothing stays of what was refused: no row and no object.
+    /// Fails if a refused request left a row or an object.
     pub(super) async fn is_clean(&self) {
         let page: Value = self.get("/v1/jobs").await.json().await.unwrap();
         assert_eq!(page["data"], serde_json::json!([]));
@@ -247,13 +247,13 @@ pub(super) async fn problem(response: Response) -> (u16, String, Value) {
     (status, slug, body)
 }
 
-/// Status and word of a problem.
+/// Status and slug of a problem.
 pub(super) async fn refusal(response: Response) -> (u16, String) {
     let (status, slug, _) = problem(response).await;
     (status, slug)
 }
 
-/// A picture that looks like no other of another number.
+/// A picture that differs from those of other numbers.
 pub(super) fn photo(n: u32) -> Vec<u8> {
     let pixel = |x: u32, y: u32| {
         let shade = (x.wrapping_mul(n * 7 + 13) ^ y.wrapping_mul(n * 11 + 5)).wrapping_mul(2_654_435_761);

@@ -249,7 +249,7 @@ impl Worker {
         Self { drain, health, task: tokio::spawn(run) }
     }
 
-    /// As SIGTERM does: gives back what it holds, and ends.
+    /// As SIGTERM does: it releases its jobs and ends.
     pub(super) async fn stop(self) {
         self.told_to_stop().await.unwrap();
     }
@@ -277,7 +277,7 @@ impl Worker {
     }
 }
 
-/// What `look` finds, as soon as it finds it.
+/// The value that `look` returns, as soon as it returns one.
 pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 
-/// What becomes of a commit.
+/// What happens to a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Loss {
-    /// The connection breaks before the server hears of it.
+    /// The connection breaks before it reaches the server.
     Before,
     /// It is done, and the connection breaks before the answer.
     Answer,
@@ -20,7 +20,7 @@ pub(crate) enum Loss {
     AnswerHangs,
 }
 
-/// A listener on loopback that passes everything on, but for the commits that it was told of.
+/// A listener on loopback that forwards everything except the chosen commits.
 pub(crate) struct Wire {
     address: SocketAddr,
     plan: Arc<Plan>,
@@ -34,7 +34,7 @@ struct Plan {
 }
 
 impl Wire {
-    /// Before the server whose socket is in `directory`.
+    /// In front of the server whose socket is in `directory`.
     pub(crate) async fn before(directory: &Path) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -62,12 +62,12 @@ impl Wire {
         format!("postgres://postgres@{}/{database}", self.address)
     }
 
-    /// The `nth` commit from now, 0 the next one, goes wrong.
+    /// The `nth` commit from now, 0 the next one, is lost.
     pub(crate) fn inject(&self, nth: usize, loss: Loss) {
         self.plan.losses.lock().unwrap().insert(self.n_commits() + nth, loss);
     }
 
-    /// How many commits have come by.
+    /// Number of commits so far.
     pub(crate) fn n_commits(&self) -> usize {
         self.plan.n_commits.load(Ordering::SeqCst)
     }

@@ -29,26 +29,26 @@ use super::{Error, Interrupt, Result, image_io};
 /// A generated picture.
 #[derive(Clone, Debug)]
 pub struct Generated {
-    /// What came out.
+    /// The image.
     pub pixels: RgbImage,
-    /// What was asked for, with [`PLACEHOLDER`] in the product's place.
+    /// Its prompt, with [`PLACEHOLDER`] in the product's place.
     pub prompt: String,
 }
 
 /// What a model drew.
 #[derive(Clone, Copy, Debug)]
 pub struct GeneratedSet<'a> {
-    /// What kind of thing the product is: its words stand for it where CLIP reads a prompt.
+    /// The class name of the product, which stands for it in the prompts that CLIP reads.
     pub class_name: &'a str,
     /// Pictures of one standard prompt; may be empty.
     pub invariant: &'a [Generated],
     /// Pictures of a prompt each; may be empty.
     pub varying: &'a [Generated],
-    /// Pictures of any thing of the class, for PRES; may be empty.
+    /// Pictures of the class, for PRES; may be empty.
     pub class_images: &'a [RgbImage],
 }
 
-/// Judges pictures beside the photos of one product.
+/// Scores pictures against the photos of one product.
 pub struct Evaluator {
     backbones: Backbones,
     photos: Vec<RgbImage>,
@@ -66,7 +66,7 @@ struct Seen {
     pool2048: Option<Features>,
 }
 
-/// Hears of calls done and of all, and may stop.
+/// Gets the calls done and the calls in all, and may stop.
 type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt<B>> + 'a;
 
 /// Counts what is done.
@@ -84,7 +84,7 @@ impl<B> Count<'_, '_, B> {
 }
 
 impl Evaluator {
-    /// An evaluator with the networks that `bundle` brings, which may be none. [`Error::Input`] if there are no photos or a
+    /// An evaluator with the networks of `bundle`, which may have none. [`Error::Input`] if there are no photos or a
     /// network cannot be loaded.
     pub fn new(bundle: &Bundle, device: &Device, photos: Vec<RgbImage>) -> Result<Self> {
         if photos.is_empty() {
@@ -102,13 +102,13 @@ impl Evaluator {
         self.backbones.clip.is_some()
     }
 
-    /// Whether it can tell what became of the class (PRES).
+    /// Whether it can score the preservation of the class (PRES).
     pub fn can_score_class(&self) -> bool {
         self.backbones.dino.is_some()
     }
 
-    /// Likeness of pictures to the photos as a share of what the photos have among themselves: of DINO, or of CLIP-I
-    /// where there is no DINO. Not a number where there is neither.
+    /// Similarity of pictures to the photos as a share of the photos' similarity among themselves: of DINO, or of
+    /// CLIP-I where there is no DINO. NaN where there is neither.
     pub fn likeness(&self, pictures: &[RgbImage]) -> Result<f64> {
         let (theirs, ours) = match (&self.backbones.dino, &self.backbones.clip) {
             (Some(dino), _) => (dino.model.features(pictures)?, self.seen.dino.as_ref()),
@@ -116,12 +116,12 @@ impl Evaluator {
             (None, None) => return Ok(f64::NAN),
         };
         let Some(ours) = ours else { return Ok(f64::NAN) };
-        // One photo has no likeness among its like but to itself.
+        // One photo can be compared with itself only.
         let bound = if self.photos.len() > 1 { metrics::mean_self_cosine(ours)? } else { 1.0 };
         Ok(metrics::mean_pairwise_cosine(&theirs, ours)? / bound)
     }
 
-    /// Mean CLIP-T of pictures: each with its own prompt. Not a number without CLIP.
+    /// Mean CLIP-T of pictures: each with its own prompt. NaN without CLIP.
     pub fn adherence(&self, class_name: &str, pictures: &[Generated]) -> Result<f64> {
         let Some(clip) = &self.backbones.clip else { return Ok(f64::NAN) };
         let pixels: Vec<RgbImage> = pictures.iter().map(|one| one.pixels.clone()).collect();
@@ -129,8 +129,8 @@ impl Evaluator {
         metrics::mean_paired_cosine(&clip.model.images(&pixels)?, &texts)
     }
 
-    /// All numbers of what a model drew. `observe` is told of every picture that a network has seen and of every pair,
-    /// and may stop. [`Error::Input`] if a number is none: a network's weights are broken, then.
+    /// All scores of what a model drew. `observe` is called after every picture that a network has seen and after every
+    /// pair, and may stop. [`Error::Input`] if a score is NaN: then a network's weights are broken.
     pub fn evaluate<B>(
         &self,
         drawn: &GeneratedSet<'_>,

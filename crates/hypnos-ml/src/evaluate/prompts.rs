@@ -37,7 +37,7 @@ pub struct ImageType {
 impl Default for PromptLists {
     /// Our own: 6 image types with 24 styles each, 24 backgrounds.
     fn default() -> Self {
-        Self::parse(include_str!("prompts.json")).expect("the lists that are compiled in are sound")
+        Self::parse(include_str!("prompts.json")).expect("the embedded lists are valid")
     }
 }
 
@@ -110,7 +110,7 @@ fn entries(list: &str, entries: &[String]) -> Result<()> {
             )));
         }
         if !seen.insert(entry) {
-            return Err(Error::input(format!("prompt lists: {list}: \"{entry}\" stands there twice")));
+            return Err(Error::input(format!("prompt lists: {list}: \"{entry}\" is listed twice")));
         }
     }
     Ok(())
@@ -179,7 +179,7 @@ mod tests {
             (&lists("", &types(r#""a""#)), "backgrounds: wanted one entry at least"),
             (&lists(r#""a""#, "[]"), "image_types: wanted one entry at least"),
             (&lists(r#""a""#, &types("")), "styles of \"a photo of\": wanted one entry at least"),
-            (&lists(r#""a", "a""#, &types(r#""b""#)), "backgrounds: \"a\" stands there twice"),
+            (&lists(r#""a", "a""#, &types(r#""b""#)), "backgrounds: \"a\" is listed twice"),
             (&lists(r#"" ""#, &types(r#""b""#)), "wanted 1 to 120 printable characters"),
             (&lists(r#""a""#, &types(r#""b\nc""#)), "wanted 1 to 120 printable characters"),
         ] {

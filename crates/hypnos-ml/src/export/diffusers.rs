@@ -24,7 +24,7 @@ pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) 
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
     let written = fill(fine_tune, precision, &part)
-        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be made", e)));
+        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be created", e)));
     written.map_err(|error| {
         let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
         error.renamed(&part, out) // people asked for another name than the one that it has while it is written
@@ -65,7 +65,7 @@ fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be made", e))?;
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be created", e))?;
     }
     write_atomically(to, |out| {
         let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));

@@ -6,7 +6,7 @@ use candle_core::DType;
 
 use crate::{Error, Result};
 
-/// What a fine-tune is exported as.
+/// A format of exported fine-tunes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportFormat {
     /// `diffusers/`: what `StableDiffusionPipeline.from_pretrained` loads, and a bundle.
@@ -15,7 +15,7 @@ pub enum ExportFormat {
     SingleFile,
 }
 
-/// What weights are written as.
+/// The type that weights are written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// As they were trained: many of a fine-tune's changes are too small for anything narrower.
@@ -25,7 +25,7 @@ pub enum Precision {
 }
 
 impl ExportFormat {
-    /// What it is called in the directory that it is put in.
+    /// Its name in the output directory.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Diffusers => "diffusers",
@@ -33,11 +33,11 @@ impl ExportFormat {
         }
     }
 
-    /// Where it would lie in `dir`. [`Error::File`] if something is there already.
+    /// Its path in `dir`. [`Error::File`] if something exists there already.
     pub fn vacant(self, dir: &Path) -> Result<PathBuf> {
         let path = dir.join(self.name());
         if path.symlink_metadata().is_ok() {
-            return Err(Error::file(&path, "is there already; a new place is wanted"));
+            return Err(Error::file(&path, "already exists; wanted a new path"));
         }
         Ok(path)
     }

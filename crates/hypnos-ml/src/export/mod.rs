@@ -24,7 +24,7 @@ impl FineTune<'_> {
     pub fn export(&self, format: ExportFormat, precision: Precision, dir: &Path) -> Result<PathBuf> {
         let path = format.vacant(dir)?;
         let made = !dir.exists();
-        fs::create_dir_all(dir).map_err(|e| Error::io(dir, "cannot be made", e))?;
+        fs::create_dir_all(dir).map_err(|e| Error::io(dir, "cannot be created", e))?;
         let written = match format {
             ExportFormat::Diffusers => diffusers::write(self, precision, &path),
             ExportFormat::SingleFile => single_file::write(self, precision, &path),
@@ -35,7 +35,7 @@ impl FineTune<'_> {
         written.map(|()| path)
     }
 
-    /// What may surprise whoever reads it in this format.
+    /// What may surprise readers of this format.
     pub fn warnings(&self, format: ExportFormat) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.licence().is_none() {
@@ -46,7 +46,7 @@ impl FineTune<'_> {
         if format == ExportFormat::SingleFile && !single_file::is_sd1(self.bundle) {
             let name = format.name();
             warnings.push(format!(
-                "{name}: the bundle has not the sizes of Stable Diffusion 1, which its readers expect"
+                "{name}: the bundle does not have the sizes of Stable Diffusion 1, which readers of this format expect"
             ));
         }
         warnings

@@ -65,7 +65,7 @@ fn metadata(fine_tune: &FineTune<'_>) -> Result<BTreeMap<String, String>> {
     Ok(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
 }
 
-/// Whether programs that know Stable Diffusion 1 by heart can draw with weights of these sizes.
+/// Whether programs with built-in sizes of Stable Diffusion 1 can draw with weights of these sizes.
 pub(super) fn is_sd1(bundle: &Bundle) -> bool {
     let (text, unet, vae) = bundle.configs();
     let deep = |channels: &[usize], first: usize| channels == [first, 2 * first, 4 * first, 4 * first];

@@ -25,7 +25,7 @@ pub struct Config {
     /// Both encoders; the middle `image_size` pixels are looked at.
     #[serde(flatten)]
     pub net: PairConfig,
-    /// What the shorter side is brought to first; `image_size` where nothing is said.
+    /// The shorter side after the first resize; by default `image_size`.
     pub(crate) resize: Option<usize>,
 }
 

@@ -19,7 +19,7 @@ pub struct Config {
     /// The network; the middle `image_size` pixels are looked at.
     #[serde(flatten)]
     pub(crate) net: vit::Config,
-    /// What the shorter side is brought to first; eight sevenths of `image_size` where nothing is said.
+    /// The shorter side after the first resize; by default eight sevenths of `image_size`.
     pub resize: Option<usize>,
 }
 

@@ -20,11 +20,11 @@ pub use net::Config;
 pub struct InceptionFeatures {
     /// Behind the first max-pool: colours and edges. Few pictures suffice, and it sees little.
     pub pool64: Features,
-    /// Behind the last block, which FID means when nothing is said. Below 2048 pictures its covariance is singular.
+    /// Behind the last block: the features of the usual FID. Below 2048 pictures its covariance is singular.
     pub pool2048: Features,
 }
 
-/// The network and how pictures come to it.
+/// The network with its preprocessing.
 #[derive(Debug)]
 pub struct Inception {
     net: net::Inception,

@@ -227,7 +227,7 @@ pub struct PairConfig {
     pub(crate) projection_dim: usize,
 }
 
-/// The picture encoder's part of it; what is not said is as in ViT-B/32.
+/// The config of the image encoder; the defaults are those of ViT-B/32.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {

@@ -147,7 +147,7 @@ pub struct EfficientNet {
 }
 
 impl EfficientNet {
-    /// From weights in this names.
+    /// From weights under these names.
     pub fn load(w: &Weights, config: &Config, names: WeightNames) -> crate::Result<Self> {
         config.check()?;
         let mut size = Size { padding: config.padding, side: config.image_size.unwrap_or(0) };

@@ -484,7 +484,7 @@ impl UpBlock {
         let mut x = x.clone();
         for j in 0..self.level.resnets.len() {
             let Some(skip) = skips.pop() else {
-                candle_core::bail!("unet: the way up is longer than the way down")
+                candle_core::bail!("unet: the up blocks want more skip connections than the down blocks give")
             };
             x = self.level.forward_one(j, &Tensor::cat(&[&x, &skip], 1)?, run)?;
         }

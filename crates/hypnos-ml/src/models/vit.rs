@@ -22,7 +22,7 @@ pub(crate) struct Config {
     pub(crate) num_hidden_layers: usize,
     /// Heads of each attention, 6 in ViT-S.
     pub(crate) num_attention_heads: usize,
-    /// Width inside each feed-forward; four times `hidden_size` where nothing is said.
+    /// Width inside each feed-forward; by default four times `hidden_size`.
     pub(crate) intermediate_size: Option<usize>,
     /// Side of a patch, in pixels.
     pub(crate) patch_size: usize,

@@ -124,7 +124,7 @@ impl AdamW {
     pub fn moments(&self, name: &str) -> Result<(Tensor, Tensor)> {
         match self.params.iter().find(|(param, _)| param.name() == name) {
             Some((param, moments)) => moments.tensors(param),
-            None => bail!("AdamW: trains no {name}"),
+            None => bail!("AdamW: does not train {name}"),
         }
     }
 

@@ -98,7 +98,7 @@ impl FromStr for Sampler {
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|sampler| sampler.name() == name).ok_or_else(|| {
             let names = Self::ALL.map(Self::name).join(", ");
-            Error::input(format!("there is no sampler {name:?}; there are {names}"))
+            Error::input(format!("unknown sampler {name:?}; wanted one of {names}"))
         })
     }
 }

@@ -61,7 +61,7 @@ fn names_survive_the_way_out_and_in_and_an_unknown_one_lists_them() {
     let words = "heun".parse::<Sampler>().unwrap_err().to_string();
     assert_eq!(
         words,
-        "there is no sampler \"heun\"; there are ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler, euler-a"
+        "unknown sampler \"heun\"; wanted one of ddim, pndm, dpmpp-2m, dpmpp-2m-karras, euler, euler-a"
     );
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Step k draws picture, class image, timesteps and noise from counters of the recipe's seed, and nothing else is
 //! drawn: a training that was saved at k and resumed is, byte for byte, one that never stopped. No files but those
-//! given, no clock; an observer is told after each step and may look at the weights, not change them.
+//! given, no clock; an observer is called after each step and may read the weights, not change them.
 
 mod data;
 pub mod discriminator;
@@ -47,7 +47,7 @@ pub fn step(
     state.step(frozen, &batch, &recipe.objective, shown.transpose()?, trace)
 }
 
-/// Takes the steps that `recipe` wants and `state` has not taken yet, each as [`step`] does. `observe` is told after
+/// Takes the steps that `recipe` wants and `state` has not taken yet, each as [`step`] does. `observe` is called after
 /// each and may stop.
 pub fn train<B>(
     state: &mut State,
@@ -68,7 +68,7 @@ pub fn train<B>(
 /// Takes the discriminator's steps before the first one of the diffusion model (section 3.4). It has none of the
 /// diffusion model's guesses to look at yet.
 ///
-/// `observe` is told of steps done and may stop. Does nothing where no discriminator takes part or steps of the
+/// `observe` gets the steps done and may stop. Does nothing where no discriminator takes part or steps of the
 /// diffusion model were taken already.
 pub fn train_discriminator<B>(
     state: &mut State,
@@ -84,7 +84,7 @@ pub fn train_discriminator<B>(
     for step in 0..recipe.discriminator.n_steps {
         let (real, fake) = data::discriminator_latents(data, recipe, models, "critic before", step)?;
         if !discriminator.step(&real, &fake)?.is_finite() {
-            let what = "discriminator: its loss is no longer a number; try a lower learning rate";
+            let what = "discriminator: its loss is no longer a finite number; try a lower learning rate";
             return Err(Error::NotFinite(what.into()).into());
         }
         observe(step + 1)?;

@@ -95,7 +95,7 @@ async fn a_requeued_job_is_taken_from_its_worker_at_the_cost_of_no_attempt(db: T
     let claimed = db.claim().await.unwrap();
     let held = claimed.lease();
     db.store.commit_checkpoint(held, &checkpoint(100)).await.unwrap();
-    assert_eq!(db.store.requeue(job.id).await.unwrap(), Some(Requeued::Taken(State::Queued)));
+    assert_eq!(db.store.requeue(job.id).await.unwrap(), Some(Requeued::Released(State::Queued)));
 
     let waits = db.train(tenant, job.id).await.unwrap();
     assert_eq!((waits.state, waits.attempt, waits.checkpoint), (State::Queued, 0, Some(checkpoint(100))));
@@ -119,7 +119,7 @@ async fn a_requeued_job_whose_owner_had_canceled_it_is_canceled(db: TestDatabase
     let job = db.accept(training(tenant)).await;
     db.claim().await.unwrap();
     db.store.cancel(tenant, job.id).await.unwrap();
-    assert_eq!(db.store.requeue(job.id).await.unwrap(), Some(Requeued::Taken(State::Canceled)));
+    assert_eq!(db.store.requeue(job.id).await.unwrap(), Some(Requeued::Released(State::Canceled)));
     let ended = db.train(tenant, job.id).await.unwrap();
     assert!(ended.state == State::Canceled && ended.finished_ms.is_some());
     assert!(db.claim().await.is_none());
