@@ -18,6 +18,7 @@
 //! view, problem                 JSON of a row; RFC 9457 problems
 //! queue_position                a queued job's position, polled with bounded cost
 //! operations                    health checks and metrics, also for a listener of their own
+//! vocabularies                  the words that models know, cached
 //! product_detector              interface to the model that finds the product in a photo
 //! openapi, reference, ui        the OpenAPI document; the same as a page at /docs; the page at /
 //! ```
@@ -63,6 +64,7 @@ mod ui;
 mod upload;
 mod upload_queue;
 mod view;
+mod vocabularies;
 
 pub use connection::Timeouts;
 pub(crate) use loopback::is_loopback;

@@ -1,11 +1,9 @@
 //! `/v1/models`: the models that workers hold, and the choice of one for a training.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use moka::sync::Cache;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -20,10 +18,7 @@ use crate::job::{
     Invalid, Method, ModelCard, ModelDrawing, ModelPart, ModelRef, TrainOptions, TrainSpec, Warning,
     WarningCode,
 };
-use crate::store::{RegisteredModel, Store};
-
-/// Vocabularies that are kept in memory.
-const VOCABULARIES_MAX: u64 = 16;
+use crate::store::RegisteredModel;
 
 /// A model that workers hold, or held.
 #[derive(Serialize, ToSchema)]
@@ -249,26 +244,6 @@ async fn class_warning(
 ) -> Result<Option<Warning>, Problem> {
     let vocabulary = app.vocabularies.get(&app.store, &card.sha256).await?;
     Ok(card.class_warning(class_name, |word| vocabulary.contains(word)))
-}
-
-/// The vocabularies of models, cached: a model's never changes.
-#[derive(Clone)]
-pub(super) struct Vocabularies(Cache<String, Arc<HashSet<String>>>);
-
-impl Vocabularies {
-    pub(super) fn new() -> Self {
-        Self(Cache::new(VOCABULARIES_MAX))
-    }
-
-    async fn get(&self, store: &Store, sha256: &str) -> Result<Arc<HashSet<String>>, Problem> {
-        if let Some(words) = self.0.get(sha256) {
-            return Ok(words);
-        }
-        let words = store.model_words(sha256).await?.unwrap_or_default();
-        let words: Arc<HashSet<String>> = Arc::new(words.split_whitespace().map(ToOwned::to_owned).collect());
-        self.0.insert(sha256.to_owned(), words.clone());
-        Ok(words)
-    }
 }
 
 #[cfg(test)]

@@ -8,13 +8,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::fair_pool::FairPools;
 use super::keys::KeyCache;
-use super::models::Vocabularies;
 use super::operations::Operations;
 use super::problem::Problem;
 use super::product_detector::ProductDetector;
 use super::queue_position::QueuePositions;
 use super::settings::Settings;
 use super::upload_queue::UploadQueue;
+use super::vocabularies::Vocabularies;
 use crate::blobs::Blobs;
 use crate::health::Health;
 use crate::job::{Job, JobId, Kind, TenantId};

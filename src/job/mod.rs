@@ -3,7 +3,9 @@
 //! A *job* is a row of the queue. It is either a *training*, on photos, or a *sample*: images drawn with a training's
 //! result. Both are queued, claimed under a lease, run, and finished once.
 
+mod checks;
 mod model;
+mod options;
 mod spec;
 mod string_enum;
 
@@ -11,13 +13,15 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-pub use model::{HeldModel, ModelCard, ModelDrawing, ModelPart, ModelRef, WaitingFor, Warning, WarningCode};
-pub use spec::{
-    CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Discriminator, Evaluation, Format, Invalid, LossWeights,
-    Method, N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, PROMPT_PATTERN, Perceptual, Reconstruction, SEED_MAX,
-    STEPS_MAX, SampleSpec, Scheduler, Templates, TrainOptions, TrainSpec, Views, class_name, merge_json,
-    template_pattern,
+pub use checks::{
+    CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Invalid, PROMPT_PATTERN, SEED_MAX, class_name, template_pattern,
 };
+pub use model::{HeldModel, ModelCard, ModelDrawing, ModelPart, ModelRef, WaitingFor, Warning, WarningCode};
+pub use options::{
+    Discriminator, Evaluation, Format, LossWeights, Method, Perceptual, Reconstruction, STEPS_MAX, Scheduler,
+    Templates, TrainOptions, Views, merge_json,
+};
+pub use spec::{N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, SampleSpec, TrainSpec};
 pub(crate) use string_enum::string_enum;
 
 /// Name of the artifact with a training's weights.

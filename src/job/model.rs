@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::spec::{Invalid, Scheduler, TrainOptions};
+use super::checks::Invalid;
+use super::options::{Scheduler, TrainOptions};
 use super::string_enum::string_enum;
 
 string_enum!(

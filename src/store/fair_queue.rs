@@ -9,8 +9,28 @@
 use super::db::{Arg, Row, Tx, args};
 use super::error::{Error, Result};
 use super::handle::Store;
-use super::worker::{model_args, runnable};
 use crate::job::{Job, JobId, Kind, ModelCard, State, TenantId};
+
+/// Condition: a worker with the model of [`model_args`] can run the job; one without a model can run every job.
+macro_rules! runnable {
+    ($sha256:literal, $name:literal) => {
+        concat!(
+            "(cast(",
+            $sha256,
+            " as text) is null or model is null or model = ",
+            $sha256,
+            " or model = ",
+            $name,
+            ")"
+        )
+    };
+}
+pub(super) use runnable;
+
+/// The arguments of `runnable!`: hash and name of a model.
+pub(super) fn model_args(model: Option<&ModelCard>) -> [Option<&str>; 2] {
+    [model.map(|card| card.sha256.as_str()), model.map(|card| card.name.as_str())]
+}
 
 /// Largest weight of a tenant; the smallest is 1.
 pub const WEIGHT_MAX: u32 = 1000;

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::api::{job, job_columns};
 use super::db::{Arg, Tx, args, locking};
 use super::error::{Error, Result};
-use super::fair_queue::{Turn, charge, turns};
+use super::fair_queue::{Turn, charge, model_args, runnable, turns};
 use super::handle::Store;
 use super::json::{json, parse};
 use crate::job::{
@@ -124,27 +124,6 @@ macro_rules! overdue {
             ")"
         )
     };
-}
-
-/// Condition: a worker with the model of [`model_args`] can run the job; one without a model can run every job.
-macro_rules! runnable {
-    ($sha256:literal, $name:literal) => {
-        concat!(
-            "(cast(",
-            $sha256,
-            " as text) is null or model is null or model = ",
-            $sha256,
-            " or model = ",
-            $name,
-            ")"
-        )
-    };
-}
-pub(super) use runnable;
-
-/// The arguments of `runnable!`: hash and name of a model.
-pub(super) fn model_args(model: Option<&ModelCard>) -> [Option<&str>; 2] {
-    [model.map(|card| card.sha256.as_str()), model.map(|card| card.name.as_str())]
 }
 
 /// Clears the columns of a running row.
