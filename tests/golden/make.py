@@ -59,7 +59,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = HERE.parents[1] / "bundles" / "miniature"
-BUNDLE = MINIATURE / "tokenizer"
+BUNDLE = HERE.parent / "bundle" / "tokenizer"
 GOLDENS = {}
 
 
@@ -196,7 +196,7 @@ def lines(path, rows):
 
 @golden
 def tokenizer():
-    """Text -> ids as a pipeline has them (`CLIPTokenizer.from_pretrained` of a bundle), with the miniature's 902 tokens.
+    """Text -> ids as a pipeline has them (`CLIPTokenizer.from_pretrained` of a bundle), with the 902 tokens of tests/bundle.
 
     `tokenizer.jsonl`, one `{"text", "count", "ids"}` a line: `ids` are the first `count` of 77, the rest is padding.
     """
@@ -829,7 +829,7 @@ def pictures():
     text = CLIPTextModel.from_pretrained(MINIATURE / "text_encoder", dtype=torch.float32).eval()
     unet = diffusers.UNet2DConditionModel.from_pretrained(MINIATURE / "unet", torch_dtype=torch.float32).eval()
     vae = diffusers.AutoencoderKL.from_pretrained(MINIATURE / "vae", torch_dtype=torch.float32).eval()
-    words = CLIPTokenizer.from_pretrained(BUNDLE)
+    words = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
     prompts = ["a photo of a red mug, blue background", "a painting of a green chair on a wooden table"]
     negatives = ["", "blurry, dark"]
     schedule = json.loads((MINIATURE / "scheduler" / "scheduler_config.json").read_text())
@@ -856,7 +856,7 @@ def main(names):
     if unknown:
         sys.exit(f"make.py: no golden {unknown[0]!r}; there are {', '.join(GOLDENS)}")
     if not (BUNDLE / "vocab.json").is_file():
-        sys.exit(f"make.py: {BUNDLE} has no vocab.json; the tokenizer goldens start from the miniature's")
+        sys.exit(f"make.py: {BUNDLE} has no vocab.json; the tokenizer goldens start from the test bundle's")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     diffusers.logging.set_verbosity_error()

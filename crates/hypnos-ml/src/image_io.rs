@@ -106,8 +106,7 @@ pub fn signed(pixels: &RgbImage) -> Result<Tensor> {
 ///
 /// * `pixels`: `height x width x 3` bytes, row by row; so for the other formats
 /// * `texts`: keywords (Latin-1, at most 79 characters) and their texts, which the file carries in tEXt chunks where
-/// they
-///   are short and ASCII, in iTXt chunks otherwise
+///   they are short and ASCII, in iTXt chunks otherwise
 pub fn png(pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<Vec<u8>> {
     let mut file = Vec::new();
     let written = write_png(&mut file, pixels, size, texts);
