@@ -1,4 +1,4 @@
-//! What texts and numbers of a request must be.
+//! Checks of the texts and numbers in a request, and the JSON Schema patterns that say the same.
 
 use unicode_normalization::UnicodeNormalization;
 

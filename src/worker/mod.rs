@@ -63,7 +63,7 @@ pub use shares::Clock;
 /// Works until `drain` is cancelled and all held jobs are finished or given back. Starts one driver for each engine,
 /// named by its device; `health` receives the condition of each.
 ///
-/// Fails before the first claim if an engine cannot be made. Fails later only if every device is dead, or if the work
+/// Fails before the first claim if an engine cannot be created. Fails later only if every device is dead, or if the work
 /// in progress at shutdown could not be stored in time: then its leases expire.
 pub async fn run(
     settings: Settings,

@@ -103,7 +103,7 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
 
 pub(super) fn write_text(path: &Path, text: &str) -> Result<()> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be made", e))?;
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be created", e))?;
     }
     write_atomically(path, |out| {
         out.write_all(text.as_bytes()).map_err(|e| Error::io(path, "cannot be written", e))

@@ -134,7 +134,10 @@ fn the_infinity_the_reference_writes_is_read() {
 fn what_cannot_be_honoured_is_refused_by_key_and_value() {
     for (text, wants) in [
         (r#"{"_class_name": "FlowMatchEulerDiscreteScheduler"}"#, "_class_name is \"FlowMatchEuler"),
-        (r#"{"prediction_type": "sample"}"#, "prediction_type is \"sample\"; epsilon or v_prediction"),
+        (
+            r#"{"prediction_type": "sample"}"#,
+            "prediction_type is \"sample\"; this program supports epsilon or v_prediction",
+        ),
         (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\""),
         (r#"{"timestep_spacing": "odd"}"#, "timestep_spacing is \"odd\""),
         (r#"{"clip_sample": true}"#, "clip_sample is true"),

@@ -3,8 +3,7 @@
 //! ```text
 //! the prompt
 //! Negative prompt: the negative prompt
-//! Steps: 25, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7.5, Seed: 1, Size: 512x512, Model hash: …, Model:
-//! …
+//! Steps: 25, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7.5, Seed: 1, Size: 64x64, Model hash: …, Model: …
 //! ```
 //!
 //! Nothing in a prompt can be escaped: no reader undoes it. So there is no text where one would take a prompt for more
