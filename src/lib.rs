@@ -14,6 +14,7 @@
 //! maintenance  rescue and erasure       deployment  which database and object store belong together
 //! retry     retries of ended jobs       sweep     orphaned objects
 //! memory    the allocator               telemetry traces and metrics
+//! pull      published models to a bundle
 //! ```
 
 pub mod blobs;
@@ -28,6 +29,7 @@ pub mod job;
 pub mod maintenance;
 pub mod memory;
 pub mod photo;
+mod pull;
 pub mod report;
 pub mod retry;
 pub mod store;

@@ -2,7 +2,7 @@
 
 use crate::config::ConfigError;
 use crate::job::{Fault, FaultCode};
-use crate::ml;
+use crate::{ml, pull};
 
 /// Why a command failed, in one line.
 #[derive(Debug)]
@@ -19,6 +19,15 @@ impl From<ml::Error> for CliError {
     fn from(error: ml::Error) -> Self {
         let line = error.to_string();
         if error.is_machine_failure() { Self::Failed(line) } else { Self::Input(line) }
+    }
+}
+
+impl From<pull::Error> for CliError {
+    fn from(error: pull::Error) -> Self {
+        match error {
+            pull::Error::Input(line) => Self::Input(line),
+            pull::Error::Failed(line) => Self::Failed(line),
+        }
     }
 }
 

@@ -99,7 +99,7 @@ pub fn run() -> ExitCode {
             print_line(crate::http::openapi().trim_end());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Models(command) => Ok(models::run(command)?),
+        Command::Models(command) => models::run(command),
         Command::Segment(args) => segment::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Export(args) => Ok(export::run(&args)?),

@@ -1,18 +1,23 @@
-//! `hypnos models`: checks bundles, and makes bundles with random weights.
+//! `hypnos models`: fetches, checks and makes bundles.
 
-use std::path::PathBuf;
+mod pull;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::DType;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::error::CliError;
 use super::output::{print_error, print_line};
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, Like, check, random, random_metrics};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Fetch the published models that HYPNOS needs, and make one bundle of them.
+    Pull(Box<pull::Pull>),
     /// Say in words what is missing or wrong in a bundle.
     Check {
         /// Its directory, in the diffusers layout.
@@ -54,15 +59,16 @@ enum DTypeName {
     Bf16,
 }
 
-pub(super) fn run(command: Command) -> Result<ExitCode> {
+pub(super) fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
-        Command::Check { dir } => run_check(&dir),
-        Command::Random(random) => run_random(&random),
+        Command::Pull(pull) => pull::run(&pull),
+        Command::Check { dir } => Ok(run_check(&dir)?),
+        Command::Random(random) => Ok(run_random(&random)?),
     }
 }
 
 /// Prints one line for each problem and their number, or a summary of the bundle.
-fn run_check(dir: &std::path::Path) -> Result<ExitCode> {
+fn run_check(dir: &Path) -> Result<ExitCode> {
     let findings = check(dir);
     for finding in &findings {
         print_error(&finding.to_string());

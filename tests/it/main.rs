@@ -27,6 +27,8 @@ mod engine;
 mod evaluate;
 
 mod bundles;
+mod pickles;
+mod pull;
 mod tokenizer;
 
 mod bench;

@@ -22,6 +22,7 @@ pub mod nn;
 pub mod ops;
 pub mod param;
 pub mod perceptual;
+pub mod pickle;
 pub mod product;
 pub mod provenance;
 pub mod random;

@@ -193,10 +193,10 @@ fn check_entry(entry: Value, data_len: u64) -> Result<TensorInfo, String> {
     }
 }
 
-type Widen = fn(&[u8], &mut [f32]);
+pub(crate) type Widen = fn(&[u8], &mut [f32]);
 
 /// Bytes per element and the conversion to f32, for the types that weights come in.
-fn widening(dtype: Dtype) -> Option<(usize, Widen)> {
+pub(crate) fn widening(dtype: Dtype) -> Option<(usize, Widen)> {
     match dtype {
         Dtype::F32 => Some((4, |bytes, out| {
             for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {

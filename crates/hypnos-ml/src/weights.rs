@@ -197,7 +197,7 @@ pub(crate) fn read(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Ten
 }
 
 /// The name under which a source holds the wanted tensor, or why it does not serve.
-fn find<'a>(
+pub(crate) fn find<'a>(
     name: &str,
     shape: &[usize],
     shape_of: impl Fn(&str) -> Option<&'a [usize]>,

@@ -89,8 +89,8 @@ fn at(path: &Path, error: Error) -> Error {
     }
 }
 
-/// `model_index.json` of a bundle of ours.
-pub(crate) fn model_index(scheduler: &str) -> Value {
+/// `model_index.json` of a bundle of ours, with a scheduler of this class.
+pub fn model_index(scheduler: &str) -> Value {
     json!({
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [null, null],

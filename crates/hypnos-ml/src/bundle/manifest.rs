@@ -1,6 +1,6 @@
 //! `hypnos.json`: what we know of a bundle beyond what diffusers says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ pub struct Manifest {
     pub kind: String,
     /// Side of the pictures it draws, in pixels; without it the configs decide.
     #[serde(default)]
-    pub(crate) resolution: Option<usize>,
+    pub resolution: Option<usize>,
     /// Words of one token each that mean next to nothing, to be given a meaning.
     #[serde(default)]
     pub rare_tokens: Vec<String>,
@@ -42,6 +42,9 @@ pub struct Manifest {
     /// Where each file came from, by its path in the bundle.
     #[serde(default)]
     pub files: BTreeMap<String, Origin>,
+    /// The licences that were accepted when files were fetched.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub accepted_licences: BTreeSet<String>,
 }
 
 impl Manifest {
@@ -71,16 +74,31 @@ impl Default for Drawing {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Origin {
     /// A repository, or a sentence.
-    pub(crate) source: String,
+    pub source: String,
     /// Its commit or version.
-    pub(crate) revision: String,
+    pub revision: String,
     /// SHA-256 of the file, in lower-case hexadecimal.
-    pub(crate) sha256: String,
+    pub sha256: String,
     /// SPDX expression.
-    pub(crate) licence: String,
+    pub licence: String,
+    /// The files that it was converted from, if it was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub converted_from: Vec<Fetched>,
 }
 
-pub(super) fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
+/// A file as it was fetched.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Fetched {
+    /// Its URL, or its repository and path on the hub.
+    pub source: String,
+    /// The commit or version that was asked for, and behind `@` the commit that it was, where that is another name.
+    pub revision: String,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// The `hypnos.json` of the bundle in `dir`, if it has one. [`Error::File`] if that cannot be used.
+pub fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
     let path = dir.join("hypnos.json");
     if !path.exists() {
         return Ok(None);

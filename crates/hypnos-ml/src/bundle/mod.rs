@@ -13,6 +13,7 @@
 mod backbones;
 mod check;
 mod configs;
+mod convert;
 mod directory;
 mod embedded;
 mod files;
@@ -22,11 +23,12 @@ mod random_metrics;
 
 pub use backbones::{Backbones, MetricBackbone};
 pub use check::{Finding, check};
-pub(crate) use configs::model_index;
+pub use configs::model_index;
+pub use convert::{CONVERTIBLE, convert};
 pub use directory::{Bundle, Part};
 pub use embedded::{MINIATURE_NAME, miniature};
 pub use files::write_json;
 pub(crate) use files::{hash_file, read_json, weight_file};
-pub use manifest::{Drawing, Manifest, Origin};
+pub use manifest::{Drawing, Fetched, Manifest, Origin, read_manifest};
 pub use random::{Like, random};
 pub use random_metrics::random_metrics;

@@ -152,6 +152,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
             revision: format!("seed {seed}"),
             sha256: hash_file(&out.join(&path))?,
             licence: "MIT OR Apache-2.0".into(),
+            converted_from: Vec::new(),
         };
         files.insert(path, origin);
     }
@@ -165,6 +166,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
         classes: None,
         product: None,
         files,
+        accepted_licences: BTreeSet::new(),
     })
 }
 

@@ -125,6 +125,7 @@ fn manifest(
                 revision: bundle.hash()?.to_owned(),
                 sha256,
                 licence: licence.unwrap_or("NOASSERTION").to_owned(), // what SPDX says where nothing is known
+                converted_from: Vec::new(),
             },
         };
         files.insert(path, origin);

@@ -1,0 +1,145 @@
+//! One file from its source onto the disk: gone on with where it was cut off, repeated when the network fails, and
+//! compared with its hashes.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::hub::{Answer, Failure, Hub, Rest, again};
+use super::partial::Partial;
+use super::sources::File;
+use super::{Error, Listener};
+
+/// Attempts in a row that brought no bytes.
+const ATTEMPTS_MAX: u32 = 6;
+
+/// The first wait between two attempts; each is twice as long as the one before.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+
+/// A file that is there, and what it is.
+#[derive(Clone, Debug)]
+pub(super) struct Got {
+    pub(super) path: PathBuf,
+    /// In lower-case hexadecimal.
+    pub(super) sha256: String,
+    /// The commit of its repository, where that was told.
+    pub(super) commit: Option<String>,
+}
+
+/// Fetches a file to `path`, or the rest of it. It may be there in part, from an earlier run or a killed one.
+pub(super) async fn download(
+    hub: &Hub,
+    file: &File,
+    path: &Path,
+    listener: &dyn Listener,
+) -> Result<Got, Error> {
+    let mut partial = Partial::open(file, path).await?;
+    listener.resumed(partial.n());
+    let mut attempts = 0;
+    let mut is_expected = file.expected_size().is_some();
+    loop {
+        let before = partial.n();
+        let failure = match attempt(hub, file, &mut partial, &mut is_expected, listener).await {
+            Ok(()) => match partial.finish(file).await? {
+                Some(got) => return Ok(got),
+                // What was there from an earlier run does not belong to what came now.
+                None => Failure::BeginAgain,
+            },
+            Err(failure) => failure,
+        };
+        let (why, after) = match failure {
+            Failure::Final(error) => return Err(error),
+            Failure::Again(why, after) => (why, after),
+            Failure::BeginAgain => {
+                begin_again(file, &mut partial, listener).await?;
+                ("it has changed".to_owned(), Some(Duration::ZERO))
+            }
+        };
+        attempts = if partial.n() > before { 1 } else { attempts + 1 };
+        if attempts >= ATTEMPTS_MAX {
+            let what = format!("cannot be fetched: {why}; the same command goes on where it stopped");
+            return Err(Error::Failed(format!("{}: {what}", file.place.source())));
+        }
+        let after = after.unwrap_or(FIRST_WAIT * 2_u32.pow(attempts - 1));
+        listener.say(&format!("{}: {why}; trying again{}", file.place.source(), in_seconds(after)));
+        sleep(after).await;
+    }
+}
+
+fn in_seconds(wait: Duration) -> String {
+    if wait.as_secs() > 1 { format!(" in {} s", wait.as_secs()) } else { String::new() }
+}
+
+async fn begin_again(file: &File, partial: &mut Partial, listener: &dyn Listener) -> Result<(), Error> {
+    listener.moved(-(partial.n() as i64));
+    partial.begin_again(file).await
+}
+
+/// Asks for what is missing, and writes it.
+async fn attempt(
+    hub: &Hub,
+    file: &File,
+    partial: &mut Partial,
+    is_expected: &mut bool,
+    listener: &dyn Listener,
+) -> Result<(), Failure> {
+    if partial.is_whole(file) {
+        return Ok(());
+    }
+    let rest = Rest { from: partial.n(), validator: partial.validator() };
+    let mut answer = hub.get(file, &rest).await?;
+    if answer.start < partial.n() {
+        begin_again(file, partial, listener).await?; // the server sends all of it
+    } else if partial.n() > 0 && !partial.is_of(answer.etag.as_deref(), file) {
+        return Err(Failure::BeginAgain);
+    }
+    check_size(file, answer.total)?;
+    partial.note(&answer).await?;
+    if !std::mem::replace(is_expected, true) {
+        listener.expect(answer.total.unwrap_or(0));
+    }
+    receive(file, &mut answer, partial, listener).await
+}
+
+fn check_size(file: &File, total: Option<u64>) -> Result<(), Error> {
+    match (file.size, total) {
+        (Some(wanted), Some(found)) if wanted != found => {
+            let what = format!("has {found} bytes; {wanted} are wanted");
+            Err(Error::Failed(format!("{}: {what}", file.place.source())))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn receive(
+    file: &File,
+    answer: &mut Answer,
+    partial: &mut Partial,
+    listener: &dyn Listener,
+) -> Result<(), Failure> {
+    let failed = |what: &str| Error::Failed(format!("{}: {what}", file.place.source()));
+    let end = answer.total.or(file.size);
+    while let Some(bytes) = answer.response.chunk().await.map_err(again)? {
+        if partial.n() == 0 && is_web_page(&bytes) {
+            return Err(failed("is a web page; is there a login on the way?").into());
+        }
+        if end.is_some_and(|end| partial.n() + bytes.len() as u64 > end) {
+            return Err(failed("is longer than announced").into());
+        }
+        partial.write(&bytes).await?;
+        listener.moved(bytes.len() as i64);
+    }
+    match end {
+        Some(end) if partial.n() < end => {
+            Err(Failure::Again(format!("the connection ended after {} of {end} bytes", partial.n()), None))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// No file of a bundle begins like this.
+fn is_web_page(bytes: &[u8]) -> bool {
+    let head = bytes[..bytes.len().min(64)].trim_ascii_start().to_ascii_lowercase();
+    head.starts_with(b"<!doctype html") || head.starts_with(b"<html")
+}

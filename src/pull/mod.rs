@@ -1,0 +1,232 @@
+//! Makes a bundle of everything that HYPNOS needs, from the places where its parts are published.
+//!
+//! A pull plans first: which parts are wanted, which of them are there, how much has to come. Then it fetches a few
+//! files at once ([`download`], or [`local`] without a network) into `.pull` ([`staging`]), and puts each part into the
+//! bundle when all its files are there ([`bundle_dir`]). A pull that was stopped goes on where it was.
+
+mod bundle_dir;
+mod download;
+mod error;
+mod hashes;
+mod hub;
+mod local;
+mod partial;
+mod sources;
+mod staging;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::future::try_join_all;
+use tokio::sync::Semaphore;
+
+use bundle_dir::BundleDir;
+use download::{Got, download};
+use staging::Staging;
+
+pub(crate) use error::Error;
+pub(crate) use hub::Hub;
+pub(crate) use sources::{File, Licence, Part, SD15, Sources, WeightType};
+
+/// Files that are fetched at once.
+const FILES_AT_ONCE: usize = 4;
+
+/// Hears how a pull gets on.
+pub(crate) trait Listener: Send + Sync {
+    /// So many more bytes have to come than were known of.
+    fn expect(&self, n_bytes: u64);
+    /// So many bytes came, or have to come again if this is negative.
+    fn moved(&self, n_bytes: i64);
+    /// So many bytes were there already.
+    fn resumed(&self, n_bytes: u64);
+    /// Something went wrong, and is tried again.
+    fn say(&self, line: &str);
+    /// A part is in the bundle.
+    fn finished(&self, part: &str);
+}
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub(crate) struct Pull {
+    /// The directory of the bundle.
+    pub(crate) out: PathBuf,
+    pub(crate) sources: Sources,
+    /// Names of parts; all if there is none.
+    pub(crate) only: Vec<String>,
+    pub(crate) dtype: WeightType,
+    /// Directories that have the files; nothing is fetched then.
+    pub(crate) from: Vec<PathBuf>,
+}
+
+/// What has to be done.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) steps: Vec<Step>,
+    /// Licences that were accepted before.
+    accepted: BTreeSet<String>,
+}
+
+/// A part that is wanted.
+#[derive(Clone, Debug)]
+pub(crate) struct Step {
+    pub(crate) part: Part,
+    pub(crate) files: Vec<File>,
+    /// Whether it is in the bundle already.
+    pub(crate) is_there: bool,
+}
+
+impl Plan {
+    /// The parts that are not there.
+    pub(crate) fn missing(&self) -> impl Iterator<Item = &Step> {
+        self.steps.iter().filter(|step| !step.is_there)
+    }
+
+    /// The licences that have to be accepted.
+    pub(crate) fn licences<'a>(&'a self, sources: &'a Sources) -> Vec<(&'a str, &'a Licence)> {
+        let mut licences = bundle_dir::licences(sources, self.missing().flat_map(|step| &step.files));
+        licences.retain(|(name, _)| !self.accepted.contains(*name));
+        licences
+    }
+}
+
+impl Pull {
+    /// Looks at what is there. Reads every file of the bundle that is wanted.
+    pub(crate) fn plan(&self) -> Result<Plan, Error> {
+        let names: Vec<&str> = self.sources.parts.iter().map(|part| part.name.as_str()).collect();
+        if let Some(unknown) = self.only.iter().find(|name| !names.contains(&name.as_str())) {
+            return Err(Error::Input(format!(
+                "--only: there is no part `{unknown}`; there are {}",
+                names.join(", ")
+            )));
+        }
+        let bundle = BundleDir::open(&self.out, &self.sources)?;
+        let wanted =
+            self.sources.parts.iter().filter(|part| self.only.is_empty() || self.only.contains(&part.name));
+        let steps = wanted.map(|part| {
+            let files = part.files(self.dtype);
+            Step { part: part.clone(), is_there: bundle.has(part, &files), files }
+        });
+        Ok(Plan { steps: steps.collect(), accepted: bundle.accepted().clone() })
+    }
+
+    /// Fetches and converts what is missing. `hub` is not asked where the files are on this machine.
+    pub(crate) async fn run(&self, plan: &Plan, hub: &Hub, listener: &dyn Listener) -> Result<(), Error> {
+        let staging = Arc::new(Staging::open(&self.out)?);
+        let bundle = BundleDir::open(&self.out, &self.sources)?;
+        let places = plan.missing().map(|step| {
+            let staged = staging.part(&step.part.name);
+            Ok((step, bundle.in_place(&step.part, &step.files, &staged)?))
+        });
+        let places = places.collect::<Result<Vec<_>, Error>>()?;
+        self.check_space(&places, &staging, listener)?;
+        let bundle = Arc::new(Mutex::new(bundle));
+        let permits = Semaphore::new(FILES_AT_ONCE);
+        let (staging, permits, to) = (&staging, &permits, Fetching { pull: self, hub, listener });
+        let parts = places.into_iter().map(|(step, there)| {
+            let bundle = Arc::clone(&bundle);
+            async move {
+                let staged = staging.part(&step.part.name);
+                let fetched = step.files.iter().zip(there).map(|(file, there)| {
+                    let path = fetched_path(&staged, file);
+                    async move {
+                        let _permit = permits.acquire().await; // it is never closed
+                        Ok::<_, Error>((file.clone(), to.fetch(file, there, &path).await?))
+                    }
+                });
+                let got = try_join_all(fetched).await?;
+                self.install(step, got, bundle, Arc::clone(staging)).await?;
+                listener.finished(&step.part.name);
+                Ok::<_, Error>(())
+            }
+        });
+        try_join_all(parts).await?;
+        Ok(())
+    }
+
+    async fn install(
+        &self,
+        step: &Step,
+        got: Vec<(File, Got)>,
+        bundle: Arc<Mutex<BundleDir>>,
+        staging: Arc<Staging>,
+    ) -> Result<(), Error> {
+        let (sources, part) = (self.sources.clone(), step.part.clone());
+        let work = move || {
+            let mut bundle = bundle.lock().unwrap_or_else(PoisonError::into_inner); // one after the other
+            bundle.install(&sources, &part, &got, &staging.part(&part.name))?;
+            staging.finish(&part.name);
+            Ok(())
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| Error::Failed(format!("{}: {error}", step.part.name)))?
+    }
+
+    /// Tells the listener how much has to come, and whether the disk has room for it: the files, and the largest part
+    /// that is converted once more.
+    fn check_space(
+        &self,
+        places: &[(&Step, Vec<Option<Got>>)],
+        staging: &Staging,
+        listener: &dyn Listener,
+    ) -> Result<(), Error> {
+        let (mut wanted, mut largest) = (0, 0);
+        for (step, there) in places {
+            let staged = staging.part(&step.part.name);
+            let missing = step.files.iter().zip(there).filter(|(_, there)| there.is_none());
+            let mut all = 0;
+            for (file, _) in missing {
+                let size = file.expected_size().unwrap_or(0);
+                let begun = fs::metadata(fetched_path(&staged, file)).map_or(0, |about| about.len());
+                all += size;
+                wanted += size.saturating_sub(begun);
+            }
+            listener.expect(all);
+            largest = if step.part.into.is_some() { all.max(largest) } else { largest };
+        }
+        let free = fs4::available_space(&self.out)
+            .map_err(|error| Error::io(&self.out, "the space on its disk cannot be read", &error))?;
+        if free < wanted + largest {
+            let what =
+                format!("{} are wanted on its disk, {} are free", bytes(wanted + largest), bytes(free));
+            return Err(Error::Failed(format!("{}: {what}", self.out.display())));
+        }
+        Ok(())
+    }
+}
+
+/// From where files come.
+#[derive(Clone, Copy)]
+struct Fetching<'a> {
+    pull: &'a Pull,
+    hub: &'a Hub,
+    listener: &'a dyn Listener,
+}
+
+impl Fetching<'_> {
+    /// One file: where it is already, from this machine, or from its source.
+    async fn fetch(self, file: &File, there: Option<Got>, path: &Path) -> Result<Got, Error> {
+        match there {
+            Some(got) => Ok(got),
+            None if self.pull.from.is_empty() => download(self.hub, file, path, self.listener).await,
+            None => tokio::task::block_in_place(|| local::copy(&self.pull.from, file, path, self.listener)),
+        }
+    }
+}
+
+/// Where a file is on its way, in the directory of its part.
+fn fetched_path(staged: &Path, file: &File) -> PathBuf {
+    staged.join("fetched").join(&file.to)
+}
+
+/// A number of bytes for people.
+pub(crate) fn bytes(n: u64) -> String {
+    let n = n as f64;
+    match n {
+        _ if n >= 1e9 => format!("{:.2} GB", n / 1e9),
+        _ if n >= 1e6 => format!("{:.1} MB", n / 1e6),
+        _ if n >= 1e3 => format!("{:.1} kB", n / 1e3),
+        _ => format!("{n} B"),
+    }
+}

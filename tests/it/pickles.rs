@@ -1,0 +1,153 @@
+//! PyTorch's pickles: both containers hold the tensors that PyTorch put into them, code is refused by its name, and no
+//! bytes whatever make the reader panic or allocate without bound. Goldens: `tests/golden/pickles.py`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hypnos::ml::pickle::PickleFile;
+use hypnos::ml::random;
+use hypnos::ml::tensorfile::TensorFile;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pickles").join(name)
+}
+
+#[test]
+fn both_containers_hold_what_pytorch_saved() {
+    let values = TensorFile::open(&golden("values.safetensors")).unwrap();
+    for container in ["archive.pth", "stream.pth"] {
+        let file = PickleFile::open(&golden(container)).unwrap();
+        for name in values.names() {
+            assert_eq!(file.shape(name), values.shape(name), "{container}: {name}");
+            assert_eq!(file.read(name).unwrap(), values.read(name).unwrap(), "{container}: {name}");
+        }
+        // One more: the count of batches, whose type is no float.
+        assert_eq!(file.names().count(), values.names().count() + 1, "{container}");
+        assert_eq!(file.shape("norm.num_batches_tracked"), Some([].as_slice()));
+        let error = file.read("norm.num_batches_tracked").unwrap_err().to_string();
+        assert!(error.ends_with("has type I64; F32, F16, BF16 or F64 is wanted"), "{error}");
+        assert!(file.read("other").unwrap_err().to_string().ends_with("tensor `other` is missing"));
+    }
+}
+
+#[track_caller]
+fn refused(path: &Path, wanted: &str) {
+    let error = PickleFile::open(path).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{}: ", path.display())) && error.lines().count() == 1, "{error}");
+    assert!(error.contains(wanted), "{error}\nwanted {wanted}");
+}
+
+#[test]
+fn code_is_refused_by_its_name() {
+    refused(&golden("code.pth"), "holds code: it names `posix.getcwd`, which tensors do not need");
+    refused(&golden("module.pth"), "holds code: it names `torch.nn.modules.linear.Linear`");
+    refused(&golden("script.pth"), "is a TorchScript archive, which holds code");
+}
+
+#[test]
+fn what_is_no_dictionary_of_tensors_is_refused_in_one_line() {
+    refused(&golden("list.pth"), "holds no dictionary; a dictionary of tensors is wanted");
+    refused(&golden("protocol4.pth"), "is of protocol 4 of pickles; 2 is wanted");
+    refused(&golden("big_endian.pth"), "has its numbers in big-endian order");
+    refused(&golden("values.safetensors"), "is no file of torch.save");
+    refused(&golden("none.pth"), "cannot be opened: ");
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        fs::write(dir.path().join(name), bytes).unwrap();
+        dir.path().join(name)
+    };
+    refused(&file("empty", b""), "is no file of torch.save");
+    refused(&file("pickle", b"\x80\x02K\x01."), "is a Python pickle, but no file of torch.save");
+    refused(&file("zip", b"PK\x03\x04 and no more"), "is a zip archive that cannot be read");
+    let whole = fs::read(golden("stream.pth")).unwrap();
+    refused(&file("cut", &whole[..whole.len() - 8]), "is truncated");
+    refused(&file("short", &whole[..100]), "is cut off");
+}
+
+/// A pickle of few bytes that claims much, or would grow without bound if values were copied.
+#[test]
+fn small_pickles_with_large_claims_are_refused() {
+    let magic =
+        b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}U\x0dlittle_endian\x88s."
+            .to_vec();
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, object: &[u8]| {
+        fs::write(dir.path().join(name), [&magic, object].concat()).unwrap();
+        dir.path().join(name)
+    };
+    refused(&file("text", b"\x80\x02X\xff\xff\xff\xff"), "has a pickle that is cut off");
+    // Twice as many values at each step, 2^1000 of them.
+    let doubling =
+        [b"\x80\x02]q\x00".as_slice(), &b"(h\x00h\x00tq\x00".repeat(1000), b".\x80\x02]."].concat();
+    refused(&file("doubling", &doubling), "holds no dictionary");
+    // A list that is made into a dictionary again and again.
+    let pairs =
+        [b"\x80\x02]q\x00(".as_slice(), &b"NN\x86".repeat(60_000), b"eccollections\nOrderedDict\nq\x01"]
+            .concat();
+    let again = [pairs, b"h\x01h\x00\x85R".repeat(60_000), b".\x80\x02].".to_vec()].concat();
+    let opened = PickleFile::open(&file("again", &again));
+    assert!(opened.is_err());
+    refused(
+        &file("values", &[b"\x80\x02".as_slice(), &vec![b'N'; 300_000]].concat()),
+        "has more than 262144 values",
+    );
+    // A tensor of 2^60 numbers in a storage of 2.
+    let tensor = b"\x80\x02}U\x01wctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x02N\
+        tQK\x00\x8a\x08\x00\x00\x00\x00\x00\x00\x00\x10\x85K\x00\x85\x89NtRs.\x80\x02]U\x010a.\
+        \x02\x00\x00\x00\x00\x00\x00\x00\x00\x00\x80?\x00\x00\x80?";
+    refused(
+        &file("tensor", tensor),
+        "tensor `w` is [1152921504606846976] with strides [0] from 0 on, but its storage has 2",
+    );
+    assert!(most_memory_mib() < 1024, "{} MiB", most_memory_mib());
+}
+
+/// The goldens with bytes changed, inserted and cut off at random: each is read, or refused in words.
+#[test]
+fn no_bytes_make_the_reader_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mutant.pth");
+    let originals = ["archive.pth", "stream.pth", "code.pth"].map(|name| fs::read(golden(name)).unwrap());
+    let mut n_read = 0;
+    for round in 0..6000_u64 {
+        let mut i = 0;
+        let mut draw = |n: usize| {
+            i += 1;
+            random::below(1, round, i, n)
+        };
+        let mut bytes = originals[draw(originals.len())].clone();
+        for _ in 0..=draw(8) {
+            let at = draw(bytes.len());
+            match draw(6) {
+                0 => bytes[at] = draw(256) as u8,
+                1 => bytes[at] ^= 1 << draw(8),
+                2 => bytes[at] = [0, 0xff, 0x7f, 0x80][draw(4)],
+                3 => bytes.insert(at, draw(256) as u8),
+                4 => drop(bytes.remove(at)),
+                _ => bytes.truncate(at.max(1)),
+            }
+        }
+        fs::write(&path, &bytes).unwrap();
+        match PickleFile::open(&path) {
+            Ok(file) => {
+                n_read += 1;
+                for name in file.names() {
+                    // What is allocated for a tensor is bounded by the file, whatever its shape says.
+                    let n: usize = file.shape(name).unwrap().iter().product();
+                    assert!(n <= bytes.len(), "{name}: {n}");
+                    let _ = file.read(name);
+                }
+            }
+            Err(error) => assert_eq!(error.to_string().lines().count(), 1, "{error}"),
+        }
+    }
+    assert!((500..5500).contains(&n_read), "{n_read} of 6000 were read: the mutants say too little");
+    assert!(most_memory_mib() < 1024, "{} MiB", most_memory_mib());
+}
+
+/// The most address space that this process has had. nextest runs each test in a process of its own.
+fn most_memory_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+}
