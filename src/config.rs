@@ -622,9 +622,13 @@ fn number(name: &str, value: Option<String>) -> Result<()> {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Working")]
 pub struct Working {
-    /// Directory of the models, in the diffusers layout; `miniature` is the small one that is in the program
-    #[arg(long, env = "HYPNOS_BUNDLE", value_name = "DIR", default_value = MINIATURE_NAME, value_parser = bundle)]
+    /// Directory of the models, in the diffusers layout, or a checkpoint in one file; `miniature` is the small one that
+    /// is in the program
+    #[arg(long, env = "HYPNOS_BUNDLE", value_name = "PATH", default_value = MINIATURE_NAME, value_parser = bundle)]
     pub bundle: PathBuf,
+    /// Bundle that has what a checkpoint in one file lacks: tokenizer, segmenter, perceptual, metrics
+    #[arg(long = "with", env = "HYPNOS_BUNDLE_WITH", value_name = "DIR", value_parser = bundle)]
+    pub bundle_with: Option<PathBuf>,
     /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
     #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
@@ -695,10 +699,15 @@ pub fn bundle(name: &str) -> std::result::Result<PathBuf, String> {
     if name != MINIATURE_NAME {
         return Ok(name.into());
     }
+    miniature(&cache()).map_err(|error| error.to_string())
+}
+
+/// The user's cache directory of this program, which may not be there yet.
+pub fn cache() -> PathBuf {
     let set =
         |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    miniature(&cache.unwrap_or_else(std::env::temp_dir).join("hypnos")).map_err(|error| error.to_string())
+    cache.unwrap_or_else(std::env::temp_dir).join("hypnos")
 }
 
 /// A setting in seconds as a duration.

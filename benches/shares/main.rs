@@ -23,7 +23,6 @@ mod command_line;
 #[path = "../shared/seconds.rs"]
 mod seconds;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -135,7 +134,7 @@ async fn run(args: &Args) -> Result<()> {
         clock: Clock::default(),
     };
     let engine = engine::EngineSettings {
-        bundle: args.bundle.clone(),
+        bundle: args.bundle.dir()?,
         device: args.device.clone(),
         batch: 4,
         finetuned_bytes_max: 8 << 30,

@@ -13,15 +13,15 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::output::print_line;
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
 use super::{evaluate, photos, service};
-use crate::config;
 use crate::engine::{CandleEngine, Engine, EngineSettings};
 use crate::job::TrainSpec;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME, Manifest};
+use crate::ml::bundle::{Bundle, Manifest};
 use crate::ml::image_io;
 use crate::report::{Evaluated, Gallery, Protocol, Report, Thumbnail, comparison_page, comparison_table};
 use recipes::Recipe;
@@ -31,9 +31,8 @@ const THUMBNAIL_SIDE: u32 = 256;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Compare {
-    /// Directory of the models, with metric networks in metrics/
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// Methods, each `METHOD[-no-PART][@RATE]`: hypnos, dreambooth or textual_inversion; without s_p, perceptual,
     /// discriminator, views or prior; at this learning rate
     #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
@@ -89,9 +88,9 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
     let recipes = args.recipes.iter().map(|text| text.parse()).collect::<Result<Vec<Recipe>, String>>();
     let recipes = recipes.map_err(|what| CliError::Input(format!("--recipes: {what}")))?;
     let subjects = subjects(&args.subjects)?;
-    let cells = cells(args, &recipes, &subjects, Bundle::open(&args.bundle)?.manifest())?;
+    let cells = cells(args, &recipes, &subjects, Bundle::open(&args.bundle.dir()?)?.manifest())?;
     let engine = CandleEngine::open(EngineSettings {
-        bundle: args.bundle.clone(),
+        bundle: args.bundle.dir()?,
         device: args.device.clone(),
         batch: args.batch,
         finetuned_bytes_max: 0,

@@ -13,6 +13,7 @@ use clap::Args;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use super::bundle;
 use super::error::CliError;
 use super::output::print_line;
 use super::serve::{self, Serve};
@@ -83,7 +84,8 @@ pub(super) fn run(args: Demo) -> Result<ExitCode, CliError> {
         ));
     }
     let options = json!({ "method": args.method });
-    let Demo { method, sheet, exit, storage, serving, working, monitoring, log, .. } = args;
+    let working = bundle::opened(&args.working)?;
+    let Demo { method, sheet, exit, storage, serving, monitoring, log, .. } = args;
     let log = log.quieter();
     let serve = Serve { workers: 1, migrate: true, storage, serving, working, monitoring, log };
     let instrumentation = Instrumentation::start(&serve.log, "demo")?;

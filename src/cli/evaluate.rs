@@ -7,11 +7,11 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::output::print_line;
 use super::photos;
-use crate::config;
-use crate::ml::bundle::{Bundle, Drawing, MINIATURE_NAME};
+use crate::ml::bundle::{Bundle, Drawing};
 use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
 use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::{FineTune, Provenance};
@@ -21,9 +21,8 @@ use crate::report::{Scores, scores_table};
 
 #[derive(Debug, Args)]
 pub(super) struct Evaluate {
-    /// Directory of the models, with metric networks in metrics/
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// Directory with photos of the product: PNG, JPEG or WebP
     #[arg(long)]
     photos: PathBuf,
@@ -92,7 +91,7 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let generated = args.generated.as_deref().map(|dir| from_disk(args, dir)).transpose()?;
     let lists = args.prompt_lists.as_deref().map(prompt_lists).transpose()?.unwrap_or_default();
     let device = device::open(&args.device)?;
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = Bundle::open(&args.bundle.dir()?)?;
     let evaluator = Evaluator::new(&bundle, &device, real)?;
     let pictures = match (generated, &args.model) {
         (Some(pictures), _) => pictures,

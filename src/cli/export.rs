@@ -6,17 +6,16 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
+use super::bundle::BundleArgs;
 use super::output::{print_line, print_warning};
-use crate::config;
 use crate::ml::Result;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::bundle::Bundle;
 use crate::ml::export::{ExportFormat, FineTune, Precision};
 
 #[derive(Debug, Args)]
 pub(super) struct Export {
-    /// Directory of the models that it was trained from
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// The fine-tuned weights: `weights.safetensors` of a training
     #[arg(long, value_name = "WEIGHTS")]
     model: PathBuf,
@@ -60,7 +59,7 @@ impl FormatName {
 }
 
 pub(super) fn run(args: &Export) -> Result<ExitCode> {
-    write(&args.bundle, &args.model, &args.formats, args.dtype, &args.out)?;
+    write(&args.bundle.dir()?, &args.model, &args.formats, args.dtype, &args.out)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,6 +4,7 @@
 
 mod admin;
 mod backup;
+mod bundle;
 mod compare;
 mod demo;
 mod error;

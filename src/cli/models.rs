@@ -1,5 +1,6 @@
-//! `hypnos models`: fetches, checks and makes bundles.
+//! `hypnos models`: fetches, checks and makes bundles: of what people have, or with random weights.
 
+pub(super) mod import;
 mod pull;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ pub(super) enum Command {
         /// Its directory, in the diffusers layout.
         dir: PathBuf,
     },
+    /// Make a bundle of a checkpoint in one file, or of a directory by diffusers.
+    Import(import::ImportArgs),
     /// Write a bundle of random weights, for tests and benchmarks.
     Random(Random),
 }
@@ -49,6 +52,7 @@ pub(super) struct Random {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LikeName {
     Sd15,
+    Sd2,
     Miniature,
 }
 
@@ -63,6 +67,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Pull(pull) => pull::run(&pull),
         Command::Check { dir } => Ok(run_check(&dir)?),
+        Command::Import(args) => Ok(import::run(&args)?),
         Command::Random(random) => Ok(run_random(&random)?),
     }
 }
@@ -91,6 +96,7 @@ fn run_check(dir: &Path) -> Result<ExitCode> {
 fn run_random(args: &Random) -> Result<ExitCode> {
     let like = match args.like {
         LikeName::Sd15 => Like::Sd15,
+        LikeName::Sd2 => Like::Sd2,
         LikeName::Miniature => Like::Miniature,
     };
     let dtype = match args.dtype {

@@ -7,6 +7,11 @@ pub(super) fn print_line(line: &str) {
     let _ = writeln!(io::stdout(), "{line}"); // a closed pipe is no reason to fail
 }
 
+/// Prints what a person may want to know, beside the output.
+pub(super) fn print_note(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Prints a warning.
 pub(super) fn print_warning(line: &str) {
     let _ = writeln!(io::stderr(), "warning: {line}");

@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::bundle::BundleArgs;
 use super::output::print_line;
-use crate::config;
 use crate::job::PRODUCT;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::bundle::Bundle;
 use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::product::Product;
 use crate::ml::provenance::{FineTune, Provenance};
@@ -25,9 +25,8 @@ const LATENTS: &str = "latents";
 
 #[derive(Debug, Args)]
 pub(super) struct Sample {
-    /// Directory of the models, in the diffusers layout.
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// Fine-tuned weights to draw with: `weights.safetensors` of a training from this bundle.
     #[arg(long, value_name = "WEIGHTS")]
     model: Option<PathBuf>,
@@ -80,7 +79,7 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
         return Err(Error::input("-n and --batch: wanted at least 1"));
     }
     let device = device::open(&args.device)?;
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = Bundle::open(&args.bundle.dir()?)?;
     let mut models = Models::load(&bundle, &device)?;
     let mut product = bundle.manifest().product.clone();
     if let Some(file) = &args.model {

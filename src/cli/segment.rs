@@ -7,20 +7,19 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
+use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::output::{print_error, print_line, print_warning};
 use super::photos;
-use crate::config;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME, write_json};
+use crate::ml::bundle::{Bundle, write_json};
 use crate::ml::device;
 use crate::ml::image_io::{read_png, save_png};
 use crate::ml::segment::{MaskStats, segment};
 
 #[derive(Debug, Args)]
 pub(super) struct Segment {
-    /// Directory of the models; it needs a segmenter
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// Photos, PNG, JPEG or WebP, and directories of photos
     #[arg(long, required = true, num_args = 1.., value_name = "DIR|FILE")]
     photos: Vec<PathBuf>,
@@ -36,7 +35,7 @@ pub(super) struct Segment {
 pub(super) fn run(args: &Segment) -> Result<ExitCode, CliError> {
     let files = files(&args.photos)?;
     let device = device::open(&args.device)?;
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = Bundle::open(&args.bundle.dir()?)?;
     let segmenter = bundle.segmenter(&device)?;
     std::fs::create_dir_all(&args.out)
         .map_err(|error| CliError::Input(format!("{}: cannot be created: {error}", args.out.display())))?;

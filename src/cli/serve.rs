@@ -7,6 +7,7 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::bundle;
 use super::error::CliError;
 use super::output::print_line;
 use super::product_detector;
@@ -25,7 +26,7 @@ const DECODERS_MAX: usize = 4;
 /// How long one photo may take to decode.
 const DECODE: Duration = Duration::from_secs(5);
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(super) struct Serve {
     /// Workers in this process, each with the next of the devices; 0 leaves the work to `hypnos work`
     #[arg(long, env = "HYPNOS_WORKERS", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
@@ -49,6 +50,7 @@ pub(super) fn run(args: &Serve) -> Result<ExitCode, CliError> {
     let instrumentation = Instrumentation::start(&args.log, "serve")?;
     args.serving.keys_wanted()?;
     args.serving.check()?;
+    let args = &Serve { working: bundle::opened(&args.working)?, ..args.clone() };
     let work = match args.workers {
         0 => {
             memory::always_give_back();

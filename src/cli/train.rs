@@ -11,22 +11,21 @@ use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::export::{self, FormatName, PrecisionName};
 use super::output::print_line;
 use super::{photos, service};
-use crate::config;
 use crate::engine::{CandleEngine, Ending, Engine, EngineSettings, TraceInput, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec, merge_json};
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::bundle::Bundle;
 use out::{ClassImageCache, Out};
 use show::Show;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Train {
-    /// Directory of the models, in the diffusers layout
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// Directory with 3 to 5 photos of the product: PNG, JPEG or WebP
     #[arg(long)]
     photos: PathBuf,
@@ -87,7 +86,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         format.vacant(&args.out)?;
     }
     let engine = CandleEngine::open(EngineSettings {
-        bundle: args.bundle.clone(),
+        bundle: args.bundle.dir()?,
         device: args.device.clone(),
         batch: args.batch,
         finetuned_bytes_max: 0,
@@ -128,7 +127,7 @@ fn train(
     let weights = work.done_by(&mut engine, ProgressBar::new(0))?;
     print_line(&out.dir().display().to_string());
     drop(engine); // its models take the memory that an export may need
-    export::write(&args.bundle, &weights, &args.export, PrecisionName::F32, out.dir())?;
+    export::write(&args.bundle.dir()?, &weights, &args.export, PrecisionName::F32, out.dir())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -185,7 +184,7 @@ impl Work<'_> {
 
 /// The training of the arguments.
 fn spec(args: &Train) -> Result<TrainSpec, CliError> {
-    let mut all = Bundle::open(&args.bundle)?.manifest().suited(args.method.as_str());
+    let mut all = Bundle::open(&args.bundle.dir()?)?.manifest().suited(args.method.as_str());
     merge_json(&mut all, &Value::Object(options(&args.set)?));
     merge_json(&mut all, &json!({ "method": args.method }));
     let options = all.as_object().cloned().unwrap_or_default();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
+use super::bundle;
 use super::error::CliError;
 use super::service::{self, Instrumentation, Log, bind};
 use crate::config::{Monitoring, Storage, Working};
@@ -16,7 +17,7 @@ use crate::{maintenance, worker};
 /// Connections of the operators' listener.
 const CONNECTIONS: usize = 64;
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(super) struct Work {
     /// Workers; by default one for each device
     #[arg(long, env = "HYPNOS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -33,6 +34,7 @@ pub(super) struct Work {
 
 pub(super) fn run(args: &Work) -> Result<ExitCode, CliError> {
     let instrumentation = Instrumentation::start(&args.log, "work")?;
+    let args = &Work { working: bundle::opened(&args.working)?, ..args.clone() };
     let n = args.workers.map_or(args.working.devices.len(), usize::from);
     let work = service::worker(&args.storage, &args.working, n)?;
     instrumentation.run(async |instrumentation, stop| work_on(args, work, instrumentation, stop).await)?;

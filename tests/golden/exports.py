@@ -4,8 +4,8 @@
     python tests/golden/exports.py --check DIFFUSERS SINGLE_FILE BUNDLE WEIGHTS [--hypnos PROGRAM] [--prompt TEXT]
 
 The packages are make.py's. A golden's first line has the configs of UNet and autoencoder, every other one tensor: `[part, name in
-diffusers, name in the single file, shape there]`. There is one for Stable Diffusion 1.5, for the miniature, and for a model of other
-depths. diffusers converts single files to its own names, so it is given one whose every tensor is another, and what comes
+diffusers, name in the single file, shape there]`, and the row of the single file's tensor where it begins, where that has several.
+There is one for Stable Diffusion 1.5, for Stable Diffusion 2.1, for the miniature, and for a model of other depths. diffusers converts single files to its own names, so it is given one whose every tensor is another, and what comes
 out tells which name became which. All of it has to be a model of that config, no tensor more and none less.
 
 `--check` is for developers: DIFFUSERS and SINGLE_FILE are what `hypnos export` (or `hypnos train --export`) wrote of WEIGHTS,
@@ -25,20 +25,29 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from make import HERE, MINIATURE
+from make import HERE
 
 UNET, VAE, TEXT = "model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"
+OPEN_CLIP = "cond_stage_model.model"
 
 SD15 = {  # the sizes of Stable Diffusion 1.5; all else is the classes' default
     "unet": {"cross_attention_dim": 768, "sample_size": 64},
     "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
     | {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
     "text_encoder": {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+SD2 = {  # the sizes of Stable Diffusion 2.1
+    "unet": {"cross_attention_dim": 1024, "sample_size": 96, "attention_head_dim": [5, 10, 20, 20]}
+    | {"use_linear_projection": True, "upcast_attention": True},
+    "vae": SD15["vae"],
+    "text_encoder": {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+    | {"hidden_act": "gelu"},
 }
 ODD = {  # attention where SD 1 has none, and the reverse; three layers a level, transformers of two
     "unet": {"block_out_channels": [32, 64, 32], "layers_per_block": 3, "cross_attention_dim": 24}
@@ -54,9 +63,9 @@ ODD = {  # attention where SD 1 has none, and the reverse; three layers a level,
 
 def configs():
     """Name -> the three configs."""
-    own = lambda part: json.loads((MINIATURE / part / "config.json").read_text())
+    own = lambda part: json.loads((HERE.parent / "bundle" / part / "config.json").read_text())  # the bundle of the tests
     plain = lambda config: {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-    return {"sd15": SD15, "odd": ODD, "miniature": {part: plain(own(part)) for part in SD15}}
+    return {"sd15": SD15, "sd2": SD2, "odd": ODD, "miniature": {part: plain(own(part)) for part in SD15}}
 
 
 def models(config):
@@ -153,43 +162,73 @@ def vae_names(config):
     return names
 
 
+def open_clip_names(layers):
+    """`TextTransformer` of open_clip's transformer.py, whose attentions are torch's `MultiheadAttention`."""
+    names = ["positional_embedding", "token_embedding.weight", *both("ln_final")]
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}"
+        names += [f"{block}.attn.in_proj_weight", f"{block}.attn.in_proj_bias"]
+        names += both(*(f"{block}.{leaf}" for leaf in ("attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")))
+    return names
+
+
 # -------------------------------------------------------------------------------------------------------------- goldens
+
+
+def whole(name):
+    """A text encoder's name as files have it: transformers left out the encoder's own prefix from 5.6 on."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def numbered(names):
+    """Name -> a tensor that is its number in `names`; each third of a packed projection adds a quarter more."""
+    number = {name: torch.tensor([float(i)]) for i, name in enumerate(names)}
+    for name in names:
+        if ".in_proj_" in name:
+            thirds = number[name] + torch.tensor([0.0, 0.25, 0.5])
+            number[name] = thirds[:, None] if name.endswith("weight") else thirds
+    return number
 
 
 def pairs(own):
     """`[part, name in diffusers, name in the single file, shape there]`, as diffusers converts the latter to the former."""
-    text = list(own["text_encoder"].state_dict())
-    # transformers left out the encoder's own prefix from 5.6 on; files have it, before and after.
-    text = [name if name.startswith("text_model.") else f"text_model.{name}" for name in text]
+    text, open_clip = own["text_encoder"], own["text_encoder"].config.hidden_act == "gelu"
     named = lambda prefix, names: [f"{prefix}.{name}" for name in names]
     unet, vae = own["unet"].config, own["vae"].config
-    names = named(UNET, unet_names(unet)) + named(VAE, vae_names(vae)) + named(TEXT, text)
+    names = named(UNET, unet_names(unet)) + named(VAE, vae_names(vae))
+    names += named(OPEN_CLIP, open_clip_names(text.config.num_hidden_layers)) if open_clip else named(TEXT, map(whole, text.state_dict()))
     assert len(set(names)) == len(names)
-    number = {name: torch.tensor([float(i)]) for i, name in enumerate(names)}  # so many tensors, told apart by their number
+    number = numbered(names)  # so many tensors, told apart by their number
+    width = {f"{OPEN_CLIP}.text_projection": torch.ones(1, 1)}  # where diffusers reads how wide a packed projection is
     converted = {
-        "text_encoder": convert_ldm_clip_checkpoint(number),
+        "text_encoder": convert_open_clip_checkpoint(text, number | width) if open_clip else convert_ldm_clip_checkpoint(number),
         "unet": convert_ldm_unet_checkpoint(number, unet),
         "vae": convert_ldm_vae_checkpoint({n: t[:, None, None, None] for n, t in number.items() if n.startswith(VAE)}, vae),
     }
+    converted["text_encoder"].pop("text_projection.weight", None)
     rows = []
     for part, tensors in converted.items():
         shapes = {name: list(tensor.shape) for name, tensor in own[part].state_dict().items()}
         if part == "text_encoder":
-            shapes = {name if name.startswith("text_model.") else f"text_model.{name}": shape for name, shape in shapes.items()}
+            shapes = {whole(name): shape for name, shape in shapes.items()}
         assert set(tensors) == set(shapes), (part, set(tensors) ^ set(shapes))
         for name in sorted(tensors):
-            theirs, shape = names[int(tensors[name].flatten()[0])], shapes[name]
+            found = tensors[name].flatten()[0].item()
+            theirs, shape = names[int(found)], shapes[name]
             if ".mid.attn_1." in theirs and len(shape) == 2:
                 shape = [*shape, 1, 1]  # `AttnBlock` has convolutions of one pixel
-            rows.append([part, name, theirs, shape])
-    assert len(rows) == len(names)
+            if ".in_proj_" in theirs:
+                rows.append([part, name, theirs, [3 * shape[0], *shape[1:]], int(found % 1 * 4) * shape[0]])
+            else:
+                rows.append([part, name, theirs, shape])
+    assert len({theirs for _, _, theirs, *_ in rows}) == len(names)
     verify(own, rows)
     return rows
 
 
 def verify(own, rows):
     """The same once more with the shapes that were found: diffusers has to make its own of all of them."""
-    ldm = {theirs: torch.empty(shape, device="meta") for _, _, theirs, shape in rows}
+    ldm = {theirs: torch.empty(shape, device="meta") for _, _, theirs, shape, *_ in rows}
     for part, convert in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
         found = {name: tensor.shape for name, tensor in convert(dict(ldm), own[part].config).items()}
         assert found == {name: tensor.shape for name, tensor in own[part].state_dict().items()}, part

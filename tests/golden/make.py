@@ -22,6 +22,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -231,6 +232,33 @@ def tokenizer_wide():
     lines(folder / "ids.jsonl", [encode(reference, text) for text in strings()])
 
 
+@golden
+def tokenizer_sd2():
+    """Text -> ids with the settings that Stable Diffusion 2's tokenizer comes with: a text is filled up with `!`, id 0 there.
+
+    `tokenizer_sd2.jsonl`: the first line has the two files of settings, which stand beside the miniature's vocabulary; every
+    other one is `{"text", "ids"}`, all 77 of them.
+    """
+    plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    mark = lambda text: {"content": text} | plain
+    named = {"bos_token": mark("<|startoftext|>"), "eos_token": mark("<|endoftext|>"), "unk_token": mark("<|endoftext|>")}
+    config = {name: {"__type": "AddedToken"} | token for name, token in named.items()}
+    config |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77}
+    config |= {"pad_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer"}  # what the other file says, wins
+    files = {"tokenizer_config.json": config, "special_tokens_map.json": named | {"pad_token": "!"}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).write_bytes((BUNDLE / name).read_bytes())
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
+        reference = CLIPTokenizer.from_pretrained(folder)
+    texts = [text for i, text in enumerate(strings()) if "!" in text or i % 20 == 0]
+    ids = lambda text: reference(text, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert ids("")[2:] == [reference.convert_tokens_to_ids("!")] * 75
+    lines(HERE / "tokenizer_sd2.jsonl", [files, *({"text": text, "ids": ids(text)} for text in texts)])
+
+
 # ----------------------------------------------------------------------------------------------------- samplers
 
 SD15 = {  # as Stable Diffusion 1.5 comes: no `timestep_spacing`, so each scheduler class falls back to its own
@@ -252,6 +280,7 @@ SCHEDULES = {
     | {"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"}
     | {"clip_sample_range": 1.0, "thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
     | {"rescale_betas_zero_snr": False},
+    "sd2": SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},  # as 2.0 and 2.1 come for 768 pixels
 }
 SAMPLERS = {
     "ddim": (diffusers.DDIMScheduler, {}),
@@ -458,6 +487,16 @@ UNET_CONFIGS = {
         "cross_attention_dim": 16,
         "use_linear_projection": True,
     },
+    "unet_sd2": {  # the shape of 2.x: heads of one width, linear projections
+        "block_out_channels": (8, 8, 8, 12),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": [1, 2, 4, 3],
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
     "unet_odd": {  # sizes that do not halve (the up path is told them), and the switches that 1.x leaves alone
         "block_out_channels": (8, 8, 12),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -512,6 +551,12 @@ def unet_sd15():
 def unet_list():
     """UNet with three levels, one layer each, a list of head counts and linear projections."""
     unet_golden("unet_list", {"b1": (8, 8, 77, [0]), "b3": (8, 12, 5, [999, 37, 500])})
+
+
+@golden
+def unet_sd2():
+    """UNet of 2.x's build."""
+    unet_golden("unet_sd2", {"b2": (12, 8, 77, [999, 250])})
 
 
 @golden
@@ -600,17 +645,37 @@ AFTER_STEP = [
 ]
 
 
-def losses(text, unet, vae, inputs, dtype):
+SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def target_and_guess(prediction, kept, latents, noise, noisy, predicted, t):
+    """What the UNet should have said, and what its answer says the first row's latents are. Checked against diffusers in f32."""
+    alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+    if prediction == "epsilon":
+        target, guess = noise, (noisy[:1] - sigma[:1] * predicted[:1]) / alpha[:1]
+    else:
+        target, guess = alpha * noise - sigma * latents, alpha[:1] * noisy[:1] - sigma[:1] * predicted[:1]
+    if predicted.dtype == torch.float32:
+        ddpm = diffusers.DDPMScheduler(prediction_type=prediction, **SCALED_LINEAR)
+        ddim = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False, **SCALED_LINEAR)
+        ddim.set_timesteps(1000)
+        implied = ddim.step(predicted[:1], t[0], noisy[:1]).pred_original_sample
+        assert torch.allclose(guess, implied, rtol=1e-4, atol=1e-4)
+        assert prediction == "epsilon" or torch.allclose(target, ddpm.get_velocity(latents, noise, t), atol=1e-6)
+    return target, guess
+
+
+def losses(text, unet, vae, inputs, dtype, prediction="epsilon"):
     """Loss a: noise of the instance + noise of the class. Loss b: a + 0.1 * the decoded guess against a picture."""
-    ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ddpm = diffusers.DDPMScheduler(**SCALED_LINEAR)
     kept = ddpm.alphas_cumprod.to(dtype)[inputs["t"]].view(-1, 1, 1, 1)
     x = {name: value if name in ("ids", "t") else value.to(dtype) for name, value in inputs.items()}
     noisy = kept.sqrt() * x["latents"] + (1 - kept).sqrt() * x["noise"]
     if dtype == torch.float32:
         assert torch.allclose(noisy, ddpm.add_noise(x["latents"], x["noise"], x["t"]), atol=1e-6)
     predicted = unet(noisy, x["t"], encoder_hidden_states=text(input_ids=x["ids"]).last_hidden_state).sample
-    instance, prior = ((predicted - x["noise"]) ** 2).mean(dim=(1, 2, 3))
-    guess = (noisy[:1] - (1 - kept[:1]).sqrt() * predicted[:1]) / kept[:1].sqrt()
+    target, guess = target_and_guess(prediction, kept, x["latents"], x["noise"], noisy, predicted, x["t"])
+    instance, prior = ((predicted - target) ** 2).mean(dim=(1, 2, 3))
     image = vae.decode(guess / vae.config.scaling_factor).sample
     a = instance + 1.0 * prior
     return {"a": a, "b": a + 0.1 * F.mse_loss(image, x["target"]), "noisy": noisy, "predicted": predicted, "image": image}
@@ -655,6 +720,35 @@ def step():
     configs = {"text": text.config.to_diff_dict()} | {n: json.loads(m.to_json_string()) for n, m in (("unet", unet), ("vae", vae))}
     adamw = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "max_norm": 1.0}
     write("step", cases.tensors, config=configs, adamw=adamw, **cases.metadata)
+
+
+@golden
+def step_v():
+    """The same for a model that predicts v: what it is to say is v = sqrt(abar) noise - sqrt(1 - abar) latents, and z0_hat of loss b
+    is sqrt(abar) x_t - sqrt(1 - abar) v.
+
+    UNet, autoencoder and the text encoder's weights are those of `step`; the latter computes with the erf gelu of Stable
+    Diffusion 2. What diffusers' train_dreambooth.py does where `prediction_type` is `v_prediction`.
+    """
+    text, unet, vae = tiny_clip(80, hidden_act="gelu"), tiny_unet("unet_list", 81), tiny_vae("vae", 70)
+    ids = torch.randint(0, 62, (2, 77), generator=torch.Generator().manual_seed(86))
+    ids[:, 0], ids[0, 7:], ids[1, 9:] = 62, 63, 63
+    inputs = {"ids": ids, "t": torch.tensor([702, 55]), "latents": normal(87, 2, 4, 8, 8)}
+    inputs |= {"noise": normal(88, 2, 4, 8, 8), "target": 6 + normal(89, 1, 3, 32, 32)}
+
+    def run(dtype):
+        t, u, v = (copy.deepcopy(model).to(dtype) for model in (text, unet, vae))
+        wanted = {f"unet.{n}": p for n, p in u.named_parameters()}
+        wanted |= {f"text.text_model.{n}": p for n, p in t.named_parameters()}
+        outputs, grads = losses(t, u, v, inputs, dtype, "v_prediction"), {}
+        for name in "ab":
+            found = torch.autograd.grad(outputs[name], list(wanted.values()), retain_graph=True)
+            grads |= {f"{name}.{key}": grad for key, grad in zip(wanted, found)}
+        return outputs, grads
+
+    cases = Cases("", torch.nn.Module())
+    cases.add("all", inputs, run)
+    write("step_v", cases.tensors, config={"text": text.config.to_diff_dict()}, **cases.metadata)
 
 
 @golden

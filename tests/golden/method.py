@@ -210,6 +210,53 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def hypnos_models():
+    """Text encoder, UNet and autoencoder of `step`, the classifier of `perceptual`, and the discriminator with its config."""
+    text, unet, vae = make.tiny_clip(80, hidden_act="quick_gelu"), make.tiny_unet("unet_list", 81), make.tiny_vae("vae", 70)
+    disc, config = tiny_discriminator(140, 8)
+    return (text, unet, vae, efficientnet(110, 0.25, 0.5), disc), config
+
+
+def hypnos_inputs(seed, t):
+    ids = torch.randint(0, 62, (2, 77), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[0, 9:], ids[1, 6:], ids[0, 4] = 62, 63, 63, 17
+    inputs = {"ids": ids, "t": torch.tensor(t), "latents": normal(seed + 1, 2, 4, 8, 8)}
+    return inputs | {"noise": normal(seed + 2, 2, 4, 8, 8), "reference": normal(seed + 3, 1, 3, 32, 32).clamp(-1, 1)}
+
+
+def hypnos_losses(models, inputs, dtype, prediction):
+    """All four losses of a step, their sum and its gradients; what was computed on the way."""
+    t, u, v, n, d = (copy.deepcopy(model).to(dtype) for model in models)
+    trained = {f"unet.{name}": p for name, p in u.named_parameters()}
+    trained |= {f"text.text_model.{name}": p for name, p in t.named_parameters()}
+    x = {name: value if name in ("ids", "t") else value.to(dtype) for name, value in inputs.items()}
+    kept = diffusers.DDPMScheduler(**make.SCALED_LINEAR).alphas_cumprod.to(dtype)[x["t"]].view(-1, 1, 1, 1)
+    noisy = kept.sqrt() * x["latents"] + (1 - kept).sqrt() * x["noise"]
+    predicted = u(noisy, x["t"], encoder_hidden_states=t(input_ids=x["ids"]).last_hidden_state).sample
+    target, z0 = make.target_and_guess(prediction, kept, x["latents"], x["noise"], noisy, predicted, x["t"])
+    decoded = v.decode(z0 / v.config.scaling_factor).sample
+    found = {
+        "reconstruction": inverse_gaussian(predicted[:1], target[:1], SETTINGS["sigma"], SETTINGS["exponent_max"]),
+        "prior": F.mse_loss(predicted[1:], target[1:]),
+        "perceptual": perceptual_loss(features(n, decoded), features(n, x["reference"])),
+        "adversarial": ((1 - d(z0)) ** 2).mean(),
+    }
+    w = SETTINGS["weights"]
+    total = sum(found[name] * w.get(name, w["discriminator"]) for name in found)
+    grads = torch.autograd.grad(total, list(trained.values()))
+    norm = torch.sqrt(sum((g**2).sum() for g in grads))
+    exponents = (predicted[:1] - target[:1]) ** 2 / (2 * SETTINGS["sigma"] ** 2)
+    found["cut"] = (exponents > SETTINGS["exponent_max"]).to(dtype).mean()
+    out = {f"loss.{name}": value for name, value in found.items()}
+    out |= {"total": total, "norm": norm, "z0": z0, "decoded": decoded, "predicted": predicted}
+    return out, dict(zip(trained, grads))
+
+
+def some_are_cut(cases):
+    found = float(cases.tensors["output.all.loss.cut"])
+    assert 0 < found < 0.5, found
+
+
 @golden
 def hypnos_step():
     """One whole step of HYPNOS, all four losses, and one of Textual Inversion: every loss, and every trained weight's gradient.
@@ -218,59 +265,37 @@ def hypnos_step():
     Row 0 is the product, row 1 its class. The exponents are cut at a low number, so that some of them are. Case
     `embedding` is MSE on row 0 alone, and learns the embedding of token 17 only.
     """
-    text, unet, vae = make.tiny_clip(80, hidden_act="quick_gelu"), make.tiny_unet("unet_list", 81), make.tiny_vae("vae", 70)
-    net, (disc, disc_config) = efficientnet(110, 0.25, 0.5), tiny_discriminator(140, 8)
-    cases = Cases("", torch.nn.Module())
+    models, config = hypnos_models()
+    cases, disc = Cases("", torch.nn.Module()), models[-1]
     cases.tensors = {f"weight.discriminator.{name}": p[rows] for name, (p, rows) in disc.named().items()}
-    ids = torch.randint(0, 62, (2, 77), generator=torch.Generator().manual_seed(142))
-    ids[:, 0], ids[0, 9:], ids[1, 6:], ids[0, 4] = 62, 63, 63, 17
-    inputs = {"ids": ids, "t": torch.tensor([120, 640]), "latents": normal(143, 2, 4, 8, 8)}
-    inputs |= {"noise": normal(144, 2, 4, 8, 8), "reference": normal(145, 1, 3, 32, 32).clamp(-1, 1)}
-    ddpm = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-    def models(dtype):
-        t, u, v, n, d = (copy.deepcopy(model).to(dtype) for model in (text, unet, vae, net, disc))
-        trained = {f"unet.{name}": p for name, p in u.named_parameters()}
-        trained |= {f"text.text_model.{name}": p for name, p in t.named_parameters()}
-        x = {name: value if name in ("ids", "t") else value.to(dtype) for name, value in inputs.items()}
-        kept = ddpm.alphas_cumprod.to(dtype)[x["t"]].view(-1, 1, 1, 1)
-        noisy = kept.sqrt() * x["latents"] + (1 - kept).sqrt() * x["noise"]
-        return t, u, v, n, d, trained, x, kept, noisy
-
-    def run(dtype):
-        t, u, v, n, d, trained, x, kept, noisy = models(dtype)
-        predicted = u(noisy, x["t"], encoder_hidden_states=t(input_ids=x["ids"]).last_hidden_state).sample
-        z0 = (noisy[:1] - (1 - kept[:1]).sqrt() * predicted[:1]) / kept[:1].sqrt()
-        decoded = v.decode(z0 / v.config.scaling_factor).sample
-        found = {
-            "reconstruction": inverse_gaussian(predicted[:1], x["noise"][:1], SETTINGS["sigma"], SETTINGS["exponent_max"]),
-            "prior": F.mse_loss(predicted[1:], x["noise"][1:]),
-            "perceptual": perceptual_loss(features(n, decoded), features(n, x["reference"])),
-            "adversarial": ((1 - d(z0)) ** 2).mean(),
-        }
-        w = SETTINGS["weights"]
-        total = sum(found[name] * w.get(name, w["discriminator"]) for name in found)
-        grads = torch.autograd.grad(total, list(trained.values()))
-        norm = torch.sqrt(sum((g**2).sum() for g in grads))
-        exponents = (predicted[:1] - x["noise"][:1]) ** 2 / (2 * SETTINGS["sigma"] ** 2)
-        found["cut"] = (exponents > SETTINGS["exponent_max"]).to(dtype).mean()
-        out = {f"loss.{name}": value for name, value in found.items()}
-        out |= {"total": total, "norm": norm, "z0": z0, "decoded": decoded, "predicted": predicted}
-        return out, dict(zip(trained, grads))
+    inputs = hypnos_inputs(142, [120, 640])
 
     def embedding(dtype):
-        t, u, *_, x, _, noisy = models(dtype)
+        t, u = (copy.deepcopy(model).to(dtype) for model in models[:2])
+        x = {name: value if name in ("ids", "t") else value.to(dtype) for name, value in inputs.items()}
+        kept = diffusers.DDPMScheduler(**make.SCALED_LINEAR).alphas_cumprod.to(dtype)[x["t"]].view(-1, 1, 1, 1)
+        noisy = kept.sqrt() * x["latents"] + (1 - kept).sqrt() * x["noise"]
         table = t.get_input_embeddings().weight
         predicted = u(noisy[:1], x["t"][:1], encoder_hidden_states=t(input_ids=x["ids"][:1]).last_hidden_state).sample
         loss = F.mse_loss(predicted, x["noise"][:1])
         (grad,) = torch.autograd.grad(loss, table)
         return {"total": loss, "row": table[17:18].detach()}, {"row": grad[17:18]}
 
-    cases.add("all", inputs, run)
+    cases.add("all", inputs, lambda dtype: hypnos_losses(models, inputs, dtype, "epsilon"))
     cases.add("embedding", {}, embedding)
-    found = {name: float(cases.tensors[f"output.all.loss.{name}"]) for name in ("reconstruction", "prior", "perceptual", "adversarial", "cut")}
-    assert 0 < found["cut"] < 0.5, found
-    write("hypnos_step", cases.tensors, discriminator=disc_config, settings=SETTINGS, **cases.metadata)
+    some_are_cut(cases)
+    write("hypnos_step", cases.tensors, discriminator=config, settings=SETTINGS, **cases.metadata)
+
+
+@golden
+def hypnos_step_v():
+    """The same step for a UNet that predicts v, with the models of `hypnos_step`: the target of reconstruction and prior is v, and
+    the latents that the other two losses look at are those that v implies."""
+    models, _ = hypnos_models()
+    cases, inputs = Cases("", torch.nn.Module()), hypnos_inputs(162, [410, 77])
+    cases.add("all", inputs, lambda dtype: hypnos_losses(models, inputs, dtype, "v_prediction"))
+    some_are_cut(cases)
+    write("hypnos_step_v", cases.tensors, settings=SETTINGS, **cases.metadata)
 
 
 # ----------------------------------------------------------------------------------------------------------- TRACER

@@ -26,7 +26,7 @@ pub(crate) fn train(photos: &Path, out: &Path, more: &[&str]) -> Command {
     train_from(&bundle(), photos, out, more)
 }
 
-fn train_from(bundle: &Path, photos: &Path, out: &Path, more: &[&str]) -> Command {
+pub(crate) fn train_from(bundle: &Path, photos: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
     command.arg("train").arg("--bundle").arg(bundle).arg("--photos").arg(photos).arg("--out").arg(out);
     if !more.contains(&"--class-name") {

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use candle_core::{DType, Device, Tensor};
 use hypnos::ml::bundle::Bundle;
-use hypnos::ml::export::ldm_names::LdmNames;
+use hypnos::ml::export::ldm_names::{LdmNames, Place};
 use hypnos::ml::models::clip::ClipText;
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
@@ -20,9 +20,10 @@ use sha2::{Digest, Sha256};
 use crate::bundles::copy;
 use crate::cli_train::{bundle, demo_photos, refused, scratch, succeeds, train};
 
-/// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there.
+/// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there, and the row
+/// of that at which it begins.
 #[derive(Debug, Deserialize)]
-struct Named(String, String, String, Vec<usize>);
+struct Named(String, String, String, Vec<usize>, #[serde(default)] usize);
 
 /// Configs and tensors of a golden.
 fn golden(name: &str) -> (Value, Vec<Named>) {
@@ -51,25 +52,30 @@ fn ours(configs: &Value) -> Vec<(&'static str, String, Vec<usize>)> {
 
 #[test]
 fn every_weight_has_the_name_and_the_shape_that_diffusers_converts_back() {
-    for (name, n_wanted) in [("sd15", 1130), ("odd", 954), ("miniature", 550)] {
+    for (name, n_wanted, n_theirs) in
+        [("sd15", 1130, 1130), ("sd2", 1306, 1306 - 23 * 4), ("odd", 954, 954), ("miniature", 550, 550)]
+    {
         let (configs, rows) = golden(name);
         let (unet, vae): (unet::Config, vae::Config) = (config(&configs, "unet"), config(&configs, "vae"));
-        let names = LdmNames::new(&unet, &vae);
+        let names = LdmNames::new(&config(&configs, "text_encoder"), &unet, &vae);
         let wanted: BTreeSet<_> = rows
             .iter()
-            .map(|Named(part, a, b, shape)| (part.as_str(), a.clone(), b.clone(), shape.clone()))
+            .map(|Named(part, ours, name, shape, row)| {
+                let place = Place { name: name.clone(), shape: shape.clone(), row: *row };
+                (part.as_str(), ours.clone(), place)
+            })
             .collect();
         let found: BTreeSet<_> = ours(&configs)
             .into_iter()
             .map(|(part, name, shape)| {
-                let (theirs, shape) = names.of(part, &name, &shape);
-                (part, name, theirs, shape)
+                let place = names.of(part, &name, &shape);
+                (part, name, place)
             })
             .collect();
         let difference: Vec<_> = found.symmetric_difference(&wanted).take(4).collect();
         assert!(difference.is_empty(), "{name}: {difference:#?}");
-        let theirs: BTreeSet<&String> = found.iter().map(|(_, _, theirs, _)| theirs).collect();
-        assert_eq!((found.len(), theirs.len()), (n_wanted, n_wanted), "{name}: no name twice");
+        let theirs: BTreeSet<&String> = found.iter().map(|(_, _, place)| &place.name).collect();
+        assert_eq!((found.len(), theirs.len()), (n_wanted, n_theirs), "{name}: no name twice");
     }
 }
 
@@ -154,7 +160,7 @@ fn a_training_exports_all_of_its_weights_in_both_forms() {
     let vae = TensorFile::open(&bundle.join("vae/diffusion_pytorch_model.safetensors")).expect("a file");
     let (_, rows) = golden("miniature");
     assert_eq!(file.names().count(), rows.len());
-    for Named(part, name, theirs, shape) in &rows {
+    for Named(part, name, theirs, shape, _) in &rows {
         assert_eq!(file.shape(theirs), Some(shape.as_slice()), "{theirs}");
         let wanted = if part == "vae" { vae.read(name) } else { learned.read(&format!("{part}.{name}")) };
         let found = file.read(theirs).expect("a tensor");

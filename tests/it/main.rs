@@ -27,6 +27,7 @@ mod engine;
 mod evaluate;
 
 mod bundles;
+mod imports;
 mod pickles;
 mod pull;
 mod tokenizer;

@@ -8,7 +8,7 @@ use hypnos::ml::models::vae::{self, Vae};
 use hypnos::ml::ops::{AdamW, AdamWConfig};
 use hypnos::ml::train::losses::{self, Batch, FrozenModels, Objective, losses};
 use hypnos::ml::weights::Weights;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::golden::{Golden, OUTPUT, Place, assert_close, variable};
 
@@ -54,6 +54,9 @@ pub(crate) fn unet(place: &Place) {
         {
             check_unet(place, name, case, checkpointing, strided);
         }
+    }
+    for checkpointing in [false, true] {
+        check_unet(place, "unet_sd2", "b2", checkpointing, false);
     }
 }
 
@@ -137,19 +140,21 @@ struct Pipeline<'a> {
 }
 
 impl<'a> Pipeline<'a> {
-    fn load(place: &'a Place) -> Self {
-        let golden = Golden::open("step");
-        let configs: Value = golden.metadata("config");
-        let text_weights = golden.weights("text.", place).trainable(true);
-        let unet_weights = golden.weights("unet.", place).trainable(true);
-        let text = ClipText::load(&text_weights, &config(&configs["text"])).expect("a text encoder");
+    /// For a UNet that predicts noise, or velocity: the models of one golden, with another's inputs and one setting.
+    fn load(place: &'a Place, prediction: &str) -> Self {
+        let start = Golden::open("step");
+        let golden = Golden::open(if prediction == "epsilon" { "step" } else { "step_v" });
+        let (configs, of_case): (Value, Value) = (start.metadata("config"), golden.metadata("config"));
+        let text_weights = start.weights("text.", place).trainable(true);
+        let unet_weights = start.weights("unet.", place).trainable(true);
+        let text = ClipText::load(&text_weights, &config(&of_case["text"])).expect("a text encoder");
         let unet = Unet::load(&unet_weights, &config(&configs["unet"])).expect("a UNet");
-        let vae =
-            Vae::load(&golden.weights("vae.", place), &config(&configs["vae"])).expect("an autoencoder");
-        let schedule = diffusion::Config::parse(
-            r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#,
-        );
+        let vae = Vae::load(&start.weights("vae.", place), &config(&configs["vae"])).expect("an autoencoder");
+        let schedule = json!({
+            "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1, "prediction_type": prediction,
+        });
+        let schedule = diffusion::Config::parse(&schedule.to_string());
         let schedule = schedule.and_then(|config| Schedule::new(&config)).expect("a schedule");
         Self { place, golden, text_weights, unet_weights, text, unet, vae, schedule }
     }
@@ -169,10 +174,11 @@ impl<'a> Pipeline<'a> {
         }
         let noisy = self.schedule.q_sample(&latents, &noise, &t)?;
         assert_close("noisy", &noisy, &self.golden.get("output.all.noisy"), OUTPUT);
-        let eps = self.unet.forward(&noisy, &[t[0] as f64, t[1] as f64], &self.text.forward(&ids)?)?;
-        assert_close("predicted", &eps, &self.golden.get("output.all.predicted"), OUTPUT);
-        let part = |i: usize| mse(&eps.narrow(0, i, 1)?, &noise.narrow(0, i, 1)?);
-        let z0 = self.schedule.x_0(&noisy.narrow(0, 0, 1)?, &eps.narrow(0, 0, 1)?, &t[..1])?;
+        let answer = self.unet.forward(&noisy, &[t[0] as f64, t[1] as f64], &self.text.forward(&ids)?)?;
+        assert_close("predicted", &answer, &self.golden.get("output.all.predicted"), OUTPUT);
+        let target = self.schedule.target(&latents, &noise, &t)?;
+        let part = |i: usize| mse(&answer.narrow(0, i, 1)?, &target.narrow(0, i, 1)?);
+        let z0 = self.schedule.x_0(&noisy.narrow(0, 0, 1)?, &answer.narrow(0, 0, 1)?, &t[..1])?;
         let picture = self.vae.decode(&z0)?;
         assert_close("picture", &picture, &self.golden.get("output.all.image"), OUTPUT);
         Ok(((part(0)? + part(1)?)? + (mse(&picture, &input("target"))? * 0.1)?)?)
@@ -185,12 +191,18 @@ fn the_whole_step_has_the_reference_s_gradients() {
 }
 
 pub(crate) fn whole_step(place: &Place) {
-    for (case, with_picture) in [("a", false), ("b", true)] {
-        let pipeline = Pipeline::load(place);
+    let losses = [("a", false), ("b", true)];
+    for (prediction, (case, with_picture)) in
+        ["epsilon", "v_prediction"].into_iter().flat_map(|p| losses.map(|l| (p, l)))
+    {
+        let pipeline = Pipeline::load(place, prediction);
         let loss = pipeline.loss(with_picture).expect("a loss");
         let value = f64::from(loss.to_scalar::<f32>().expect("a number"));
         let wanted = pipeline.golden.scalar(&format!("output.all.{case}"));
-        assert!((value - wanted).abs() <= OUTPUT * wanted, "loss {case}: {value}, wanted {wanted}");
+        assert!(
+            (value - wanted).abs() <= OUTPUT * wanted,
+            "loss {case} of {prediction}: {value}, wanted {wanted}"
+        );
         loss.backward().expect("a backward");
         pipeline.golden.check_gradients(&format!("all.{case}"), "text.", &pipeline.text_weights, place);
         pipeline.golden.check_gradients(&format!("all.{case}"), "unet.", &pipeline.unet_weights, place);
@@ -203,11 +215,9 @@ fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
 }
 
 pub(crate) fn optimiser_steps(place: &Place) {
-    let pipeline = Pipeline::load(place);
-    let params =
-        pipeline.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
-    let unet =
-        pipeline.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
+    let pipeline = Pipeline::load(place, "epsilon");
+    let params = pipeline.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
+    let unet = pipeline.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
     let params: Vec<_> = params.chain(unet).collect();
     let config = AdamWConfig { lr: 1e-3, ..AdamWConfig::default() };
     let mut adamw = AdamW::new(params.iter().map(|(_, param)| param.clone()), config).expect("an optimiser");

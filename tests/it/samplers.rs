@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use crate::golden::{Golden, OUTPUT, assert_close};
 
-const SCHEDULES: [&str; 3] = ["sd15", "sd15_v", "ddim"];
+const SCHEDULES: [&str; 4] = ["sd15", "sd15_v", "ddim", "sd2"];
 
 /// The stand-in for the UNet: d tanh(a x + sin(t / 100 + b)), once without and once with the prompt.
 #[derive(Deserialize)]
@@ -112,7 +112,7 @@ fn every_sampler_visits_the_latents_of_the_reference() {
             }
         }
     }
-    assert_eq!(n_compared, 3 * 6 * (4 + 5));
+    assert_eq!(n_compared, SCHEDULES.len() * 6 * (4 + 5));
 }
 
 #[test]

@@ -48,6 +48,21 @@ fn every_text_has_the_ids_of_the_reference() {
 }
 
 #[test]
+fn stable_diffusion_2_fills_up_with_exclamation_marks() {
+    let (dir, rows) = (tempfile::tempdir().unwrap(), lines("tests/golden/tokenizer_sd2.jsonl"));
+    for name in ["vocab.json", "merges.txt"] {
+        std::fs::copy(at("tests/bundle/tokenizer").join(name), dir.path().join(name)).unwrap();
+    }
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+        std::fs::write(dir.path().join(name), rows[0][name].to_string()).unwrap();
+    }
+    let tokenizer = Tokenizer::open(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode("")[2..], [0; 75]);
+    let wanted = rows[1..].iter().map(|row| (row["text"].as_str().unwrap().to_owned(), ids(&row["ids"])));
+    assert!(hold(&tokenizer, wanted, 0) >= 200);
+}
+
+#[test]
 fn a_wider_vocabulary_gives_the_ids_of_the_reference() {
     let tokenizer = Tokenizer::open(&at("tests/golden/tokenizer_wide")).unwrap();
     let rows = lines("tests/golden/tokenizer.jsonl");

@@ -89,8 +89,16 @@ fn one_step_of_hypnos_has_torch_s_losses_and_gradients() {
 }
 
 pub(crate) fn hypnos_step(place: &Place) {
-    let (golden, start, classifier) =
-        (Golden::open("hypnos_step"), Golden::open("step"), Golden::open("perceptual"));
+    check_hypnos_step(place, "hypnos_step", &scaled_linear());
+}
+
+#[test]
+fn one_step_of_hypnos_on_a_model_that_predicts_v_has_torch_s_losses_and_gradients() {
+    check_hypnos_step(&Place::cpu(), "hypnos_step_v", &scheduled("v_prediction"));
+}
+
+fn check_hypnos_step(place: &Place, name: &str, schedule: &Schedule) {
+    let (golden, start, classifier) = (Golden::open(name), Golden::open("step"), Golden::open("perceptual"));
     let (configs, settings): (Value, Value) = (start.metadata("config"), golden.metadata("settings"));
     let text_weights = start.weights("text.", place).trainable(true);
     let unet_weights = start.weights("unet.", place).trainable(true);
@@ -99,8 +107,8 @@ pub(crate) fn hypnos_step(place: &Place) {
     let vae = Vae::load(&start.weights("vae.", place), &config(&configs["vae"])).expect("an autoencoder");
     let net = Perceptual::load(&classifier.weights("", place), &classifier.metadata("config"), &place.device);
     let net = net.expect("a classifier");
-    let discriminator = crate::method::discriminator(&golden, "discriminator", "discriminator.", place);
-    let schedule = scaled_linear();
+    let of_all = Golden::open("hypnos_step");
+    let discriminator = crate::method::discriminator(&of_all, "discriminator", "discriminator.", place);
     let number = |name: &str| settings[name].as_f64().expect("a number");
     let objective = Objective {
         reconstruction: Reconstruction::InverseGaussian {
@@ -119,7 +127,7 @@ pub(crate) fn hypnos_step(place: &Place) {
         reference: Some(input("reference")),
         crop: None,
     };
-    let frozen = FrozenModels { schedule: &schedule, vae: Some(&vae), perceptual: Some(&net) };
+    let frozen = FrozenModels { schedule, vae: Some(&vae), perceptual: Some(&net) };
     let models = losses::LossModels { text: &text, unet: &unet, frozen, discriminator: Some(&discriminator) };
     let found = losses(&models, &batch, &objective).expect("losses");
     let (total, z0) = (&found.total, found.z0.as_ref().expect("latents"));
@@ -171,9 +179,15 @@ fn the_gradient_of_an_embedding_is_torch_s() {
 }
 
 fn scaled_linear() -> Schedule {
-    let config = diffusion::Config::parse(
-        r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}"#,
-    );
+    scheduled("epsilon")
+}
+
+fn scheduled(prediction: &str) -> Schedule {
+    let config = serde_json::json!({
+        "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+        "prediction_type": prediction,
+    });
+    let config = diffusion::Config::parse(&config.to_string());
     config.and_then(|config| Schedule::new(&config)).expect("a schedule")
 }
 

@@ -69,6 +69,16 @@ pub(crate) enum Prediction {
     V,
 }
 
+impl Prediction {
+    /// What `prediction_type` says of it in a scheduler's file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Epsilon => "epsilon",
+            Self::V => "v_prediction",
+        }
+    }
+}
+
 /// How timesteps are laid over the T trained ones: table 2 of Lin et al. 2023 (arXiv 2305.08891).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Spacing {

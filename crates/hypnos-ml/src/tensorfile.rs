@@ -79,6 +79,11 @@ impl TensorFile {
         self.infos.get(name).map(|i| i.shape.as_slice())
     }
 
+    /// The type of a tensor, if there is one of that name.
+    pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.infos.get(name).map(|i| i.dtype)
+    }
+
     /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::File`] for other types, a missing tensor,
     /// or a file that has become unreadable.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {

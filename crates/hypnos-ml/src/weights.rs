@@ -228,7 +228,7 @@ fn spellings(name: &str) -> Vec<String> {
 }
 
 /// `[C, D, 1, 1]`, a kernel of one pixel, is the matrix `[C, D]`.
-fn without_kernel(shape: &[usize]) -> &[usize] {
+pub(crate) fn without_kernel(shape: &[usize]) -> &[usize] {
     match shape {
         [_, _, 1, 1] => &shape[..2],
         _ => shape,

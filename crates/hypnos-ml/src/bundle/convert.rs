@@ -10,14 +10,14 @@ use serde_json::Value;
 
 use super::configs::read_config;
 use super::files::{WEIGHT_FILES, bad, write_json};
+use super::tensors::Tensors;
 use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::Clip;
 use crate::models::tracer::{self, Tracer};
 use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
-use crate::pickle::PickleFile;
-use crate::tensorfile::{TensorFile, save_streaming};
-use crate::weights::{Weights, find, meta_params};
+use crate::tensorfile::save_streaming;
+use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
 
 /// The parts that can be made.
@@ -25,13 +25,12 @@ pub const CONVERTIBLE: [&str; 6] =
     ["segmenter", "perceptual", "metrics/dino", "metrics/clip", "metrics/inception", "metrics/lpips"];
 
 /// Writes `part/config.json` and `part/model.safetensors` into `dir`: the tensors that the network of this config
-/// reads, in f32, each from the first of `files` that has it. A file is safetensors if its name says so, a pickle
-/// otherwise. [`Error::File`] names the file and the tensor if one is missing, has another shape or holds a value that
-/// is not finite, and what [`PickleFile::open`] and [`TensorFile::open`] refuse.
+/// reads, in f32, each from the first of `files` that has it: safetensors or pickles. [`Error::File`] names the
+/// file if it is neither, and the tensor if one is missing, has another shape or holds a value that is not finite.
 pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Result<()> {
     write_json(&dir.join(part).join("config.json"), config)?;
     let wanted = wanted(dir, part)?;
-    let files = files.iter().map(|path| Published::open(path)).collect::<Result<Vec<_>>>()?;
+    let files = files.iter().map(|path| Tensors::open(path)).collect::<Result<Vec<_>>>()?;
     let mut shapes = BTreeMap::new();
     let mut places = BTreeMap::new();
     for (name, param) in wanted {
@@ -86,7 +85,7 @@ fn params<C: DeserializeOwned, M>(
 
 /// The first file with the tensor, by its number, and the name that the tensor has there. The last file says why, if
 /// none has it.
-fn place(files: &[Published], name: &str, shape: &[usize]) -> Result<(usize, String)> {
+fn place(files: &[Tensors], name: &str, shape: &[usize]) -> Result<(usize, String)> {
     let mut why = Error::input(format!("tensor `{name}` is wanted, but there is no file"));
     for (i, file) in files.iter().enumerate() {
         match file.find(name, shape) {
@@ -95,42 +94,4 @@ fn place(files: &[Published], name: &str, shape: &[usize]) -> Result<(usize, Str
         }
     }
     Err(why)
-}
-
-/// A file with weights as they are published.
-enum Published {
-    Safetensors(TensorFile),
-    Pickle(PickleFile),
-}
-
-impl Published {
-    fn open(path: &Path) -> Result<Self> {
-        let is_safe = path.extension().is_some_and(|extension| extension == "safetensors");
-        Ok(if is_safe {
-            Self::Safetensors(TensorFile::open(path)?)
-        } else {
-            Self::Pickle(PickleFile::open(path)?)
-        })
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Self::Safetensors(file) => file.path(),
-            Self::Pickle(file) => file.path(),
-        }
-    }
-
-    fn find(&self, name: &str, shape: &[usize]) -> Result<String, String> {
-        match self {
-            Self::Safetensors(file) => find(name, shape, |n| file.shape(n), file.names()),
-            Self::Pickle(file) => find(name, shape, |n| file.shape(n), file.names()),
-        }
-    }
-
-    fn read(&self, name: &str) -> Result<Vec<f32>> {
-        match self {
-            Self::Safetensors(file) => file.read(name),
-            Self::Pickle(file) => file.read(name),
-        }
-    }
 }

@@ -7,7 +7,7 @@
 //! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
 //! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
 //! ```
-//! Any SD 1.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
+//! Any SD 1.x or 2.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
 
 mod backbones;
@@ -16,10 +16,13 @@ mod configs;
 mod convert;
 mod directory;
 mod embedded;
+mod families;
 mod files;
+mod import;
 mod manifest;
 mod random;
 mod random_metrics;
+mod tensors;
 
 pub use backbones::{Backbones, MetricBackbone};
 pub use check::{Finding, check};
@@ -27,8 +30,10 @@ pub use configs::model_index;
 pub use convert::{CONVERTIBLE, convert};
 pub use directory::{Bundle, Part};
 pub use embedded::{MINIATURE_NAME, miniature};
+pub use families::Like;
 pub use files::write_json;
 pub(crate) use files::{hash_file, read_json, weight_file};
+pub use import::{Import, ImportOptions};
 pub use manifest::{Drawing, Fetched, Manifest, Origin, read_manifest};
-pub use random::{Like, random};
+pub use random::random;
 pub use random_metrics::random_metrics;

@@ -1,17 +1,17 @@
 //! Bundles of seeded random weights, for tests and benchmarks: they load, sample and train like any other, and draw
 //! noise.
 //!
-//! The sizes of SD 1.5 are public facts (Rombach et al. 2022, arXiv 2112.10752, and the configs of its files); the
-//! tokenizer is synthetic, with as many entries as the real one.
+//! The tokenizer is synthetic, with as many entries as the real one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::configs::{PARTS, model_index, read_config};
+use super::configs::{PARTS, read_config};
+use super::families::{Like, Sizes};
 use super::files::{SMALL_FILES, bad, hash_file, odd, weight_file, write_json, write_text};
 use super::manifest::{Drawing, Manifest, Origin};
 use crate::Result;
@@ -23,73 +23,7 @@ use crate::tensorfile::save_streaming;
 use crate::weights::{Weights, meta_params};
 
 /// Words that every random bundle has as single tokens.
-const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
-
-/// Whose sizes a random bundle has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Like {
-    /// Stable Diffusion 1.5: 512 pixels, 1066 million weights.
-    Sd15,
-    /// The bundle of the tests, `tests/bundle`: 64 pixels, 6.6 million weights.
-    Miniature,
-}
-
-/// The numbers in which the two differ.
-struct Sizes {
-    kind: &'static str,
-    unet_channels: &'static [usize],
-    unet_layers: usize,
-    unet_heads: usize,
-    unet_side: usize,
-    vae_channels: &'static [usize],
-    vae_layers: usize,
-    vae_groups: usize,
-    scaling_factor: f64,
-    text_width: usize,
-    text_layers: usize,
-    text_heads: usize,
-    vocab_size: usize,
-    scheduler: &'static str,
-}
-
-impl Like {
-    fn sizes(self) -> Sizes {
-        match self {
-            Like::Sd15 => Sizes {
-                kind: "sd15",
-                unet_channels: &[320, 640, 1280, 1280],
-                unet_layers: 2,
-                unet_heads: 8,
-                unet_side: 64,
-                vae_channels: &[128, 256, 512, 512],
-                vae_layers: 2,
-                vae_groups: 32,
-                scaling_factor: 0.18215,
-                text_width: 768,
-                text_layers: 12,
-                text_heads: 12,
-                vocab_size: 49408,
-                scheduler: "PNDMScheduler",
-            },
-            Like::Miniature => Sizes {
-                kind: "miniature",
-                unet_channels: &[64, 96, 128],
-                unet_layers: 1,
-                unet_heads: 2,
-                unet_side: 16,
-                vae_channels: &[32, 48, 64],
-                vae_layers: 1,
-                vae_groups: 8,
-                scaling_factor: 0.429_625_455_009_931_16,
-                text_width: 128,
-                text_layers: 4,
-                text_heads: 4,
-                vocab_size: 902,
-                scheduler: "DDIMScheduler",
-            },
-        }
-    }
-}
+pub(super) const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
 
 /// Writes a bundle of random weights into `out`, which must be empty or not be there yet.
 ///
@@ -108,10 +42,10 @@ pub fn random(
         return Err(bad(out, "is not empty; a new directory is wanted"));
     }
     let sizes = like.sizes();
-    for (path, config) in configs(&sizes) {
+    for (path, config) in sizes.configs() {
         write_json(&out.join(path), &config)?;
     }
-    write_tokenizer(&out.join("tokenizer"), sizes.vocab_size)?;
+    write_tokenizer(&out.join("tokenizer"), sizes.vocab_size, sizes.pad())?;
     write_weights(out, seed, dtype, progress)?;
     write_json(
         &out.join("hypnos.json"),
@@ -159,7 +93,7 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
     Ok(Manifest {
         name: format!("random {} {seed}", sizes.kind),
         kind: sizes.kind.into(),
-        resolution: Some(sizes.unet_side << (sizes.vae_channels.len() - 1)),
+        resolution: Some(sizes.resolution()),
         rare_tokens: RARE_TOKENS.map(str::to_owned).to_vec(),
         training: BTreeMap::new(),
         drawing: Drawing::default(),
@@ -170,105 +104,9 @@ fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
     })
 }
 
-/// Every JSON file but the tokenizer's and `hypnos.json`.
-fn configs(s: &Sizes) -> [(&'static str, Value); 5] {
-    [
-        ("model_index.json", model_index(s.scheduler)),
-        ("scheduler/scheduler_config.json", scheduler(s)),
-        ("text_encoder/config.json", text_encoder(s)),
-        ("unet/config.json", unet_config(s)),
-        ("vae/config.json", vae_config(s)),
-    ]
-}
-
-fn scheduler(s: &Sizes) -> Value {
-    let mut config = json!({
-        "_class_name": s.scheduler,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": false,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "set_alpha_to_one": false,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "trained_betas": null,
-    });
-    if s.scheduler == "PNDMScheduler" {
-        config["skip_prk_steps"] = true.into();
-    }
-    config
-}
-
-fn text_encoder(s: &Sizes) -> Value {
-    json!({
-        "architectures": ["CLIPTextModel"],
-        "bos_token_id": s.vocab_size - 2,
-        "eos_token_id": s.vocab_size - 1,
-        "hidden_act": "quick_gelu",
-        "hidden_size": s.text_width,
-        "intermediate_size": 4 * s.text_width,
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": 77,
-        "model_type": "clip_text_model",
-        "num_attention_heads": s.text_heads,
-        "num_hidden_layers": s.text_layers,
-        "pad_token_id": s.vocab_size - 1,
-        "projection_dim": s.text_width,
-        "vocab_size": s.vocab_size,
-    })
-}
-
-fn unet_config(s: &Sizes) -> Value {
-    let attending = s.unet_channels.len() - 1; // all levels but the deepest
-    let mut down = vec!["CrossAttnDownBlock2D"; attending];
-    down.push("DownBlock2D");
-    let mut up = vec!["UpBlock2D"];
-    up.resize(attending + 1, "CrossAttnUpBlock2D");
-    json!({
-        "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
-        "attention_head_dim": s.unet_heads,
-        "block_out_channels": s.unet_channels,
-        "center_input_sample": false,
-        "cross_attention_dim": s.text_width,
-        "down_block_types": down,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": true,
-        "freq_shift": 0,
-        "in_channels": 4,
-        "layers_per_block": s.unet_layers,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-5,
-        "norm_num_groups": 32,
-        "out_channels": 4,
-        "sample_size": s.unet_side,
-        "up_block_types": up,
-    })
-}
-
-fn vae_config(s: &Sizes) -> Value {
-    let n_levels = s.vae_channels.len();
-    json!({
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": s.vae_channels,
-        "down_block_types": vec!["DownEncoderBlock2D"; n_levels],
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": s.vae_layers,
-        "norm_num_groups": s.vae_groups,
-        "out_channels": 3,
-        "sample_size": s.unet_side << (n_levels - 1),
-        "scaling_factor": s.scaling_factor,
-        "up_block_types": vec!["UpDecoderBlock2D"; n_levels],
-    })
-}
-
 /// A tokenizer of CLIP's form: the symbols of the 256 bytes, the same at the end of a word, what merges make of them,
-/// start and end.
-fn write_tokenizer(dir: &Path, vocab_size: usize) -> Result<()> {
+/// start and end. Texts are filled up with `pad`.
+fn write_tokenizer(dir: &Path, vocab_size: usize, pad: &str) -> Result<()> {
     let symbols: Vec<String> = byte_symbols().into_iter().map(String::from).collect();
     let merges = synthetic_merges(vocab_size - 2 * symbols.len() - 2);
     let vocab = symbols.iter().cloned();
@@ -282,7 +120,7 @@ fn write_tokenizer(dir: &Path, vocab_size: usize) -> Result<()> {
     let special = json!({
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
         "unk_token": "<|endoftext|>",
     });
     write_json(&dir.join("special_tokens_map.json"), &special)?;

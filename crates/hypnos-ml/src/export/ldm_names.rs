@@ -2,11 +2,15 @@
 //!
 //! CompVis/stable-diffusion numbers the UNet's blocks in one row down and one row up (`UNetModel` in
 //! `ldm/modules/diffusionmodules/openaimodel.py`); its autoencoder has levels, which the decoder counts from the
-//! picture as the encoder does (`model.py` beside it). AUTOMATIC1111 and ComfyUI read these names.
+//! picture as the encoder does (`model.py` beside it). Its text encoder has transformers' names; that of Stable Diffusion
+//! 2 has OpenCLIP's (`TextTransformer` of open_clip's `transformer.py`), which packs three projections into one tensor.
+//! AUTOMATIC1111 and ComfyUI read these names. Reading a single file goes through the same table: each weight that a
+//! model wants is looked for where it would be written.
 
 use std::collections::HashMap;
 
-use crate::models::{unet, vae};
+use crate::models::{clip, unet, vae};
+use crate::ops::Activation;
 
 /// Layers outside all blocks of the UNet.
 const UNET_ENDS: [(&str, &str); 5] = [
@@ -38,33 +42,106 @@ const VAE_ATTENTION: [(&str, &str); 5] =
 /// along; what is not here is called the same.
 type Moved = HashMap<String, String>;
 
+/// Layers of OpenCLIP's text encoder that are not called the same, behind its prefix.
+const OPEN_CLIP_ENDS: [(&str, &str); 3] = [
+    ("embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("final_layer_norm.", "ln_final."),
+];
+
+/// Layers of its blocks.
+const OPEN_CLIP_BLOCK: [(&str, &str); 8] = [
+    ("layer_norm1.", "ln_1."),
+    ("layer_norm2.", "ln_2."),
+    ("self_attn.q_proj.", "attn.in_proj_"),
+    ("self_attn.k_proj.", "attn.in_proj_"),
+    ("self_attn.v_proj.", "attn.in_proj_"),
+    ("self_attn.out_proj.", "attn.out_proj."),
+    ("mlp.fc1.", "mlp.c_fc."),
+    ("mlp.fc2.", "mlp.c_proj."),
+];
+
+/// The order of the projections that are packed into one tensor.
+const PACKED: [&str; 3] = [".q_proj.", ".k_proj.", ".v_proj."];
+
+/// Where OpenAI's text encoder lies.
+pub(crate) const CLIP: &str = "cond_stage_model.transformer";
+
+/// Where OpenCLIP's lies.
+pub(crate) const OPEN_CLIP: &str = "cond_stage_model.model";
+
+/// Where the UNet lies.
+pub(crate) const UNET: &str = "model.diffusion_model";
+
+/// Where the autoencoder lies.
+pub(crate) const VAE: &str = "first_stage_model";
+
+/// Where a tensor lies in a single file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// What it is called there.
+    pub name: String,
+    /// Shape of all that is called so: the tensor's own elements in the same order, or several tensors one behind the
+    /// other along the first axis.
+    pub shape: Vec<usize>,
+    /// The row at which it begins there.
+    pub row: usize,
+}
+
 /// The names of one model, whatever its depth.
 #[derive(Debug)]
 pub struct LdmNames {
+    open_clip: bool,
     unet: Moved,
     vae: Moved,
 }
 
 impl LdmNames {
-    /// For models of these configs.
-    pub fn new(unet: &unet::Config, vae: &vae::Config) -> Self {
-        Self { unet: unet_modules(unet), vae: vae_modules(vae) }
+    /// For models of these configs. A text encoder with the exact gelu is OpenCLIP's.
+    pub fn new(text: &clip::Config, unet: &unet::Config, vae: &vae::Config) -> Self {
+        let open_clip = text.hidden_act == Activation::Gelu;
+        Self { open_clip, unet: unet_modules(unet), vae: vae_modules(vae) }
     }
 
-    /// Name and shape in a single file of a tensor of `part` (`text_encoder`, `unet` or `vae`) that diffusers calls
-    /// `name`: as many elements in the same order.
-    pub fn of(&self, part: &str, name: &str, shape: &[usize]) -> (String, Vec<usize>) {
-        let (place, theirs) = match part {
-            "text_encoder" => ("cond_stage_model.transformer", name.to_owned()),
-            "unet" => ("model.diffusion_model", moved(name, &self.unet)),
-            _ => ("first_stage_model", moved(name, &self.vae)),
+    /// Where in a single file a tensor of `part` (`text_encoder`, `unet` or `vae`) lies that diffusers calls `name`.
+    pub fn of(&self, part: &str, name: &str, shape: &[usize]) -> Place {
+        let (prefix, theirs) = match part {
+            "text_encoder" if self.open_clip => return open_clip(name, shape),
+            "text_encoder" => (CLIP, name.to_owned()),
+            "unet" => (UNET, moved(name, &self.unet)),
+            _ => (VAE, moved(name, &self.vae)),
         };
         let mut shape = shape.to_vec();
         if part == "vae" && name.contains(".attentions.") && shape.len() == 2 {
             shape.extend([1, 1]); // matrices are convolutions of one pixel there
         }
-        (format!("{place}.{theirs}"), shape)
+        Place { name: format!("{prefix}.{theirs}"), shape, row: 0 }
     }
+}
+
+/// The same of a tensor of OpenCLIP's text encoder.
+fn open_clip(name: &str, shape: &[usize]) -> Place {
+    let ours = name.strip_prefix("text_model.").unwrap_or(name);
+    let replaced = |layers: &[(&str, &str)], ours: &str| {
+        let (from, to) = layers.iter().find(|(from, _)| ours.starts_with(from))?;
+        Some(format!("{to}{}", &ours[from.len()..]))
+    };
+    let of_block = |rest: &str| {
+        let (block, layer) = rest.split_once('.')?;
+        Some(format!("transformer.resblocks.{block}.{}", replaced(&OPEN_CLIP_BLOCK, layer)?))
+    };
+    let theirs = match ours.strip_prefix("encoder.layers.") {
+        Some(rest) => of_block(rest),
+        None => replaced(&OPEN_CLIP_ENDS, ours),
+    };
+    let name = format!("{OPEN_CLIP}.{}", theirs.as_deref().unwrap_or(ours));
+    let mut shape = shape.to_vec();
+    let Some(third) = PACKED.iter().position(|packed| ours.contains(packed)) else {
+        return Place { name, shape, row: 0 };
+    };
+    let row = third * shape[0];
+    shape[0] *= PACKED.len();
+    Place { name, shape, row }
 }
 
 /// A name with the longest of its paths that has moved where it lies now.

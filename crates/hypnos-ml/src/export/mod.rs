@@ -43,10 +43,11 @@ impl FineTune<'_> {
                 "the bundle does not say what licence its weights come under, so the export does not either";
             warnings.push(what.into());
         }
-        if format == ExportFormat::SingleFile && !single_file::is_sd1(self.bundle) {
+        if format == ExportFormat::SingleFile && single_file::architecture(self.bundle).is_none() {
             let name = format.name();
             warnings.push(format!(
-                "{name}: the bundle does not have the sizes of Stable Diffusion 1, which readers of this format expect"
+                "{name}: the bundle does not have the sizes of Stable Diffusion 1 or 2, which readers of this format \
+                 expect"
             ));
         }
         warnings

@@ -1,7 +1,7 @@
 //! The UNet of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): noisy latents, a timestep for each image and a
 //! text, to the predicted noise (or velocity).
 //!
-//! Ports diffusers' `UNet2DConditionModel` for the block types of Stable Diffusion 1.x. Latents of any size: where
+//! Ports diffusers' `UNet2DConditionModel` for the block types of Stable Diffusion 1.x and 2.x. Latents of any size: where
 //! halving does not come out even, the way up takes the sizes of the way down, as the reference does.
 
 use std::sync::Arc;
@@ -127,6 +127,8 @@ fn yes() -> bool {
 }
 
 /// Settings of the reference that this file does not build: they must be off, null or false.
+///
+/// `upcast_attention` (Stable Diffusion 2.1) may be on: it asks for scores in f32, which these always are.
 const OFF: [&str; 19] = [
     "center_input_sample",
     "only_cross_attention",

@@ -1,18 +1,18 @@
 //! The container of `torch.save` since PyTorch 1.6: a zip archive with the pickle in `*/data.pkl` and each storage in
 //! `*/data/KEY`, uncompressed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek};
 
 use zip::ZipArchive;
 use zip::read::ZipFile;
 
-use super::PICKLE_BYTES_MAX;
 use super::machine::{self, Tensor};
 use super::tensor::{Stored, bytes};
+use super::{Contents, PICKLE_BYTES_MAX};
 
-pub(super) fn read(file: &File, file_len: u64) -> Result<BTreeMap<String, Stored>, String> {
+pub(super) fn read(file: &File, file_len: u64) -> Result<Contents, String> {
     let mut archive =
         ZipArchive::new(file).map_err(|e| format!("is a zip archive that cannot be read: {e}"))?;
     let root = root(&archive)?;
@@ -40,7 +40,8 @@ pub(super) fn read(file: &File, file_len: u64) -> Result<BTreeMap<String, Stored
         };
         Ok::<_, String>((name.to_owned(), Stored::new(&tensor, begin).map_err(bad)?))
     };
-    tensors.into_iter().map(place).collect()
+    let tensors = tensors.into_iter().map(place).collect::<Result<_, String>>()?;
+    Ok((tensors, heap.ints()))
 }
 
 /// The directory of everything in the archive, with a slash behind it: `archive/`, or the file's name when it was

@@ -3,7 +3,7 @@
 //! Values are nodes in a list and refer to one another by number, so a value that is used a thousand times is there
 //! once, and what is allocated is bounded by the pickle's length: texts stay where they are in it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use safetensors::Dtype;
 
@@ -73,7 +73,20 @@ enum Known {
     Parameter,
     /// A type of storage.
     Storage(Dtype),
+    /// What published checkpoints name beside their tensors: nothing is made of it.
+    Inert,
 }
+
+/// Classes and functions that published checkpoints name beside their tensors, in what their trainers noted.
+const INERT: [(&str, &str); 7] = [
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("torch", "Size"),
+    ("__builtin__", "set"),
+];
 
 impl Known {
     fn of(module: &str, name: &str) -> Option<Self> {
@@ -95,6 +108,7 @@ impl Known {
                 "Bool" => Dtype::BOOL,
                 _ => return None,
             }),
+            name if INERT.contains(&name) => Self::Inert,
             _ => return None,
         })
     }
@@ -111,6 +125,12 @@ impl<'a> Heap<'a> {
         let Node::Dict(entries) = self.node(self.root) else {
             return Err("holds no dictionary; a dictionary of tensors is wanted".into());
         };
+        // Trainers save more than weights, which then have a dictionary of their own.
+        let own = entries.iter().find(|(key, _)| self.text(*key) == Some("state_dict"));
+        let entries = match own.map(|(_, value)| self.node(*value)) {
+            Some(Node::Dict(own)) => own,
+            _ => entries,
+        };
         let tensor = |(key, value): &(Id, Id)| match (self.node(*key), self.node(*value)) {
             (Node::Text(name), Node::Tensor(tensor)) => Some((*name, tensor.clone())),
             _ => None,
@@ -125,6 +145,13 @@ impl<'a> Heap<'a> {
         let names = entries.iter().filter_map(|(key, _)| self.text(*key)).take(5).map(shown);
         let names = names.collect::<Vec<_>>().join(", ");
         Err(format!("holds no tensors at the top of its dictionary, whose entries begin with [{names}]"))
+    }
+
+    /// The whole numbers of a dictionary by their names.
+    pub(super) fn ints(&self) -> BTreeMap<String, i64> {
+        let Node::Dict(entries) = self.node(self.root) else { return BTreeMap::new() };
+        let number = |(key, value): &(Id, Id)| Some((self.text(*key)?.to_owned(), int(self.node(*value))?));
+        entries.iter().filter_map(number).collect()
     }
 
     /// The texts of a list.
@@ -368,6 +395,7 @@ impl<'a> Machine<'a> {
         let arguments: Vec<Id> = arguments.iter().take(8).copied().collect(); // none of them has more
         let bad = || format!("has wrong arguments for {known:?}");
         let made = match (known, arguments.as_slice()) {
+            (Known::Inert, _) => Node::Known(Known::Inert),
             (Known::OrderedDict, []) => Node::Dict(Vec::new()),
             (Known::OrderedDict, [pairs]) => Node::Dict(self.pairs(*pairs).ok_or_else(bad)?),
             (Known::Tensor, [storage, offset, shape, strides])

@@ -20,8 +20,13 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 use crate::{Error, Result};
 use tensor::Stored;
+
+/// What a file holds: tensors, and the whole numbers beside them.
+type Contents = (BTreeMap<String, Stored>, BTreeMap<String, i64>);
 
 /// Longest pickle that is read, without the tensors' values: those of Stable Diffusion have 0.2 MiB.
 const PICKLE_BYTES_MAX: u64 = 16 << 20;
@@ -32,10 +37,12 @@ pub struct PickleFile {
     path: PathBuf,
     file: File,
     tensors: BTreeMap<String, Stored>,
+    numbers: BTreeMap<String, i64>,
 }
 
 impl PickleFile {
-    /// Opens a file that holds a dictionary of tensors. Entries that are no tensors are left out. [`Error::File`] if it
+    /// Opens a file that holds a dictionary of tensors, or one with such a dictionary as its `state_dict`. Entries that
+    /// are no tensors are left out, but for whole numbers at the top. [`Error::File`] if it
     /// is something else, is truncated, names a function or a class that tensors do not need, or a tensor does not lie
     /// within the file.
     pub fn open(path: &Path) -> Result<PickleFile> {
@@ -52,7 +59,8 @@ impl PickleFile {
             [0x80, 2, ..] => stream::read(&mut file, about.len()),
             _ => Err("is no file of torch.save: it begins neither as a zip archive nor as a pickle".into()),
         };
-        Ok(PickleFile { path: path.to_owned(), file, tensors: tensors.map_err(bad)? })
+        let (tensors, numbers) = tensors.map_err(bad)?;
+        Ok(PickleFile { path: path.to_owned(), file, tensors, numbers })
     }
 
     /// Where the file lies.
@@ -68,6 +76,16 @@ impl PickleFile {
     /// The shape of a tensor, if there is one of that name.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|tensor| tensor.shape.as_slice())
+    }
+
+    /// The type of a tensor, if there is one of that name.
+    pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.tensors.get(name).map(|tensor| tensor.dtype)
+    }
+
+    /// A whole number at the top of the file, such as the steps that a training took.
+    pub fn int(&self, key: &str) -> Option<i64> {
+        self.numbers.get(key).copied()
     }
 
     /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::File`] for other types, a missing tensor, or a

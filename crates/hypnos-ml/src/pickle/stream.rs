@@ -1,14 +1,14 @@
 //! The container of `torch.save` before PyTorch 1.6: five pickles one after the other (a magic number, the version, the
 //! machine's properties, the object, the keys of its storages), then each storage, its length first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use super::PICKLE_BYTES_MAX;
 use super::machine::{self, Heap, Storage, Tensor};
 use super::tensor::{Stored, bytes};
+use super::{Contents, PICKLE_BYTES_MAX};
 use crate::error::io_words;
 
 /// The magic number 0x1950a86a20f9469cfc6c, as the first pickle has it.
@@ -17,7 +17,7 @@ const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0
 /// The version of the container, which never changed.
 const VERSION: i64 = 1001;
 
-pub(super) fn read(file: &mut File, file_len: u64) -> Result<BTreeMap<String, Stored>, String> {
+pub(super) fn read(file: &mut File, file_len: u64) -> Result<Contents, String> {
     let mut head = Vec::new();
     let unreadable = |e: std::io::Error| format!("cannot be read: {}", io_words(&e));
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
@@ -44,7 +44,8 @@ pub(super) fn read(file: &mut File, file_len: u64) -> Result<BTreeMap<String, St
         let begin = begins.get(tensor.storage.key).ok_or_else(|| bad("has no storage in the file".into()))?;
         Ok::<_, String>(((*name).to_owned(), Stored::new(tensor, *begin).map_err(bad)?))
     };
-    tensors.iter().map(place).collect()
+    let tensors = tensors.iter().map(place).collect::<Result<_, String>>()?;
+    Ok((tensors, object.ints()))
 }
 
 /// The pickles at the beginning of the file.

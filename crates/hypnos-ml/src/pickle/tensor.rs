@@ -14,7 +14,7 @@ use crate::tensorfile::widening;
 pub(super) struct Stored {
     pub(super) shape: Vec<usize>,
     strides: Vec<usize>,
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     /// Its first number, in bytes from the beginning of the file.
     begin: u64,
     /// How many numbers of its storage it spans, from the first to the last.

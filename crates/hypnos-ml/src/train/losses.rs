@@ -2,6 +2,15 @@
 //!
 //! DreamBooth's are the same ones with other settings: squares in place of the inverse Gaussian, and no weight on the
 //! two that look at the denoised latents.
+//!
+//! A UNet that answers with the velocity instead of the noise (Salimans and Ho 2022, arXiv 2202.00512, appendix D; Stable
+//! Diffusion 2 for 768 pixels) has
+//!
+//!   v = √ᾱ_t ε − √(1 − ᾱ_t) z_0      as the target of eq. 2 and eq. 4, in the place of ε, and
+//!   ẑ_0 = √ᾱ_t z_t − √(1 − ᾱ_t) v̂     as the latents of eq. 5 and eq. 7.
+//!
+//! The target is that of diffusers' `train_dreambooth.py` where `prediction_type` is `v_prediction`.
+//! Departure: the paper knows ε only.
 
 use std::f64::consts::PI;
 

@@ -1,0 +1,292 @@
+//! Makes a bundle of what people have: a checkpoint in one file, by the names of the original code, or a directory by
+//! diffusers that is no bundle yet. What it lacks comes from another bundle.
+//!
+//! [`Import::open`] reads headers and small files and decides everything; [`Import::write`] converts one tensor at a
+//! time, checks the result, and gives it its name when it is whole.
+
+mod directory;
+mod refusal;
+mod single_file;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::files::{bad, find_weights, hash_file, read_json};
+use super::manifest::{Manifest, read_manifest};
+use super::random::RARE_TOKENS;
+use super::tensors::Tensors;
+use crate::diffusion::Prediction;
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+
+/// Part of the key of an import: another number where the same files become another bundle.
+const VERSION: &str = "import 1";
+
+/// The files of a tokenizer, whichever of them are there.
+const TOKENIZER_FILES: [&str; 6] = [
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+];
+
+/// The parts that no checkpoint has.
+const TEACHERS: [&str; 6] =
+    ["segmenter", "perceptual", "metrics/dino", "metrics/clip", "metrics/inception", "metrics/lpips"];
+
+/// What is asked of an import beside its source.
+#[derive(Clone, Debug, Default)]
+pub struct ImportOptions {
+    /// A bundle that has what the source lacks: tokenizer, autoencoder, segmenter, perceptual, metrics.
+    pub with: Option<PathBuf>,
+    /// Whether the UNet is the moving average of a training's weights, where a file has both.
+    pub ema: bool,
+    /// What the UNet predicts, where the source does not say.
+    pub prediction: Option<Prediction>,
+}
+
+/// A source that was understood, and of what the bundle will be made.
+#[derive(Debug)]
+pub struct Import {
+    source: PathBuf,
+    /// What is read of the source, each once.
+    inputs: Vec<Tensors>,
+    parts: BTreeMap<&'static str, Converted>,
+    files: BTreeMap<String, Content>,
+    manifest: Manifest,
+    notes: Vec<String>,
+    input_hashes: OnceLock<Vec<String>>,
+}
+
+/// A part whose weights are written anew.
+#[derive(Debug)]
+struct Converted {
+    /// Which of the inputs has them.
+    input: usize,
+    /// Where each lies, by the name that it gets.
+    weights: BTreeMap<String, Slice>,
+}
+
+/// Where a weight lies in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Slice {
+    /// The tensor that it is, or a part of.
+    name: String,
+    /// Its first element there.
+    start: usize,
+    /// Its own shape.
+    shape: Vec<usize>,
+}
+
+/// A file that is written as it is.
+#[derive(Clone, Debug)]
+enum Content {
+    /// Settings, and where they come from.
+    Json(Value, String),
+    /// A copy of `path` of a bundle or a directory.
+    Copy { dir: PathBuf, path: String },
+}
+
+impl Import {
+    /// Opens a file or a directory. [`Error::File`] if it is something else than Stable Diffusion 1.x or 2.x, a
+    /// tensor is missing or misshapen, or nobody has the tokenizer or another part that it lacks.
+    pub fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
+        if let Some(with) = options.with.as_ref().filter(|with| !with.is_dir()) {
+            return Err(bad(with, "is not a directory; a bundle was wanted for what is missing"));
+        }
+        if source.is_dir() { directory::open(source, options) } else { single_file::open(source, options) }
+    }
+
+    /// What was found and decided, in lines for a person.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Tells this import from every other: SHA-256, in lower-case hexadecimal, of all that the bundle is made of. Reads
+    /// every file.
+    pub fn key(&self) -> Result<String> {
+        let mut all = Sha256::new();
+        all.update(VERSION);
+        for hash in self.input_hashes()? {
+            all.update(format!("\0{hash}"));
+        }
+        for (part, converted) in &self.parts {
+            let slices = converted.weights.iter().map(|(name, slice)| format!("{name} {slice:?}"));
+            all.update(format!("\0{part} {} {}", converted.input, slices.collect::<Vec<_>>().join("\n")));
+        }
+        for (path, content) in &self.files {
+            let content = match content {
+                Content::Json(value, _) => value.to_string(),
+                Content::Copy { dir, path } => hash_file(&dir.join(path))?,
+            };
+            all.update(format!("\0{path} {content}"));
+        }
+        Ok(format!("{:x}", all.finalize()))
+    }
+
+    /// Where the bundle of this import lies beneath `cache`, if it was made, and where it is to be made. Reads every
+    /// file.
+    pub fn place(&self, cache: &Path) -> Result<PathBuf> {
+        let stem = self.source.file_stem().unwrap_or_default().to_string_lossy();
+        Ok(cache.join("bundles").join(format!("{stem}-{}", &self.key()?[..12])))
+    }
+
+    /// SHA-256 of the source's files.
+    fn input_hashes(&self) -> Result<&[String]> {
+        if let Some(hashes) = self.input_hashes.get() {
+            return Ok(hashes);
+        }
+        let hashes = self.inputs.iter().map(|input| hash_file(input.path())).collect::<Result<_>>()?;
+        Ok(self.input_hashes.get_or_init(|| hashes))
+    }
+
+    /// One of nothing yet.
+    fn new(source: &Path) -> Self {
+        Self {
+            source: source.to_owned(),
+            inputs: Vec::new(),
+            parts: BTreeMap::new(),
+            files: BTreeMap::new(),
+            manifest: Manifest::default(),
+            notes: Vec::new(),
+            input_hashes: OnceLock::new(),
+        }
+    }
+
+    /// Settings that were made up here.
+    fn make(&mut self, path: &str, value: Value, from: impl Into<String>) {
+        self.files.insert(path.to_owned(), Content::Json(value, from.into()));
+    }
+
+    /// Takes a file as it is, under the same path.
+    fn take(&mut self, dir: &Path, path: impl Into<String>) {
+        let path = path.into();
+        self.files.insert(path.clone(), Content::Copy { dir: dir.to_owned(), path });
+    }
+
+    /// Takes config and weights of a part as they are.
+    fn take_part(&mut self, dir: &Path, part: &str) -> Result<()> {
+        let weights = find_weights(&dir.join(part))?;
+        let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.take(dir, format!("{part}/config.json"));
+        self.take(dir, format!("{part}/{name}"));
+        Ok(())
+    }
+
+    /// Takes what no checkpoint has, from the source, if it is a directory that has it, or else from the other bundle:
+    /// a tokenizer of `vocab_size` entries that fills texts up as `pad` says, and what only training and evaluation
+    /// need.
+    fn complete(
+        &mut self,
+        own: Option<&Path>,
+        with: Option<&Path>,
+        vocab_size: usize,
+        pad: Pad,
+    ) -> Result<()> {
+        let sources: Vec<&Path> = own.into_iter().chain(with).collect();
+        let has_tokenizer =
+            |dir: &&&Path| TOKENIZER_FILES.iter().any(|f| dir.join("tokenizer").join(f).exists());
+        let Some(dir) = sources.iter().find(has_tokenizer) else {
+            let what = match (own, with) {
+                (_, Some(with)) => return Err(bad(with, "has no tokenizer/, which is wanted of it")),
+                (Some(_), None) => "has no tokenizer/; --with names a bundle that has one",
+                (None, None) => {
+                    "is a single file, which has no tokenizer; --with names a bundle that has one"
+                }
+            };
+            return Err(bad(&self.source, what));
+        };
+        self.take_tokenizer(dir, vocab_size, pad)?;
+        let mut taken = if own == Some(*dir) { Vec::new() } else { vec!["tokenizer"] };
+        for part in TEACHERS {
+            let Some(dir) = sources.iter().find(|dir| dir.join(part).is_dir()) else { continue };
+            self.take_part(dir, part)?;
+            if own != Some(*dir) {
+                taken.push(part);
+            }
+        }
+        if let (Some(with), false) = (with, taken.is_empty()) {
+            self.notes.push(format!("{} from {}", taken.join(", "), with.display()));
+        }
+        Ok(())
+    }
+
+    fn take_tokenizer(&mut self, dir: &Path, vocab_size: usize, pad: Pad) -> Result<()> {
+        let place = dir.join("tokenizer");
+        let tokenizer = Tokenizer::open(&place)?;
+        let n = tokenizer.vocab_size();
+        if n > vocab_size || 2 * n < vocab_size {
+            // Some rows may have no token; half of them tell that it is another vocabulary.
+            let source = self.source.display();
+            let what = format!("has {n} tokens, but the text encoder of {source} reads {vocab_size}");
+            return Err(bad(&place, what));
+        }
+        for name in TOKENIZER_FILES.iter().filter(|name| place.join(name).exists()) {
+            self.take(dir, format!("tokenizer/{name}"));
+        }
+        let found = tokenizer.encode("")[2];
+        let wanted = match pad {
+            Pad::AsItIs => found,
+            Pad::End => tokenizer.end(),
+            Pad::Zero => 0,
+        };
+        if found != wanted {
+            let token = if pad == Pad::Zero { "!" } else { "<|endoftext|>" };
+            let [map, config] = ["special_tokens_map.json", "tokenizer_config.json"];
+            for name in [map, config].into_iter().filter(|name| *name == map || place.join(name).exists()) {
+                let path = place.join(name);
+                let mut settings = if path.exists() { read_json(&path)? } else { json!({}) };
+                settings["pad_token"] = token.into();
+                let from = format!("tokenizer/{name} of {}, filling texts up with {token}", name_of(dir));
+                self.make(&format!("tokenizer/{name}"), settings, from);
+            }
+            self.notes.push(format!("texts are filled up with {token}, as the text encoder was trained"));
+        }
+        let rare = RARE_TOKENS.iter().filter(|word| tokenizer.is_single_token(word));
+        if self.manifest.rare_tokens.is_empty() {
+            self.manifest.rare_tokens = rare.map(|word| (*word).to_owned()).collect();
+        }
+        if let Some(product) = &self.manifest.product {
+            self.manifest.rare_tokens.retain(|token| *token != product.token);
+        }
+        Ok(())
+    }
+}
+
+/// What a tokenizer fills texts up with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pad {
+    /// What its settings say.
+    AsItIs,
+    /// The token at the end of each text, as OpenAI's text encoder was trained.
+    End,
+    /// Token 0, as OpenCLIP's was.
+    Zero,
+}
+
+/// The last part of a path, for people.
+fn name_of(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    whole.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// What a bundle says of itself, if it does.
+fn manifest_of(dir: &Path) -> Result<Manifest> {
+    Ok(read_manifest(dir)?.unwrap_or_default())
+}
+
+/// The scheduler's settings for a UNet that predicts this.
+fn predicting(mut scheduler: Value, prediction: Prediction) -> Result<Value> {
+    let Some(settings) = scheduler.as_object_mut() else {
+        return Err(Error::file("scheduler_config.json", "is not a JSON object"));
+    };
+    settings.insert("prediction_type".into(), prediction.word().into());
+    Ok(scheduler)
+}
