@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::bundle::BundleArgs;
 use super::error::CliError;
-use super::output::print_line;
+use super::output::{print_line, print_warning};
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
 use super::{evaluate, photos, service};
@@ -97,6 +97,7 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
         checkpointing: args.checkpointing,
     })?;
     cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
+    engine.warnings().iter().for_each(|warning| print_warning(warning));
 
     // 2. The trainings, in their own thread, while signals are handled here.
     let args = args.clone();

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::bundle::BundleArgs;
 use super::error::CliError;
-use super::output::print_line;
+use super::output::{print_line, print_warning};
 use super::photos;
 use crate::ml::bundle::{Bundle, Drawing};
 use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
@@ -96,6 +96,7 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let pictures = match (generated, &args.model) {
         (Some(pictures), _) => pictures,
         (None, Some(model)) => {
+            bundle.warnings().iter().for_each(|warning| print_warning(warning));
             let base = Models::load(&bundle, &device)?;
             let finetuned = FineTuned::load(model, &bundle, &base)?;
             drawn(args, &bundle, &finetuned, &lists, evaluator.can_score_class())?

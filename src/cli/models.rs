@@ -19,7 +19,7 @@ use crate::ml::bundle::{Bundle, Like, check, random, random_metrics};
 pub(super) enum Command {
     /// Fetch the published models that HYPNOS needs, and make one bundle of them.
     Pull(Box<pull::Pull>),
-    /// Say in words what is missing or wrong in a bundle.
+    /// Say in words what is missing or wrong in a bundle. Reads every weight.
     Check {
         /// Its directory, in the diffusers layout.
         dir: PathBuf,
@@ -72,13 +72,16 @@ pub(super) fn run(command: Command) -> Result<ExitCode, CliError> {
     }
 }
 
-/// Prints one line for each problem and their number, or a summary of the bundle.
+/// Prints one line for each remark and each problem, and the number of problems or a summary of the bundle.
 fn run_check(dir: &Path) -> Result<ExitCode> {
-    let findings = check(dir);
-    for finding in &findings {
-        print_error(&finding.to_string());
+    let report = check(dir);
+    for remark in &report.remarks {
+        print_line(&format!("remark: {remark}"));
     }
-    match findings.len() {
+    for error in &report.errors {
+        print_error(&error.to_string());
+    }
+    match report.errors.len() {
         0 => {
             let bundle = Bundle::open(dir)?;
             let (side, hash) = (bundle.resolution(), bundle.hash()?);

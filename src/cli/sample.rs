@@ -9,7 +9,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::bundle::BundleArgs;
-use super::output::print_line;
+use super::output::{print_line, print_warning};
 use crate::job::PRODUCT;
 use crate::ml::bundle::Bundle;
 use crate::ml::finetuned::{self, FineTuned};
@@ -80,6 +80,7 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     }
     let device = device::open(&args.device)?;
     let bundle = Bundle::open(&args.bundle.dir()?)?;
+    bundle.warnings().iter().for_each(|warning| print_warning(warning));
     let mut models = Models::load(&bundle, &device)?;
     let mut product = bundle.manifest().product.clone();
     if let Some(file) = &args.model {
@@ -167,9 +168,7 @@ fn warn_of_long_prompts(prompt: &str, negative: &str, models: &Models) {
     for (name, text) in [("--prompt", prompt), ("--negative", negative)] {
         let n_tokens = models.tokenizer.count(text);
         if n_tokens > room {
-            super::output::print_warning(&format!(
-                "{name} has {n_tokens} tokens; all after the first {room} are not seen"
-            ));
+            print_warning(&format!("{name} has {n_tokens} tokens; all after the first {room} are not seen"));
         }
     }
 }

@@ -369,6 +369,7 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
                 CandleEngine::open(engine::EngineSettings { device: device.clone(), ..settings.clone() });
             // The operator has to change something: the bundle, the device.
             let opened = opened.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
+            opened.warnings().iter().for_each(|warning| warn!(device, "{warning}"));
             Ok(Box::new(opened) as Box<dyn Engine>)
         });
         (name, make)

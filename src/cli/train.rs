@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::export::{self, FormatName, PrecisionName};
-use super::output::print_line;
+use super::output::{print_line, print_warning};
 use super::{photos, service};
 use crate::engine::{CandleEngine, Ending, Engine, EngineSettings, TraceInput, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec, merge_json};
@@ -93,6 +93,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         checkpointing: args.checkpointing,
     })?;
     engine.check(&spec)?;
+    engine.warnings().iter().for_each(|warning| print_warning(warning));
     let (out, spec) = Out::open(&args.out, &spec, &engine.model().card.sha256, args.resume)?;
 
     // 2. The training, in its own thread, while signals are handled here.

@@ -56,6 +56,11 @@ impl CandleEngine {
         Ok(Self { base: Arc::new(base), model, batch: settings.batch, finetuned })
     }
 
+    /// What the bundle's files ask for that is not done, one line each; they may name paths.
+    pub fn warnings(&self) -> &[String] {
+        self.base.bundle.warnings()
+    }
+
     /// Whether a training of `spec` can begin, as far as words and settings tell.
     pub fn check(&self, spec: &TrainSpec) -> Result<(), Fault> {
         training::check(&self.base, spec)

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use hypnos::job::{Method, TrainOptions};
-use hypnos::ml::bundle::{Bundle, check};
+use hypnos::ml::bundle::{Bundle, Capability, check, random_metrics};
 use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::weights::{Weights, save};
 use serde_json::{Value, json};
@@ -72,6 +72,13 @@ impl Broken {
                 line.strip_prefix(&prefix).unwrap_or_else(|| panic!("names no file: {line}")).to_owned()
             })
             .collect()
+    }
+
+    /// What it remarks without calling it an error.
+    fn remarks(&self) -> Vec<String> {
+        let prefix = format!("{}/", self.0.path().display());
+        let remarks = check(self.0.path()).remarks.into_iter().map(|remark| remark.to_string());
+        remarks.map(|line| line.strip_prefix(&prefix).expect("the file's name").to_owned()).collect()
     }
 
     /// The same where one line is all there is to say.
@@ -152,7 +159,7 @@ fn the_miniature_opens_with_all_its_parts() {
 #[test]
 fn without_hypnos_json_the_configs_tell_the_resolution() {
     let plain = Broken::new();
-    assert_eq!(check(plain.0.path()), []);
+    assert_eq!(check(plain.0.path()).errors, []);
     let bundle = Bundle::open(plain.0.path()).unwrap();
     assert_eq!(bundle.resolution(), 64);
     let full = Bundle::open(&miniature()).unwrap();
@@ -182,7 +189,7 @@ fn a_missing_file_is_named() {
     let finding = Broken::new().remove("tokenizer/vocab.json").finding();
     assert!(finding.starts_with("tokenizer/vocab.json: cannot be read: "), "{finding}");
     let finding = Broken::new().remove(UNET).finding();
-    assert!(finding.starts_with("unet: no weights (diffusion_pytorch_model.safetensors or "), "{finding}");
+    assert_eq!(finding, "unet: no weights (diffusion_pytorch_model.safetensors)");
 }
 
 #[test]
@@ -196,7 +203,164 @@ fn a_pickle_beside_missing_weights_is_named() {
 fn a_half_precision_file_serves_as_well() {
     let broken = Broken::new();
     fs::rename(broken.at(UNET), broken.at("unet/diffusion_pytorch_model.fp16.safetensors")).unwrap();
-    assert_eq!(check(broken.0.path()), []);
+    assert_eq!(check(broken.0.path()).errors, []);
+}
+
+/// A plain directory, as it is downloaded: none of what this program adds.
+fn plain() -> Broken {
+    let plain = Broken::new();
+    for part in ["segmenter", "perceptual"] {
+        fs::remove_dir_all(plain.at(part)).unwrap();
+    }
+    plain
+}
+
+#[test]
+fn a_plain_directory_is_sound_and_is_told_what_it_lacks() {
+    let plain = plain();
+    let (code, said, errors) = hypnos(&["models", "check", plain.0.path().to_str().unwrap()]);
+    assert_eq!((code, errors.as_str()), (0, ""), "{said}");
+    assert!(said.contains("a sound bundle for 64x64 pixels"), "{said}");
+    let bundle = Bundle::open(plain.0.path()).unwrap();
+    assert_eq!((bundle.missing(), bundle.capabilities()), (Capability::ALL.to_vec(), vec![]));
+    for capability in Capability::ALL {
+        let line = format!("remark: {}: {}", plain.at(capability.part()).display(), capability.missing());
+        assert!(said.lines().any(|one| one == line), "{line} is not in {said}");
+    }
+    let whole = Bundle::open(&miniature()).unwrap();
+    assert_eq!(whole.capabilities(), [Capability::Segmentation, Capability::PerceptualLoss]);
+    let error = bundle.segmenter(&Device::Cpu).unwrap_err().to_string();
+    assert!(error.ends_with("and a training with views.enabled=false goes without"), "{error}");
+}
+
+#[test]
+fn rare_tokens_are_words_of_the_vocabulary_where_the_bundle_names_none() {
+    let tokens = |broken: &Broken| {
+        let bundle = Bundle::open(broken.0.path()).unwrap();
+        bundle.rare_tokens(&bundle.tokenizer().unwrap())
+    };
+    assert_eq!(tokens(&plain()), ["sks", "ohwx", "olis", "zwx", "xjy", "qvk"]);
+    let placeholder = plain().write("tokenizer/added_tokens.json", r#"{"sks": 5}"#);
+    assert_eq!(tokens(&placeholder)[..2], ["ohwx", "olis"], "a placeholder has a meaning");
+    let vocab: Value =
+        serde_json::from_slice(&fs::read(plain().at("tokenizer/vocab.json")).unwrap()).unwrap();
+    let without = |words: &[&str]| {
+        let vocab = vocab.as_object().unwrap().iter().map(|(word, id)| {
+            let word = if words.contains(&word.trim_end_matches("</w>")) {
+                format!("{word}!")
+            } else {
+                word.clone()
+            };
+            (word, id.clone())
+        });
+        let merges = fs::read_to_string(plain().at("tokenizer/merges.txt")).unwrap();
+        let kept =
+            merges.lines().filter(|line| !words.contains(&line.replace([' '], "").trim_end_matches("</w>")));
+        let merges: Vec<&str> = kept.collect();
+        plain()
+            .write("tokenizer/vocab.json", Value::Object(vocab.collect()).to_string())
+            .write("tokenizer/merges.txt", merges.join("\n"))
+    };
+    assert_eq!(tokens(&without(&["sks", "olis"])), ["ohwx", "zwx", "xjy", "qvk"]);
+    let none = without(&["sks", "ohwx", "olis", "zwx", "xjy", "qvk"]);
+    assert_eq!(tokens(&none), [""; 0]);
+    let wanted = "tokenizer: has fewer than two rare tokens: a training has to be given instance_token, and";
+    assert!(none.remarks().iter().any(|line| line.starts_with(wanted)), "{:#?}", none.remarks());
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_found_and_not_loaded() {
+    let spoil = |names: &'static [&str], value: f32| {
+        move |t: &mut BTreeMap<String, Tensor>| {
+            for name in names {
+                let bias = t[*name].zeros_like().unwrap().to_vec1::<f32>().unwrap();
+                let spoilt: Vec<f32> =
+                    bias.iter().enumerate().map(|(i, v)| if i < 2 { value } else { *v }).collect();
+                t.insert((*name).into(), Tensor::new(spoilt, &Device::Cpu).unwrap());
+            }
+        }
+    };
+    let broken = Broken::new().retensor(UNET, spoil(&["conv_in.bias"], f32::NAN));
+    let line = "tensor `conv_in.bias` has 2 values that are infinite or not a number";
+    assert_eq!(broken.finding(), format!("{UNET}: {line}"));
+    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, true);
+    assert_eq!(loaded.unwrap_err().to_string(), format!("{}: {line}", broken.at(UNET).display()));
+    let broken = Broken::new().retensor(UNET, spoil(&["conv_in.bias", "conv_norm_out.bias"], f32::INFINITY));
+    let line = "has 4 values that are infinite or not a number, in 2 tensors, the first in `conv_in.bias`";
+    assert_eq!(broken.finding(), format!("{UNET}: {line}"));
+}
+
+#[test]
+fn what_a_frozen_network_does_not_read_is_no_error() {
+    let broken = Broken::new();
+    random_metrics(broken.0.path(), 1).unwrap();
+    let more = |t: &mut BTreeMap<String, Tensor>| {
+        let one = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+        // What timm's classifiers have, and what is only trained with.
+        for name in [
+            "conv_head.weight",
+            "bn2.running_mean",
+            "bn2.num_batches_tracked",
+            "classifier.bias",
+            "edge.0.weight",
+        ] {
+            t.insert(name.into(), one.clone());
+        }
+    };
+    let file = "metrics/dino/model.safetensors";
+    let broken = broken.retensor(file, more);
+    assert_eq!(check(broken.0.path()).errors, []);
+    let wanted = format!("{file}: tensor `edge.0.weight` is not read: the model of the config has none such");
+    assert!(broken.remarks().contains(&wanted), "{:#?}", broken.remarks());
+    let broken = broken.retensor(file, |t| drop(t.remove("norm.bias")));
+    assert!(broken.finding().starts_with(&format!("{file}: tensor `norm.bias` of shape ")));
+}
+
+#[test]
+fn settings_of_a_scheduler_that_are_not_followed_are_said_and_it_draws() {
+    let path = "scheduler/scheduler_config.json";
+    let broken = Broken::new()
+        .set(path, "algorithm_type", json!("sde-dpmsolver++"))
+        .set(path, "final_sigmas_type", json!("sigma_min"))
+        .set(path, "clip_sample", json!(true))
+        .set(path, "steps_offset", json!(0));
+    let wanted = [
+        "steps_offset is 0, and is taken as 1, as diffusers takes it",
+        "clip_sample is true, and is taken as false, as diffusers takes it: latents are not clipped",
+        r#"algorithm_type is "sde-dpmsolver++", and is taken as "dpmsolver++" by dpmpp-2m, dpmpp-2m-karras"#,
+        r#"final_sigmas_type is "sigma_min", and is taken as "zero" by dpmpp-2m, dpmpp-2m-karras, euler"#,
+    ]
+    .map(|line| format!("{path}: {line}"));
+    let report = check(broken.0.path());
+    assert_eq!(report.errors, []);
+    assert_eq!(broken.remarks()[..4], wanted);
+    let bundle = Bundle::open(broken.0.path()).unwrap();
+    assert_eq!(bundle.warnings().len(), 4);
+    assert_eq!(bundle.schedule().config().steps_offset(), 1);
+    let out = tempfile::tempdir().unwrap();
+    let [dir, out] = [broken.0.path(), out.path()].map(|path| path.to_str().unwrap());
+    let (code, _, errors) = hypnos(&[
+        "sample",
+        "--bundle",
+        dir,
+        "--prompt",
+        "a mug",
+        "--steps",
+        "2",
+        "--out",
+        out,
+        "--scheduler",
+        "dpmpp-2m",
+    ]);
+    assert_eq!(code, 0, "{errors}");
+    for line in wanted {
+        assert!(errors.contains(&format!("warning: {dir}/{line}")), "{errors}");
+    }
+    let lcm = Broken::new().set("model_index.json", "scheduler", json!(["diffusers", "LCMScheduler"]));
+    let line = format!(
+        "{path}: the class LCMScheduler is not among the samplers; dpmpp-2m is used where none is asked for"
+    );
+    assert!(lcm.remarks().contains(&line), "{:#?}", lcm.remarks());
 }
 
 #[test]
@@ -204,14 +368,14 @@ fn every_problem_is_told_not_just_the_first() {
     let broken = Broken::new()
         .remove("vae/config.json")
         .write("scheduler/scheduler_config.json", "{")
-        .set("text_encoder/config.json", "vocab_size", json!(903))
+        .set("text_encoder/config.json", "vocab_size", json!(901))
         .retensor(UNET, |t| drop(t.remove("conv_in.bias")));
     let findings = broken.findings();
     for wanted in [
         "vae/config.json: is missing",
         "scheduler/scheduler_config.json: ",
-        "text_encoder/config.json: vocab_size is 903, but the tokenizer has 902",
-        "text_encoder/model.safetensors: tensor `text_model.embeddings.token_embedding.weight` has shape [902, 128], but [903, 128] is wanted",
+        "text_encoder/config.json: vocab_size is 901, but the tokenizer has 902",
+        "text_encoder/model.safetensors: tensor `text_model.embeddings.token_embedding.weight` has shape [902, 128], but [901, 128] is wanted",
         "unet/diffusion_pytorch_model.safetensors: tensor `conv_in.bias` of shape [64] is missing",
     ] {
         assert!(findings.iter().any(|line| line.starts_with(wanted)), "{wanted} is not in {findings:#?}");
@@ -247,11 +411,12 @@ fn a_missing_tensor_is_named_with_the_one_it_may_be() {
         let value = t.remove("conv_norm_out.weight").unwrap();
         t.insert("model.conv_norm_out.weight".into(), value);
     };
-    let findings = Broken::new().retensor(UNET, rename).findings();
+    let broken = Broken::new().retensor(UNET, rename);
     let missing =
         "tensor `conv_norm_out.weight` of shape [64] is missing (there is `model.conv_norm_out.weight`)";
-    let extra = "tensor `model.conv_norm_out.weight` is not part of the model the config describes";
-    assert_eq!(findings, [format!("{UNET}: {missing}"), format!("{UNET}: {extra}")]);
+    assert_eq!(broken.finding(), format!("{UNET}: {missing}"));
+    let extra = "tensor `model.conv_norm_out.weight` is not read: the model of the config has none such";
+    assert!(broken.remarks().contains(&format!("{UNET}: {extra}")), "{:#?}", broken.remarks());
 }
 
 #[test]
@@ -318,14 +483,14 @@ fn a_header_bomb_is_refused_unread() {
     let finding = Broken::new().write(UNET, bomb).finding();
     assert_eq!(
         finding,
-        format!("{UNET}: announces a header of {} bytes; at most 16777216 are read", u64::MAX)
+        format!("{UNET}: announces a header of {} bytes; at most 100000000 are read", u64::MAX)
     );
-    let n = (16 << 20) + 1_u64; // all there, and still too long
+    let n = 100_000_001_u64; // all there, and still too long
     let broken = Broken::new().write(UNET, n.to_le_bytes());
     fs::OpenOptions::new().write(true).open(broken.at(UNET)).unwrap().set_len(n + 8).unwrap();
     assert_eq!(
         broken.finding(),
-        format!("{UNET}: announces a header of {n} bytes; at most 16777216 are read")
+        format!("{UNET}: announces a header of {n} bytes; at most 100000000 are read")
     );
     let deep = raw(&"[".repeat(100_000).replacen('[', "{\"a\":", 1), 0);
     let finding = Broken::new().write(UNET, deep).finding();
@@ -406,7 +571,7 @@ fn old_attention_names_and_kernels_of_one_pixel_load_as_the_same_weights() {
         }
     };
     let older = Broken::new().retensor(vae, old);
-    assert_eq!(check(older.0.path()), []);
+    assert_eq!(check(older.0.path()).errors, []);
     let load = |dir: &Path| Bundle::open(dir).unwrap().vae(&Device::Cpu, false).unwrap().params;
     let (ours, theirs) = (load(&miniature()), load(older.0.path()));
     assert_eq!(ours.len(), theirs.len());
@@ -426,7 +591,7 @@ fn the_text_encoder_loads_with_and_without_its_prefix_and_its_old_buffer() {
         t.insert("embeddings.position_ids".into(), places);
     };
     let newer = Broken::new().retensor(path, strip);
-    assert_eq!(check(newer.0.path()), []);
+    assert_eq!(check(newer.0.path()).errors, []);
     let load = |dir: &Path| Bundle::open(dir).unwrap().text_encoder(&Device::Cpu, false).unwrap().params;
     let (ours, theirs) = (load(&miniature()), load(newer.0.path()));
     for (name, param) in ours {
@@ -462,7 +627,7 @@ fn a_random_bundle_is_the_same_for_the_same_seed_and_is_sound() {
             assert!(read(&a) != read(&c), "{path} is the same for another seed");
         }
     }
-    assert_eq!(check(a.path()), []);
+    assert_eq!(check(a.path()).errors, []);
 }
 
 #[test]

@@ -54,6 +54,32 @@ fn spec(steps: u32, class_images: u32) -> TrainSpec {
     TrainSpec::new("mug", options, 77).expect("a specification")
 }
 
+/// The bundle as it is downloaded: without `hypnos.json` and without what only this program has.
+fn plain() -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    crate::bundles::copy(&settings().bundle, dir.path());
+    std::fs::remove_file(dir.path().join("hypnos.json")).expect("a file");
+    for part in ["segmenter", "perceptual"] {
+        std::fs::remove_dir_all(dir.path().join(part)).expect("a directory");
+    }
+    dir
+}
+
+#[test]
+fn a_plain_directory_trains_with_defaults_as_far_as_its_parts_go() {
+    let dir = plain();
+    let bundle = dir.path().to_owned();
+    let engine = CandleEngine::open(EngineSettings { bundle, ..settings() }).expect("an engine");
+    let of = |method| TrainSpec::new("mug", TrainOptions::of(method), 77).expect("a specification");
+    engine.check(&of(Method::Dreambooth)).expect("a rare token of the vocabulary");
+    engine.check(&of(Method::TextualInversion)).expect("a rare token of the vocabulary");
+    let fault = engine.check(&of(Method::Hypnos)).expect_err("no segmenter");
+    assert_eq!(fault.code, FaultCode::Input);
+    let wanted = "method: the model's segmenter/ is missing; finding the product in a photo needs it, though drawing does not, \
+        and a training with views.enabled=false goes without";
+    assert_eq!(fault.message, wanted);
+}
+
 /// One attempt at a training, and what it left.
 struct Attempt {
     result: Result<Ending, Fault>,

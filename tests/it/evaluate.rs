@@ -60,7 +60,7 @@ fn near(a: Option<f64>, b: f64) {
 fn every_score_is_computed_from_the_metrics_values() {
     let dir = tempfile::tempdir().expect("a directory");
     let place = bundle(dir.path(), true);
-    assert_eq!(check(&place), []);
+    assert_eq!(check(&place).errors, []);
     let bundle = Bundle::open(&place).expect("a bundle");
     let nets = Backbones::load(&bundle, &Device::Cpu).expect("networks");
     let evaluator = Evaluator::new(&bundle, &Device::Cpu, photos()).expect("an evaluator");

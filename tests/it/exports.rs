@@ -276,6 +276,25 @@ fn a_failed_export_is_one_line_and_leaves_no_file() {
         "less.safetensors: tensor `unet.conv_in.bias` of shape [64] is missing",
     );
 
+    // Weights that are no numbers, whether they were learned or go out with the bundle's.
+    let (name, no_number) =
+        ("unet.conv_in.bias", Tensor::full(f32::NAN, 64, &Device::Cpu).expect("a tensor"));
+    let broken = dir.path().join("broken.safetensors");
+    rewrite(&weights, &broken, |tensors, _| drop(tensors.insert(name.into(), no_number)));
+    let wanted = "tensor `unet.conv_in.bias` has 64 values that are infinite or not a number";
+    refuse(export(&broken, &place, &["--as", "diffusers"]), wanted);
+    refuse(export(&broken, &place, &["--as", "single-file"]), wanted);
+    let spoilt = scratch();
+    copy(&bundle, spoilt.path());
+    let vae = spoilt.path().join("vae/diffusion_pytorch_model.safetensors");
+    let infinite = Tensor::full(f32::INFINITY, 8, &Device::Cpu).expect("a tensor");
+    rewrite(&vae, &vae, |tensors, _| drop(tensors.insert("quant_conv.bias".into(), infinite)));
+    let hash = Bundle::open(spoilt.path()).and_then(|b| Ok(b.hash()?.to_owned())).expect("a hash");
+    rewrite(&weights, &broken, |_, about| drop(about.insert("bundle".into(), hash)));
+    let wanted = "tensor `quant_conv.bias` has 8 values that are infinite or not a number";
+    refuse(export_of(spoilt.path(), &broken, &place, &["--as", "diffusers"]), wanted);
+    refuse(export_of(spoilt.path(), &broken, &place, &["--as", "single-file"]), wanted);
+
     // A file may grow to 8 MiB, or 16 by the shell, less than the UNet has: that write fails as on a full disk, with
     // another word.
     for form in ["diffusers", "single-file"] {
@@ -344,6 +363,41 @@ fn a_bundle_without_a_manifest_is_exported_too() {
     succeeds(&mut hypnos(&["models", "check", text(&place.join("diffusers"))]));
     let single = TensorFile::open(&place.join("single-file.safetensors")).expect("a file");
     assert!(!single.metadata().contains_key("modelspec.license"));
+}
+
+#[test]
+fn a_part_in_several_files_of_a_variant_is_exported_under_plain_names() {
+    let (dir, split) = (scratch(), scratch());
+    copy(&bundle(), split.path());
+    fs::remove_file(split.path().join("hypnos.json")).expect("a file");
+    let vae = split.path().join("vae");
+    let whole = vae.join("diffusion_pytorch_model.safetensors");
+    let before = TensorFile::open(&whole).expect("a file");
+    let names: Vec<String> = before.names().map(str::to_owned).collect();
+    let mut files = serde_json::Map::new();
+    for (i, half) in names.chunks(names.len().div_ceil(2)).enumerate() {
+        let file = format!("diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors", i + 1);
+        rewrite(&whole, &vae.join(&file), |tensors, _| tensors.retain(|name, _| half.contains(name)));
+        files.extend(half.iter().map(|name| (name.clone(), json!(file))));
+    }
+    let index = json!({"metadata": {}, "weight_map": files}).to_string();
+    fs::write(vae.join("diffusion_pytorch_model.safetensors.index.fp16.json"), index).expect("a file");
+    fs::remove_file(&whole).expect("a file");
+    succeeds(&mut hypnos(&["models", "check", text(split.path())]));
+
+    let (out, theirs) = (dir.path().join("mug"), dir.path().join("theirs.safetensors"));
+    succeeds(&mut train(&demo_photos(), &out, &DREAMBOOTH));
+    let hash = Bundle::open(split.path()).and_then(|b| Ok(b.hash()?.to_owned())).expect("a hash");
+    rewrite(&out.join("weights.safetensors"), &theirs, |_, about| drop(about.insert("bundle".into(), hash)));
+    let place = dir.path().join("place");
+    succeeds(&mut export_of(split.path(), &theirs, &place, &BOTH));
+    let exported = place.join("diffusers/vae/diffusion_pytorch_model.safetensors.index.json");
+    let after = TensorFile::open(&exported).expect("an index and its files");
+    for name in &names {
+        let read = |file: &TensorFile| bits(file.read(name).expect("a tensor"));
+        assert!(read(&before) == read(&after), "{name} is another");
+    }
+    succeeds(&mut hypnos(&["models", "check", text(&place.join("diffusers"))]));
 }
 
 #[test]

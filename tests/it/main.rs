@@ -28,6 +28,7 @@ mod evaluate;
 
 mod bundles;
 mod imports;
+mod loading;
 mod pickles;
 mod pull;
 mod tokenizer;

@@ -328,7 +328,7 @@ fn a_bundle_brings_its_backbones_each_with_its_name_and_hash() {
     assert!(none.dino.is_none() && none.clip.is_none() && none.inception.is_none() && none.lpips.is_none());
 
     let dir = bundle_with_backbones();
-    assert_eq!(check(dir.path()), []);
+    assert_eq!(check(dir.path()).errors, []);
     let all = backbones(dir.path()).expect("a bundle with all four");
     let (dino, clip) = (all.dino.expect("DINO"), all.clip.expect("CLIP"));
     let (inception, lpips) = (all.inception.expect("Inception"), all.lpips.expect("LPIPS"));
@@ -358,7 +358,7 @@ fn each_problem_of_a_backbone_is_one_line() {
         tensors
             .insert("fc.weight".into(), Tensor::zeros((1008, 128), DType::F32, &Device::Cpu).expect("zeros"));
     });
-    assert_eq!(check(dir.path()), []);
+    assert_eq!(check(dir.path()).errors, []);
     retensor(&dir, "dino", |tensors| {
         tensors.remove("blocks.1.norm2.bias");
     });
@@ -372,7 +372,7 @@ fn each_problem_of_a_backbone_is_one_line() {
     let mut clip: Value = serde_json::from_slice(&fs::read(&config).expect("a file")).expect("JSON");
     clip["vision_config"]["patch_size"] = 7.into();
     fs::write(&config, clip.to_string()).expect("a file");
-    let found: Vec<String> = check(dir.path()).iter().map(ToString::to_string).collect();
+    let found: Vec<String> = check(dir.path()).errors.iter().map(ToString::to_string).collect();
     let at = |file: &str| format!("{}/metrics/{file}: ", dir.path().display());
     assert_eq!(
         found,

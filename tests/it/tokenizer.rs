@@ -95,6 +95,20 @@ fn rare_tokens_are_single_and_other_words_are_not() {
     }
 }
 
+#[test]
+fn a_placeholder_of_textual_inversion_is_one_token() {
+    let dir = with("added_tokens.json", r#"{"<my-jar>": 902, "<my-jar>_1": 903}"#);
+    let tokenizer = Tokenizer::open(dir.path()).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 904);
+    let ids = tokenizer.encode("a <my-jar> on <My-Jar>_1");
+    assert_eq!(tokenizer.id("<my-jar>"), Some(902));
+    assert!(tokenizer.is_added(902) && !tokenizer.is_added(320));
+    assert_eq!(ids[1..3], [320, 902]);
+    assert!(ids.contains(&903), "{ids:?}");
+    let plain = Tokenizer::open(&at("tests/bundle/tokenizer")).unwrap();
+    assert_eq!((plain.vocab_size(), plain.id("<my-jar>")), (902, None));
+}
+
 /// A copy of the miniature's tokenizer with one file changed.
 fn with(file: &str, text: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -123,7 +137,8 @@ fn a_broken_file_is_named_with_its_line() {
         message("vocab.json", "{\"a\": -1}").contains("vocab.json: is not a JSON object of token numbers")
     );
     assert!(
-        message("vocab.json", "{\"a\": 1}").contains("vocab.json has no `<|startoftext|>`, the bos_token")
+        message("vocab.json", "{\"a\": 1}")
+            .contains("the vocabulary has no `<|startoftext|>`, the bos_token")
     );
     assert!(
         message("special_tokens_map.json", "[1]").contains("special_tokens_map.json: is not a JSON object")

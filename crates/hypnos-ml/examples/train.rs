@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bundle = Bundle::open(Path::new(bundle))?;
     let models = Models::load(&bundle, &device)?;
     let (text, unet) = (bundle.text_encoder(&device, true)?, bundle.unet(&device, true)?);
-    let token = bundle.manifest().rare_tokens.first().ok_or("the bundle names no rare token")?.clone();
+    let token = bundle.rare_tokens(&models.tokenizer).first().ok_or("the bundle has no rare token")?.clone();
     // 2. What is learned, and how.
     let recipe = Recipe {
         product: Product { token, class_name: class_name.clone(), with_class: true },

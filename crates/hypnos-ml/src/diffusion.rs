@@ -36,11 +36,11 @@ pub struct Config {
     pub(crate) class_name: Option<String>,
     /// T, the number of timesteps the model was trained with. 1000 where absent.
     pub(crate) num_train_timesteps: Option<usize>,
-    /// The first β. 0.0001 where absent (0.00085 for Heun and KDPM2).
+    /// The first β. 0.0001 where absent (0.00085 for Heun, KDPM2 and some others).
     pub(crate) beta_start: Option<f64>,
-    /// The last β. 0.02 where absent (0.012 for Heun and KDPM2).
+    /// The last β. 0.02 where absent (0.012 for Heun, KDPM2 and some others).
     pub(crate) beta_end: Option<f64>,
-    /// `linear` (where absent), `scaled_linear` or `squaredcos_cap_v2`.
+    /// `linear` (where absent, but for LCM and TCD), `scaled_linear` or `squaredcos_cap_v2`.
     pub(crate) beta_schedule: Option<String>,
     /// The T betas themselves, instead of the three keys above.
     pub(crate) trained_betas: Option<Vec<f64>>,
@@ -49,13 +49,10 @@ pub struct Config {
     /// `leading`, `linspace` or `trailing`; where absent each sampler has its own.
     pub(crate) timestep_spacing: Option<String>,
     /// Added to the timesteps of `leading`. 0 where absent.
-    ///
-    /// Departure: the reference pipeline puts 1 over any other value when it loads, with a warning; its schedulers,
-    /// and this program, take the file at its word.
     pub(crate) steps_offset: Option<usize>,
     /// Whether the last step of DDIM and PNDM ends at ᾱ = 1 (true) or at ᾱ_0 (false).
     pub(crate) set_alpha_to_one: Option<bool>,
-    /// Every other key: those of single samplers, checked when such a sampler runs, and those nobody reads.
+    /// Every other key: those of single samplers, and those nobody reads.
     #[serde(flatten)]
     pub(crate) rest: BTreeMap<String, Value>,
 }
@@ -96,10 +93,34 @@ impl Config {
     /// Takes `-Infinity`, `Infinity` and `NaN` as null: the reference writes them (`lambda_min_clipped`), although
     /// JSON has no such words. [`Error::Input`] names the key and the value.
     pub fn parse(text: &str) -> Result<Self> {
-        let config: Self = serde_json::from_str(&without_infinities(text))
-            .map_err(|err| Error::file("scheduler_config.json", format!("{err}")))?;
+        let config = Self::read(text)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// As [`Config::parse()`], without the check.
+    pub(crate) fn read(text: &str) -> Result<Self> {
+        serde_json::from_str(&without_infinities(text))
+            .map_err(|err| Error::file("scheduler_config.json", format!("{err}")))
+    }
+
+    /// What Stable Diffusion's pipeline makes of the settings: 1 for `steps_offset` and false for `clip_sample`, whatever
+    /// they are, for old files say otherwise. One line for each that said otherwise.
+    ///
+    /// Departure: where the file does not say, the reference forgets its own 1 again when another scheduler is made from
+    /// the pipeline's; here each sampler has it.
+    pub(crate) fn adopt_pipeline(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some(offset) = self.steps_offset.replace(1).filter(|offset| *offset != 1) {
+            lines.push(format!("steps_offset is {offset}, and is taken as 1, as diffusers takes it"));
+        }
+        if self.rest.insert("clip_sample".into(), Value::Bool(false)) == Some(Value::Bool(true)) {
+            lines.push(
+                "clip_sample is true, and is taken as false, as diffusers takes it: latents are not clipped"
+                    .into(),
+            );
+        }
+        lines
     }
 
     /// Refuses, naming key and value, what would make this model's noise different from what we compute.
@@ -114,16 +135,8 @@ impl Config {
         if self.steps_offset() >= n {
             return Err(refuse("steps_offset", self.steps_offset(), "less than num_train_timesteps"));
         }
-        // Departure: DDIM's class clips where `clip_sample` is absent; the reference pipeline switches that off
-        // for latents, with a warning, so here it is off unless the file insists.
-        self.only("clip_sample", &[Value::Bool(false)])?;
-        self.only("thresholding", &[Value::Bool(false)])?;
-        self.only("rescale_betas_zero_snr", &[Value::Bool(false)])?;
-        self.only("use_flow_sigmas", &[Value::Bool(false)])?;
-        self.only(
-            "variance_type",
-            &["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"].map(Value::from),
-        )
+        self.only("use_flow_sigmas", &[Value::Bool(false)])
+            .map_err(|value| refuse("use_flow_sigmas", value, "false"))
     }
 
     /// T.
@@ -163,34 +176,38 @@ impl Config {
         self.rest.get(key) == Some(&Value::Bool(true))
     }
 
-    /// Passes where `key` is absent, null or one of `wanted`; otherwise [`Error::Input`].
-    pub(crate) fn only(&self, key: &str, wanted: &[Value]) -> Result<()> {
+    /// Passes where `key` is absent, null or one of `wanted`; otherwise gives what it is.
+    pub(crate) fn only(&self, key: &str, wanted: &[Value]) -> Result<(), &Value> {
         match self.rest.get(key) {
             None | Some(Value::Null) => Ok(()),
             Some(value) if wanted.contains(value) => Ok(()),
-            Some(value) => {
-                let wanted: Vec<_> = wanted.iter().map(Value::to_string).collect();
-                Err(refuse(key, value, &if wanted.is_empty() { "null".into() } else { wanted.join(" or ") }))
-            }
+            Some(value) => Err(value),
         }
     }
 
-    /// First and last β of the reference class; [`Error::Input`] for a class with another kind of noise.
-    fn class_betas(&self) -> Result<(f64, f64)> {
-        let Some(class) = &self.class_name else { return Ok((0.0001, 0.02)) };
+    /// First and last β of the reference class, and how they are laid between; [`Error::Input`] for a class with another
+    /// kind of noise.
+    fn class_betas(&self) -> Result<(f64, f64, &'static str)> {
+        let Some(class) = &self.class_name else { return Ok((0.0001, 0.02, "linear")) };
         let name = class.strip_suffix("Scheduler").unwrap_or(class);
         match name {
             "DDIM"
+            | "DDIMParallel"
             | "DDPM"
+            | "DDPMParallel"
             | "PNDM"
             | "DPMSolverMultistep"
             | "DPMSolverSinglestep"
             | "DEISMultistep"
             | "UniPCMultistep"
+            | "SASolver"
             | "LMSDiscrete"
             | "EulerDiscrete"
-            | "EulerAncestralDiscrete" => Ok((0.0001, 0.02)),
-            "HeunDiscrete" | "KDPM2Discrete" | "KDPM2AncestralDiscrete" => Ok((0.00085, 0.012)),
+            | "EulerAncestralDiscrete" => Ok((0.0001, 0.02, "linear")),
+            "HeunDiscrete" | "KDPM2Discrete" | "KDPM2AncestralDiscrete" | "DPMSolverSDE" => {
+                Ok((0.00085, 0.012, "linear"))
+            }
+            "LCM" | "TCD" => Ok((0.00085, 0.012, "scaled_linear")),
             _ => Err(refuse(
                 "_class_name",
                 format!("\"{class}\""),
@@ -202,7 +219,7 @@ impl Config {
     /// β_0 … β_{T−1} in f32, as `torch.linspace` and its square give them.
     fn betas(&self) -> Result<Vec<f32>> {
         let n = self.n_timesteps();
-        let (start, end) = self.class_betas()?;
+        let (start, end, schedule) = self.class_betas()?;
         let (start, end) = (self.beta_start.unwrap_or(start), self.beta_end.unwrap_or(end));
         if let Some(betas) = &self.trained_betas {
             if betas.len() != n {
@@ -211,7 +228,7 @@ impl Config {
             }
             return Ok(betas.iter().map(|&beta| beta as f32).collect());
         }
-        match self.beta_schedule.as_deref().unwrap_or("linear") {
+        match self.beta_schedule.as_deref().unwrap_or(schedule) {
             "linear" => Ok(linspace_f32(start, end, n)),
             "scaled_linear" => Ok(linspace_f32(start.sqrt(), end.sqrt(), n).iter().map(|x| x * x).collect()),
             "squaredcos_cap_v2" => Ok((0..n).map(|t| squared_cosine(t, n)).collect()),

@@ -1,7 +1,7 @@
 //! Reads and writes safetensors files: checked with suspicion when read, whole or not at all when written.
 //!
-//! A file from elsewhere may be cut off, claim a header of terabytes, or be something else altogether, so every number
-//! in the header is checked here before anything is allocated from it; the safetensors crate then checks it again.
+//! A file from elsewhere may be cut off, claim a header of terabytes, or be something else altogether: what the
+//! safetensors crate refuses is refused ([`header`]), before anything is allocated from its numbers.
 //! Format: <https://github.com/huggingface/safetensors#format>. Pickles (`.bin`, `.ckpt`) are recognised and refused,
 //! never opened. Names and shapes mean nothing here; [`super::weights`] gives them their meaning.
 //!
@@ -9,9 +9,11 @@
 //! copy is made in either case; this way the file's pages do not count as the process's memory, and another program
 //! that cuts the file short causes an error instead of a SIGBUS.
 
-use std::collections::BTreeMap;
+mod header;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -20,46 +22,67 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::error::io_words;
+use self::header::Header;
 use super::{Error, Result};
-
-/// Headers above this are refused: the real SD 1.5 UNet needs 0.1 MiB.
-const HEADER_BYTES_MAX: u64 = 16 << 20;
 
 /// Elements converted at a time, by one thread.
 const CHUNK: usize = 1 << 18;
 
-/// An open safetensors file: its header checked, its tensors still on disk.
+/// An open safetensors file, or the several that an index names: headers checked, tensors still on disk.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
-    file: File,
-    data_start: u64,
-    infos: BTreeMap<String, TensorInfo>,
+    shards: Vec<Shard>,
+    /// Each tensor, and the shard that holds it.
+    tensors: BTreeMap<String, (usize, TensorInfo)>,
     metadata: BTreeMap<String, String>,
 }
 
+/// One of the files.
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    data_start: u64,
+}
+
+/// What `*.safetensors.index.json` says.
+#[derive(Deserialize)]
+struct Index {
+    /// Nothing that is needed; the reference wants it to be there.
+    #[serde(rename = "metadata")]
+    _metadata: Map<String, Value>,
+    /// The file of each tensor.
+    weight_map: BTreeMap<String, String>,
+}
+
 impl TensorFile {
-    /// Opens the file and checks its header: length, JSON, and that each tensor's bytes fit its shape and lie within
-    /// the file. [`Error::File`] names the file, and the tensor where there is one.
+    /// Opens a safetensors file, or all files that an index (`*.json`) beside them names, and checks the headers as
+    /// the reference does. [`Error::File`] names the file, and the tensor where there is one.
     pub fn open(path: &Path) -> Result<TensorFile> {
-        let bad = |what: String| Error::file(path, what);
-        let mut file = File::open(path).map_err(|e| Error::io(path, "cannot be opened", e))?;
-        let about = file.metadata().map_err(|e| Error::io(path, "cannot be read", e))?;
-        if !about.is_file() {
-            return Err(bad("is not a file; a safetensors file was wanted".into()));
+        let paths = if is_index(path) { shards(path)? } else { vec![path.to_owned()] };
+        let mut all = TensorFile {
+            path: path.to_owned(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+        };
+        for path in paths {
+            let (shard, header) = open_shard(path)?;
+            let i = all.shards.len();
+            all.tensors.extend(header.infos.into_iter().map(|(name, info)| (name, (i, info))));
+            all.metadata.extend(header.metadata);
+            all.shards.push(shard);
         }
-        let header = read_header(&mut file, about.len()).map_err(&bad)?;
-        let data_start = 8 + header.len() as u64;
-        let (infos, metadata) = parse_header(&header, about.len() - data_start).map_err(&bad)?;
-        Ok(TensorFile { path: path.to_owned(), file, data_start, infos, metadata })
+        Ok(all)
     }
 
-    /// Where the file lies.
+    /// Where the file lies, or the index of several.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -71,131 +94,114 @@ impl TensorFile {
 
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.infos.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     /// The shape of a tensor, if there is one of that name.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.infos.get(name).map(|i| i.shape.as_slice())
+        self.tensors.get(name).map(|(_, info)| info.shape.as_slice())
     }
 
     /// The type of a tensor, if there is one of that name.
     pub fn dtype(&self, name: &str) -> Option<Dtype> {
-        self.infos.get(name).map(|i| i.dtype)
+        self.tensors.get(name).map(|(_, info)| info.dtype)
     }
 
-    /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::File`] for other types, a missing tensor,
-    /// or a file that has become unreadable.
+    /// One tensor in f32, row-major, from f64, f32, f16, bf16 or f8. [`Error::File`] for other types, a missing
+    /// tensor, or a file that has become unreadable.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
         let bad = |what: String| Error::file(&self.path, format!("tensor `{name}` {what}"));
-        let info = self.infos.get(name).ok_or_else(|| bad("is missing".into()))?;
-        let (width, widen) = widening(info.dtype)
-            .ok_or_else(|| bad(format!("has type {:?}; F32, F16, BF16 or F64 is wanted", info.dtype)))?;
-        let start = self.data_start + info.data_offsets.0 as u64;
+        let (shard, info) = self.tensors.get(name).ok_or_else(|| bad("is missing".into()))?;
+        let Shard { path, file, data_start } = &self.shards[*shard];
+        let (width, widen) = widening(info.dtype).ok_or_else(|| {
+            bad(format!("has type {:?}; F32, F16, BF16, F64, F8_E4M3 or F8_E5M2 is wanted", info.dtype))
+        })?;
+        let start = data_start + info.data_offsets.0 as u64;
         let mut values = vec![0f32; info.shape.iter().product()];
         values
             .par_chunks_mut(CHUNK)
             .enumerate()
             .try_for_each(|(i, out)| {
                 let mut bytes = vec![0u8; out.len() * width];
-                self.file.read_exact_at(&mut bytes, start + (i * CHUNK * width) as u64)?;
+                file.read_exact_at(&mut bytes, start + (i * CHUNK * width) as u64)?;
                 widen(&bytes, out);
                 Ok(())
             })
-            .map_err(|e: std::io::Error| {
-                Error::io(&self.path, &format!("tensor `{name}` cannot be read"), e)
-            })?;
+            .map_err(|e: std::io::Error| Error::io(path, &format!("tensor `{name}` cannot be read"), e))?;
         Ok(values)
     }
-}
 
-/// The header's JSON, or what the file is instead.
-fn read_header(file: &mut File, file_len: u64) -> Result<Vec<u8>, String> {
-    let mut head = Vec::with_capacity(64);
-    file.take(64).read_to_end(&mut head).map_err(|e| format!("cannot be read: {}", io_words(&e)))?;
-    if let Some(other) = something_else(&head) {
-        return Err(format!("{other}; a safetensors file was wanted"));
-    }
-    let Some(Ok(length)) = head.get(..8).map(<[u8; 8]>::try_from) else {
-        return Err(format!("has {file_len} bytes; a safetensors file has at least 8"));
-    };
-    let header_len = u64::from_le_bytes(length);
-    if header_len > HEADER_BYTES_MAX {
-        return Err(format!("announces a header of {header_len} bytes; at most {HEADER_BYTES_MAX} are read"));
-    }
-    if header_len > file_len - 8 {
-        return Err(format!(
-            "is truncated: the header alone wants {header_len} bytes, the file has {file_len}"
-        ));
-    }
-    let mut header = vec![0; header_len as usize];
-    file.read_exact_at(&mut header, 8).map_err(|e| format!("cannot be read: {}", io_words(&e)))?;
-    if header.first() != Some(&b'{') {
-        return Err("is not a safetensors file: its header does not begin with `{`".into());
-    }
-    Ok(header)
-}
-
-/// What people put where weights belong, by its first bytes.
-fn something_else(head: &[u8]) -> Option<&'static str> {
-    let text = head.trim_ascii_start().to_ascii_lowercase();
-    let starts = |magic: &[u8]| head.starts_with(magic);
-    if starts(b"PK\x03\x04") {
-        return Some("is a zip archive, most likely a PyTorch pickle (convert it to safetensors)");
-    }
-    if starts(b"\x80\x02") || starts(b"\x80\x03") || starts(b"\x80\x04") || starts(b"\x80\x05") {
-        return Some("is a Python pickle (convert it to safetensors)");
-    }
-    if starts(b"version https://git-lfs") {
-        return Some("is a git-lfs pointer, not the weights it points to (run `git lfs pull`)");
-    }
-    if text.starts_with(b"<!doctype") || text.starts_with(b"<html") || text.starts_with(b"<?xml") {
-        return Some("is a web page, most likely the answer to a failed download");
-    }
-    None
-}
-
-type Header = (BTreeMap<String, TensorInfo>, BTreeMap<String, String>);
-
-/// Names, places and free text out of the header's JSON; `data_len` bytes follow the header in the file.
-fn parse_header(header: &[u8], data_len: u64) -> Result<Header, String> {
-    let mut entries: Map<String, Value> =
-        serde_json::from_slice(header).map_err(|e| format!("has a header that is not JSON: {e}"))?;
-    let metadata = match entries.remove("__metadata__") {
-        None => BTreeMap::new(),
-        Some(v) => {
-            serde_json::from_value(v).map_err(|e| format!("has bad `__metadata__` in its header: {e}"))?
+    /// As [`TensorFile::read`] for weights, which have to be numbers: [`Error::File`] as well if one is infinite or
+    /// not a number.
+    pub fn read_finite(&self, name: &str) -> Result<Vec<f32>> {
+        let values = self.read(name)?;
+        match not_finite(&values) {
+            0 => Ok(values),
+            n => Err(Error::file(&self.path, not_finite_words(n, 1, name))),
         }
-    };
-    let mut infos = BTreeMap::new();
-    for (name, entry) in entries {
-        let info = check_entry(entry, data_len).map_err(|what| format!("tensor `{name}` {what}"))?;
-        infos.insert(name, info);
     }
-    // The crate's own check: no holes, no overlaps.
-    serde_json::from_slice::<Metadata>(header).map_err(|e| format!("has an inconsistent header: {e}"))?;
-    Ok((infos, metadata))
+
+    /// What is wrong with the values of these tensors, in one line, if some are infinite or not a number.
+    /// [`Error::File`] as for [`TensorFile::read`].
+    pub fn faulty_values<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<Option<String>> {
+        let (mut n_values, mut faulty) = (0, Vec::new());
+        for name in names {
+            let n = not_finite(&self.read(name)?);
+            n_values += n;
+            faulty.extend((n > 0).then_some(name));
+        }
+        Ok(faulty.first().map(|first| not_finite_words(n_values, faulty.len(), first)))
+    }
 }
 
-/// One tensor's entry, its bytes fitting its shape and lying within the file.
-fn check_entry(entry: Value, data_len: u64) -> Result<TensorInfo, String> {
-    let info: TensorInfo =
-        serde_json::from_value(entry).map_err(|e| format!("has a bad header entry: {e}"))?;
-    let (begin, end) = info.data_offsets;
-    if end as u64 > data_len {
-        return Err(format!(
-            "ends at byte {end} of the data, but the file holds {data_len}: it is truncated"
-        ));
+/// How many values are infinite or not a number.
+fn not_finite(values: &[f32]) -> usize {
+    values.par_chunks(CHUNK).map(|chunk| chunk.iter().filter(|v| !v.is_finite()).count()).sum()
+}
+
+fn not_finite_words(n_values: usize, n_tensors: usize, first: &str) -> String {
+    let values = if n_values == 1 { "value that is" } else { "values that are" };
+    match n_tensors {
+        1 => format!("tensor `{first}` has {n_values} {values} infinite or not a number"),
+        n => format!(
+            "has {n_values} {values} infinite or not a number, in {n} tensors, the first in `{first}`"
+        ),
     }
-    let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, d| n.checked_mul(*d));
-    let wanted = bits.ok_or_else(|| format!("has the impossible shape {:?}", info.shape))? / 8;
-    match end.checked_sub(begin) {
-        Some(bytes) if bytes == wanted => Ok(info),
-        _ => Err(format!(
-            "lies at {begin}..{end}, but {:?} of {:?} takes {wanted} bytes",
-            info.shape, info.dtype
-        )),
+}
+
+/// Whether a path is that of an index of several files.
+pub(crate) fn is_index(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "json")
+}
+
+/// The files that an index names, each once, in the order of their names. [`Error::File`] if one is not beside it.
+pub(crate) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string(index).map_err(|e| Error::io(index, "cannot be read", e))?;
+    let parsed: Index = serde_json::from_str(&text)
+        .map_err(|e| Error::file_from(index, format!("is not an index of safetensors files: {e}"), e))?;
+    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    if names.is_empty() {
+        return Err(Error::file(index, "names no file"));
     }
+    let beside = |name: String| {
+        let plain = Path::new(&name).file_name().is_some_and(|file| file == name.as_str());
+        let path = index.with_file_name(&name);
+        if !plain {
+            return Err(Error::file(index, format!("names `{name}`, which is not a file beside it")));
+        }
+        if path.exists() { Ok(path) } else { Err(Error::file(path, "is missing; the index names it")) }
+    };
+    names.into_iter().map(beside).collect()
+}
+
+fn open_shard(path: PathBuf) -> Result<(Shard, Header)> {
+    let file = File::open(&path).map_err(|e| Error::io(&path, "cannot be opened", e))?;
+    let about = file.metadata().map_err(|e| Error::io(&path, "cannot be read", e))?;
+    if !about.is_file() {
+        return Err(Error::file(&path, "is not a file; a safetensors file was wanted"));
+    }
+    let header = Header::read(&file, about.len()).map_err(|what| Error::file(&path, what))?;
+    Ok((Shard { path, file, data_start: header.data_start }, header))
 }
 
 pub(crate) type Widen = fn(&[u8], &mut [f32]);
@@ -219,8 +225,25 @@ pub(crate) fn widening(dtype: Dtype) -> Option<(usize, Widen)> {
         Dtype::BF16 => Some((2, |bytes, out| {
             halves(bytes).reinterpret_cast::<bf16>().convert_to_f32_slice(out);
         })),
+        Dtype::F8_E5M2 => Some((1, |bytes, out| {
+            out.iter_mut().zip(bytes).for_each(|(o, b)| *o = f16::from_bits(u16::from(*b) << 8).to_f32());
+        })),
+        Dtype::F8_E4M3 => Some((1, |bytes, out| {
+            out.iter_mut().zip(bytes).for_each(|(o, b)| *o = e4m3(*b));
+        })),
         _ => None,
     }
+}
+
+/// Four bits of exponent, three of mantissa; no infinity, and one pattern that is no number (arXiv 2209.05433).
+fn e4m3(bits: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    let size = match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if bits & 128 == 0 { size } else { -size }
 }
 
 fn halves(bytes: &[u8]) -> Vec<u16> {

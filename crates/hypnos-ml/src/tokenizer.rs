@@ -1,14 +1,14 @@
 //! Text to the 77 token numbers that the text encoder reads.
 //!
-//! CLIP's byte-pair encoding (Radford et al. 2021, arXiv 2103.00020, section 2.4) from `vocab.json` and `merges.txt`,
-//! put together as `transformers` 5.23.0 does in `models/clip/tokenization_clip.py` and
-//! `tokenization_utils_tokenizers.py`. The encoding itself is the reference's own crate. There is no decoding, and
-//! no `tokenizer.json`: the class it describes is not always CLIP's.
+//! CLIP's byte-pair encoding (Radford et al. 2021, arXiv 2103.00020, section 2.4), put together as `transformers` 5.23.0
+//! does in `models/clip/tokenization_clip.py` and `tokenization_utils_tokenizers.py`, from any of the files that it and
+//! its predecessors write ([`files`], [`added`]). The encoding itself is the reference's own crate. There is no decoding.
 
-use std::collections::BTreeMap;
+mod added;
+mod files;
+
 use std::path::Path;
 
-use serde_json::{Map, Value};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers, replace::ReplacePattern};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -16,22 +16,12 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use self::files::Files;
 use super::{Error, Result};
 
 /// What CLIP takes for a word: its own marks, English endings, runs of letters, single digits, runs of the rest.
 const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
-
-/// Tokens in a text where the files do not say, as in every CLIP.
-const LENGTH: usize = 77;
-
-/// The order in which the reference registers its special tokens, and what they are when the files do not say.
-const SPECIAL: [(&str, &str); 4] = [
-    ("bos_token", "<|startoftext|>"),
-    ("eos_token", "<|endoftext|>"),
-    ("unk_token", "<|endoftext|>"),
-    ("pad_token", "<|endoftext|>"),
-];
 
 /// CLIP's tokenizer.
 #[derive(Debug)]
@@ -41,39 +31,51 @@ pub struct Tokenizer {
     end: u32,
     pad: u32,
     length: usize,
+    truncates_left: bool,
+    pads_left: bool,
     vocab_size: usize,
 }
 
 impl Tokenizer {
-    /// Reads `vocab.json` and `merges.txt`, and `tokenizer_config.json` and `special_tokens_map.json` where they
-    /// exist. [`Error::File`] names the file, and the line where there is one.
+    /// Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the small files beside them where they exist.
+    /// [`Error::File`] names the file, and the line where there is one.
     pub fn open(dir: &Path) -> Result<Tokenizer> {
-        let vocab = read_vocab(&dir.join("vocab.json"))?;
-        let merges = read_merges(&dir.join("merges.txt"))?;
-        let settings = TokenizerSettings::read(dir)?;
+        let Files { vocab, merges, added, length, truncates_left, pads_left, splits_special } =
+            Files::read(dir)?;
         let bad = |what: String| Error::file(dir, what);
-        let id = |key: &str| {
-            let content = settings.special[key].content.as_str();
-            vocab
-                .get(content)
-                .copied()
-                .ok_or_else(|| bad(format!("vocab.json has no `{content}`, the {key}")))
-        };
-        let (start, end, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
-        let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
-        let unknown = settings.special["unk_token"].content.clone();
-        let inner = build(vocab, merges, unknown, settings.added()).map_err(|e| bad(e.to_string()))?;
-        Ok(Tokenizer { inner, start, end, pad, length: settings.length, vocab_size })
+        // Departure: the reference numbers such a token anew, and no text encoder has a row for it.
+        let known = |text: &str| vocab.contains_key(text) || added.is_numbered(text);
+        for (key, text) in [("bos_token", &added.start), ("eos_token", &added.end), ("pad_token", &added.pad)]
+        {
+            if !known(text) {
+                return Err(bad(format!("the vocabulary has no `{text}`, the {key}")));
+            }
+        }
+        let symbols = || ByteLevel::alphabet().into_iter().flat_map(|c| [c.to_string(), format!("{c}</w>")]);
+        if !known(&added.unknown) && symbols().any(|symbol| !vocab.contains_key(&symbol)) {
+            let what =
+                format!("the vocabulary lacks symbols of bytes, and `{}` to stand for them", added.unknown);
+            return Err(bad(what));
+        }
+        let largest = vocab.values().max().copied();
+        let mut inner = build(vocab, merges, added.unknown, added.tokens).map_err(|e| bad(e.to_string()))?;
+        inner.set_encode_special_tokens(splits_special);
+        let id = |text: &str| inner.token_to_id(text).ok_or_else(|| bad(format!("has no token `{text}`")));
+        let (start, end, pad) = (id(&added.start)?, id(&added.end)?, id(&added.pad)?);
+        let on_top = inner.get_added_tokens_decoder().into_keys();
+        let vocab_size = on_top.chain(largest).max().map_or(0, |id| id as usize + 1);
+        Ok(Tokenizer { inner, start, end, pad, length, truncates_left, pads_left, vocab_size })
     }
 
     /// The ids of a text, exactly [`Tokenizer::length`] of them: start, the text's tokens as far as they fit, end,
-    /// then padding.
+    /// then padding (before it, if the files say so).
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        let mut ids = vec![self.start];
-        ids.extend(self.tokens(text).into_iter().take(self.length - 2));
-        ids.push(self.end);
-        ids.resize(self.length, self.pad);
-        ids
+        let (tokens, room) = (self.tokens(text), self.length - 2);
+        let cut = tokens.len().saturating_sub(room);
+        let kept = if self.truncates_left { &tokens[cut..] } else { &tokens[..tokens.len() - cut] };
+        let padding = vec![self.pad; room - kept.len()];
+        let text = [&[self.start], kept, &[self.end]].concat();
+        if self.pads_left { [padding, text].concat() } else { [text, padding].concat() }
     }
 
     /// How many tokens a text has, without start and end. Beyond [`Tokenizer::length`] - 2 they are cut off.
@@ -104,6 +106,11 @@ impl Tokenizer {
         words
     }
 
+    /// Whether a token came on top of the vocabulary, as special tokens and placeholders do.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
     /// The tokens of a text, without start and end, all of them.
     pub(crate) fn words(&self, text: &str) -> Vec<u32> {
         self.tokens(text)
@@ -125,7 +132,7 @@ impl Tokenizer {
     }
 
     fn tokens(&self, text: &str) -> Vec<u32> {
-        // Every byte has its symbol, so no text can fail; an incomplete vocabulary gives unknown tokens.
+        // Every byte has its symbol or an unknown token for it, so no text can fail.
         self.inner.encode_fast(text, false).map_or_else(|_| Vec::new(), |e| e.get_ids().to_vec())
     }
 }
@@ -151,95 +158,4 @@ fn build(
     inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![words.into(), bytes.into()])));
     inner.add_tokens(added)?;
     Ok(inner)
-}
-
-/// What the small files beside the vocabulary say.
-struct TokenizerSettings {
-    special: BTreeMap<&'static str, AddedToken>,
-    /// Tokens of the newer `added_tokens_decoder`, by id.
-    decoder: BTreeMap<u32, AddedToken>,
-    length: usize,
-}
-
-impl TokenizerSettings {
-    fn read(dir: &Path) -> Result<TokenizerSettings> {
-        let path = dir.join("tokenizer_config.json");
-        let mut config = read_object(&path)?.unwrap_or_default();
-        let bad = |what: String| Error::file(&path, what);
-        let mut decoder = BTreeMap::new();
-        if let Some(Value::Object(entries)) = config.get("added_tokens_decoder") {
-            for (id, token) in entries {
-                let id = id.parse().map_err(|_| bad(format!("added_tokens_decoder has the id `{id}`")))?;
-                decoder.insert(id, added_token(token).map_err(&bad)?);
-            }
-        } else if let Some(map) = read_object(&dir.join("special_tokens_map.json"))? {
-            config.extend(map); // the older file wins, as in the reference
-        }
-        let mut special = BTreeMap::new();
-        for (key, default) in SPECIAL {
-            let token = match config.get(key) {
-                None | Some(Value::Null) => AddedToken::from(default, true),
-                Some(value) => added_token(value).map_err(|what| bad(format!("{key} {what}")))?,
-            };
-            special
-                .insert(key, decoder.values().find(|t| t.content == token.content).cloned().unwrap_or(token));
-        }
-        let length = match config.get("model_max_length").and_then(Value::as_f64) {
-            Some(n) if (3.0..=4096.).contains(&n) => n as usize,
-            Some(n) if n < 3. => return Err(bad(format!("model_max_length is {n}; at least 3 is wanted"))),
-            _ => LENGTH, // absent, or 1e30, the reference's word for absent
-        };
-        Ok(TokenizerSettings { special, decoder, length })
-    }
-
-    /// The tokens to register, in the reference's order: where one text is registered twice, the later form stays.
-    fn added(&self) -> Vec<AddedToken> {
-        let new = |t: &&AddedToken| !self.decoder.values().any(|d| d.content == t.content);
-        let special = SPECIAL.iter().map(|(key, _)| &self.special[key]);
-        self.decoder.values().chain(special.filter(new)).cloned().collect()
-    }
-}
-
-/// A special token, written as a string or as an object; special tokens are matched before the text is normalised
-/// unless the object says otherwise.
-fn added_token(value: &Value) -> Result<AddedToken, String> {
-    let flag = |name: &str, default| value.get(name).and_then(Value::as_bool).unwrap_or(default);
-    let content = value.as_str().or_else(|| value.get("content")?.as_str());
-    let content = content.ok_or_else(|| format!("is {value}; a token is wanted"))?;
-    Ok(AddedToken::from(content, true)
-        .normalized(flag("normalized", false))
-        .lstrip(flag("lstrip", false))
-        .rstrip(flag("rstrip", false))
-        .single_word(flag("single_word", false)))
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|e| Error::io(path, "cannot be read", e))
-}
-
-fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let object = serde_json::from_str(&read_text(path)?);
-    object.map(Some).map_err(|e| Error::file_from(path, format!("is not a JSON object: {e}"), e))
-}
-
-fn read_vocab(path: &Path) -> Result<Vocab> {
-    let vocab: BTreeMap<String, u32> = serde_json::from_str(&read_text(path)?)
-        .map_err(|e| Error::file_from(path, format!("is not a JSON object of token numbers: {e}"), e))?;
-    Ok(vocab.into_iter().collect())
-}
-
-/// The pairs to merge, the most frequent first; after an optional `#version` line two symbols a line.
-fn read_merges(path: &Path) -> Result<Vec<(String, String)>> {
-    let text = read_text(path)?;
-    let lines =
-        text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
-    lines
-        .map(|(i, line)| match line.split(' ').collect::<Vec<_>>()[..] {
-            [a, b] => Ok((a.to_owned(), b.to_owned())),
-            _ => Err(Error::file(path, format!("line {}: two symbols are wanted, got `{line}`", i + 1))),
-        })
-        .collect()
 }

@@ -32,8 +32,9 @@ const TEXT_PREFIX: &str = "text_model.";
 /// norm.
 const NO_WEIGHTS: [&str; 2] = ["embeddings.position_ids", "num_batches_tracked"];
 
-/// What files of classifiers hold beyond the trunk that the metrics look with: their heads, and CLIP's temperature.
-const HEADS: [&str; 4] = ["fc.", "head.", "classifier.", "logit_scale"];
+/// What files of classifiers hold beyond the trunk that the frozen networks look with: their heads, the last layer of
+/// timm's EfficientNet with its norm, and CLIP's temperature.
+const HEADS: [&str; 6] = ["fc.", "head.", "classifier.", "conv_head.", "bn2.", "logit_scale"];
 
 /// Standard deviation of random embeddings, the reference's `initializer_range`.
 const EMBEDDING_STD: f32 = 0.02;
@@ -189,11 +190,12 @@ pub(crate) fn meta_params<M>(load: impl FnOnce(&Weights) -> Result<M>) -> Result
     Ok(weights.params())
 }
 
-/// One weight out of a file, in f32 on the CPU, as [`Weights::get`] finds it; nothing is remembered.
+/// One weight out of a file, in f32 on the CPU, as [`Weights::get`] finds it; nothing is remembered. [`Error::File`] as
+/// well for values that are no numbers: whatever is computed with one is none.
 pub(crate) fn read(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Tensor> {
     let found = find(name, shape, |n| file.shape(n), file.names());
     let found = found.map_err(|what| Error::file(file.path(), what))?;
-    Ok(Tensor::from_vec(file.read(&found)?, shape, &Device::Cpu)?)
+    Ok(Tensor::from_vec(file.read_finite(&found)?, shape, &Device::Cpu)?)
 }
 
 /// The name under which a source holds the wanted tensor, or why it does not serve.
@@ -259,26 +261,34 @@ fn edits(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// How a file differs from what a model built from a [`Weights::meta`] asked for: one line for each tensor that
-/// is missing, misshapen or not asked for, without the file's name.
-pub(crate) fn differences(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Vec<String> {
-    let mut lines = Vec::new();
-    let mut used = BTreeSet::new();
-    for (name, param) in wanted {
-        used.extend(spellings(name));
-        if let Err(what) = find(name, param.value().dims(), |n| file.shape(n), file.names()) {
-            lines.push(what);
+/// How a file differs from what a model built from a [`Weights::meta`] asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Differences {
+    /// One line for each tensor that is missing or misshapen, without the file's name.
+    pub(crate) faults: Vec<String>,
+    /// Tensors that the model does not read, but for what is known to be in such files.
+    pub(crate) unread: Vec<String>,
+    /// Tensors that it reads, as the file names them.
+    pub(crate) read: Vec<String>,
+}
+
+impl Differences {
+    /// Between `file` and the weights that are `wanted`.
+    pub(crate) fn new(file: &TensorFile, wanted: &BTreeMap<String, Param>) -> Self {
+        let mut all = Self::default();
+        for (name, param) in wanted {
+            match find(name, param.value().dims(), |n| file.shape(n), file.names()) {
+                Ok(found) => all.read.push(found),
+                Err(what) => all.faults.push(what),
+            }
         }
+        let used: BTreeSet<String> = wanted.keys().flat_map(|name| spellings(name)).collect();
+        let known = |n: &str| {
+            NO_WEIGHTS.iter().any(|no| n.ends_with(no)) || HEADS.iter().any(|head| n.starts_with(head))
+        };
+        all.unread.extend(file.names().filter(|n| !used.contains(*n) && !known(n)).map(str::to_owned));
+        all
     }
-    let unread =
-        |n: &str| NO_WEIGHTS.iter().any(|no| n.ends_with(no)) || HEADS.iter().any(|head| n.starts_with(head));
-    let extra = |n: &&str| !used.contains(*n) && !unread(n);
-    lines.extend(
-        file.names()
-            .filter(extra)
-            .map(|n| format!("tensor `{n}` is not part of the model the config describes")),
-    );
-    lines
 }
 
 /// The random initial value of a weight; see [`Weights::random`].

@@ -4,7 +4,7 @@ use crate::job::{
     Fault, FaultCode, LossWeights as LossWeightOptions, Method, Reconstruction as ReconstructionOption,
     TrainOptions, TrainSpec,
 };
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{Bundle, Capability};
 use crate::ml::product::Product;
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{
@@ -22,9 +22,9 @@ pub(super) fn recipe(
     check_class_name(&spec.class_name)?;
     let options = &spec.options;
     let embedding = options.method == Method::TextualInversion;
-    let own = &bundle.manifest().rare_tokens;
+    let own = bundle.rare_tokens(tokenizer);
     let token = single_token(tokenizer, "instance_token", options.instance_token.as_ref(), own.first())?;
-    let views = options.views.enabled.then(|| views(tokenizer, options, own, &token)).transpose()?;
+    let views = options.views.enabled.then(|| views(tokenizer, options, &own, &token)).transpose()?;
     let recipe = Recipe {
         product: Product { token, class_name: spec.class_name.clone(), with_class: !embedding },
         learner: if embedding { Learner::Embedding } else { Learner::Weights },
@@ -47,12 +47,12 @@ pub(super) fn recipe(
         seed: spec.seed,
     };
     recipe.check().map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
-    for (wanted, part, without) in [
-        (recipe.views.is_some(), "segmenter", "views.enabled=false"),
-        (recipe.has_perceptual(), "perceptual", "loss_weights.perceptual=0"),
+    for (wanted, capability) in [
+        (recipe.views.is_some(), Capability::Segmentation),
+        (recipe.has_perceptual(), Capability::PerceptualLoss),
     ] {
-        if wanted && !bundle.has(part) {
-            let message = format!("method: this model has no {part}/ to learn with; {without} goes without");
+        if wanted && !bundle.can(capability) {
+            let message = format!("method: the model's {}/ {}", capability.part(), capability.missing());
             return Err(Fault::new(FaultCode::Input, message));
         }
     }

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::configs::read_config;
 use super::directory::Bundle;
-use super::files::{find_weights, hash_file};
+use super::files::{all_weights, hash_files};
 use crate::Result;
 use crate::metrics::{Clip, Dino, Inception, Lpips, clip, dino, inception, lpips};
 use crate::weights::Weights;
@@ -17,7 +17,7 @@ pub struct MetricBackbone<M> {
     pub model: M,
     /// What the field calls it, such as `DINO ViT-S/16`.
     pub name: String,
-    /// SHA-256 of its weight file, in lower-case hexadecimal.
+    /// SHA-256 of its weight file, or one hash of several, in lower-case hexadecimal.
     pub sha256: String,
 }
 
@@ -75,7 +75,7 @@ fn load<C: DeserializeOwned, M>(
         return Ok(None);
     }
     let config = read_config(bundle.dir(), &part, check)?;
-    let file = find_weights(&bundle.dir().join(&part))?;
-    let model = load(&Weights::open(&file, device)?, &config)?;
-    Ok(Some(MetricBackbone { model, name: name(&config), sha256: hash_file(&file)? }))
+    let files = all_weights(&bundle.dir().join(&part))?;
+    let model = load(&Weights::open(&files[0], device)?, &config)?;
+    Ok(Some(MetricBackbone { model, name: name(&config), sha256: hash_files(&files)? }))
 }

@@ -1,14 +1,18 @@
 //! Checks a whole bundle and lists everything that is wrong with it, not just the first thing.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 
-use super::configs::{PARTS, check_index, read_config, read_schedule};
+use super::capabilities::Capability;
+use super::configs::{PARTS, check_index, read_config};
 use super::files::{bad, find_weights, hash_file};
 use super::manifest::{Manifest, read_manifest};
+use super::rare_tokens::{NO_RARE_TOKENS, rare_tokens};
+use super::scheduler::read_schedule;
 use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::{self, ClipText};
 use crate::models::tracer::{self, Tracer};
@@ -18,10 +22,10 @@ use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
 use crate::tensorfile::TensorFile;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Weights, differences, meta_params};
+use crate::weights::{Differences, Weights, meta_params};
 use crate::{Error, Result};
 
-/// One thing wrong: the file and what is the matter with it, in one line.
+/// One thing that was found: the file and what is the matter with it, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding(String);
 
@@ -31,13 +35,22 @@ impl std::fmt::Display for Finding {
     }
 }
 
-/// Looks through the bundle in `dir` and gives all that is wrong with it; nothing, if it is sound.
+/// All that was found in a bundle.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What keeps it, or a part of it, from being used.
+    pub errors: Vec<Finding>,
+    /// What does not, and is good to know: parts that are not there, what is not read, settings that are not followed.
+    pub remarks: Vec<Finding>,
+}
+
+/// Looks through the bundle in `dir` and gives all that is wrong with it; no errors, if it is sound.
 ///
-/// Missing files, bad JSON, settings we cannot honour, tensors that are missing, misshapen or too many, hashes that
-/// differ from `hypnos.json`, parts that do not fit one another, rare tokens that are several tokens. Weights are
-/// compared by name and shape; their values are not looked at.
-pub fn check(dir: &Path) -> Vec<Finding> {
-    let mut found = Findings(Vec::new());
+/// Errors: missing files, bad JSON, settings we cannot honour, tensors that are missing or misshapen, weights that are no
+/// numbers, hashes that differ from `hypnos.json`, parts that do not fit one another, rare tokens that are several tokens.
+/// Every weight that a model reads is read.
+pub fn check(dir: &Path) -> Report {
+    let mut found = Findings(Report::default());
     if !dir.is_dir() {
         found.note(Err::<(), _>(bad(dir, "is not a directory; a bundle was wanted")));
         return found.0;
@@ -47,7 +60,9 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     let text = found.note(read_config(dir, "text_encoder", clip::Config::check));
     let unet = found.note(read_config(dir, "unet", unet::Config::check));
     let vae = found.note(read_config(dir, "vae", vae::Config::check));
-    found.note(read_schedule(dir));
+    if let Some((_, lines)) = found.note(read_schedule(dir, manifest.drawing)) {
+        found.0.remarks.extend(lines.into_iter().map(Finding));
+    }
     let tokenizer = found.note(Tokenizer::open(&dir.join("tokenizer")));
 
     let [text_params, unet_params, vae_params] = [
@@ -58,48 +73,59 @@ pub fn check(dir: &Path) -> Vec<Finding> {
     for ((part, _), params) in PARTS.into_iter().zip([&text_params, &unet_params, &vae_params]) {
         found.weights(&dir.join(part), params.as_ref());
     }
-    found.teacher(dir, "segmenter", tracer::Config::check, Tracer::load);
-    found.teacher(dir, "perceptual", perceptual::Config::check, |w, config| {
-        Perceptual::load(w, config, &Device::Cpu)
-    });
-    found.teacher(dir, "metrics/dino", dino::Config::check, |w, config| {
-        dino::Dino::load(w, config, &Device::Cpu)
-    });
-    found.teacher(dir, "metrics/clip", metrics::clip::Config::check, |w, config| {
-        clip::Clip::load(w, &config.net)
-    });
-    found.teacher(dir, "metrics/inception", inception::Config::check, |w, config| {
-        inception::Inception::load(w, config, &Device::Cpu)
-    });
-    found.teacher(dir, "metrics/lpips", lpips::Config::check, |w, config| {
-        lpips::Lpips::load(w, config, &Device::Cpu)
-    });
+    found.teachers(dir);
     found.fit(dir, text.as_ref(), unet.as_ref(), vae.as_ref(), tokenizer.as_ref());
     found.manifest(dir, &manifest, vae.as_ref(), tokenizer.as_ref());
     found.0
 }
 
-struct Findings(Vec<Finding>);
+struct Findings(Report);
 
 impl Findings {
     fn note<T>(&mut self, result: Result<T>) -> Option<T> {
-        result.map_err(|e| self.0.push(Finding(e.to_string()))).ok()
+        result.map_err(|e| self.0.errors.push(Finding(e.to_string()))).ok()
     }
 
     fn add(&mut self, error: Error) {
         self.note(Err::<(), _>(error));
     }
 
-    /// A part that need not be there, but has to be whole if it is.
+    fn remark(&mut self, path: &Path, what: impl std::fmt::Display) {
+        self.0.remarks.push(Finding(bad(path, what).to_string()));
+    }
+
+    /// The parts that need not be there.
+    fn teachers(&mut self, dir: &Path) {
+        let cpu = &Device::Cpu;
+        self.teacher(dir, Capability::Segmentation, tracer::Config::check, Tracer::load);
+        self.teacher(dir, Capability::PerceptualLoss, perceptual::Config::check, |w, config| {
+            Perceptual::load(w, config, cpu)
+        });
+        self.teacher(dir, Capability::Dino, dino::Config::check, |w, config| {
+            dino::Dino::load(w, config, cpu)
+        });
+        self.teacher(dir, Capability::Clip, metrics::clip::Config::check, |w, config| {
+            clip::Clip::load(w, &config.net)
+        });
+        self.teacher(dir, Capability::Inception, inception::Config::check, |w, config| {
+            inception::Inception::load(w, config, cpu)
+        });
+        self.teacher(dir, Capability::Lpips, lpips::Config::check, |w, config| {
+            lpips::Lpips::load(w, config, cpu)
+        });
+    }
+
+    /// One of them, which has to be whole if it is there.
     fn teacher<C: DeserializeOwned, M>(
         &mut self,
         dir: &Path,
-        part: &str,
+        capability: Capability,
         check: impl Fn(&C) -> Result<()>,
         load: impl FnOnce(&Weights, &C) -> Result<M>,
     ) {
+        let part = capability.part();
         if !dir.join(part).is_dir() {
-            return;
+            return self.remark(&dir.join(part), capability.missing());
         }
         let config = self.note(read_config(dir, part, check));
         let params = config.and_then(|config| self.note(meta_params(|w| load(w, &config))));
@@ -109,9 +135,27 @@ impl Findings {
     /// A part's weight file against what its model would read, if that is known.
     fn weights(&mut self, dir: &Path, wanted: Option<&BTreeMap<String, Param>>) {
         let file = find_weights(dir).and_then(|path| TensorFile::open(&path));
-        let Some(file) = self.note(file) else { return };
-        for what in wanted.iter().flat_map(|params| differences(&file, params)) {
+        let (Some(file), Some(wanted)) = (self.note(file), wanted) else { return };
+        let Differences { faults, unread, read } = Differences::new(&file, wanted);
+        for what in faults {
             self.add(bad(file.path(), what));
+        }
+        if let Some(what) = self.note(file.faulty_values(read.iter().map(String::as_str))).flatten() {
+            self.add(bad(file.path(), what));
+        }
+        match unread.as_slice() {
+            [] => {}
+            [one] => self.remark(
+                file.path(),
+                format!("tensor `{one}` is not read: the model of the config has none such"),
+            ),
+            [first, ..] => {
+                let n = unread.len();
+                let what = format!(
+                    "{n} tensors are not read: the model of the config has none such; the first is `{first}`"
+                );
+                self.remark(file.path(), what);
+            }
         }
     }
 
@@ -129,12 +173,6 @@ impl Findings {
                 self.add(bad(&dir.join(file), format!("{key} is {value}, but {of} {wanted}")));
             }
         };
-        if let (Some(text), Some(tokenizer)) = (text, tokenizer) {
-            let vocab_size = tokenizer.vocab_size();
-            equal("text_encoder/config.json", "vocab_size", text.vocab_size, "the tokenizer has", vocab_size);
-            let positions = text.max_position_embeddings;
-            equal("tokenizer", "a text's length", tokenizer.length(), "the text encoder reads", positions);
-        }
         if let (Some(text), Some(unet)) = (text, unet) {
             let (width, of) = (unet.cross_attention_dim, "the text encoder's hidden_size is");
             equal("unet/config.json", "cross_attention_dim", width, of, text.hidden_size);
@@ -143,6 +181,23 @@ impl Findings {
             let (of, n) = ("the VAE's latents have", vae.latent_channels);
             equal("unet/config.json", "in_channels", unet.in_channels, of, n);
             equal("unet/config.json", "out_channels", unet.out_channels, of, n);
+        }
+        if let (Some(text), Some(tokenizer)) = (text, tokenizer) {
+            let (rows, n_tokens) = (text.vocab_size, tokenizer.vocab_size());
+            let (file, what) = (
+                dir.join("text_encoder/config.json"),
+                format!("vocab_size is {rows}, but the tokenizer has {n_tokens}"),
+            );
+            match rows.cmp(&n_tokens) {
+                Ordering::Less => self.add(bad(&file, what)),
+                Ordering::Equal => {}
+                Ordering::Greater => self.remark(&file, format!("{what}: the last rows are of no token")),
+            }
+            let (length, positions) = (tokenizer.length(), text.max_position_embeddings);
+            if length > positions {
+                let what = format!("a text's length is {length}, but the text encoder reads {positions}");
+                self.add(bad(&dir.join("tokenizer"), what));
+            }
         }
     }
 
@@ -168,14 +223,17 @@ impl Findings {
                 self.add(bad(&file, format!("rare token `{word}` is not a single token of the tokenizer")));
             }
         }
+        if tokenizer.is_some_and(|tokenizer| rare_tokens(manifest, tokenizer).len() < 2) {
+            self.remark(&dir.join("tokenizer"), NO_RARE_TOKENS);
+        }
         for (path, origin) in &manifest.files {
             let inside = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
             if !inside {
                 self.add(bad(&file, format!("lists `{path}`, which is not a path within the bundle")));
             } else if !dir.join(path).exists() {
                 let missing = Finding(bad(&dir.join(path), "is missing").to_string());
-                if !self.0.contains(&missing) {
-                    self.0.push(missing);
+                if !self.0.errors.contains(&missing) {
+                    self.0.errors.push(missing);
                 }
             } else if let Some(hash) = self.note(hash_file(&dir.join(path)))
                 && hash != origin.sha256

@@ -6,7 +6,6 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::files::{bad, read_json, read_text};
-use crate::diffusion::{self, Schedule};
 use crate::{Error, Result};
 
 /// The parts with weights, and the class that `model_index.json` gives for each.
@@ -22,16 +21,20 @@ const LAYERS_MAX: u64 = 100;
 /// Most levels believed; the real UNet has 4.
 const LEVELS_MAX: usize = 12;
 
-/// A part's `config.json`, checked.
+/// A part's `config.json`, checked. Where a text encoder's is that of a whole CLIP, its section for texts.
 pub(super) fn read_config<T: DeserializeOwned>(
     dir: &Path,
     part: &str,
     check: impl Fn(&T) -> Result<()>,
 ) -> Result<T> {
     let path = dir.join(part).join("config.json");
-    believable(&read_json(&path)?).map_err(|what| bad(&path, what))?;
-    let config: T =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::file_from(&path, e.to_string(), e))?;
+    let value = read_json(&path)?;
+    believable(&value).map_err(|what| bad(&path, what))?;
+    let named = |e: serde_json::Error| Error::file_from(&path, e.to_string(), e);
+    let config: T = match value.get("text_config").filter(|_| part == "text_encoder") {
+        Some(text) => serde_json::from_value(text.clone()).map_err(named)?,
+        None => serde_json::from_str(&read_text(&path)?).map_err(named)?, // its errors have lines
+    };
     check(&config).map_err(|e| at(&path, e))?;
     Ok(config)
 }
@@ -57,31 +60,27 @@ fn believable(config: &Value) -> Result<(), String> {
     Ok(())
 }
 
-pub(super) fn read_schedule(dir: &Path) -> Result<Schedule> {
-    let path = dir.join("scheduler/scheduler_config.json");
-    let config = diffusion::Config::parse(&read_text(&path)?).map_err(|e| at(&path, e))?;
-    Schedule::new(&config).map_err(|e| at(&path, e))
+/// `model_index.json`, where there is one. Departure: the reference does not open a directory without it.
+pub(super) fn read_index(dir: &Path) -> Result<Option<Value>> {
+    let path = dir.join("model_index.json");
+    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
 }
 
-/// `model_index.json`, where there is one, has to name the classes that we are.
+/// The index has to name the classes that we are.
 pub(super) fn check_index(dir: &Path) -> Result<()> {
-    let path = dir.join("model_index.json");
-    if !path.exists() {
-        return Ok(());
-    }
-    let index = read_json(&path)?;
+    let Some(index) = read_index(dir)? else { return Ok(()) };
     for (part, class) in PARTS.into_iter().chain([("tokenizer", "CLIPTokenizer")]) {
         let found = &index[part][1];
         let fits = found.as_str().is_some_and(|name| name.trim_end_matches("Fast") == class);
         if !found.is_null() && !fits {
-            return Err(bad(&path, format!("{part} is {found}, wanted \"{class}\"")));
+            return Err(bad(&dir.join("model_index.json"), format!("{part} is {found}, wanted \"{class}\"")));
         }
     }
     Ok(())
 }
 
 /// What a config's own check said, with the whole path of the file.
-fn at(path: &Path, error: Error) -> Error {
+pub(super) fn at(path: &Path, error: Error) -> Error {
     match error {
         Error::File { what, source, .. } => Error::File { path: path.to_owned(), what, source },
         error if error.is_input() => bad(path, error),

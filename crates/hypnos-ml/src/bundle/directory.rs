@@ -8,13 +8,15 @@ use candle_core::Device;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
-use super::configs::{PARTS, check_index, read_config, read_schedule};
-use super::files::{SMALL_FILES, bad, find_weights, hash_file};
+use super::capabilities::Capability;
+use super::configs::{PARTS, check_index, read_config};
+use super::files::{SMALL_FILES, all_weights, bad, find_weights, hash_file};
 use super::manifest::{Manifest, read_manifest};
+use super::scheduler::read_schedule;
 use crate::diffusion::Schedule;
 use crate::models::clip::{self, ClipText};
 use crate::models::tracer::{self, Tracer};
-use crate::models::unet::{self, Unet};
+use crate::models::unet::{self, SampleSize, Unet};
 use crate::models::vae::{self, Vae};
 use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
@@ -34,6 +36,7 @@ pub struct Bundle {
     unet: unet::Config,
     vae: vae::Config,
     schedule: Schedule,
+    warnings: Vec<String>,
     hash: OnceLock<String>,
 }
 
@@ -54,13 +57,16 @@ impl Bundle {
             return Err(bad(dir, "is not a directory; a bundle was wanted"));
         }
         check_index(dir)?;
+        let manifest = read_manifest(dir)?.unwrap_or_default();
+        let (schedule, warnings) = read_schedule(dir, manifest.drawing)?;
         Ok(Bundle {
             dir: dir.to_owned(),
-            manifest: read_manifest(dir)?.unwrap_or_default(),
+            manifest,
             text: read_config(dir, "text_encoder", clip::Config::check)?,
             unet: read_config(dir, "unet", unet::Config::check)?,
             vae: read_config(dir, "vae", vae::Config::check)?,
-            schedule: read_schedule(dir)?,
+            schedule,
+            warnings,
             hash: OnceLock::new(),
         })
     }
@@ -88,7 +94,7 @@ impl Bundle {
     /// Side of the pictures it draws, in pixels: what `hypnos.json` says, or the UNet's latents times the VAE's
     /// factor.
     pub fn resolution(&self) -> usize {
-        let side = self.unet.sample_size.unwrap_or(64); // diffusers' own fallback for SD 1.x
+        let side = self.unet.sample_size.map_or(64, SampleSize::side); // diffusers' own fallback for SD 1.x
         self.manifest.resolution.unwrap_or(side * self.factor())
     }
 
@@ -112,9 +118,21 @@ impl Bundle {
         &self.schedule
     }
 
-    /// Its tokenizer. [`Error::File`] as [`Tokenizer::open`] says.
+    /// What its files ask for that is not done, and what is done instead: one line each, for whoever runs the program.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Its tokenizer. [`Error::File`] as [`Tokenizer::open`] says, or if it knows tokens for which the text encoder has no
+    /// row.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        Tokenizer::open(&self.dir.join("tokenizer"))
+        let dir = self.dir.join("tokenizer");
+        let tokenizer = Tokenizer::open(&dir)?;
+        let (n_tokens, n_rows) = (tokenizer.vocab_size(), self.text.vocab_size);
+        if n_tokens > n_rows {
+            return Err(bad(&dir, format!("has {n_tokens} tokens; the text encoder has rows for {n_rows}")));
+        }
+        Ok(tokenizer)
     }
 
     /// Its text encoder with weights in f32 on `device`, which learn if `trainable`. [`Error::File`] names file and
@@ -146,13 +164,13 @@ impl Bundle {
 
     /// What finds the product in a photo. [`Error::File`] if the bundle has none; so for [`Bundle::perceptual`].
     pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
-        let config = self.teacher("segmenter", "finding the product in a photo", tracer::Config::check)?;
+        let config = self.teacher(Capability::Segmentation, tracer::Config::check)?;
         Tracer::load(&self.weights("segmenter", device)?, &config)
     }
 
     /// What the perceptual loss looks with.
     pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
-        let config = self.teacher("perceptual", "the perceptual loss", perceptual::Config::check)?;
+        let config = self.teacher(Capability::PerceptualLoss, perceptual::Config::check)?;
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
@@ -163,15 +181,13 @@ impl Bundle {
 
     fn teacher<T: DeserializeOwned>(
         &self,
-        part: &str,
-        what_for: &str,
+        capability: Capability,
         check: impl Fn(&T) -> Result<()>,
     ) -> Result<T> {
-        if !self.has(part) {
-            let what = format!("is missing; {what_for} needs it, though drawing does not");
-            return Err(bad(&self.dir.join(part), what));
+        if !self.can(capability) {
+            return Err(bad(&self.dir.join(capability.part()), capability.missing()));
         }
-        read_config(&self.dir, part, check)
+        read_config(&self.dir, capability.part(), check)
     }
 
     /// Content hash of all that a training learns with: as [`Bundle::hash`], and the parts that only training needs.
@@ -179,7 +195,7 @@ impl Bundle {
         let mut all = Sha256::new();
         all.update(self.hash()?);
         for part in TEACHERS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
-            for file in [part.join("config.json"), find_weights(part)?] {
+            for file in [vec![part.join("config.json")], all_weights(part)?].concat() {
                 all.update(hash_file(&file)?);
             }
         }
@@ -195,7 +211,7 @@ impl Bundle {
         }
         let mut paths = self.small_files();
         for (part, _) in PARTS {
-            paths.push(self.weight_file(part)?);
+            paths.extend(self.weight_files(part)?);
         }
         let mut all = Sha256::new();
         for path in paths {
@@ -209,10 +225,11 @@ impl Bundle {
         SMALL_FILES.iter().map(PathBuf::from).filter(|path| self.dir.join(path).exists()).collect()
     }
 
-    /// The weight file of a part, by its path in the bundle.
-    pub(crate) fn weight_file(&self, part: &str) -> Result<PathBuf> {
-        let file = find_weights(&self.dir.join(part))?;
-        Ok(file.strip_prefix(&self.dir).map_or_else(|_| file.clone(), Path::to_owned))
+    /// The weight file of a part, by its path in the bundle; if there are several, their index and then them.
+    pub(crate) fn weight_files(&self, part: &str) -> Result<Vec<PathBuf>> {
+        let within =
+            |file: PathBuf| file.strip_prefix(&self.dir).map_or_else(|_| file.clone(), Path::to_owned);
+        Ok(all_weights(&self.dir.join(part))?.into_iter().map(within).collect())
     }
 
     /// Names and shapes of the weights that a part's model reads, in their current spelling. No weight is read.

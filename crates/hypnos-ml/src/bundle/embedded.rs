@@ -54,7 +54,8 @@ mod tests {
             all.into_iter().map(|one| one.join().unwrap()).collect()
         });
         assert!(dirs.iter().all(|dir| dir == &dirs[0]));
-        assert!(check(&dirs[0]).is_empty(), "{:?}", check(&dirs[0]));
+        let report = check(&dirs[0]);
+        assert!(report.errors.is_empty(), "{report:?}");
         assert_eq!(std::fs::read_dir(cache.path().join("bundles")).unwrap().count(), 1, "nothing else stays");
     }
 

@@ -8,9 +8,12 @@
 //! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
 //! ```
 //! Any SD 1.x or 2.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
+//! Weights may lie in several files that an index names, and tokenizers in any form that transformers wrote;
+//! `docs/loading.md` says what is accepted.
 //! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
 
 mod backbones;
+mod capabilities;
 mod check;
 mod configs;
 mod convert;
@@ -22,17 +25,20 @@ mod import;
 mod manifest;
 mod random;
 mod random_metrics;
+mod rare_tokens;
+mod scheduler;
 mod tensors;
 
 pub use backbones::{Backbones, MetricBackbone};
-pub use check::{Finding, check};
+pub use capabilities::Capability;
+pub use check::{Finding, Report, check};
 pub use configs::model_index;
 pub use convert::{CONVERTIBLE, convert};
 pub use directory::{Bundle, Part};
 pub use embedded::{MINIATURE_NAME, miniature};
 pub use families::Like;
 pub use files::write_json;
-pub(crate) use files::{hash_file, read_json, weight_file};
+pub(crate) use files::{hash_file, plain_name, read_json, weight_file};
 pub use import::{Import, ImportOptions};
 pub use manifest::{Drawing, Fetched, Manifest, Origin, read_manifest};
 pub use random::random;

@@ -80,7 +80,8 @@ fn write_weights(out: &Path, seed: u64, dtype: DType, progress: &mut dyn FnMut(u
 fn manifest(sizes: &Sizes, seed: u64, out: &Path) -> Result<Manifest> {
     let weights = PARTS.map(|(part, _)| format!("{part}/{}", weight_file(part)));
     let mut files = BTreeMap::new();
-    for path in SMALL_FILES.map(str::to_owned).into_iter().chain(weights) {
+    let small = SMALL_FILES.map(str::to_owned).into_iter().filter(|path| out.join(path).exists());
+    for path in small.chain(weights) {
         let origin = Origin {
             source: "random weights written by hypnos".into(),
             revision: format!("seed {seed}"),

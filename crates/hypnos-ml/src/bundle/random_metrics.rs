@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
 use super::configs::read_config;
-use super::files::{WEIGHT_FILES, write_json};
+use super::files::write_json;
 use crate::Result;
 use crate::metrics::{clip, dino, inception, lpips};
 use crate::models;
@@ -62,7 +62,7 @@ pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
     for (part, params) in wanted {
         let shapes: BTreeMap<String, Vec<usize>> =
             params.iter().map(|(name, param): (&String, &Param)| (name.clone(), param.dims())).collect();
-        let file = dir.join(part).join(WEIGHT_FILES[1]);
+        let file = dir.join(part).join("model.safetensors");
         save_streaming(&file, &shapes, &BTreeMap::new(), DType::F32, |name| {
             let tensor = Weights::random(derive(seed, part), cpu).get(name, &shapes[name])?.value();
             Ok(match name {

@@ -140,10 +140,7 @@ fn what_cannot_be_honoured_is_refused_by_key_and_value() {
         ),
         (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\""),
         (r#"{"timestep_spacing": "odd"}"#, "timestep_spacing is \"odd\""),
-        (r#"{"clip_sample": true}"#, "clip_sample is true"),
-        (r#"{"thresholding": true}"#, "thresholding is true"),
-        (r#"{"rescale_betas_zero_snr": true}"#, "rescale_betas_zero_snr is true"),
-        (r#"{"variance_type": "learned_range"}"#, "variance_type is \"learned_range\""),
+        (r#"{"use_flow_sigmas": true}"#, "use_flow_sigmas is true"),
         (r#"{"num_train_timesteps": 1}"#, "num_train_timesteps is 1"),
         (r#"{"num_train_timesteps": 99999999999}"#, "num_train_timesteps is 99999999999"),
         (r#"{"steps_offset": 1000}"#, "steps_offset is 1000"),
@@ -158,4 +155,28 @@ fn what_cannot_be_honoured_is_refused_by_key_and_value() {
         let words = refusal(text);
         assert!(words.contains(wants) && !words.contains('\n'), "{text} gave: {words}");
     }
+}
+
+#[test]
+fn a_pipeline_has_an_offset_of_one_and_does_not_clip() {
+    for (text, wanted) in [
+        (r#"{"steps_offset": 1, "clip_sample": false}"#, &[][..]),
+        ("{}", &[]),
+        (r#"{"steps_offset": 0}"#, &["steps_offset is 0, and is taken as 1, as diffusers takes it"]),
+        (
+            r#"{"clip_sample": true}"#,
+            &["clip_sample is true, and is taken as false, as diffusers takes it: latents are not clipped"],
+        ),
+    ] {
+        let mut config = Config::read(text).unwrap();
+        assert_eq!(config.adopt_pipeline(), wanted, "{text}");
+        assert_eq!((config.steps_offset(), &config.rest["clip_sample"]), (1, &Value::Bool(false)), "{text}");
+    }
+}
+
+#[test]
+fn a_class_gives_the_betas_that_its_file_leaves_out() {
+    let lcm = schedule(r#"{"_class_name": "LCMScheduler"}"#).unwrap();
+    let written = schedule(SD15).unwrap();
+    assert_eq!(lcm.alphas_cumprod(), written.alphas_cumprod());
 }

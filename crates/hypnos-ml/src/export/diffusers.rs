@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::fine_tune::{FineTune, PARTS};
 use super::format::Precision;
-use crate::bundle::{Bundle, Manifest, Origin, hash_file, model_index, read_json, weight_file, write_json};
+use crate::bundle::{
+    Bundle, Manifest, Origin, hash_file, model_index, plain_name, read_json, weight_file, write_json,
+};
 use crate::tensorfile::{save_streaming, write_atomically};
 use crate::{Error, Result};
 
@@ -33,14 +35,19 @@ pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) 
 
 fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
     let bundle = fine_tune.bundle;
-    // 1. What stays as it is.
+    // 1. What stays as it is. Weights get plain names: those of a variant are not looked for unless it is asked for.
     let (mut copied, mut made) = (bundle.small_files(), Vec::new());
     copied.retain(|path| path != Path::new(INDEX));
-    for part in PARTS.into_iter().filter(|part| !fine_tune.changed(part)) {
-        copied.push(bundle.weight_file(part)?);
-    }
     for path in &copied {
         copy(&bundle.dir().join(path), &out.join(path))?;
+    }
+    for part in PARTS.into_iter().filter(|part| !fine_tune.changed(part)) {
+        fine_tune.check_values(part)?;
+        for (i, path) in bundle.weight_files(part)?.into_iter().enumerate() {
+            let to = if i == 0 { Path::new(part).join(plain_name(part, &path)) } else { path.clone() };
+            copy(&bundle.dir().join(&path), &out.join(&to))?;
+            copied.push(to);
+        }
     }
     // 2. What was learned.
     let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it

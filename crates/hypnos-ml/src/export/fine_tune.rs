@@ -45,7 +45,7 @@ impl<'a> FineTune<'a> {
         let (learned, product) = finetuned::open(file, bundle)?;
         let mut parts = BTreeMap::new();
         for part in PARTS {
-            let file = TensorFile::open(&bundle.dir().join(bundle.weight_file(part)?))?;
+            let file = TensorFile::open(&bundle.dir().join(&bundle.weight_files(part)?[0]))?;
             parts.insert(part, Part { file, shapes: bundle.shapes(part)? });
         }
         let embeddings = embeddings(&learned, bundle)?;
@@ -83,7 +83,7 @@ impl<'a> FineTune<'a> {
         let Part { file, shapes } = &self.parts[part];
         let shape = shapes[name].as_slice();
         if self.trained(part) {
-            let values = self.learned.read(&format!("{part}.{name}"))?;
+            let values = self.learned.read_finite(&format!("{part}.{name}"))?;
             return Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
         }
         let tensor = weights::read(file, name, shape)?;
@@ -92,15 +92,25 @@ impl<'a> FineTune<'a> {
         }
         let (width, mut rows) = (shape[1], tensor.flatten_all()?.to_vec1::<f32>()?);
         for (row, name) in &self.embeddings {
-            rows[row * width..][..width].copy_from_slice(&self.learned.read(name)?);
+            rows[row * width..][..width].copy_from_slice(&self.learned.read_finite(name)?);
         }
         Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?)
     }
 
+    /// That a part of the bundle that goes out unread has no weights that are no numbers.
+    pub(super) fn check_values(&self, part: &str) -> Result<()> {
+        let Part { file, shapes } = &self.parts[part];
+        for (name, shape) in shapes {
+            weights::read(file, name, shape)?;
+        }
+        Ok(())
+    }
+
     /// The licence of a part's weights, as the bundle gives it.
     pub(super) fn licence_of(&self, part: &str) -> Option<&str> {
-        let path = self.bundle.weight_file(part).ok()?.to_string_lossy().into_owned();
-        Some(self.bundle.manifest().files.get(&path)?.licence.as_str())
+        let known = &self.bundle.manifest().files;
+        let mut paths = self.bundle.weight_files(part).ok()?.into_iter();
+        paths.find_map(|path| Some(known.get(path.to_str()?)?.licence.as_str()))
     }
 
     /// The licence of all weights together, an SPDX expression, if the bundle gives that of each.

@@ -12,8 +12,9 @@ use crate::ops::{self, Activation, Conv2dSpec};
 use crate::param::Param;
 use crate::weights::Weights;
 
-/// `text_encoder/config.json`.
+/// `text_encoder/config.json`. What it leaves out is as in the reference's class.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Rows of the token embedding.
     pub vocab_size: usize,
@@ -26,26 +27,26 @@ pub struct Config {
     /// Heads of each attention.
     pub(crate) num_attention_heads: usize,
     /// Longest sequence.
-    #[serde(default = "positions")]
     pub(crate) max_position_embeddings: usize,
     /// Activation of each feed-forward.
-    #[serde(default = "quick_gelu")]
     pub(crate) hidden_act: Activation,
     /// Eps of each norm.
-    #[serde(default = "eps")]
     pub(crate) layer_norm_eps: f64,
 }
 
-fn positions() -> usize {
-    77
-}
-
-fn quick_gelu() -> Activation {
-    Activation::QuickGelu
-}
-
-fn eps() -> f64 {
-    1e-5
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: Activation::QuickGelu,
+            layer_norm_eps: 1e-5,
+        }
+    }
 }
 
 impl Config {
@@ -258,8 +259,8 @@ impl Default for VisionConfig {
             num_attention_heads: 12,
             image_size: 224,
             patch_size: 32,
-            hidden_act: quick_gelu(),
-            layer_norm_eps: eps(),
+            hidden_act: Activation::QuickGelu,
+            layer_norm_eps: 1e-5,
         }
     }
 }

@@ -40,7 +40,27 @@ impl PerLevel {
     }
 }
 
-/// `unet/config.json`.
+/// One number for height and width, or one for each.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged)]
+pub enum SampleSize {
+    /// Of squares.
+    Side(usize),
+    /// Height and width.
+    Sides([usize; 2]),
+}
+
+impl SampleSize {
+    /// Side of the largest square within it.
+    pub fn side(self) -> usize {
+        match self {
+            Self::Side(side) => side,
+            Self::Sides([height, width]) => height.min(width),
+        }
+    }
+}
+
+/// `unet/config.json`. What it leaves out is as in the reference's class.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// Channels of the latents.
@@ -50,13 +70,16 @@ pub struct Config {
     #[serde(default = "four")]
     pub(crate) out_channels: usize,
     /// Channels of each level, from the shallowest down. Each level but the last halves the size.
+    #[serde(default = "block_out_channels")]
     pub(crate) block_out_channels: Vec<usize>,
     /// Residual blocks of each level on the way down; one more on the way up.
     #[serde(default = "two")]
     pub(crate) layers_per_block: PerLevel,
     /// Kind of each level on the way down: with or without attention.
+    #[serde(default = "down_block_types")]
     pub(crate) down_block_types: Vec<String>,
     /// Kind of each level on the way up.
+    #[serde(default = "up_block_types")]
     pub(crate) up_block_types: Vec<String>,
     /// Heads of each attention. The reference's name for it is a slip it keeps for old checkpoints' sake.
     #[serde(default = "eight")]
@@ -65,6 +88,7 @@ pub struct Config {
     #[serde(default)]
     pub(crate) num_attention_heads: Option<PerLevel>,
     /// Width of the text's hidden states.
+    #[serde(default = "cross_attention_dim")]
     pub cross_attention_dim: usize,
     /// Layers of each transformer.
     #[serde(default = "one")]
@@ -87,11 +111,29 @@ pub struct Config {
     /// Shift of the time embedding's frequencies.
     #[serde(default)]
     pub(crate) freq_shift: f64,
-    /// Side of the latents it was trained on.
-    pub(crate) sample_size: Option<usize>,
+    /// Size of the latents it was trained on.
+    pub(crate) sample_size: Option<SampleSize>,
     /// Everything else, looked through by [`Config::check`].
     #[serde(flatten)]
     rest: serde_json::Map<String, Value>,
+}
+
+fn block_out_channels() -> Vec<usize> {
+    vec![320, 640, 1280, 1280]
+}
+
+fn down_block_types() -> Vec<String> {
+    ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+        .map(str::to_owned)
+        .into()
+}
+
+fn up_block_types() -> Vec<String> {
+    ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"].map(str::to_owned).into()
+}
+
+fn cross_attention_dim() -> usize {
+    1280
 }
 
 fn four() -> usize {

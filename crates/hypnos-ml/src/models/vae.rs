@@ -14,7 +14,7 @@ use crate::weights::Weights;
 /// Eps of every norm of the autoencoder; diffusers has it as a constant too.
 const EPS: f64 = 1e-6;
 
-/// `vae/config.json`.
+/// `vae/config.json`. What it leaves out is as in the reference's class.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// Channels of the picture.
@@ -27,6 +27,7 @@ pub struct Config {
     #[serde(default = "four")]
     pub(crate) latent_channels: usize,
     /// Channels of each level, from the picture down. Each level but the last halves the size.
+    #[serde(default = "sixty_four")]
     pub(crate) block_out_channels: Vec<usize>,
     /// Residual blocks of each level of the encoder; the decoder has one more.
     #[serde(default = "one")]
@@ -61,6 +62,10 @@ pub struct Config {
 
 fn rgb() -> usize {
     3
+}
+
+fn sixty_four() -> Vec<usize> {
+    vec![64]
 }
 
 fn four() -> usize {

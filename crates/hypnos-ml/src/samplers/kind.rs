@@ -1,10 +1,10 @@
 //! The samplers by name, and which settings of a scheduler's file each can honour.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::diffusion::Config;
 use crate::{Error, Result};
@@ -44,15 +44,17 @@ impl Sampler {
         }
     }
 
-    /// Refuses a `scheduler_config.json` that asks this sampler for something it does not do.
+    /// Settings of a `scheduler_config.json` that this sampler reads and that may ask for what it does not do: the values
+    /// that it honours. With any other it runs as with the first of them; with none given, as where nothing is said.
     ///
     /// Departure: whether DPM-Solver++ uses Karras' noise levels is the sampler's name here, not the file's
     /// `use_karras_sigmas`; Euler follows the file.
     /// Departure: PNDM's class starts with Runge-Kutta steps unless `skip_prk_steps` is true; every Stable Diffusion
     /// says true, so a file of another class that says nothing means true here.
-    pub(super) fn check(self, config: &Config) -> Result<()> {
-        let wanted: &[(&str, &[&str])] = match self {
-            Self::Ddim | Self::EulerAncestral => &[],
+    fn honoured(self) -> &'static [(&'static str, &'static [&'static str])] {
+        match self {
+            Self::Ddim => &[THRESHOLDING, ZERO_SNR],
+            Self::EulerAncestral => &[ZERO_SNR],
             Self::Pndm => &[("skip_prk_steps", &["true"])],
             Self::Dpmpp2m | Self::Dpmpp2mKarras => &[
                 ("algorithm_type", &[r#""dpmsolver++""#, r#""deis""#]), // the reference reads deis as dpmsolver++,
@@ -66,6 +68,18 @@ impl Sampler {
                 ("use_exponential_sigmas", &["false"]),
                 ("use_beta_sigmas", &["false"]),
                 ("use_lu_lambdas", &["false"]),
+                (
+                    "variance_type",
+                    &[
+                        "null",
+                        r#""fixed_small""#,
+                        r#""fixed_small_log""#,
+                        r#""fixed_large""#,
+                        r#""fixed_large_log""#,
+                    ],
+                ),
+                THRESHOLDING,
+                ZERO_SNR,
             ],
             Self::Euler => &[
                 ("interpolation_type", &[r#""linear""#]),
@@ -75,15 +89,46 @@ impl Sampler {
                 ("sigma_max", &[]),
                 ("use_exponential_sigmas", &["false"]),
                 ("use_beta_sigmas", &["false"]),
+                ZERO_SNR,
             ],
-        };
-        wanted.iter().try_for_each(|(key, values)| {
-            let values: Vec<Value> =
-                values.iter().filter_map(|text| serde_json::from_str(text).ok()).collect();
-            config.only(key, &values).map_err(|err| Error::setting(self.name(), err.to_string()))
-        })
+        }
+    }
+
+    /// What a `scheduler_config.json` asks of samplers that read the setting and do not do it, and what they do instead:
+    /// one line for each setting.
+    pub fn set_aside(config: &Config) -> Vec<String> {
+        let mut lines: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        for sampler in Self::ALL {
+            for (key, values) in sampler.honoured() {
+                let honoured = values.iter().filter_map(|text| serde_json::from_str(text).ok());
+                if let Err(value) = config.only(key, &honoured.collect::<Vec<_>>()) {
+                    let instead = values.first().unwrap_or(&"null");
+                    let line = format!("{key} is {value}, and is taken as {instead} by");
+                    lines.entry(line).or_default().push(sampler.name());
+                }
+            }
+        }
+        lines.into_iter().map(|(line, samplers)| format!("{line} {}", samplers.join(", "))).collect()
+    }
+
+    /// The sampler of the class that a `scheduler_config.json` names, if it is one of them.
+    pub fn of_class(name: &str) -> Option<Self> {
+        match name.strip_suffix("Scheduler")? {
+            "DDIM" | "DDIMParallel" => Some(Self::Ddim),
+            "PNDM" => Some(Self::Pndm),
+            "DPMSolverMultistep" => Some(Self::Dpmpp2m),
+            "EulerDiscrete" => Some(Self::Euler),
+            "EulerAncestralDiscrete" => Some(Self::EulerAncestral),
+            _ => None,
+        }
     }
 }
+
+/// Clipping of predicted pictures by their own values: of latents the reference advises against it.
+const THRESHOLDING: (&str, &[&str]) = ("thresholding", &["false"]);
+
+/// Betas of which the last leaves no signal (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+const ZERO_SNR: (&str, &[&str]) = ("rescale_betas_zero_snr", &["false"]);
 
 impl fmt::Display for Sampler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -36,7 +36,7 @@ pub(crate) type Observe<'a, B> = dyn FnMut(usize, usize) -> Result<(), Interrupt
 /// * `model`, `step_noise`, `observe`: see their types
 ///
 /// `[B, C, h, w]`, f32, in the scale the VAE's `scaling_factor` undoes.
-/// [`Error::Input`] if steps, shapes or dtypes are wrong or the bundle's scheduler asks for what `sampler` cannot do.
+/// [`Error::Input`] if steps, shapes or dtypes are wrong.
 pub fn sample<B>(
     sampler: Sampler,
     schedule: &Schedule,

@@ -21,8 +21,8 @@ pub struct Plan {
 impl Plan {
     /// The plan of `steps` steps, 1 to T; PNDM calls the model once more if there are 2 or more.
     ///
-    /// [`Error::Input`] if `steps` is out of range, if the file asks this sampler for something it does not do, or if
-    /// a timestep falls where the model was never trained.
+    /// [`Error::Input`] if `steps` is out of range, or if a timestep falls where the model was never trained. Settings of
+    /// the file that the sampler does not honour are passed over: [`Sampler::set_aside`] says which.
     pub fn new(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Self> {
         let n = schedule.n_timesteps();
         if !(1..=n).contains(&steps) {
@@ -31,7 +31,6 @@ impl Plan {
                 format!("{steps} steps; 1 to {n} are possible with this bundle"),
             ));
         }
-        sampler.check(schedule.config())?;
         let plan = match sampler {
             Sampler::Ddim => Self { timesteps: ddim_timesteps(schedule, steps)?, sigmas: vec![] },
             Sampler::Pndm => Self { timesteps: plms_timesteps(schedule, steps)?, sigmas: vec![] },

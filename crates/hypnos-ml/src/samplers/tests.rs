@@ -186,12 +186,35 @@ fn steps_that_leave_the_schedule_or_stand_still_are_refused() {
 }
 
 #[test]
-fn what_the_file_asks_of_one_sampler_is_refused_by_that_sampler_alone() {
-    let one = normal(0, 1);
-    let text = r#"{"solver_order": 3, "skip_prk_steps": false, "interpolation_type": "log_linear"}"#;
-    let say = |sampler| refusal(sampler, text, 3, &one, &one);
-    assert!(say(Sampler::Dpmpp2m).starts_with("dpmpp-2m: scheduler_config.json: solver_order is 3; 2 is"));
-    assert!(say(Sampler::Pndm).contains("skip_prk_steps is false; true is"));
-    assert!(say(Sampler::Euler).contains("interpolation_type is \"log_linear\""));
-    assert!(towards(Sampler::Ddim, &schedule(text), 3, &one, &one).is_ok());
+fn what_the_file_asks_of_a_sampler_that_does_not_do_it_is_said_and_passed_over() {
+    let text = r#"{"solver_order": 3, "skip_prk_steps": false, "interpolation_type": "log_linear",
+        "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min", "thresholding": true}"#;
+    assert_eq!(
+        Sampler::set_aside(&Config::parse(text).unwrap()),
+        [
+            r#"algorithm_type is "sde-dpmsolver++", and is taken as "dpmsolver++" by dpmpp-2m, dpmpp-2m-karras"#,
+            r#"final_sigmas_type is "sigma_min", and is taken as "zero" by dpmpp-2m, dpmpp-2m-karras, euler"#,
+            r#"interpolation_type is "log_linear", and is taken as "linear" by euler"#,
+            "skip_prk_steps is false, and is taken as true by pndm",
+            "solver_order is 3, and is taken as 2 by dpmpp-2m, dpmpp-2m-karras",
+            "thresholding is true, and is taken as false by ddim, dpmpp-2m, dpmpp-2m-karras",
+        ]
+    );
+    let (x_0, noise) = (normal(0, 1), normal(9, 1));
+    for sampler in Sampler::ALL {
+        let [plain, asked] =
+            ["{}", text].map(|text| towards(sampler, &schedule(text), 3, &x_0, &noise).unwrap());
+        assert!(worst(&plain, &asked) == 0.0, "{sampler} draws as if nothing had been asked");
+    }
+    assert_eq!(
+        Sampler::set_aside(&Config::parse(r#"{"solver_order": 2, "sigma_min": null}"#).unwrap()),
+        [""; 0]
+    );
+}
+
+#[test]
+fn each_class_of_ours_has_its_sampler_and_others_have_none() {
+    assert_eq!(Sampler::of_class("EulerAncestralDiscreteScheduler"), Some(Sampler::EulerAncestral));
+    assert_eq!(Sampler::of_class("DPMSolverMultistepScheduler"), Some(Sampler::Dpmpp2m));
+    assert_eq!(Sampler::of_class("LCMScheduler"), None);
 }
