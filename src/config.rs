@@ -638,7 +638,10 @@ pub struct Working {
     /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
     #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
     pub gradient_checkpointing: bool,
-    /// Cache of fine-tuned models in each device's memory, in GiB
+    /// Start, and begin trainings, even if they are counted not to fit the memory
+    #[arg(long, env = "HYPNOS_IGNORE_MEMORY")]
+    pub ignore_memory: bool,
+    /// Cache of fine-tuned models in each device's memory, in GiB; beside a training, what it leaves of that
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,
     /// Cache of weights on disk, in GiB

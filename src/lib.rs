@@ -14,6 +14,7 @@
 //! maintenance  rescue and erasure       deployment  which database and object store belong together
 //! retry     retries of ended jobs       sweep     orphaned objects
 //! memory    the allocator               telemetry traces and metrics
+//! machine   what the machine has
 //! pull      published models to a bundle
 //! ```
 
@@ -26,6 +27,7 @@ pub mod engine;
 pub mod health;
 pub mod http;
 pub mod job;
+pub mod machine;
 pub mod maintenance;
 pub mod memory;
 pub mod photo;

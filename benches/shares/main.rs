@@ -23,6 +23,7 @@ mod command_line;
 #[path = "../shared/seconds.rs"]
 mod seconds;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -134,11 +135,12 @@ async fn run(args: &Args) -> Result<()> {
         clock: Clock::default(),
     };
     let engine = engine::EngineSettings {
-        bundle: args.bundle.dir()?,
+        bundle: args.bundle.clone(),
         device: args.device.clone(),
         batch: 4,
         finetuned_bytes_max: 8 << 30,
         checkpointing: false,
+        memory: None,
     };
     let make: MakeEngine = Box::new(move || {
         let opened = CandleEngine::open(engine.clone());

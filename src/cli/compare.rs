@@ -67,6 +67,9 @@ pub(super) struct Compare {
     /// Gradient checkpointing: less memory for a third more time
     #[arg(long)]
     checkpointing: bool,
+    /// Begin even if the training is counted not to fit the memory
+    #[arg(long)]
+    ignore_memory: bool,
 }
 
 /// A product.
@@ -95,6 +98,7 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.checkpointing,
+        memory: service::memory_check(args.ignore_memory),
     })?;
     cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
     engine.warnings().iter().for_each(|warning| print_warning(warning));

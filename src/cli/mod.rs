@@ -7,6 +7,7 @@ mod backup;
 mod bundle;
 mod compare;
 mod demo;
+mod doctor;
 mod error;
 mod evaluate;
 mod export;
@@ -50,6 +51,8 @@ enum Command {
     Serve(Box<serve::Serve>),
     /// Run workers, which train and draw the queued jobs.
     Work(Box<work::Work>),
+    /// Check the machine and the settings, and say what to do where something is wrong; changes nothing.
+    Doctor(Box<doctor::Doctor>),
     /// Migrate the database to this program's schema.
     Migrate(migrate::Migrate),
     /// Find objects that no row names, and remove them with --remove.
@@ -90,6 +93,7 @@ pub fn run() -> ExitCode {
         Command::Demo(args) => demo::run(*args),
         Command::Serve(args) => serve::run(&args),
         Command::Work(args) => work::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
         Command::Backup(args) => backup::run(&args),

@@ -1,6 +1,7 @@
-//! `hypnos models`: fetches, checks and makes bundles: of what people have, or with random weights.
+//! `hypnos models`: fetches, checks and makes bundles: of what people have, or with random weights; plans what they take.
 
 pub(super) mod import;
+mod plan;
 mod pull;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,8 @@ pub(super) enum Command {
     },
     /// Make a bundle of a checkpoint in one file, or of a directory by diffusers.
     Import(import::ImportArgs),
+    /// Count what a training and a sample take in memory, files and time, and say whether they fit.
+    Plan(plan::Plan),
     /// Write a bundle of random weights, for tests and benchmarks.
     Random(Random),
 }
@@ -68,6 +71,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Pull(pull) => pull::run(&pull),
         Command::Check { dir } => Ok(run_check(&dir)?),
         Command::Import(args) => Ok(import::run(&args)?),
+        Command::Plan(args) => plan::run(&args),
         Command::Random(random) => Ok(run_random(&random)?),
     }
 }

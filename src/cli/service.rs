@@ -21,9 +21,11 @@ use super::error::CliError;
 use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
 use crate::config::{Signals, Storage, Working, gigabytes, seconds};
 use crate::deployment;
+use crate::engine::memory::MemoryCheck;
 use crate::engine::{self, CandleEngine, Engine};
 use crate::http;
 use crate::job::{Fault, FaultCode};
+use crate::machine;
 use crate::store::{self, Sessions, Store};
 use crate::telemetry::{LATENCIES, Telemetry};
 use crate::worker::{self, Clock, MakeEngine};
@@ -360,9 +362,14 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         batch: working.batch.into(),
         finetuned_bytes_max: gigabytes("HYPNOS_MODELS_GB", working.models_gb)?,
         checkpointing: working.gradient_checkpointing,
+        memory: None,
     };
-    let engines = working.devices(n).into_iter().map(|device| {
-        let settings = engine.clone();
+    let devices = working.devices(n);
+    let sharers = devices.iter().filter(|device| *device == "cpu").count();
+    let check = MemoryCheck { obtainable: machine::obtainable, sharers, draws_products: true };
+    let memory = (!working.ignore_memory).then_some(check);
+    let engines = devices.into_iter().map(|device| {
+        let settings = engine::EngineSettings { memory, ..engine.clone() };
         let name = device.clone();
         let make: MakeEngine = Box::new(move || {
             let opened =
@@ -375,6 +382,12 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         (name, make)
     });
     Ok((settings, engines.collect()))
+}
+
+/// How the one engine of a process that draws no products learns what memory it may take.
+pub(super) fn memory_check(ignore: bool) -> Option<MemoryCheck> {
+    let check = MemoryCheck { obtainable: machine::obtainable, sharers: 1, draws_products: false };
+    (!ignore).then_some(check)
 }
 
 /// An id of the machine, also in containers: all processes of one kernel are on one machine until its next boot.

@@ -68,6 +68,9 @@ pub(super) struct Train {
     /// Gradient checkpointing: less memory for a third more time
     #[arg(long)]
     checkpointing: bool,
+    /// Begin even if the training is counted not to fit the memory
+    #[arg(long)]
+    ignore_memory: bool,
 }
 
 pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
@@ -91,6 +94,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.checkpointing,
+        memory: service::memory_check(args.ignore_memory),
     })?;
     engine.check(&spec)?;
     engine.warnings().iter().for_each(|warning| print_warning(warning));

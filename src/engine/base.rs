@@ -1,5 +1,7 @@
 //! The bundle that an engine works with, its models on one device, and how they draw by default.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::Device;
 
 use super::api::Image;
@@ -7,13 +9,16 @@ use super::faults::fault;
 use crate::job::{Fault, Format};
 use crate::ml::bundle::{Bundle, Drawing};
 use crate::ml::provenance::{FineTune, Provenance};
-use crate::ml::sample::{ImageRequest, Models, SampleSettings};
+use crate::ml::sample::{ImageRequest, Models, SampleSettings, Shared};
 use crate::ml::{self, image_io};
 
 /// An opened bundle with its models.
 pub(super) struct Base {
     pub(super) bundle: Bundle,
-    pub(super) models: Models,
+    /// What its models have in common with those of products.
+    pub(super) shared: Shared,
+    /// Its models, while they are held.
+    models: Mutex<Option<Arc<Models>>>,
     /// SHA-256 of the bundle.
     hash: String,
     /// Whether a training computes blocks again instead of keeping them.
@@ -23,8 +28,25 @@ pub(super) struct Base {
 impl Base {
     /// Loads the bundle's models, and reads every file of it once for its hash.
     pub(super) fn load(bundle: Bundle, device: &Device, checkpointing: bool) -> ml::Result<Self> {
-        let (models, hash) = (Models::load(&bundle, device)?, bundle.hash()?.to_owned());
-        Ok(Self { bundle, models, hash, checkpointing })
+        let shared = Shared::load(&bundle, device)?;
+        let models = Mutex::new(Some(Arc::new(shared.with_bundle(&bundle)?)));
+        let hash = bundle.hash()?.to_owned();
+        Ok(Self { bundle, shared, models, hash, checkpointing })
+    }
+
+    /// The bundle's own models, read once more where they were let go.
+    pub(super) fn models(&self) -> ml::Result<Arc<Models>> {
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*models {
+            Some(models) => Ok(Arc::clone(models)),
+            None => Ok(Arc::clone(models.insert(Arc::new(self.shared.with_bundle(&self.bundle)?)))),
+        }
+    }
+
+    /// Lets the bundle's own models go until they are asked for: a training of all weights has a copy that learns, and
+    /// has no use for one that does not.
+    pub(super) fn let_go(&self) {
+        *self.models.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub(super) fn hash(&self) -> &str {
@@ -32,7 +54,7 @@ impl Base {
     }
 
     pub(super) fn device(&self) -> &Device {
-        &self.models.device
+        &self.shared.device
     }
 
     /// The settings by which it draws images of its own size by default, in `steps` steps.

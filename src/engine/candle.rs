@@ -10,10 +10,12 @@ use super::api::{ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGener
 use super::base::Base;
 use super::faults::{fault, unreadable};
 use super::lru::LruCache;
+use super::memory::{self, FEWEST_PHOTOS, MemoryCheck, MemorySettings, PHOTOS};
 use super::model::{held_model, sampler};
 use super::training;
 use crate::job::{Fault, FaultCode, HeldModel, SampleSpec, TrainSpec};
 use crate::ml::bundle::Bundle;
+use crate::ml::device::DeviceKind;
 use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, SampleSettings};
@@ -32,13 +34,17 @@ pub struct EngineSettings {
     pub finetuned_bytes_max: u64,
     /// Whether a training computes blocks again instead of keeping them: less memory for a third more time.
     pub checkpointing: bool,
+    /// What memory it may take. None lets everything begin, whatever it is counted to take.
+    pub memory: Option<MemoryCheck>,
 }
 
 /// An engine that trains and draws with a bundle.
 pub struct CandleEngine {
     base: Arc<Base>,
     model: HeldModel,
-    batch: usize,
+    settings: EngineSettings,
+    /// Bytes that were free on a GPU before anything was loaded.
+    gpu_bytes: Option<u64>,
     finetuned: LruCache<FineTuned>,
 }
 
@@ -50,10 +56,18 @@ impl CandleEngine {
             return Err(Error::setting("batch", "wanted at least 1, got 0"));
         }
         let device = device::open(&settings.device)?;
-        let base = Base::load(Bundle::open(&settings.bundle)?, &device, settings.checkpointing)?;
+        let bundle = Bundle::open(&settings.bundle)?;
+        let gpu_bytes = device::free_bytes(&device)?;
+        let limits = memory_of(&settings, FEWEST_PHOTOS);
+        if let Some(free) = settings.memory.and_then(|check| gpu_bytes.or_else(|| check.bytes()))
+            && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), free)?
+        {
+            return Err(Error::input(format!("{refusal}; --ignore-memory starts anyway")));
+        }
+        let base = Arc::new(Base::load(bundle, &device, settings.checkpointing)?);
         let finetuned = LruCache::new(settings.finetuned_bytes_max);
         let model = held_model(&base)?;
-        Ok(Self { base: Arc::new(base), model, batch: settings.batch, finetuned })
+        Ok(Self { base, model, settings, gpu_bytes, finetuned })
     }
 
     /// What the bundle's files ask for that is not done, one line each; they may name paths.
@@ -61,9 +75,36 @@ impl CandleEngine {
         self.base.bundle.warnings()
     }
 
-    /// Whether a training of `spec` can begin, as far as words and settings tell.
+    /// Whether a training of `spec` can begin, as far as words, settings and memory tell.
     pub fn check(&self, spec: &TrainSpec) -> Result<(), Fault> {
-        training::check(&self.base, spec)
+        training::check(&self.base, spec)?;
+        self.check_memory(spec, PHOTOS)
+    }
+
+    /// Refuses a training that does not fit the memory.
+    fn check_memory(&self, spec: &TrainSpec, photos: (usize, u64)) -> Result<(), Fault> {
+        let Some(free) = self.free() else { return Ok(()) };
+        let (bundle, limits) = (&self.base.bundle, memory_of(&self.settings, photos));
+        memory::check_training(bundle, &spec.options, &limits, self.kind(), free)
+    }
+
+    /// Bytes that there are for this engine, with what it has taken; none if that is not known or not to be looked at.
+    fn free(&self) -> Option<u64> {
+        let check = self.settings.memory?;
+        self.gpu_bytes.or_else(|| check.bytes())
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::of(self.base.device())
+    }
+
+    /// Bytes of products' models that leave a training the memory that it takes.
+    fn finetuned_bytes_beside(&self, spec: &TrainSpec, photos: (usize, u64)) -> Result<u64, Fault> {
+        let most = self.settings.finetuned_bytes_max;
+        let Some(free) = self.free() else { return Ok(most) };
+        let alone = MemorySettings { draws_products: false, ..memory_of(&self.settings, photos) };
+        let plan = memory::training_plan(&self.base.bundle, &spec.options, &alone, self.kind());
+        Ok(most.min(free.saturating_sub(plan.map_err(fault)?.peak(self.kind()).bytes)))
     }
 
     /// The models of these weights, loaded unless they are still here.
@@ -74,14 +115,16 @@ impl CandleEngine {
         let unreadable = |error| unreadable(error, file, "the weights");
         let bytes = finetuned::bytes(file).map_err(unreadable)?;
         self.finetuned.make_room(bytes);
-        let finetuned = FineTuned::load(file, &self.base.bundle, &self.base.models).map_err(unreadable)?;
+        let base = || self.base.models().map(|models| (models.text.clone(), models.unet.clone()));
+        let finetuned = FineTuned::load_with(file, &self.base.bundle, &self.base.shared, base);
+        let finetuned = finetuned.map_err(unreadable)?;
         Ok(self.finetuned.put(sha256, bytes, finetuned))
     }
 }
 
 impl ImageGenerator for CandleEngine {
     fn batch(&self) -> usize {
-        self.batch
+        self.settings.batch
     }
 
     fn draw(
@@ -145,8 +188,30 @@ impl Engine for CandleEngine {
     }
 
     fn train(&mut self, input: TrainInput<'_>, observe: &mut Observer<'_>) -> Result<Ending, Fault> {
-        training::train(&Arc::clone(&self.base), self, input, observe)
+        let photos = photo_sizes(input.photos);
+        self.check_memory(input.spec, photos)?;
+        self.finetuned.bound(self.finetuned_bytes_beside(input.spec, photos)?);
+        let ending = training::train(&Arc::clone(&self.base), self, input, observe);
+        self.finetuned.bound(self.settings.finetuned_bytes_max);
+        ending
     }
+}
+
+/// What an engine's settings mean for its memory.
+fn memory_of(settings: &EngineSettings, photos: (usize, u64)) -> MemorySettings {
+    MemorySettings {
+        batch: settings.batch,
+        checkpointing: settings.checkpointing,
+        draws_products: settings.memory.is_some_and(|check| check.draws_products),
+        photos,
+    }
+}
+
+/// How many photos there are, and the pixels of the largest, by the heads of their PNGs.
+fn photo_sizes(photos: &[Vec<u8>]) -> (usize, u64) {
+    let side = |png: &[u8], at: usize| png.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes);
+    let pixels = |png: &Vec<u8>| Some(u64::from(side(png, 16)?) * u64::from(side(png, 20)?));
+    (photos.len(), photos.iter().filter_map(pixels).max().unwrap_or(0))
 }
 
 /// What a sample asks for, on top of what the bundle does by itself.

@@ -15,6 +15,12 @@ impl<T> LruCache<T> {
         Self { bytes_max, held: Vec::new() }
     }
 
+    /// Keeps up to so many bytes from now on.
+    pub(super) fn bound(&mut self, bytes_max: u64) {
+        self.bytes_max = bytes_max;
+        self.make_room(0);
+    }
+
     pub(super) fn get(&mut self, key: &str) -> Option<Arc<T>> {
         let found = self.held.remove(self.held.iter().position(|(held, ..)| held == key)?);
         let value = Arc::clone(&found.2);
@@ -63,6 +69,18 @@ mod tests {
         assert!(cache.get("b").is_none());
         cache.put("e", 7, ());
         assert_eq!((keys(&cache), cache.bytes()), (vec!["d", "e"], 10));
+    }
+
+    #[test]
+    fn a_lower_bound_drops_what_no_longer_fits() {
+        let mut cache = LruCache::new(10);
+        cache.put("a", 4, ());
+        cache.put("b", 4, ());
+        cache.bound(5);
+        assert_eq!(keys(&cache), ["b"]);
+        cache.bound(10);
+        cache.put("c", 6, ());
+        assert_eq!(keys(&cache), ["b", "c"]);
     }
 
     #[test]

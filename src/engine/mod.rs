@@ -8,6 +8,7 @@ mod base;
 mod candle;
 mod faults;
 mod lru;
+pub mod memory;
 mod model;
 mod training;
 

@@ -20,7 +20,7 @@ pub(super) fn held_model(base: &Base) -> Result<HeldModel> {
         training: manifest.training.clone(),
         classes: manifest.classes.clone(),
     };
-    let words = base.models.tokenizer.whole_words().join(" ");
+    let words = base.shared.tokenizer.whole_words().join(" ");
     Ok(HeldModel { card, words, memory_bytes: device::total_bytes(base.device())? })
 }
 

@@ -29,7 +29,7 @@ const REDIRECTS_MAX: usize = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Longest wait for the next bytes.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+const READ_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Longest wait that a server may ask for.
 const WAIT_MAX: Duration = Duration::from_mins(10);
@@ -166,7 +166,7 @@ impl Hub {
         if let Some(token) = self.token.as_ref().filter(|_| url.origin() == self.endpoint.origin()) {
             request = request.bearer_auth(token.expose_secret());
         }
-        request.send().await.map_err(|error| again(error))
+        request.send().await.map_err(again)
     }
 
     /// What an answer means that is no redirect.

@@ -4,12 +4,28 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::db::Db;
-use super::error::Result;
+use super::error::{Error, Result};
 use super::fault_injection::{Executor, FaultInjector};
 use super::notifier::{Notifier, Subscription};
 use super::postgres::Sessions;
 use super::schema;
 use crate::job::Lease;
+
+/// The server's version, and its clock in milliseconds since 1970.
+const SERVER: (&str, &str) = (
+    "select sqlite_version() as version, cast(round(unixepoch('subsec') * 1000) as integer) as now_ms",
+    "select current_setting('server_version') as version, \
+     cast(extract(epoch from clock_timestamp()) * 1000 as bigint) as now_ms",
+);
+
+/// What a database server says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatabaseServer {
+    /// Its version, such as `17.2`.
+    pub version: String,
+    /// Its clock, in milliseconds since 1970; of a SQLite file this machine's.
+    pub now_ms: i64,
+}
 
 /// The store. Clones share their connections.
 #[derive(Clone, Debug)]
@@ -54,6 +70,13 @@ impl Store {
     /// Checks that the database answers.
     pub async fn ping(&self) -> Result<()> {
         self.db.row("select 1", &[]).await.map(drop)
+    }
+
+    /// What the database server says of itself.
+    pub async fn server(&self) -> Result<DatabaseServer> {
+        let row = self.db.row(SERVER, &[]).await?;
+        let row = row.ok_or_else(|| Error::Corrupt("the database does not say its version".into()))?;
+        Ok(DatabaseServer { version: row.text("version")?.to_owned(), now_ms: row.int("now_ms")? })
     }
 
     /// Subscribes to notifications of new jobs and of cancels, from this process and, on Postgres without a pooler in

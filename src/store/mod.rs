@@ -48,7 +48,7 @@ pub use deployment::{Deployment, References};
 pub use error::{Cause, Error, Result};
 pub use fair_queue::{QueuePlace, WEIGHT_MAX};
 pub use fault_injection::{Commit, Delivery, FaultInjector, Guard, Statement};
-pub use handle::Store;
+pub use handle::{DatabaseServer, Store};
 pub use jobs::{Filter, Gauge, Gauges, Idempotency, NewJob, Origin, Submitted};
 pub use keys::{Key, NewKey, Scope};
 pub use models::{ModelDevice, RegisteredModel};

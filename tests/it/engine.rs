@@ -1,7 +1,9 @@
 //! The candle engine behind its trait: whole small trainings of the miniature, and images drawn with them.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use hypnos::engine::memory::{MemoryCheck, MemorySettings, training_plan};
 use hypnos::engine::{
     CandleEngine, DrawInput, Ending, Engine, EngineSettings, Flow, Image, ImageGenerator, Shown, TrainEvent,
     TrainInput,
@@ -9,7 +11,8 @@ use hypnos::engine::{
 use hypnos::job::{
     Evaluation, Fault, FaultCode, Format, JobId, Method, Phase, SampleSpec, TrainOptions, TrainSpec,
 };
-use hypnos::ml::bundle::{Like, random};
+use hypnos::ml::bundle::{Bundle, Like, random};
+use hypnos::ml::device::DeviceKind;
 use hypnos::ml::image_io;
 use hypnos::report::{PhotoSize, Protocol, Report};
 use serde_json::Value;
@@ -29,6 +32,7 @@ fn settings() -> EngineSettings {
         batch: 2,
         finetuned_bytes_max: 1 << 30,
         checkpointing: false,
+        memory: None,
     }
 }
 
@@ -555,4 +559,84 @@ fn a_photo_that_cannot_be_decoded_is_a_fault_of_the_input() {
     let fault = engine().train(input, &mut |_, _| Flow::Continue).expect_err("refused");
     assert_eq!(fault.code, FaultCode::Input);
     assert!(fault.message.starts_with("photo 2: "), "{fault}");
+}
+
+static OBTAINABLE: AtomicU64 = AtomicU64::new(0);
+
+fn obtainable() -> Option<u64> {
+    Some(OBTAINABLE.load(Ordering::Relaxed))
+}
+
+#[test]
+fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
+    let memory = MemoryCheck { obtainable, sharers: 1, draws_products: true };
+    let open = || CandleEngine::open(EngineSettings { memory: Some(memory), ..settings() });
+    let bundle = Bundle::open(&settings().bundle).expect("a bundle");
+    let spec = spec(2, 2);
+    let limits =
+        MemorySettings { batch: 2, checkpointing: false, draws_products: true, photos: (3, 96 * 80) };
+    let plan = training_plan(&bundle, &spec.options, &limits, DeviceKind::Cpu).expect("a plan");
+    let wanted = plan.peak(DeviceKind::Cpu).bytes;
+
+    OBTAINABLE.store(8 << 20, Ordering::Relaxed);
+    let refusal = open().err().expect("nothing fits").to_string();
+    assert!(refusal.starts_with("a sample (1 at once, 64 x 64 pixels): wanted "), "{refusal}");
+    assert!(
+        refusal.contains("free 0.0 GiB") && refusal.ends_with("--ignore-memory starts anyway"),
+        "{refusal}"
+    );
+
+    OBTAINABLE.store(wanted, Ordering::Relaxed);
+    let (mut engine, scratch) = (open().expect("an engine"), tempfile::tempdir().expect("a directory"));
+    let mut train = |bytes: u64| {
+        OBTAINABLE.store(bytes, Ordering::Relaxed);
+        let photos = photos();
+        let input = TrainInput {
+            spec: &spec,
+            job: Some(JOB),
+            photos: &photos,
+            class_images: vec![None; 2],
+            resume: None,
+            scratch: scratch.path(),
+            trace: None,
+        };
+        engine.train(input, &mut |_, _| Flow::Stop)
+    };
+    let fault = train(wanted - 1).expect_err("it does not fit");
+    assert_eq!(fault.code, FaultCode::Input);
+    assert!(
+        fault.message.starts_with("a training (dreambooth, 64 x 64 pixels): wanted "),
+        "{}",
+        fault.message
+    );
+    assert!(fault.message.contains("--gradient-checkpointing"), "{}", fault.message);
+    assert!(matches!(train(wanted), Ok(Ending::Stopped)), "it fits, and stops when it is told to");
+}
+
+#[test]
+fn an_engine_whose_own_models_were_let_go_for_a_training_reads_them_again() {
+    let (mut engine, spec, photos) = (engine(), spec(2, 2), photos());
+    let mut trained = || {
+        let (scratch, mut drawn) = (tempfile::tempdir().expect("a directory"), Vec::new());
+        let input = TrainInput {
+            spec: &spec,
+            job: Some(JOB),
+            photos: &photos,
+            class_images: vec![None; 2],
+            resume: None,
+            scratch: scratch.path(),
+            trace: None,
+        };
+        let ending = engine.train(input, &mut |_, event| {
+            if let TrainEvent::ClassImage { png, .. } = event {
+                drawn.push(png);
+            }
+            Flow::Continue
+        });
+        let Ok(Ending::Trained(trained)) = ending else { panic!("{ending:?}") };
+        (drawn, std::fs::read(trained.weights).expect("weights"))
+    };
+    let (first, second) = (trained(), trained());
+    assert_eq!(first.0.len(), 2);
+    assert!(first == second, "class images and weights are the same");
 }

@@ -234,6 +234,7 @@ impl Attempt {
             batch: 2,
             finetuned_bytes_max: 0,
             checkpointing: false,
+            memory: None,
         };
         let png = |photo: &RgbImage| image_io::png(photo.as_raw(), (96, 80), &[]).expect("a PNG");
         let (photos, scratch) =

@@ -164,7 +164,7 @@ fn a_single_file_becomes_what_diffusers_makes_of_it() {
             let wanted = [Dtype::F32, Dtype::F16, Dtype::BF16]
                 ["f32 f16 bf16".split(' ').position(|w| w == word).expect("one")];
             assert_eq!(dtype, Some(wanted), "weights keep their type");
-            assert_eq!(check(&out), []);
+            assert_eq!(check(&out).errors, []);
             let prediction = Bundle::open(&out).expect("a bundle").schedule().prediction();
             assert_eq!(prediction == Prediction::V, name == "sd2");
         }
@@ -247,7 +247,7 @@ fn a_directory_with_variants_and_without_a_tokenizer_becomes_a_bundle() {
     let line = refused(&mut import(&source, &out, &[]), 2);
     assert!(line.contains("has no tokenizer/; --with names a bundle that has one"), "{line}");
     succeeds(&mut import(&source, &out, &["--with", text(&bundle())]));
-    assert_eq!(check(&out), []);
+    assert_eq!(check(&out).errors, []);
     assert_eq!(hashes(&out), hashes(&bundle()));
     assert!(out.join("segmenter/config.json").exists() && out.join("perceptual/config.json").exists());
     assert_eq!(Bundle::open(&out).expect("a bundle").manifest().name, "source");
@@ -471,7 +471,7 @@ fn output(command: &mut Command) -> Output {
 fn stable_diffusion_2_is_drawn_with_trained_and_goes_out_and_in_again() {
     let (sd2, dir) = (small_sd2(), scratch());
     let of_bundle = ["--bundle", text(sd2.path())];
-    assert_eq!(check(sd2.path()), []);
+    assert_eq!(check(sd2.path()).errors, []);
 
     // 1. Every sampler draws.
     for sampler in ["ddim", "pndm", "dpmpp-2m", "dpmpp-2m-karras", "euler", "euler-a"] {

@@ -21,6 +21,7 @@ mod train;
 
 mod cli_train;
 mod exports;
+mod memory;
 mod segment;
 
 mod engine;

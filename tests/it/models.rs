@@ -1,11 +1,13 @@
 //! The models against diffusers and transformers: outputs, and the gradient of every trained weight.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor, Var};
+use hypnos::ml::bundle::Bundle;
 use hypnos::ml::diffusion::{self, Schedule};
 use hypnos::ml::models::clip::{self, ClipText};
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
 use hypnos::ml::ops::{AdamW, AdamWConfig};
+use hypnos::ml::random;
 use hypnos::ml::train::losses::{self, Batch, FrozenModels, Objective, losses};
 use hypnos::ml::weights::Weights;
 use serde_json::{Value, json};
@@ -216,8 +218,10 @@ fn two_optimiser_steps_of_the_whole_chain_agree_with_torch() {
 
 pub(crate) fn optimiser_steps(place: &Place) {
     let pipeline = Pipeline::load(place, "epsilon");
-    let params = pipeline.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
-    let unet = pipeline.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
+    let params =
+        pipeline.text_weights.params().into_iter().map(|(name, param)| (format!("text.{name}"), param));
+    let unet =
+        pipeline.unet_weights.params().into_iter().map(|(name, param)| (format!("unet.{name}"), param));
     let params: Vec<_> = params.chain(unet).collect();
     let config = AdamWConfig { lr: 1e-3, ..AdamWConfig::default() };
     let mut adamw = AdamW::new(params.iter().map(|(_, param)| param.clone()), config).expect("an optimiser");
@@ -235,4 +239,23 @@ pub(crate) fn optimiser_steps(place: &Place) {
         }
     }
     assert_eq!(n_compared, 20);
+}
+
+#[test]
+fn a_decoder_that_is_computed_again_has_the_same_value_and_gradient_to_the_bit() {
+    let vae = Bundle::open(&crate::cli_train::bundle()).expect("a bundle");
+    let vae = vae.vae(&Device::Cpu, false).expect("an autoencoder").model;
+    let noise = random::normal(1, 0, 4 * 6 * 8);
+    let latents = Var::from_vec(noise, (1, 4, 6, 8), &Device::Cpu).expect("latents");
+    let bits = |x: &Tensor| {
+        let values = x.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("values");
+        values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let [kept, again] = [false, true].map(|checkpointing| {
+        let picture = vae.decode_with(&latents, checkpointing).expect("a picture");
+        let loss = picture.sqr().and_then(|x| x.sum_all()).expect("a loss");
+        let gradients = loss.backward().expect("gradients");
+        (bits(&picture), bits(gradients.get(&latents).expect("a gradient")))
+    });
+    assert!(kept == again);
 }

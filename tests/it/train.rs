@@ -377,8 +377,25 @@ fn goes_on_as_if_never_stopped(bench: &Bench) {
 
 #[test]
 fn the_best_scored_step_is_served_and_survives_a_checkpoint() {
+    the_best_is_served(false);
+}
+
+#[test]
+fn a_best_scored_step_kept_in_a_file_is_served_too() {
+    the_best_is_served(true);
+}
+
+fn the_best_is_served(in_a_file: bool) {
     let bench = Bench::new();
     let dir = tempfile::tempdir().expect("a directory");
+    let begin = |scratch: &str| {
+        let (mut state, scratch) = (bench.state(false), dir.path().join(scratch));
+        if in_a_file {
+            std::fs::create_dir(&scratch).expect("a directory");
+            state.keep_best_in(&scratch);
+        }
+        state
+    };
     let bytes = |save: &dyn Fn(&Path) -> hypnos::ml::Result<()>| {
         let file = dir.path().join("file");
         save(&file).expect("a file");
@@ -389,7 +406,7 @@ fn the_best_scored_step_is_served_and_survives_a_checkpoint() {
     let whole = |state: &State| bytes(&|file| state.save(file, bench.hash(), &bench.recipe));
     let (good, poor, best) = (Trial::new(2, 0.8, 0.9), Trial::new(3, 0.9, 0.1), Trial::new(4, 0.9, 0.9));
 
-    let mut state = bench.state(false);
+    let mut state = begin("first");
     bench.run(&mut state, 2).expect("steps");
     let at_two = last(&state);
     assert_eq!((state.served_step(), served(&state) == at_two), (2, true), "nothing was tried yet");
@@ -412,7 +429,7 @@ fn the_best_scored_step_is_served_and_survives_a_checkpoint() {
     for (checkpoint, tried) in [(&just_tried, vec![good]), (&after, vec![good, poor])] {
         let file = dir.path().join("checkpoint");
         std::fs::write(&file, checkpoint).expect("a file");
-        let mut resumed = bench.state(false);
+        let mut resumed = begin(if tried.len() == 1 { "second" } else { "third" });
         resumed.resume(&file, bench.hash(), &bench.recipe).expect("a state");
         assert_eq!(resumed.trials(), tried);
         assert!(whole(&resumed) == *checkpoint && served(&resumed) == at_two);
@@ -424,6 +441,7 @@ fn the_best_scored_step_is_served_and_survives_a_checkpoint() {
     }
     bench.run(&mut state, 4).expect("steps");
     assert!(served(&state) == at_two);
+    assert_eq!(dir.path().join("first/best.safetensors").exists(), in_a_file);
     state.add_trial(best);
     assert_eq!(state.served_step(), 4);
     assert!(served(&state) == last(&state));

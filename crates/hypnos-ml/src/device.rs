@@ -2,7 +2,42 @@
 
 use candle_core::Device;
 
+use super::plan::Place;
 use super::{Error, Result};
+
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The machine's processor, which computes in the machine's memory.
+    Cpu,
+    /// A GPU with memory of its own.
+    Cuda,
+}
+
+impl DeviceKind {
+    /// That of an opened device.
+    pub fn of(device: &Device) -> Self {
+        if device.is_cuda() { Self::Cuda } else { Self::Cpu }
+    }
+
+    /// That of the device called `name`, which need not be there. Errors as [`open`] does for a name that is none.
+    pub fn named(name: &str) -> Result<Self> {
+        match name.split_once(':').unwrap_or((name, "")) {
+            ("cpu", "") if !name.contains(':') => Ok(Self::Cpu),
+            ("cuda", "") if !name.contains(':') => Ok(Self::Cuda),
+            ("cuda", ordinal) if ordinal.parse::<usize>().is_ok() => Ok(Self::Cuda),
+            _ => Err(unknown(name)),
+        }
+    }
+
+    /// Whose memory is its own: that of one place, or of both, where they are one.
+    pub fn place(self) -> Option<Place> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda => Some(Place::Device),
+        }
+    }
+}
 
 /// The device called `name`: `cpu`, `cuda` (the first GPU) or `cuda:N`.
 ///

@@ -59,7 +59,7 @@ pub struct Config {
 
 /// What the model predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Prediction {
+pub enum Prediction {
     /// The noise ε.
     Epsilon,
     /// The velocity v.
@@ -145,7 +145,7 @@ impl Config {
     }
 
     /// What is added to the timesteps of `leading`.
-    pub(crate) fn steps_offset(&self) -> usize {
+    pub fn steps_offset(&self) -> usize {
         self.steps_offset.unwrap_or(0)
     }
 
@@ -287,12 +287,12 @@ impl Schedule {
     }
 
     /// What the model predicts.
-    pub(crate) fn prediction(&self) -> Prediction {
+    pub fn prediction(&self) -> Prediction {
         self.prediction
     }
 
     /// The configuration this schedule was made from.
-    pub(crate) fn config(&self) -> &Config {
+    pub fn config(&self) -> &Config {
         &self.config
     }
 

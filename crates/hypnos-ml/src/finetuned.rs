@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::bundle::{Bundle, hash_file};
+use super::models::clip::ClipText;
+use super::models::unet::Unet;
 use super::product::Product;
-use super::sample::Models;
+use super::sample::{Models, Shared};
 use super::tensorfile::TensorFile;
 use super::weights::Weights;
 use super::{Error, Result};
@@ -38,9 +40,19 @@ impl FineTuned {
     /// Loads fine-tuned weights on the device of `base`, the models of the bundle that they were trained from.
     /// [`Error::File`] if the file is of another bundle or not of this kind, or a tensor is missing or misshapen.
     pub fn load(file: &Path, bundle: &Bundle, base: &Models) -> Result<Self> {
+        Self::load_with(file, bundle, base, || Ok((base.text.clone(), base.unet.clone())))
+    }
+
+    /// The same, where the bundle's text encoder and UNet come from `base` only if they are part of it.
+    pub fn load_with(
+        file: &Path,
+        bundle: &Bundle,
+        shared: &Shared,
+        base: impl FnOnce() -> Result<(ClipText, Unet)>,
+    ) -> Result<Self> {
         let (header, product) = open(file, bundle)?;
         let names: Vec<String> = header.names().map(str::to_owned).collect();
-        let models = models(&Weights::open(file, &base.device)?, names.iter(), bundle, base)?;
+        let models = models(&Weights::open(file, &shared.device)?, names.iter(), bundle, shared, base)?;
         Ok(Self { product, models })
     }
 }
@@ -56,27 +68,29 @@ pub(crate) fn open(file: &Path, bundle: &Bundle) -> Result<(TensorFile, Product)
     Ok((header, product))
 }
 
-/// The models of `base` with what was learned, frozen. `names` are all tensors of `learned`.
+/// The models with what was learned, frozen. `names` are all tensors of `learned`; where those are embeddings, the others
+/// come from `base`.
 pub(crate) fn models<'a>(
     learned: &Weights,
     names: impl Iterator<Item = &'a String>,
     bundle: &Bundle,
-    base: &Models,
+    shared: &Shared,
+    base: impl FnOnce() -> Result<(ClipText, Unet)>,
 ) -> Result<Models> {
     let tokens: Vec<&str> =
         names.filter_map(|name| name.strip_prefix(EMBEDDING)?.strip_prefix('.')).collect();
     if tokens.is_empty() {
         let text = bundle.text_encoder_of(&learned.pp(TEXT_ENCODER))?;
-        return Ok(base.with(text, bundle.unet_of(&learned.pp(UNET))?));
+        return Ok(shared.with(text, bundle.unet_of(&learned.pp(UNET))?));
     }
-    let mut text = base.text.clone();
+    let (mut text, unet) = base()?;
     for token in tokens {
-        let Some(id) = base.tokenizer.id(token) else {
+        let Some(id) = shared.tokenizer.id(token) else {
             return Err(Error::input(format!("embedding of \"{token}\": the bundle has no such token")));
         };
         text = text.with_embedding(id, learned.pp(EMBEDDING).get(token, &[1, text.width()])?)?;
     }
-    Ok(base.with(text, base.unet.clone()))
+    Ok(shared.with(text, unet))
 }
 
 /// SHA-256 of a file of weights, by which pictures name them, in lower-case hexadecimal. Reads all of it.

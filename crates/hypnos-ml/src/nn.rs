@@ -6,6 +6,9 @@ use super::ops::{self, Activation, Conv2dSpec};
 use super::param::Param;
 use super::weights::Weights;
 
+mod dry;
+pub(crate) use dry::{to_picture_dry, to_tokens_dry};
+
 /// `y = x W^T + b` over the last dimension.
 #[derive(Clone, Debug)]
 pub(crate) struct Linear {

@@ -39,11 +39,13 @@ impl Param {
         Ok(Self::of(name.into(), value.detach(), tag))
     }
 
-    /// A frozen weight of zeros that takes no memory whatever its shape: for listing what a model would read, not
-    /// for computing, since the operations want contiguous values.
-    pub(crate) fn placeholder(name: impl Into<String>, shape: &[usize]) -> Result<Self> {
+    /// A weight of zeros that takes no memory whatever its shape: for listing what a model would read and for dry
+    /// runs, not for computing, since the operations want contiguous values.
+    pub(crate) fn placeholder(name: impl Into<String>, shape: &[usize], trainable: bool) -> Result<Self> {
         let zero = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-        Ok(Self::of(name.into(), zero.reshape(())?.broadcast_as(shape)?, zero))
+        let tag =
+            if trainable { Var::zeros(1, DType::F32, &Device::Cpu)?.into_inner() } else { zero.clone() };
+        Ok(Self::of(name.into(), zero.reshape(())?.broadcast_as(shape)?, tag))
     }
 
     fn of(name: String, value: Tensor, tag: Tensor) -> Self {

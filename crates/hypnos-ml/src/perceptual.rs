@@ -8,6 +8,8 @@ use super::models::efficientnet::{Config as NetConfig, EfficientNet, WeightNames
 use super::weights::Weights;
 use super::{Error, Result};
 
+mod dry;
+
 /// `perceptual/config.json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {

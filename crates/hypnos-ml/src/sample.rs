@@ -3,6 +3,7 @@
 //! A picture's noise comes from its own seed alone, so the same picture comes out alone or in a batch (up to the
 //! rounding of sums, which a matrix product orders by its size).
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -15,16 +16,11 @@ use super::samplers::{self, Observe, Sampler};
 use super::tokenizer::Tokenizer;
 use super::{Error, Interrupt, Result};
 
-/// Everything that draws, on one device. What training leaves alone is shared between a bundle and all that was
-/// trained from it.
-#[derive(Debug)]
-pub struct Models {
+/// What training leaves alone: one for a bundle and all that was trained from it. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Shared {
     /// Words to ids.
     pub tokenizer: Arc<Tokenizer>,
-    /// Ids to hidden states.
-    pub text: ClipText,
-    /// Noisy latents to noise.
-    pub unet: Unet,
     /// Latents to pixels.
     pub vae: Arc<Vae>,
     /// How noise is laid over latents.
@@ -33,25 +29,52 @@ pub struct Models {
     pub device: Device,
 }
 
-impl Models {
-    /// Loads the frozen models of a bundle.
+impl Shared {
+    /// Loads a bundle's.
     pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
         Ok(Self {
             tokenizer: Arc::new(bundle.tokenizer()?),
-            text: bundle.text_encoder(device, false)?.model,
-            unet: bundle.unet(device, false)?.model,
             vae: Arc::new(bundle.vae(device, false)?.model),
             schedule: Arc::new(bundle.schedule().clone()),
             device: device.clone(),
         })
     }
 
-    /// The same with another text encoder and another UNet, frozen ones of the same bundle's shapes.
-    #[must_use]
-    pub(crate) fn with(&self, text: ClipText, unet: Unet) -> Self {
-        let (tokenizer, vae, schedule) =
-            (Arc::clone(&self.tokenizer), Arc::clone(&self.vae), Arc::clone(&self.schedule));
-        Self { tokenizer, text, unet, vae, schedule, device: self.device.clone() }
+    /// With the frozen text encoder and UNet of the same bundle.
+    pub fn with_bundle(&self, bundle: &Bundle) -> Result<Models> {
+        let (text, unet) = (bundle.text_encoder(&self.device, false)?, bundle.unet(&self.device, false)?);
+        Ok(self.with(text.model, unet.model))
+    }
+
+    /// With a text encoder and a UNet, frozen ones of the same bundle's shapes.
+    pub(crate) fn with(&self, text: ClipText, unet: Unet) -> Models {
+        Models { shared: self.clone(), text, unet }
+    }
+}
+
+/// Everything that draws, on one device.
+#[derive(Debug)]
+pub struct Models {
+    /// What it has in common with others.
+    pub shared: Shared,
+    /// Ids to hidden states.
+    pub text: ClipText,
+    /// Noisy latents to noise.
+    pub unet: Unet,
+}
+
+impl Models {
+    /// Loads the frozen models of a bundle.
+    pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
+        Shared::load(bundle, device)?.with_bundle(bundle)
+    }
+}
+
+impl Deref for Models {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
     }
 }
 
@@ -84,15 +107,15 @@ pub struct SampleSettings {
 
 impl SampleSettings {
     /// Refuses what cannot be drawn, naming the setting.
-    pub fn check(&self, models: &Models) -> Result<()> {
-        let factor = models.vae.factor();
+    pub fn check(&self, shared: &Shared) -> Result<()> {
+        let factor = shared.vae.factor();
         for (name, size) in [("width", self.width), ("height", self.height)] {
             if size == 0 || size % factor != 0 {
                 let what = format!("wanted a multiple of {factor} above zero, got {size}");
                 return Err(Error::setting(name, what));
             }
         }
-        let most = models.schedule.n_timesteps();
+        let most = shared.schedule.n_timesteps();
         if self.steps == 0 || self.steps > most {
             return Err(Error::setting("steps", format!("wanted 1 to {most}, got {}", self.steps)));
         }

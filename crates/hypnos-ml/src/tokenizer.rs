@@ -84,7 +84,7 @@ impl Tokenizer {
     }
 
     /// The one token that a word is, if it is one; asked of rare tokens, so start, end and unknown do not count.
-    pub(crate) fn id(&self, word: &str) -> Option<u32> {
+    pub fn id(&self, word: &str) -> Option<u32> {
         match self.tokens(word)[..] {
             [token] if ![self.start, self.end, self.pad].contains(&token) => Some(token),
             _ => None,
@@ -127,7 +127,7 @@ impl Tokenizer {
     }
 
     /// One more than the largest id, the rows that the token embedding needs.
-    pub(crate) fn vocab_size(&self) -> usize {
+    pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 

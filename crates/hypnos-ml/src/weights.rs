@@ -92,7 +92,7 @@ impl Weights {
     }
 
     /// No weights at all: [`Weights::get`] notes the name and shape and gives zeros that take no memory. A model
-    /// built from it cannot be trained, but lists what it would read in [`Weights::params`].
+    /// built from it computes nothing, but lists what it would read in [`Weights::params`] and can be run dry.
     pub fn meta() -> Weights {
         Weights::new(Source::Meta, &Device::Cpu)
     }
@@ -165,7 +165,7 @@ impl Weights {
                 tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?
             }
             Source::Random(seed) => Tensor::from_vec(initial(*seed, name, shape), shape, device)?,
-            Source::Meta => return Ok(Param::placeholder(name, shape)?),
+            Source::Meta => return Ok(Param::placeholder(name, shape, self.trainable)?),
         };
         Ok(Param::new(name, value, self.trainable)?)
     }

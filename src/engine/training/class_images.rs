@@ -11,7 +11,7 @@ use crate::ml::models::vae::Moments;
 use crate::ml::sample::ImageRequest;
 
 /// Class images drawn at once. Part of what a seed means: the size of a batch orders sums.
-const CLASS_IMAGE_BATCH: usize = 4;
+pub(super) const CLASS_IMAGE_BATCH: usize = 4;
 
 /// Those that came and those that are drawn now, encoded. All pass through the 8-bit images that are kept: a training
 /// that finds them drawn learns from the same pixels as the one that drew them.
@@ -52,7 +52,7 @@ fn draw_missing(
     let requests: Vec<ImageRequest> = seeds.iter().map(request).collect();
     let (base, drawing) = (Arc::clone(&session.base), session.base.drawing(CLASS_IMAGE_STEPS));
     let at = session.at(Phase::ClassImages, first, session.plan.recipe.n_class_images);
-    let drawn = session.draw(&base.models, &requests, &drawing, &at, None)?;
+    let drawn = session.draw(&*base.models()?, &requests, &drawing, &at, None)?;
     for (i, pixels) in drawn.iter().enumerate().filter(|(i, _)| pngs[*i].is_none()).collect::<Vec<_>>() {
         let png = image_io::png(pixels, (drawing.width, drawing.height), &[])?;
         session.tell(TrainEvent::ClassImage { index: first + i, png: png.clone() }, None)?;

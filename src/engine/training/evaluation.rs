@@ -1,7 +1,5 @@
 //! Evaluation within a training: a few images on the way, to choose the step that is served, and those of the result.
 
-use std::sync::Arc;
-
 use image::RgbImage;
 
 use super::session::{Halt, Session, thumbnail};
@@ -10,13 +8,13 @@ use crate::job::{Phase, Progress, SEED_MAX};
 use crate::ml::evaluate::{Evaluation, Evaluator, Fidelity, Generated, GeneratedSet, PromptLists};
 use crate::ml::product::PLACEHOLDER;
 use crate::ml::sample::Models;
-use crate::ml::train::{State, Trial};
+use crate::ml::train::{Learner, State, Trial};
 use crate::ml::{Interrupt, random};
 use crate::report::{PictureScores, Protocol, ReportImage, Scores};
 
 /// Images of a trial drawn at once. Part of what a seed means: the size of a batch orders sums, and a trial decides
 /// which weights are served.
-const TRIAL_BATCH: usize = 4;
+pub(super) const TRIAL_BATCH: usize = 4;
 
 /// Prompts and seeds of images.
 type Wanted = Vec<(String, u64)>;
@@ -60,7 +58,7 @@ pub(super) fn score_step(
         return Ok(());
     };
     let (standard, varying) = trial_prompts(session)?;
-    let models = state.frozen(&session.base.bundle, &session.base.models)?;
+    let models = state.frozen(&session.base.bundle, &session.base.shared)?;
     let (mut invariant, mut varied) = (Vec::new(), Vec::new());
     for batch in standard.chunks(TRIAL_BATCH) {
         let drawn = session.draw_product(&models, batch, &at, state)?;
@@ -110,11 +108,15 @@ fn base_adherence(
     let of_class: Wanted = (varying.into_iter())
         .map(|(prompt, seed)| (prompt.replace(PLACEHOLDER, &class_name), seed))
         .collect();
-    let base = Arc::clone(&session.base);
+    let models = session.base.models()?;
     let mut images = Vec::new();
     for batch in of_class.chunks(TRIAL_BATCH) {
-        let drawn = generated(session, &base.models, batch, at, state)?;
+        let drawn = generated(session, &models, batch, at, state)?;
         images.extend(drawn.into_iter().map(|(_, image)| image));
+    }
+    drop(models);
+    if session.plan.recipe.learner == Learner::Weights {
+        session.base.let_go();
     }
     let adherence = evaluator.adherence(&class_name, &images);
     Ok(or_warning(session, adherence)?.unwrap_or(f64::NAN))
@@ -164,7 +166,7 @@ pub(super) fn evaluate(
     let of_class: Wanted = (0..n_class_images as u64)
         .map(|i| (session.plan.recipe.class_prompt(), (seed + i) & SEED_MAX))
         .collect();
-    let models = state.served(&session.base.bundle, &session.base.models)?;
+    let models = state.served(&session.base.bundle, &session.base.shared)?;
     let total = standard.len() + varying.len() + n_class_images;
     let mut images = Vec::new();
     let mut draw = |session: &mut Session<'_, '_>, wanted: &[(String, u64)]| {

@@ -11,12 +11,14 @@ mod prepare;
 mod recipe;
 mod report;
 mod session;
+mod sizes;
 
 use std::sync::Arc;
 
 use image::RgbImage;
 
 pub(super) use plan::class_images;
+pub(super) use sizes::sizes;
 
 use super::api::{Ending, ImageGenerator, Observer, Shown, TrainEvent, TrainInput, Trained};
 use super::base::Base;
@@ -94,12 +96,16 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
     let discriminator = recipe.has_discriminator().then(discriminator).transpose()?;
     let mut state = match recipe.learner {
         Learner::Weights => {
-            let mut unet = bundle.unet(device, true)?;
-            unet.model.checkpointing = base.checkpointing;
-            State::new(bundle.text_encoder(device, true)?, unet, recipe.lr, discriminator)?
+            base.let_go();
+            let (text, unet) = (bundle.text_encoder(device, true)?, bundle.unet(device, true)?);
+            State::new(text, unet, recipe.lr, discriminator)?
         }
-        Learner::Embedding => State::of_embedding(&base.models, &recipe.product, recipe.lr, discriminator)?,
+        Learner::Embedding => {
+            State::of_embedding(&*base.models()?, &recipe.product, recipe.lr, discriminator)?
+        }
     };
+    state.set_checkpointing(base.checkpointing);
+    state.keep_best_in(session.input.scratch);
     if let Some(file) = session.input.resume {
         let resumed = state.resume(file, &plan.learned_with, recipe);
         resumed.map_err(|error| unreadable(error, file, "the checkpoint"))?;
@@ -116,7 +122,7 @@ fn train_discriminator(
 ) -> Result<(), Halt> {
     let (recipe, base) = (session.plan.recipe.clone(), Arc::clone(&session.base));
     let total = recipe.discriminator.n_steps as usize;
-    train::train_discriminator(state, data, &recipe, &base.models, &mut |step| {
+    train::train_discriminator(state, data, &recipe, &base.shared, &mut |step| {
         let at = session.at(Phase::Discriminating, step as usize, total);
         session.progress(at, None).map_err(Interrupt::Stopped)
     })?;
@@ -142,7 +148,8 @@ fn take_steps(
         if state.n_steps() >= recipe.n_steps {
             return Ok(scorer);
         }
-        let metrics = train::step(state, data, &recipe, &base.models, perceptual, trace.as_ref())?;
+        let metrics = train::step(state, data, &recipe, &base.shared, perceptual, trace.as_ref());
+        let metrics = metrics.map_err(|error| session.unwritten(error))?;
         report_step(session, state, &metrics)?;
     }
 }
@@ -162,7 +169,7 @@ fn report_step(session: &mut Session<'_, '_>, state: &State, metrics: &StepMetri
 fn show_attention(session: &mut Session<'_, '_>, state: &State, data: &TrainingData) -> Result<(), Halt> {
     let Some(trainer) = state.discriminator() else { return Ok(()) };
     let discriminator = trainer.frozen()?;
-    let scale = session.base.models.vae.scaling_factor();
+    let scale = session.base.shared.vae.scaling_factor();
     for (i, instance) in data.instances.iter().take(session.input.photos.len()).enumerate() {
         let heads = discriminator.attention(&(&instance.moments.mean * scale)?)?; // [1, N, h, w]
         let map = heads.mean(1)?.squeeze(0)?.to_vec2::<f32>()?;

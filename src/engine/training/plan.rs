@@ -9,7 +9,7 @@ use super::recipe::{recipe, templates};
 use crate::engine::api::ClassImages;
 use crate::engine::base::Base;
 use crate::engine::faults::fault;
-use crate::job::{Fault, FaultCode, SEED_MAX, TrainSpec};
+use crate::job::{Fault, FaultCode, SEED_MAX, TrainOptions, TrainSpec};
 use crate::ml::random;
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{Learner, Recipe};
@@ -39,28 +39,20 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn new(base: &Base, spec: &TrainSpec) -> Result<Self, Fault> {
         for steps in [CLASS_IMAGE_STEPS, spec.options.evaluation.steps as usize] {
-            let checked = base.drawing(steps).check(&base.models);
+            let checked = base.drawing(steps).check(&base.shared);
             checked.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
         }
         let class_images = class_images(base, spec);
-        let tokenizer = &base.models.tokenizer;
+        let tokenizer = &base.shared.tokenizer;
         let recipe = recipe(&base.bundle, tokenizer, spec, class_images.seeds.len())?;
         let warnings = warnings(&recipe, tokenizer);
         let learned_with = base.bundle.learning_hash().map_err(fault)?;
-        // Assumption: three looks on the way are enough to see whether it is worth waiting.
-        let quarters = || [1, 2, 3].map(|quarter| spec.options.steps * quarter / 4).to_vec();
-        let previews = spec.options.previews.clone().unwrap_or_else(quarters).into_iter().map(u64::from);
-        let previews = previews.filter(|&step| step > 0 && spec.options.evaluation.enabled);
-        // Assumption: a model that learned too much is past its best somewhere in the second half.
-        let halves = || vec![spec.options.steps / 2, spec.options.steps * 3 / 4, spec.options.steps];
-        let trials = spec.options.evaluation.trials.clone().unwrap_or_else(halves).into_iter().map(u64::from);
-        let trials = trials.filter(|&step| step > 0 && spec.options.evaluation.enabled);
         let seed = |label: &str| random::derive(spec.seed, label) & SEED_MAX;
         Ok(Self {
             recipe,
             class_images,
-            preview_steps: previews.collect(),
-            trial_steps: trials.collect(),
+            preview_steps: preview_steps(&spec.options),
+            trial_steps: trial_steps(&spec.options),
             preview_seed: seed("preview"),
             evaluation_seed: seed("evaluation"),
             trial_seed: seed("trial"),
@@ -81,8 +73,32 @@ pub(in crate::engine) fn class_images(base: &Base, spec: &TrainSpec) -> ClassIma
     });
     let settings = format!("{:x}", Sha256::digest(decides.to_string()));
     // Seeds of no training's own, so that the next one finds these images drawn.
-    let n = if spec.options.loss_weights.prior > 0.0 { spec.options.class_images } else { 0 };
-    ClassImages { settings, seeds: (0..u64::from(n)).collect() }
+    ClassImages { settings, seeds: (0..u64::from(n_class_images(&spec.options))).collect() }
+}
+
+/// How many those are.
+pub(super) fn n_class_images(options: &TrainOptions) -> u32 {
+    if options.loss_weights.prior > 0.0 { options.class_images } else { 0 }
+}
+
+/// Steps after which a preview is drawn.
+pub(super) fn preview_steps(options: &TrainOptions) -> BTreeSet<u64> {
+    // Assumption: three looks on the way are enough to see whether it is worth waiting.
+    let quarters = || [1, 2, 3].map(|quarter| options.steps * quarter / 4).to_vec();
+    steps_of(options, options.previews.clone().unwrap_or_else(quarters))
+}
+
+/// Steps after which a few images are scored.
+pub(super) fn trial_steps(options: &TrainOptions) -> BTreeSet<u64> {
+    // Assumption: a model that learned too much is past its best somewhere in the second half.
+    let halves = || vec![options.steps / 2, options.steps * 3 / 4, options.steps];
+    steps_of(options, options.evaluation.trials.clone().unwrap_or_else(halves))
+}
+
+/// Those at which anything can be drawn.
+fn steps_of(options: &TrainOptions, steps: Vec<u32>) -> BTreeSet<u64> {
+    let drawn = steps.into_iter().filter(|&step| step > 0 && options.evaluation.enabled);
+    drawn.map(u64::from).collect()
 }
 
 /// What may surprise whoever asked for this.

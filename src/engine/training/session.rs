@@ -94,8 +94,8 @@ impl<'a, 'o> Session<'a, 'o> {
 
     /// The latents of pixels, as a distribution.
     pub(super) fn encode(&self, pixels: &RgbImage) -> Result<Moments, Halt> {
-        let models = &self.base.models;
-        Ok(models.vae.encode(&image_io::signed(pixels)?.to_device(&models.device)?)?)
+        let shared = &self.base.shared;
+        Ok(shared.vae.encode(&image_io::signed(pixels)?.to_device(&shared.device)?)?)
     }
 
     /// Progress of a phase: so many of all its parts are done.
@@ -118,7 +118,7 @@ impl<'a, 'o> Session<'a, 'o> {
     pub(super) fn preview(&mut self, state: &State) -> Result<(), Halt> {
         let (at, step) = (self.at_step(state), state.n_steps());
         let wanted = [(self.plan.recipe.templates.photo.clone(), self.plan.preview_seed)];
-        let models = state.frozen(&self.base.bundle, &self.base.models)?;
+        let models = state.frozen(&self.base.bundle, &self.base.shared)?;
         for (picture, _) in self.draw_product(&models, &wanted, &at, state)? {
             self.n_previews += 1;
             self.tell(TrainEvent::Shown { what: Shown::Preview(step), picture }, Some(state))?;
@@ -226,6 +226,17 @@ impl<'a, 'o> Session<'a, 'o> {
         let saved = save(state, &file, self.base.hash(), &self.plan.recipe);
         saved.map_err(|error| unwritable(error, &file, "the weights"))?;
         Ok(file)
+    }
+
+    /// The fault of a step: of the disk, where it could not keep the best weights in a file.
+    pub(super) fn unwritten(&self, error: Error) -> Fault {
+        match &error {
+            Error::File { path, .. } if path.starts_with(self.input.scratch) => {
+                let file = path.clone();
+                unwritable(error, &file, "the best weights so far")
+            }
+            _ => fault(error),
+        }
     }
 
     /// Steps done and the file that holds them; `None` before the first step.

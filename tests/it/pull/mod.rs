@@ -15,7 +15,7 @@ use hypnos::ml::tensorfile::TensorFile;
 use serde_json::{Value, json};
 
 use hub::COMMIT;
-use published::{INCEPTION, TRACER, UNET, VOCAB, World};
+use published::{INCEPTION, VOCAB, World};
 
 /// Shapes and values by name.
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::configs::read_config;
-use super::files::{WEIGHT_FILES, bad, write_json};
+use super::files::{bad, write_json};
 use super::tensors::Tensors;
 use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::Clip;
@@ -38,7 +38,7 @@ pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Res
         shapes.insert(name, param.dims());
     }
     let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    save_streaming(&dir.join(part).join(WEIGHT_FILES[1]), &shapes, &text, DType::F32, |name| {
+    save_streaming(&dir.join(part).join("model.safetensors"), &shapes, &text, DType::F32, |name| {
         let (file, found) = &places[name];
         let values = files[*file].read(found)?;
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {

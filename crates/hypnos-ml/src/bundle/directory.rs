@@ -153,7 +153,7 @@ impl Bundle {
 
     /// A text encoder of this bundle's shape with weights from elsewhere, named as in the bundle's file; so for
     /// [`Bundle::unet_of`].
-    pub(crate) fn text_encoder_of(&self, weights: &Weights) -> Result<ClipText> {
+    pub fn text_encoder_of(&self, weights: &Weights) -> Result<ClipText> {
         ClipText::load(weights, &self.text)
     }
 

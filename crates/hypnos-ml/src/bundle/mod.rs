@@ -27,6 +27,7 @@ mod random;
 mod random_metrics;
 mod rare_tokens;
 mod scheduler;
+mod sizes;
 mod tensors;
 
 pub use backbones::{Backbones, MetricBackbone};

@@ -12,6 +12,8 @@ use crate::ops::{self, Activation, Conv2dSpec};
 use crate::param::Param;
 use crate::weights::Weights;
 
+mod dry;
+
 /// `text_encoder/config.json`. What it leaves out is as in the reference's class.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]

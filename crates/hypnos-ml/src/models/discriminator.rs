@@ -13,6 +13,8 @@ use crate::ops::{self, Activation, Conv2dSpec};
 use crate::param::Param;
 use crate::weights::Weights;
 
+mod dry;
+
 /// Strides of the convolutions.
 const STRIDES: [usize; 3] = [1, 2, 2];
 

@@ -15,6 +15,8 @@ use crate::ops::{self, Activation, Conv2dSpec};
 use crate::param::Param;
 use crate::weights::Weights;
 
+mod dry;
+
 /// Channels, repeats, kernel, stride and expansion of each stage of B0, table 1 of the paper.
 const STAGES: [Stage; 7] = [
     Stage { channels: 16, repeats: 1, kernel: 3, stride: 1, expansion: 1 },

@@ -59,7 +59,7 @@ impl Config {
         )
     }
 
-    fn encoder(&self) -> efficientnet::Config {
+    pub(crate) fn encoder(&self) -> efficientnet::Config {
         efficientnet::Config {
             width_coefficient: self.width_coefficient,
             depth_coefficient: self.depth_coefficient,

@@ -16,6 +16,8 @@ use crate::ops::{self, Activation, Conv2dSpec};
 use crate::weights::Weights;
 use crate::{Error, param::Param};
 
+mod dry;
+
 /// One number for every level, or one for each.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -297,7 +299,8 @@ pub struct Unet {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     config: Config,
-    /// Whether blocks are computed again in the backward instead of kept: less memory for a third more time.
+    /// Whether blocks are computed again in the backward instead of kept: less memory for a third more time. Where it
+    /// trains, the losses hold the decoder to the same.
     pub checkpointing: bool,
 }
 

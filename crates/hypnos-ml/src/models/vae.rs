@@ -11,6 +11,8 @@ use crate::nn::{Conv2d, GroupNorm, Linear, Resnet, ResnetConfig, to_picture, to_
 use crate::ops::{self, Activation, Conv2dSpec};
 use crate::weights::Weights;
 
+mod dry;
+
 /// Eps of every norm of the autoencoder; diffusers has it as a constant too.
 const EPS: f64 = 1e-6;
 
@@ -191,11 +193,17 @@ impl Vae {
 
     /// The UNet's latents `[B, c, h, w]` to pictures `[B, 3, h f, w f]`, about signed (not clamped). Differentiable.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        self.decode_with(latents, false)
+    }
+
+    /// The same, whose blocks are computed again in the backward if `checkpointing`. Value and gradient are the same to
+    /// the bit: no value goes to more than one block.
+    pub fn decode_with(&self, latents: &Tensor, checkpointing: bool) -> Result<Tensor> {
         let mut x = (latents / self.config.scaling_factor)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }
-        self.decoder.forward(&x)
+        self.decoder.forward(&x, checkpointing)
     }
 }
 
@@ -257,7 +265,7 @@ impl Encoder {
                 x = conv.forward(&x)?;
             }
         }
-        x = self.mid_block.forward(&x)?;
+        x = self.mid_block.forward(&x, false)?;
         self.conv_out.forward(&self.conv_norm_out.forward(&x)?)
     }
 }
@@ -308,19 +316,33 @@ impl Decoder {
         })
     }
 
-    fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut x = self.mid_block.forward(&self.conv_in.forward(latents)?)?;
+    fn forward(&self, latents: &Tensor, checkpointing: bool) -> Result<Tensor> {
+        let mut x = self.mid_block.forward(&self.conv_in.forward(latents)?, checkpointing)?;
         for block in &self.up_blocks {
             for resnet in &block.resnets {
-                x = resnet.forward(&x, None)?;
+                let resnet = resnet.clone();
+                x = run(&x, checkpointing, move |x| resnet.forward(x, None))?;
             }
             if let Some(conv) = &block.upsampler {
-                let (_, _, h, w) = x.dims4()?;
-                x = conv.forward(&ops::upsample_nearest(&x, (2 * h, 2 * w))?)?;
+                let conv = conv.clone();
+                x = run(&x, checkpointing, move |x| {
+                    let (_, _, h, w) = x.dims4()?;
+                    conv.forward(&ops::upsample_nearest(x, (2 * h, 2 * w))?)
+                })?;
             }
         }
-        self.conv_out.forward(&self.conv_norm_out.forward(&x)?)
+        let (norm, conv) = (self.conv_norm_out.clone(), self.conv_out.clone());
+        run(&x, checkpointing, move |x| conv.forward(&norm.forward(x)?))
     }
+}
+
+/// `block(x)`, whose inside is computed again in the backward if `checkpointing`. A block shares its weights.
+fn run(
+    x: &Tensor,
+    checkpointing: bool,
+    block: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if checkpointing { ops::checkpoint(&[x], move |inputs| block(&inputs[0])) } else { block(x) }
 }
 
 fn norm_out(w: &Weights, n: usize, config: &Config) -> crate::Result<GroupNorm> {
@@ -343,17 +365,18 @@ impl MidBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.resnets[0].forward(x, None)?;
-        if let Some(attention) = &self.attention {
-            x = attention.forward(&x)?;
+    fn forward(&self, x: &Tensor, checkpointing: bool) -> Result<Tensor> {
+        let [first, second] = self.resnets.clone();
+        let mut x = run(x, checkpointing, move |x| first.forward(x, None))?;
+        if let Some(attention) = self.attention.clone() {
+            x = run(&x, checkpointing, move |x| attention.forward(x))?;
         }
-        self.resnets[1].forward(&x, None)
+        run(&x, checkpointing, move |x| second.forward(x, None))
     }
 }
 
 /// Self-attention over all places of the picture, one head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Attention {
     group_norm: GroupNorm,
     to_q: Linear,

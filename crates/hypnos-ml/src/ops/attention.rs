@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum2, zeros};
 use super::custom_op::{Computed, custom_op};
 use super::softmax::softmax_row;
+use crate::dry_run::{Cost, DryTensor};
 
 /// `softmax(q k^T / sqrt(K)) v`, head by head (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 ///
@@ -43,6 +44,25 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, causal: boo
     })
 }
 
+/// [`attention()`] in a dry run. Queries, keys and values are kept, and no score: the backward works with them tile by
+/// tile once more, and makes all three gradients, wanted or not.
+pub(crate) fn dry(q: &DryTensor, k: &DryTensor, v: &DryTensor, n_heads: usize) -> DryTensor {
+    let (q, k, v) = (q.contiguous(), k.contiguous(), v.contiguous());
+    let ([b, l, d], s) = ([0, 1, 2].map(|axis| q.dims()[axis]), k.dims()[1]);
+    let heads = Heads { b, l, s, d, n: n_heads, causal: false };
+    let flops = 4.0 * (b * d) as f64 * l as f64 * s as f64;
+    let unwanted = [&q, &k, &v].into_iter().filter(|x| !x.is_tracked()).map(DryTensor::bytes).sum::<u64>();
+    let (scratch, again) = if q.meter().on_gpu() {
+        (heads.chunk_bytes(), 3 * heads.chunk_bytes())
+    } else {
+        (heads.tile_bytes(), 2 * heads.tile_bytes())
+    };
+    // The scores once more, then two products for each of the forward's.
+    let (input_flops, backward_scratch) = (2.5 * flops, again + unwanted);
+    let cost = Cost { flops, input_flops, scratch, backward_scratch, ..Cost::default() };
+    q.ours(&[&q, &k, &v], q.dims(), cost)
+}
+
 /// Sizes of one attention.
 #[derive(Clone, Copy)]
 pub(super) struct Heads {
@@ -60,6 +80,9 @@ pub(super) struct Heads {
 /// Scores that one tile of queries may have: half a megabyte of f32 stays in a core's cache.
 const TILE_SCORES: usize = 1 << 17;
 
+/// Most bytes that the scores of one chunk take on a GPU, unless a single query needs more. Backward holds three such.
+const CHUNK_BYTES_MOST: usize = 256 << 20;
+
 impl Heads {
     pub(super) fn width(&self) -> usize {
         self.d / self.n
@@ -72,6 +95,23 @@ impl Heads {
     /// Queries in one tile.
     fn tile(&self) -> usize {
         (TILE_SCORES / self.s.max(1)).clamp(16, 256).min(self.l.max(1))
+    }
+
+    /// Bytes of the scores of a tile on every thread.
+    fn tile_bytes(&self) -> u64 {
+        let n_threads =
+            rayon::current_num_threads().min(self.b * self.n * self.l.div_ceil(self.tile()).max(1));
+        4 * (n_threads * self.tile() * self.s) as u64
+    }
+
+    /// Bytes of the scores of a chunk on a GPU.
+    fn chunk_bytes(&self) -> u64 {
+        4 * (self.n * self.queries_per_chunk() * self.s) as u64
+    }
+
+    /// Queries that a GPU takes at once.
+    pub(super) fn queries_per_chunk(&self) -> usize {
+        (CHUNK_BYTES_MOST / (4 * self.n * self.s).max(1)).clamp(1, self.l.max(1))
     }
 
     /// Where the rows of image `b`, head `h` begin in a tensor with `n_rows` rows per image.

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
 use super::custom_op::{Computed, custom_op, trained_tag};
+use crate::dry_run::{Cost, DryTensor, gradient_bytes};
 use crate::param::Param;
 
 /// Stride and zero padding of a convolution.
@@ -42,7 +43,7 @@ impl Conv2dSpec {
 /// Gives `[B, O, H', W']`. Differentiable in `x`, `weight` and `bias`.
 pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec) -> Result<Tensor> {
     let x = x.contiguous()?;
-    let conv = Conv::new(&x, weight, spec)?;
+    let conv = Conv::new(x.dims(), weight, spec)?;
     let value = match x.device() {
         Device::Cpu => Computed::cpu(conv.forward(&x, weight, bias)?, conv.out_dims()),
         #[cfg(feature = "cuda")]
@@ -60,6 +61,33 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
         };
         Ok([dx, None, None])
     })
+}
+
+/// [`conv2d()`] in a dry run. Its input is kept; forward and backward unfold tiles of it, and gather tiles over several
+/// pictures. What cuDNN works with instead is its own choice and is not counted here.
+pub(crate) fn dry(
+    x: &DryTensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+) -> Result<DryTensor> {
+    let x = x.contiguous();
+    let conv = Conv::new(x.dims(), weight, spec)?;
+    let (b, o, oh, ow) = conv.out_dims();
+    let flops = 2.0 * (b * o * conv.spatial()) as f64 * conv.patch() as f64;
+    let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
+    let scratch = if x.meter().on_gpu() { 0 } else { conv.scratch() };
+    let cost = Cost {
+        flops,
+        input_flops: flops,
+        weight_flops: flops,
+        is_convolution: !conv.is_pointwise(),
+        scratch,
+        backward_scratch: scratch,
+        gradients,
+        ..Cost::default()
+    };
+    Ok(x.ours(&[&x], &[b, o, oh, ow], cost))
 }
 
 /// Sizes of one convolution.
@@ -94,16 +122,16 @@ impl Tile {
 }
 
 impl Conv {
-    fn new(x: &Tensor, weight: &Param, spec: Conv2dSpec) -> Result<Self> {
-        let ((b, c, h, w), dims) = (x.dims4()?, weight.dims());
-        let [o, c_w, kh, kw] = dims[..] else {
-            bail!("{}: wanted a weight [O, C, kh, kw], got {dims:?}", weight.name());
+    fn new(x: &[usize], weight: &Param, spec: Conv2dSpec) -> Result<Self> {
+        let dims = weight.dims();
+        let (&[b, c, h, w], &[o, c_w, kh, kw]) = (x, &dims[..]) else {
+            bail!("{}: wanted a weight [O, C, kh, kw], got {dims:?} for inputs {x:?}", weight.name());
         };
         match (spec.out(h, kh), spec.out(w, kw)) {
             (Some(oh), Some(ow)) if c == c_w && spec.stride > 0 => {
                 Ok(Self { b, c, h, w, o, kh, kw, oh, ow, spec })
             }
-            _ => bail!("{}: {dims:?} does not fit inputs {:?}", weight.name(), x.dims()),
+            _ => bail!("{}: {dims:?} does not fit inputs {x:?}", weight.name()),
         }
     }
 
@@ -140,6 +168,16 @@ impl Conv {
                 .map(move |at| Tile { start: image + at, end: image + (at + per_tile).min(within) })
         });
         starts.collect()
+    }
+
+    /// Bytes of the longest tile of patches, and of its outputs where it is over several images.
+    fn scratch(&self) -> u64 {
+        let tiles = self.tiles();
+        let longest = tiles.iter().map(|tile| tile.len()).max().unwrap_or(0);
+        let patches =
+            if self.is_pointwise() && longest == self.spatial() { 0 } else { self.patch() * longest };
+        let joined = tiles.iter().filter(|tile| self.pieces(**tile).count() > 1).map(|tile| tile.len()).max();
+        4 * (patches + self.o * joined.unwrap_or(0)) as u64
     }
 
     /// The pieces of a tile that lie in one image each: `(image, first output, place in the tile, length)`.

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::conv2d::{Conv2dSpec, channel_sums};
 use super::cpu::{View, sum2, zeros};
 use super::custom_op::{Computed, custom_op, trained_tag};
+use crate::dry_run::{Cost, DryTensor};
 use crate::param::Param;
 
 /// Convolution with as many groups as channels.
@@ -39,6 +40,16 @@ pub fn depthwise_conv2d(
         };
         Ok([dx, None, None])
     })
+}
+
+/// [`depthwise_conv2d()`] with a square kernel and frozen weights in a dry run. Its input is kept.
+pub(crate) fn dry(x: &DryTensor, kernel: usize, spec: Conv2dSpec) -> DryTensor {
+    let x = x.contiguous();
+    let out = |size: usize| spec.out(size, kernel).unwrap_or(0);
+    let [b, c, h, w] = [0, 1, 2, 3].map(|axis| x.dims()[axis]);
+    let dims = [b, c, out(h), out(w)];
+    let flops = 2.0 * dims.iter().product::<usize>() as f64 * (kernel * kernel) as f64;
+    x.ours(&[&x], &dims, Cost { flops, input_flops: flops, is_convolution: true, ..Cost::default() })
 }
 
 /// Sizes of one depthwise convolution.

@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{View, zeros};
 use super::custom_op::{Computed, custom_op};
+use crate::dry_run::{Cost, DryTensor, Meter, gradient_bytes};
 use crate::param::Param;
 
 /// `y[i] = table[ids[i]]`.
@@ -45,6 +46,12 @@ pub fn embedding(ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
         }
         Ok([None, None, None])
     })
+}
+
+/// [`embedding()`] in a dry run, of `dims` rows. The gradient of a table is a whole table.
+pub(crate) fn dry(meter: &Meter, dims: &[usize], table: &Param) -> DryTensor {
+    let shape = [dims, &table.dims()[1..]].concat();
+    DryTensor::ours_of(meter, &shape, Cost { gradients: gradient_bytes([table]), ..Cost::default() })
 }
 
 fn backward(ids: &[u32], dy: &Tensor, n_rows: usize, d: usize) -> Result<Computed> {

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::activation::{gelu_slope, normal_cdf};
 use super::cpu::{View, zeros};
 use super::custom_op::{Computed, custom_op};
+use crate::dry_run::{Cost, DryTensor};
 
 /// GEGLU (Shazeer 2020, arXiv 2002.05202) with the exact Gaussian error function, as diffusers has it.
 ///
@@ -33,6 +34,16 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         };
         Ok([Some(dx.detached()), None, None])
     })
+}
+
+/// [`geglu()`] in a dry run. Its input, twice as wide as its result, is kept.
+pub(crate) fn dry(x: &DryTensor) -> DryTensor {
+    let x = x.contiguous();
+    let mut dims = x.dims().to_vec();
+    if let Some(width) = dims.last_mut() {
+        *width /= 2;
+    }
+    x.ours(&[&x], &dims, Cost::default())
 }
 
 fn forward(x: &Tensor, d: usize) -> Result<Vec<f32>> {

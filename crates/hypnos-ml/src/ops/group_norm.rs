@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::activation::silu_slope;
 use super::cpu::{View, moments, sigmoid, sum, sum2, zeros};
 use super::custom_op::{Computed, custom_op, trained_tag};
+use crate::dry_run::{Cost, DryTensor, gradient_bytes};
 use crate::param::Param;
 
 /// Group norm (Wu and He 2018, arXiv 1803.08494), followed by SiLU if `silu`.
@@ -43,6 +44,15 @@ pub fn group_norm(
         };
         Ok([dx, None, None])
     })
+}
+
+/// [`group_norm()`] in a dry run. Its input is kept, and no statistics: they are computed again. The backward works out
+/// the input's gradient whether it is wanted or not, for the weights' come from it.
+pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
+    let x = x.contiguous();
+    let backward_scratch = if x.is_tracked() { 0 } else { x.bytes() };
+    let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
+    x.ours(&[&x], x.dims(), cost)
 }
 
 /// What does not depend on the data.

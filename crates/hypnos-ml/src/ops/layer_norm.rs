@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::cpu::{View, moments, sum, sum2, zeros};
 use super::custom_op::{Computed, custom_op, trained_tag};
 use super::linear::column_sums;
+use crate::dry_run::{Cost, DryTensor, gradient_bytes};
 use crate::param::Param;
 
 /// Layer norm over the last dimension (Ba et al. 2016, arXiv 1607.06450): `(x - mean) / sqrt(var + eps) * weight +
@@ -35,6 +36,15 @@ pub fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<
         };
         Ok([dx, None, None])
     })
+}
+
+/// [`layer_norm()`] in a dry run. Its input is kept. The backward normalises it once more, and works out its gradient
+/// whether it is wanted or not.
+pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
+    let x = x.contiguous();
+    let backward_scratch = if x.is_tracked() { x.bytes() } else { 2 * x.bytes() };
+    let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
+    x.ours(&[&x], x.dims(), cost)
 }
 
 fn forward(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Vec<f32>> {

@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
 use super::custom_op::{Computed, custom_op, trained_tag};
+use crate::dry_run::{Cost, DryTensor, gradient_bytes};
 use crate::param::Param;
 
 /// A dense layer over the last dimension.
@@ -77,6 +78,20 @@ fn backward(
     let weight = View::of(&value, "linear")?;
     let dx = product((n, n_in, n_out), (dy, Mat::rows(&weight, n_in)), 1.0);
     Ok(Some(Computed::cpu(dx, x.dims()).detached()))
+}
+
+/// [`linear()`] in a dry run. Its input is kept.
+pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: Option<&Param>) -> DryTensor {
+    let (x, dims) = (x.contiguous(), weight.dims());
+    let mut shape = x.dims().to_vec();
+    let n_rows = x.len() / dims[1].max(1);
+    if let Some(last) = shape.last_mut() {
+        *last = dims[0];
+    }
+    let flops = 2.0 * n_rows as f64 * dims[0] as f64 * dims[1] as f64;
+    let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
+    let cost = Cost { flops, input_flops: flops, weight_flops: flops, gradients, ..Cost::default() };
+    x.ours(&[&x], &shape, cost)
 }
 
 /// Sums over rows of width `n`, in f32 within blocks of rows and f64 across them.

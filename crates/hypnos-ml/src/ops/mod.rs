@@ -40,3 +40,17 @@ pub use linear::linear;
 pub use softmax::softmax;
 pub(crate) use upsample::upsample_bilinear;
 pub use upsample::upsample_nearest;
+
+/// The operations in a dry run, by the same names: see [`crate::dry_run`].
+pub(crate) mod dry {
+    pub(crate) use super::activation::dry as activate;
+    pub(crate) use super::attention::dry as attention;
+    pub(crate) use super::conv2d::dry as conv2d;
+    pub(crate) use super::depthwise::dry as depthwise_conv2d;
+    pub(crate) use super::embedding::dry as embedding;
+    pub(crate) use super::geglu::dry as geglu;
+    pub(crate) use super::group_norm::dry as group_norm;
+    pub(crate) use super::layer_norm::dry as layer_norm;
+    pub(crate) use super::linear::dry as linear;
+    pub(crate) use super::upsample::dry_nearest as upsample_nearest;
+}

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::cpu::{View, zeros};
 use super::custom_op::{Computed, custom_op};
 use super::linear::linear;
+use crate::dry_run::{Cost, DryTensor};
 use crate::param::Param;
 
 /// Each output takes the input at `floor(i * in / out)`, as `torch.nn.functional.interpolate(mode="nearest")` does.
@@ -35,6 +36,13 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
         };
         Ok([Some(dx.detached()), None, None])
     })
+}
+
+/// [`upsample_nearest()`] in a dry run. The graph keeps its input, though the backward does not look at it.
+pub(crate) fn dry_nearest(x: &DryTensor, size: (usize, usize)) -> DryTensor {
+    let x = x.contiguous();
+    let dims = [x.dims()[0], x.dims()[1], size.0, size.1];
+    x.ours(&[&x], &dims, Cost::default())
 }
 
 /// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their

@@ -28,15 +28,13 @@ pub(super) fn read(file: &File, file_len: u64) -> Result<Contents, String> {
     let place = |(name, tensor): (&str, Tensor<'_>)| {
         let bad = |what: String| format!("tensor `{name}` {what}");
         let key = tensor.storage.key;
-        let begin = match begins.get(key) {
-            Some(begin) => *begin,
-            None => {
-                let wanted = bytes(&tensor.storage).ok_or_else(|| bad("has an impossible storage".into()))?;
-                let begin =
-                    storage(&mut archive, &format!("{root}data/{key}"), wanted, file_len).map_err(bad)?;
-                begins.insert(key.to_owned(), begin);
-                begin
-            }
+        let begin = if let Some(begin) = begins.get(key) {
+            *begin
+        } else {
+            let wanted = bytes(&tensor.storage).ok_or_else(|| bad("has an impossible storage".into()))?;
+            let begin = storage(&mut archive, &format!("{root}data/{key}"), wanted, file_len).map_err(bad)?;
+            begins.insert(key.to_owned(), begin);
+            begin
         };
         Ok::<_, String>((name.to_owned(), Stored::new(&tensor, begin).map_err(bad)?))
     };

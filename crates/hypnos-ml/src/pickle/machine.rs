@@ -246,7 +246,7 @@ impl<'a> Machine<'a> {
             b')' => self.push(Node::Tuple(Vec::new()))?,
             b']' => self.push(Node::List(Vec::new()))?,
             b'}' => self.push(Node::Dict(Vec::new()))?,
-            b't' => self.tuple_to_mark()?,
+            b't' => self.tuple_values_above_mark()?,
             0x85 => self.tuple(1)?,
             0x86 => self.tuple(2)?,
             0x87 => self.tuple(3)?,
@@ -308,8 +308,8 @@ impl<'a> Machine<'a> {
         self.push(Node::Known(known))
     }
 
-    fn tuple_to_mark(&mut self) -> Result<(), String> {
-        let items = self.to_mark()?;
+    fn tuple_values_above_mark(&mut self) -> Result<(), String> {
+        let items = self.values_above_mark()?;
         self.push(Node::Tuple(items))
     }
 
@@ -327,7 +327,7 @@ impl<'a> Machine<'a> {
                 let value = self.pop()?;
                 vec![self.pop()?, value]
             }
-            _ => self.to_mark()?,
+            _ => self.values_above_mark()?,
         };
         let into_list = matches!(self.code[self.at - 1], b'a' | b'e');
         let into = self.top()? as usize;
@@ -460,7 +460,7 @@ impl<'a> Machine<'a> {
     }
 
     /// All values behind the last mark.
-    fn to_mark(&mut self) -> Result<Vec<Id>, String> {
+    fn values_above_mark(&mut self) -> Result<Vec<Id>, String> {
         let mark = self.marks.pop().filter(|mark| *mark <= self.stack.len()).ok_or("has no mark")?;
         Ok(self.stack.split_off(mark))
     }

@@ -37,6 +37,7 @@ const NAMED: [(&str, Option<&str>); 7] = [
 const TYPE: &str = "__type";
 
 /// A token as the files give it.
+#[allow(clippy::struct_excessive_bools)] // the fields of the files
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Token {
     content: String,
@@ -185,7 +186,7 @@ impl AddedTokens {
                     }
                 }
                 (None, value) if key.ends_with("_token") => {
-                    named.extend(Given::of(&value).ok().map(|g| (key, Some(g))))
+                    named.extend(Given::of(&value).ok().map(|g| (key, Some(g))));
                 }
                 _ => {}
             }

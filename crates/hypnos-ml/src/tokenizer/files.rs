@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
-use tokenizers::models::bpe::Vocab;
+use tokenizers::models::bpe::{Merges, Vocab};
 
 use super::added::{AddedTokens, Token};
 use crate::{Error, Result};
@@ -134,7 +134,7 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
 }
 
 /// Words, merges and the rest of a `tokenizer.json`.
-fn read_whole(path: &Path) -> Result<(Vocab, Vec<(String, String)>, Map<String, Value>)> {
+fn read_whole(path: &Path) -> Result<(Vocab, Merges, Map<String, Value>)> {
     let bad = |what: String| Error::file(path, what);
     let mut rest: Map<String, Value> = serde_json::from_str(&read_text(path)?)
         .map_err(|e| Error::file_from(path, format!("is not a JSON object: {e}"), e))?;

@@ -6,7 +6,7 @@ use image::RgbImage;
 use super::losses::Batch;
 use super::recipe::Recipe;
 use crate::models::vae::Moments;
-use crate::sample::Models;
+use crate::sample::Shared;
 use crate::{Error, Result, image_io, random};
 
 /// A picture of the product, ready to be learned from.
@@ -32,7 +32,7 @@ pub struct TrainingData {
 }
 
 /// The batch of step `step`, counted from 0: a pure function of its arguments.
-pub(super) fn draw(data: &TrainingData, recipe: &Recipe, models: &Models, step: u64) -> Result<Batch> {
+pub(super) fn draw(data: &TrainingData, recipe: &Recipe, shared: &Shared, step: u64) -> Result<Batch> {
     let seed = |label: &str| random::derive(recipe.seed, label);
     let n_instances = data.instances.len();
     if n_instances == 0 {
@@ -46,7 +46,7 @@ pub(super) fn draw(data: &TrainingData, recipe: &Recipe, models: &Models, step: 
         prompts.push(recipe.class_prompt());
     }
     let dims = stacked(&moments)?.mean.dims().to_vec(); // [B, c, h, w]
-    let n_timesteps = models.schedule.n_timesteps();
+    let n_timesteps = shared.schedule.n_timesteps();
     let t: Vec<usize> =
         (0..prompts.len() as u64).map(|i| random::below(seed("timestep"), step, i, n_timesteps)).collect();
 
@@ -60,12 +60,12 @@ pub(super) fn draw(data: &TrainingData, recipe: &Recipe, models: &Models, step: 
         (place(0, dims[2]), place(1, dims[3]), side)
     });
     Ok(Batch {
-        latents: latents_of(&moments, models, seed("latents"), step)?,
-        noise: normal(seed("noise"), step, &dims, models)?,
+        latents: latents_of(&moments, shared, seed("latents"), step)?,
+        noise: normal(seed("noise"), step, &dims, shared)?,
         t,
-        ids: prompts.iter().map(|prompt| models.tokenizer.encode(prompt)).collect(),
+        ids: prompts.iter().map(|prompt| shared.tokenizer.encode(prompt)).collect(),
         reference: looked_at
-            .then(|| image_io::signed(&instance.pixels)?.to_device(&models.device).map_err(Error::from))
+            .then(|| image_io::signed(&instance.pixels)?.to_device(&shared.device).map_err(Error::from))
             .transpose()?,
         crop,
     })
@@ -76,7 +76,7 @@ pub(super) fn draw(data: &TrainingData, recipe: &Recipe, models: &Models, step: 
 pub(super) fn discriminator_latents(
     data: &TrainingData,
     recipe: &Recipe,
-    models: &Models,
+    shared: &Shared,
     label: &str,
     step: u64,
 ) -> Result<(Tensor, Tensor)> {
@@ -96,16 +96,16 @@ pub(super) fn discriminator_latents(
         Error::input("discriminator: nothing to tell the product from; wanted class images or views")
     })?;
     Ok((
-        latents_of(&real, models, random::derive(seed, "real latents"), step)?,
-        latents_of(&fake, models, random::derive(seed, "fake latents"), step)?,
+        latents_of(&real, shared, random::derive(seed, "real latents"), step)?,
+        latents_of(&fake, shared, random::derive(seed, "fake latents"), step)?,
     ))
 }
 
 /// Latents of these pictures, in the UNet's scale, drawn from their distributions.
-fn latents_of(moments: &[&Moments], models: &Models, seed: u64, step: u64) -> Result<Tensor> {
+fn latents_of(moments: &[&Moments], shared: &Shared, seed: u64, step: u64) -> Result<Tensor> {
     let moments = stacked(moments)?;
-    let noise = normal(seed, step, moments.mean.dims(), models)?;
-    Ok(models.vae.latents(&moments, &noise)?.detach())
+    let noise = normal(seed, step, moments.mean.dims(), shared)?;
+    Ok(shared.vae.latents(&moments, &noise)?.detach())
 }
 
 fn stacked(moments: &[&Moments]) -> Result<Moments> {
@@ -115,8 +115,8 @@ fn stacked(moments: &[&Moments]) -> Result<Moments> {
     Ok(Moments { mean: join(|moments| &moments.mean)?, logvar: join(|moments| &moments.logvar)? })
 }
 
-fn normal(seed: u64, step: u64, dims: &[usize], models: &Models) -> Result<Tensor> {
-    Ok(Tensor::from_vec(random::normal(seed, step, dims.iter().product()), dims, &models.device)?)
+fn normal(seed: u64, step: u64, dims: &[usize], shared: &Shared) -> Result<Tensor> {
+    Ok(Tensor::from_vec(random::normal(seed, step, dims.iter().product()), dims, &shared.device)?)
 }
 
 /// Which of `n` things step `step` takes. All come once, shuffled anew each round, before any comes again: with three

@@ -201,7 +201,7 @@ pub fn losses(models: &LossModels, batch: &Batch, objective: &Objective) -> Resu
             return Err(Error::input("losses: the perceptual loss has weight, and there is no model for it"));
         };
         let (z0, reference) = cropped(z0, reference, batch.crop, vae.factor())?;
-        let picture = vae.decode(&z0)?;
+        let picture = vae.decode_with(&z0, models.unet.checkpointing)?;
         let loss = perceptual_loss(&net.features(&picture)?, &net.features(&reference)?, &objective.strides)?;
         total = (total + (&loss * weights.perceptual)?)?;
         (perceptual, decoded) = (Some(loss), Some(picture));

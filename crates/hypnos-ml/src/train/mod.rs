@@ -21,28 +21,28 @@ pub use trace::Trace;
 pub use trial::Trial;
 
 use super::perceptual::Perceptual;
-use super::sample::Models;
+use super::sample::Shared;
 use super::{Error, Interrupt, Result};
 
 /// Takes the next step of `state`, number `state.n_steps() + 1`.
 ///
-/// `models` are the bundle's: tokenizer, autoencoder and schedule. [`Error::Diverged`] where a loss or gradient is not
+/// `shared` is the bundle's. [`Error::Diverged`] where a loss or gradient is not
 /// finite; the weights are then as the step before left them.
 pub fn step(
     state: &mut State,
     data: &TrainingData,
     recipe: &Recipe,
-    models: &Models,
+    shared: &Shared,
     perceptual: Option<&Perceptual>,
     trace: Option<&Trace>,
 ) -> Result<StepMetrics> {
     let step = state.n_steps();
     // 1. Draw a picture of the product, one of its class, their timesteps and noise; and what the discriminator sees.
-    let batch = data::draw(data, recipe, models, step)?;
+    let batch = data::draw(data, recipe, shared, step)?;
     let shown =
-        recipe.has_discriminator().then(|| data::discriminator_latents(data, recipe, models, "critic", step));
+        recipe.has_discriminator().then(|| data::discriminator_latents(data, recipe, shared, "critic", step));
     // 2. Diffuse, predict, compare; clip and step; then the discriminator's own step.
-    let frozen = FrozenModels { schedule: &models.schedule, vae: Some(&models.vae), perceptual };
+    let frozen = FrozenModels { schedule: &shared.schedule, vae: Some(&shared.vae), perceptual };
     let trace = trace.filter(|trace| trace.wants(step + 1)).map(|trace| (trace, recipe));
     state.step(frozen, &batch, &recipe.objective, shown.transpose()?, trace)
 }
@@ -53,13 +53,13 @@ pub fn train<B>(
     state: &mut State,
     data: &TrainingData,
     recipe: &Recipe,
-    models: &Models,
+    shared: &Shared,
     perceptual: Option<&Perceptual>,
     trace: Option<&Trace>,
     observe: &mut dyn FnMut(&State) -> Result<(), Interrupt<B>>,
 ) -> Result<(), Interrupt<B>> {
     while state.n_steps() < recipe.n_steps {
-        step(state, data, recipe, models, perceptual, trace)?;
+        step(state, data, recipe, shared, perceptual, trace)?;
         observe(state)?;
     }
     Ok(())
@@ -74,7 +74,7 @@ pub fn train_discriminator<B>(
     state: &mut State,
     data: &TrainingData,
     recipe: &Recipe,
-    models: &Models,
+    shared: &Shared,
     observe: &mut dyn FnMut(u64) -> Result<(), Interrupt<B>>,
 ) -> Result<(), Interrupt<B>> {
     if state.n_steps() > 0 {
@@ -82,7 +82,7 @@ pub fn train_discriminator<B>(
     }
     let Some(discriminator) = state.discriminator_mut() else { return Ok(()) };
     for step in 0..recipe.discriminator.n_steps {
-        let (real, fake) = data::discriminator_latents(data, recipe, models, "critic before", step)?;
+        let (real, fake) = data::discriminator_latents(data, recipe, shared, "critic before", step)?;
         if !discriminator.step(&real, &fake)?.is_finite() {
             let what = "discriminator: its loss is no longer a finite number; try a lower learning rate";
             return Err(Error::NotFinite(what.into()).into());

@@ -1,7 +1,7 @@
 //! The state of a training: weights, optimisers, history and trials; one step on a batch; checkpoints.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
@@ -17,9 +17,9 @@ use crate::models::{clip::ClipText, unet::Unet};
 use crate::ops::{AdamW, AdamWConfig};
 use crate::param::Param;
 use crate::product::Product;
-use crate::sample::Models;
+use crate::sample::{Models, Shared};
 use crate::tensorfile::{TensorFile, save_streaming};
-use crate::weights::Weights;
+use crate::weights::{self, Weights};
 use crate::{Error, Result};
 
 /// What `format` says in the metadata of a checkpoint.
@@ -28,8 +28,9 @@ const FORMAT: &str = "hypnos checkpoint 2";
 /// Where in a checkpoint the discriminator's tensors lie.
 const DISCRIMINATOR: &str = "discriminator";
 
-/// Where in a checkpoint the weights of the best trial lie, and what all trials found.
+/// Where in a checkpoint the weights of the best trial lie, their own file, and what all trials found.
 const BEST: &str = "best";
+const BEST_FILE: &str = "best.safetensors";
 const TRIALS: [&str; 3] = ["trials.step", "trials.likeness", "trials.adherence"];
 
 /// The metrics of one step. Losses are unweighted; one that the step did not compute is not a number.
@@ -85,8 +86,18 @@ pub struct State {
     discriminator: Option<DiscriminatorTrainer>,
     history: Vec<StepMetrics>,
     trials: Vec<Trial>,
-    /// The weights of the best trial, on the CPU, where steps were taken since; else they are the weights themselves.
-    best: Option<BTreeMap<String, Tensor>>,
+    /// The weights of the best trial, where steps were taken since; else they are the weights themselves.
+    best: Option<Best>,
+    /// Where those are kept in a file.
+    scratch: Option<PathBuf>,
+}
+
+/// The weights of the best trial, away from those that learn.
+enum Best {
+    /// On the CPU.
+    Memory(BTreeMap<String, Tensor>),
+    /// As large as everything that learns: memory is scarcer than disk.
+    File(TensorFile),
 }
 
 impl State {
@@ -144,7 +155,18 @@ impl State {
             history: Vec::new(),
             trials: Vec::new(),
             best: None,
+            scratch: None,
         })
+    }
+
+    /// Keeps the best trial's weights in a file of this directory instead of in memory, from the next one on.
+    pub fn keep_best_in(&mut self, scratch: &Path) {
+        self.scratch = Some(scratch.to_owned());
+    }
+
+    /// Computes blocks again in the backward instead of keeping them: less memory for a third more time.
+    pub fn set_checkpointing(&mut self, checkpointing: bool) {
+        self.unet.checkpointing = checkpointing;
     }
 
     /// Steps taken.
@@ -260,40 +282,68 @@ impl State {
         if self.trials.is_empty() || self.served_step() != self.n_steps() {
             return Ok(());
         }
-        let copy = |param: &Param| param.value().copy()?.to_device(&Device::Cpu);
-        let copies = self.params.iter().map(|(name, param)| Ok((name.clone(), copy(param)?)));
-        self.best = Some(copies.collect::<Result<_>>()?);
+        let copy = |name: &str| Ok(self.params[name].value().copy()?.to_device(&Device::Cpu)?);
+        self.best = Some(self.kept(copy)?);
         Ok(())
     }
 
-    /// The models as they are now, frozen, with the rest of `base`: they draw without recording a graph and without a
-    /// copy of the weights, and so do not outlast the next step.
-    pub fn frozen(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
+    /// `value` of each weight, away from those that learn.
+    fn kept(&self, value: impl Fn(&str) -> Result<Tensor>) -> Result<Best> {
+        let Some(scratch) = &self.scratch else {
+            let values = self.params.keys().map(|name| Ok((name.clone(), value(name)?)));
+            return Ok(Best::Memory(values.collect::<Result<_>>()?));
+        };
+        let file = scratch.join(BEST_FILE);
+        save_streaming(&file, &self.weight_shapes(), &BTreeMap::new(), DType::F32, value)?;
+        Ok(Best::File(TensorFile::open(&file)?))
+    }
+
+    fn weight_shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect()
+    }
+
+    /// The models as they are now, frozen: they draw without recording a graph and without a copy of the weights, and so
+    /// do not outlast the next step.
+    pub fn frozen(&self, bundle: &Bundle, shared: &Shared) -> Result<Models> {
         let values = self.params.iter().map(|(name, param)| (name.clone(), param.value()));
-        self.models(values.collect(), bundle, base)
+        self.models(&Weights::from_tensors(values.collect(), &shared.device), bundle, shared)
     }
 
     /// The models that are served, frozen, as [`State::frozen`] gives those of now.
-    pub fn served(&self, bundle: &Bundle, base: &Models) -> Result<Models> {
-        let Some(best) = &self.best else { return self.frozen(bundle, base) };
-        let values = best.iter().map(|(name, value)| Ok((name.clone(), value.to_device(&base.device)?)));
-        self.models(values.collect::<Result<_>>()?, bundle, base)
+    pub fn served(&self, bundle: &Bundle, shared: &Shared) -> Result<Models> {
+        let weights = match &self.best {
+            None => return self.frozen(bundle, shared),
+            Some(Best::File(file)) => Weights::open(file.path(), &shared.device)?,
+            Some(Best::Memory(best)) => {
+                let values = best.iter().map(|(name, value)| (name.clone(), value.clone()));
+                Weights::from_tensors(values.collect(), &shared.device)
+            }
+        };
+        self.models(&weights, bundle, shared)
     }
 
-    fn models(&self, values: HashMap<String, Tensor>, bundle: &Bundle, base: &Models) -> Result<Models> {
-        finetuned::models(&Weights::from_tensors(values, &base.device), self.params.keys(), bundle, base)
+    fn models(&self, learned: &Weights, bundle: &Bundle, shared: &Shared) -> Result<Models> {
+        // Beside an embedding that learns, everything is the bundle's.
+        let base = || {
+            let mut unet = self.unet.clone();
+            unet.checkpointing = false;
+            Ok((self.text.clone(), unet))
+        };
+        finetuned::models(learned, self.params.keys(), bundle, shared, base)
     }
 
     /// Writes the weights that are served, and nothing else, as [`finetuned::FineTuned::load`] reads them. The bytes
     /// depend on weights, bundle and recipe only.
     pub fn save_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
-        let Some(best) = &self.best else { return self.save_last_weights(path, bundle, recipe) };
-        self.write_weights(path, bundle, recipe, |name| best[name].clone())
+        if self.best.is_none() {
+            return self.save_last_weights(path, bundle, recipe);
+        }
+        self.write_weights(path, bundle, recipe, |name| self.best_weight(name))
     }
 
     /// Writes the weights of the last step, whichever are served.
     pub fn save_last_weights(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
-        self.write_weights(path, bundle, recipe, |name| self.params[name].value())
+        self.write_weights(path, bundle, recipe, |name| Ok(self.params[name].value()))
     }
 
     fn write_weights(
@@ -301,11 +351,10 @@ impl State {
         path: &Path,
         bundle: &str,
         recipe: &Recipe,
-        value: impl Fn(&str) -> Tensor,
+        value: impl Fn(&str) -> Result<Tensor>,
     ) -> Result<()> {
-        let shapes = self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect();
         let metadata = finetuned::metadata(finetuned::FORMAT, bundle, &recipe.json());
-        save_streaming(path, &shapes, &metadata, DType::F32, |name| Ok(value(name)))
+        save_streaming(path, &self.weight_shapes(), &metadata, DType::F32, value)
     }
 
     /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
@@ -373,8 +422,8 @@ impl State {
         self.trials = (steps?.into_iter().zip(shares))
             .map(|(step, (likeness, adherence))| Trial { step: step as u64, likeness, adherence })
             .collect();
-        let best = |name: &String| Ok((name.clone(), read(&format!("{BEST}.{name}"))?));
-        self.best = has_best.then(|| self.params.keys().map(best).collect::<Result<_>>()).transpose()?;
+        let best = has_best.then(|| self.kept(|name| read(&format!("{BEST}.{name}"))));
+        self.best = best.transpose()?;
         Ok(())
     }
 
@@ -421,8 +470,13 @@ impl State {
     }
 
     fn best_weight(&self, name: &str) -> Result<Tensor> {
-        let found = self.best.as_ref().and_then(|best| best.get(name));
-        found.cloned().ok_or_else(|| Error::input(format!("best: no weight {name}")))
+        let none = || Error::input(format!("best: no weight {name}"));
+        let shape = self.params.get(name).map(Param::dims).ok_or_else(none)?;
+        match &self.best {
+            Some(Best::File(file)) => weights::read(file, name, &shape),
+            Some(Best::Memory(best)) => best.get(name).cloned().ok_or_else(none),
+            None => Err(none()),
+        }
     }
 }
 

@@ -46,7 +46,7 @@ impl Import {
                 Content::Json(value, _) => write_json(&place, value)?,
                 Content::Copy { dir, path } => copy(&dir.join(path), &place)?,
             }
-            origins.insert(path.clone(), self.origin(path, content, &place)?);
+            origins.insert(path.clone(), Self::origin(path, content, &place)?);
         }
         let n_total = self.parts.values().flat_map(|part| part.weights.values()).map(n_elements).sum();
         let mut n_done = 0;
@@ -91,7 +91,7 @@ impl Import {
     }
 
     /// Where a file comes from: what its bundle says of it, if that is still true, or else its bundle.
-    fn origin(&self, path: &str, content: &Content, written: &Path) -> Result<Origin> {
+    fn origin(path: &str, content: &Content, written: &Path) -> Result<Origin> {
         let sha256 = hash_file(written)?;
         let known = match content {
             Content::Copy { dir, path } => {
@@ -148,10 +148,10 @@ fn vacant(out: &Path) -> Result<()> {
 
 /// Refuses a bundle in `dir` that is not sound; it will lie in `out`.
 fn sound(dir: &Path, out: &Path) -> Result<()> {
-    let findings = check(dir);
-    let Some(first) = findings.first() else { return Ok(()) };
+    let errors = check(dir).errors;
+    let Some(first) = errors.first() else { return Ok(()) };
     let first = first.to_string().replace(&dir.display().to_string(), &out.display().to_string());
-    let more = match findings.len() - 1 {
+    let more = match errors.len() - 1 {
         0 => String::new(),
         n => format!(" ({n} more)"),
     };

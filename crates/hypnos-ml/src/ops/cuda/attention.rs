@@ -9,9 +9,6 @@ use super::{Buffer, Computed, CudaDevice, DType, Result, Tensor, View};
 use crate::ops::attention::Heads;
 use crate::ops::cpu::Into;
 
-/// Most bytes that the scores of one chunk take, unless a single query needs more. Backward holds three such.
-const SCORES_BYTES_MOST: usize = 256 << 20;
-
 /// Queries `from..from + n` of one image, in all its heads.
 #[derive(Clone, Copy)]
 struct Chunk {
@@ -57,11 +54,6 @@ impl Chunk {
 }
 
 impl Heads {
-    /// Queries that go together.
-    fn queries_per_chunk(&self) -> usize {
-        (SCORES_BYTES_MOST / (4 * self.n * self.s).max(1)).clamp(1, self.l.max(1))
-    }
-
     fn chunks(&self) -> impl Iterator<Item = Chunk> {
         let (l, n) = (self.l, self.queries_per_chunk());
         (0..self.b).flat_map(move |image| {

@@ -1,0 +1,57 @@
+//! The sizes of a bundle's models, from configs and headers: for planning, without reading a weight.
+
+use super::configs::read_config;
+use super::directory::{Bundle, Part};
+use super::files::find_weights;
+use crate::Result;
+use crate::models::clip::ClipText;
+use crate::models::tracer;
+use crate::models::unet::Unet;
+use crate::models::vae::Vae;
+use crate::perceptual;
+use crate::tensorfile::TensorFile;
+use crate::weights::Weights;
+
+impl Bundle {
+    /// Its text encoder without values, for dry runs; so for the other two.
+    pub(crate) fn hollow_text_encoder(&self, trainable: bool) -> Result<Part<ClipText>> {
+        hollow(trainable, |w| ClipText::load(w, self.configs().0))
+    }
+
+    /// Its UNet without values.
+    pub(crate) fn hollow_unet(&self, trainable: bool) -> Result<Part<Unet>> {
+        hollow(trainable, |w| Unet::load(w, self.configs().1))
+    }
+
+    /// Its VAE without values.
+    pub(crate) fn hollow_vae(&self) -> Result<Part<Vae>> {
+        hollow(false, |w| Vae::load(w, self.configs().2))
+    }
+
+    /// The config of its segmenter, if it has one.
+    pub(crate) fn segmenter_config(&self) -> Result<Option<tracer::Config>> {
+        let read = || read_config(self.dir(), "segmenter", tracer::Config::check);
+        self.has("segmenter").then(read).transpose()
+    }
+
+    /// The config of its perceptual network, if it has one.
+    pub(crate) fn perceptual_config(&self) -> Result<Option<perceptual::Config>> {
+        let read = || read_config(self.dir(), "perceptual", perceptual::Config::check);
+        self.has("perceptual").then(read).transpose()
+    }
+
+    /// Bytes that the weights of a part take in memory, in f32, by the header of its file; 0 if it has no such part.
+    pub(crate) fn weight_bytes(&self, part: &str) -> Result<u64> {
+        if !self.has(part) {
+            return Ok(0);
+        }
+        let file = TensorFile::open(&find_weights(&self.dir().join(part))?)?;
+        let shapes = file.names().filter_map(|name| file.shape(name));
+        Ok(shapes.map(|shape| 4 * shape.iter().product::<usize>() as u64).sum())
+    }
+}
+
+fn hollow<M>(trainable: bool, load: impl FnOnce(&Weights) -> Result<M>) -> Result<Part<M>> {
+    let weights = Weights::meta().trainable(trainable);
+    Ok(Part { model: load(&weights)?, params: weights.params() })
+}

@@ -1,0 +1,139 @@
+//! The UNet in a dry run: the layers and the life of every value as in its `forward`.
+
+use std::sync::Arc;
+
+use candle_core::{Result, bail};
+
+use super::{Attention, Block, DownBlock, Level, MidBlock, Projection, Transformer, Unet, UpBlock};
+use crate::dry_run::{DryTensor, checkpoint};
+use crate::nn::{Resnet, to_picture_dry, to_tokens_dry};
+use crate::ops::dry as ops;
+
+/// What every block of one forward gets.
+struct Run {
+    time: DryTensor,
+    text: DryTensor,
+    checkpointing: bool,
+}
+
+impl Unet {
+    /// [`Unet::forward`] of latents `[B, c, h, w]` and text `[B, L, D]`.
+    pub(crate) fn dry(&self, x: &DryTensor, text: &DryTensor) -> Result<DryTensor> {
+        let run = Run { time: self.time_dry(x), text: text.clone(), checkpointing: self.checkpointing };
+        let mut x = self.conv_in.dry(x)?;
+        let mut skips = vec![x.clone()];
+        for block in &self.down_blocks {
+            x = block.dry(&x, &run, &mut skips)?;
+        }
+        x = self.mid_block.dry(&x, &run)?;
+        for block in &self.up_blocks {
+            x = block.dry(&x, &run, &mut skips)?;
+        }
+        self.conv_out.dry(&self.conv_norm_out.dry(&x))
+    }
+
+    fn time_dry(&self, x: &DryTensor) -> DryTensor {
+        let sines = DryTensor::constant(x.meter(), &[x.dims()[0], self.config.block_out_channels[0]]);
+        self.time_embedding.1.dry(&ops::activate(&self.time_embedding.0.dry(&sines)))
+    }
+}
+
+impl Run {
+    fn resnet(&self, resnet: &Arc<Resnet>, x: &DryTensor) -> Result<DryTensor> {
+        if !self.checkpointing {
+            return resnet.dry(x, Some(&self.time));
+        }
+        let resnet = Arc::clone(resnet);
+        checkpoint(&[x, &self.time], move |inputs| resnet.dry(&inputs[0], Some(&inputs[1])))
+    }
+
+    fn transformer(&self, transformer: &Arc<Transformer>, x: &DryTensor) -> Result<DryTensor> {
+        if !self.checkpointing {
+            return Ok(transformer.dry(x, &self.text));
+        }
+        let transformer = Arc::clone(transformer);
+        checkpoint(&[x, &self.text], move |inputs| Ok(transformer.dry(&inputs[0], &inputs[1])))
+    }
+}
+
+impl Level {
+    fn dry_one(&self, j: usize, x: &DryTensor, run: &Run) -> Result<DryTensor> {
+        let x = run.resnet(&self.resnets[j], x)?;
+        match self.attentions.get(j) {
+            Some(transformer) => run.transformer(transformer, &x),
+            None => Ok(x),
+        }
+    }
+}
+
+impl DownBlock {
+    fn dry(&self, x: &DryTensor, run: &Run, skips: &mut Vec<DryTensor>) -> Result<DryTensor> {
+        let mut x = x.clone();
+        for j in 0..self.level.resnets.len() {
+            x = self.level.dry_one(j, &x, run)?;
+            skips.push(x.clone());
+        }
+        if let Some(conv) = &self.downsampler {
+            x = conv.dry(&x)?;
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+}
+
+impl UpBlock {
+    fn dry(&self, x: &DryTensor, run: &Run, skips: &mut Vec<DryTensor>) -> Result<DryTensor> {
+        let mut x = x.clone();
+        for j in 0..self.level.resnets.len() {
+            let Some(skip) = skips.pop() else { bail!("unet: the way up is longer than the way down") };
+            x = self.level.dry_one(j, &DryTensor::cat(&[&x, &skip], 1), run)?;
+        }
+        match (&self.upsampler, skips.last()) {
+            (Some(conv), Some(next)) => {
+                conv.dry(&ops::upsample_nearest(&x, (next.dims()[2], next.dims()[3])))
+            }
+            _ => Ok(x),
+        }
+    }
+}
+
+impl MidBlock {
+    fn dry(&self, x: &DryTensor, run: &Run) -> Result<DryTensor> {
+        let x = run.resnet(&self.resnets[0], x)?;
+        run.resnet(&self.resnets[1], &run.transformer(&self.attention, &x)?)
+    }
+}
+
+impl Transformer {
+    fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
+        let [h, w] = [2, 3].map(|axis| x.dims()[axis]);
+        let mut tokens = self.proj_in.dry(&to_tokens_dry(&self.norm.dry(x)));
+        for block in &self.transformer_blocks {
+            tokens = block.dry(&tokens, text);
+        }
+        x.plus(&to_picture_dry(&self.proj_out.dry(&tokens), h, w))
+    }
+}
+
+impl Projection {
+    fn dry(&self, x: &DryTensor) -> DryTensor {
+        ops::linear(x, &self.weight, Some(&self.bias))
+    }
+}
+
+impl Block {
+    fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
+        let normed = self.norm1.dry(x);
+        let x = x.plus(&self.attn1.dry(&normed, &normed));
+        let x = x.plus(&self.attn2.dry(&self.norm2.dry(&x), text));
+        let hidden = ops::geglu(&self.ff.0.dry(&self.norm3.dry(&x)));
+        x.plus(&self.ff.1.dry(&hidden))
+    }
+}
+
+impl Attention {
+    fn dry(&self, x: &DryTensor, source: &DryTensor) -> DryTensor {
+        let (q, k, v) = (self.to_q.dry(x), self.to_k.dry(source), self.to_v.dry(source));
+        self.to_out.dry(&ops::attention(&q, &k, &v, self.n_heads))
+    }
+}

@@ -1,0 +1,64 @@
+//! The layers in a dry run: what allocates, keeps and frees as their `forward` does.
+
+use candle_core::Result;
+
+use super::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet};
+use crate::dry_run::DryTensor;
+use crate::ops::Activation;
+use crate::ops::dry as ops;
+
+impl Linear {
+    pub(crate) fn dry(&self, x: &DryTensor) -> DryTensor {
+        ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+impl Conv2d {
+    pub(crate) fn dry(&self, x: &DryTensor) -> Result<DryTensor> {
+        ops::conv2d(x, &self.weight, self.bias.as_ref(), self.spec)
+    }
+}
+
+impl LayerNorm {
+    pub(crate) fn dry(&self, x: &DryTensor) -> DryTensor {
+        ops::layer_norm(x, &self.weight, &self.bias)
+    }
+}
+
+impl GroupNorm {
+    pub(crate) fn dry(&self, x: &DryTensor) -> DryTensor {
+        let y = ops::group_norm(x, &self.weight, &self.bias);
+        match self.activation {
+            Some(activation) if activation != Activation::Silu => ops::activate(&y),
+            _ => y,
+        }
+    }
+}
+
+impl Resnet {
+    pub(crate) fn dry(&self, x: &DryTensor, time: Option<&DryTensor>) -> Result<DryTensor> {
+        let mut hidden = self.conv1.dry(&self.norm1.dry(x))?;
+        if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
+            let time = project.dry(&ops::activate(time));
+            let [b, n] = [0, 1].map(|axis| time.dims()[axis]);
+            hidden = hidden.broadcast_plus(&time.reshape(&[b, n, 1, 1]));
+        }
+        let hidden = self.conv2.dry(&self.norm2.dry(&hidden))?;
+        Ok(match &self.conv_shortcut {
+            Some(shortcut) => shortcut.dry(x)?.plus(&hidden),
+            None => x.plus(&hidden),
+        })
+    }
+}
+
+/// [`super::to_tokens`].
+pub(crate) fn to_tokens_dry(x: &DryTensor) -> DryTensor {
+    let [b, c, h, w] = [0, 1, 2, 3].map(|axis| x.dims()[axis]);
+    x.reshape(&[b, c, h * w]).transpose(1, 2).contiguous()
+}
+
+/// [`super::to_picture`].
+pub(crate) fn to_picture_dry(x: &DryTensor, h: usize, w: usize) -> DryTensor {
+    let [b, c] = [0, 2].map(|axis| x.dims()[axis]);
+    x.transpose(1, 2).contiguous().reshape(&[b, c, h, w])
+}

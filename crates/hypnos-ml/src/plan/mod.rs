@@ -1,0 +1,17 @@
+//! Plans: what a training or a sample takes in memory, on disk and in arithmetic, counted from configs and headers
+//! before a weight is read.
+//!
+//! What is held for long (weights, moments, pictures) is added up; what a forward and a backward work with comes from
+//! dry runs ([`crate::dry_run`]) of the same code that computes. Everything is f32, as the programs compute today.
+
+mod arithmetic;
+mod dry;
+mod hollow;
+mod needs;
+mod sample;
+mod training;
+
+pub use arithmetic::{Arithmetic, Calibration, Rates};
+pub use needs::{Item, Needs, Peak, Phase, Place};
+pub use sample::{SamplePlan, SampleSizes};
+pub use training::{Disk, EvaluationSizes, PerceptualSizes, TrainingPlan, TrainingSizes, Work};

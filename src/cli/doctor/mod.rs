@@ -1,0 +1,101 @@
+//! `hypnos doctor`: checks the machine and the settings, each in a line with what to do about it. Changes nothing, and
+//! prints no secret: addresses of databases and buckets stay out of it.
+
+mod machine;
+mod models;
+mod service;
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::json;
+
+use super::error::CliError;
+use super::output::print_line;
+use crate::config::{Storage, Working};
+
+#[derive(Debug, Args)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    storage: Storage,
+    #[command(flatten)]
+    working: Working,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a check went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    /// It works, but something may surprise.
+    Warning,
+    /// It does not work.
+    Error,
+}
+
+/// A check and what it found.
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: String,
+    level: Level,
+    /// One line.
+    found: String,
+    /// What to do.
+    advice: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { check: check.into(), level: Level::Ok, found: found.into(), advice: None }
+    }
+
+    fn warning(check: impl Into<String>, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { level: Level::Warning, advice: Some(advice.into()), ..Self::ok(check, found) }
+    }
+
+    fn error(check: impl Into<String>, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { level: Level::Error, advice: Some(advice.into()), ..Self::ok(check, found) }
+    }
+}
+
+/// Prints what was found. The exit code is 1 if anything does not work.
+pub(super) fn run(args: &Doctor) -> Result<ExitCode, CliError> {
+    let mut findings = machine::check(args);
+    findings.extend(models::check(args));
+    findings.extend(super::service::run(|_| async { Ok(service::check(&args.storage).await) })?);
+    let n_errors = findings.iter().filter(|finding| finding.level == Level::Error).count();
+    if args.json {
+        print_line(&format!("{:#}", json!({ "ok": n_errors == 0, "checks": findings })));
+    } else {
+        print(&findings, n_errors);
+    }
+    Ok(if n_errors == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn print(findings: &[Finding], n_errors: usize) {
+    let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
+    for Finding { check, level, found, advice } in findings {
+        let level = match level {
+            Level::Ok => "ok",
+            Level::Warning => "warning",
+            Level::Error => "error",
+        };
+        print_line(&format!("{level:<9}{check:<width$}  {}", one_line(found)));
+        if let Some(advice) = advice {
+            print_line(&format!("{:<9}{:<width$}  -> {}", "", "", one_line(advice)));
+        }
+    }
+    let things = if n_errors == 1 { "thing does" } else { "things do" };
+    print_line(&match n_errors {
+        0 => "\nNothing is in the way".to_owned(),
+        n => format!("\n{n} {things} not work"),
+    });
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,283 @@
+//! `hypnos models plan`: what a training and a sample of a bundle take in memory, files and time, and whether they fit.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::cli::error::CliError;
+use crate::cli::output::print_line;
+use crate::cli::train;
+use crate::engine::memory::{
+    Fit, MemorySettings, PHOTOS, gib, sample_fit, sample_plan, training_fit, training_plan,
+};
+use crate::job::{Method, TrainOptions, merge_json};
+use crate::machine::Memory;
+use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml::device::{self, DeviceKind};
+use crate::ml::plan::{Arithmetic, Calibration, Needs, Rates, SamplePlan, SampleSizes, TrainingPlan};
+use crate::{config, ml};
+
+/// How long each of two operations is measured, in seconds, after one that is not.
+const CALIBRATION_SECS: f64 = 0.8;
+
+#[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // flags
+pub(in crate::cli) struct Plan {
+    /// Directory of the models, in the diffusers layout
+    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
+    bundle: PathBuf,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// hypnos, dreambooth or textual_inversion
+    #[arg(long, default_value = "hypnos")]
+    method: Method,
+    /// Options of the training as a JSON object, as in the API; what suits the bundle, or the method's defaults, for others
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    options: String,
+    /// Compute parts of the model again in the backward pass
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Pictures drawn at once
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    batch: u16,
+    /// Pixels of a sample; the bundle's own size if not given
+    #[arg(long)]
+    width: Option<usize>,
+    /// Pixels of a sample; the bundle's own size if not given
+    #[arg(long)]
+    height: Option<usize>,
+    /// Photos of the product
+    #[arg(long, value_name = "N", default_value_t = PHOTOS.0)]
+    photos: usize,
+    /// Size of a photo, in millions of pixels
+    #[arg(long, value_name = "MEGAPIXELS", default_value_t = PHOTOS.1 as f64 / 1e6)]
+    photo_size: f64,
+    /// Count a product's model that is drawn meanwhile, as a worker may have to
+    #[arg(long)]
+    worker: bool,
+    /// Leave the measurement out, and with it the seconds
+    #[arg(long)]
+    no_time: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that is printed.
+#[derive(Serialize)]
+struct Planned {
+    bundle: String,
+    resolution: usize,
+    device: String,
+    free_bytes: Option<u64>,
+    rates: Option<Rates>,
+    training: Counted<TrainingPlan>,
+    sample: Counted<SamplePlan>,
+}
+
+#[derive(Serialize)]
+struct Counted<P> {
+    plan: P,
+    fit: Fit,
+    fits: bool,
+}
+
+impl<P> Counted<P> {
+    fn new(plan: P, fit: Fit) -> Self {
+        let fits = fit.fits();
+        Self { plan, fit, fits }
+    }
+}
+
+/// Prints the plan. The exit code is 2 if the training or the sample does not fit.
+pub(super) fn run(args: &Plan) -> Result<ExitCode, CliError> {
+    let bundle = Bundle::open(&args.bundle)?;
+    let options = options(args, &bundle)?;
+    let planned = planned(args, &bundle, &options)?;
+    if args.json {
+        print_line(&format!("{:#}", serde_json::to_value(&planned).unwrap_or(Value::Null)));
+    } else {
+        print(args, &options, &planned);
+    }
+    let fits = planned.training.fits && planned.sample.fits;
+    Ok(if fits { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+/// The options of the training: what is asked for, on top of what suits the bundle.
+fn options(args: &Plan, bundle: &Bundle) -> Result<TrainOptions, CliError> {
+    let asked: Value = serde_json::from_str(&args.options)
+        .map_err(|error| CliError::Input(format!("--options: wanted a JSON object: {error}")))?;
+    let mut all = bundle.manifest().suited(args.method.as_str());
+    merge_json(&mut all, &asked);
+    merge_json(&mut all, &json!({ "method": args.method }));
+    let Value::Object(all) = all else {
+        return Err(CliError::Input(format!("--options: wanted a JSON object, got {asked}")));
+    };
+    let spec = train::spec_of("thing", all, 0).map_err(|invalid| {
+        let name = invalid.pointer.trim_start_matches('/').replace('/', ".");
+        let name = if name.is_empty() { String::new() } else { format!(" {name}") };
+        CliError::Input(format!("--options{name}: {}", invalid.message))
+    })?;
+    Ok(spec.options)
+}
+
+fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Planned, CliError> {
+    let (width, height) =
+        (args.width.unwrap_or(bundle.resolution()), args.height.unwrap_or(bundle.resolution()));
+    for (name, size) in [("--width", width), ("--height", height)] {
+        if size == 0 || size > 8192 || size % bundle.factor() != 0 {
+            let factor = bundle.factor();
+            return Err(CliError::Input(format!(
+                "{name}: wanted a multiple of {factor} up to 8192, got {size}"
+            )));
+        }
+    }
+    if !(args.photo_size > 0.0 && args.photo_size <= 1000.0) || args.photos == 0 {
+        return Err(CliError::Input("--photos and --photo-size: wanted more than none".into()));
+    }
+    let settings = MemorySettings {
+        batch: args.batch.into(),
+        checkpointing: args.gradient_checkpointing,
+        draws_products: args.worker,
+        photos: (args.photos, (args.photo_size * 1e6) as u64),
+    };
+    let opened = device::open(&args.device)?;
+    let kind = DeviceKind::of(&opened);
+    let free = match device::free_bytes(&opened)? {
+        Some(bytes) => Some(bytes),
+        None => Memory::now().free(),
+    };
+    let sizes = SampleSizes { batch: args.batch.into(), width, height };
+    Ok(Planned {
+        bundle: bundle.manifest().name.clone(),
+        resolution: bundle.resolution(),
+        device: args.device.clone(),
+        free_bytes: free,
+        rates: (!args.no_time).then(|| rates(&Calibration::new(bundle, &opened)?)).transpose()?,
+        training: Counted::new(
+            training_plan(bundle, options, &settings, kind)?,
+            training_fit(bundle, options, &settings, kind, free)?,
+        ),
+        sample: Counted::new(
+            sample_plan(bundle, &sizes, &settings, kind)?,
+            sample_fit(bundle, &sizes, &settings, kind, free)?,
+        ),
+    })
+}
+
+/// Measures a device for about two seconds.
+fn rates(calibration: &Calibration) -> ml::Result<Rates> {
+    let rate = |once: &dyn Fn() -> ml::Result<f64>| -> ml::Result<f64> {
+        once()?; // the first run of a kernel takes longer
+        let (start, mut done) = (Instant::now(), 0.0);
+        loop {
+            done += once()?;
+            let seconds = start.elapsed().as_secs_f64();
+            if seconds >= CALIBRATION_SECS {
+                return Ok(done / seconds);
+            }
+        }
+    };
+    Ok(Rates {
+        products: rate(&|| calibration.product())?,
+        convolutions: rate(&|| calibration.convolution())?,
+    })
+}
+
+fn print(args: &Plan, options: &TrainOptions, planned: &Planned) {
+    let free = planned.free_bytes.map_or("memory unknown".into(), |bytes| format!("{} free", gib(bytes)));
+    let side = planned.resolution;
+    print_line(&format!("{}, {side} x {side} pixels, on {}: {free}", planned.bundle, planned.device));
+    let checkpointing = if args.gradient_checkpointing { "with" } else { "without" };
+    let TrainOptions { method, steps, .. } = options;
+    print_line(&format!(
+        "\nA training: {method}, {steps} steps, {checkpointing} gradient checkpointing; GiB\n"
+    ));
+    let TrainingPlan { needs, disk, work, .. } = &planned.training.plan;
+    table(needs).iter().for_each(|line| print_line(line));
+    verdict(&planned.training.fit).iter().for_each(|line| print_line(line));
+    print_line(&format!(
+        "Files: weights {}, a checkpoint up to {}, the best step's weights {}, class images up to {}",
+        gib(disk.weights),
+        gib(disk.checkpoint),
+        gib(disk.best),
+        gib(disk.class_images)
+    ));
+    let time = |work: &Arithmetic| in_words(work, planned.rates.as_ref());
+    print_line(&format!("A step: {}", time(&work.step)));
+    if work.plain_step != work.step {
+        print_line(&format!("A step without the perceptual loss: {}", time(&work.plain_step)));
+    }
+    print_line(&format!("A class image: {}", time(&work.class_image)));
+    print_line(&format!("All of it: {}", time(&work.total)));
+
+    let SamplePlan { sizes, needs, step, decoding, .. } = &planned.sample.plan;
+    let SampleSizes { batch, width, height } = sizes;
+    print_line(&format!("\nA sample: {batch} at once, {width} x {height} pixels; GiB\n"));
+    table(needs).iter().for_each(|line| print_line(line));
+    verdict(&planned.sample.fit).iter().for_each(|line| print_line(line));
+    print_line(&format!("A step of the sampler: {}", time(step)));
+    print_line(&format!("Decoding a picture: {}", time(decoding)));
+    if let Some(rates) = &planned.rates {
+        print_line(&format!(
+            "\nSeconds are estimates: counted operations at {:.0} GFLOP/s of products and {:.0} of convolutions, as measured \
+             on this device just now",
+            rates.products / 1e9,
+            rates.convolutions / 1e9
+        ));
+    }
+}
+
+/// Items by phase, and their sums.
+pub(super) fn table(needs: &Needs) -> Vec<String> {
+    let phases = needs.phases();
+    let width = needs.items.iter().map(|item| item.name.len()).max().unwrap_or(0).max("in all".len());
+    let number = |bytes: u64| match bytes {
+        0 => format!("{:>13}", "-"),
+        bytes => format!("{:>13.2}", bytes as f64 / f64::from(1 << 30)),
+    };
+    let row = |name: &str, cells: Vec<String>| format!("{name:<width$}{}", cells.concat());
+    let mut lines = vec![row("", phases.iter().map(|phase| format!("{phase:>13}")).collect())];
+    for item in &needs.items {
+        lines.push(row(item.name, phases.iter().map(|phase| number(item.at(*phase))).collect()));
+    }
+    lines.push(row("in all", phases.iter().map(|phase| number(needs.at(*phase, None))).collect()));
+    lines
+}
+
+/// Whether it fits, and what makes it fit.
+pub(super) fn verdict(fit: &Fit) -> Vec<String> {
+    let wanted = gib(fit.wanted);
+    let Some(free) = fit.free else { return vec![format!("Peak: {wanted}")] };
+    if fit.fits() {
+        return vec![format!("Peak: {wanted} of {} free: it fits", gib(free))];
+    }
+    let mut lines = vec![format!("Peak: {wanted}, but {} free: it does not fit", gib(free))];
+    for (i, remedy) in fit.remedies.iter().enumerate() {
+        let also = if i == 0 { "with" } else { "and" };
+        let fits = if remedy.bytes <= free { ": it fits" } else { "" };
+        lines.push(format!("  {also} {}: {}{fits}", remedy.setting, gib(remedy.bytes)));
+    }
+    lines
+}
+
+/// Operations, and about how long they take.
+fn in_words(work: &Arithmetic, rates: Option<&Rates>) -> String {
+    let counted = format!("{:.3} TFLOP", work.total() / 1e12);
+    rates.map_or(counted.clone(), |rates| format!("{counted}, about {}", span(work.seconds(rates))))
+}
+
+/// Seconds for people.
+fn span(seconds: f64) -> String {
+    match seconds {
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.0} minutes", s / 60.0),
+        s => format!("{:.1} hours", s / 3600.0),
+    }
+}

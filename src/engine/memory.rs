@@ -1,0 +1,256 @@
+//! Whether a training or a sample fits the memory that there is, and which settings make it fit: counted, before
+//! anything is allocated.
+
+use serde::Serialize;
+
+use super::training;
+use crate::job::{Fault, FaultCode, Method, N_PHOTOS_MAX, N_PHOTOS_MIN, TrainOptions};
+use crate::ml::Result;
+use crate::ml::bundle::Bundle;
+use crate::ml::device::DeviceKind;
+use crate::ml::plan::{SamplePlan, SampleSizes, TrainingPlan};
+
+/// Photos, and pixels of each, where nothing is known of them. Assumption: as many as there may be, by a phone; up to 40
+/// million pixels are accepted.
+pub const PHOTOS: (usize, u64) = (N_PHOTOS_MAX, 12_000_000);
+
+/// Those of the smallest training.
+pub(super) const FEWEST_PHOTOS: (usize, u64) = (N_PHOTOS_MIN, 1_000_000);
+
+/// Sides, in latents, of the square that the perceptual loss looks at, which are tried to make a training fit.
+const CROPS: [u32; 3] = [32, 16, 8];
+
+/// What an engine's settings mean for its memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MemorySettings {
+    /// Pictures drawn at once.
+    pub batch: usize,
+    /// Whether a training computes blocks again instead of keeping them.
+    pub checkpointing: bool,
+    /// Whether products are drawn meanwhile, whose models lie beside the bundle's. One is counted: the cache of others
+    /// takes what is left.
+    pub draws_products: bool,
+    /// Photos of the product, and pixels of each.
+    pub photos: (usize, u64),
+}
+
+/// How an engine learns what memory it may take.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryCheck {
+    /// What this process could have of the machine's, with what it has already; none if that is not known.
+    pub obtainable: fn() -> Option<u64>,
+    /// Engines that share it.
+    pub sharers: usize,
+    /// Whether products are drawn beside trainings.
+    pub draws_products: bool,
+}
+
+impl MemoryCheck {
+    /// The part of one engine.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        (self.obtainable)().map(|bytes| bytes / self.sharers.max(1) as u64)
+    }
+}
+
+/// A setting that makes something smaller.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Remedy {
+    /// The setting, as the command line or a job's options have it.
+    pub setting: String,
+    /// The most memory at once with it and all before it.
+    pub bytes: u64,
+}
+
+/// What something takes beside what there is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Fit {
+    /// What it is.
+    pub what: String,
+    /// The most memory at once.
+    pub wanted: u64,
+    /// What is free for it; none if that is not known.
+    pub free: Option<u64>,
+    /// Settings that make it smaller, the cheapest first, each on top of those before it. The last one makes it fit, if
+    /// any does.
+    pub remedies: Vec<Remedy>,
+}
+
+impl Fit {
+    /// Whether it fits.
+    pub fn fits(&self) -> bool {
+        self.free.is_none_or(|free| self.wanted <= free)
+    }
+
+    /// Why it cannot be done, and what would help, in one line; none if it fits.
+    pub fn refusal(&self) -> Option<String> {
+        let free = self.free.filter(|free| self.wanted > *free)?;
+        let settings: Vec<&str> = self.remedies.iter().map(|remedy| remedy.setting.as_str()).collect();
+        let settings = settings.join(", ");
+        let help = match self.remedies.last() {
+            Some(last) if last.bytes <= free => format!("it fits with {settings} ({})", gib(last.bytes)),
+            Some(last) => format!("even with {settings} it takes {}", gib(last.bytes)),
+            None => "no setting makes it smaller".to_owned(),
+        };
+        Some(format!("{}: wanted {} of memory, free {}; {help}", self.what, gib(self.wanted), gib(free)))
+    }
+}
+
+/// Bytes in GiB, for people.
+pub fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// The plan of a training, as an engine with these settings does it.
+pub fn training_plan(
+    bundle: &Bundle,
+    options: &TrainOptions,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+) -> Result<TrainingPlan> {
+    let mut plan = TrainingPlan::new(bundle, &training::sizes(options, settings), kind)?;
+    let fine_tuned = plan.fine_tuned;
+    plan.needs.add_product(if settings.draws_products { fine_tuned } else { 0 });
+    Ok(plan)
+}
+
+/// The plan of a sample's batch.
+pub fn sample_plan(
+    bundle: &Bundle,
+    sizes: &SampleSizes,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+) -> Result<SamplePlan> {
+    let mut plan = SamplePlan::new(bundle, sizes, kind)?;
+    let fine_tuned = plan.fine_tuned;
+    plan.needs.add_product(if settings.draws_products { fine_tuned } else { 0 });
+    Ok(plan)
+}
+
+/// Whether a training fits, and if it does not, what makes it fit.
+pub fn training_fit(
+    bundle: &Bundle,
+    options: &TrainOptions,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+    free: Option<u64>,
+) -> Result<Fit> {
+    let peak = |options: &TrainOptions, settings: &MemorySettings| -> Result<u64> {
+        Ok(training_plan(bundle, options, settings, kind)?.peak(kind).bytes)
+    };
+    let wanted = peak(options, settings)?;
+    let side = bundle.resolution();
+    let what = format!("a training ({}, {side} x {side} pixels)", options.method);
+    let mut fit = Fit { what, wanted, free, remedies: Vec::new() };
+    let (mut options, mut settings) = (options.clone(), *settings);
+    for remedy in REMEDIES {
+        let least = fit.remedies.last().map_or(wanted, |last| last.bytes);
+        if free.is_none_or(|free| least <= free) {
+            break;
+        }
+        for (setting, changed, tried) in remedy(bundle, &options, &settings) {
+            let bytes = peak(&changed, &tried)?;
+            // A setting that saves next to nothing is no advice.
+            if bytes + least / 100 < least {
+                (options, settings) = (changed, tried);
+                // Of several sizes of one setting the last that was needed is named.
+                fit.remedies.retain(|before| key(&before.setting) != key(&setting));
+                fit.remedies.push(Remedy { setting, bytes });
+            }
+            if free.is_none_or(|free| bytes <= free) {
+                break;
+            }
+        }
+    }
+    Ok(fit)
+}
+
+/// The name of a setting, without its value.
+fn key(setting: &str) -> &str {
+    setting.split(['=', ' ']).next().unwrap_or(setting)
+}
+
+/// Options and settings with one of them changed, and what was changed.
+type Changed = (String, TrainOptions, MemorySettings);
+
+/// What to try, the gentlest first.
+type Change = fn(&Bundle, &TrainOptions, &MemorySettings) -> Vec<Changed>;
+
+/// What makes a training smaller, in the order of what it costs: time, time between samples, time, exactness of a loss,
+/// the method.
+const REMEDIES: [Change; 5] = [
+    |_, options, settings| {
+        let tried = MemorySettings { checkpointing: true, ..*settings };
+        vec![("--gradient-checkpointing".into(), options.clone(), tried)]
+    },
+    |_, options, settings| {
+        vec![("--batch 1".into(), options.clone(), MemorySettings { batch: 1, ..*settings })]
+    },
+    |bundle, options, settings| {
+        let side = (bundle.resolution() / bundle.factor()) as u32;
+        let smaller = CROPS.into_iter().filter(|crop| *crop < options.perceptual.crop.unwrap_or(side));
+        let cropped = smaller.map(|crop| {
+            let mut changed = options.clone();
+            changed.perceptual.crop = Some(crop);
+            (format!("perceptual.crop={crop}"), changed, *settings)
+        });
+        cropped.collect()
+    },
+    |_, options, settings| {
+        let mut changed = options.clone();
+        changed.evaluation.trials = Some(Vec::new());
+        vec![("evaluation.trials=[]".into(), changed, *settings)]
+    },
+    |_, options, settings| {
+        let changed = TrainOptions { steps: options.steps, ..TrainOptions::of(Method::TextualInversion) };
+        vec![("method=textual_inversion".into(), changed, *settings)]
+    },
+];
+
+/// Whether the pictures of a sample fit that are drawn at once, and if they do not, whether one does.
+pub fn sample_fit(
+    bundle: &Bundle,
+    sizes: &SampleSizes,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+    free: Option<u64>,
+) -> Result<Fit> {
+    let peak =
+        |sizes: &SampleSizes| sample_plan(bundle, sizes, settings, kind).map(|plan| plan.peak(kind).bytes);
+    let wanted = peak(sizes)?;
+    let what = format!("a sample ({} at once, {} x {} pixels)", sizes.batch, sizes.width, sizes.height);
+    let mut fit = Fit { what, wanted, free, remedies: Vec::new() };
+    if !fit.fits() && sizes.batch > 1 {
+        let bytes = peak(&SampleSizes { batch: 1, ..*sizes })?;
+        fit.remedies.push(Remedy { setting: "--batch 1".into(), bytes });
+    }
+    Ok(fit)
+}
+
+/// Why an engine is of no use: one picture of a sample, or the smallest training, does not fit. None if both do.
+pub(super) fn too_small(
+    bundle: &Bundle,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+    free: u64,
+) -> Result<Option<String>> {
+    let side = bundle.resolution();
+    let sizes = SampleSizes { batch: 1, width: side, height: side };
+    let sample = sample_fit(bundle, &sizes, settings, kind, Some(free))?;
+    if let Some(refusal) = sample.refusal() {
+        return Ok(Some(refusal));
+    }
+    let smallest = TrainOptions::of(Method::TextualInversion);
+    Ok(training_fit(bundle, &smallest, settings, kind, Some(free))?.refusal())
+}
+
+/// Refuses a training that does not fit.
+pub(super) fn check_training(
+    bundle: &Bundle,
+    options: &TrainOptions,
+    settings: &MemorySettings,
+    kind: DeviceKind,
+    free: u64,
+) -> std::result::Result<(), Fault> {
+    let fit = training_fit(bundle, options, settings, kind, Some(free)).map_err(super::faults::fault)?;
+    fit.refusal().map_or(Ok(()), |refusal| Err(Fault::new(FaultCode::Input, refusal)))
+}

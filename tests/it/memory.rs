@@ -1,0 +1,472 @@
+//! Memory that was counted beside memory that was taken, by whole commands in processes of their own; what is refused
+//! because it does not fit; and the table of docs/memory.md.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use candle_core::{DType, Device};
+use hypnos::engine::memory::{MemorySettings, PHOTOS, sample_plan, training_plan};
+use hypnos::job::{Method, TrainOptions, TrainSpec};
+use hypnos::ml::bundle::Bundle;
+use hypnos::ml::device::DeviceKind;
+use hypnos::ml::metrics;
+use hypnos::ml::metrics::{dino, inception, lpips};
+use hypnos::ml::models::clip::{Clip, PairConfig};
+use hypnos::ml::models::tracer::{self, Tracer};
+use hypnos::ml::models::unet::{self, Unet};
+use hypnos::ml::models::vae::{self, Vae};
+use hypnos::ml::param::Param;
+use hypnos::ml::perceptual::{self, Perceptual};
+use hypnos::ml::plan::SampleSizes;
+use hypnos::ml::weights::{Weights, save};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::cli_train::{demo_photos, refused, succeeds};
+
+/// How far the count may be from what was taken.
+const OFF_MOST: f64 = 0.15;
+
+fn miniature() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
+}
+
+fn hypnos(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn parsed<T: DeserializeOwned>(value: Value) -> T {
+    serde_json::from_value(value).expect("a config")
+}
+
+fn write_json(file: &Path, value: &Value) {
+    fs::create_dir_all(file.parent().expect("a directory")).expect("a directory");
+    fs::write(file, value.to_string()).expect("a file");
+}
+
+fn read_json(file: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(file).expect("a file")).expect("JSON")
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a directory");
+    for entry in fs::read_dir(from).expect("a directory").flatten() {
+        let (path, place) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            copy_dir(&path, &place);
+        } else {
+            fs::copy(&path, &place).expect("a copy");
+        }
+    }
+}
+
+/// The miniature with random weights in the place of its UNet and autoencoder: four levels at 256 pixels, a third of SD
+/// 1.5's widths, 78 million weights.
+fn mid_size() -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    copy_dir(&miniature(), dir.path());
+    let unet_file = dir.path().join("unet/config.json");
+    let mut config = read_json(&unet_file);
+    for (key, value) in [
+        ("block_out_channels", json!([96, 192, 384, 384])),
+        ("down_block_types", down_blocks()),
+        ("up_block_types", up_blocks()),
+        ("layers_per_block", json!(2)),
+        ("attention_head_dim", json!(8)),
+        ("sample_size", json!(32)),
+    ] {
+        config[key] = value;
+    }
+    write_json(&unet_file, &config);
+    let random = Weights::random(1, &Device::Cpu);
+    Unet::load(&random, &parsed::<unet::Config>(config)).expect("a UNet");
+    write_weights(&dir.path().join("unet/diffusion_pytorch_model.safetensors"), &random);
+    let vae_file = dir.path().join("vae/config.json");
+    let mut config = read_json(&vae_file);
+    config["block_out_channels"] = json!([64, 96, 128, 192]);
+    config["norm_num_groups"] = json!(32);
+    write_json(&vae_file, &config);
+    let random = Weights::random(2, &Device::Cpu);
+    Vae::load(&random, &parsed::<vae::Config>(config)).expect("an autoencoder");
+    write_weights(&dir.path().join("vae/diffusion_pytorch_model.safetensors"), &random);
+    let mut manifest = read_json(&dir.path().join("hypnos.json"));
+    manifest["files"] = json!({});
+    manifest["resolution"] = json!(256);
+    write_json(&dir.path().join("hypnos.json"), &manifest);
+    dir
+}
+
+fn write_weights(file: &Path, weights: &Weights) {
+    let tensors = weights.params().into_iter().map(|(name, param)| (name, param.value()));
+    save(file, &tensors.collect(), &BTreeMap::new(), DType::F32).expect("weights");
+}
+
+fn down_blocks() -> Value {
+    json!(["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"])
+}
+
+fn up_blocks() -> Value {
+    json!(["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"])
+}
+
+/// Runs a command to its end; the most memory that it had.
+fn peak_of(command: &mut Command) -> u64 {
+    let mut child = command.spawn().expect("the program starts");
+    let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0);
+    while child.try_wait().expect("a state").is_none() {
+        // The mark only rises: what is missed of it is what rose in the last moment.
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        peak = peak.max(kib.unwrap_or(0) << 10);
+        sleep(Duration::from_millis(5));
+    }
+    let out = child.wait_with_output().expect("an end");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    peak
+}
+
+/// A few steps by all four losses, with pictures scored before the last ones.
+const OPTIONS: &str = r#"{"steps": 3, "s_p": 3, "class_images": 2, "views": {"n": 4}, "learning_rate": 1e-5,
+    "discriminator": {"steps": 2, "batch": 2}, "previews": [], "loss_weights": {"perceptual": 0.003},
+    "perceptual": {"timestep_max": null}, "evaluation": {"images": 2, "steps": 2, "trials": [1], "trial_images": 2,
+    "class_images": 0, "prompts": ["a photo of {product}"]}}"#;
+
+/// What is counted for a command, and what it takes.
+fn counted_and_taken(bundle: &Path, checkpointing: bool) -> (u64, u64) {
+    let (dir, bundle) = (tempfile::tempdir().expect("a directory"), bundle.to_string_lossy().into_owned());
+    let mut plan =
+        hypnos(&["models", "plan", "--json", "--no-time", "--photos", "4", "--photo-size", "0.1024"]);
+    plan.args(["--bundle", &bundle, "--options", OPTIONS]);
+    if checkpointing {
+        plan.arg("--gradient-checkpointing");
+    }
+    let planned: Value = serde_json::from_str(&succeeds(&mut plan)).expect("JSON");
+    let counted = planned["training"]["fit"]["wanted"].as_u64().expect("bytes");
+    let mut train = hypnos(&["train", "--class-name", "mug", "--bundle", &bundle, "--ignore-memory"]);
+    train.arg("--photos").arg(demo_photos()).arg("--out").arg(dir.path().join("out"));
+    let Value::Object(options) = serde_json::from_str(OPTIONS).expect("options") else { panic!("an object") };
+    for (key, value) in &options {
+        train.arg("--set").arg(format!("{key}={value}"));
+    }
+    if checkpointing {
+        train.arg("--checkpointing");
+    }
+    (counted, peak_of(&mut train))
+}
+
+#[track_caller]
+fn assert_agree(what: &str, (counted, taken): (u64, u64)) {
+    let off = counted as f64 / taken as f64 - 1.0;
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    eprintln!(
+        "{what}: counted {:.1} MB, taken {:.1} MB, off by {:.1} %",
+        mb(counted),
+        mb(taken),
+        100.0 * off
+    );
+    assert!(off.abs() <= OFF_MOST, "{what}: counted {:.1} MB, taken {:.1} MB", mb(counted), mb(taken));
+}
+
+#[test]
+fn a_training_of_the_miniature_takes_what_was_counted() {
+    assert_agree("kept", counted_and_taken(&miniature(), false));
+    assert_agree("computed again", counted_and_taken(&miniature(), true));
+}
+
+#[test]
+fn a_training_of_a_mid_size_model_takes_what_was_counted() {
+    let bundle = mid_size();
+    let kept = counted_and_taken(bundle.path(), false);
+    assert_agree("kept", kept);
+    let again = counted_and_taken(bundle.path(), true);
+    assert_agree("computed again", again);
+    assert!(again.1 < kept.1, "it takes less: {again:?}, {kept:?}");
+}
+
+#[test]
+fn a_sample_takes_what_was_counted() {
+    let mid_size = mid_size();
+    for (bundle, batch) in
+        [(miniature(), 4), (mid_size.path().to_owned(), 1), (mid_size.path().to_owned(), 4)]
+    {
+        let (dir, batch) = (tempfile::tempdir().expect("a directory"), batch.to_string());
+        let mut plan = hypnos(&["models", "plan", "--json", "--no-time", "--batch", &batch]);
+        let planned = succeeds(plan.arg("--bundle").arg(&bundle));
+        let planned: Value = serde_json::from_str(&planned).expect("JSON");
+        let counted = planned["sample"]["fit"]["wanted"].as_u64().expect("bytes");
+        let mut sample =
+            hypnos(&["sample", "--prompt", "a mug", "--steps", "2", "-n", &batch, "--batch", &batch]);
+        sample.arg("--bundle").arg(&bundle).arg("--out").arg(dir.path());
+        assert_agree(&format!("{batch} at once"), (counted, peak_of(&mut sample)));
+    }
+}
+
+/// The configs of Stable Diffusion 1.5 for pictures of `side` pixels, `widened` times as wide, and no weights.
+fn sd15(side: usize, widened: usize) -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    let wide = |channels: [usize; 4]| channels.map(|n| n * widened);
+    let unet = json!({
+        "attention_head_dim": 8, "block_out_channels": wide([320, 640, 1280, 1280]), "cross_attention_dim": 768,
+        "down_block_types": down_blocks(), "up_block_types": up_blocks(), "sample_size": 64,
+    });
+    let text = json!({
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    });
+    let vae = json!({ "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2 });
+    write_json(&dir.path().join("unet/config.json"), &unet);
+    write_json(&dir.path().join("text_encoder/config.json"), &text);
+    write_json(&dir.path().join("vae/config.json"), &vae);
+    write_json(&dir.path().join("hypnos.json"), &json!({ "name": "sd15", "resolution": side }));
+    let scheduler = "scheduler/scheduler_config.json";
+    fs::create_dir_all(dir.path().join("scheduler")).expect("a directory");
+    fs::copy(miniature().join(scheduler), dir.path().join(scheduler)).expect("a copy");
+    dir
+}
+
+/// Adds what HYPNOS learns and is judged with, at full size: configs, and files of weights that are holes.
+fn add_teachers(dir: &Path) {
+    let size = |load: &dyn Fn(&Weights)| {
+        let weights = Weights::meta();
+        load(&weights);
+        weights.params().values().map(|param: &Param| param.dims().iter().product::<usize>()).sum::<usize>()
+    };
+    let cpu = &Device::Cpu;
+    let b7 = json!({
+        "width_coefficient": 2.0, "depth_coefficient": 3.1, "image_size": 600, "input_size": 640,
+        "rfb_channels": [32, 64, 128],
+    });
+    let b1 = json!({ "width_coefficient": 1.0, "depth_coefficient": 1.1 });
+    let vit = json!({
+        "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16,
+    });
+    let clip = json!({
+        "text_config": {
+            "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+        },
+        "vision_config": {},
+    });
+    let none = json!({});
+    let sizes = [
+        (
+            "segmenter",
+            &b7,
+            size(&|w| drop(Tracer::load(w, &parsed::<tracer::Config>(b7.clone())).expect("TRACER"))),
+        ),
+        (
+            "perceptual",
+            &b1,
+            size(&|w| drop(Perceptual::load(w, &parsed::<perceptual::Config>(b1.clone()), cpu).expect("B1"))),
+        ),
+        ("metrics/dino", &vit, {
+            let config: dino::Config = parsed(vit.clone());
+            size(&|w| drop(dino::Dino::load(w, &config, cpu).expect("DINO")))
+        }),
+        (
+            "metrics/clip",
+            &clip,
+            size(&|w| drop(Clip::load(w, &parsed::<PairConfig>(clip.clone())).expect("CLIP"))),
+        ),
+        (
+            "metrics/inception",
+            &none,
+            size(&|w| {
+                drop(
+                    metrics::Inception::load(w, &parsed::<inception::Config>(json!({})), cpu)
+                        .expect("Inception"),
+                )
+            }),
+        ),
+        (
+            "metrics/lpips",
+            &none,
+            size(&|w| {
+                drop(metrics::Lpips::load(w, &parsed::<lpips::Config>(json!({})), cpu).expect("LPIPS"))
+            }),
+        ),
+    ];
+    for (part, config, n) in sizes {
+        write_json(&dir.join(part).join("config.json"), config);
+        let head =
+            json!({ "weights": { "dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n] } }).to_string();
+        let file = dir.join(part).join("model.safetensors");
+        fs::write(&file, [&(head.len() as u64).to_le_bytes(), head.as_bytes()].concat()).expect("a file");
+        let whole = 8 + head.len() as u64 + 4 * n as u64;
+        fs::File::options().write(true).open(&file).and_then(|file| file.set_len(whole)).expect("a hole");
+    }
+}
+
+/// The block of docs/memory.md between two lines of its name.
+fn documented(name: &str) -> Vec<String> {
+    let page = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/memory.md");
+    let page = fs::read_to_string(page).expect("the page");
+    let from = page.find(&format!("<!-- {name} -->")).unwrap_or_else(|| panic!("docs/memory.md: no {name}"));
+    let rest = &page[from..];
+    let to = rest.find("<!-- end -->").expect("its end");
+    rest[..to].lines().skip(1).map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+/// Rows of a table agree: words to the letter, numbers to 0.15.
+#[track_caller]
+fn assert_rows(name: &str, counted: &[String]) {
+    let documented = documented(name);
+    let cells = |row: &str| row.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+    let agree = |a: &str, b: &str| match (a.parse::<f64>(), b.parse::<f64>()) {
+        (Ok(a), Ok(b)) => (a - b).abs() < 0.15,
+        _ => a == b,
+    };
+    let rows_agree = |a: &String, b: &String| {
+        let (a, b) = (cells(a), cells(b));
+        a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| agree(a, b))
+    };
+    let same =
+        documented.len() == counted.len() && documented.iter().zip(counted).all(|(a, b)| rows_agree(a, b));
+    assert!(same, "docs/memory.md, {name}: wanted\n{}\ngot\n{}", counted.join("\n"), documented.join("\n"));
+}
+
+const METHODS: [Method; 3] = [Method::Hypnos, Method::Dreambooth, Method::TextualInversion];
+
+fn options_of(method: Method) -> TrainOptions {
+    TrainSpec::new("mug", TrainOptions::of(method), 1).expect("a training").options
+}
+
+fn settings(checkpointing: bool) -> MemorySettings {
+    MemorySettings { batch: 4, checkpointing, draws_products: false, photos: PHOTOS }
+}
+
+#[test]
+fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
+    let bundles = [512, 256].map(|side| {
+        let dir = sd15(side, 1);
+        add_teachers(dir.path());
+        (side, Bundle::open(dir.path()).expect("a bundle"), dir)
+    });
+    let peak = |bundle: &Bundle, method, checkpointing, kind| {
+        let plan = training_plan(bundle, &options_of(method), &settings(checkpointing), kind);
+        plan.expect("a plan").peak(kind).bytes
+    };
+    let mut rows = vec![
+        "| training | pixels | blocks kept | computed again |".to_owned(),
+        "|---|--:|--:|--:|".to_owned(),
+    ];
+    for (side, bundle, _) in &bundles {
+        for method in METHODS {
+            let [kept, again] = [false, true].map(|again| gib(peak(bundle, method, again, DeviceKind::Cpu)));
+            rows.push(format!("| `{method}` | {side} | {kept:.1} | {again:.1} |"));
+        }
+    }
+    assert_rows("trainings", &rows);
+
+    let sample = |bundle: &Bundle, side, batch, kind| {
+        let sizes = SampleSizes { batch, width: side, height: side };
+        sample_plan(bundle, &sizes, &settings(false), kind).expect("a plan").peak(kind).bytes
+    };
+    let mut rows = vec!["| sample | pixels | GiB |".to_owned(), "|---|--:|--:|".to_owned()];
+    for (side, bundle, _) in &bundles {
+        for batch in [1, 4] {
+            let bytes = gib(sample(bundle, *side, batch, DeviceKind::Cpu));
+            rows.push(format!("| {batch} at once | {side} | {bytes:.1} |"));
+        }
+    }
+    assert_rows("samples", &rows);
+
+    let mut rows = vec![
+        "| on a card of | 8 GB | 11.5 GB | 16 GB | 24 GB | 80 GB |".to_owned(),
+        "|---|---|---|---|---|---|".to_owned(),
+    ];
+    // A driver and its context leave a twentieth less.
+    let cards = [8.0, 11.5, 16.0, 24.0, 80.0].map(|gb| gb * 1e9 * 0.95);
+    let verdicts = |kept: u64, again: Option<u64>| {
+        let fits = |bytes: u64, card: f64| (bytes as f64) < card;
+        let verdict = |card: f64| match again {
+            _ if fits(kept, card) => " yes |",
+            Some(again) if fits(again, card) => " with checkpointing |",
+            _ => " no |",
+        };
+        cards.map(verdict).concat()
+    };
+    let gpu = DeviceKind::Cuda;
+    for (side, bundle, _) in &bundles {
+        for method in METHODS {
+            let [kept, again] = [false, true].map(|again| peak(bundle, method, again, gpu));
+            rows.push(format!("| `{method}`, {side} px |{}", verdicts(kept, Some(again))));
+        }
+        for batch in [1, 4] {
+            let bytes = sample(bundle, *side, batch, gpu);
+            rows.push(format!("| sample, {batch} at once, {side} px |{}", verdicts(bytes, None)));
+        }
+    }
+    assert_rows("cards", &rows);
+}
+
+#[test]
+fn the_aim_of_22_gb_for_a_whole_training_at_256_pixels_holds() {
+    let dir = sd15(256, 1);
+    add_teachers(dir.path());
+    let bundle = Bundle::open(dir.path()).expect("a bundle");
+    let plan = training_plan(&bundle, &options_of(Method::Hypnos), &settings(true), DeviceKind::Cpu);
+    let peak = plan.expect("a plan").peak(DeviceKind::Cpu);
+    assert!(peak.bytes < 22_000_000_000, "{peak:?}");
+}
+
+#[test]
+fn what_cannot_fit_is_refused_in_one_line_before_a_weight_is_read() {
+    let dir = sd15(512, 16); // 200 billion weights, of which there are none
+    let bundle = dir.path().to_string_lossy().into_owned();
+    let out = hypnos(&["models", "plan", "--no-time", "--bundle", &bundle]).output().expect("it starts");
+    let words = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(2), "{words}");
+    assert!(words.contains("it does not fit") && words.contains("with --gradient-checkpointing"), "{words}");
+
+    let scratch = tempfile::tempdir().expect("a directory");
+    let data = scratch.path().join("data").to_string_lossy().into_owned();
+    let line = refused(&mut hypnos(&["work", "--bundle", &bundle, "--data", &data]), 2);
+    assert!(line.contains("a sample (1 at once, 512 x 512 pixels): wanted"), "{line}");
+    assert!(line.contains(" GiB of memory, free ") && line.contains("--ignore-memory"), "{line}");
+
+    let train = |more: &[&str]| {
+        let mut command =
+            hypnos(&["train", "--bundle", &bundle, "--class-name", "mug", "--method", "dreambooth"]);
+        command.arg("--photos").arg(demo_photos()).arg("--out").arg(scratch.path().join("out")).args(more);
+        command
+    };
+    let line = refused(&mut train(&[]), 2);
+    assert!(line.contains("wanted") && line.contains("free"), "{line}");
+    let line = refused(&mut train(&["--ignore-memory"]), 2);
+    assert!(line.contains("no weights") || line.contains("is missing"), "it went on: {line}");
+    assert!(!scratch.path().join("out").exists(), "nothing was written");
+}
+
+#[test]
+fn a_plan_shows_what_is_taken_by_phase_and_refuses_odd_options_in_one_line() {
+    let miniature = miniature().to_string_lossy().into_owned();
+    let words = succeeds(&mut hypnos(&["models", "plan", "--bundle", &miniature]));
+    for wanted in
+        ["AdamW's moments", "gradients", "segmenter", "evaluating", "it fits", "TFLOP, about", "GFLOP/s"]
+    {
+        assert!(words.contains(wanted), "{wanted}: {words}");
+    }
+    let plan = |more: &[&str]| refused(hypnos(&["models", "plan", "--bundle", &miniature]).args(more), 2);
+    assert!(
+        plan(&["--options", "{"]).starts_with("--options: wanted a JSON object"),
+        "{}",
+        plan(&["--options", "{"])
+    );
+    let line = plan(&["--options", r#"{"steps": 0}"#]);
+    assert!(line.starts_with("--options steps: "), "{line}");
+    let line = plan(&["--width", "100"]);
+    assert!(line.starts_with("--width: wanted a multiple of 8"), "{line}");
+}
