@@ -79,8 +79,9 @@ fn no_model() -> HeldModel {
         drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 7.5 },
         training: BTreeMap::new(),
         classes: None,
+        rare_tokens: Some(["sks", "zwx"].map(str::to_owned).to_vec()),
     };
-    HeldModel { card, words: String::new(), memory_bytes: None }
+    HeldModel { card, words: "sks zwx".into(), memory_bytes: None }
 }
 
 /// An engine that refuses every training at once: what is measured is the way to it.

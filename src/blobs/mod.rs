@@ -132,15 +132,24 @@ impl Blobs {
     /// Opens a store, and removes what crashed uploads left in a directory. Sends nothing to a bucket yet; see
     /// [`Blobs::probe`].
     pub async fn open(config: &BlobsConfig) -> Result<Self, Error> {
+        if let Place::Directory(directory) = &config.place {
+            tokio::fs::create_dir_all(directory).await?;
+        }
+        let blobs = Self::existing(config)?;
+        if blobs.directory.is_some() {
+            blobs.sweep_unfinished(UNFINISHED).await?;
+        }
+        Ok(blobs)
+    }
+
+    /// Opens a store that is there; a directory is neither made nor tidied.
+    pub fn existing(config: &BlobsConfig) -> Result<Self, Error> {
         match &config.place {
             Place::Directory(directory) => {
-                tokio::fs::create_dir_all(directory).await?;
                 let store = LocalFileSystem::new_with_prefix(directory)?;
                 let store = Arc::new(store.with_fsync(true).with_automatic_cleanup(true));
                 let signer = Signing::Local(config.links.clone());
-                let blobs = Self { directory: Some(directory.clone()), ..Self::new(store, "", signer) };
-                blobs.sweep_unfinished(UNFINISHED).await?;
-                Ok(blobs)
+                Ok(Self { directory: Some(directory.clone()), ..Self::new(store, "", signer) })
             }
             Place::Bucket(bucket) => {
                 let store = Arc::new(bucket.client()?);

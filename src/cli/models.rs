@@ -1,7 +1,7 @@
 //! `hypnos models`: fetches, checks and makes bundles: of what people have, or with random weights; plans what they take.
 
 pub(super) mod import;
-mod plan;
+pub(super) mod plan;
 mod pull;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::error::CliError;
 use super::output::{print_error, print_line};
 use crate::ml::Result;
-use crate::ml::bundle::{Bundle, Like, check, random, random_metrics};
+use crate::ml::bundle::{Bundle, Like, check, random, random_metrics, random_part};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -47,6 +47,9 @@ pub(super) struct Random {
     /// Give it something that judges pictures, in metrics/, small whatever it is like.
     #[arg(long)]
     metrics: bool,
+    /// Give it all that HYPNOS learns with and judges by, in the sizes of `models pull sd15`: 1 GB
+    #[arg(long, conflicts_with = "metrics")]
+    complete: bool,
     /// Type of the weights in the files.
     #[arg(long, value_enum, default_value_t = DTypeName::F32)]
     dtype: DTypeName,
@@ -72,7 +75,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Check { dir } => Ok(run_check(&dir)?),
         Command::Import(args) => Ok(import::run(&args)?),
         Command::Plan(args) => plan::run(&args),
-        Command::Random(random) => Ok(run_random(&random)?),
+        Command::Random(random) => run_random(&random),
     }
 }
 
@@ -100,7 +103,7 @@ fn run_check(dir: &Path) -> Result<ExitCode> {
     }
 }
 
-fn run_random(args: &Random) -> Result<ExitCode> {
+fn run_random(args: &Random) -> Result<ExitCode, CliError> {
     let like = match args.like {
         LikeName::Sd15 => Like::Sd15,
         LikeName::Sd2 => Like::Sd2,
@@ -120,6 +123,11 @@ fn run_random(args: &Random) -> Result<ExitCode> {
     bar.finish_and_clear();
     if args.metrics {
         random_metrics(&args.out, args.seed)?;
+    }
+    if args.complete {
+        for (part, config) in pull::published_parts()? {
+            random_part(&args.out, &part, &config, args.seed)?;
+        }
     }
     print_line(&format!("{}: written", args.out.display()));
     Ok(ExitCode::SUCCESS)

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -26,6 +27,7 @@ use crate::engine::{self, CandleEngine, Engine};
 use crate::http;
 use crate::job::{Fault, FaultCode};
 use crate::machine;
+use crate::ml::bundle::Bundle;
 use crate::store::{self, Sessions, Store};
 use crate::telemetry::{LATENCIES, Telemetry};
 use crate::worker::{self, Clock, MakeEngine};
@@ -376,12 +378,26 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
                 CandleEngine::open(engine::EngineSettings { device: device.clone(), ..settings.clone() });
             // The operator has to change something: the bundle, the device.
             let opened = opened.map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
-            opened.warnings().iter().for_each(|warning| warn!(device, "{warning}"));
             Ok(Box::new(opened) as Box<dyn Engine>)
         });
         (name, make)
     });
+    log_limits(&working.bundle);
     Ok((settings, engines.collect()))
+}
+
+/// Logs what the bundle cannot be used for, and which of its settings are not followed. What keeps it from being opened
+/// is for the engines to say.
+fn log_limits(dir: &Path) {
+    let Ok(bundle) = Bundle::open(dir) else { return };
+    bundle.warnings().iter().for_each(|warning| warn!("{warning}"));
+    for capability in bundle.missing() {
+        let line = format!("{}: {}", dir.join(capability.part()).display(), capability.missing());
+        if capability.option_without().is_some() { warn!("{line}") } else { info!("{line}") }
+    }
+    if let Some(line) = bundle.tokenizer().ok().and_then(|tokenizer| bundle.rare_tokens_missing(&tokenizer)) {
+        warn!("{}: {line}", dir.join("tokenizer").display());
+    }
 }
 
 /// How the one engine of a process that draws no products learns what memory it may take.

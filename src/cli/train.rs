@@ -98,6 +98,9 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
     })?;
     engine.check(&spec)?;
     engine.warnings().iter().for_each(|warning| print_warning(warning));
+    if let Some(warning) = engine.model().class_warning(&spec.class_name) {
+        print_warning(&warning.message);
+    }
     let (out, spec) = Out::open(&args.out, &spec, &engine.model().card.sha256, args.resume)?;
 
     // 2. The training, in its own thread, while signals are handled here.

@@ -15,7 +15,7 @@ use crate::ml::plan::{SamplePlan, SampleSizes, TrainingPlan};
 pub const PHOTOS: (usize, u64) = (N_PHOTOS_MAX, 12_000_000);
 
 /// Those of the smallest training.
-pub(super) const FEWEST_PHOTOS: (usize, u64) = (N_PHOTOS_MIN, 1_000_000);
+pub const FEWEST_PHOTOS: (usize, u64) = (N_PHOTOS_MIN, 1_000_000);
 
 /// Sides, in latents, of the square that the perceptual loss looks at, which are tried to make a training fit.
 const CROPS: [u32; 3] = [32, 16, 8];
@@ -227,7 +227,7 @@ pub fn sample_fit(
 }
 
 /// Why an engine is of no use: one picture of a sample, or the smallest training, does not fit. None if both do.
-pub(super) fn too_small(
+pub fn too_small(
     bundle: &Bundle,
     settings: &MemorySettings,
     kind: DeviceKind,

@@ -17,3 +17,4 @@ pub use api::{
     TrainEvent, TrainInput, Trained,
 };
 pub use candle::{CandleEngine, EngineSettings};
+pub use training::missing_part;

@@ -19,6 +19,7 @@ pub(super) fn held_model(base: &Base) -> Result<HeldModel> {
         drawing: ModelDrawing { scheduler: scheduler(drawing.scheduler), guidance: drawing.guidance },
         training: manifest.training.clone(),
         classes: manifest.classes.clone(),
+        rare_tokens: Some(base.bundle.rare_tokens(&base.shared.tokenizer)),
     };
     let words = base.shared.tokenizer.whole_words().join(" ");
     Ok(HeldModel { card, words, memory_bytes: device::total_bytes(base.device())? })

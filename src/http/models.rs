@@ -15,8 +15,7 @@ use super::submit::random_seed;
 use super::upload::TrainRequest;
 use super::view::time;
 use crate::job::{
-    Invalid, Method, ModelCard, ModelDrawing, ModelPart, ModelRef, TrainOptions, TrainSpec, Warning,
-    WarningCode,
+    Invalid, Method, ModelDrawing, ModelPart, ModelRef, TrainOptions, TrainSpec, Warning, WarningCode,
 };
 use crate::store::RegisteredModel;
 
@@ -90,7 +89,7 @@ impl ModelView {
             let options = card.options(&json!({ "method": method }));
             let options = options.map_err(|error| Problem::internal(&error))?;
             let lacks: Vec<_> = card.lacking(&options).into_iter().map(|(part, ..)| part).collect();
-            Ok::<_, Problem>(ModelMethod { method, usable: lacks.is_empty(), lacks, options })
+            Ok::<_, Problem>(ModelMethod { method, usable: card.check(&options).is_ok(), lacks, options })
         };
         Ok(Self {
             name: card.name.clone(),
@@ -141,7 +140,9 @@ pub(super) async fn resolve(app: &AppState, request: TrainRequest) -> Result<Tra
         Ok(Choice::Registered(model)) => {
             let mut spec =
                 TrainSpec::of_model(&model.card, &class_name, &options, seed).map_err(at_options)?;
-            spec.warnings.extend(class_warning(app, &model.card, &spec.class_name).await?);
+            let words = app.vocabularies.get(&app.store, &model.card.sha256).await?;
+            model.card.check_tokens(&spec.options, |word| words.contains(word)).map_err(at_options)?;
+            spec.warnings.extend(model.card.class_warning(&spec.class_name, |word| words.contains(word)));
             Ok(spec)
         }
         Ok(Choice::Unknown(name)) => {
@@ -230,20 +231,13 @@ pub(super) async fn class_warnings(
     let registered = app.store.models().await?;
     match choose(&registered, model, app.settings.default_model.as_deref()) {
         Ok(Choice::Registered(model)) => {
-            Ok(class_warning(app, &model.card, class_name).await?.into_iter().collect())
+            let words = app.vocabularies.get(&app.store, &model.card.sha256).await?;
+            let warning = model.card.class_warning(class_name, |word| words.contains(word));
+            Ok(warning.into_iter().collect())
         }
         Ok(Choice::Unknown(Some(name))) if model.is_some() => Err(unknown_model(name, &registered)),
         _ => Ok(Vec::new()),
     }
-}
-
-async fn class_warning(
-    app: &AppState,
-    card: &ModelCard,
-    class_name: &str,
-) -> Result<Option<Warning>, Problem> {
-    let vocabulary = app.vocabularies.get(&app.store, &card.sha256).await?;
-    Ok(card.class_warning(class_name, |word| vocabulary.contains(word)))
 }
 
 #[cfg(test)]
@@ -251,7 +245,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::job::Scheduler;
+    use crate::job::{ModelCard, Scheduler};
     use crate::store::ModelDevice;
 
     fn model(name: &str, sha256: &str, running: bool) -> RegisteredModel {
@@ -264,6 +258,7 @@ mod tests {
             drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 1.0 },
             training: BTreeMap::new(),
             classes: None,
+            rare_tokens: None,
         };
         let device = ModelDevice { name: "cpu".into(), memory_bytes: None };
         RegisteredModel { card, registered_ms: 0, devices: running.then_some(device).into_iter().collect() }

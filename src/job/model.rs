@@ -41,6 +41,10 @@ pub struct ModelCard {
     pub training: BTreeMap<String, Value>,
     /// The classes that it knows; none if its vocabulary decides.
     pub classes: Option<Vec<String>>,
+    /// Words of one token each that mean next to nothing, in the order in which trainings take them. None if a worker of
+    /// an earlier version registered the model: a worker decides then.
+    #[serde(default)]
+    pub rare_tokens: Option<Vec<String>>,
 }
 
 /// A model that a worker holds on a device.
@@ -133,23 +137,50 @@ impl ModelCard {
     }
 
     /// Complete options from a JSON object with some: the others are what suits this model for their method, or else
-    /// the method's defaults.
+    /// the method's defaults. Tokens are rare ones of its vocabulary, as far as it has any.
     pub fn options(&self, given: &Value) -> serde_json::Result<TrainOptions> {
-        TrainOptions::suited(&self.training, given)
+        Ok(TrainOptions::suited(&self.training, given)?
+            .with_rare_tokens(self.rare_tokens.as_deref().unwrap_or_default()))
     }
 
-    /// Refuses options that need a part which this model lacks.
+    /// Refuses options that need a part or a rare token which this model lacks.
     pub fn check(&self, options: &TrainOptions) -> Result<(), Invalid> {
-        match self.lacking(options).into_iter().next() {
-            None => Ok(()),
-            Some((part, pointer, without)) => {
+        let Self { name, .. } = self;
+        if let Some((part, pointer, without)) = self.lacking(options).into_iter().next() {
+            let method = options.method;
+            let message = format!(
+                "{method} needs a model with a {part}, and {name:?} has none; {without} trains without it"
+            );
+            return Err(Invalid::new(pointer, message));
+        }
+        match options.tokens().into_iter().find(|(_, token)| token.is_none()) {
+            Some((pointer, _)) if self.rare_tokens.is_some() => {
                 let message = format!(
-                    "{} needs a model with a {part}, and {:?} has none; {without} trains without it",
-                    options.method, self.name
+                    "is needed: the model {name:?} has no rare token left; name a word that is one token of it"
                 );
                 Err(Invalid::new(pointer, message))
             }
+            _ => Ok(()),
         }
+    }
+
+    /// Refuses tokens that are no words of this model. `vocabulary` says whether a word of lower-case ASCII letters and
+    /// digits is one token of it; of others the worker decides.
+    pub fn check_tokens(
+        &self,
+        options: &TrainOptions,
+        vocabulary: impl Fn(&str) -> bool,
+    ) -> Result<(), Invalid> {
+        for (pointer, token) in options.tokens() {
+            let is_plain = |token: &str| token.bytes().all(|byte| byte.is_ascii_alphanumeric());
+            let is_known = |token: &str| vocabulary(&token.to_ascii_lowercase());
+            if let Some(token) = token.filter(|token| is_plain(token) && !is_known(token)) {
+                let message =
+                    format!("{token:?} is not one token of the vocabulary of the model {:?}", self.name);
+                return Err(Invalid::new(pointer, message));
+            }
+        }
+        Ok(())
     }
 
     /// The parts that options need and this model lacks: each with the JSON pointer of the option, and the setting
@@ -212,7 +243,39 @@ mod tests {
             drawing: ModelDrawing { scheduler: Scheduler::EulerA, guidance: 4.0 },
             training: [("hypnos".into(), json!({ "steps": 300, "views": { "n": 32 } }))].into(),
             classes: None,
+            rare_tokens: Some(["sks", "ohwx", "olis"].map(str::to_owned).to_vec()),
         }
+    }
+
+    #[test]
+    fn tokens_that_are_left_out_are_two_rare_ones_of_the_model() {
+        let tokens = |given: Value| {
+            let options = card().options(&given).expect("options");
+            (options.instance_token.unwrap_or_default(), options.background_token.unwrap_or_default())
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(tokens(json!({})), pair("sks", "ohwx"));
+        assert_eq!(tokens(json!({ "instance_token": "ohwx" })), pair("ohwx", "sks"));
+        assert_eq!(tokens(json!({ "background_token": "sks" })), pair("ohwx", "sks"));
+        assert_eq!(tokens(json!({ "method": "dreambooth" })), pair("sks", ""), "no views, no backgrounds");
+        let none = ModelCard { rare_tokens: Some(Vec::new()), parts: ModelPart::ALL.to_vec(), ..card() };
+        let checked =
+            |given: Value| none.check(&none.options(&given).expect("options")).map_err(|e| e.pointer);
+        assert_eq!(checked(json!({})), Err("/instance_token".into()));
+        assert_eq!(checked(json!({ "instance_token": "a" })), Err("/background_token".into()));
+        assert_eq!(checked(json!({ "instance_token": "a", "background_token": "b" })), Ok(()));
+        let unknown = ModelCard { rare_tokens: None, ..none.clone() };
+        assert_eq!(unknown.check(&unknown.options(&json!({})).expect("options")), Ok(()), "a worker decides");
+        let same = json!({ "instance_token": "a", "background_token": "a" });
+        let same = card().options(&same).expect("options");
+        assert_eq!(same.check().expect_err("the same").pointer, "/background_token");
+        let of_two = json!({ "instance_token": "sks", "background_token": "gizmo" });
+        let of_two = card().options(&of_two).expect("options");
+        let invalid = card().check_tokens(&of_two, |word| word == "sks").expect_err("no word of it");
+        assert_eq!(invalid.pointer, "/background_token");
+        let others = json!({ "instance_token": "SKS", "background_token": "<my-jar>" });
+        let others = card().options(&others).expect("options");
+        assert_eq!(card().check_tokens(&others, |word| word == "sks"), Ok(()), "a worker decides");
     }
 
     #[test]
@@ -231,7 +294,8 @@ mod tests {
         let invalid = card().check(&TrainOptions::default()).expect_err("no perceptual part");
         assert_eq!(invalid.pointer, "/loss_weights/perceptual");
         assert!(invalid.message.contains("loss_weights.perceptual=0"), "{}", invalid.message);
-        assert_eq!(card().check(&TrainOptions::of(Method::Dreambooth)), Ok(()));
+        let dreambooth = card().options(&json!({ "method": "dreambooth" })).expect("options");
+        assert_eq!(card().check(&dreambooth), Ok(()));
         let without_segmenter = ModelCard { parts: vec![ModelPart::Perceptual], ..card() };
         let invalid = without_segmenter.check(&TrainOptions::default()).expect_err("no segmenter");
         assert_eq!(invalid.pointer, "/views/enabled");

@@ -389,6 +389,28 @@ impl TrainOptions {
         serde_json::from_value(whole)
     }
 
+    /// The same with tokens of `rare`, which are words of one token each, where none are given: the first that is free
+    /// for the product, the next for the backgrounds, if it makes views.
+    #[must_use]
+    pub fn with_rare_tokens(self, rare: &[String]) -> Self {
+        let free = |taken: &Option<String>| rare.iter().find(|word| Some(*word) != taken.as_ref()).cloned();
+        let instance_token = self.instance_token.clone().or_else(|| free(&self.background_token));
+        let background_token = match &self.background_token {
+            None if self.views.enabled => free(&instance_token),
+            given => given.clone(),
+        };
+        Self { instance_token, background_token, ..self }
+    }
+
+    /// The tokens that a training needs, those not given as none, with their JSON pointers.
+    pub fn tokens(&self) -> Vec<(&'static str, Option<&str>)> {
+        let mut all = vec![("/instance_token", self.instance_token.as_deref())];
+        if self.views.enabled {
+            all.push(("/background_token", self.background_token.as_deref()));
+        }
+        all
+    }
+
     /// Rejects options out of range, by their JSON pointers.
     pub fn check(&self) -> Result<(), Invalid> {
         whole("/steps", self.steps, 1, STEPS_MAX)?;
@@ -396,6 +418,12 @@ impl TrainOptions {
         check_seed(self.seed)?;
         check_token("/instance_token", self.instance_token.as_ref())?;
         check_token("/background_token", self.background_token.as_ref())?;
+        if let Some(token) = self.instance_token.as_ref().filter(|_| self.views.enabled)
+            && self.background_token.as_ref() == Some(token)
+        {
+            let message = format!("is {token:?}, the same as instance_token; wanted another");
+            return Err(Invalid::new("/background_token", message));
+        }
         whole("/class_images", self.class_images, 0, 1000)?;
         real("/sigma", self.sigma, 0.1, 100.0)?;
         real("/exponent_max", self.exponent_max, 1.0, 80.0)?;

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::download::Got;
+use super::local_file::LocalFile;
 use super::sources::{File, Licence, Part, Sources};
 use super::{Error, hashes};
+use crate::ml;
 use crate::ml::bundle::{Fetched, Manifest, Origin, convert, model_index, read_manifest, write_json};
 
 const MANIFEST: &str = "hypnos.json";
@@ -88,7 +89,7 @@ impl BundleDir {
         part: &Part,
         files: &[File],
         staged: &Path,
-    ) -> Result<Vec<Option<Got>>, Error> {
+    ) -> Result<Vec<Option<LocalFile>>, Error> {
         let begun: BTreeSet<String> = fs::read(staged.join(PLACES))
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
@@ -109,7 +110,7 @@ impl BundleDir {
         let found = |file: &File| {
             let path = self.dir.join(&file.to);
             let sha256 = hashes::sha256(&path).ok().filter(|found| Some(found) == file.sha256.as_ref());
-            let got = sha256.map(|sha256| Got { path, sha256, commit: None });
+            let got = sha256.map(|sha256| LocalFile { path, sha256, commit: None });
             if got.is_none() {
                 check(&file.to)?;
             }
@@ -123,7 +124,7 @@ impl BundleDir {
         &mut self,
         sources: &Sources,
         part: &Part,
-        got: &[(File, Got)],
+        got: &[(File, LocalFile)],
         staged: &Path,
     ) -> Result<(), Error> {
         let ready = match &part.into {
@@ -141,7 +142,7 @@ impl BundleDir {
 
     /// Files that are published as they are wanted, and `model_index.json`, which names no safety checker: none is
     /// fetched.
-    fn copied(&self, got: &[(File, Got)], staged: &Path) -> Result<Vec<Ready>, Error> {
+    fn copied(&self, got: &[(File, LocalFile)], staged: &Path) -> Result<Vec<Ready>, Error> {
         let mut ready: Vec<Ready> = got.iter().map(|(file, got)| self.as_fetched(file, got)).collect();
         if let Some(scheduler) = ready.iter().find(|ready| ready.path == SCHEDULER) {
             let config: Value = fs::read(&scheduler.at)
@@ -154,7 +155,7 @@ impl BundleDir {
         Ok(ready)
     }
 
-    fn as_fetched(&self, file: &File, got: &Got) -> Ready {
+    fn as_fetched(&self, file: &File, got: &LocalFile) -> Ready {
         let Fetched { source, revision, sha256 } = fetched(file, got);
         let before = self.manifest.files.get(&file.to).filter(|before| before.sha256 == sha256);
         let origin =
@@ -169,7 +170,7 @@ impl BundleDir {
         &mut self,
         sources: &Sources,
         part: &Part,
-        got: &[(File, Got)],
+        got: &[(File, LocalFile)],
         ready: Vec<Ready>,
     ) -> Result<(), Error> {
         let mut manifest = self.manifest.clone();
@@ -206,7 +207,7 @@ fn is_of((source, revision, sha256): (&str, &str, &str), file: &File) -> bool {
         && file.sha256.as_ref().is_none_or(|wanted| wanted == sha256)
 }
 
-fn fetched(file: &File, got: &Got) -> Fetched {
+fn fetched(file: &File, got: &LocalFile) -> Fetched {
     let commit = got.commit.as_ref().filter(|commit| **commit != file.revision);
     Fetched {
         source: file.place.source(),
@@ -217,9 +218,15 @@ fn fetched(file: &File, got: &Got) -> Fetched {
 }
 
 /// A part that is converted: its config, and its weights out of all that was fetched for it.
-fn converted(part: &Part, into: &str, got: &[(File, Got)], made: &Path) -> Result<Vec<Ready>, Error> {
+fn converted(part: &Part, into: &str, got: &[(File, LocalFile)], made: &Path) -> Result<Vec<Ready>, Error> {
     let files: Vec<PathBuf> = got.iter().map(|(_, got)| got.path.clone()).collect();
-    convert(made, into, &part.config, &files)?;
+    convert(made, into, &part.config, &files).map_err(|error| {
+        // People know the files by their sources, not by where they lie on their way.
+        let named = |error: ml::Error, (file, got): &(File, LocalFile)| {
+            error.renamed(&got.path, Path::new(&file.place.source()))
+        };
+        got.iter().fold(error, named)
+    })?;
     let path = format!("{into}/model.safetensors");
     let at = made.join(&path);
     let from: Vec<Fetched> = got.iter().map(|(file, got)| fetched(file, got)).collect();

@@ -1,12 +1,13 @@
 //! One file from its source onto the disk: gone on with where it was cut off, repeated when the network fails, and
 //! compared with its hashes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::sleep;
 
 use super::hub::{Answer, Failure, Hub, Rest, again};
+use super::local_file::LocalFile;
 use super::partial::Partial;
 use super::sources::File;
 use super::{Error, Listener};
@@ -14,18 +15,11 @@ use super::{Error, Listener};
 /// Attempts in a row that brought no bytes.
 const ATTEMPTS_MAX: u32 = 6;
 
+/// How often a file is begun again because its server sends another one, or one that does not go with what is there.
+const BEGINNINGS_MAX: u32 = 3;
+
 /// The first wait between two attempts; each is twice as long as the one before.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-
-/// A file that is there, and what it is.
-#[derive(Clone, Debug)]
-pub(super) struct Got {
-    pub(super) path: PathBuf,
-    /// In lower-case hexadecimal.
-    pub(super) sha256: String,
-    /// The commit of its repository, where that was told.
-    pub(super) commit: Option<String>,
-}
 
 /// Fetches a file to `path`, or the rest of it. It may be there in part, from an earlier run or a killed one.
 pub(super) async fn download(
@@ -33,13 +27,14 @@ pub(super) async fn download(
     file: &File,
     path: &Path,
     listener: &dyn Listener,
-) -> Result<Got, Error> {
+) -> Result<LocalFile, Error> {
     let mut partial = Partial::open(file, path).await?;
     listener.resumed(partial.n());
-    let mut attempts = 0;
+    let (mut attempts, mut n_begun_again) = (0, 0);
+    // Not merely more than before the attempt: a server without ranges begins with the first byte each time.
+    let mut furthest = partial.n();
     let mut is_expected = file.expected_size().is_some();
     loop {
-        let before = partial.n();
         let failure = match attempt(hub, file, &mut partial, &mut is_expected, listener).await {
             Ok(()) => match partial.finish(file).await? {
                 Some(got) => return Ok(got),
@@ -53,11 +48,13 @@ pub(super) async fn download(
             Failure::Again(why, after) => (why, after),
             Failure::BeginAgain => {
                 begin_again(file, &mut partial, listener).await?;
+                (furthest, n_begun_again) = (0, n_begun_again + 1);
                 ("it has changed".to_owned(), Some(Duration::ZERO))
             }
         };
-        attempts = if partial.n() > before { 1 } else { attempts + 1 };
-        if attempts >= ATTEMPTS_MAX {
+        attempts = if partial.n() > furthest { 1 } else { attempts + 1 };
+        furthest = furthest.max(partial.n());
+        if attempts >= ATTEMPTS_MAX || n_begun_again > BEGINNINGS_MAX {
             let what = format!("cannot be fetched: {why}; the same command goes on where it stopped");
             return Err(Error::Failed(format!("{}: {what}", file.place.source())));
         }

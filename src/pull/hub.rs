@@ -98,6 +98,11 @@ impl Hub {
     pub(crate) fn new(endpoint: &str, token: Option<SecretString>) -> Result<Self, Error> {
         let bad = |what: &str| Error::Input(format!("HF_ENDPOINT: `{endpoint}` {what}"));
         let url = Url::parse(endpoint).map_err(|e| bad(&format!("is no URL: {e}")))?;
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(Error::Input(
+                "HF_ENDPOINT: has a password in it, which the log would show; HF_TOKEN is for that".into(),
+            ));
+        }
         if !matches!(url.scheme(), "http" | "https") || url.query().is_some() || !url.has_host() {
             return Err(bad("is no http:// or https:// URL of a hub"));
         }
@@ -144,7 +149,8 @@ impl Hub {
             let response = self.request(&url, rest).await?;
             linked.read(response.headers());
             if !response.status().is_redirection() {
-                return self.answer(file, response, linked, rest.from);
+                let is_hub = url.origin() == self.endpoint.origin();
+                return self.answer(file, response, is_hub, linked, rest.from);
             }
             let next = response.headers().get(LOCATION).and_then(|to| url.join(to.to_str().ok()?).ok());
             let next = next.filter(|next| next.scheme() == "https" || next.scheme() == url.scheme());
@@ -170,12 +176,19 @@ impl Hub {
     }
 
     /// What an answer means that is no redirect.
-    fn answer(&self, file: &File, response: Response, linked: Linked, from: u64) -> Result<Answer, Failure> {
+    fn answer(
+        &self,
+        file: &File,
+        response: Response,
+        is_hub: bool,
+        linked: Linked,
+        from: u64,
+    ) -> Result<Answer, Failure> {
         let headers = response.headers();
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => {}
             StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => return Err(Failure::BeginAgain),
-            status => return Err(self.refusal(file, status, headers)),
+            status => return Err(self.refusal(file, is_hub, status, headers)),
         }
         if text(headers, &CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html")) {
             return Err(final_failure(file, "is answered with a web page; is there a login on the way?"));
@@ -206,42 +219,55 @@ impl Hub {
         })
     }
 
-    /// Why a server did not send the file.
-    fn refusal(&self, file: &File, status: StatusCode, headers: &HeaderMap) -> Failure {
+    /// Why a server did not send the file. `is_hub`: whether that was the hub, and not a host that it sent us to.
+    fn refusal(&self, file: &File, is_hub: bool, status: StatusCode, headers: &HeaderMap) -> Failure {
         let said = text(headers, &HeaderName::from_static("x-error-message"));
         let said =
             said.map_or(String::new(), |said| format!(": {}", said.chars().take(300).collect::<String>()));
-        let code = text(headers, &HeaderName::from_static("x-error-code")).unwrap_or_default();
-        let what = match (status, self.token.is_some()) {
-            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) if code == "GatedRepo" => {
-                let repository = match &file.place {
-                    Place::Hub { repository, .. } => repository,
-                    Place::Url(url) => url,
-                };
-                let endpoint = self.endpoint.as_str().trim_end_matches('/');
-                format!(
-                    "has terms that have to be accepted first, at {endpoint}/{repository}, by the owner of the token \
-                     in HF_TOKEN{said}"
-                )
+        let is_denied = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+        let what = match (&file.place, status) {
+            (_, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT) => {
+                return wait(file, headers, format!("the server answers {status}{said}"));
             }
-            (StatusCode::UNAUTHORIZED, false) => {
-                format!("is not for everyone, and HF_TOKEN is not set{said}")
+            (_, status) if status.is_server_error() => {
+                return wait(file, headers, format!("the server answers {status}{said}"));
             }
-            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, true) => {
-                format!("is not for the owner of the token in HF_TOKEN ({status}){said}")
+            (Place::Hub { repository, .. }, _) if is_denied && is_hub => {
+                self.denial(repository, status, headers) + &said
             }
-            (StatusCode::NOT_FOUND | StatusCode::GONE, _) => {
+            // The URL that the hub signed is no longer valid; the next attempt gets another.
+            (Place::Hub { .. }, _) if is_denied => {
+                return Failure::Again(format!("the host of its content answers {status}"), None);
+            }
+            (_, StatusCode::NOT_FOUND | StatusCode::GONE) => {
                 format!("is not there at revision {} ({status}){said}", file.revision)
             }
-            (StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT, _) => {
-                return wait(file, headers, format!("the server answers {status}{said}"));
-            }
-            (status, _) if status.is_server_error() => {
-                return wait(file, headers, format!("the server answers {status}{said}"));
-            }
-            (status, _) => format!("cannot be fetched: the server answers {status}{said}"),
+            _ => format!("cannot be fetched: the server answers {status}{said}"),
         };
         Failure::Final(Error::Input(format!("{}: {what}", file.place.source())))
+    }
+
+    /// What the user can do about a hub that does not give a repository's files to everyone.
+    fn denial(&self, repository: &str, status: StatusCode, headers: &HeaderMap) -> String {
+        let is_gated =
+            text(headers, &HeaderName::from_static("x-error-code")).is_some_and(|code| code == "GatedRepo");
+        let endpoint = self.endpoint.as_str().trim_end_matches('/');
+        match (is_gated, self.token.is_some()) {
+            (true, has_token) => {
+                let token = if has_token {
+                    "the token in HF_TOKEN"
+                } else {
+                    "a token, which HF_TOKEN then has to hold"
+                };
+                format!(
+                    "has terms that have to be accepted first, at {endpoint}/{repository}, by the owner of {token}"
+                )
+            }
+            (false, false) => {
+                format!("is not there or not for everyone, and HF_TOKEN is not set ({status})")
+            }
+            (false, true) => format!("is not for the owner of the token in HF_TOKEN ({status})"),
+        }
     }
 }
 
@@ -267,7 +293,7 @@ pub(super) fn again(error: reqwest::Error) -> Failure {
         words = deeper.to_string();
         source = deeper.source();
     }
-    Failure::Again(words, None)
+    Failure::Again(words.split(" (os error").next().unwrap_or_default().to_lowercase(), None)
 }
 
 /// Another attempt when the server says, unless that is too long a time.
@@ -332,6 +358,8 @@ mod tests {
         assert!(Hub::new("https://hub.example", token()).is_ok());
         assert!(Hub::new("http://127.0.0.1:80", token()).is_ok());
         assert!(Hub::new("hub.example", None).is_err());
+        let refused = Hub::new("https://me:pass@hub.example", None).err().unwrap().to_string();
+        assert!(refused.contains("password") && !refused.contains("me:pass"), "{refused}");
     }
 
     #[test]

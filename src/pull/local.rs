@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::download::Got;
+use super::local_file::LocalFile;
 use super::sources::{File, Place};
 use super::{Error, Listener, hashes};
 
@@ -15,12 +15,12 @@ pub(super) fn copy(
     file: &File,
     path: &Path,
     listener: &dyn Listener,
-) -> Result<Got, Error> {
+) -> Result<LocalFile, Error> {
     let candidates = from.iter().flat_map(|dir| names(file).into_iter().map(|name| dir.join(name)));
     let mut wrong = None;
     for candidate in candidates.filter(|candidate| candidate.is_file()) {
         match copy_one(&candidate, file, path, listener)? {
-            Ok(sha256) => return Ok(Got { path: path.to_owned(), sha256, commit: None }),
+            Ok(sha256) => return Ok(LocalFile { path: path.to_owned(), sha256, commit: None }),
             Err(what) => wrong = Some(format!("{}: {what}", candidate.display())),
         }
     }

@@ -10,6 +10,7 @@ mod error;
 mod hashes;
 mod hub;
 mod local;
+mod local_file;
 mod partial;
 mod sources;
 mod staging;
@@ -23,7 +24,8 @@ use futures_util::future::try_join_all;
 use tokio::sync::Semaphore;
 
 use bundle_dir::BundleDir;
-use download::{Got, download};
+use download::download;
+use local_file::LocalFile;
 use staging::Staging;
 
 pub(crate) use error::Error;
@@ -53,7 +55,7 @@ pub(crate) struct Pull {
     /// The directory of the bundle.
     pub(crate) out: PathBuf,
     pub(crate) sources: Sources,
-    /// Names of parts; all if there is none.
+    /// Names of parts, which bring those along that they need; all if there is none.
     pub(crate) only: Vec<String>,
     pub(crate) dtype: WeightType,
     /// Directories that have the files; nothing is fetched then.
@@ -102,8 +104,11 @@ impl Pull {
             )));
         }
         let bundle = BundleDir::open(&self.out, &self.sources)?;
-        let wanted =
-            self.sources.parts.iter().filter(|part| self.only.is_empty() || self.only.contains(&part.name));
+        let parts = &self.sources.parts;
+        let is_asked_for = |part: &Part| self.only.is_empty() || self.only.contains(&part.name);
+        let needed: BTreeSet<&String> =
+            parts.iter().filter(|part| is_asked_for(part)).flat_map(|part| &part.needs).collect();
+        let wanted = parts.iter().filter(|part| is_asked_for(part) || needed.contains(&part.name));
         let steps = wanted.map(|part| {
             let files = part.files(self.dtype);
             Step { part: part.clone(), is_there: bundle.has(part, &files), files }
@@ -145,10 +150,18 @@ impl Pull {
         Ok(())
     }
 
+    /// Bytes that are free on the disk of the bundle, which need not be there yet.
+    pub(crate) fn free(&self) -> Result<u64, Error> {
+        let here = Path::new(".");
+        let there = self.out.ancestors().find(|dir| dir.exists()).unwrap_or(here);
+        fs4::available_space(there)
+            .map_err(|error| Error::io(&self.out, "the space on its disk cannot be read", &error))
+    }
+
     async fn install(
         &self,
         step: &Step,
-        got: Vec<(File, Got)>,
+        got: Vec<(File, LocalFile)>,
         bundle: Arc<Mutex<BundleDir>>,
         staging: Arc<Staging>,
     ) -> Result<(), Error> {
@@ -167,7 +180,7 @@ impl Pull {
     /// that is converted once more.
     fn check_space(
         &self,
-        places: &[(&Step, Vec<Option<Got>>)],
+        places: &[(&Step, Vec<Option<LocalFile>>)],
         staging: &Staging,
         listener: &dyn Listener,
     ) -> Result<(), Error> {
@@ -185,8 +198,7 @@ impl Pull {
             listener.expect(all);
             largest = if step.part.into.is_some() { all.max(largest) } else { largest };
         }
-        let free = fs4::available_space(&self.out)
-            .map_err(|error| Error::io(&self.out, "the space on its disk cannot be read", &error))?;
+        let free = self.free()?;
         if free < wanted + largest {
             let what =
                 format!("{} are wanted on its disk, {} are free", bytes(wanted + largest), bytes(free));
@@ -206,7 +218,7 @@ struct Fetching<'a> {
 
 impl Fetching<'_> {
     /// One file: where it is already, from this machine, or from its source.
-    async fn fetch(self, file: &File, there: Option<Got>, path: &Path) -> Result<Got, Error> {
+    async fn fetch(self, file: &File, there: Option<LocalFile>, path: &Path) -> Result<LocalFile, Error> {
         match there {
             Some(got) => Ok(got),
             None if self.pull.from.is_empty() => download(self.hub, file, path, self.listener).await,

@@ -8,9 +8,9 @@ use tokio::fs::{self, OpenOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::Error;
-use super::download::Got;
 use super::hashes::Hashes;
 use super::hub::Answer;
+use super::local_file::LocalFile;
 use super::sources::File;
 
 /// Bytes read at a time.
@@ -60,7 +60,7 @@ impl Partial {
             file,
             n: 0,
             hashes: Hashes::of(about),
-            is_resumed: before.is_some(),
+            is_resumed: false,
             record: before.clone().unwrap_or(fresh),
         };
         match before {
@@ -131,7 +131,7 @@ impl Partial {
 
     /// The file, if it is what was wanted; none if it was begun by an earlier run and may be right when it is begun
     /// again. [`Error::Failed`] if it has another hash or size. It is gone then.
-    pub(super) async fn finish(&mut self, about: &File) -> Result<Option<Got>, Error> {
+    pub(super) async fn finish(&mut self, about: &File) -> Result<Option<LocalFile>, Error> {
         self.file.flush().await.map_err(|error| unwritten(&self.path, &error))?;
         self.file.sync_all().await.map_err(|error| unwritten(&self.path, &error))?;
         let found = self.hashes.clone().finish();
@@ -154,7 +154,11 @@ impl Partial {
             self.record.sha256 = Some(found.sha256.clone());
             self.write_record().await?;
         }
-        Ok(Some(Got { path: self.path.clone(), sha256: found.sha256, commit: self.record.commit.clone() }))
+        Ok(Some(LocalFile {
+            path: self.path.clone(),
+            sha256: found.sha256,
+            commit: self.record.commit.clone(),
+        }))
     }
 
     /// Hashes what is there.
@@ -165,7 +169,7 @@ impl Partial {
                 0 => return Ok(()),
                 n => {
                     self.hashes.update(&buffer[..n]);
-                    self.n += n as u64;
+                    (self.n, self.is_resumed) = (self.n + n as u64, true);
                 }
             }
         }

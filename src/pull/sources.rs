@@ -1,12 +1,11 @@
 //! Where the parts of a bundle are published: the table that is in the program, or one in a file of the same form.
 //!
-//! A table names the bundle (`name`, `kind`, `resolution`, `rare_tokens`), the `licences`, and its `parts`. The files of
-//! a part lie on a hub (`hub`, `revision`, `path`) or anywhere (`url`, `revision`); `hub`, `revision` and `licence` may
-//! be said once for a whole part. `size`, `sha256` and `sha512` are compared where they are given; `about_size` is shown
-//! where the size is not known. A part with `into`
-//! is converted: the tensors that the network of `config` reads go to the directory `into`. Files of a part without it
-//! go into the bundle as they are, to `to` or else under their own path, and those with a `dtype` only if it is asked
-//! for.
+//! A table names the bundle (`name`, `kind`, `resolution`, `rare_tokens`), the `licences`, and its `parts`. A part names
+//! those that it is of no use without (`needs`). Its files lie on a hub (`hub`, `revision`, `path`) or anywhere (`url`,
+//! `revision`); `hub`, `revision` and `licence` may be said once for a whole part. `size`, `sha256` and `sha512` are compared
+//! where they are given; `about_size` is shown where the size is not known. A part with `into` is converted: the tensors
+//! that the network of `config` reads go to the directory `into`. Files of a part without it go into the bundle as they
+//! are, to `to` or else under their own path, and those with a `dtype` only if it is asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
@@ -57,6 +56,9 @@ pub(crate) struct Licence {
 pub(crate) struct Part {
     pub(crate) name: String,
     pub(crate) about: String,
+    /// Parts that it is of no use without.
+    #[serde(default)]
+    pub(crate) needs: Vec<String>,
     licence: String,
     hub: Option<String>,
     revision: Option<String>,
@@ -245,6 +247,11 @@ impl Sources {
                 return Err(format!("parts[{i}]: there is another of its name, or with its `into`"));
             }
         }
+        for (i, part) in self.parts.iter().enumerate() {
+            if let Some(unknown) = part.needs.iter().find(|need| !names.contains(need)) {
+                return Err(format!("parts[{i}].needs: there is no part `{unknown}`"));
+            }
+        }
         if self.parts.is_empty() { Err("parts: there is none".into()) } else { Ok(()) }
     }
 }
@@ -284,10 +291,13 @@ mod tests {
     fn the_table_in_the_program_is_sound() {
         let sources = Sources::parse(SD15, Path::new("sd15.json")).unwrap();
         let names: Vec<&str> = sources.parts.iter().map(|part| part.name.as_str()).collect();
-        assert_eq!(names, ["base", "segmenter", "perceptual", "dino", "clip", "inception", "lpips"]);
-        let bytes = |dtype| sources.parts[0].files(dtype).iter().filter_map(|file| file.size).sum::<u64>();
-        assert_eq!(bytes(WeightType::F32) / 1_000_000, 4266);
-        assert_eq!(bytes(WeightType::F16) / 1_000_000, 2134);
+        assert_eq!(
+            names,
+            ["tokenizer", "base", "segmenter", "perceptual", "dino", "clip", "inception", "lpips"]
+        );
+        let bytes = |dtype| sources.parts[1].files(dtype).iter().filter_map(|file| file.size).sum::<u64>();
+        assert_eq!(bytes(WeightType::F32) / 1_000_000, 4265);
+        assert_eq!(bytes(WeightType::F16) / 1_000_000, 2132);
         for part in &sources.parts {
             for file in part.files(WeightType::F32) {
                 let commit =
@@ -327,5 +337,9 @@ mod tests {
             let error = Sources::parse(&table(file), Path::new("t.json")).unwrap_err().to_string();
             assert!(error.starts_with("t.json: ") && error.contains(wanted), "{error}\nwanted {wanted}");
         }
+        let needy = table(r#"{"hub": "a/b", "path": "c", "revision": "r"}"#)
+            .replace(r#""about""#, r#""needs": ["voice"], "about""#);
+        let error = Sources::parse(&needy, Path::new("t.json")).unwrap_err().to_string();
+        assert_eq!(error, "t.json: parts[0].needs: there is no part `voice`");
     }
 }

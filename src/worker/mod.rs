@@ -48,7 +48,7 @@ use tracing::{Instrument, info, info_span, warn};
 use crate::blobs::Blobs;
 use crate::clock;
 use crate::health::Health;
-use crate::job::{Fault, FaultCode, Method, ModelCard, ModelPart, TrainOptions};
+use crate::job::{Fault, FaultCode};
 use crate::store::Store;
 use cache::WeightsCache;
 use context::Worker;
@@ -111,7 +111,7 @@ pub async fn run_with(
     for (reporter, name, make) in engines {
         let (share, clock) = (worker.settings.sample_share, worker.settings.clock.clone());
         let (device, model) = Device::start(&name, make, share, clock).await?;
-        announce(&name, &model.card);
+        info!(device = name, model = model.card.name, sha256 = model.card.sha256, "device ready");
         let span = info_span!("worker", device = name);
         let driver = Driver::new(worker.clone(), name, device, model, reporter);
         drivers.spawn(driver.drive().instrument(span));
@@ -129,26 +129,6 @@ pub async fn run_with(
         warn!(%error, "scratch directory not removed");
     }
     worked
-}
-
-/// Logs that a device is ready, and what cannot be done with its model.
-fn announce(device: &str, model: &ModelCard) {
-    info!(device, model = model.name, sha256 = model.sha256, "device ready");
-    for method in Method::ALL {
-        let lacking = model.lacking(&TrainOptions::of(*method));
-        for (part, _, without) in lacking {
-            warn!(
-                model = model.name,
-                "the model has no {part}: method {method} cannot be trained with it, except with {without}"
-            );
-        }
-    }
-    if !model.has(ModelPart::Metrics) {
-        warn!(
-            model = model.name,
-            "the model has no metrics: trainings are not scored, their last step is served"
-        );
-    }
 }
 
 /// Waits for all drivers. Fails if each of them failed: one working device is enough to continue.

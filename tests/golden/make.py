@@ -236,7 +236,7 @@ def tokenizer_wide():
 def tokenizer_sd2():
     """Text -> ids with the settings that Stable Diffusion 2's tokenizer comes with: a text is filled up with `!`, id 0 there.
 
-    `tokenizer_sd2.jsonl`: the first line has the two files of settings, which stand beside the miniature's vocabulary; every
+    `tokenizer_sd2.jsonl`: the first line has the two files of settings, which stand beside the test bundle's vocabulary; every
     other one is `{"text", "ids"}`, all 77 of them.
     """
     plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}

@@ -9,11 +9,15 @@ use candle_core::{DType, Device, Tensor};
 use hypnos::job::{Method, TrainOptions};
 use hypnos::ml::bundle::{Bundle, Capability, check, random_metrics};
 use hypnos::ml::tensorfile::TensorFile;
+use hypnos::ml::tokenizer::Tokenizer;
 use hypnos::ml::weights::{Weights, save};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::loading::shard;
+
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+const INDEX: &str = "diffusion_pytorch_model.safetensors.index.json";
 
 fn miniature() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")
@@ -195,7 +199,7 @@ fn a_missing_file_is_named() {
 #[test]
 fn a_pickle_beside_missing_weights_is_named() {
     let finding = Broken::new().remove(UNET).write("unet/diffusion_pytorch_model.bin", "PK").finding();
-    let wanted = "there is diffusion_pytorch_model.bin, a pickle: convert it to safetensors";
+    let wanted = "there is diffusion_pytorch_model.bin, a pickle: `hypnos models import` converts it";
     assert!(finding.ends_with(wanted), "{finding}");
 }
 
@@ -230,14 +234,19 @@ fn a_plain_directory_is_sound_and_is_told_what_it_lacks() {
     let whole = Bundle::open(&miniature()).unwrap();
     assert_eq!(whole.capabilities(), [Capability::Segmentation, Capability::PerceptualLoss]);
     let error = bundle.segmenter(&Device::Cpu).unwrap_err().to_string();
-    assert!(error.ends_with("and a training with views.enabled=false goes without"), "{error}");
+    assert!(
+        error.ends_with(
+            "segmenter: is missing: no product is found in photos, so a training needs views.enabled=false"
+        ),
+        "{error}"
+    );
 }
 
 #[test]
 fn rare_tokens_are_words_of_the_vocabulary_where_the_bundle_names_none() {
     let tokens = |broken: &Broken| {
-        let bundle = Bundle::open(broken.0.path()).unwrap();
-        bundle.rare_tokens(&bundle.tokenizer().unwrap())
+        let tokenizer = Tokenizer::open(&broken.at("tokenizer")).unwrap();
+        Bundle::open(broken.0.path()).unwrap().rare_tokens(&tokenizer)
     };
     assert_eq!(tokens(&plain()), ["sks", "ohwx", "olis", "zwx", "xjy", "qvk"]);
     let placeholder = plain().write("tokenizer/added_tokens.json", r#"{"sks": 5}"#);
@@ -288,6 +297,14 @@ fn weights_that_are_no_numbers_are_found_and_not_loaded() {
     let broken = Broken::new().retensor(UNET, spoil(&["conv_in.bias", "conv_norm_out.bias"], f32::INFINITY));
     let line = "has 4 values that are infinite or not a number, in 2 tensors, the first in `conv_in.bias`";
     assert_eq!(broken.finding(), format!("{UNET}: {line}"));
+    // In one of several files.
+    let broken = Broken::new().retensor(UNET, spoil(&["conv_out.bias"], f32::NAN));
+    shard(&broken.at(UNET), 2, "diffusion_pytorch_model-{i}", INDEX);
+    let finding = broken.finding();
+    let line = "tensor `conv_out.bias` has 2 values that are infinite or not a number";
+    assert_eq!(finding, format!("unet/{INDEX}: {line}"));
+    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, true).unwrap_err().to_string();
+    assert!(loaded.contains("unet/diffusion_pytorch_model-0000") && loaded.ends_with(line), "{loaded}");
 }
 
 #[test]
@@ -314,6 +331,22 @@ fn what_a_frozen_network_does_not_read_is_no_error() {
     assert!(broken.remarks().contains(&wanted), "{:#?}", broken.remarks());
     let broken = broken.retensor(file, |t| drop(t.remove("norm.bias")));
     assert!(broken.finding().starts_with(&format!("{file}: tensor `norm.bias` of shape ")));
+    // The networks that a training learns with: a classifier's head says nothing, anything else is a remark.
+    for part in ["segmenter", "perceptual"] {
+        let file = format!("{part}/model.safetensors");
+        let broken = Broken::new().retensor(&file, more);
+        assert_eq!(check(broken.0.path()).errors, [], "{part}");
+        let wanted =
+            format!("{file}: tensor `edge.0.weight` is not read: the model of the config has none such");
+        let said = broken.remarks();
+        let of_file: Vec<_> = said.iter().filter(|line| line.starts_with(&file)).collect();
+        assert_eq!(of_file, [&wanted], "{part}");
+        let bundle = Bundle::open(broken.0.path()).unwrap();
+        match part {
+            "segmenter" => drop(bundle.segmenter(&Device::Cpu).unwrap()),
+            _ => drop(bundle.perceptual(&Device::Cpu).unwrap()),
+        }
+    }
 }
 
 #[test]
@@ -455,10 +488,17 @@ fn sizes_beyond_belief_are_refused_before_anything_is_computed_from_them() {
 
 #[test]
 fn an_unknown_scheduler_is_named() {
-    let path = "scheduler/scheduler_config.json";
-    let finding = Broken::new().set(path, "_class_name", json!("FlowMatchEulerDiscreteScheduler")).finding();
+    let (path, class) = ("scheduler/scheduler_config.json", json!("FlowMatchEulerDiscreteScheduler"));
+    let finding = Broken::new().set("model_index.json", "scheduler", json!(["diffusers", class])).finding();
     assert!(
-        finding.starts_with(&format!("{path}: _class_name is \"FlowMatchEulerDiscreteScheduler\"")),
+        finding.starts_with(&format!("model_index.json: scheduler is {class}; this program supports ")),
+        "{finding}"
+    );
+    let other = Broken::new().set(path, "_class_name", class.clone());
+    assert_eq!(check(other.0.path()).errors, [], "diffusers makes the class that the index names");
+    let finding = other.remove("model_index.json").finding();
+    assert!(
+        finding.starts_with(&format!("{path}: _class_name is {class}; this program supports ")),
         "{finding}"
     );
 }

@@ -214,7 +214,7 @@ fn an_invalid_training_is_refused_in_one_line_and_nothing_is_written() {
         &["instance_token: wanted one token", "\"unbelievable\" is"],
     );
     refuse(
-        &["--set", "background_token=sks"],
+        &["--set", "instance_token=sks", "--set", "background_token=sks"],
         &["background_token: is \"sks\", the same as instance_token; wanted another"],
     );
 }

@@ -75,12 +75,16 @@ fn a_plain_directory_trains_with_defaults_as_far_as_its_parts_go() {
     let bundle = dir.path().to_owned();
     let engine = CandleEngine::open(EngineSettings { bundle, ..settings() }).expect("an engine");
     let of = |method| TrainSpec::new("mug", TrainOptions::of(method), 77).expect("a specification");
+    let card = &engine.model().card;
+    let rare = card.rare_tokens.as_ref().expect("tokens");
+    assert_eq!(rare[..3], ["sks", "ohwx", "olis"], "the vocabulary's own");
+    assert!(rare.iter().all(|word| engine.model().words.split(' ').any(|other| other == word)));
     engine.check(&of(Method::Dreambooth)).expect("a rare token of the vocabulary");
     engine.check(&of(Method::TextualInversion)).expect("a rare token of the vocabulary");
     let fault = engine.check(&of(Method::Hypnos)).expect_err("no segmenter");
     assert_eq!(fault.code, FaultCode::Input);
-    let wanted = "method: the model's segmenter/ is missing; finding the product in a photo needs it, though drawing does not, \
-        and a training with views.enabled=false goes without";
+    let wanted = "method: the model's segmenter/ is missing: no product is found in photos, so a training needs \
+        views.enabled=false";
     assert_eq!(fault.message, wanted);
 }
 
@@ -563,6 +567,7 @@ fn a_photo_that_cannot_be_decoded_is_a_fault_of_the_input() {
 
 static OBTAINABLE: AtomicU64 = AtomicU64::new(0);
 
+#[allow(clippy::unnecessary_wraps)] // as the setting wants it
 fn obtainable() -> Option<u64> {
     Some(OBTAINABLE.load(Ordering::Relaxed))
 }

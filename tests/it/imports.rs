@@ -19,6 +19,8 @@ use tempfile::TempDir;
 
 use crate::bundles::copy;
 use crate::cli_train::{bundle, demo_photos, refused, scratch, succeeds, train_from};
+use crate::pull::torch_files::archive;
+use crate::pull::{Tensors, tensors};
 
 const PARTS: [(&str, &str); 3] = [
     ("text_encoder", "text_encoder/model.safetensors"),
@@ -127,7 +129,7 @@ fn hashes(dir: &Path) -> BTreeMap<String, String> {
                 total.update(value.to_le_bytes());
             }
         }
-        let digits: String = total.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let digits = format!("{:x}", total.finalize());
         ((*part).to_owned(), digits)
     };
     PARTS.iter().map(hash).collect()
@@ -223,8 +225,7 @@ fn what_a_file_lacks_comes_from_another_bundle_and_hypnos_json_says_so() {
     assert_eq!(manifest.name, "no-vae");
     let origin = |path: &str| manifest.files[path].clone();
     let unet = origin("unet/diffusion_pytorch_model.safetensors");
-    let digits: String =
-        Sha256::digest(fs::read(&file).expect("a file")).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits = format!("{:x}", Sha256::digest(fs::read(&file).expect("a file")));
     assert!(unet.source.contains("no-vae.safetensors"), "{unet:?}");
     assert!(format!("{unet:?}").contains(&digits), "{unet:?}");
     assert!(origin("vae/diffusion_pytorch_model.safetensors").source.contains("vae.safetensors"));
@@ -265,6 +266,68 @@ fn a_directory_with_pickles_becomes_a_bundle() {
     fs::copy(crate::golden::path("imports/pickled_unet.bin"), pickle).expect("a file");
     succeeds(&mut import(&source, &out, &[]));
     assert_eq!(hashes(&out), case.wanted("f16"));
+}
+
+/// Two halves of a file's tensors in the place of the file, and the index that names them.
+fn split(file: &Path, suffix: &str, write: impl Fn(&Path, &Tensors)) {
+    let stem = file.with_extension("");
+    let half = |i: usize| PathBuf::from(format!("{}-{i:05}-of-00002.{suffix}", stem.display()));
+    let mut halves = [Tensors::new(), Tensors::new()];
+    let mut places = BTreeMap::new();
+    for (i, (name, tensor)) in tensors(file).into_iter().enumerate() {
+        let shard = half(1 + i % 2);
+        places.insert(name.clone(), shard.file_name().expect("a name").to_string_lossy().into_owned());
+        halves[i % 2].insert(name, tensor);
+    }
+    (1..).zip(&halves).for_each(|(i, tensors)| write(&half(i), tensors));
+    let index = PathBuf::from(format!("{}.{suffix}.index.json", stem.display()));
+    write_json(&index, &json!({ "metadata": { "total_size": 1 }, "weight_map": places }));
+    fs::remove_file(file).expect("a file");
+}
+
+#[test]
+fn weights_in_shards_are_imported_whichever_form_they_have() {
+    let (case, dir) = (Case::open("pickled"), scratch());
+    let (sibling, source, out) = (case.sibling(), dir.path().join("source"), dir.path().join("out"));
+    let with = ["--with", text(sibling.path())];
+    succeeds(&mut import(&crate::golden::path("imports/pickled.ckpt"), &source, &with));
+    split(&source.join(PARTS[1].1), "bin", |path, tensors| {
+        fs::write(path, archive(tensors)).expect("a file");
+    });
+    split(&source.join(PARTS[2].1), "safetensors", |path, tensors| {
+        let tensor = |(name, (shape, values)): (&String, &(Vec<usize>, Vec<f32>))| {
+            let tensor = Tensor::from_vec(values.clone(), shape.as_slice(), &Device::Cpu);
+            (name.clone(), tensor.expect("a tensor"))
+        };
+        let tensors = tensors.iter().map(tensor).collect();
+        save(path, &tensors, &BTreeMap::new(), DType::F16).expect("a file");
+    });
+    succeeds(&mut import(&source, &out, &[]));
+    assert_eq!(hashes(&out), case.wanted("f16"));
+
+    // Each shard counts in what tells imports apart.
+    let key =
+        || Import::open(&source, &ImportOptions::default()).and_then(|import| import.key()).expect("a key");
+    let before = key();
+    let shard = source.join("unet/diffusion_pytorch_model-00002-of-00002.bin");
+    let mut bytes = fs::read(&shard).expect("a file");
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    fs::write(&shard, bytes).expect("a file");
+    assert_ne!(key(), before);
+
+    // Shards of another bundle are taken as they are.
+    let none = dir.path().join("no-vae");
+    copy(&out, &none);
+    fs::remove_dir_all(none.join("vae")).expect("a directory");
+    let whole = dir.path().join("whole");
+    succeeds(&mut import(&none, &whole, &["--with", text(&source)]));
+    assert_eq!(check(&whole).errors, []);
+    assert!(whole.join("vae/diffusion_pytorch_model-00002-of-00002.safetensors").exists());
+
+    fs::remove_file(&shard).expect("a file");
+    let line = refused(&mut import(&source, &dir.path().join("less"), &[]), 2);
+    assert_eq!(line, format!("{}: is missing; the index names it", shard.display()));
 }
 
 /// The tensors of a bundle's parts under other names, one file for all.
@@ -476,15 +539,18 @@ fn stable_diffusion_2_is_drawn_with_trained_and_goes_out_and_in_again() {
     // 1. Every sampler draws.
     for sampler in ["ddim", "pndm", "dpmpp-2m", "dpmpp-2m-karras", "euler", "euler-a"] {
         let out = dir.path().join(sampler);
-        let words = ["--prompt", "a mug", "--steps", "4", "--scheduler", sampler, "--out", text(&out)];
+        let words = ["--prompt", "a mug", "--steps", "2", "--scheduler", sampler, "--out", text(&out)];
         succeeds(&mut hypnos(&[&["sample"], &of_bundle[..], &words].concat()));
         assert!(out.join("0.png").exists());
     }
 
     // 2. All four losses train it, with v as the target.
     let mug = dir.path().join("mug");
-    let forms = ["--set", "steps=2", "--export", "diffusers", "--export", "single-file"];
-    succeeds(&mut train_from(sd2.path(), &demo_photos(), &mug, &forms));
+    let short = ["steps=2", "views.n=2", "class_images=1", "discriminator.steps=1"];
+    let short = short.iter().flat_map(|pair| ["--set", *pair]);
+    let forms = ["--export", "diffusers", "--export", "single-file"];
+    let words: Vec<&str> = short.chain(forms).collect();
+    succeeds(&mut train_from(sd2.path(), &demo_photos(), &mug, &words));
 
     // 3. Out, as OpenCLIP and the original code name it, and in again: not a bit is another.
     let single = mug.join("single-file.safetensors");
@@ -536,6 +602,34 @@ fn a_single_file_serves_as_a_bundle_and_is_imported_once() {
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(
         done.status.code() == Some(2) && said.contains("--with") || said.contains("for --with"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_plan_takes_a_single_file_and_doctor_converts_none() {
+    let (case, dir) = (Case::open("sd1"), scratch());
+    let (sibling, file, cache) =
+        (case.sibling(), dir.path().join("mug.safetensors"), dir.path().join("cache"));
+    case.write(&file, Width::F16, |_| true);
+    let run = |words: &[&str]| {
+        let with = ["--bundle", text(&file), "--with", text(sibling.path())];
+        let mut command = hypnos(&[words, &with].concat());
+        succeeds(command.env("XDG_CACHE_HOME", &cache).env("HYPNOS_DATA", dir.path().join("data")))
+    };
+    let doctor = ["doctor", "--weights-gb", "0.1"];
+    let said = run(&doctor);
+    let wanted = format!("{} is a checkpoint in one file, not converted yet", file.display());
+    assert!(said.contains(&wanted) && said.contains("hypnos models import"), "{said}");
+    assert!(!cache.exists());
+    let said = run(&["models", "plan", "--no-time", "--method", "dreambooth"]);
+    assert!(said.contains("AdamW's moments") && said.contains("it fits"), "{said}");
+    assert!(cache.join("hypnos/bundles").exists());
+    let said = run(&doctor);
+    assert!(said.contains("mug: sound, ") && !said.contains("not converted"), "{said}");
+    assert!(
+        said.contains("a training (dreambooth, ")
+            && said.contains("trainings by hypnos: segmenter/ is missing"),
         "{said}"
     );
 }

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use candle_core::{DType, Device};
 use hypnos::ml::bundle::{Bundle, check};
@@ -27,7 +29,7 @@ fn rows(name: &str) -> Vec<Value> {
 
 /// Fails if any case differs, and shows the first few that do.
 fn agreed(what: &str, n: usize, wrong: &[String]) {
-    let shown = wrong[..wrong.len().min(8)].join("\n");
+    let shown = wrong[..wrong.len().min(16)].join("\n");
     assert!(wrong.is_empty(), "{} of {n} {what} differ:\n{shown}", wrong.len());
     eprintln!("{n} {what} agree"); // the runner keeps it unless it is asked
 }
@@ -40,6 +42,7 @@ fn bytes(text: &str) -> Vec<u8> {
 #[test]
 fn a_header_is_accepted_where_the_reference_accepts_it() {
     let (dir, cases) = (tempfile::tempdir().unwrap(), rows("headers.jsonl"));
+    assert!(cases.len() >= 2000, "{} headers", cases.len());
     let path = dir.path().join("x.safetensors");
     let mut wrong = Vec::new();
     for case in &cases {
@@ -93,7 +96,9 @@ fn write_vocabulary(dir: &Path, form: &str, sections: &Value) {
 
 #[test]
 fn a_tokenizer_in_any_form_has_the_ids_of_the_reference() {
-    let cases = rows("tokenizers.jsonl");
+    let mut cases = rows("tokenizers.jsonl");
+    let texts = cases.remove(0)["texts"].clone();
+    let texts: Vec<&str> = texts.as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
     let mut wrong = Vec::new();
     for case in &cases {
         let dir = tempfile::tempdir().unwrap();
@@ -102,8 +107,8 @@ fn a_tokenizer_in_any_form_has_the_ids_of_the_reference() {
             fs::write(dir.path().join(name), text.as_str().unwrap()).unwrap();
         }
         let ours = Tokenizer::open(dir.path());
-        let texts = case["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap());
-        let ids = ours.as_ref().ok().map(|ours| texts.map(|text| ours.encode(text)).collect::<Vec<_>>());
+        let encoded = |ours: &Tokenizer| texts.iter().map(|text| ours.encode(text)).collect::<Vec<_>>();
+        let ids = ours.as_ref().ok().map(encoded);
         // A start, end or padding that no file numbers is a new token for the reference, and none for us.
         let wanted = if case["unnumbered"] == true { json!(null) } else { case["ids"].clone() };
         let size = ours.as_ref().ok().map(Tokenizer::vocab_size);
@@ -233,7 +238,9 @@ fn edit(dir: &Path, edit: &Value) {
         }
         "shard" => shard(&path, edit[2].as_u64().unwrap() as usize, text(3), text(4)),
         "tokenizer" => {
-            ["vocab.json", "merges.txt"].map(|name| fs::remove_file(path.join(name)).unwrap());
+            for name in ["vocab.json", "merges.txt"] {
+                fs::remove_file(path.join(name)).unwrap();
+            }
             write_vocabulary(&path, text(2), &edit[3]);
         }
         op => {
@@ -277,8 +284,8 @@ fn retensor(tensors: &mut Tensors, op: &str, edit: &Value) {
     }
 }
 
-/// Splits a file into `n` and an index.
-fn shard(path: &Path, n: usize, stem: &str, index: &str) {
+/// Splits a file into `n` and an index; `{i}` in the stem is the number of each.
+pub(crate) fn shard(path: &Path, n: usize, stem: &str, index: &str) {
     let tensors = read_tensors(path);
     fs::remove_file(path).unwrap();
     let mut files = Map::new();
@@ -298,7 +305,7 @@ fn sums(dir: &Path) -> Result<BTreeMap<&'static str, f64>> {
     let models = Models::load(&bundle, &cpu)?;
     let prompt = "a mug <my-jar> on a beach".to_owned();
     let picture = [ImageRequest { prompt, negative: String::new(), seed: 1 }];
-    let settings = SampleSettings { sampler: Sampler::Dpmpp2m, steps: 5, guidance: 1.0, width: 8, height: 8 };
+    let settings = SampleSettings { sampler: Sampler::Dpmpp2m, steps: 2, guidance: 1.0, width: 8, height: 8 };
     let noise = initial_noise(&picture, settings.latent_dims(&models))?;
     let drawn = latents::<()>(&models, &picture, &settings, &noise, &mut |_, _| Ok(()));
     let drawn = drawn.map_err(|interrupt| match interrupt {
@@ -344,15 +351,23 @@ fn difference(dir: &Path, case: &Value) -> Option<String> {
 fn a_directory_is_loaded_where_diffusers_loads_it() {
     let mut cases = rows("bundles.jsonl");
     let base = base(cases.remove(0)["files"].as_object().unwrap());
-    let mut wrong = Vec::new();
-    for case in &cases {
+    assert!(cases.len() >= 300, "{} directories", cases.len());
+    let compared = &|case: &Value| {
         let dir = tempfile::tempdir().unwrap();
         crate::bundles::copy(base.path(), dir.path());
         for one in case["edits"].as_array().unwrap() {
             edit(dir.path(), one);
         }
-        wrong.extend(difference(dir.path(), case).map(|what| format!("{case}\n  ours {what}")));
-    }
+        difference(dir.path(), case).map(|what| format!("{case}\n  ours {what}"))
+    };
+    let n_threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let wrong: Vec<String> = thread::scope(|scope| {
+        let parts: Vec<_> = cases
+            .chunks(cases.len().div_ceil(n_threads))
+            .map(|part| scope.spawn(move || part.iter().filter_map(compared).collect::<Vec<_>>()))
+            .collect();
+        parts.into_iter().flat_map(|part| part.join().unwrap()).collect()
+    });
     agreed("directories", cases.len(), &wrong);
 }
 

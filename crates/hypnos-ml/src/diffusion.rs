@@ -23,6 +23,9 @@ use super::{Error, Result};
 /// More timesteps than any model was trained with; a larger number is a damaged file.
 const TIMESTEPS_MAX: usize = 100_000;
 
+/// What to say of a class with another kind of noise.
+pub(crate) const WANTED_CLASSES: &str = "DDIMScheduler, PNDMScheduler or a relative";
+
 /// What `scheduler_config.json` says. Read it with [`Config::parse()`], which also checks it.
 ///
 /// Keys that are absent (or null) keep the defaults of the reference class. Where the reference classes differ
@@ -189,31 +192,12 @@ impl Config {
     /// kind of noise.
     fn class_betas(&self) -> Result<(f64, f64, &'static str)> {
         let Some(class) = &self.class_name else { return Ok((0.0001, 0.02, "linear")) };
-        let name = class.strip_suffix("Scheduler").unwrap_or(class);
-        match name {
-            "DDIM"
-            | "DDIMParallel"
-            | "DDPM"
-            | "DDPMParallel"
-            | "PNDM"
-            | "DPMSolverMultistep"
-            | "DPMSolverSinglestep"
-            | "DEISMultistep"
-            | "UniPCMultistep"
-            | "SASolver"
-            | "LMSDiscrete"
-            | "EulerDiscrete"
-            | "EulerAncestralDiscrete" => Ok((0.0001, 0.02, "linear")),
-            "HeunDiscrete" | "KDPM2Discrete" | "KDPM2AncestralDiscrete" | "DPMSolverSDE" => {
-                Ok((0.00085, 0.012, "linear"))
-            }
-            "LCM" | "TCD" => Ok((0.00085, 0.012, "scaled_linear")),
-            _ => Err(refuse(
-                "_class_name",
-                format!("\"{class}\""),
-                "DDIMScheduler, PNDMScheduler or a relative",
-            )),
-        }
+        betas_of(class).ok_or_else(|| refuse("_class_name", format!("\"{class}\""), WANTED_CLASSES))
+    }
+
+    /// Whether the noise of a reference class is of the kind that is computed here.
+    pub(crate) fn knows_class(class: &str) -> bool {
+        betas_of(class).is_some()
     }
 
     /// β_0 … β_{T−1} in f32, as `torch.linspace` and its square give them.
@@ -237,6 +221,30 @@ impl Config {
                 Err(refuse("beta_schedule", format!("\"{other}\""), wanted))
             }
         }
+    }
+}
+
+/// First and last β of a reference class, and how they are laid between; none for a class with another kind of noise.
+fn betas_of(class: &str) -> Option<(f64, f64, &'static str)> {
+    match class.strip_suffix("Scheduler").unwrap_or(class) {
+        "DDIM"
+        | "DDIMParallel"
+        | "DDPM"
+        | "DDPMParallel"
+        | "PNDM"
+        | "DPMSolverMultistep"
+        | "DPMSolverSinglestep"
+        | "DEISMultistep"
+        | "UniPCMultistep"
+        | "SASolver"
+        | "LMSDiscrete"
+        | "EulerDiscrete"
+        | "EulerAncestralDiscrete" => Some((0.0001, 0.02, "linear")),
+        "HeunDiscrete" | "KDPM2Discrete" | "KDPM2AncestralDiscrete" | "DPMSolverSDE" => {
+            Some((0.00085, 0.012, "linear"))
+        }
+        "LCM" | "TCD" => Some((0.00085, 0.012, "scaled_linear")),
+        _ => None,
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file that cannot be used, read or written.
-    #[error("{}: {what}", .path.display())]
+    #[error("{}: {}", one_line(&.path.to_string_lossy()), one_line(.what))]
     File {
         /// Which.
         path: PathBuf,
@@ -18,7 +18,7 @@ pub enum Error {
         source: Option<Box<dyn StdError + Send + Sync>>,
     },
     /// A setting with a value that cannot be honoured.
-    #[error("{name}: {what}")]
+    #[error("{}: {}", one_line(.name), one_line(.what))]
     Setting {
         /// Which.
         name: String,
@@ -26,10 +26,10 @@ pub enum Error {
         what: String,
     },
     /// Other input that cannot work: what came, what was wanted, and where.
-    #[error("{0}")]
+    #[error("{}", one_line(.0))]
     Input(String),
     /// Computed values outside a training that are infinite or not a number.
-    #[error("{0}")]
+    #[error("{}", one_line(.0))]
     NotFinite(String),
     /// A training whose loss or gradient is no longer finite.
     #[error("the loss was no longer a finite number at step {step}; try a lower learning rate")]
@@ -55,7 +55,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Whether the machine failed, and not what it was given.
     pub fn is_machine_failure(&self) -> bool {
-        matches!(self, Self::Tensor(_) | Self::OutOfMemory(_) | Self::DeviceLost(_))
+        match self {
+            Self::Tensor(_) | Self::OutOfMemory(_) | Self::DeviceLost(_) => true,
+            Self::File { source: Some(source), .. } => {
+                source.downcast_ref::<io::Error>().is_some_and(|error| {
+                    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+                })
+            }
+            _ => false,
+        }
     }
 
     /// An [`Error::Input`].
@@ -145,6 +153,12 @@ fn first_line(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or("unknown").to_owned()
 }
 
+/// The text with its control characters escaped: names of tensors, keys and files are anybody's, and one with a line break
+/// or a terminal's escape sequence must not look like something else.
+fn one_line(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
 /// The system's words for an I/O error, without its number.
 pub(crate) fn io_words(e: &io::Error) -> String {
     let words = e.to_string();
@@ -154,6 +168,20 @@ pub(crate) fn io_words(e: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn control_characters_of_a_name_are_escaped() {
+        let error = Error::file("a\nb", "tensor `x\n\u{1b}[2J\u{e9}` is missing");
+        assert_eq!(error.to_string(), "a\\nb: tensor `x\\n\\u{1b}[2J\u{e9}` is missing");
+    }
+
+    #[test]
+    fn a_full_disk_is_the_machine_s_failure_and_a_missing_file_is_not() {
+        let failed =
+            |kind: io::ErrorKind| Error::io("out", "cannot be written", kind.into()).is_machine_failure();
+        assert!(failed(io::ErrorKind::StorageFull) && failed(io::ErrorKind::QuotaExceeded));
+        assert!(!failed(io::ErrorKind::NotFound) && !Error::file("out", "is missing").is_machine_failure());
+    }
 
     #[test]
     fn a_renamed_file_keeps_what_lies_below_the_renamed_part() {

@@ -29,14 +29,19 @@ struct Inner {
 impl Param {
     /// A weight with the given value, copied if it is trained. A frozen one never costs a gradient.
     pub fn new(name: impl Into<String>, value: Tensor, trainable: bool) -> Result<Self> {
+        // An optimiser changes a trained weight in place; the tensor it was made from must not change with it.
+        let value = if trainable { value.force_contiguous()? } else { value };
+        Self::owning(name, value, trainable)
+    }
+
+    /// A weight with a value that nobody else holds: it is not copied.
+    pub(crate) fn owning(name: impl Into<String>, value: Tensor, trainable: bool) -> Result<Self> {
         let tag = if trainable {
             Var::zeros(1, DType::F32, value.device())?.into_inner()
         } else {
             Tensor::zeros(1, DType::F32, value.device())?
         };
-        // An optimiser changes a trained weight in place; the tensor it was made from must not change with it.
-        let value = if trainable { value.force_contiguous()? } else { value.contiguous()? };
-        Ok(Self::of(name.into(), value.detach(), tag))
+        Ok(Self::of(name.into(), value.contiguous()?.detach(), tag))
     }
 
     /// A weight of zeros that takes no memory whatever its shape: for listing what a model would read and for dry

@@ -30,8 +30,9 @@ use sha2::{Digest, Sha256};
 use self::header::Header;
 use super::{Error, Result};
 
-/// Elements converted at a time, by one thread.
-const CHUNK: usize = 1 << 18;
+/// Elements read and converted at a time, by one thread. The buffer is of one size whatever the tensor's is: an allocator
+/// that keeps what was freed has use for it again.
+const CHUNK: usize = 1 << 16;
 
 /// An open safetensors file, or the several that an index names: headers checked, tensors still on disk.
 #[derive(Debug)]
@@ -87,6 +88,11 @@ impl TensorFile {
         &self.path
     }
 
+    /// Where the file lies that holds this tensor.
+    fn path_of(&self, name: &str) -> &Path {
+        self.tensors.get(name).map_or(&self.path, |(shard, _)| &self.shards[*shard].path)
+    }
+
     /// The free text pairs of the header.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -110,11 +116,13 @@ impl TensorFile {
     /// One tensor in f32, row-major, from f64, f32, f16, bf16 or f8. [`Error::File`] for other types, a missing
     /// tensor, or a file that has become unreadable.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
-        let bad = |what: String| Error::file(&self.path, format!("tensor `{name}` {what}"));
-        let (shard, info) = self.tensors.get(name).ok_or_else(|| bad("is missing".into()))?;
+        let Some((shard, info)) = self.tensors.get(name) else {
+            return Err(Error::file(&self.path, format!("tensor `{name}` is missing")));
+        };
         let Shard { path, file, data_start } = &self.shards[*shard];
         let (width, widen) = widening(info.dtype).ok_or_else(|| {
-            bad(format!("has type {:?}; F32, F16, BF16, F64, F8_E4M3 or F8_E5M2 is wanted", info.dtype))
+            let wanted = "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2 is wanted";
+            Error::file(path, format!("tensor `{name}` has type {:?}; {wanted}", info.dtype))
         })?;
         let start = data_start + info.data_offsets.0 as u64;
         let mut values = vec![0f32; info.shape.iter().product()];
@@ -122,9 +130,10 @@ impl TensorFile {
             .par_chunks_mut(CHUNK)
             .enumerate()
             .try_for_each(|(i, out)| {
-                let mut bytes = vec![0u8; out.len() * width];
-                file.read_exact_at(&mut bytes, start + (i * CHUNK * width) as u64)?;
-                widen(&bytes, out);
+                let mut buffer = vec![0u8; CHUNK * width];
+                let bytes = &mut buffer[..out.len() * width];
+                file.read_exact_at(bytes, start + (i * CHUNK * width) as u64)?;
+                widen(bytes, out);
                 Ok(())
             })
             .map_err(|e: std::io::Error| Error::io(path, &format!("tensor `{name}` cannot be read"), e))?;
@@ -137,7 +146,7 @@ impl TensorFile {
         let values = self.read(name)?;
         match not_finite(&values) {
             0 => Ok(values),
-            n => Err(Error::file(&self.path, not_finite_words(n, 1, name))),
+            n => Err(Error::file(self.path_of(name), not_finite_words(n, 1, name))),
         }
     }
 
@@ -220,10 +229,10 @@ pub(crate) fn widening(dtype: Dtype) -> Option<(usize, Widen)> {
             }
         })),
         Dtype::F16 => Some((2, |bytes, out| {
-            halves(bytes).reinterpret_cast::<f16>().convert_to_f32_slice(out);
+            halves(bytes, out, |bits, out| bits.reinterpret_cast::<f16>().convert_to_f32_slice(out));
         })),
         Dtype::BF16 => Some((2, |bytes, out| {
-            halves(bytes).reinterpret_cast::<bf16>().convert_to_f32_slice(out);
+            halves(bytes, out, |bits, out| bits.reinterpret_cast::<bf16>().convert_to_f32_slice(out));
         })),
         Dtype::F8_E5M2 => Some((1, |bytes, out| {
             out.iter_mut().zip(bytes).for_each(|(o, b)| *o = f16::from_bits(u16::from(*b) << 8).to_f32());
@@ -246,8 +255,14 @@ fn e4m3(bits: u8) -> f32 {
     if bits & 128 == 0 { size } else { -size }
 }
 
-fn halves(bytes: &[u8]) -> Vec<u16> {
-    bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect()
+/// Converts values of two bytes each, a few at a time.
+fn halves(bytes: &[u8], out: &mut [f32], convert: fn(&[u16], &mut [f32])) {
+    let mut bits = [0; 1024];
+    for (bytes, out) in bytes.chunks(2 * bits.len()).zip(out.chunks_mut(bits.len())) {
+        let bits = &mut bits[..out.len()];
+        bits.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(h, b)| *h = u16::from_le_bytes([b[0], b[1]]));
+        convert(bits, out);
+    }
 }
 
 /// Writes tensors as a safetensors file, whole or not at all; `dtype` is f32, f16 or bf16.
@@ -368,14 +383,17 @@ fn header(
 
 /// The little-endian bytes of `values` in `dtype`.
 fn narrow(values: &[f32], dtype: DType) -> Result<Vec<u8>, String> {
+    let beyond =
+        |rounded: fn(f32) -> f32| values.iter().find(|v| v.is_finite() && rounded(**v).is_infinite());
     match dtype {
-        DType::F16 => {
-            if let Some(v) = values.iter().find(|v| v.is_finite() && f16::from_f32(**v).is_infinite()) {
-                return Err(format!("holds {v}, beyond the range of f16; save it as bf16 or f32"));
-            }
-            Ok(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect())
-        }
-        DType::BF16 => Ok(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()),
+        DType::F16 => match beyond(|v| f16::from_f32(v).to_f32()) {
+            Some(v) => Err(format!("holds {v}, beyond the range of f16; save it as bf16 or f32")),
+            None => Ok(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect()),
+        },
+        DType::BF16 => match beyond(|v| bf16::from_f32(v).to_f32()) {
+            Some(v) => Err(format!("holds {v}, beyond the range of bf16; save it as f32")),
+            None => Ok(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()),
+        },
         _ => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
     }
 }

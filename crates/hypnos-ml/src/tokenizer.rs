@@ -6,7 +6,9 @@
 
 mod added;
 mod files;
+mod object;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -96,14 +98,14 @@ impl Tokenizer {
         self.id(word).is_some()
     }
 
-    /// All words of ASCII letters and digits that are one token each, sorted.
+    /// All words of ASCII letters and digits that are one token each, as [`Tokenizer::is_single_token`] says, sorted.
     pub fn whole_words(&self) -> Vec<String> {
-        let vocab = self.inner.get_vocab(false);
-        let whole = vocab.keys().filter_map(|token| token.strip_suffix("</w>"));
-        let plain = whole.filter(|word| word.bytes().all(|byte| byte.is_ascii_alphanumeric()));
-        let mut words: Vec<String> = plain.map(ToOwned::to_owned).collect();
-        words.sort_unstable();
-        words
+        let vocab = self.inner.get_vocab(true);
+        let words: BTreeSet<&str> =
+            vocab.keys().map(|token| token.strip_suffix("</w>").unwrap_or(token)).collect();
+        let plain = |word: &&str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let words = words.into_iter().filter(plain).filter(|word| self.is_single_token(word));
+        words.map(ToOwned::to_owned).collect()
     }
 
     /// Whether a token came on top of the vocabulary, as special tokens and placeholders do.

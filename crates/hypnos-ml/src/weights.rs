@@ -157,7 +157,10 @@ impl Weights {
     fn make(&self, name: &str, shape: &[usize]) -> Result<Param> {
         let device = &self.root.device;
         let value = match &self.root.source {
-            Source::File(file) => read(file, name, shape)?.to_device(device)?,
+            Source::File(file) => {
+                let value = read(file, name, shape)?.to_device(device)?;
+                return Ok(Param::owning(name, value, self.trainable)?);
+            }
             Source::Tensors(tensors) => {
                 let names = tensors.keys().map(String::as_str);
                 let found = find(name, shape, |n| tensors.get(n).map(Tensor::dims), names);

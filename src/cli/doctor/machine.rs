@@ -1,13 +1,14 @@
 //! The program, the processor, memory, disks and the clock.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
 use super::{Doctor, Finding};
-use crate::clock;
+use crate::blobs::Place;
 use crate::engine::memory::gib;
 use crate::machine::{Memory, Processor, disk_free};
+use crate::{clock, config};
 
 /// With less space than this on a disk, not even small files are safe.
 const DISK_LEAST: u64 = 1 << 30;
@@ -18,12 +19,23 @@ const EARLIEST: &str = "2026-01-01T00:00:00Z";
 pub(super) fn check(args: &Doctor) -> Vec<Finding> {
     let mut findings = vec![program(), processor(), memory(), clock()];
     let data = &args.storage.data;
-    let scratch = args.working.scratch.clone().unwrap_or_else(|| args.storage.scratch());
     findings.push(disk("disk of DATA", "HYPNOS_DATA", data, DISK_LEAST));
+    if let Some(dir) = args.storage.objects.is_some().then(|| args.storage.place())
+        && let Ok(Place::Directory(dir)) = dir
+    {
+        findings.push(disk("disk of objects", "HYPNOS_OBJECTS", &dir, DISK_LEAST));
+    }
     // The cache of weights may fill it, and a training writes checkpoints beside that.
     let cache = (args.working.weights_gb.clamp(0.0, 1e6) * f64::from(1 << 30)) as u64;
-    findings.push(disk("disk of scratch files", "HYPNOS_SCRATCH", &scratch, cache));
+    findings.push(disk("disk of scratch files", "HYPNOS_SCRATCH", &scratch(args), cache));
+    // Checkpoints in one file become bundles there.
+    findings.push(disk("disk of the cache", "XDG_CACHE_HOME", &config::cache(), DISK_LEAST));
     findings
+}
+
+/// Where workers write their temporary files.
+pub(super) fn scratch(args: &Doctor) -> PathBuf {
+    args.working.scratch.clone().unwrap_or_else(|| args.storage.scratch())
 }
 
 fn program() -> Finding {

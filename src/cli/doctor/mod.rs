@@ -89,10 +89,10 @@ fn print(findings: &[Finding], n_errors: usize) {
             print_line(&format!("{:<9}{:<width$}  -> {}", "", "", one_line(advice)));
         }
     }
-    let things = if n_errors == 1 { "thing does" } else { "things do" };
     print_line(&match n_errors {
-        0 => "\nNothing is in the way".to_owned(),
-        n => format!("\n{n} {things} not work"),
+        0 => "\nNo errors".to_owned(),
+        1 => "\n1 error".to_owned(),
+        n => format!("\n{n} errors"),
     });
 }
 

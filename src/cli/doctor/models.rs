@@ -1,10 +1,19 @@
 //! The devices and the bundle, and whether its trainings and samples fit.
 
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
 use super::{Doctor, Finding, machine};
-use crate::engine::memory::{Fit, MemorySettings, PHOTOS, gib, sample_fit, training_fit};
+use crate::cli::models::plan::suited_options;
+use crate::config;
+use crate::engine::memory::{
+    self, FEWEST_PHOTOS, Fit, MemorySettings, PHOTOS, gib, sample_fit, training_fit, training_plan,
+};
+use crate::engine::missing_part;
 use crate::job::{Method, TrainOptions};
-use crate::machine::Memory;
-use crate::ml::bundle::{Bundle, Finding as Fault, Report, check as check_bundle};
+use crate::machine::{Memory, disk_free};
+use crate::ml::bundle::{Bundle, Finding as Fault, Import, ImportOptions, Report, check as check_bundle};
 use crate::ml::device::{self, DeviceKind};
 use crate::ml::plan::SampleSizes;
 
@@ -16,9 +25,40 @@ struct Opened {
 }
 
 pub(super) fn check(args: &Doctor) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let mut devices: Vec<Opened> = Vec::new();
-    for name in &args.working.devices {
+    let (mut findings, devices) = devices(&args.working.devices);
+    let dir = match directory(&args.working.bundle, args.working.bundle_with.as_deref()) {
+        Ok(dir) => dir,
+        Err(finding) => {
+            findings.push(finding);
+            return findings;
+        }
+    };
+    let Report { errors, remarks } = check_bundle(&dir);
+    findings.extend(errors.iter().map(fault));
+    findings.extend(remarks.iter().map(|remark| Finding::ok("bundle", format!("remark: {remark}"))));
+    match Bundle::open(&dir) {
+        Ok(bundle) => {
+            if errors.is_empty() {
+                let side = bundle.resolution();
+                let found = format!("{}: sound, {side} x {side} pixels", bundle.name());
+                findings.push(Finding::ok("bundle", found));
+            }
+            findings.extend(devices.iter().flat_map(|device| plan(args, &bundle, device)));
+            findings.extend(disk(args, &bundle));
+        }
+        // What is wrong with it was said.
+        Err(error) if errors.is_empty() => {
+            findings.push(Finding::error("bundle", error.to_string(), "see hypnos models check"));
+        }
+        Err(_) => {}
+    }
+    findings
+}
+
+/// Opens each device once.
+fn devices(names: &[String]) -> (Vec<Finding>, Vec<Opened>) {
+    let (mut findings, mut devices) = (Vec::new(), Vec::<Opened>::new());
+    for name in names {
         if devices.iter().any(|known| known.name == *name) {
             continue;
         }
@@ -31,34 +71,39 @@ pub(super) fn check(args: &Doctor) -> Vec<Finding> {
             Err(finding) => findings.push(finding),
         }
     }
-    let dir = &args.working.bundle;
-    if !dir.is_dir() {
-        let found = format!("{} is not a directory", dir.display());
-        let advice = "set HYPNOS_BUNDLE to a directory in the diffusers layout; only workers need one";
-        findings.push(Finding::error("bundle", found, advice));
-        return findings;
+    (findings, devices)
+}
+
+/// The directory of a bundle. A checkpoint in one file has one if a command has used it before; it is not converted here.
+fn directory(path: &Path, with: Option<&Path>) -> Result<PathBuf, Finding> {
+    if path.is_dir() {
+        return Ok(path.to_owned());
     }
-    let Report { errors, remarks } = check_bundle(dir);
-    findings.extend(errors.iter().map(fault));
-    findings.extend(remarks.iter().map(remark));
-    match Bundle::open(dir) {
-        Ok(bundle) => {
-            if errors.is_empty() {
-                let (name, side) = (&bundle.manifest().name, bundle.resolution());
-                let name = if name.is_empty() { "without a name" } else { name };
-                findings.push(Finding::ok("bundle", format!("sound, {name}, {side} x {side} pixels")));
-            }
-            for device in &devices {
-                findings.extend(plan(args, &bundle, device));
-            }
-        }
-        // What is wrong with it was said.
-        Err(error) if errors.is_empty() => {
-            findings.push(Finding::error("bundle", error.to_string(), "see hypnos models check"));
-        }
-        Err(_) => {}
+    if !path.is_file() {
+        let found = format!("there is no {}", path.display());
+        let advice = "set HYPNOS_BUNDLE to a directory in the diffusers layout, or to a checkpoint in one file; \
+                      only workers need one";
+        return Err(Finding::error("bundle", found, advice));
     }
-    findings
+    let options = ImportOptions { with: with.map(Path::to_owned), ..ImportOptions::default() };
+    let place = Import::open(path, &options).and_then(|import| import.place(&config::cache()));
+    let place = place.map_err(|error| {
+        let advice = "set HYPNOS_BUNDLE to a checkpoint of Stable Diffusion 1.x or 2.x, and HYPNOS_BUNDLE_WITH to a \
+                      bundle that has what it lacks";
+        Finding::error("bundle", error.to_string(), advice)
+    })?;
+    if place.is_dir() {
+        return Ok(place);
+    }
+    let found = format!(
+        "{} is a checkpoint in one file, not converted yet: neither weights nor memory were checked",
+        path.display()
+    );
+    let advice = format!(
+        "a worker converts it into {} when it starts, or `hypnos models import` does now; then run doctor again",
+        place.display()
+    );
+    Err(Finding::warning("bundle", found, advice))
 }
 
 fn fault(fault: &Fault) -> Finding {
@@ -69,17 +114,13 @@ fn fault(fault: &Fault) -> Finding {
     )
 }
 
-fn remark(remark: &Fault) -> Finding {
-    Finding::ok("bundle", format!("remark: {remark}"))
-}
-
 fn opened(name: &str) -> Result<Opened, Finding> {
     let unusable = |error: crate::ml::Error| {
         let advice = if cfg!(feature = "cuda") {
             let needed = "CUDA 13 needs driver 580 or newer, CUDA 12 driver 525 or newer";
             format!("{}; {needed}", machine::driver())
         } else {
-            "build with --features cuda,cudnn, or set HYPNOS_DEVICES=cpu".into()
+            "set HYPNOS_DEVICES=cpu, or use a program that was built with --features cuda,cudnn".into()
         };
         Finding::error(format!("device {name}"), error.to_string(), advice)
     };
@@ -91,37 +132,85 @@ fn opened(name: &str) -> Result<Opened, Finding> {
     Ok(Opened { name: name.to_owned(), kind: DeviceKind::of(&device), free })
 }
 
-/// Whether a training by each method and a sample fit a device, by the settings of the workers.
-fn plan(args: &Doctor, bundle: &Bundle, device: &Opened) -> Vec<Finding> {
-    let settings = MemorySettings {
+fn settings(args: &Doctor) -> MemorySettings {
+    MemorySettings {
         batch: args.working.batch.into(),
         checkpointing: args.working.gradient_checkpointing,
         draws_products: true,
         photos: PHOTOS,
-    };
-    let side = bundle.resolution();
-    let sizes = SampleSizes { batch: settings.batch, width: side, height: side };
-    let mut fits = vec![sample_fit(bundle, &sizes, &settings, device.kind, device.free)];
-    for method in [Method::TextualInversion, Method::Dreambooth, Method::Hypnos] {
-        // What HYPNOS learns with may be missing, and is then refused elsewhere.
-        if method == Method::Hypnos && !(bundle.has("segmenter") && bundle.has("perceptual")) {
-            let found = "has no segmenter/ and perceptual/, which method=hypnos needs";
-            fits.push(Err(crate::ml::Error::input(found)));
-            continue;
-        }
-        fits.push(training_fit(bundle, &TrainOptions::of(method), &settings, device.kind, device.free));
     }
+}
+
+/// Whether a sample, and a training by each method with the options that a job gets where it names none, fit a device.
+fn plan(args: &Doctor, bundle: &Bundle, device: &Opened) -> Vec<Finding> {
+    let (settings, side) = (settings(args), bundle.resolution());
     let check = format!("memory on {}", device.name);
-    let finding = |fit: crate::ml::Result<Fit>| match fit {
-        Err(error) => Finding::warning("bundle", error.to_string(), "add them, or train with other methods"),
-        Ok(fit) => match fit.refusal() {
-            None => Finding::ok(&check, format!("{}: {} at most", fit.what, gib(fit.wanted))),
-            Some(refusal) => {
-                let advice =
-                    "see hypnos models plan; a worker refuses what does not fit, unless HYPNOS_IGNORE_MEMORY";
-                Finding::warning(&check, refusal, advice)
+    let sizes = SampleSizes { batch: settings.batch, width: side, height: side };
+    let mut findings = Vec::new();
+    findings.extend(too_small(args, bundle, device).map(|refusal| {
+        let found = format!("a worker does not start: {refusal}");
+        Finding::error(&check, found, "give it more memory, or a smaller model")
+    }));
+    findings.push(fitting(&check, sample_fit(bundle, &sizes, &settings, device.kind, device.free)));
+    for method in [Method::TextualInversion, Method::Dreambooth, Method::Hypnos] {
+        findings.push(match method_options(bundle, method) {
+            Err(finding) => finding,
+            Ok(options) => {
+                fitting(&check, training_fit(bundle, &options, &settings, device.kind, device.free))
             }
-        },
-    };
-    fits.into_iter().map(finding).collect()
+        });
+    }
+    findings
+}
+
+/// Why a worker refuses to start, if it does.
+fn too_small(args: &Doctor, bundle: &Bundle, device: &Opened) -> Option<String> {
+    let free = device.free.filter(|_| !args.working.ignore_memory)?;
+    let smallest = MemorySettings { photos: FEWEST_PHOTOS, ..settings(args) };
+    memory::too_small(bundle, &smallest, device.kind, free).ok()?
+}
+
+/// The options of a job by this method that names none; a finding if the bundle lacks what they need.
+fn method_options(bundle: &Bundle, method: Method) -> Result<TrainOptions, Finding> {
+    let options = suited_options(bundle, method, &json!({})).map_err(|invalid| {
+        let found = format!("hypnos.json: training.{method}{}: {}", invalid.pointer, invalid.message);
+        Finding::error("bundle", found, "repair what hypnos.json says of this method")
+    })?;
+    match missing_part(bundle, &options) {
+        None => Ok(options),
+        Some(part) => {
+            let found = format!("trainings by {method}: {}/ {}", part.part(), part.missing());
+            let advice =
+                "hypnos models pull fetches it, hypnos models import --with copies it from another bundle";
+            Err(Finding::warning("bundle", found, advice))
+        }
+    }
+}
+
+fn fitting(check: &str, fit: crate::ml::Result<Fit>) -> Finding {
+    match fit.map(|fit| (fit.refusal(), fit)) {
+        Err(error) => Finding::error("bundle", error.to_string(), "see hypnos models check"),
+        Ok((None, fit)) => Finding::ok(check, format!("{}: {} at most", fit.what, gib(fit.wanted))),
+        Ok((Some(refusal), _)) => {
+            let advice = "hypnos models plan shows what takes it; a worker refuses it, unless HYPNOS_IGNORE_MEMORY is set";
+            Finding::warning(check, refusal, advice)
+        }
+    }
+}
+
+/// Whether the files of the largest training fit the scratch directory.
+fn disk(args: &Doctor, bundle: &Bundle) -> Option<Finding> {
+    let options = TrainOptions::of(Method::Dreambooth);
+    let disk = training_plan(bundle, &options, &settings(args), DeviceKind::Cpu).ok()?.disk;
+    let wanted = disk.weights + disk.checkpoint + disk.best + disk.class_images;
+    let scratch = machine::scratch(args);
+    let free = disk_free(&scratch).filter(|free| *free < wanted)?;
+    let found = format!(
+        "{}: {} free, a training may write {}: weights, checkpoint, the best step's weights",
+        scratch.display(),
+        gib(free),
+        gib(wanted)
+    );
+    let advice = "free space, or set HYPNOS_SCRATCH to a directory on another disk";
+    Some(Finding::error("disk of scratch files", found, advice))
 }

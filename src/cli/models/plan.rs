@@ -1,6 +1,5 @@
 //! `hypnos models plan`: what a training and a sample of a bundle take in memory, files and time, and whether they fit.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -8,18 +7,20 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::cli::bundle::BundleArgs;
 use crate::cli::error::CliError;
 use crate::cli::output::print_line;
 use crate::cli::train;
 use crate::engine::memory::{
     Fit, MemorySettings, PHOTOS, gib, sample_fit, sample_plan, training_fit, training_plan,
 };
-use crate::job::{Method, TrainOptions, merge_json};
+use crate::engine::missing_part;
+use crate::job::{Invalid, Method, TrainOptions, merge_json};
 use crate::machine::Memory;
-use crate::ml::bundle::{Bundle, MINIATURE_NAME};
+use crate::ml;
+use crate::ml::bundle::Bundle;
 use crate::ml::device::{self, DeviceKind};
 use crate::ml::plan::{Arithmetic, Calibration, Needs, Rates, SamplePlan, SampleSizes, TrainingPlan};
-use crate::{config, ml};
 
 /// How long each of two operations is measured, in seconds, after one that is not.
 const CALIBRATION_SECS: f64 = 0.8;
@@ -27,9 +28,8 @@ const CALIBRATION_SECS: f64 = 0.8;
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools)] // flags
 pub(in crate::cli) struct Plan {
-    /// Directory of the models, in the diffusers layout
-    #[arg(long, value_name = "DIR", default_value = MINIATURE_NAME, value_parser = config::bundle)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    bundle: BundleArgs,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -75,6 +75,8 @@ struct Planned {
     resolution: usize,
     device: String,
     free_bytes: Option<u64>,
+    /// Why this bundle cannot be trained so, whatever the memory is.
+    lacks: Option<String>,
     rates: Option<Rates>,
     training: Counted<TrainingPlan>,
     sample: Counted<SamplePlan>,
@@ -94,9 +96,9 @@ impl<P> Counted<P> {
     }
 }
 
-/// Prints the plan. The exit code is 2 if the training or the sample does not fit.
+/// Prints the plan. The exit code is 2 if the training cannot be done or does not fit, or the sample does not fit.
 pub(super) fn run(args: &Plan) -> Result<ExitCode, CliError> {
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = Bundle::open(&args.bundle.dir()?)?;
     let options = options(args, &bundle)?;
     let planned = planned(args, &bundle, &options)?;
     if args.json {
@@ -104,7 +106,7 @@ pub(super) fn run(args: &Plan) -> Result<ExitCode, CliError> {
     } else {
         print(args, &options, &planned);
     }
-    let fits = planned.training.fits && planned.sample.fits;
+    let fits = planned.training.fits && planned.sample.fits && planned.lacks.is_none();
     Ok(if fits { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
@@ -112,18 +114,28 @@ pub(super) fn run(args: &Plan) -> Result<ExitCode, CliError> {
 fn options(args: &Plan, bundle: &Bundle) -> Result<TrainOptions, CliError> {
     let asked: Value = serde_json::from_str(&args.options)
         .map_err(|error| CliError::Input(format!("--options: wanted a JSON object: {error}")))?;
-    let mut all = bundle.manifest().suited(args.method.as_str());
-    merge_json(&mut all, &asked);
-    merge_json(&mut all, &json!({ "method": args.method }));
-    let Value::Object(all) = all else {
-        return Err(CliError::Input(format!("--options: wanted a JSON object, got {asked}")));
-    };
-    let spec = train::spec_of("thing", all, 0).map_err(|invalid| {
+    suited_options(bundle, args.method, &asked).map_err(|invalid| {
         let name = invalid.pointer.trim_start_matches('/').replace('/', ".");
         let name = if name.is_empty() { String::new() } else { format!(" {name}") };
         CliError::Input(format!("--options{name}: {}", invalid.message))
-    })?;
-    Ok(spec.options)
+    })
+}
+
+/// The options that a training by `method` has where it asks for `asked`: those that suit the bundle, and the method's
+/// defaults, for the others.
+pub(in crate::cli) fn suited_options(
+    bundle: &Bundle,
+    method: Method,
+    asked: &Value,
+) -> Result<TrainOptions, Invalid> {
+    if !asked.is_object() {
+        return Err(Invalid::new("", format!("wanted a JSON object, got {asked}")));
+    }
+    let mut all = bundle.manifest().suited(method.as_str());
+    merge_json(&mut all, asked);
+    merge_json(&mut all, &json!({ "method": method }));
+    let all = all.as_object().cloned().unwrap_or_default();
+    train::spec_of("thing", all, 0).map(|spec| spec.options)
 }
 
 fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Planned, CliError> {
@@ -158,6 +170,7 @@ fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Plann
         resolution: bundle.resolution(),
         device: args.device.clone(),
         free_bytes: free,
+        lacks: missing_part(bundle, options).map(|part| format!("{}/ {}", part.part(), part.missing())),
         rates: (!args.no_time).then(|| rates(&Calibration::new(bundle, &opened)?)).transpose()?,
         training: Counted::new(
             training_plan(bundle, options, &settings, kind)?,
@@ -198,6 +211,9 @@ fn print(args: &Plan, options: &TrainOptions, planned: &Planned) {
     print_line(&format!(
         "\nA training: {method}, {steps} steps, {checkpointing} gradient checkpointing; GiB\n"
     ));
+    if let Some(lacks) = &planned.lacks {
+        print_line(&format!("This bundle cannot be trained so, and what it lacks is not counted: {lacks}\n"));
+    }
     let TrainingPlan { needs, disk, work, .. } = &planned.training.plan;
     table(needs).iter().for_each(|line| print_line(line));
     verdict(&planned.training.fit).iter().for_each(|line| print_line(line));
@@ -238,11 +254,11 @@ pub(super) fn table(needs: &Needs) -> Vec<String> {
     let phases = needs.phases();
     let width = needs.items.iter().map(|item| item.name.len()).max().unwrap_or(0).max("in all".len());
     let number = |bytes: u64| match bytes {
-        0 => format!("{:>13}", "-"),
-        bytes => format!("{:>13.2}", bytes as f64 / f64::from(1 << 30)),
+        0 => format!("{:>14}", "-"),
+        bytes => format!("{:>14.2}", bytes as f64 / f64::from(1 << 30)),
     };
     let row = |name: &str, cells: Vec<String>| format!("{name:<width$}{}", cells.concat());
-    let mut lines = vec![row("", phases.iter().map(|phase| format!("{phase:>13}")).collect())];
+    let mut lines = vec![row("", phases.iter().map(|phase| format!("{phase:>14}")).collect())];
     for item in &needs.items {
         lines.push(row(item.name, phases.iter().map(|phase| number(item.at(*phase))).collect()));
     }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
 
 use super::run_check;
 use crate::cli::error::CliError;
@@ -33,7 +34,7 @@ pub(in crate::cli) struct Pull {
     /// Type of Stable Diffusion's weights in their files: f16 is half as large, f32 is what was trained
     #[arg(long, value_enum, default_value_t = DTypeName::F32)]
     dtype: DTypeName,
-    /// Fetch only these parts, such as `base segmenter`; --dry-run lists them
+    /// Fetch only these parts and what they need, such as `base segmenter`; --dry-run lists them
     #[arg(long, value_name = "PART", num_args = 1.., value_delimiter = ',')]
     only: Vec<String>,
     /// Take the files from these directories, and use no network. They have the names of their sources: `PATH` as in the
@@ -80,6 +81,12 @@ impl ModelName {
     }
 }
 
+/// The parts of Stable Diffusion 1.5's bundle that are converted: the directory and the config of each.
+pub(super) fn published_parts() -> Result<Vec<(String, Value)>, CliError> {
+    let parts = sources(None, SD15)?.parts.into_iter();
+    Ok(parts.filter_map(|part| Some((part.into?, part.config))).collect())
+}
+
 pub(super) fn run(args: &Pull) -> Result<ExitCode, CliError> {
     let (name, table) = args.model.table();
     if args.print_sources {
@@ -102,7 +109,7 @@ pub(super) fn run(args: &Pull) -> Result<ExitCode, CliError> {
     let plan = pull.plan()?;
     let licences = plan.licences(&pull.sources);
     if args.dry_run {
-        show(&plan, &hub, &out)?;
+        show(&pull, &plan, &hub)?;
         show_licences(&mut io::stdout(), &licences);
         return Ok(ExitCode::SUCCESS);
     }
@@ -131,28 +138,28 @@ fn sources(file: Option<&Path>, table: &str) -> Result<Sources, CliError> {
 }
 
 /// Prints what would be done.
-fn show(plan: &Plan, hub: &Hub, out: &Path) -> Result<(), CliError> {
+fn show(pull: &pull::Pull, plan: &Plan, hub: &Hub) -> Result<(), CliError> {
     for Step { part, files, is_there } in &plan.steps {
+        let total: u64 = files.iter().filter_map(pull::File::expected_size).sum();
+        let into = part.into.as_ref().map_or(String::new(), |into| format!(", becomes {into}/"));
         let state = if *is_there { ", is there" } else { "" };
-        print_line(&format!("{} ({}){state}", part.name, part.about));
+        print_line(&format!("{}: {}; {}{into}{state}", part.name, part.about, pull::bytes(total)));
         for file in files {
             let size = match (file.size, file.expected_size()) {
                 (Some(size), _) => pull::bytes(size),
                 (None, Some(size)) => format!("about {}", pull::bytes(size)),
                 (None, None) => "size unknown".into(),
             };
-            let to = part
-                .into
-                .as_ref()
-                .map_or_else(|| file.to.clone(), |into| format!("{into}/model.safetensors"));
-            let to = out.join(to);
-            print_line(&format!("  {size:>14}  {}  {}", hub.url(file)?, file.licence));
-            print_line(&format!("  {:>14}  to {}", "", to.display()));
+            let url = hub.url(file)?;
+            let renamed = part.into.is_none() && !url.path().ends_with(&format!("/{}", file.to));
+            let to = if renamed { format!(" as {}", file.to) } else { String::new() };
+            print_line(&format!("  {size:>14}  {}  {url}{to}", file.licence));
         }
     }
     let missing = plan.missing().flat_map(|step| &step.files);
     let total: u64 = missing.filter_map(pull::File::expected_size).sum();
-    print_line(&format!("{} to fetch", pull::bytes(total)));
+    let (total, free) = (pull::bytes(total), pull::bytes(pull.free()?));
+    print_line(&format!("{total} to fetch into {}, where {free} are free", pull.out.display()));
     Ok(())
 }
 

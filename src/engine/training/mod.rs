@@ -18,6 +18,7 @@ use std::sync::Arc;
 use image::RgbImage;
 
 pub(super) use plan::class_images;
+pub use recipe::missing_part;
 pub(super) use sizes::sizes;
 
 use super::api::{Ending, ImageGenerator, Observer, Shown, TrainEvent, TrainInput, Trained};

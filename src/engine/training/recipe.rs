@@ -20,11 +20,10 @@ pub(super) fn recipe(
     n_class_images: usize,
 ) -> Result<Recipe, Fault> {
     check_class_name(&spec.class_name)?;
-    let options = &spec.options;
+    let options = &spec.options.clone().with_rare_tokens(&bundle.rare_tokens(tokenizer));
     let embedding = options.method == Method::TextualInversion;
-    let own = bundle.rare_tokens(tokenizer);
-    let token = single_token(tokenizer, "instance_token", options.instance_token.as_ref(), own.first())?;
-    let views = options.views.enabled.then(|| views(tokenizer, options, &own, &token)).transpose()?;
+    let token = single_token(tokenizer, "instance_token", options.instance_token.as_ref())?;
+    let views = options.views.enabled.then(|| views(tokenizer, options)).transpose()?;
     let recipe = Recipe {
         product: Product { token, class_name: spec.class_name.clone(), with_class: !embedding },
         learner: if embedding { Learner::Embedding } else { Learner::Weights },
@@ -47,32 +46,25 @@ pub(super) fn recipe(
         seed: spec.seed,
     };
     recipe.check().map_err(|error| Fault::new(FaultCode::Input, error.to_string()))?;
-    for (wanted, capability) in [
-        (recipe.views.is_some(), Capability::Segmentation),
-        (recipe.has_perceptual(), Capability::PerceptualLoss),
-    ] {
-        if wanted && !bundle.can(capability) {
-            let message = format!("method: the model's {}/ {}", capability.part(), capability.missing());
-            return Err(Fault::new(FaultCode::Input, message));
-        }
+    if let Some(capability) = missing_part(bundle, options) {
+        let message = format!("method: the model's {}/ {}", capability.part(), capability.missing());
+        return Err(Fault::new(FaultCode::Input, message));
     }
     Ok(recipe)
 }
 
-/// How views are made, with a background token other than the product's `token`. `own` are the bundle's rare tokens.
-fn views(
-    tokenizer: &Tokenizer,
-    options: &TrainOptions,
-    own: &[String],
-    token: &str,
-) -> Result<ViewSettings, Fault> {
-    let rest = own.iter().find(|own| *own != token);
-    let background_token =
-        single_token(tokenizer, "background_token", options.background_token.as_ref(), rest)?;
-    if background_token == token {
-        let message = format!("background_token: is \"{token}\", the same as instance_token; wanted another");
-        return Err(Fault::new(FaultCode::Input, message));
-    }
+/// What a training with these options needs and the bundle lacks; the first, if there are several.
+pub fn missing_part(bundle: &Bundle, options: &TrainOptions) -> Option<Capability> {
+    let has_perceptual = options.loss_weights.perceptual > 0.0 && options.s_p.unwrap_or(0) > 0;
+    let wanted =
+        [(options.views.enabled, Capability::Segmentation), (has_perceptual, Capability::PerceptualLoss)];
+    let mut missing = wanted.into_iter().filter(|(wanted, part)| *wanted && !bundle.can(*part));
+    missing.next().map(|(_, part)| part)
+}
+
+/// How views are made.
+fn views(tokenizer: &Tokenizer, options: &TrainOptions) -> Result<ViewSettings, Fault> {
+    let background_token = single_token(tokenizer, "background_token", options.background_token.as_ref())?;
     let views = &options.views;
     Ok(ViewSettings {
         n: views.n as usize,
@@ -113,15 +105,10 @@ pub(super) fn templates(spec: &TrainSpec) -> Templates {
     Templates { photo: asked.photo.clone(), view: asked.view.clone(), class: asked.class.clone() }
 }
 
-/// A word of one token: what the client names, or the bundle's own.
-fn single_token(
-    tokenizer: &Tokenizer,
-    option: &str,
-    asked: Option<&String>,
-    own: Option<&String>,
-) -> Result<String, Fault> {
-    let Some(token) = asked.or(own) else {
-        let message = format!("{option}: this model names no rare token of its own for it; one is needed");
+/// A word of one token.
+fn single_token(tokenizer: &Tokenizer, option: &str, word: Option<&String>) -> Result<String, Fault> {
+    let Some(token) = word else {
+        let message = format!("{option}: this model has no rare token of its own for it; one is needed");
         return Err(Fault::new(FaultCode::Input, message));
     };
     if tokenizer.is_single_token(token) {

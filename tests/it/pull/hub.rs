@@ -34,6 +34,10 @@ pub(super) enum Fault {
     Page(&'static str),
     /// Only so many bytes, announced as all.
     Half(usize),
+    /// A redirect to another path of the hub, by that path alone.
+    Moved,
+    /// A refusal by the other host, as of a signed URL that is no longer valid.
+    Expired,
 }
 
 /// A request as it came.
@@ -55,6 +59,8 @@ struct Content {
     asked: Vec<Asked>,
     /// What is announced of a file instead of its own hash.
     announced: HashMap<String, String>,
+    /// Whether ranges are not known, so that every answer is the whole file.
+    is_without_ranges: bool,
     /// Whether entity tags are weak, so that no client may ask for the rest of a file by them.
     is_weak: bool,
     n_stalled: usize,
@@ -102,6 +108,10 @@ impl Hub {
         self.content.lock().unwrap().is_weak = true;
     }
 
+    pub(super) fn forget_ranges(&self) {
+        self.content.lock().unwrap().is_without_ranges = true;
+    }
+
     /// All requests since the last call.
     pub(super) fn asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.content.lock().unwrap().asked)
@@ -128,13 +138,17 @@ async fn answer(State(hub): State<Hub>, request: Request) -> Response<Body> {
         path: path.clone(),
     };
     let is_sent_on = path.starts_with("/stored/");
-    let of = path.trim_start_matches("/stored").to_owned();
+    let of = path.trim_start_matches("/stored").trim_start_matches("/cache").to_owned();
     let (bytes, announced) = {
         let mut content = hub.content.lock().unwrap();
         content.asked.push(asked.clone());
         let Some(bytes) = content.files.get(&of).cloned() else {
             return plain(StatusCode::NOT_FOUND, &[("x-error-code", "EntryNotFound")]);
         };
+        let next = content.faults.get_mut(&of).filter(|faults| matches!(faults.front(), Some(Fault::Moved)));
+        if next.and_then(VecDeque::pop_front).is_some() {
+            return plain(StatusCode::TEMPORARY_REDIRECT, &[("location", &format!("/cache{of}"))]);
+        }
         let announced = content.announced.get(&of).cloned();
         (bytes, announced)
     };
@@ -142,7 +156,7 @@ async fn answer(State(hub): State<Hub>, request: Request) -> Response<Body> {
     let tag = format!("{:x}", Sha256::digest(&bytes));
     if is_of_the_hub && bytes.len() >= LARGE && !is_sent_on {
         // A refusal comes before the other host is named; what goes wrong with the bytes is the other host's doing.
-        if let Some(refusal) = hub.refusal(&of) {
+        if let Some(refusal) = hub.refusal(&of, is_sent_on) {
             return refusal;
         }
         let (size, to) = (bytes.len().to_string(), format!("http://localhost:{}/stored{of}", hub.port));
@@ -155,7 +169,7 @@ async fn answer(State(hub): State<Hub>, request: Request) -> Response<Body> {
         ];
         return plain(StatusCode::FOUND, &headers.map(|(name, value)| (name, value.as_str())));
     }
-    if let Some(refusal) = hub.refusal(&of) {
+    if let Some(refusal) = hub.refusal(&of, is_sent_on) {
         return refusal;
     }
     hub.send(&of, &bytes, &tag[..40], &asked)
@@ -171,13 +185,17 @@ fn plain(status: StatusCode, headers: &[(&str, &str)]) -> Response<Body> {
 
 impl Hub {
     /// The next fault of the file, if that is an answer without the file.
-    fn refusal(&self, path: &str) -> Option<Response<Body>> {
+    fn refusal(&self, path: &str, is_sent_on: bool) -> Option<Response<Body>> {
         let mut content = self.content.lock().unwrap();
         let faults = content.faults.get_mut(path)?;
         match faults.front()?.clone() {
             Fault::Status(status, headers) => {
                 faults.pop_front();
                 Some(plain(StatusCode::from_u16(status).unwrap(), &headers))
+            }
+            Fault::Expired if is_sent_on => {
+                faults.pop_front();
+                Some(plain(StatusCode::FORBIDDEN, &[]))
             }
             Fault::Page(kind) => {
                 faults.pop_front();
@@ -196,8 +214,9 @@ impl Hub {
             .range
             .as_ref()
             .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
-        let from: Option<usize> =
-            from.filter(|_| asked.if_range.as_ref().is_none_or(|wanted| *wanted == tag));
+        let is_without_ranges = self.content.lock().unwrap().is_without_ranges;
+        let from: Option<usize> = from
+            .filter(|_| !is_without_ranges && asked.if_range.as_ref().is_none_or(|wanted| *wanted == tag));
         let mut headers = HeaderMap::new();
         let mut say = |name: &'static str, value: String| {
             headers.insert(HeaderName::from_static(name), value.parse().unwrap());

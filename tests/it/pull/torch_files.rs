@@ -8,7 +8,7 @@ use zip::{CompressionMethod, ZipWriter};
 use super::Tensors;
 
 /// A zip archive, as PyTorch writes since 1.6.
-pub(super) fn archive(tensors: &Tensors) -> Vec<u8> {
+pub(crate) fn archive(tensors: &Tensors) -> Vec<u8> {
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     let mut put = |name: &str, bytes: &[u8]| {
@@ -25,7 +25,7 @@ pub(super) fn archive(tensors: &Tensors) -> Vec<u8> {
 }
 
 /// A stream, as PyTorch wrote before, with the names that Python 2 gives: LPIPS's heads are published so.
-pub(super) fn stream(tensors: &Tensors) -> Vec<u8> {
+pub(crate) fn stream(tensors: &Tensors) -> Vec<u8> {
     let mut bytes = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.".to_vec();
     bytes.extend(b"\x80\x02}(U\x10protocol_versionM\xe9\x03U\x0dlittle_endian\x88u.");
     bytes.extend(pickle(tensors, true));

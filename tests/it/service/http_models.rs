@@ -1,13 +1,19 @@
 //! Models over HTTP: the list, the model of a job, options that depend on it, and warnings.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hypnos::job::{Kind, ModelPart, State};
+use hypnos::engine::memory::{MemoryCheck, MemorySettings, training_plan};
+use hypnos::engine::{CandleEngine, Engine, EngineSettings};
+use hypnos::job::{Fault, FaultCode, Kind, ModelPart, State, TrainOptions};
+use hypnos::ml::bundle::Bundle;
+use hypnos::ml::device::DeviceKind;
 use serde_json::{Value, json};
 
 use super::scripted::Script;
 use super::test_app::{AppConfig, TestApp, file, form, photo, problem};
 use super::test_workers::{Worker, eventually};
+use crate::cli_train::bundle;
 use hypnos::http::Settings;
 use reqwest::Method;
 use reqwest::multipart::Form;
@@ -257,4 +263,51 @@ fn earlier_hash() -> String {
         hash.update(&part);
     }
     format!("{:x}", hash.finalize())
+}
+
+/// Bytes that the engine of the next test may take.
+static OBTAINABLE: AtomicU64 = AtomicU64::new(u64::MAX);
+
+#[allow(clippy::unnecessary_wraps)] // as the setting wants it
+fn obtainable() -> Option<u64> {
+    Some(OBTAINABLE.load(Ordering::Relaxed))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes_it_fit() {
+    let memory = MemoryCheck { obtainable, sharers: 1, draws_products: true };
+    let settings = EngineSettings {
+        bundle: bundle(),
+        device: "cpu".into(),
+        batch: 4,
+        finetuned_bytes_max: 0,
+        checkpointing: false,
+        memory: Some(memory),
+    };
+    let make = move || match CandleEngine::open(settings.clone()) {
+        Ok(engine) => Ok(Box::new(engine) as Box<dyn Engine>),
+        Err(error) => Err(Fault::new(FaultCode::Input, error.to_string())),
+    };
+    let app = TestApp::start().await;
+    let worker = app.workers.start_engine("cpu", Box::new(make));
+    eventually("the model is registered", async || app.models().await.first().cloned()).await;
+
+    let options =
+        r#"{"method": "dreambooth", "steps": 2, "class_images": 0, "evaluation": {"enabled": false}}"#;
+    let asked = TrainOptions::given(&serde_json::from_str(options).unwrap()).unwrap();
+    let limits = MemorySettings { batch: 4, checkpointing: false, draws_products: true, photos: (3, 1) };
+    let plan = training_plan(&Bundle::open(&bundle()).unwrap(), &asked, &limits, DeviceKind::Cpu).unwrap();
+    OBTAINABLE.store(plan.peak(DeviceKind::Cpu).bytes - 1, Ordering::Relaxed);
+    let job = app.accepted(form(3, "mug").text("options", options)).await;
+    let job = eventually("the training has failed", async || {
+        let job = app.job(&job).await;
+        assert_ne!(job["state"], "succeeded");
+        (job["state"] == "failed").then_some(job)
+    })
+    .await;
+    assert_eq!(job["error"]["code"], "input", "{job}");
+    let detail = job["error"]["message"].as_str().unwrap();
+    assert!(detail.starts_with("a training (dreambooth, 64 x 64 pixels): wanted "), "{detail}");
+    assert!(detail.contains(" of memory, free ") && detail.contains("; it fits with --"), "{detail}");
+    worker.stop().await;
 }

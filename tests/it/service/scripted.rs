@@ -31,8 +31,9 @@ fn scripted_model(name: &str, sha256: &str) -> HeldModel {
         drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 7.5 },
         training: BTreeMap::new(),
         classes: None,
+        rare_tokens: Some(["sks", "zwx"].map(str::to_owned).to_vec()),
     };
-    HeldModel { card, words: "mug teapot".into(), memory_bytes: None }
+    HeldModel { card, words: "mug sks teapot zwx".into(), memory_bytes: None }
 }
 
 /// What an engine did, in order; shared by all that were made from one script.

@@ -13,7 +13,7 @@ use hypnos::job::{
     TrainSpec,
 };
 use hypnos::store::{NewJob, Origin, Store, Submitted};
-use hypnos::worker::{self, Clock, Settings};
+use hypnos::worker::{self, Clock, MakeEngine, Settings};
 use object_store::local::LocalFileSystem;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -101,6 +101,12 @@ impl TestWorkers {
     /// A process with several devices; the first one's clock counts.
     pub(super) fn start_devices(&self, scripts: &[&Script], blobs: Blobs) -> Worker {
         Worker::start(scripts, self.settings.clone(), self.store.clone(), blobs)
+    }
+
+    /// A worker with this engine.
+    pub(super) fn start_engine(&self, device: &str, make: MakeEngine) -> Worker {
+        let engines = vec![(device.to_owned(), make)];
+        Worker::of(engines, self.settings.clone(), self.store.clone(), self.blobs.clone())
     }
 
     /// A training of `steps` steps, with its photos in place.
@@ -239,11 +245,13 @@ pub(super) struct Worker {
 
 impl Worker {
     fn start(scripts: &[&Script], settings: Settings, store: Store, blobs: Blobs) -> Self {
-        let drain = CancellationToken::new();
         let name = |(i, script): (usize, &&Script)| (format!("scripted:{i}"), script.engine());
         let engines = scripts.iter().enumerate().map(name).collect();
-        let health = Health::default();
-        let settings = Settings { clock: scripts[0].clock(), ..settings };
+        Self::of(engines, Settings { clock: scripts[0].clock(), ..settings }, store, blobs)
+    }
+
+    fn of(engines: Vec<(String, MakeEngine)>, settings: Settings, store: Store, blobs: Blobs) -> Self {
+        let (drain, health) = (CancellationToken::new(), Health::default());
         let (seen, stop) = (health.clone(), drain.clone());
         let run = async move { worker::run(settings, store, blobs, engines, &seen, stop).await };
         Self { drain, health, task: tokio::spawn(run) }

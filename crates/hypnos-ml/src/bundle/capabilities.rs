@@ -1,7 +1,5 @@
 //! What a bundle can be used for beyond drawing, and one sentence for each thing that it cannot.
 
-use super::directory::Bundle;
-
 /// Something that takes a part which only some bundles have. A plain directory of Stable Diffusion has none of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Capability {
@@ -36,18 +34,6 @@ impl Capability {
         }
     }
 
-    /// What cannot be done without the part.
-    fn purpose(self) -> &'static str {
-        match self {
-            Self::Segmentation => "finding the product in a photo",
-            Self::PerceptualLoss => "the perceptual loss",
-            Self::Dino => "scoring by DINO and PRES",
-            Self::Clip => "scoring by CLIP-I and CLIP-T, and choosing the step that is served,",
-            Self::Inception => "scoring by FID",
-            Self::Lpips => "scoring by LPIPS and DIV",
-        }
-    }
-
     /// The training option that goes without it. Scores are left out by themselves.
     pub fn option_without(self) -> Option<&'static str> {
         match self {
@@ -57,30 +43,21 @@ impl Capability {
         }
     }
 
-    /// One sentence, to be put after the name of the part, for a bundle that does not have it.
-    pub fn missing(self) -> String {
-        let without = match self.option_without() {
-            Some(option) => format!("a training with {option} goes without"),
-            None => "trainings and evaluations leave it out".to_owned(),
-        };
-        format!("is missing; {} needs it, though drawing does not, and {without}", self.purpose())
-    }
-}
-
-impl Bundle {
-    /// What this bundle can be used for beyond drawing, by the parts that it has; whether they are sound says
-    /// [`Bundle::check`].
-    pub fn capabilities(&self) -> Vec<Capability> {
-        Capability::ALL.into_iter().filter(|capability| self.can(*capability)).collect()
-    }
-
-    /// What it cannot be used for; [`Capability::missing`] says why.
-    pub fn missing(&self) -> Vec<Capability> {
-        Capability::ALL.into_iter().filter(|capability| !self.can(*capability)).collect()
-    }
-
-    /// Whether it has the part that this takes.
-    pub fn can(&self, capability: Capability) -> bool {
-        self.has(capability.part())
+    /// What cannot be done with a bundle that lacks the part: one sentence, to be put after the part's name.
+    pub fn missing(self) -> &'static str {
+        match self {
+            Self::Segmentation => {
+                "is missing: no product is found in photos, so a training needs views.enabled=false"
+            }
+            Self::PerceptualLoss => {
+                "is missing: there is no perceptual loss, so a training needs loss_weights.perceptual=0"
+            }
+            Self::Dino => "is missing: there are no DINO and PRES scores",
+            Self::Clip => {
+                "is missing: there are no CLIP-I and CLIP-T scores, and a training's last step is served"
+            }
+            Self::Inception => "is missing: there is no FID score",
+            Self::Lpips => "is missing: there are no LPIPS and DIV scores",
+        }
     }
 }

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::capabilities::Capability;
 use super::configs::{PARTS, check_index, read_config};
+use super::directory::too_long;
 use super::files::{bad, find_weights, hash_file};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::{NO_RARE_TOKENS, rare_tokens};
@@ -82,8 +83,17 @@ pub fn check(dir: &Path) -> Report {
 struct Findings(Report);
 
 impl Findings {
+    /// The value, or none and one more error, unless it was found before: several parts read the same file.
     fn note<T>(&mut self, result: Result<T>) -> Option<T> {
-        result.map_err(|e| self.0.errors.push(Finding(e.to_string()))).ok()
+        match result.map_err(|e| Finding(e.to_string())) {
+            Ok(value) => Some(value),
+            Err(finding) => {
+                if !self.0.errors.contains(&finding) {
+                    self.0.errors.push(finding);
+                }
+                None
+            }
+        }
     }
 
     fn add(&mut self, error: Error) {
@@ -188,6 +198,9 @@ impl Findings {
                 dir.join("text_encoder/config.json"),
                 format!("vocab_size is {rows}, but the tokenizer has {n_tokens}"),
             );
+            if let Some(what) = too_long(tokenizer, text) {
+                self.add(bad(&dir.join("tokenizer"), what));
+            }
             match rows.cmp(&n_tokens) {
                 Ordering::Less => self.add(bad(&file, what)),
                 Ordering::Equal => {}
@@ -231,10 +244,7 @@ impl Findings {
             if !inside {
                 self.add(bad(&file, format!("lists `{path}`, which is not a path within the bundle")));
             } else if !dir.join(path).exists() {
-                let missing = Finding(bad(&dir.join(path), "is missing").to_string());
-                if !self.0.errors.contains(&missing) {
-                    self.0.errors.push(missing);
-                }
+                self.add(bad(&dir.join(path), "is missing"));
             } else if let Some(hash) = self.note(hash_file(&dir.join(path)))
                 && hash != origin.sha256
             {

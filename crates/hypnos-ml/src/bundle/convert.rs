@@ -14,7 +14,6 @@ use super::tensors::Tensors;
 use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::Clip;
 use crate::models::tracer::{self, Tracer};
-use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
 use crate::tensorfile::save_streaming;
 use crate::weights::{Weights, meta_params};
@@ -29,13 +28,11 @@ pub const CONVERTIBLE: [&str; 6] =
 /// file if it is neither, and the tensor if one is missing, has another shape or holds a value that is not finite.
 pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Result<()> {
     write_json(&dir.join(part).join("config.json"), config)?;
-    let wanted = wanted(dir, part)?;
+    let shapes = part_shapes(dir, part)?;
     let files = files.iter().map(|path| Tensors::open(path)).collect::<Result<Vec<_>>>()?;
-    let mut shapes = BTreeMap::new();
     let mut places = BTreeMap::new();
-    for (name, param) in wanted {
-        places.insert(name.clone(), place(&files, &name, &param.dims())?);
-        shapes.insert(name, param.dims());
+    for (name, shape) in &shapes {
+        places.insert(name.clone(), place(&files, name, shape)?);
     }
     let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     save_streaming(&dir.join(part).join("model.safetensors"), &shapes, &text, DType::F32, |name| {
@@ -49,38 +46,40 @@ pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Res
     })
 }
 
-/// What the network of a part reads, by its config in `dir`.
-fn wanted(dir: &Path, part: &str) -> Result<BTreeMap<String, Param>> {
+/// The tensors that the network of a part, one of [`CONVERTIBLE`], reads, by its config in `dir`. [`Error::File`] if the
+/// config cannot be read.
+pub fn part_shapes(dir: &Path, part: &str) -> Result<BTreeMap<String, Vec<usize>>> {
     let cpu = &Device::Cpu;
     match part {
-        "segmenter" => params(dir, part, tracer::Config::check, Tracer::load),
+        "segmenter" => shapes(dir, part, tracer::Config::check, Tracer::load),
         "perceptual" => {
-            params(dir, part, perceptual::Config::check, |w, config| Perceptual::load(w, config, cpu))
+            shapes(dir, part, perceptual::Config::check, |w, config| Perceptual::load(w, config, cpu))
         }
         "metrics/dino" => {
-            params(dir, part, dino::Config::check, |w, config| dino::Dino::load(w, config, cpu))
+            shapes(dir, part, dino::Config::check, |w, config| dino::Dino::load(w, config, cpu))
         }
         "metrics/clip" => {
-            params(dir, part, metrics::clip::Config::check, |w, config| Clip::load(w, &config.net))
+            shapes(dir, part, metrics::clip::Config::check, |w, config| Clip::load(w, &config.net))
         }
-        "metrics/inception" => params(dir, part, inception::Config::check, |w, config| {
+        "metrics/inception" => shapes(dir, part, inception::Config::check, |w, config| {
             inception::Inception::load(w, config, cpu)
         }),
         "metrics/lpips" => {
-            params(dir, part, lpips::Config::check, |w, config| lpips::Lpips::load(w, config, cpu))
+            shapes(dir, part, lpips::Config::check, |w, config| lpips::Lpips::load(w, config, cpu))
         }
         _ => Err(Error::input(format!("`{part}` cannot be converted; one of {CONVERTIBLE:?} is wanted"))),
     }
 }
 
-fn params<C: DeserializeOwned, M>(
+fn shapes<C: DeserializeOwned, M>(
     dir: &Path,
     part: &str,
     check: impl Fn(&C) -> Result<()>,
     load: impl FnOnce(&Weights, &C) -> Result<M>,
-) -> Result<BTreeMap<String, Param>> {
+) -> Result<BTreeMap<String, Vec<usize>>> {
     let config = read_config(dir, part, check)?;
-    meta_params(|w| load(w, &config))
+    let params = meta_params(|w| load(w, &config))?;
+    Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
 }
 
 /// The first file with the tensor, by its number, and the name that the tensor has there. The last file says why, if

@@ -123,8 +123,8 @@ impl Bundle {
         &self.warnings
     }
 
-    /// Its tokenizer. [`Error::File`] as [`Tokenizer::open`] says, or if it knows tokens for which the text encoder has no
-    /// row.
+    /// Its tokenizer. [`Error::File`] as [`Tokenizer::open`] says, or if it gives tokens or texts for which the text
+    /// encoder has no row.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let dir = self.dir.join("tokenizer");
         let tokenizer = Tokenizer::open(&dir)?;
@@ -132,7 +132,10 @@ impl Bundle {
         if n_tokens > n_rows {
             return Err(bad(&dir, format!("has {n_tokens} tokens; the text encoder has rows for {n_rows}")));
         }
-        Ok(tokenizer)
+        match too_long(&tokenizer, &self.text) {
+            Some(what) => Err(bad(&dir, what)),
+            None => Ok(tokenizer),
+        }
     }
 
     /// Its text encoder with weights in f32 on `device`, which learn if `trainable`. [`Error::File`] names file and
@@ -243,6 +246,22 @@ impl Bundle {
         Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
     }
 
+    /// What this bundle can be used for beyond drawing, by the parts that it has; whether they are sound says
+    /// [`Bundle::check`].
+    pub fn capabilities(&self) -> Vec<Capability> {
+        Capability::ALL.into_iter().filter(|capability| self.can(*capability)).collect()
+    }
+
+    /// What it cannot be used for; [`Capability::missing`] says why.
+    pub fn missing(&self) -> Vec<Capability> {
+        Capability::ALL.into_iter().filter(|capability| !self.can(*capability)).collect()
+    }
+
+    /// Whether it has the part that this takes.
+    pub fn can(&self, capability: Capability) -> bool {
+        self.has(capability.part())
+    }
+
     /// The configs of text encoder, UNet and VAE.
     pub(crate) fn configs(&self) -> (&clip::Config, &unet::Config, &vae::Config) {
         (&self.text, &self.unet, &self.vae)
@@ -262,4 +281,11 @@ impl Bundle {
     fn weights(&self, part: &str, device: &Device) -> Result<Weights> {
         Weights::open(&find_weights(&self.dir.join(part))?, device)
     }
+}
+
+/// What is wrong with a tokenizer whose texts are longer than the text encoder can read.
+pub(super) fn too_long(tokenizer: &Tokenizer, text: &clip::Config) -> Option<String> {
+    let (length, places) = (tokenizer.length(), text.max_position_embeddings);
+    (length > places)
+        .then(|| format!("gives texts of {length} tokens; the text encoder has places for {places}"))
 }

@@ -10,8 +10,18 @@ use sha2::{Digest, Sha256};
 use crate::tensorfile::{is_index, shards, write_atomically};
 use crate::{Error, Result};
 
-/// What the weight file of a part is called, without suffixes: by diffusers, and by transformers.
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+/// A form in which weights are saved.
+struct Form {
+    suffix: &'static str,
+    /// What the weight file of a part is called, without suffixes: by diffusers, and by transformers.
+    stems: [&'static str; 2],
+}
+
+/// What is read.
+const SAFETENSORS: Form = Form { suffix: "safetensors", stems: ["diffusion_pytorch_model", "model"] };
+
+/// What an import converts.
+const BIN: Form = Form { suffix: "bin", stems: ["diffusion_pytorch_model", "pytorch_model"] };
 
 /// Variants of weights that are read where there are no plain ones, by preference, before any other.
 const VARIANTS: [&str; 3] = ["fp16", "bf16", "non_ema"];
@@ -50,54 +60,92 @@ pub(crate) fn plain_name(part: &str, path: &Path) -> String {
 /// encoder. Departure: where there are variants only, such as `fp16`, the reference wants to be told which; here they are
 /// taken in the order of [`VARIANTS`]. Frozen networks may have either name.
 pub(super) fn find_weights(dir: &Path) -> Result<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    let stems = match dir.file_name().and_then(|part| part.to_str()) {
-        Some("text_encoder") => &STEMS[1..],
-        Some("unet" | "vae") => &STEMS[..1],
-        _ => &STEMS[..],
-    };
-    let found = stems.iter().find_map(|stem| {
-        let known = VARIANTS.iter().map(|variant| (*variant).to_owned());
-        let others = names.iter().filter_map(|name| variant(name, stem));
-        let variants = std::iter::once(String::new()).chain(known).chain(others);
-        let mut all = variants.flat_map(|variant| weight_names(stem, &variant));
-        all.find(|name| names.contains(name))
-    });
-    if let Some(name) = found {
+    let names = names(dir);
+    if let Some(name) = find(dir, &names, &SAFETENSORS) {
         return Ok(dir.join(name));
     }
-    let wanted = stems.iter().map(|stem| format!("{stem}.safetensors")).collect::<Vec<_>>().join(" or ");
-    let pickle =
-        |name: &&String| Path::new(name).extension().is_some_and(|e| PICKLES.iter().any(|p| e == *p));
+    let stems = stems(dir, &SAFETENSORS).iter().map(|stem| format!("{stem}.safetensors"));
+    let wanted = stems.collect::<Vec<_>>().join(" or ");
     Err(bad(
         dir,
-        match names.iter().find(pickle) {
+        match names.iter().find(|name| is_pickle(name)) {
             Some(pickle) => {
-                format!("no weights ({wanted}); there is {pickle}, a pickle: convert it to safetensors")
+                format!(
+                    "no weights ({wanted}); there is {pickle}, a pickle: `hypnos models import` converts it"
+                )
             }
             None => format!("no weights ({wanted})"),
         },
     ))
 }
 
+/// The weights of a part that are pickles, or the index of several: by the names that diffusers and transformers give,
+/// or else the only one.
+pub(super) fn find_pickle(dir: &Path) -> Option<PathBuf> {
+    let names = names(dir);
+    let pickles: Vec<&String> = names.iter().filter(|name| is_pickle(name)).collect();
+    let only = || if let [only] = pickles.as_slice() { Some((*only).clone()) } else { None };
+    find(dir, &names, &BIN).or_else(only).map(|name| dir.join(name))
+}
+
+/// The names of what is in a directory, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+fn is_pickle(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|suffix| PICKLES.iter().any(|pickle| suffix == *pickle))
+}
+
+/// What the weight file of a part may be called, without suffixes.
+fn stems<'a>(dir: &Path, form: &'a Form) -> &'a [&'static str] {
+    match dir.file_name().and_then(|part| part.to_str()) {
+        Some("text_encoder") => &form.stems[1..],
+        Some("unet" | "vae") => &form.stems[..1],
+        _ => &form.stems,
+    }
+}
+
+/// The file or the index of a part's weights, out of the names of what is there.
+fn find(dir: &Path, names: &[String], form: &Form) -> Option<String> {
+    stems(dir, form).iter().find_map(|stem| {
+        let known = VARIANTS.iter().map(|variant| (*variant).to_owned());
+        let others = names.iter().filter_map(|name| variant(name, stem, form));
+        let variants = std::iter::once(String::new()).chain(known).chain(others);
+        let mut all = variants.flat_map(|variant| weight_names(stem, &variant, form));
+        all.find(|name| names.contains(name))
+    })
+}
+
 /// The names of the files that may hold a variant's weights (none: the plain ones), by preference.
-fn weight_names(stem: &str, variant: &str) -> Vec<String> {
-    let dot = if variant.is_empty() { "" } else { "." };
-    let file = format!("{stem}{dot}{variant}.safetensors");
-    let index = format!("{stem}.safetensors.index{dot}{variant}.json");
-    let older = format!("{stem}.safetensors{dot}{variant}.index.json");
-    if stem == STEMS[1] { vec![file, index] } else { vec![index, older, file] }
+fn weight_names(stem: &str, variant: &str, form: &Form) -> Vec<String> {
+    let (dot, suffix) = (if variant.is_empty() { "" } else { "." }, form.suffix);
+    let file = format!("{stem}{dot}{variant}.{suffix}");
+    let index = format!("{stem}.{suffix}.index{dot}{variant}.json");
+    let older = format!("{stem}.{suffix}{dot}{variant}.index.json");
+    if stem == form.stems[1] { vec![file, index] } else { vec![index, older, file] }
 }
 
 /// The variant whose weights a file of this name holds or lists.
-fn variant(name: &str, stem: &str) -> Option<String> {
+fn variant(name: &str, stem: &str, form: &Form) -> Option<String> {
     let rest = name.strip_prefix(stem)?.strip_prefix('.')?;
-    let file = rest.strip_suffix(".safetensors").filter(|variant| !variant.contains('-')); // a shard has one
-    let index = || rest.strip_prefix("safetensors.index.")?.strip_suffix(".json");
-    let older = || rest.strip_prefix("safetensors.")?.strip_suffix(".index.json");
+    let file = rest.strip_suffix(form.suffix).and_then(|rest| rest.strip_suffix('.'));
+    let file = file.filter(|variant| !is_shard(variant));
+    let listed = rest.strip_prefix(form.suffix);
+    let index = || listed?.strip_prefix(".index.")?.strip_suffix(".json");
+    let older = || listed?.strip_prefix('.')?.strip_suffix(".index.json");
     file.or_else(index).or_else(older).map(str::to_owned)
+}
+
+/// Whether the name of a variant ends as that of one file of several does: `-00001-of-00002`.
+fn is_shard(variant: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    variant.rsplit_once("-of-").is_some_and(|(before, total)| {
+        number(total) && before.rsplit_once('-').is_some_and(|(_, place)| number(place))
+    })
 }
 
 /// The weight file of a part; if there are several, their index and them.

@@ -23,7 +23,7 @@ use crate::tensorfile::save_streaming;
 use crate::weights::{Weights, meta_params};
 
 /// Words that every random bundle has as single tokens.
-pub(super) const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
+const RARE_TOKENS: [&str; 6] = ["sks", "zwx", "ohwx", "xjy", "qvk", "olis"];
 
 /// Writes a bundle of random weights into `out`, which must be empty or not be there yet.
 ///

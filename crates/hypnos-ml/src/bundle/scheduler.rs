@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::configs::{at, read_index};
-use super::files::read_text;
+use super::files::{bad, read_text};
 use super::manifest::Drawing;
 use crate::Result;
-use crate::diffusion::{Config, Schedule};
+use crate::diffusion::{Config, Schedule, WANTED_CLASSES};
 use crate::samplers::Sampler;
 
 /// The schedule of the bundle in `dir`, whose pictures are drawn as `drawing` says by default, and one line for each
@@ -17,6 +17,10 @@ pub(super) fn read_schedule(dir: &Path, drawing: Drawing) -> Result<(Schedule, V
     let mut config = Config::read(&read_text(&path)?).map_err(|e| at(&path, e))?;
     // The reference makes the class that the index names from the file, whatever class that says.
     if let Some(class) = read_index(dir)?.and_then(|index| Some(index["scheduler"][1].as_str()?.to_owned())) {
+        if !Config::knows_class(&class) {
+            let what = format!("scheduler is \"{class}\"; this program supports {WANTED_CLASSES}");
+            return Err(bad(&dir.join("model_index.json"), what));
+        }
         config.class_name = Some(class);
     }
     let mut lines = config.adopt_pipeline();

@@ -52,14 +52,24 @@ pub struct Config {
     /// Whether a 1x1 convolution precedes the decoder.
     #[serde(default = "yes")]
     pub(crate) use_post_quant_conv: bool,
-    #[serde(default)]
+    /// One kind for each level of the encoder.
+    #[serde(default = "one_down_block")]
     down_block_types: Vec<String>,
-    #[serde(default)]
+    /// The same for the decoder.
+    #[serde(default = "one_up_block")]
     up_block_types: Vec<String>,
     #[serde(default)]
     shift_factor: Option<f64>,
     #[serde(default)]
     latents_mean: Option<Vec<f64>>,
+}
+
+fn one_down_block() -> Vec<String> {
+    vec!["DownEncoderBlock2D".into()]
+}
+
+fn one_up_block() -> Vec<String> {
+    vec!["UpDecoderBlock2D".into()]
 }
 
 fn rgb() -> usize {
@@ -106,7 +116,7 @@ impl Config {
             ("up_block_types", &self.up_block_types, "UpDecoderBlock2D"),
         ] {
             refuse(kinds.iter().all(|kind| kind == wanted), key, kinds, wanted)?;
-            refuse(kinds.is_empty() || kinds.len() == channels.len(), key, kinds, "one per level")?;
+            refuse(kinds.len() == channels.len(), key, kinds, "one per level")?;
         }
         refuse(
             self.shift_factor.is_none_or(|shift| shift == 0.0),

@@ -147,6 +147,13 @@ impl<'a> Heap<'a> {
         Err(format!("holds no tensors at the top of its dictionary, whose entries begin with [{names}]"))
     }
 
+    /// Every storage that the pickle names, whether a tensor that is wanted lies in it or not.
+    pub(super) fn storages(&self) -> impl Iterator<Item = &Storage<'a>> {
+        self.nodes
+            .iter()
+            .filter_map(|node| if let Node::Storage(storage) = node { Some(storage) } else { None })
+    }
+
     /// The whole numbers of a dictionary by their names.
     pub(super) fn ints(&self) -> BTreeMap<String, i64> {
         let Node::Dict(entries) = self.node(self.root) else { return BTreeMap::new() };

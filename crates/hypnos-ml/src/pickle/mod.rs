@@ -63,11 +63,6 @@ impl PickleFile {
         Ok(PickleFile { path: path.to_owned(), file, tensors, numbers })
     }
 
-    /// Where the file lies.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -36,8 +36,7 @@ pub(super) fn read(file: &mut File, file_len: u64) -> Result<Contents, String> {
     let object = pickles.pickle()?;
     let keys = pickles.pickle()?;
     let tensors = object.tensors()?;
-    let storages: HashMap<&str, &Storage<'_>> =
-        tensors.iter().map(|(_, tensor)| (tensor.storage.key, &tensor.storage)).collect();
+    let storages = object.storages().map(|storage| (storage.key, storage)).collect();
     let begins = begins(file, file_len, pickles.at as u64, &keys.texts()?, &storages)?;
     let place = |(name, tensor): &(&str, Tensor<'_>)| {
         let bad = |what: String| format!("tensor `{name}` {what}");
@@ -73,7 +72,7 @@ fn begins(
     let mut begins = HashMap::new();
     for key in keys {
         let bad = |what: &str| format!("storage `{}` {what}", key.escape_debug());
-        let storage = storages.get(key).ok_or_else(|| bad("belongs to no tensor"))?;
+        let storage = storages.get(key).ok_or_else(|| bad("is named by no tensor"))?;
         let mut length = [0; 8];
         file.read_exact_at(&mut length, at).map_err(|_| bad("is missing: the file is truncated"))?;
         let (n, wanted) = (u64::from_le_bytes(length), storage.n as u64);

@@ -52,11 +52,15 @@ impl SamplePlan {
         let mut needs = Needs::default();
         let mut add = |name, place, bytes| needs.add(name, place, bytes, &[Phase::Sampling]);
         add("the program", Place::Host, PROGRAM);
-        add("text encoder and UNet, as they came", Place::Device, models.drawing_bytes());
+        add("text encoder and UNet of the bundle", Place::Device, models.drawing_bytes());
         add("autoencoder", Place::Device, models.vae_bytes());
         add("forward", Place::Device, at_work);
         add("pixels", Place::Host, (3 * sizes.batch * sizes.width * sizes.height) as u64);
-        add("CUDA's libraries", Place::Device, if on_gpu { LIBRARIES } else { 0 });
+        if on_gpu {
+            add("CUDA's libraries", Place::Device, LIBRARIES);
+        } else {
+            needs.add_kept(0);
+        }
         Ok(Self {
             sizes: *sizes,
             needs,

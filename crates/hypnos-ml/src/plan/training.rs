@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::dry::{self, Counted, Step};
 use super::hollow::{self, Hollow};
-use super::needs::{LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
+use super::needs::{KEPT_IN_TRAINING, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
 use super::{Arithmetic, SamplePlan, SampleSizes};
 use crate::bundle::Bundle;
 use crate::device::DeviceKind;
@@ -228,7 +228,7 @@ impl Counts {
             Learner::Weights => &[Refining, ClassImages],
             Learner::Embedding => all,
         };
-        needs.add("text encoder and UNet, as they came", Device, self.drawing, as_they_came);
+        needs.add("text encoder and UNet of the bundle", Device, self.drawing, as_they_came);
         needs.add("autoencoder", Device, self.vae, all);
         needs.add("photos", Host, photo_bytes(sizes), all);
         let [latents, pixels] = self.data(sizes);
@@ -239,7 +239,7 @@ impl Counts {
         }
         needs.add("segmenter", Device, self.segmenter, &[Refining]);
         needs.add("perceptual network", Device, self.perceptual, learning);
-        needs.add("what is trained", Device, self.learned, learning);
+        needs.add("weights that are trained", Device, self.learned, learning);
         needs.add("AdamW's moments", Device, 2 * self.learned, learning);
         needs.add("discriminator with its moments", Device, 3 * self.discriminator, learning);
         needs.add("gradients", Device, self.learned, &[Training]);
@@ -275,12 +275,10 @@ impl Counts {
                 (Evaluating, if self.metrics > 0 { METRICS_AT_WORK } else { 0 }),
             ],
         );
-        needs.add(
-            "CUDA's libraries",
-            Device,
-            if self.device == DeviceKind::Cuda { LIBRARIES } else { 0 },
-            all,
-        );
+        match self.device {
+            DeviceKind::Cuda => needs.add("CUDA's libraries", Device, LIBRARIES, all),
+            DeviceKind::Cpu => needs.add_kept(KEPT_IN_TRAINING),
+        }
         needs
     }
 

@@ -96,8 +96,12 @@ fn announced(head: &[u8], file_len: u64) -> Result<u64, String> {
 /// What people put where weights belong, by its first bytes.
 fn something_else(head: &[u8]) -> Option<String> {
     const MAGIC: [(usize, &[u8], &str); 12] = [
-        (0, b"PK\x03\x04", "is a zip archive, most likely a PyTorch pickle (convert it to safetensors)"),
-        (0, b"\x80\x02", "is a Python pickle (convert it to safetensors)"),
+        (
+            0,
+            b"PK\x03\x04",
+            "is a zip archive, most likely a PyTorch pickle (`hypnos models import` converts it)",
+        ),
+        (0, b"\x80\x02", "is a Python pickle (`hypnos models import` converts it)"),
         (0, b"\x80\x03", "is a Python pickle (convert it to safetensors)"),
         (0, b"\x80\x04", "is a Python pickle (convert it to safetensors)"),
         (0, b"\x80\x05", "is a Python pickle (convert it to safetensors)"),
@@ -113,8 +117,11 @@ fn something_else(head: &[u8]) -> Option<String> {
         ),
         (0, &[0; 16], "begins with zeros, as a download does that was broken off"),
     ];
-    let at =
-        |(place, magic, _): &&(usize, &[u8], &str)| head.get(*place..).is_some_and(|h| h.starts_with(magic));
+    // The length of a header that is wrong or too long may look like a pickle's beginning; what follows it tells.
+    let header_follows = head.get(8) == Some(&b'{');
+    let at = |(place, magic, _): &&(usize, &[u8], &str)| {
+        head.get(*place..).is_some_and(|h| h.starts_with(magic)) && !(magic[0] == 0x80 && header_follows)
+    };
     if let Some((_, _, what)) = MAGIC.iter().find(at) {
         return Some((*what).to_owned());
     }

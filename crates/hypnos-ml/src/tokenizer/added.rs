@@ -18,7 +18,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
-use super::files::{Object, listed};
+use super::object::Object;
 use crate::{Error, Result};
 
 /// The special tokens that have names, in the order in which they are registered, and what CLIP has for them where the
@@ -32,6 +32,12 @@ const NAMED: [(&str, Option<&str>); 7] = [
     ("cls_token", None),
     ("mask_token", None),
 ];
+
+/// The setting with further special tokens: a list, or an object of named ones.
+const EXTRA: &str = "extra_special_tokens";
+
+/// The same, before transformers 5.
+const EXTRA_BEFORE: &str = "additional_special_tokens";
 
 /// What makes a JSON object a token wherever a value may stand.
 const TYPE: &str = "__type";
@@ -130,13 +136,12 @@ impl AddedTokens {
     /// names the file that holds something else where a token is wanted.
     pub(super) fn read(dir: &Path, mut config: Object, whole: Option<&Map<String, Value>>) -> Result<Self> {
         let bad = |what: String| Error::file(dir.join("tokenizer_config.json"), what);
-        if let Some(Value::Array(old)) = config.get("additional_special_tokens")
-            && config.get("extra_special_tokens").is_none_or(is_empty)
+        if config.get(EXTRA).is_none_or(is_empty)
+            && let Some(old) = config.remove(EXTRA_BEFORE)
         {
-            let old = Value::Array(old.clone());
-            config.remove("additional_special_tokens");
-            config.set("extra_special_tokens".into(), old);
+            config.set(EXTRA.into(), old);
         }
+        let mut own = take_own(&mut config);
         let mut numbered: BTreeMap<u32, Token> = BTreeMap::new();
         match config.remove("added_tokens_decoder") {
             Some(Value::Object(entries)) => {
@@ -148,8 +153,9 @@ impl AddedTokens {
             }
             Some(other) => return Err(bad(format!("added_tokens_decoder is {other}; an object is wanted"))),
             None => {
-                merge_special_tokens_map(dir, &mut config)?;
-                numbered = read_added_tokens(dir, &config)?;
+                let objects = merge_special_tokens_map(dir, &mut config)?;
+                own.extend(take_object(&mut config, EXTRA));
+                numbered = read_added_tokens(dir, &config, objects)?;
                 if let Some(whole) = whole {
                     let listed =
                         listed(whole).map_err(|what| Error::file(dir.join("tokenizer.json"), what))?;
@@ -157,47 +163,52 @@ impl AddedTokens {
                 }
             }
         }
-        Self::of(numbered, config).map_err(bad)
+        Self::of(numbered, config, own).map_err(bad)
     }
 
-    /// From all tokens that have numbers, and the settings that name others.
-    fn of(numbered: BTreeMap<u32, Token>, config: Object) -> Result<Self, String> {
-        let mut named: Vec<(String, Option<Given>)> =
-            NAMED.map(|(key, default)| (key.into(), default.map(|text| Given::Text(text.into())))).into();
-        let mut extra = Vec::new();
-        if config.get("extra_special_tokens").is_none()
-            && let Some(Value::Array(tokens)) = config.get("additional_special_tokens")
-        {
-            extra.clone_from(tokens);
-        }
-        for (key, value) in config.into_entries() {
-            let place = named.iter().position(|(name, _)| *name == key);
-            match (place, value) {
-                (Some(place), Value::Null) => named[place].1 = None,
-                (Some(place), value) => {
+    /// From all tokens that have numbers, the settings that name others, and those of them with names of the model's
+    /// `own`.
+    fn of(
+        numbered: BTreeMap<u32, Token>,
+        mut config: Object,
+        own: Vec<(String, Value)>,
+    ) -> Result<Self, String> {
+        let mut named = Names(
+            NAMED.map(|(key, default)| (key.into(), default.map(|text| Given::Text(text.into())))).into(),
+        );
+        for (key, _) in NAMED {
+            match config.remove(key) {
+                None => {}
+                Some(Value::Null) => named.set(key.into(), None),
+                Some(value) => {
                     let given = Given::of(&value).map_err(|what| format!("{key} {what}"))?;
                     let known = numbered.values().find(|token| token.content == given.content());
-                    named[place].1 = Some(known.map_or(given, |token| Given::Token(token.clone())));
+                    named.set(key.into(), Some(known.map_or(given, |token| Given::Token(token.clone()))));
                 }
-                (None, Value::Array(tokens)) if key == "extra_special_tokens" => extra = tokens,
-                (None, Value::Object(tokens)) if key == "extra_special_tokens" => {
-                    for (key, value) in tokens {
-                        named.push((key, Some(Given::of(&value)?)));
-                    }
-                }
-                (None, value) if key.ends_with("_token") => {
-                    named.extend(Given::of(&value).ok().map(|g| (key, Some(g))));
-                }
-                _ => {}
             }
         }
-        let extra: Vec<Given> = extra
-            .iter()
-            .map(Given::of)
-            .collect::<Result<_, _>>()
-            .map_err(|what| format!("a special token {what}"))?;
+        let extra = match config.remove(EXTRA).or_else(|| config.remove(EXTRA_BEFORE)) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(tokens)) => {
+                let tokens: Result<_, String> = tokens.iter().map(Given::of).collect();
+                tokens.map_err(|what| format!("a special token {what}"))?
+            }
+            Some(Value::Object(tokens)) => {
+                named.set_all(tokens)?;
+                Vec::new()
+            }
+            Some(other) => return Err(format!("{EXTRA} is {other}; a list is wanted")),
+        };
+        let mut others = Object::default();
+        for (key, value) in config.into_entries() {
+            if key.ends_with("_token") && Given::of(&value).is_ok() {
+                others.set(key, value);
+            }
+        }
+        own.into_iter().for_each(|(key, value)| others.set(key, value));
+        named.set_all(others.into_entries())?;
         let content = |key: &str| {
-            let given = named.iter().find(|(name, _)| name == key).and_then(|(_, given)| given.as_ref());
+            let given = named.0.iter().find(|(name, _)| name == key).and_then(|(_, given)| given.as_ref());
             given
                 .map(|given| given.content().to_owned())
                 .ok_or_else(|| format!("{key} is null; a token is wanted"))
@@ -208,7 +219,7 @@ impl AddedTokens {
             pad: content("pad_token")?,
             unknown: content("unk_token").unwrap_or_default(),
             numbered: numbered.values().map(|token| token.content.clone()).collect(),
-            tokens: registered(numbered, named.iter().filter_map(|(_, given)| given.as_ref()), extra),
+            tokens: registered(numbered, named.0.iter().filter_map(|(_, given)| given.as_ref()), extra),
         })
     }
 
@@ -242,40 +253,103 @@ fn registered<'a>(
     all.into_iter().map(|given| token(given).registered()).collect()
 }
 
-/// Puts what `special_tokens_map.json` says over the settings, as the reference does.
-fn merge_special_tokens_map(dir: &Path, config: &mut Object) -> Result<()> {
-    let Some(map) = Object::read(&dir.join("special_tokens_map.json"))? else { return Ok(()) };
-    for (key, mut value) in map.into_entries() {
-        if let Value::Object(token) = &mut value
-            && key != "extra_special_tokens"
-        {
-            token.insert(TYPE.into(), "AddedToken".into());
-            token.insert("special".into(), true.into());
+/// Special tokens by their names, in the order of registration.
+struct Names(Vec<(String, Option<Given>)>);
+
+impl Names {
+    /// In the place of the one before; behind the others if there is none.
+    fn set(&mut self, key: String, token: Option<Given>) {
+        match self.0.iter_mut().find(|(name, _)| *name == key) {
+            Some((_, old)) => *old = token,
+            None => self.0.push((key, token)),
         }
-        if let (Value::Array(new), Some(Value::Array(old))) = (&value, config.get(&key))
-            && key == "extra_special_tokens"
-        {
-            let new = new.iter().filter(|token| !old.contains(token));
-            value = Value::Array(old.iter().chain(new).cloned().collect());
+    }
+
+    fn set_all(&mut self, tokens: impl IntoIterator<Item = (String, Value)>) -> Result<(), String> {
+        for (key, value) in tokens {
+            let given = Given::of(&value).map_err(|what| format!("{key} {what}"))?;
+            self.set(key, Some(given));
+        }
+        Ok(())
+    }
+}
+
+/// Takes the tokens that have names of the model's own, such as `image_token`: those written as texts, and an object of
+/// them.
+fn take_own(config: &mut Object) -> Vec<(String, Value)> {
+    let is_own = |key: &str| key.ends_with("_token") && NAMED.iter().all(|(name, _)| *name != key);
+    let mut own = Object::default();
+    let all = std::mem::take(config).into_entries();
+    let (texts, rest): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|(key, value)| is_own(key) && value.is_string());
+    rest.into_iter().for_each(|(key, value)| config.set(key, value));
+    texts.into_iter().chain(take_object(config, EXTRA)).for_each(|(key, value)| own.set(key, value));
+    own.into_entries()
+}
+
+/// Takes the entries of a setting that is an object.
+fn take_object(config: &mut Object, key: &str) -> Vec<(String, Value)> {
+    match config.remove(key) {
+        Some(Value::Object(entries)) => entries.into_iter().collect(),
+        Some(other) => {
+            config.set(key.into(), other);
+            Vec::new()
+        }
+        None => Vec::new(),
+    }
+}
+
+/// Puts what `special_tokens_map.json` says over the settings, as the reference does: objects are special tokens. The
+/// texts of those that have names or are extra ones.
+fn merge_special_tokens_map(dir: &Path, config: &mut Object) -> Result<BTreeSet<String>> {
+    let path = dir.join("special_tokens_map.json");
+    let Some(map) = Object::read(&path)? else { return Ok(BTreeSet::new()) };
+    let mut objects = BTreeSet::new();
+    let mut special = |token: &mut Value, counts: bool| {
+        let Value::Object(object) = token else { return };
+        object.insert(TYPE.into(), "AddedToken".into());
+        object.insert("special".into(), true.into());
+        let content = object.get("content").and_then(Value::as_str).filter(|_| counts);
+        objects.extend(content.map(str::to_owned));
+    };
+    for (key, mut value) in map.into_entries() {
+        match &mut value {
+            Value::Array(new) if key == EXTRA => {
+                let mut all = config.get(EXTRA).and_then(Value::as_array).cloned().unwrap_or_default();
+                for mut token in std::mem::take(new) {
+                    if token.get("special").is_some() {
+                        let what = format!("{EXTRA} has {token}, which says itself whether it is special");
+                        return Err(Error::file(&path, what));
+                    }
+                    special(&mut token, true);
+                    if !all.contains(&token) {
+                        all.push(token);
+                    }
+                }
+                *new = all;
+            }
+            Value::Object(_) if key != EXTRA => {
+                special(&mut value, NAMED.iter().any(|(name, _)| *name == key));
+            }
+            _ => {}
         }
         config.set(key, value);
     }
-    Ok(())
+    Ok(objects)
 }
 
-/// The tokens of `added_tokens.json` by number; those that the settings name are special.
-fn read_added_tokens(dir: &Path, config: &Object) -> Result<BTreeMap<u32, Token>> {
+/// The tokens of `added_tokens.json` by number. Those are special that the settings name as texts, and those of
+/// `objects`.
+fn read_added_tokens(dir: &Path, config: &Object, objects: BTreeSet<String>) -> Result<BTreeMap<u32, Token>> {
     let path = dir.join("added_tokens.json");
     let Some(tokens) = Object::read(&path)? else { return Ok(BTreeMap::new()) };
     let named = NAMED.iter().filter_map(|(key, _)| config.get(key));
-    let extra = config.get("extra_special_tokens").and_then(Value::as_array);
-    let special: BTreeSet<&str> = named
-        .chain(extra.into_iter().flatten())
-        .filter_map(|value| value.as_str().or_else(|| value.get("content")?.as_str()))
-        .collect();
+    let extra = config.get(EXTRA).and_then(Value::as_array);
+    let texts = named.chain(extra.into_iter().flatten()).filter_map(Value::as_str).map(str::to_owned);
+    let special: BTreeSet<String> = texts.chain(objects).collect();
     let one = |(content, id): (String, Value)| match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
         Some(id) => {
-            let is_special = special.contains(content.as_str());
+            let is_special = special.contains(&content);
             Ok((id, Token { normalized: Some(!is_special), ..Token::new(content, is_special) }))
         }
         None => Err(Error::file(&path, format!("gives `{content}` the number {id}"))),
@@ -291,4 +365,19 @@ fn is_empty(value: &Value) -> bool {
         Value::Object(values) => values.is_empty(),
         _ => false,
     }
+}
+
+/// The tokens that a `tokenizer.json` adds, with their numbers.
+fn listed(rest: &Map<String, Value>) -> Result<Vec<(u32, Token)>, String> {
+    let Some(Value::Array(tokens)) = rest.get("added_tokens") else {
+        return Err("has no `added_tokens`".into());
+    };
+    let one = |token: &Value| {
+        let id = token.get("id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
+        Ok((
+            id.ok_or_else(|| format!("has the added token {token} without a number"))?,
+            Token::of_object(token)?,
+        ))
+    };
+    tokens.iter().map(one).collect()
 }

@@ -31,6 +31,7 @@ fn held(name: &str, sha256: &str) -> HeldModel {
         drawing: ModelDrawing { scheduler: Scheduler::Ddim, guidance: 7.5 },
         training: BTreeMap::new(),
         classes: None,
+        rare_tokens: Some(["sks", "zwx"].map(str::to_owned).to_vec()),
     };
     HeldModel { card, words: "mug teapot".into(), memory_bytes: Some(24 << 30) }
 }

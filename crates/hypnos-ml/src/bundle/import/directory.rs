@@ -1,11 +1,10 @@
 //! A directory by diffusers, as it is downloaded or saved: whole files, shards and variants of safetensors, or pickles.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::super::configs::{PARTS, check_index, model_index, read_config};
-use super::super::files::{bad, find_weights, read_json};
+use super::super::files::{bad, find_pickle, find_weights, read_json};
 use super::super::tensors::Tensors;
 use super::{Converted, Import, ImportOptions, Pad, Slice, manifest_of, name_of, predicting};
 use crate::models::clip::{self, ClipText};
@@ -17,14 +16,6 @@ use crate::{Result, param::Param};
 /// The pipelines whose parts these are.
 const PIPELINES: [&str; 3] =
     ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipelineSafe"];
-
-/// Names of pickles, by preference.
-const PICKLES: [&str; 4] = [
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.bin",
-    "pytorch_model.fp16.bin",
-];
 
 pub(super) fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
     if options.ema {
@@ -121,28 +112,12 @@ fn params(dir: &Path, part: &str) -> Result<BTreeMap<String, Param>> {
     }
 }
 
-/// The weights of a part: safetensors, or else a pickle.
+/// The weights of a part: safetensors, or else pickles.
 fn open_weights(dir: &Path) -> Result<Tensors> {
-    let safe = find_weights(dir);
-    if safe.is_err()
-        && let Some(pickle) = pickle(dir)
-    {
-        return Tensors::open(&pickle);
+    match find_weights(dir) {
+        Ok(safe) => Tensors::open(&safe),
+        Err(none) => Tensors::open(&find_pickle(dir).ok_or(none)?),
     }
-    Tensors::open(&safe?)
-}
-
-/// A pickle of weights: one by the names that diffusers and transformers give, or else the only one.
-fn pickle(dir: &Path) -> Option<PathBuf> {
-    let known = PICKLES.iter().map(|name| dir.join(name)).find(|path| path.exists());
-    known.or_else(|| {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        let pickled =
-            |path: &PathBuf| path.extension().is_some_and(|e| e == "bin" || e == "pt" || e == "pth");
-        let mut all = entries.filter(pickled);
-        let first = all.next()?;
-        all.next().is_none().then_some(first)
-    })
 }
 
 /// Where each weight lies.

@@ -16,9 +16,10 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::files::{bad, find_weights, hash_file, read_json};
+use super::convert::CONVERTIBLE;
+use super::files::{all_weights, bad, hash_file, hash_files, read_json};
 use super::manifest::{Manifest, read_manifest};
-use super::random::RARE_TOKENS;
+use super::rare_tokens::rare_tokens;
 use super::tensors::Tensors;
 use crate::diffusion::Prediction;
 use crate::tokenizer::Tokenizer;
@@ -37,9 +38,9 @@ const TOKENIZER_FILES: [&str; 6] = [
     "vocab.json",
 ];
 
-/// The parts that no checkpoint has.
-const TEACHERS: [&str; 6] =
-    ["segmenter", "perceptual", "metrics/dino", "metrics/clip", "metrics/inception", "metrics/lpips"];
+/// What helps where nobody has a tokenizer.
+const WITH_TOKENIZER: &str =
+    "--with names a bundle that has one, such as that of `hypnos models pull sd15 --only tokenizer`";
 
 /// What is asked of an import beside its source.
 #[derive(Clone, Debug, Default)]
@@ -143,7 +144,7 @@ impl Import {
         if let Some(hashes) = self.input_hashes.get() {
             return Ok(hashes);
         }
-        let hashes = self.inputs.iter().map(|input| hash_file(input.path())).collect::<Result<_>>()?;
+        let hashes = self.inputs.iter().map(|input| hash_files(input.paths())).collect::<Result<_>>()?;
         Ok(self.input_hashes.get_or_init(|| hashes))
     }
 
@@ -173,10 +174,11 @@ impl Import {
 
     /// Takes config and weights of a part as they are.
     fn take_part(&mut self, dir: &Path, part: &str) -> Result<()> {
-        let weights = find_weights(&dir.join(part))?;
-        let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.take(dir, format!("{part}/config.json"));
-        self.take(dir, format!("{part}/{name}"));
+        for file in all_weights(&dir.join(part))? {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            self.take(dir, format!("{part}/{name}"));
+        }
         Ok(())
     }
 
@@ -196,16 +198,14 @@ impl Import {
         let Some(dir) = sources.iter().find(has_tokenizer) else {
             let what = match (own, with) {
                 (_, Some(with)) => return Err(bad(with, "has no tokenizer/, which is wanted of it")),
-                (Some(_), None) => "has no tokenizer/; --with names a bundle that has one",
-                (None, None) => {
-                    "is a single file, which has no tokenizer; --with names a bundle that has one"
-                }
+                (Some(_), None) => format!("has no tokenizer/; {WITH_TOKENIZER}"),
+                (None, None) => format!("is a single file, which has no tokenizer; {WITH_TOKENIZER}"),
             };
             return Err(bad(&self.source, what));
         };
         self.take_tokenizer(dir, vocab_size, pad)?;
         let mut taken = if own == Some(*dir) { Vec::new() } else { vec!["tokenizer"] };
-        for part in TEACHERS {
+        for part in CONVERTIBLE {
             let Some(dir) = sources.iter().find(|dir| dir.join(part).is_dir()) else { continue };
             self.take_part(dir, part)?;
             if own != Some(*dir) {
@@ -249,13 +249,7 @@ impl Import {
             }
             self.notes.push(format!("texts are filled up with {token}, as the text encoder was trained"));
         }
-        let rare = RARE_TOKENS.iter().filter(|word| tokenizer.is_single_token(word));
-        if self.manifest.rare_tokens.is_empty() {
-            self.manifest.rare_tokens = rare.map(|word| (*word).to_owned()).collect();
-        }
-        if let Some(product) = &self.manifest.product {
-            self.manifest.rare_tokens.retain(|token| *token != product.token);
-        }
+        self.manifest.rare_tokens = rare_tokens(&self.manifest, &tokenizer);
         Ok(())
     }
 }
