@@ -222,7 +222,10 @@ fn sd15(side: usize, widened: usize) -> TempDir {
         "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12,
     });
-    let vae = json!({ "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2 });
+    let vae = json!({
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+    });
     write_json(&dir.path().join("unet/config.json"), &unet);
     write_json(&dir.path().join("text_encoder/config.json"), &text);
     write_json(&dir.path().join("vae/config.json"), &vae);

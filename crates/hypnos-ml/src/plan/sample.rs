@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::Arithmetic;
 use super::dry;
 use super::hollow::Hollow;
-use super::needs::{LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
+use super::needs::{KEPT_IN_SAMPLE, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
 use crate::Result;
 use crate::bundle::Bundle;
 use crate::device::DeviceKind;
@@ -59,7 +59,7 @@ impl SamplePlan {
         if on_gpu {
             add("CUDA's libraries", Place::Device, LIBRARIES);
         } else {
-            needs.add_kept(0);
+            needs.add_kept(KEPT_IN_SAMPLE);
         }
         Ok(Self {
             sizes: *sizes,

@@ -71,14 +71,13 @@ impl Header {
 fn announced(head: &[u8], file_len: u64) -> Result<u64, String> {
     let length = head.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
     let begins = head.get(8..).unwrap_or_default().trim_ascii_start().first();
-    match length {
-        // Whatever the bytes of the length look like.
-        Some(n) if n <= HEADER_BYTES_MAX && n <= file_len - 8 && begins.is_none_or(|b| *b == b'{') => {
-            return Ok(n);
-        }
-        _ => {}
+    // The bytes of a length may look like a pickle's first ones.
+    let fits = |n: &u64| *n <= HEADER_BYTES_MAX && *n <= file_len - 8;
+    if let Some(n) = length.filter(|n| fits(n) && begins.is_none_or(|b| *b == b'{')) {
+        return Ok(n);
     }
-    if let Some(other) = something_else(head) {
+    let may_be_pickle = !length.is_some_and(|n| fits(&n)) && begins != Some(&b'{');
+    if let Some(other) = something_else(head, may_be_pickle) {
         return Err(format!("{other}; a safetensors file was wanted"));
     }
     Err(match length {
@@ -94,7 +93,7 @@ fn announced(head: &[u8], file_len: u64) -> Result<u64, String> {
 }
 
 /// What people put where weights belong, by its first bytes.
-fn something_else(head: &[u8]) -> Option<String> {
+fn something_else(head: &[u8], may_be_pickle: bool) -> Option<String> {
     const MAGIC: [(usize, &[u8], &str); 12] = [
         (
             0,
@@ -117,10 +116,8 @@ fn something_else(head: &[u8]) -> Option<String> {
         ),
         (0, &[0; 16], "begins with zeros, as a download does that was broken off"),
     ];
-    // The length of a header that is wrong or too long may look like a pickle's beginning; what follows it tells.
-    let header_follows = head.get(8) == Some(&b'{');
     let at = |(place, magic, _): &&(usize, &[u8], &str)| {
-        head.get(*place..).is_some_and(|h| h.starts_with(magic)) && !(magic[0] == 0x80 && header_follows)
+        head.get(*place..).is_some_and(|h| h.starts_with(magic)) && (may_be_pickle || magic[0] != 0x80)
     };
     if let Some((_, _, what)) = MAGIC.iter().find(at) {
         return Some((*what).to_owned());
