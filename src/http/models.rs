@@ -17,7 +17,7 @@ use super::view::time;
 use crate::job::{
     Invalid, Method, ModelDrawing, ModelPart, ModelRef, TrainOptions, TrainSpec, Warning, WarningCode,
 };
-use crate::store::RegisteredModel;
+use crate::store::{ModelDevice, RegisteredModel};
 
 /// A model that workers hold, or held.
 #[derive(Serialize, ToSchema)]
@@ -37,7 +37,7 @@ pub(super) struct ModelView {
     /// Side of the pictures that it draws by default, in pixels.
     #[schema(minimum = 8)]
     resolution: u32,
-    /// The optional parts that it has.
+    /// The optional parts that it has, at any worker so far.
     parts: Vec<ModelPart>,
     /// How it draws where a sample does not say.
     drawing: ModelDrawing,
@@ -73,6 +73,8 @@ struct WorkerView {
     /// Its memory in bytes; null if it is the machine's.
     #[schema(minimum = 0)]
     memory_bytes: Option<i64>,
+    /// The parts of the model that its worker does not have: other workers take the jobs that need them.
+    lacks: Vec<ModelPart>,
 }
 
 /// The models.
@@ -102,7 +104,11 @@ impl ModelView {
             methods: Method::ALL.iter().map(method).collect::<Result<_, _>>()?,
             workers: devices
                 .iter()
-                .map(|device| WorkerView { device: device.name.clone(), memory_bytes: device.memory_bytes })
+                .map(|ModelDevice { name, memory_bytes, lacks }| WorkerView {
+                    device: name.clone(),
+                    memory_bytes: *memory_bytes,
+                    lacks: lacks.clone(),
+                })
                 .collect(),
             registered_at: time(*registered_ms),
         })
@@ -246,7 +252,6 @@ mod tests {
 
     use super::*;
     use crate::job::{ModelCard, Scheduler};
-    use crate::store::ModelDevice;
 
     fn model(name: &str, sha256: &str, running: bool) -> RegisteredModel {
         let card = ModelCard {
@@ -260,7 +265,7 @@ mod tests {
             classes: None,
             rare_tokens: None,
         };
-        let device = ModelDevice { name: "cpu".into(), memory_bytes: None };
+        let device = ModelDevice { name: "cpu".into(), memory_bytes: None, lacks: Vec::new() };
         RegisteredModel { card, registered_ms: 0, devices: running.then_some(device).into_iter().collect() }
     }
 

@@ -139,7 +139,8 @@ impl<'a> JobView<'a> {
         let mut spec: SpecFields =
             serde_json::from_str(&job.spec_json).map_err(|error| Problem::internal(&error))?;
         if place.is_some_and(|place| !place.served) {
-            let message = "no running worker holds the model that this job needs: it waits for one";
+            let message = "no running worker holds the model that this job needs, with all parts that it takes: it \
+                           waits for one";
             spec.warnings.push(Warning::new(WarningCode::NoWorker, message));
         }
         let this = format!("{public_url}/v1/jobs/{}", job.id);

@@ -22,6 +22,19 @@ string_enum!(
     }
 );
 
+impl ModelPart {
+    /// A set of parts as the database has it: the sum of 1 for the first of [`ModelPart::ALL`], 2 for the second, and
+    /// so on.
+    pub fn mask(parts: &[Self]) -> i64 {
+        Self::ALL.iter().zip(0..).filter(|(part, _)| parts.contains(part)).map(|(_, bit)| 1 << bit).sum()
+    }
+
+    /// The reverse of [`ModelPart::mask`].
+    pub fn of_mask(mask: i64) -> Vec<Self> {
+        Self::ALL.iter().zip(0..).filter(|(_, bit)| mask >> bit & 1 == 1).map(|(part, _)| *part).collect()
+    }
+}
+
 /// A model as a worker registers it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelCard {
@@ -183,20 +196,18 @@ impl ModelCard {
         Ok(())
     }
 
+    /// The parts that a worker must have to train with options as this model would: those that they need, and what
+    /// scores pictures if there is any.
+    pub fn needed(&self, options: &TrainOptions) -> Vec<ModelPart> {
+        let scored = options.evaluation.enabled && self.has(ModelPart::Metrics);
+        let parts = wanted(options).into_iter().map(|(part, ..)| part);
+        parts.chain(scored.then_some(ModelPart::Metrics)).collect()
+    }
+
     /// The parts that options need and this model lacks: each with the JSON pointer of the option, and the setting
     /// that does without.
     pub fn lacking(&self, options: &TrainOptions) -> Vec<(ModelPart, &'static str, &'static str)> {
-        let needed = [
-            (options.views.enabled, ModelPart::Segmenter, "/views/enabled", "views.enabled=false"),
-            (
-                options.loss_weights.perceptual > 0.0,
-                ModelPart::Perceptual,
-                "/loss_weights/perceptual",
-                "loss_weights.perceptual=0",
-            ),
-        ];
-        let lacking = needed.into_iter().filter(|(wanted, part, ..)| *wanted && !self.has(*part));
-        lacking.map(|(_, part, pointer, without)| (part, pointer, without)).collect()
+        wanted(options).into_iter().filter(|(part, ..)| !self.has(*part)).collect()
     }
 
     /// The warning of a training that cannot be scored.
@@ -224,6 +235,16 @@ impl ModelCard {
             Warning::new(WarningCode::ClassUnknown, message)
         })
     }
+}
+
+/// The parts without which options cannot be trained with: each with the JSON pointer of the option, and the setting
+/// that does without.
+fn wanted(options: &TrainOptions) -> Vec<(ModelPart, &'static str, &'static str)> {
+    let segmenter = (ModelPart::Segmenter, "/views/enabled", "views.enabled=false");
+    let perceptual = (ModelPart::Perceptual, "/loss_weights/perceptual", "loss_weights.perceptual=0");
+    let segmenter = options.views.enabled.then_some(segmenter);
+    let perceptual = (options.loss_weights.perceptual > 0.0).then_some(perceptual);
+    segmenter.into_iter().chain(perceptual).collect()
 }
 
 #[cfg(test)]
@@ -299,6 +320,26 @@ mod tests {
         let without_segmenter = ModelCard { parts: vec![ModelPart::Perceptual], ..card() };
         let invalid = without_segmenter.check(&TrainOptions::default()).expect_err("no segmenter");
         assert_eq!(invalid.pointer, "/views/enabled");
+    }
+
+    #[test]
+    fn a_set_of_parts_is_a_sum_of_powers_of_two() {
+        assert_eq!(ModelPart::mask(&[]), 0);
+        assert_eq!(ModelPart::mask(&[ModelPart::Metrics, ModelPart::Segmenter]), 1 + 4);
+        for mask in 0..8 {
+            assert_eq!(ModelPart::mask(&ModelPart::of_mask(mask)), mask);
+        }
+    }
+
+    #[test]
+    fn a_training_needs_the_parts_that_its_options_use_and_metrics_if_there_are_any() {
+        let full = ModelCard { parts: ModelPart::ALL.to_vec(), ..card() };
+        let needed = |card: &ModelCard, given: Value| card.needed(&card.options(&given).expect("options"));
+        assert_eq!(needed(&full, json!({})), ModelPart::ALL);
+        assert_eq!(needed(&full, json!({ "method": "dreambooth" })), [ModelPart::Metrics]);
+        assert_eq!(needed(&card(), json!({ "method": "dreambooth" })), []);
+        let unscored = json!({ "method": "dreambooth", "evaluation": { "enabled": false } });
+        assert_eq!(needed(&full, unscored), []);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::checks::{Invalid, SEED_MAX, check_seed, class_name, real, text, whole};
-use super::model::{ModelCard, ModelRef, Warning};
+use super::model::{ModelCard, ModelPart, ModelRef, Warning};
 use super::options::{Format, Scheduler, TrainOptions};
 
 /// Fewest photos of a product.
@@ -25,6 +25,9 @@ pub struct TrainSpec {
     /// The model that is fine-tuned; none if any will do, as in rows of earlier builds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelRef>,
+    /// The optional parts of the model that it takes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<ModelPart>,
     /// How it is trained.
     pub options: TrainOptions,
     /// The options that were given, as long as the others depend on a model that no worker had registered:
@@ -46,7 +49,8 @@ impl TrainSpec {
         let s_p = options.s_p.unwrap_or(options.steps * 5 / 8); // 500 of the paper's 800
         let options = TrainOptions { s_p: Some(s_p), ..options };
         let class_name = self::class_name(class_name)?;
-        Ok(Self { class_name, model: None, options, open_options: None, seed, warnings: Vec::new() })
+        let (parts, warnings) = (Vec::new(), Vec::new());
+        Ok(Self { class_name, model: None, parts, options, open_options: None, seed, warnings })
     }
 
     /// A training of the model `card`, with the options that suit it where `given` names none. A seed that is neither
@@ -61,7 +65,8 @@ impl TrainSpec {
         let spec = Self::new(class_name, options, drawn_seed)?;
         card.check(&spec.options)?;
         let warnings = card.metrics_warning(&spec.options).into_iter().collect();
-        Ok(Self { model: Some(card.reference()), warnings, ..spec })
+        let parts = card.needed(&spec.options);
+        Ok(Self { model: Some(card.reference()), parts, warnings, ..spec })
     }
 
     /// The specification for the model `card`, which a worker holds that claimed the job: options that were left open

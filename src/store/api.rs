@@ -11,7 +11,7 @@ use super::handle::Store;
 use super::in_doubt::write_resolving;
 use super::jobs::{Filter, Gauge, Gauges, Idempotency, NewJob, Submitted};
 use super::json::{json, parse};
-use crate::job::{Job, JobId, Kind, Spec, State, TenantId};
+use crate::job::{Job, JobId, Kind, ModelPart, Spec, State, TenantId};
 
 /// How long an idempotency key is kept.
 const IDEMPOTENCY: Duration = Duration::from_hours(24);
@@ -293,13 +293,13 @@ fn first_id_after(ms: i64) -> JobId {
 async fn insert(tx: &mut Tx, new: &NewJob, model: Option<String>) -> Result<Job> {
     let insert = concat!(
         "insert into job (id, tenant, kind, parent, class_name, spec, photos, priority, max_attempts, retry_of, \
-         trace, model, not_before_ms, created_ms) \
-         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ms, ms from clock returning ",
+         trace, model, needs, not_before_ms, created_ms) \
+         select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, ms, ms from clock returning ",
         job_columns!()
     );
-    let class_name = match &new.spec {
-        Spec::Train(spec) => Some(spec.class_name.as_str()),
-        Spec::Sample(_) => None,
+    let (class_name, needs) = match &new.spec {
+        Spec::Train(spec) => (Some(spec.class_name.as_str()), ModelPart::mask(&spec.parts)),
+        Spec::Sample(_) => (None, 0),
     };
     let values = args![
         new.id,
@@ -314,6 +314,7 @@ async fn insert(tx: &mut Tx, new: &NewJob, model: Option<String>) -> Result<Job>
         new.origin.retry_of,
         new.origin.trace.as_deref(),
         model,
+        needs,
     ];
     let row = tx.row(insert, values).await?;
     job(&row.expect("an insert of one row returns it"))

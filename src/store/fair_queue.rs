@@ -9,11 +9,11 @@
 use super::db::{Arg, Row, Tx, args};
 use super::error::{Error, Result};
 use super::handle::Store;
-use crate::job::{Job, JobId, Kind, ModelCard, State, TenantId};
+use crate::job::{Job, JobId, Kind, ModelCard, ModelPart, State, TenantId};
 
 /// Condition: a worker with the model of [`model_args`] can run the job; one without a model can run every job.
 macro_rules! runnable {
-    ($sha256:literal, $name:literal) => {
+    ($sha256:literal, $name:literal, $lacks:literal) => {
         concat!(
             "(cast(",
             $sha256,
@@ -21,15 +21,23 @@ macro_rules! runnable {
             $sha256,
             " or model = ",
             $name,
-            ")"
+            ") and needs & ",
+            $lacks,
+            " = 0"
         )
     };
 }
 pub(super) use runnable;
 
-/// The arguments of `runnable!`: hash and name of a model.
-pub(super) fn model_args(model: Option<&ModelCard>) -> [Option<&str>; 2] {
-    [model.map(|card| card.sha256.as_str()), model.map(|card| card.name.as_str())]
+/// The arguments of `runnable!`: hash and name of a model, and the parts that it lacks.
+pub(super) fn model_args(model: Option<&ModelCard>) -> [Arg; 3] {
+    let sha256 = model.map(|card| card.sha256.as_str());
+    [sha256.into(), model.map(|card| card.name.as_str()).into(), model.map_or(0, lacks).into()]
+}
+
+/// The parts that a model lacks, as a sum.
+pub(super) fn lacks(model: &ModelCard) -> i64 {
+    ModelPart::mask(ModelPart::ALL) & !ModelPart::mask(&model.parts)
 }
 
 /// Largest weight of a tenant; the smallest is 1.
@@ -79,7 +87,7 @@ const TO_CLAIM: &str = turns!(
         from queued where queued.tenant is not null)",
     "select tenant, cast(0 as bigint) as jobs from queued where exists (select 1 from job where state = 'queued'
         and kind = $1 and job.tenant = queued.tenant and not_before_ms <= (select ms from clock) and ",
-    runnable!("$4", "$5"),
+    runnable!("$4", "$5", "$6"),
     ")"
 );
 
@@ -104,7 +112,7 @@ const TO_COUNT: &str = turns!(
 pub struct QueuePlace {
     /// How many jobs of its kind are claimed before it: 0 for the next one.
     pub position: u64,
-    /// Whether a running worker holds the model that it needs.
+    /// Whether a running worker holds the model that it needs, with the parts that it needs.
     pub served: bool,
 }
 
@@ -201,7 +209,8 @@ impl Store {
                 and (priority > me.priority or (priority = me.priority and id < me.id))) as own,
                 (select count(*) from model_worker join model on model.sha256 = model_worker.model
                     where until_ms > (select ms from clock)
-                    and (me.model is null or me.model = sha256 or me.model = name)) as workers
+                    and (me.model is null or me.model = sha256 or me.model = name)
+                    and me.needs & lacks = 0) as workers
             from job me where tenant = $1 and id = $2 and state = 'queued' and deleting = 0";
         let row = self.db.row(ahead, args![job.tenant, job.id]).await?;
         let Some(row) = row else { return Ok(None) };
@@ -214,8 +223,7 @@ impl Store {
 
 /// Tenants with jobs of that kind for a worker with this model, in the order of their turns.
 pub(super) async fn turns(tx: &mut Tx, kind: Kind, model: Option<&ModelCard>) -> Result<Vec<Turn>> {
-    let [sha256, name] = model_args(model);
-    in_order(&tx.rows(TO_CLAIM, &[&assumed_args(kind)[..], args![sha256, name]].concat()).await?)
+    in_order(&tx.rows(TO_CLAIM, &[assumed_args(kind), model_args(model)].concat()).await?)
 }
 
 fn assumed_args(kind: Kind) -> [Arg; 3] {

@@ -6,14 +6,15 @@ use uuid::Uuid;
 
 use super::db::{Row, args};
 use super::error::Result;
+use super::fair_queue::lacks;
 use super::handle::Store;
 use super::json::{json, parse};
-use crate::job::{HeldModel, ModelCard};
+use crate::job::{HeldModel, ModelCard, ModelPart};
 
 /// A model that a worker has registered.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RegisteredModel {
-    /// What it can do.
+    /// What it can do: as it was registered last, with all parts that any worker so far had.
     pub card: ModelCard,
     /// When a worker registered it last, in milliseconds since 1970.
     pub registered_ms: i64,
@@ -28,6 +29,8 @@ pub struct ModelDevice {
     pub name: String,
     /// Its own memory in bytes; none if it is the machine's.
     pub memory_bytes: Option<i64>,
+    /// The optional parts of the model that its worker does not have.
+    pub lacks: Vec<ModelPart>,
 }
 
 impl Store {
@@ -39,20 +42,23 @@ impl Store {
         model: &HeldModel,
         time: Duration,
     ) -> Result<()> {
-        let insert_model = "insert into model (sha256, name, card, words, registered_ms) \
-                            select $1, $2, $3, $4, ms from clock where true \
+        let insert_model = "insert into model (sha256, name, card, words, parts, registered_ms) \
+                            select $1, $2, $3, $4, $5, ms from clock where true \
                             on conflict (sha256) do update set name = excluded.name, card = excluded.card, \
-                            words = excluded.words, registered_ms = excluded.registered_ms";
-        let insert_worker = "insert into model_worker (worker, model, device, memory_bytes, until_ms) \
-                             select $1, $2, $3, $4, ms + $5 from clock where true \
+                            words = excluded.words, parts = model.parts | excluded.parts, \
+                            registered_ms = excluded.registered_ms";
+        let insert_worker = "insert into model_worker (worker, model, device, memory_bytes, lacks, until_ms) \
+                             select $1, $2, $3, $4, $5, ms + $6 from clock where true \
                              on conflict (worker) do update set model = excluded.model, device = excluded.device, \
-                             memory_bytes = excluded.memory_bytes, until_ms = excluded.until_ms";
+                             memory_bytes = excluded.memory_bytes, lacks = excluded.lacks, \
+                             until_ms = excluded.until_ms";
         let HeldModel { card, words, memory_bytes } = model;
         let mut tx = self.db.begin().await?;
-        let values = args![card.sha256.as_str(), card.name.as_str(), json(card), words.as_str()];
+        let parts = ModelPart::mask(&card.parts);
+        let values = args![card.sha256.as_str(), card.name.as_str(), json(card), words.as_str(), parts];
         tx.run(insert_model, values).await?;
         let memory_bytes = memory_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
-        let values = args![worker.to_string(), card.sha256.as_str(), device, memory_bytes, time];
+        let values = args![worker.to_string(), card.sha256.as_str(), device, memory_bytes, lacks(card), time];
         tx.run(insert_worker, values).await?;
         tx.run("delete from model_worker where until_ms <= (select ms from clock)", &[]).await?;
         tx.commit().await
@@ -72,7 +78,7 @@ impl Store {
 
     /// All models that were ever registered, the last registered first.
     pub async fn models(&self) -> Result<Vec<RegisteredModel>> {
-        let select = "select sha256, card, registered_ms, device, memory_bytes from model \
+        let select = "select sha256, card, parts, registered_ms, device, memory_bytes, lacks from model \
                       left join (select * from model_worker where until_ms > (select ms from clock)) running \
                       on running.model = model.sha256 order by registered_ms desc, sha256, device, worker";
         let mut models: Vec<RegisteredModel> = Vec::new();
@@ -81,7 +87,7 @@ impl Store {
             match models.last_mut() {
                 Some(last) if last.card.sha256 == row.text("sha256")? => last.devices.extend(device),
                 _ => models.push(RegisteredModel {
-                    card: parse("card", row.text("card")?)?,
+                    card: card(&row)?,
                     registered_ms: row.int("registered_ms")?,
                     devices: device.into_iter().collect(),
                 }),
@@ -97,6 +103,16 @@ impl Store {
     }
 }
 
+fn card(row: &Row) -> Result<ModelCard> {
+    let card: ModelCard = parse("card", row.text("card")?)?;
+    let parts = ModelPart::of_mask(ModelPart::mask(&card.parts) | row.int("parts")?);
+    Ok(ModelCard { parts, ..card })
+}
+
 fn device(row: &Row, name: &str) -> Result<ModelDevice> {
-    Ok(ModelDevice { name: name.to_owned(), memory_bytes: row.int_or_none("memory_bytes")? })
+    Ok(ModelDevice {
+        name: name.to_owned(),
+        memory_bytes: row.int_or_none("memory_bytes")?,
+        lacks: ModelPart::of_mask(row.int("lacks")?),
+    })
 }

@@ -18,8 +18,8 @@ use super::fair_queue::{Turn, charge, model_args, runnable, turns};
 use super::handle::Store;
 use super::json::{json, parse};
 use crate::job::{
-    Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, ModelCard, Object, Progress, Spec, State,
-    TenantId, TrainSpec,
+    Checkpoint, Fault, FaultCode, Job, JobId, Kind, Lease, ModelCard, ModelPart, Object, Progress, Spec,
+    State, TenantId, TrainSpec,
 };
 
 /// Number of failed machines at which the fault counts as the job's own.
@@ -256,11 +256,11 @@ impl Store {
         let poll = concat!(
             "select id from job where state = 'queued' and kind in ($1, $2) \
              and not_before_ms <= (select ms from clock) and ",
-            runnable!("$3", "$4"),
+            runnable!("$3", "$4", "$5"),
             " limit 1"
         );
-        let [sha256, name] = model_args(filter.model);
-        if self.db.row(poll, args![first.as_str(), last.as_str(), sha256, name]).await?.is_none() {
+        let kinds = [first, last].map(|kind| kind.as_str().into());
+        if self.db.row(poll, &[&kinds[..], &model_args(filter.model)].concat()).await?.is_none() {
             return Ok(None);
         }
         let mut tx = self.db.begin().await?;
@@ -328,10 +328,13 @@ impl Store {
     /// Replaces the specification of a running training whose options were open, and binds the job to the model that
     /// they were completed for. May be repeated.
     pub async fn bind_model(&self, lease: Lease, spec: &TrainSpec) -> Result<()> {
-        let update =
-            concat!("update job set spec = $3, model = $4, version = version + 1 where ", lease_held!());
+        let update = concat!(
+            "update job set spec = $3, model = $4, needs = $5, version = version + 1 where ",
+            lease_held!()
+        );
         let document = json(&Spec::Train(Box::new(spec.clone())));
-        let values = args![lease.job, lease.run_lease, document, spec.needed_model()];
+        let needs = ModelPart::mask(&spec.parts);
+        let values = args![lease.job, lease.run_lease, document, spec.needed_model(), needs];
         ensure_held(self.db.write(update, values).await?)
     }
 
@@ -576,11 +579,10 @@ async fn lock_next_job(
 ) -> Result<Option<JobId>> {
     let select = locking!(
         "select id from job where state = 'queued' and kind = $1 and tenant = $2 \
-         and not_before_ms <= (select ms from clock) and ", runnable!("$3", "$4"), " order by priority desc, id limit 1";
+         and not_before_ms <= (select ms from clock) and ", runnable!("$3", "$4", "$5"), " order by priority desc, id limit 1";
         "for update skip locked"
     );
-    let [sha256, name] = model_args(model);
-    let row = tx.row(select, args![kind.as_str(), tenant, sha256, name]).await?;
+    let row = tx.row(select, &[&args![kind.as_str(), tenant][..], &model_args(model)].concat()).await?;
     row.map(|row| row.parsed("id")).transpose()
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use hypnos::job::{HeldModel, ModelCard, ModelDrawing, ModelRef, Scheduler};
+use hypnos::job::{HeldModel, ModelCard, ModelDrawing, ModelPart, ModelRef, Scheduler};
 use hypnos::store::{ClaimFilter, Error, QueuePlace};
 
 use super::*;
@@ -14,6 +14,7 @@ on_each! {
     jobs_of_another_model_hold_up_nobody,
     a_sample_needs_the_model_of_its_training,
     a_job_without_a_worker_for_its_model_says_so,
+    a_training_goes_to_a_worker_that_has_the_parts_it_takes,
     open_options_are_bound_under_the_lease_only,
     the_first_schema_s_jobs_are_anybody_s,
 }
@@ -159,6 +160,38 @@ async fn a_job_without_a_worker_for_its_model_says_so(db: TestDatabase) {
     assert_eq!(served().await, [false; 4]);
     let place = db.store.queue_place(&jobs[0]).await.unwrap();
     assert_eq!(place, Some(QueuePlace { position: 0, served: false }));
+}
+
+/// One bundle as it is downloaded, and the same with all that HYPNOS takes, draw alike: they have one hash.
+async fn a_training_goes_to_a_worker_that_has_the_parts_it_takes(db: TestDatabase) {
+    let tenant = db.tenant("shop").await;
+    let plain = held("a", MODEL_A);
+    let full = {
+        let mut full = plain.clone();
+        full.card.parts = ModelPart::ALL.to_vec();
+        full
+    };
+    let [at_full, at_plain] = [Uuid::now_v7(), Uuid::now_v7()];
+    db.store.register_model(at_full, "cuda:0", &full, LONG).await.unwrap();
+    db.store.register_model(at_plain, "cuda:1", &plain, LONG).await.unwrap();
+    let models = db.store.models().await.unwrap();
+    assert_eq!(models[0].card.parts, ModelPart::ALL, "whichever worker came last");
+    let lacks: Vec<_> = models[0].devices.iter().map(|device| device.lacks.as_slice()).collect();
+    assert_eq!(lacks, [&[][..], ModelPart::ALL]);
+
+    let accept = async |given: serde_json::Value| {
+        let spec = TrainSpec::of_model(&models[0].card, "mug", &given, 7).unwrap();
+        db.accept(NewJob { spec: Spec::Train(Box::new(spec)), ..training(tenant) }).await
+    };
+    let hypnos = accept(json!({})).await;
+    let unscored = accept(json!({ "method": "dreambooth", "evaluation": { "enabled": false } })).await;
+    let served = async || db.store.queue_place(&hypnos).await.unwrap().is_some_and(|place| place.served);
+    assert!(served().await);
+    assert_eq!(db.claim_with(&plain).await.map(|job| job.id), Some(unscored.id), "the first one is not its");
+    assert_eq!(db.claim_with(&plain).await, None);
+    db.store.unregister_model(at_full).await.unwrap();
+    assert!(!served().await, "the worker that is left cannot train it");
+    assert_eq!(db.claim_with(&full).await.map(|job| job.id), Some(hypnos.id));
 }
 
 async fn open_options_are_bound_under_the_lease_only(db: TestDatabase) {
