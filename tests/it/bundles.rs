@@ -307,6 +307,27 @@ fn weights_that_are_no_numbers_are_found_and_not_loaded() {
     assert!(loaded.contains("unet/diffusion_pytorch_model-0000") && loaded.ends_with(line), "{loaded}");
 }
 
+/// What is left when a model is saved again in another form: either may be the older one.
+#[test]
+fn weights_beside_those_that_are_read_are_a_remark() {
+    for (part, stem, read) in [
+        ("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index.json"),
+        ("text_encoder", "model", "model.safetensors"),
+    ] {
+        let broken = Broken::new();
+        let file = format!("{stem}.safetensors");
+        let bytes = fs::read(broken.at(&format!("{part}/{file}"))).unwrap();
+        let index = format!("{stem}.safetensors.index.json");
+        shard(&broken.at(&format!("{part}/{file}")), 2, &format!("{stem}-{{i}}"), &index);
+        assert_eq!(check(broken.0.path()).errors, []);
+        assert!(!broken.remarks().iter().any(|line| line.contains("is not read: the weights are")));
+        fs::write(broken.at(&format!("{part}/{file}")), bytes).unwrap();
+        let other = if read == file { &index } else { &file };
+        let wanted = format!("{part}/{other}: is not read: the weights are those of {read}");
+        assert!(broken.remarks().contains(&wanted), "{:#?}", broken.remarks());
+    }
+}
+
 #[test]
 fn what_a_frozen_network_does_not_read_is_no_error() {
     let broken = Broken::new();

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::capabilities::Capability;
 use super::configs::{PARTS, check_index, read_config};
 use super::directory::too_long;
-use super::files::{bad, find_weights, hash_file};
+use super::files::{bad, find_weights, hash_file, passed_over};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::{NO_RARE_TOKENS, rare_tokens};
 use super::scheduler::read_schedule;
@@ -144,8 +144,12 @@ impl Findings {
 
     /// A part's weight file against what its model would read, if that is known.
     fn weights(&mut self, dir: &Path, wanted: Option<&BTreeMap<String, Param>>) {
-        let file = find_weights(dir).and_then(|path| TensorFile::open(&path));
-        let (Some(file), Some(wanted)) = (self.note(file), wanted) else { return };
+        let Some(path) = self.note(find_weights(dir)) else { return };
+        if let Some(other) = passed_over(dir, &path) {
+            let read = path.file_name().unwrap_or_default().display();
+            self.remark(&dir.join(other), format!("is not read: the weights are those of {read}"));
+        }
+        let (Some(file), Some(wanted)) = (self.note(TensorFile::open(&path)), wanted) else { return };
         let Differences { faults, unread, read } = Differences::new(&file, wanted);
         for what in faults {
             self.add(bad(file.path(), what));

@@ -79,6 +79,16 @@ pub(super) fn find_weights(dir: &Path) -> Result<PathBuf> {
     ))
 }
 
+/// Other weights of the same name that lie beside those that are read, one file beside an index or the reverse: what is
+/// left when a model is saved whole over its shards, or in shards over the whole one. Either may be the older.
+pub(super) fn passed_over(dir: &Path, read: &Path) -> Option<String> {
+    let name = read.file_name()?.to_str()?;
+    let names = names(dir);
+    let plain = SAFETENSORS.stems.iter().map(|stem| weight_names(stem, "", &SAFETENSORS));
+    let same = plain.into_iter().find(|of_stem| of_stem.iter().any(|one| one == name))?;
+    same.into_iter().find(|other| other != name && names.contains(other))
+}
+
 /// The weights of a part that are pickles, or the index of several: by the names that diffusers and transformers give,
 /// or else the only one.
 pub(super) fn find_pickle(dir: &Path) -> Option<PathBuf> {
