@@ -1,7 +1,7 @@
 //! Makes a bundle of everything that HYPNOS needs, from the places where its parts are published.
 //!
 //! A pull plans first: which parts are wanted, which of them are there, how much has to come. Then it fetches a few
-//! files at once ([`download`], or [`local`] without a network) into `.pull` ([`staging`]), and puts each part into the
+//! files at once (`download.rs`, or [`local`] without a network) into `.pull` ([`staging`]), and puts each part into the
 //! bundle when all its files are there ([`bundle_dir`]). A pull that was stopped goes on where it was.
 
 mod bundle_dir;

@@ -1,7 +1,7 @@
 //! Reads and writes safetensors files: checked with suspicion when read, whole or not at all when written.
 //!
 //! A file from elsewhere may be cut off, claim a header of terabytes, or be something else altogether: what the
-//! safetensors crate refuses is refused ([`header`]), before anything is allocated from its numbers.
+//! safetensors crate refuses is refused (`header.rs`), before anything is allocated from its numbers.
 //! Format: <https://github.com/huggingface/safetensors#format>. Pickles (`.bin`, `.ckpt`) are recognised and refused,
 //! never opened. Names and shapes mean nothing here; [`super::weights`] gives them their meaning.
 //!

@@ -2,7 +2,7 @@
 //!
 //! CLIP's byte-pair encoding (Radford et al. 2021, arXiv 2103.00020, section 2.4), put together as `transformers` 5.23.0
 //! does in `models/clip/tokenization_clip.py` and `tokenization_utils_tokenizers.py`, from any of the files that it and
-//! its predecessors write ([`files`], [`added`]). The encoding itself is the reference's own crate. There is no decoding.
+//! its predecessors write (`files.rs`, `added.rs`). The encoding itself is the reference's own crate. There is no decoding.
 
 mod added;
 mod files;

@@ -247,7 +247,7 @@ impl Bundle {
     }
 
     /// What this bundle can be used for beyond drawing, by the parts that it has; whether they are sound says
-    /// [`Bundle::check`].
+    /// [`check()`](crate::bundle::check()).
     pub fn capabilities(&self) -> Vec<Capability> {
         Capability::ALL.into_iter().filter(|capability| self.can(*capability)).collect()
     }

@@ -1,9 +1,9 @@
 //! Reads the tensors in PyTorch's pickles (`.pth`, `.pt`, `.bin`), and runs nothing of what is in them.
 //!
 //! A pickle is a program that builds objects, and Python's own reader calls whatever function such a program names.
-//! This reader knows the few names that a dictionary of tensors needs ([`machine`]) and does itself what they would do;
+//! This reader knows the few names that a dictionary of tensors needs (`machine.rs`) and does itself what they would do;
 //! a pickle with any other name is refused by that name. It reads both containers of `torch.save`: the zip archive
-//! ([`archive`]), and the stream that it wrote before PyTorch 1.6 ([`stream`]), in which LPIPS's heads are published.
+//! (`archive.rs`), and the stream that it wrote before PyTorch 1.6 (`stream.rs`), in which LPIPS's heads are published.
 //! Format: `torch/serialization.py`, `torch/_weights_only_unpickler.py` and CPython's `pickletools.py`.
 //!
 //! `candle_core::pickle` does not serve: it knows neither the stream nor strings as Python 2 wrote them, allocates
