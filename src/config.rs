@@ -662,7 +662,7 @@ pub struct Working {
     /// How long one attempt of a job may take, in hours
     #[arg(long, env = "HYPNOS_ATTEMPT_HOURS", value_name = "HOURS", default_value_t = 12.0)]
     pub attempt_hours: f64,
-    /// Part of a device's time that samples may take while it trains: above 0, at most 1
+    /// Part of a device's time that samples may take while it trains, 0 to 1; 0: they wait, and the training takes less memory
     #[arg(long, env = "HYPNOS_SAMPLE_SHARE", value_name = "PART", default_value_t = 0.5)]
     pub sample_share: f64,
     /// How long running jobs may take to be stored when the worker stops, in seconds
@@ -676,11 +676,8 @@ pub struct Working {
 impl Working {
     /// Refuses invalid settings and combinations.
     pub fn check(&self) -> Result<()> {
-        if !(self.sample_share > 0.0 && self.sample_share <= 1.0) {
-            return invalid(format!(
-                "HYPNOS_SAMPLE_SHARE: wanted more than 0 and at most 1, got {}",
-                self.sample_share
-            ));
+        if !(0.0..=1.0).contains(&self.sample_share) {
+            return invalid(format!("HYPNOS_SAMPLE_SHARE: wanted 0 to 1, got {}", self.sample_share));
         }
         if self.beat_secs * 3.0 > self.lease_secs {
             return invalid(format!(

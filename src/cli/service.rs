@@ -22,7 +22,7 @@ use super::error::CliError;
 use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
 use crate::config::{Signals, Storage, Working, gigabytes, seconds};
 use crate::deployment;
-use crate::engine::memory::MemoryCheck;
+use crate::engine::memory::{MemoryCheck, Products};
 use crate::engine::{self, CandleEngine, Engine};
 use crate::http;
 use crate::job::{Fault, FaultCode};
@@ -368,7 +368,8 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
     };
     let devices = working.devices(n);
     let sharers = devices.iter().filter(|device| *device == "cpu").count();
-    let check = MemoryCheck { obtainable: machine::obtainable, sharers, draws_products: true };
+    let products = Products::of_worker(working.sample_share);
+    let check = MemoryCheck { obtainable: machine::obtainable, sharers, products };
     let memory = (!working.ignore_memory).then_some(check);
     let engines = devices.into_iter().map(|device| {
         let settings = engine::EngineSettings { memory, ..engine.clone() };
@@ -402,7 +403,7 @@ fn log_limits(dir: &Path) {
 
 /// How the one engine of a process that draws no products learns what memory it may take.
 pub(super) fn memory_check(ignore: bool) -> Option<MemoryCheck> {
-    let check = MemoryCheck { obtainable: machine::obtainable, sharers: 1, draws_products: false };
+    let check = MemoryCheck { obtainable: machine::obtainable, sharers: 1, products: Products::Never };
     (!ignore).then_some(check)
 }
 

@@ -10,7 +10,7 @@ use super::api::{ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGener
 use super::base::Base;
 use super::faults::{fault, unreadable};
 use super::lru::LruCache;
-use super::memory::{self, FEWEST_PHOTOS, MemoryCheck, MemorySettings, PHOTOS};
+use super::memory::{self, FEWEST_PHOTOS, MemoryCheck, MemorySettings, PHOTOS, Products};
 use super::model::{held_model, sampler};
 use super::training;
 use crate::job::{Fault, FaultCode, HeldModel, SampleSpec, TrainSpec};
@@ -102,7 +102,7 @@ impl CandleEngine {
     fn finetuned_bytes_beside(&self, spec: &TrainSpec, photos: (usize, u64)) -> Result<u64, Fault> {
         let most = self.settings.finetuned_bytes_max;
         let Some(free) = self.free() else { return Ok(most) };
-        let alone = MemorySettings { draws_products: false, ..memory_of(&self.settings, photos) };
+        let alone = MemorySettings { products: Products::Never, ..memory_of(&self.settings, photos) };
         let plan = memory::training_plan(&self.base.bundle, &spec.options, &alone, self.kind());
         Ok(most.min(free.saturating_sub(plan.map_err(fault)?.peak(self.kind()).bytes)))
     }
@@ -202,7 +202,7 @@ fn memory_of(settings: &EngineSettings, photos: (usize, u64)) -> MemorySettings 
     MemorySettings {
         batch: settings.batch,
         checkpointing: settings.checkpointing,
-        draws_products: settings.memory.is_some_and(|check| check.draws_products),
+        products: settings.memory.map_or(Products::Never, |check| check.products),
         photos,
     }
 }

@@ -20,6 +20,25 @@ pub const FEWEST_PHOTOS: (usize, u64) = (N_PHOTOS_MIN, 1_000_000);
 /// Sides, in latents, of the square that the perceptual loss looks at, which are tried to make a training fit.
 const CROPS: [u32; 3] = [32, 16, 8];
 
+/// When an engine draws products, whose models lie beside the bundle's. One is counted: the cache of others takes what is
+/// left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// Never: it works for one command.
+    Never,
+    /// While it does not train.
+    BetweenTrainings,
+    /// Also while it trains.
+    BesideTrainings,
+}
+
+impl Products {
+    /// Those of a worker whose samples may take this share of a device that trains, 0 to 1.
+    pub fn of_worker(sample_share: f64) -> Self {
+        if sample_share > 0.0 { Self::BesideTrainings } else { Self::BetweenTrainings }
+    }
+}
+
 /// What an engine's settings mean for its memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MemorySettings {
@@ -27,9 +46,8 @@ pub struct MemorySettings {
     pub batch: usize,
     /// Whether a training computes blocks again instead of keeping them.
     pub checkpointing: bool,
-    /// Whether products are drawn meanwhile, whose models lie beside the bundle's. One is counted: the cache of others
-    /// takes what is left.
-    pub draws_products: bool,
+    /// When products are drawn.
+    pub products: Products,
     /// Photos of the product, and pixels of each.
     pub photos: (usize, u64),
 }
@@ -41,8 +59,8 @@ pub struct MemoryCheck {
     pub obtainable: fn() -> Option<u64>,
     /// Engines that share it.
     pub sharers: usize,
-    /// Whether products are drawn beside trainings.
-    pub draws_products: bool,
+    /// When products are drawn.
+    pub products: Products,
 }
 
 impl MemoryCheck {
@@ -109,7 +127,7 @@ pub fn training_plan(
 ) -> Result<TrainingPlan> {
     let mut plan = TrainingPlan::new(bundle, &training::sizes(options, settings), kind)?;
     let fine_tuned = plan.fine_tuned;
-    plan.needs.add_product(if settings.draws_products { fine_tuned } else { 0 });
+    plan.needs.add_product(if settings.products == Products::BesideTrainings { fine_tuned } else { 0 });
     Ok(plan)
 }
 
@@ -122,7 +140,7 @@ pub fn sample_plan(
 ) -> Result<SamplePlan> {
     let mut plan = SamplePlan::new(bundle, sizes, kind)?;
     let fine_tuned = plan.fine_tuned;
-    plan.needs.add_product(if settings.draws_products { fine_tuned } else { 0 });
+    plan.needs.add_product(if settings.products == Products::Never { 0 } else { fine_tuned });
     Ok(plan)
 }
 
@@ -175,15 +193,20 @@ type Changed = (String, TrainOptions, MemorySettings);
 /// What to try, the gentlest first.
 type Change = fn(&Bundle, &TrainOptions, &MemorySettings) -> Vec<Changed>;
 
-/// What makes a training smaller, in the order of what it costs: time, time between samples, time, exactness of a loss,
-/// the method.
-const REMEDIES: [Change; 5] = [
+/// What makes a training smaller, in the order of what it costs: time, time of samples, samples meanwhile, exactness of a
+/// loss, the best step, the method.
+const REMEDIES: [Change; 6] = [
     |_, options, settings| {
         let tried = MemorySettings { checkpointing: true, ..*settings };
         vec![("--gradient-checkpointing".into(), options.clone(), tried)]
     },
     |_, options, settings| {
         vec![("--batch 1".into(), options.clone(), MemorySettings { batch: 1, ..*settings })]
+    },
+    |_, options, settings| {
+        let tried = MemorySettings { products: Products::BetweenTrainings, ..*settings };
+        let beside = settings.products == Products::BesideTrainings;
+        beside.then(|| ("--sample-share 0".into(), options.clone(), tried)).into_iter().collect()
     },
     |bundle, options, settings| {
         let side = (bundle.resolution() / bundle.factor()) as u32;

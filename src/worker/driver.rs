@@ -167,6 +167,10 @@ impl Driver {
     async fn claim(&mut self) -> crate::store::Result<bool> {
         let samples = || self.held.values().filter(|held| held.kind == Kind::Sample);
         let trains = self.held.values().any(|held| held.kind == Kind::Train);
+        // No sample may be under way when a training begins, and none is claimed before it ends.
+        if self.worker.settings.sample_share <= 0.0 && !self.held.is_empty() {
+            return Ok(false);
+        }
         let draws = samples().count() < SAMPLES_MAX && self.device.sample_wait() <= CLAIM_AHEAD;
         let kinds: &[Kind] = match (trains, draws) {
             (false, true) => &[Kind::Train, Kind::Sample],

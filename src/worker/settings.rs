@@ -24,7 +24,7 @@ pub struct Settings {
     pub scratch: PathBuf,
     /// Bound on the weights cached in `scratch`, in bytes.
     pub weights_bytes_max: u64,
-    /// The part of a device's time that samples may take while it trains: above 0, at most 1.
+    /// The part of a device's time that samples may take while it trains, 0 to 1; with 0 a device holds one job at a time.
     pub sample_share: f64,
     /// How long nothing is claimed after a first fault of the machine; doubled after each further one.
     pub backoff: Duration,

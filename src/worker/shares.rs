@@ -70,9 +70,9 @@ enum Beside {
 }
 
 impl Account {
-    /// `share` of the device is for samples while it trains: above 0, at most 1.
+    /// `share` of the device is for samples while it trains, 0 to 1. With 0 none must be drawn then.
     pub(super) fn new(share: f64, now: Duration) -> Self {
-        let price = (1.0 - share) / share;
+        let price = if share > 0.0 { (1.0 - share) / share } else { 0.0 };
         let beside = Beside::Nothing { since: now };
         Self(Arc::new(Mutex::new(State { price, owed: Duration::ZERO, beside })))
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use hypnos::engine::memory::{MemoryCheck, MemorySettings, training_plan};
+use hypnos::engine::memory::{MemoryCheck, MemorySettings, Products, training_plan};
 use hypnos::engine::{
     CandleEngine, DrawInput, Ending, Engine, EngineSettings, Flow, Image, ImageGenerator, Shown, TrainEvent,
     TrainInput,
@@ -574,12 +574,16 @@ fn obtainable() -> Option<u64> {
 
 #[test]
 fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
-    let memory = MemoryCheck { obtainable, sharers: 1, draws_products: true };
+    let memory = MemoryCheck { obtainable, sharers: 1, products: Products::BesideTrainings };
     let open = || CandleEngine::open(EngineSettings { memory: Some(memory), ..settings() });
     let bundle = Bundle::open(&settings().bundle).expect("a bundle");
     let spec = spec(2, 2);
-    let limits =
-        MemorySettings { batch: 2, checkpointing: false, draws_products: true, photos: (3, 96 * 80) };
+    let limits = MemorySettings {
+        batch: 2,
+        checkpointing: false,
+        products: Products::BesideTrainings,
+        photos: (3, 96 * 80),
+    };
     let plan = training_plan(&bundle, &spec.options, &limits, DeviceKind::Cpu).expect("a plan");
     let wanted = plan.peak(DeviceKind::Cpu).bytes;
 

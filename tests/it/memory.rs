@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use candle_core::{DType, Device};
-use hypnos::engine::memory::{MemorySettings, PHOTOS, sample_plan, training_plan};
+use hypnos::engine::memory::{MemorySettings, PHOTOS, Products, sample_plan, training_plan};
 use hypnos::job::{Method, TrainOptions, TrainSpec};
 use hypnos::ml::bundle::{Bundle, part_shapes};
 use hypnos::ml::device::DeviceKind;
@@ -293,7 +293,7 @@ fn options_of(method: Method) -> TrainOptions {
 }
 
 fn settings(checkpointing: bool) -> MemorySettings {
-    MemorySettings { batch: 4, checkpointing, draws_products: false, photos: PHOTOS }
+    MemorySettings { batch: 4, checkpointing, products: Products::Never, photos: PHOTOS }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::{Doctor, Finding, machine};
 use crate::cli::models::plan::suited_options;
 use crate::config;
 use crate::engine::memory::{
-    self, FEWEST_PHOTOS, Fit, MemorySettings, PHOTOS, gib, sample_fit, training_fit, training_plan,
+    self, FEWEST_PHOTOS, Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, training_fit, training_plan,
 };
 use crate::engine::missing_part;
 use crate::job::{Method, TrainOptions};
@@ -136,7 +136,7 @@ fn settings(args: &Doctor) -> MemorySettings {
     MemorySettings {
         batch: args.working.batch.into(),
         checkpointing: args.working.gradient_checkpointing,
-        draws_products: true,
+        products: Products::of_worker(args.working.sample_share),
         photos: PHOTOS,
     }
 }

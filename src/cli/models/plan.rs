@@ -12,7 +12,7 @@ use crate::cli::error::CliError;
 use crate::cli::output::print_line;
 use crate::cli::train;
 use crate::engine::memory::{
-    Fit, MemorySettings, PHOTOS, gib, sample_fit, sample_plan, training_fit, training_plan,
+    Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, sample_plan, training_fit, training_plan,
 };
 use crate::engine::missing_part;
 use crate::job::{Invalid, Method, TrainOptions, merge_json};
@@ -155,7 +155,7 @@ fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Plann
     let settings = MemorySettings {
         batch: args.batch.into(),
         checkpointing: args.gradient_checkpointing,
-        draws_products: args.worker,
+        products: if args.worker { Products::BesideTrainings } else { Products::Never },
         photos: (args.photos, (args.photo_size * 1e6) as u64),
     };
     let opened = device::open(&args.device)?;

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hypnos::engine::memory::{MemoryCheck, MemorySettings, training_plan};
+use hypnos::engine::memory::{MemoryCheck, MemorySettings, Products, training_plan};
 use hypnos::engine::{CandleEngine, Engine, EngineSettings};
 use hypnos::job::{Fault, FaultCode, Kind, ModelPart, State, TrainOptions};
 use hypnos::ml::bundle::Bundle;
@@ -275,7 +275,7 @@ fn obtainable() -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes_it_fit() {
-    let memory = MemoryCheck { obtainable, sharers: 1, draws_products: true };
+    let memory = MemoryCheck { obtainable, sharers: 1, products: Products::BesideTrainings };
     let settings = EngineSettings {
         bundle: bundle(),
         device: "cpu".into(),
@@ -295,7 +295,12 @@ async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes
     let options =
         r#"{"method": "dreambooth", "steps": 2, "class_images": 0, "evaluation": {"enabled": false}}"#;
     let asked = TrainOptions::given(&serde_json::from_str(options).unwrap()).unwrap();
-    let limits = MemorySettings { batch: 4, checkpointing: false, draws_products: true, photos: (3, 1) };
+    let limits = MemorySettings {
+        batch: 4,
+        checkpointing: false,
+        products: Products::BesideTrainings,
+        photos: (3, 1),
+    };
     let plan = training_plan(&Bundle::open(&bundle()).unwrap(), &asked, &limits, DeviceKind::Cpu).unwrap();
     OBTAINABLE.store(plan.peak(DeviceKind::Cpu).bytes - 1, Ordering::Relaxed);
     let job = app.accepted(form(3, "mug").text("options", options)).await;

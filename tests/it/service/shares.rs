@@ -107,6 +107,28 @@ async fn the_share_of_samples_is_a_setting() {
     assert!(kept < 0.4, "all that waits between two steps: {kept}");
 }
 
+/// So that no product's model has to lie beside what a training takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_share_of_nothing_no_sample_is_drawn_beside_a_training() {
+    let mut workers = TestWorkers::new().await;
+    workers.settings.sample_share = 0.0;
+    let parent = trained(&workers, TENANT).await;
+    for _ in 0..60 {
+        workers.sample_of(TENANT, parent, "of a", 4, 1).await;
+    }
+    let script = Script::new(Duration::from_millis(20)).batch(2);
+    let worker = workers.start(&script);
+    eventually("samples are drawn", async || (script.draws("of a") >= 2).then_some(())).await;
+    let training = workers.train("teapot", 50).await;
+    assert_eq!(workers.ended(&training).await.state, State::Succeeded);
+    let before = script.draws("of a");
+    assert!(before < 120, "the training did not wait for all of them");
+    eventually("the others are drawn", async || (script.draws("of a") == 120).then_some(())).await;
+    worker.stop().await;
+    let beside = |(_, did): &&(Duration, Did)| matches!(did, Did::Draw { during_training: true, .. });
+    assert_eq!(script.history().iter().filter(beside).count(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
     let mut workers = TestWorkers::new().await;
