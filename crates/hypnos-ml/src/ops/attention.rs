@@ -81,7 +81,7 @@ pub(super) struct Heads {
 const TILE_SCORES: usize = 1 << 17;
 
 /// Most bytes that the scores of one chunk take on a GPU, unless a single query needs more. Backward holds three such.
-const CHUNK_BYTES_MOST: usize = 256 << 20;
+pub(super) const CHUNK_BYTES_MOST: usize = 256 << 20;
 
 impl Heads {
     pub(super) fn width(&self) -> usize {

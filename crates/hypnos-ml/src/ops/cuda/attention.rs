@@ -129,6 +129,7 @@ fn narrowed(buffer: Buffer, dtype: DType) -> Result<Computed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::attention::CHUNK_BYTES_MOST;
 
     #[test]
     fn chunks_cover_every_query_once_within_the_bound() {
@@ -139,7 +140,7 @@ mod tests {
                 let mut next = 0;
                 for chunk in chunks.iter().filter(|chunk| chunk.image == image) {
                     assert_eq!(chunk.from, next);
-                    assert!(chunk.n == 1 || 4 * n * chunk.n * s <= SCORES_BYTES_MOST);
+                    assert!(chunk.n == 1 || 4 * n * chunk.n * s <= CHUNK_BYTES_MOST);
                     next += chunk.n;
                 }
                 assert_eq!(next, l);
