@@ -1,4 +1,5 @@
-"""What a document cannot say: how many pixels a photo has, that a request's name names one request, that a step is one of the steps."""
+"""What a document cannot say: how many pixels a photo has, that a request's name names one request, that a step is one of the steps,
+that two tokens differ."""
 
 import copy
 import re
@@ -29,12 +30,12 @@ schemathesis.openapi.format("binary", strategies.binary(min_size=3, max_size=3).
 @schemathesis.hook
 def filter_case(context, case):
     """Good forms with a model are left out, since here there is none. Of the cases that are counted out in advance, good forms with
-    a step beyond the last one are left out too: changed, they would be judged again as if nobody knew what they are. Fuzzing finds
+    a step beyond the last one or with one token twice are left out too: changed, they would be judged again as if nobody knew what they are. Fuzzing finds
     hardly any other, and its are mended before they are sent.
     """
     options = options_of(case)
-    beyond = options and within_steps(copy.deepcopy(options)) != options
-    return not (names_model(case) or (case.meta and case.meta.phase.name == "coverage" and beyond))
+    mended = options and mend(copy.deepcopy(options)) != options
+    return not (names_model(case) or (case.meta and case.meta.phase.name == "coverage" and mended))
 
 
 @schemathesis.hook
@@ -45,7 +46,7 @@ def before_call(context, case, kwargs):
         if re.fullmatch("[!-~]{1,255}", headers[name]):
             headers[name] = str(uuid.uuid4())
     if options := options_of(case):
-        within_steps(options)
+        mend(options)
 
 
 def names_model(case):
@@ -59,6 +60,14 @@ def options_of(case):
     is_bad = case.meta and case.meta.generation.mode.is_negative
     options = case.body.get("options") if isinstance(case.body, dict) and not is_bad else None
     return options if isinstance(options, dict) else None
+
+
+def mend(options):
+    """Makes good options agree with one another."""
+    tokens = [options.get(name) for name in ("instance_token", "background_token")]
+    if all(isinstance(token, str) for token in tokens) and tokens[0].lower() == tokens[1].lower():
+        del options["background_token"]
+    return within_steps(options)
 
 
 def within_steps(options):
