@@ -149,7 +149,7 @@ fn a_missing_segmenter_or_photo_is_one_line() {
     let empty = dir.path().join("empty");
     fs::create_dir(&empty).expect("a directory");
     for (bundle, photos, wanted) in [
-        (plain.path(), &file, "segmenter: is missing; finding the product in a photo needs it"),
+        (plain.path(), &file, "segmenter: is missing: no product is found in photos"),
         (segmenting(0.0).path(), &empty, "empty: has no photos; wanted PNG, JPEG or WebP"),
     ] {
         let done = run(bundle, &[photos], &out);
