@@ -76,7 +76,8 @@ async fn the_models_of_workers_are_listed_with_the_options_that_suit_them() {
     let models = app.models().await;
     let model = &models[0];
     assert_eq!((models.len(), &model["default"], &model["resolution"]), (1, &json!(true), &json!(64)));
-    assert_eq!(model["workers"], json!([{ "device": "scripted:0", "memory_bytes": null, "lacks": [] }]));
+    let worker_view = json!({ "device": "scripted:0", "memory_bytes": null, "lacks": ["perceptual"] });
+    assert_eq!(model["workers"], json!([worker_view]));
     assert_eq!(model["parts"], json!(["segmenter", "metrics"]));
     let hypnos = &model["methods"][0];
     assert_eq!(
