@@ -21,6 +21,17 @@ pub(crate) fn scratch() -> TempDir {
     tempfile::tempdir().expect("a directory")
 }
 
+/// The program with these words; what it says is kept.
+pub(crate) fn hypnos(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
+    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in Unicode")
+}
+
 /// The command, a few cheap steps long; later options win over these.
 pub(crate) fn train(photos: &Path, out: &Path, more: &[&str]) -> Command {
     train_from(&bundle(), photos, out, more)

@@ -88,6 +88,16 @@ fn a_plain_directory_trains_with_defaults_as_far_as_its_parts_go() {
     assert_eq!(fault.message, wanted);
 }
 
+/// A training from its beginning.
+fn input<'a>(
+    spec: &'a TrainSpec,
+    photos: &'a [Vec<u8>],
+    class_images: Vec<Option<Vec<u8>>>,
+    scratch: &'a Path,
+) -> TrainInput<'a> {
+    TrainInput { spec, job: Some(JOB), photos, class_images, resume: None, scratch, trace: None }
+}
+
 /// One attempt at a training, and what it left.
 struct Attempt {
     result: Result<Ending, Fault>,
@@ -105,16 +115,7 @@ impl Attempt {
     ) -> Self {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
         let mut events = Vec::new();
-        let scratch_dir = scratch.path();
-        let input = TrainInput {
-            spec,
-            job: Some(JOB),
-            photos: &photos,
-            class_images,
-            resume,
-            scratch: scratch_dir,
-            trace: None,
-        };
+        let input = TrainInput { resume, ..input(spec, &photos, class_images, scratch.path()) };
         let result = engine().train(input, &mut |generator, event| {
             let flow = flow(generator, &event);
             events.push(event);
@@ -529,15 +530,7 @@ fn weights_and_checkpoints_of_another_bundle_are_refused() {
     let checkpoint = paused.paused().expect("a checkpoint").1;
     let drawn = draw(&mut stranger, &spec, &trained.weights(), |_| ()).expect_err("refused");
     let (photos, scratch) = (photos(), dir.path().join("scratch"));
-    let input = TrainInput {
-        spec: &spec,
-        job: None,
-        photos: &photos,
-        class_images: Vec::new(),
-        resume: Some(&checkpoint),
-        scratch: &scratch,
-        trace: None,
-    };
+    let input = TrainInput { resume: Some(&checkpoint), ..input(&spec, &photos, Vec::new(), &scratch) };
     let resumed = stranger.train(input, &mut |_, _| Flow::Continue).expect_err("refused");
     for (fault, what) in [(drawn, "the weights"), (resumed, "the checkpoint")] {
         assert_eq!(fault.code, FaultCode::ArtifactMissing);
@@ -551,15 +544,7 @@ fn a_photo_that_cannot_be_decoded_is_a_fault_of_the_input() {
     let spec = spec(1, 0);
     let scratch = tempfile::tempdir().expect("a directory");
     let photos = [photos().remove(0), b"not a picture".to_vec()];
-    let input = TrainInput {
-        spec: &spec,
-        job: None,
-        photos: &photos,
-        class_images: Vec::new(),
-        resume: None,
-        scratch: scratch.path(),
-        trace: None,
-    };
+    let input = input(&spec, &photos, Vec::new(), scratch.path());
     let fault = engine().train(input, &mut |_, _| Flow::Continue).expect_err("refused");
     assert_eq!(fault.code, FaultCode::Input);
     assert!(fault.message.starts_with("photo 2: "), "{fault}");
@@ -600,15 +585,7 @@ fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
     let mut train = |bytes: u64| {
         OBTAINABLE.store(bytes, Ordering::Relaxed);
         let photos = photos();
-        let input = TrainInput {
-            spec: &spec,
-            job: Some(JOB),
-            photos: &photos,
-            class_images: vec![None; 2],
-            resume: None,
-            scratch: scratch.path(),
-            trace: None,
-        };
+        let input = input(&spec, &photos, vec![None; 2], scratch.path());
         engine.train(input, &mut |_, _| Flow::Stop)
     };
     let fault = train(wanted - 1).expect_err("it does not fit");
@@ -627,15 +604,7 @@ fn an_engine_whose_own_models_were_let_go_for_a_training_reads_them_again() {
     let (mut engine, spec, photos) = (engine(), spec(2, 2), photos());
     let mut trained = || {
         let (scratch, mut drawn) = (tempfile::tempdir().expect("a directory"), Vec::new());
-        let input = TrainInput {
-            spec: &spec,
-            job: Some(JOB),
-            photos: &photos,
-            class_images: vec![None; 2],
-            resume: None,
-            scratch: scratch.path(),
-            trace: None,
-        };
+        let input = input(&spec, &photos, vec![None; 2], scratch.path());
         let ending = engine.train(input, &mut |_, event| {
             if let TrainEvent::ClassImage { png, .. } = event {
                 drawn.push(png);

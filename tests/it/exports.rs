@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::bundles::copy;
-use crate::cli_train::{bundle, demo_photos, refused, scratch, succeeds, train};
+use crate::cli_train::{bundle, demo_photos, hypnos, refused, scratch, succeeds, text, train};
 
 /// One tensor as diffusers' converter knows it: part, name in diffusers, name in a single file, shape there, and the row
 /// of that at which it begins.
@@ -77,17 +77,6 @@ fn every_weight_has_the_name_and_the_shape_that_diffusers_converts_back() {
         let theirs: BTreeSet<&String> = found.iter().map(|(_, _, place)| &place.name).collect();
         assert_eq!((found.len(), theirs.len()), (n_wanted, n_theirs), "{name}: no name twice");
     }
-}
-
-/// The program with these words.
-fn hypnos(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
-    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in Unicode")
 }
 
 fn export(model: &Path, out: &Path, more: &[&str]) -> Command {

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::bundles::copy;
-use crate::cli_train::{bundle, demo_photos, refused, scratch, succeeds, train_from};
+use crate::cli_train::{bundle, demo_photos, hypnos, refused, scratch, succeeds, text, train_from};
 use crate::pull::torch_files::archive;
 use crate::pull::{Tensors, tensors};
 
@@ -133,16 +133,6 @@ fn hashes(dir: &Path) -> BTreeMap<String, String> {
         ((*part).to_owned(), digits)
     };
     PARTS.iter().map(hash).collect()
-}
-
-fn hypnos(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
-    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in Unicode")
 }
 
 fn import(source: &Path, out: &Path, more: &[&str]) -> Command {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -21,19 +21,14 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::cli_train::{demo_photos, refused, succeeds};
+use crate::bundles::copy;
+use crate::cli_train::{demo_photos, hypnos, refused, succeeds};
 
 /// How far the count may be from what was taken.
 const OFF_MOST: f64 = 0.15;
 
 fn miniature() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bundles/miniature")
-}
-
-fn hypnos(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
-    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
 }
 
 fn parsed<T: DeserializeOwned>(value: Value) -> T {
@@ -49,23 +44,11 @@ fn read_json(file: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(file).expect("a file")).expect("JSON")
 }
 
-fn copy_dir(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a directory");
-    for entry in fs::read_dir(from).expect("a directory").flatten() {
-        let (path, place) = (entry.path(), to.join(entry.file_name()));
-        if path.is_dir() {
-            copy_dir(&path, &place);
-        } else {
-            fs::copy(&path, &place).expect("a copy");
-        }
-    }
-}
-
 /// The miniature with random weights in the place of its UNet and autoencoder: four levels at 256 pixels, a third of SD
 /// 1.5's widths, 78 million weights.
 fn mid_size() -> TempDir {
     let dir = tempfile::tempdir().expect("a directory");
-    copy_dir(&miniature(), dir.path());
+    copy(&miniature(), dir.path());
     let unet_file = dir.path().join("unet/config.json");
     let mut config = read_json(&unet_file);
     for (key, value) in [
