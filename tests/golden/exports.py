@@ -300,7 +300,8 @@ def check(args):
         compare(f"{what} against the export, diffusers: picture", off((decoded / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0), picture), 1e-3)
         levels = (pixels.int() - (picture * 255).round().int()).abs().max().item()
         compare(f"{what} against the export, diffusers: levels of 255", levels, 1)
-    base = diffusers.StableDiffusionPipeline.from_pretrained(args.bundle, local_files_only=True)
+    # Of a bundle in f16, transformers would keep the type and diffusers would not.
+    base = diffusers.StableDiffusionPipeline.from_pretrained(args.bundle, dtype=torch.float32, local_files_only=True)
     base.set_progress_bar_config(disable=True)
     base.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config)
     moved = off(latents, theirs(base)[0])
