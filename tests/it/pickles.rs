@@ -64,6 +64,45 @@ fn what_is_no_dictionary_of_tensors_is_refused_in_one_line() {
     refused(&file("short", &whole[..100]), "is cut off");
 }
 
+#[test]
+fn a_compressed_archive_is_refused_as_one_even_where_its_sizes_are_equal() {
+    let mut bytes = fs::read(golden("archive.pth")).unwrap();
+    // The method of the first entry, in its own header and in the directory: deflated.
+    for (header, at) in [(b"PK\x03\x04", 8), (b"PK\x01\x02", 10)] {
+        let begin = bytes.windows(4).position(|four| four == header).unwrap();
+        assert_eq!(bytes[begin + at], 0, "stored");
+        bytes[begin + at] = 8;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deflated");
+    fs::write(&path, bytes).unwrap();
+    refused(&path, "data.pkl compressed");
+}
+
+#[test]
+fn names_and_keys_of_megabytes_are_shortened_in_messages() {
+    let long = [&(1_u32 << 20).to_le_bytes()[..], &vec![b'x'; 1 << 20]].concat();
+    let head =
+        b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}U\x0dlittle_endian\x88s.";
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long");
+    let said = |object: &[&[u8]]| {
+        fs::write(&path, [&head[..], &object.concat()].concat()).unwrap();
+        let error = PickleFile::open(&path).unwrap_err().to_string();
+        assert!(error.len() < 1000, "{} bytes: {}", error.len(), &error[..1000]);
+        error
+    };
+    let storage =
+        [b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX", &long[..], b"U\x03cpuK\x02NtQ"].concat();
+    let tensor =
+        [b"ctorch._utils\n_rebuild_tensor_v2\n", &storage[..], b"K\x00K\x02\x85K\x01\x85\x89NtRs."].concat();
+    // A long name, and a storage that is not in the file; then a long key of a storage that is cut off.
+    let named = said(&[b"\x80\x02}X", &long, &tensor, b"\x80\x02]."]);
+    assert!(named.ends_with("x` has no storage in the file"), "{named}");
+    let keyed = said(&[b"\x80\x02}U\x01w", &tensor, b"\x80\x02]X", &long, b"a."]);
+    assert!(keyed.ends_with("x` is missing: the file is truncated"), "{keyed}");
+}
+
 /// A pickle of few bytes that claims much, or would grow without bound if values were copied.
 #[test]
 fn small_pickles_with_large_claims_are_refused() {
@@ -99,6 +138,27 @@ fn small_pickles_with_large_claims_are_refused() {
         &file("tensor", tensor),
         "tensor `w` is [1152921504606846976] with strides [0] from 0 on, but its storage has 2",
     );
+    // The storage of 2 numbers a second time, as one of 2^61 or of another type: the file can be only one of them.
+    let tensor = |name: &[u8], kind: &[u8], n: &[u8]| {
+        let storage = [b"((U\x07storagectorch\n".as_slice(), kind, b"\nU\x010U\x03cpu", n, b"NtQ"].concat();
+        let rest = [b"K\x00".as_slice(), n, b"\x85K\x01\x85\x89NtRs"].concat();
+        [b"U\x01".as_slice(), name, b"ctorch._utils\n_rebuild_tensor_v2\n", &storage, &rest].concat()
+    };
+    let end = b".\x80\x02]U\x010a.\x02\x00\x00\x00\x00\x00\x00\x00\x00\x00\x80?\x00\x00\x80?";
+    let honest = tensor(b"v", b"FloatStorage", b"K\x02");
+    for (name, kind, n, said) in [
+        (
+            "size",
+            &b"FloatStorage"[..],
+            &b"\x8a\x08\x00\x00\x00\x00\x00\x00\x00\x20"[..],
+            "2305843009213693952 numbers of F32",
+        ),
+        ("type", b"DoubleStorage", b"K\x02", "2 numbers of F64"),
+    ] {
+        let other = tensor(b"w", kind, n);
+        let object = [b"\x80\x02}".as_slice(), &other, &honest, end].concat();
+        refused(&file(name, &object), &format!("has the storage `0` twice: {said} and 2 numbers of F32"));
+    }
     assert!(most_memory_mib() < 1024, "{} MiB", most_memory_mib());
 }
 

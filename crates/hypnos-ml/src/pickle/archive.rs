@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek};
 
-use zip::ZipArchive;
 use zip::read::ZipFile;
+use zip::{CompressionMethod, ZipArchive};
 
-use super::machine::{self, Tensor};
+use super::machine::{self, Tensor, shown};
 use super::tensor::{Stored, bytes};
 use super::{Contents, PICKLE_BYTES_MAX};
 
@@ -24,9 +24,10 @@ pub(super) fn read(file: &File, file_len: u64) -> Result<Contents, String> {
     }
     let heap = machine::run(&pickle)?;
     let tensors = heap.tensors()?;
+    heap.storages()?; // two of one key that differ would not both be checked below
     let mut begins = HashMap::new();
     let place = |(name, tensor): (&str, Tensor<'_>)| {
-        let bad = |what: String| format!("tensor `{name}` {what}");
+        let bad = |what: String| format!("tensor `{}` {what}", shown(name));
         let key = tensor.storage.key;
         let begin = if let Some(begin) = begins.get(key) {
             *begin
@@ -65,10 +66,11 @@ fn contents<R: Read + Seek>(archive: &mut ZipArchive<R>, name: &str, max: u64) -
     let entry = entry(archive, name)?;
     let size = entry.size();
     if size > max {
-        return Err(format!("has {name} of {size} bytes; at most {max} are read"));
+        return Err(format!("has {} of {size} bytes; at most {max} are read", shown(name)));
     }
     let mut all = Vec::new();
-    entry.take(max).read_to_end(&mut all).map_err(|e| format!("has {name}, which cannot be read: {e}"))?;
+    let read = entry.take(max).read_to_end(&mut all);
+    read.map_err(|e| format!("has {}, which cannot be read: {e}", shown(name)))?;
     Ok(all)
 }
 
@@ -83,6 +85,7 @@ fn storage<R: Read + Seek>(
     let (size, begin) = (entry.size(), entry.data_start());
     // What the directory of the archive says of the size is checked against the file's as well.
     let begin = begin.filter(|begin| begin.checked_add(wanted).is_some_and(|end| end <= file_len));
+    let name = shown(name);
     match begin {
         Some(begin) if size == wanted => Ok(begin),
         Some(_) => Err(format!("wants {wanted} bytes of {name}, which has {size}")),
@@ -91,6 +94,12 @@ fn storage<R: Read + Seek>(
 }
 
 fn entry<'a, R: Read + Seek>(archive: &'a mut ZipArchive<R>, name: &str) -> Result<ZipFile<'a, R>, String> {
-    let entry = archive.by_name(name).map_err(|e| format!("has no readable {name}: {e}"))?;
-    if entry.size() == entry.compressed_size() { Ok(entry) } else { Err(format!("has {name} compressed")) }
+    let unreadable = |e: &dyn std::fmt::Display| format!("has no readable {}: {e}", shown(name));
+    let index = archive.index_for_name(name).ok_or_else(|| unreadable(&"it is not in the archive"))?;
+    let raw = archive.by_index_raw(index).map_err(|e| unreadable(&e))?;
+    if raw.compression() != CompressionMethod::Stored || raw.size() != raw.compressed_size() {
+        return Err(format!("has {} compressed", shown(name)));
+    }
+    drop(raw);
+    archive.by_index(index).map_err(|e| unreadable(&e))
 }

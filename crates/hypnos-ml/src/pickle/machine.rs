@@ -36,7 +36,7 @@ pub(super) struct Tensor<'a> {
 }
 
 /// Numbers of one type, of which tensors are made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Storage<'a> {
     pub(super) key: &'a str,
     pub(super) dtype: Dtype,
@@ -147,11 +147,23 @@ impl<'a> Heap<'a> {
         Err(format!("holds no tensors at the top of its dictionary, whose entries begin with [{names}]"))
     }
 
-    /// Every storage that the pickle names, whether a tensor that is wanted lies in it or not.
-    pub(super) fn storages(&self) -> impl Iterator<Item = &Storage<'a>> {
-        self.nodes
-            .iter()
-            .filter_map(|node| if let Node::Storage(storage) = node { Some(storage) } else { None })
+    /// Every storage that the pickle names, by its key, whether a tensor that is wanted lies in it or not. What is wrong
+    /// if two of one key differ: only one of them can be checked against the file.
+    pub(super) fn storages(&self) -> Result<HashMap<&'a str, Storage<'a>>, String> {
+        let mut storages = HashMap::new();
+        for node in &self.nodes {
+            let Node::Storage(storage) = node else { continue };
+            let first = storages.entry(storage.key).or_insert_with(|| storage.clone());
+            if first != storage {
+                let both = [&*first, storage].map(|one| format!("{} numbers of {:?}", one.n, one.dtype));
+                return Err(format!(
+                    "has the storage `{}` twice: {}",
+                    shown(storage.key),
+                    both.join(" and ")
+                ));
+            }
+        }
+        Ok(storages)
     }
 
     /// The whole numbers of a dictionary by their names.
@@ -201,7 +213,7 @@ fn int(node: &Node<'_>) -> Option<i64> {
 }
 
 /// Text of a pickle in a message: on one line, and not too long.
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(SHOWN_MAX).collect::<String>().escape_debug().to_string()
 }
 

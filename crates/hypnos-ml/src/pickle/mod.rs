@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::{Error, Result};
+use machine::shown;
 use tensor::Stored;
 
 /// What a file holds: tensors, and the whole numbers beside them.
@@ -86,7 +87,7 @@ impl PickleFile {
     /// One tensor in f32, row-major, from f64, f32, f16 or bf16. [`Error::File`] for other types, a missing tensor, or a
     /// file that has become unreadable.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
-        let bad = |what: String| Error::file(&self.path, format!("tensor `{name}` {what}"));
+        let bad = |what: String| Error::file(&self.path, format!("tensor `{}` {what}", shown(name)));
         self.tensors.get(name).ok_or_else(|| bad("is missing".into()))?.read(&self.file).map_err(bad)
     }
 }

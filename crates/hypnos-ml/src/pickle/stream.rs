@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use super::machine::{self, Heap, Storage, Tensor};
+use super::machine::{self, Heap, Storage, Tensor, shown};
 use super::tensor::{Stored, bytes};
 use super::{Contents, PICKLE_BYTES_MAX};
 use crate::error::io_words;
@@ -36,10 +36,9 @@ pub(super) fn read(file: &mut File, file_len: u64) -> Result<Contents, String> {
     let object = pickles.pickle()?;
     let keys = pickles.pickle()?;
     let tensors = object.tensors()?;
-    let storages = object.storages().map(|storage| (storage.key, storage)).collect();
-    let begins = begins(file, file_len, pickles.at as u64, &keys.texts()?, &storages)?;
+    let begins = begins(file, file_len, pickles.at as u64, &keys.texts()?, &object.storages()?)?;
     let place = |(name, tensor): &(&str, Tensor<'_>)| {
-        let bad = |what: String| format!("tensor `{name}` {what}");
+        let bad = |what: String| format!("tensor `{}` {what}", shown(name));
         let begin = begins.get(tensor.storage.key).ok_or_else(|| bad("has no storage in the file".into()))?;
         Ok::<_, String>(((*name).to_owned(), Stored::new(tensor, *begin).map_err(bad)?))
     };
@@ -67,11 +66,11 @@ fn begins(
     file_len: u64,
     mut at: u64,
     keys: &[&str],
-    storages: &HashMap<&str, &Storage<'_>>,
+    storages: &HashMap<&str, Storage<'_>>,
 ) -> Result<HashMap<String, u64>, String> {
     let mut begins = HashMap::new();
     for key in keys {
-        let bad = |what: &str| format!("storage `{}` {what}", key.escape_debug());
+        let bad = |what: &str| format!("storage `{}` {what}", shown(key));
         let storage = storages.get(key).ok_or_else(|| bad("is named by no tensor"))?;
         let mut length = [0; 8];
         file.read_exact_at(&mut length, at).map_err(|_| bad("is missing: the file is truncated"))?;

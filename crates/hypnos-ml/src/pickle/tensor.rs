@@ -48,7 +48,8 @@ impl Stored {
             let what = format!("{shape:?} with strides {strides:?} from {offset} on");
             return Err(format!("is {what}, but its storage has {} numbers", storage.n));
         }
-        let begin = begin + *offset as u64 * width(storage.dtype);
+        let before = (*offset as u64).checked_mul(width(storage.dtype));
+        let begin = before.and_then(|before| begin.checked_add(before)).ok_or_else(odd)?;
         Ok(Self { shape: shape.clone(), strides: strides.clone(), dtype: storage.dtype, begin, span })
     }
 
@@ -56,7 +57,8 @@ impl Stored {
     pub(super) fn read(&self, file: &File) -> Result<Vec<f32>, String> {
         let (width, widen) = widening(self.dtype)
             .ok_or_else(|| format!("has type {:?}; F32, F16, BF16 or F64 is wanted", self.dtype))?;
-        let mut bytes = vec![0; self.span * width];
+        let n_bytes = self.span.checked_mul(width).ok_or("has an impossible storage")?;
+        let mut bytes = vec![0; n_bytes];
         file.read_exact_at(&mut bytes, self.begin)
             .map_err(|e| format!("cannot be read: {}", io_words(&e)))?;
         let mut values = vec![0.0; self.span];
