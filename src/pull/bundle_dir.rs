@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::local_file::LocalFile;
-use super::sources::{File, Licence, Part, Sources};
+use super::sources::{File, Licence, Part, Place, Sources, without_query};
 use super::{Error, hashes};
 use crate::ml;
 use crate::ml::bundle::{Fetched, Manifest, Origin, convert, model_index, read_manifest, write_json};
@@ -202,9 +202,12 @@ pub(super) fn licences<'a>(
 /// Whether what was fetched is the file at the revision that is asked for.
 fn is_of((source, revision, sha256): (&str, &str, &str), file: &File) -> bool {
     let asked = revision.split('@').next().unwrap_or_default();
-    source == file.place.source()
-        && asked == file.revision
-        && file.sha256.as_ref().is_none_or(|wanted| wanted == sha256)
+    // Programs before this one recorded the query of a URL as well.
+    let is_same = match &file.place {
+        Place::Url(_) => without_query(source) == file.place.source(),
+        Place::Hub { .. } => source == file.place.source(),
+    };
+    is_same && asked == file.revision && file.sha256.as_ref().is_none_or(|wanted| wanted == sha256)
 }
 
 fn fetched(file: &File, got: &LocalFile) -> Fetched {

@@ -39,17 +39,17 @@ pub(super) async fn download(
             Ok(()) => match partial.finish(file).await? {
                 Some(got) => return Ok(got),
                 // What was there from an earlier run does not belong to what came now.
-                None => Failure::BeginAgain,
+                None => Failure::BeginAgain("what was there does not match"),
             },
             Err(failure) => failure,
         };
         let (why, after) = match failure {
             Failure::Final(error) => return Err(error),
             Failure::Again(why, after) => (why, after),
-            Failure::BeginAgain => {
+            Failure::BeginAgain(why) => {
                 begin_again(file, &mut partial, listener).await?;
                 (furthest, n_begun_again) = (0, n_begun_again + 1);
-                ("it has changed".to_owned(), Some(Duration::ZERO))
+                (why.to_owned(), Some(Duration::ZERO))
             }
         };
         attempts = if partial.n() > furthest { 1 } else { attempts + 1 };
@@ -89,7 +89,7 @@ async fn attempt(
     if answer.start < partial.n() {
         begin_again(file, partial, listener).await?; // the server sends all of it
     } else if partial.n() > 0 && !partial.is_of(answer.etag.as_deref(), file) {
-        return Err(Failure::BeginAgain);
+        return Err(Failure::BeginAgain("it may have changed"));
     }
     check_size(file, answer.total)?;
     partial.note(&answer).await?;

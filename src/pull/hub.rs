@@ -34,9 +34,12 @@ const READ_TIMEOUT: Duration = Duration::from_mins(1);
 /// Longest wait that a server may ask for.
 const WAIT_MAX: Duration = Duration::from_mins(10);
 
-/// A hub, and the client for it and for other servers.
+/// A hub, and the clients for it and for other servers.
 pub(crate) struct Hub {
+    /// For the hub.
     client: Client,
+    /// For other servers.
+    others: Client,
     endpoint: Url,
     token: Option<SecretString>,
 }
@@ -46,8 +49,8 @@ pub(crate) struct Hub {
 pub(super) enum Failure {
     /// Another attempt may succeed, after this time if the server says so.
     Again(String, Option<Duration>),
-    /// What is there is no beginning of the file: another attempt has to begin with its first byte.
-    BeginAgain,
+    /// What is there is no beginning of the file, for this reason: another attempt has to begin with its first byte.
+    BeginAgain(&'static str),
     /// None will.
     Final(Error),
 }
@@ -106,20 +109,22 @@ impl Hub {
         if !matches!(url.scheme(), "http" | "https") || url.query().is_some() || !url.has_host() {
             return Err(bad("is no http:// or https:// URL of a hub"));
         }
-        let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        if token.is_some() && url.scheme() == "http" && !is_here {
+        let is_local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+        let is_plain = url.scheme() == "http";
+        if token.is_some() && is_plain && !is_local {
             return Err(bad("would get the token in HF_TOKEN unencrypted; https:// is wanted"));
+        }
+        if token.as_ref().is_some_and(|token| !token.expose_secret().bytes().all(|b| b.is_ascii_graphic())) {
+            return Err(Error::Input(
+                "HF_TOKEN: has a space, a line break or another character that no token has".into(),
+            ));
         }
         // Fails if the same provider is installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder()
-            .redirect(redirect::Policy::none()) // they are followed here, for the headers of each
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
-            .user_agent(concat!("hypnos/", env!("CARGO_PKG_VERSION")))
-            .build();
-        let client = client.map_err(|e| Error::Failed(format!("cannot create an HTTP client: {e}")))?;
-        Ok(Self { client, endpoint: url, token })
+        let others = client(false)?;
+        // What goes to this machine in clear, the token with it, goes through no proxy: that is another machine.
+        let client = if is_plain && is_local { client(true)? } else { others.clone() };
+        Ok(Self { client, others, endpoint: url, token })
     }
 
     /// Where a file is fetched.
@@ -162,14 +167,16 @@ impl Hub {
 
     /// One request. Only the hub gets the token, never the hosts that it sends us to.
     async fn request(&self, url: &Url, rest: &Rest) -> Result<Response, Failure> {
-        let mut request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+        let is_hub = url.origin() == self.endpoint.origin();
+        let client = if is_hub { &self.client } else { &self.others };
+        let mut request = client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
         if rest.from > 0 {
             request = request.header(RANGE, format!("bytes={}-", rest.from));
             if let Some(validator) = &rest.validator {
                 request = request.header(IF_RANGE, validator);
             }
         }
-        if let Some(token) = self.token.as_ref().filter(|_| url.origin() == self.endpoint.origin()) {
+        if let Some(token) = self.token.as_ref().filter(|_| is_hub) {
             request = request.bearer_auth(token.expose_secret());
         }
         request.send().await.map_err(again)
@@ -187,7 +194,9 @@ impl Hub {
         let headers = response.headers();
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => {}
-            StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => return Err(Failure::BeginAgain),
+            StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
+                return Err(Failure::BeginAgain("what was there does not match"));
+            }
             status => return Err(self.refusal(file, is_hub, status, headers)),
         }
         if text(headers, &CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html")) {
@@ -271,6 +280,17 @@ impl Hub {
     }
 }
 
+/// A client, with the proxies of the environment or none.
+fn client(is_direct: bool) -> Result<Client, Error> {
+    let client = Client::builder()
+        .redirect(redirect::Policy::none()) // they are followed here, for the headers of each
+        .connect_timeout(CONNECT_TIMEOUT)
+        .read_timeout(READ_TIMEOUT)
+        .user_agent(concat!("hypnos/", env!("CARGO_PKG_VERSION")));
+    let client = if is_direct { client.no_proxy() } else { client };
+    client.build().map_err(|error| Error::Failed(format!("cannot create an HTTP client: {error}")))
+}
+
 impl Linked {
     fn read(&mut self, headers: &HeaderMap) {
         let header = |name: &'static str| text(headers, &HeaderName::from_static(name));
@@ -304,7 +324,8 @@ fn wait(file: &File, headers: &HeaderMap, what: String) -> Failure {
             let minutes = after.as_secs().div_ceil(60);
             final_failure(file, &format!("{what}, and asks to wait for {minutes} minutes"))
         }
-        after => Failure::Again(what, after),
+        // A server that asks for no wait gets the usual one.
+        after => Failure::Again(what, after.filter(|after| !after.is_zero())),
     }
 }
 
@@ -360,6 +381,15 @@ mod tests {
         assert!(Hub::new("hub.example", None).is_err());
         let refused = Hub::new("https://me:pass@hub.example", None).err().unwrap().to_string();
         assert!(refused.contains("password") && !refused.contains("me:pass"), "{refused}");
+    }
+
+    #[test]
+    fn a_malformed_token_is_refused_without_showing_it() {
+        for token in ["hf_a\n", "hf a", "hf_\u{e4}"] {
+            let refused = Hub::new("https://hub.example", Some(token.into())).err().unwrap();
+            assert!(matches!(&refused, Error::Input(line) if line.starts_with("HF_TOKEN: ")), "{refused}");
+            assert!(!refused.to_string().contains(token), "{refused}");
+        }
     }
 
     #[test]

@@ -63,9 +63,11 @@ impl Partial {
             is_resumed: false,
             record: before.clone().unwrap_or(fresh),
         };
-        match before {
-            Some(_) => partial.read().await?,
-            None => partial.begin_again(about).await?,
+        if before.is_some() {
+            partial.read().await?;
+        }
+        if partial.n == 0 {
+            partial.begin_again(about).await?; // whatever was recorded of other bytes
         }
         Ok(partial)
     }
@@ -77,7 +79,7 @@ impl Partial {
 
     /// Whether all of it is there.
     pub(super) fn is_whole(&self, about: &File) -> bool {
-        self.record.sha256.is_some() || self.n > 0 && Some(self.n) == about.size
+        self.n > 0 && (self.record.sha256.is_some() || Some(self.n) == about.size)
     }
 
     pub(super) fn validator(&self) -> Option<String> {
@@ -93,16 +95,17 @@ impl Partial {
         }
     }
 
-    /// Throws away what is there.
+    /// Throws away what is there, and then what was recorded of it: no byte may be left that the new record is silent on.
     pub(super) async fn begin_again(&mut self, about: &File) -> Result<(), Error> {
         self.file.set_len(0).await.map_err(|error| unwritten(&self.path, &error))?;
+        self.file.sync_all().await.map_err(|error| unwritten(&self.path, &error))?;
         (self.n, self.hashes, self.is_resumed) = (0, Hashes::of(about), false);
         self.record = Record {
             source: std::mem::take(&mut self.record.source),
             revision: std::mem::take(&mut self.record.revision),
             ..Record::default()
         };
-        Ok(())
+        self.write_record().await
     }
 
     /// Notes what the server says of the file.

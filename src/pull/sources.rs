@@ -5,7 +5,8 @@
 //! `revision`); `hub`, `revision` and `licence` may be said once for a whole part. `size`, `sha256` and `sha512` are compared
 //! where they are given; `about_size` is shown where the size is not known. A part with `into` is converted: the tensors
 //! that the network of `config` reads go to the directory `into`. Files of a part without it go into the bundle as they
-//! are, to `to` or else under their own path, and those with a `dtype` only if it is asked for.
+//! are, to `to` or else under their own path, and those with a `dtype` only if it is asked for. A `url` holds no password; its
+//! query, which may be a secret, is asked for, but neither shown nor recorded: another `revision` tells that it changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
@@ -127,11 +128,11 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// For people, and in `hypnos.json`.
+    /// For people, and in `hypnos.json`: without the query of a URL.
     pub(crate) fn source(&self) -> String {
         match self {
             Self::Hub { repository, path } => format!("{repository}/{path}"),
-            Self::Url(url) => url.clone(),
+            Self::Url(url) => without_query(url).to_owned(),
         }
     }
 
@@ -139,7 +140,7 @@ impl Place {
     pub(crate) fn file_name(&self) -> &str {
         let path = match self {
             Self::Hub { path, .. } => path,
-            Self::Url(url) => url.split(['?', '#']).next().unwrap_or(url),
+            Self::Url(url) => without_query(url),
         };
         path.rsplit('/').next().unwrap_or(path)
     }
@@ -181,9 +182,15 @@ impl Part {
     fn place(&self, raw: &RawFile) -> Result<Place, String> {
         match (&raw.url, raw.hub.as_ref().or(self.hub.as_ref()), &raw.path) {
             (Some(url), _, None) if raw.hub.is_none() => {
-                let parsed = Url::parse(url).map_err(|e| format!("url: `{url}`: {e}"))?;
+                // The URL itself is not shown: it may hold a secret.
+                let parsed = Url::parse(url).map_err(|e| format!("url: is none: {e}"))?;
                 if !matches!(parsed.scheme(), "http" | "https") {
-                    return Err(format!("url: `{url}`; http:// or https:// is wanted"));
+                    return Err(format!("url: is of `{}:`; http:// or https:// is wanted", parsed.scheme()));
+                }
+                if !parsed.username().is_empty() || parsed.password().is_some() {
+                    return Err(
+                        "url: has a user or a password in it, which would be shown and recorded".into()
+                    );
                 }
                 Ok(Place::Url(url.clone()))
             }
@@ -256,6 +263,11 @@ impl Sources {
     }
 }
 
+/// A URL without what follows its path.
+pub(super) fn without_query(url: &str) -> &str {
+    url.split(['?', '#']).next().unwrap_or(url)
+}
+
 /// A name that is one component of a path or a URL as it is.
 fn is_plain(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -325,6 +337,15 @@ mod tests {
             (r#"{"hub": "a/b", "path": "c"}"#, "files[0].revision: is missing"),
             (r#"{"url": "ftp://a/b", "revision": "r", "to": "b"}"#, "http:// or https:// is wanted"),
             (
+                r#"{"url": "https://me:hunter2@a/b", "revision": "r", "to": "b"}"#,
+                "files[0].url: has a user or a password",
+            ),
+            (
+                r#"{"url": "https://hunter2@a/b", "revision": "r", "to": "b"}"#,
+                "files[0].url: has a user or a password",
+            ),
+            (r#"{"url": "https://me:hunter2@a:x/b", "revision": "r", "to": "b"}"#, "files[0].url: is none"),
+            (
                 r#"{"hub": "a/b", "path": "c", "revision": "r", "sha256": "12"}"#,
                 "sha256: `12`; 64 lower-case",
             ),
@@ -336,6 +357,7 @@ mod tests {
         ] {
             let error = Sources::parse(&table(file), Path::new("t.json")).unwrap_err().to_string();
             assert!(error.starts_with("t.json: ") && error.contains(wanted), "{error}\nwanted {wanted}");
+            assert!(!error.contains("hunter2"), "{error}");
         }
         let needy = table(r#"{"hub": "a/b", "path": "c", "revision": "r"}"#)
             .replace(r#""about""#, r#""needs": ["voice"], "about""#);

@@ -150,7 +150,9 @@ fn show(pull: &pull::Pull, plan: &Plan, hub: &Hub) -> Result<(), CliError> {
                 (None, Some(size)) => format!("about {}", pull::bytes(size)),
                 (None, None) => "size unknown".into(),
             };
-            let url = hub.url(file)?;
+            let mut url = hub.url(file)?;
+            url.set_query(None); // it may be a secret
+            url.set_fragment(None);
             let renamed = part.into.is_none() && !url.path().ends_with(&format!("/{}", file.to));
             let to = if renamed { format!(" as {}", file.to) } else { String::new() };
             print_line(&format!("  {size:>14}  {}  {url}{to}", file.licence));

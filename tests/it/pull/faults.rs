@@ -13,6 +13,8 @@ use super::{ACCEPT, fails, files, run, succeeds};
 /// Bytes after which a transfer of the UNet is cut: not at the end of a piece.
 const SOME: usize = 5_000_001;
 
+const VAE: &str = "/sd/fifteen/resolve/main/vae/diffusion_pytorch_model.safetensors";
+
 fn for_the_file<'a>(asked: &'a [Asked], path: &str) -> Vec<&'a Asked> {
     asked.iter().filter(|asked| asked.path.trim_start_matches("/stored") == path).collect()
 }
@@ -60,7 +62,7 @@ async fn killed_within_the_unet(world: &World) {
     let fetched = world.out().join(".pull/part-base/fetched");
     let is_there =
         |path: &str, n: usize| fs::metadata(fetched.join(path)).is_ok_and(|about| about.len() == n as u64);
-    let vae = world.hub.file("/sd/fifteen/resolve/main/vae/diffusion_pytorch_model.safetensors").len();
+    let vae = world.hub.file(VAE).len();
     while !is_there("unet/diffusion_pytorch_model.safetensors", SOME)
         || !is_there("vae/diffusion_pytorch_model.safetensors", vae)
         || !fs::read_to_string(fetched.join("vae/diffusion_pytorch_model.safetensors.json"))
@@ -114,9 +116,61 @@ async fn a_beginning_that_was_spoilt_on_the_disk_is_begun_again() {
     let mut bytes = fs::read(&path).unwrap();
     bytes[1000] ^= 1;
     fs::write(&path, bytes).unwrap();
+    let out = run(world.command(&["--only", "base", ACCEPT])).await;
+    let (said, words) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success() && said.contains("a sound bundle"), "{said}{words}");
+    assert!(words.contains("safetensors: what was there does not match; trying again"), "{words}");
+    assert!(for_the_file(&world.hub.asked(), UNET).last().unwrap().range.is_none());
+}
+
+/// Begun again, and then the network fails: the empty file is no whole one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_file_that_was_spoilt_and_then_out_of_reach_comes_with_the_next_pull() {
+    let world = World::new().await;
+    killed_within_the_unet(&world).await;
+    let path = world.out().join(".pull/part-base/fetched/vae/diffusion_pytorch_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[1000] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    world.hub.fail(VAE, [Fault::Status(503, vec![("retry-after", "7200")])]);
+    let line = fails(world.command(&["--only", "base", ACCEPT]), 1).await;
+    assert!(line.ends_with("asks to wait for 120 minutes"), "{line}");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(path.with_extension("safetensors.json")).unwrap()).unwrap();
+    assert!(record["sha256"].is_null() && record["etag"].is_null(), "{record}");
     let said = succeeds(world.command(&["--only", "base", ACCEPT])).await;
     assert!(said.contains("a sound bundle"), "{said}");
-    assert!(for_the_file(&world.hub.asked(), UNET).last().unwrap().range.is_none());
+}
+
+/// Without entity tags the rest of a file is fetched where its hash tells in the end, and all of it where nothing does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_entity_tags_does_not_hold_up_a_later_pull() {
+    for is_hash_known in [true, false] {
+        let mut world = World::new().await;
+        world.hub.forget_tags();
+        if !is_hash_known {
+            world.set("/parts/5/files/0/sha256", json!(null));
+        }
+        world.hub.fail(INCEPTION, [Fault::Stall(100_000)]);
+        let mut command = world.command(&["--only", "inception", ACCEPT]);
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        world.hub.stalled().await;
+        let path = world.out().join(".pull/part-inception/fetched/0-inception.pth");
+        while !fs::metadata(&path).is_ok_and(|about| about.len() == 100_000) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        world.hub.asked();
+        succeeds(world.command(&["--only", "inception", ACCEPT])).await;
+        assert!(world.out().join("metrics/inception/model.safetensors").exists());
+        let ranges: Vec<_> = world.hub.asked().into_iter().map(|asked| asked.range).collect();
+        let wanted =
+            if is_hash_known { vec![Some(range(100_000))] } else { vec![Some(range(100_000)), None] };
+        assert_eq!(ranges, wanted);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -152,6 +206,14 @@ async fn a_hub_that_is_busy_is_asked_again() {
     let wanted = "tokenizer/vocab.json: the server answers 429 Too Many Requests; trying again";
     assert!(words.contains(wanted), "{words}");
     assert_eq!(for_the_file(&world.hub.asked(), VOCAB).len(), 3);
+    // No wait, or one that is over: the usual one.
+    let past = ("retry-after", "Mon, 05 Jan 2015 09:00:00 GMT");
+    world
+        .hub
+        .fail(INCEPTION, [Fault::Status(503, vec![("retry-after", "0")]), Fault::Status(503, vec![past])]);
+    let began = std::time::Instant::now();
+    succeeds(world.command(&["--only", "inception", ACCEPT])).await;
+    assert!(began.elapsed().as_secs_f64() >= 1.5, "half a second, then twice that");
     // A wait that is too long for anybody.
     world.hub.fail(TRACER, [Fault::Status(429, vec![("retry-after", "3600")])]);
     let line = fails(world.command(&["--only", "segmenter", ACCEPT]), 1).await;
@@ -161,7 +223,7 @@ async fn a_hub_that_is_busy_is_asked_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hub_that_never_answers_is_left_in_the_end() {
     let world = World::new().await;
-    let busy = Fault::Status(503, vec![("retry-after", "0")]); // without it the waits grow, up to 8 s
+    let busy = Fault::Status(503, vec![("retry-after", "1")]); // without it the waits grow, up to 8 s
     world.hub.fail(INCEPTION, vec![busy; 100]);
     let line = fails(world.command(&["--only", "inception", ACCEPT]), 1).await;
     let wanted = "inception.pth: cannot be fetched: the server answers 503 Service Unavailable; the same command goes \

@@ -44,6 +44,7 @@ pub(super) enum Fault {
 #[derive(Clone, Debug)]
 pub(super) struct Asked {
     pub(super) path: String,
+    pub(super) query: Option<String>,
     /// The name by which the server was called.
     pub(super) host: String,
     pub(super) range: Option<String>,
@@ -63,6 +64,8 @@ struct Content {
     is_without_ranges: bool,
     /// Whether entity tags are weak, so that no client may ask for the rest of a file by them.
     is_weak: bool,
+    /// Whether there are none.
+    is_without_tags: bool,
     n_stalled: usize,
 }
 
@@ -108,6 +111,10 @@ impl Hub {
         self.content.lock().unwrap().is_weak = true;
     }
 
+    pub(super) fn forget_tags(&self) {
+        self.content.lock().unwrap().is_without_tags = true;
+    }
+
     pub(super) fn forget_ranges(&self) {
         self.content.lock().unwrap().is_without_ranges = true;
     }
@@ -136,6 +143,7 @@ async fn answer(State(hub): State<Hub>, request: Request) -> Response<Body> {
         if_range: header("if-range"),
         token: header("authorization"),
         path: path.clone(),
+        query: request.uri().query().map(str::to_owned),
     };
     let is_sent_on = path.starts_with("/stored/");
     let of = path.trim_start_matches("/stored").trim_start_matches("/cache").to_owned();
@@ -221,7 +229,9 @@ impl Hub {
         let mut say = |name: &'static str, value: String| {
             headers.insert(HeaderName::from_static(name), value.parse().unwrap());
         };
-        say("etag", tag);
+        if !self.content.lock().unwrap().is_without_tags {
+            say("etag", tag);
+        }
         if path.contains("/resolve/") {
             say("x-repo-commit", COMMIT.into());
         }

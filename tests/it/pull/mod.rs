@@ -160,6 +160,53 @@ async fn the_token_goes_to_the_hub_and_to_no_other_host() {
     assert_eq!(world.hub.asked().len(), 0);
 }
 
+/// A proxy is another machine, where the token would arrive in clear.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hub_on_this_machine_is_asked_through_no_proxy() {
+    let (world, proxy) = (World::new().await, hub::Hub::start().await);
+    let mut command = world.command(&["--only", "segmenter", ACCEPT]);
+    // The other host, to which the hub sends large files, is `localhost`.
+    command.env("HF_TOKEN", "hf_secret").env("HTTP_PROXY", proxy.endpoint()).env("NO_PROXY", "localhost");
+    succeeds(command).await;
+    assert!(proxy.asked().is_empty());
+    assert!(world.hub.asked().iter().any(|asked| asked.token.is_some()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_malformed_token_is_refused_before_anything_is_asked() {
+    let world = World::new().await;
+    let mut command = world.command(&["--only", "segmenter", ACCEPT]);
+    command.env("HF_TOKEN", "hf_secret\nhf_other");
+    let out = run(command).await;
+    let words = String::from_utf8(out.stderr).unwrap();
+    assert_eq!((out.status.code(), words.lines().count()), (Some(2), 1), "{words}");
+    assert!(
+        words.starts_with("error: HF_TOKEN: has a space, a line break") && !words.contains("hf_"),
+        "{words}"
+    );
+    assert!(world.hub.asked().is_empty() && !world.out().exists());
+}
+
+/// Addresses that storages sign have a secret in their query.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_query_of_a_url_is_neither_shown_nor_recorded() {
+    let mut world = World::new().await;
+    let url = format!("{}{INCEPTION}", world.hub.endpoint());
+    world.set("/parts/5/files/0/url", json!(format!("{url}?signature=hunter2#hunter2")));
+    let said = succeeds(world.command(&["--only", "inception", "--dry-run"])).await;
+    assert!(said.contains(&format!("{url}\n")) && !said.contains("hunter2"), "{said}");
+    world.hub.fail(INCEPTION, [hub::Fault::Status(404, vec![])]);
+    let line = fails(world.command(&["--only", "inception", ACCEPT]), 2).await;
+    assert!(line.starts_with(&format!("{url}: ")) && !line.contains("hunter2"), "{line}");
+    world.hub.asked();
+    succeeds(world.command(&["--only", "inception", ACCEPT])).await;
+    assert_eq!(world.hub.asked()[0].query.as_deref(), Some("signature=hunter2"));
+    let manifest = manifest(&world).to_string();
+    assert!(manifest.contains(&url) && !manifest.contains("hunter2"), "{manifest}");
+    succeeds(world.command(&["--only", "inception"])).await;
+    assert!(world.hub.asked().is_empty(), "it is there");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_there_is_not_fetched_again() {
     let world = World::new().await;
