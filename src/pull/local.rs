@@ -4,22 +4,26 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use tokio_util::sync::CancellationToken;
+
 use super::local_file::LocalFile;
 use super::sources::{File, Place};
-use super::{Error, Listener, hashes};
+use super::{Error, Listener, hashes, partial};
 
-/// Copies a file from one of these directories to `path`, compared with its hashes on the way. [`Error::Input`] if none
-/// of them has it, or what they have is something else.
+/// Copies a file from one of these directories to `path`, from its first byte on, compared with its hashes on the way.
+/// [`Error::Input`] if none of them has it, or what they have is something else; [`Error::Failed`] if it is stopped.
 pub(super) fn copy(
     from: &[PathBuf],
     file: &File,
     path: &Path,
     listener: &dyn Listener,
+    stop: &CancellationToken,
 ) -> Result<LocalFile, Error> {
+    partial::forget(path)?;
     let candidates = from.iter().flat_map(|dir| names(file).into_iter().map(|name| dir.join(name)));
     let mut wrong = None;
     for candidate in candidates.filter(|candidate| candidate.is_file()) {
-        match copy_one(&candidate, file, path, listener)? {
+        match copy_one(&candidate, file, path, listener, stop)? {
             Ok(sha256) => return Ok(LocalFile { path: path.to_owned(), sha256, commit: None }),
             Err(what) => wrong = Some(format!("{}: {what}", candidate.display())),
         }
@@ -50,6 +54,7 @@ fn copy_one(
     file: &File,
     path: &Path,
     listener: &dyn Listener,
+    stop: &CancellationToken,
 ) -> Result<Result<String, String>, Error> {
     let unwritten = |error: std::io::Error| Error::io(path, "cannot be written", &error);
     if let Some(parent) = path.parent() {
@@ -58,6 +63,9 @@ fn copy_one(
     let mut n = 0;
     let mut out = fs::File::create(path).map_err(unwritten)?;
     let found = hashes::of_file(candidate, file, |bytes| {
+        if stop.is_cancelled() {
+            return Err(Error::Failed(format!("{}: stopped", candidate.display())));
+        }
         n += bytes.len() as i64;
         listener.moved(bytes.len() as i64);
         out.write_all(bytes).map_err(unwritten)

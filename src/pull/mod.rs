@@ -2,7 +2,8 @@
 //!
 //! A pull plans first: which parts are wanted, which of them are there, how much has to come. Then it fetches a few
 //! files at once (`download.rs`, or [`local`] without a network) into `.pull` ([`staging`]), and puts each part into the
-//! bundle when all its files are there ([`bundle_dir`]). A pull that was stopped goes on where it was.
+//! bundle when all its files are there ([`bundle_dir`]). A pull that was stopped goes on where it was: within a file that
+//! comes over the network, and with the first byte of one that is copied.
 
 mod bundle_dir;
 mod download;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::try_join_all;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use bundle_dir::BundleDir;
 use download::download;
@@ -116,8 +118,14 @@ impl Pull {
         Ok(Plan { steps: steps.collect(), accepted: bundle.accepted().clone() })
     }
 
-    /// Fetches and converts what is missing. `hub` is not asked where the files are on this machine.
-    pub(crate) async fn run(&self, plan: &Plan, hub: &Hub, listener: &dyn Listener) -> Result<(), Error> {
+    /// Fetches and converts what is missing. `hub` is not asked where the files are on this machine. When this is dropped,
+    /// copies end within a piece of a file.
+    pub(crate) async fn run(
+        &self,
+        plan: &Plan,
+        hub: &Hub,
+        listener: &Arc<dyn Listener>,
+    ) -> Result<(), Error> {
         let staging = Arc::new(Staging::open(&self.out)?);
         let bundle = BundleDir::open(&self.out, &self.sources)?;
         let places = plan.missing().map(|step| {
@@ -125,10 +133,13 @@ impl Pull {
             Ok((step, bundle.in_place(&step.part, &step.files, &staged)?))
         });
         let places = places.collect::<Result<Vec<_>, Error>>()?;
-        self.check_space(&places, &staging, listener)?;
+        self.check_space(&places, &staging, listener.as_ref())?;
         let bundle = Arc::new(Mutex::new(bundle));
         let permits = Semaphore::new(FILES_AT_ONCE);
-        let (staging, permits, to) = (&staging, &permits, Fetching { pull: self, hub, listener });
+        let stop = CancellationToken::new();
+        let _stopped_when_dropped = stop.clone().drop_guard();
+        let to = Fetching { pull: self, hub, listener, staging: &staging, stop: &stop };
+        let (staging, permits, to) = (&staging, &permits, &to);
         let parts = places.into_iter().map(|(step, there)| {
             let bundle = Arc::clone(&bundle);
             async move {
@@ -209,21 +220,33 @@ impl Pull {
 }
 
 /// From where files come.
-#[derive(Clone, Copy)]
 struct Fetching<'a> {
     pull: &'a Pull,
     hub: &'a Hub,
-    listener: &'a dyn Listener,
+    listener: &'a Arc<dyn Listener>,
+    staging: &'a Arc<Staging>,
+    /// Ends copies.
+    stop: &'a CancellationToken,
 }
 
 impl Fetching<'_> {
     /// One file: where it is already, from this machine, or from its source.
-    async fn fetch(self, file: &File, there: Option<LocalFile>, path: &Path) -> Result<LocalFile, Error> {
+    async fn fetch(&self, file: &File, there: Option<LocalFile>, path: &Path) -> Result<LocalFile, Error> {
         match there {
             Some(got) => Ok(got),
-            None if self.pull.from.is_empty() => download(self.hub, file, path, self.listener).await,
-            None => tokio::task::block_in_place(|| local::copy(&self.pull.from, file, path, self.listener)),
+            None if self.pull.from.is_empty() => download(self.hub, file, path, self.listener.as_ref()).await,
+            None => self.copy(file.clone(), path.to_owned()).await,
         }
+    }
+
+    async fn copy(&self, file: File, path: PathBuf) -> Result<LocalFile, Error> {
+        let (from, listener) = (self.pull.from.clone(), Arc::clone(self.listener));
+        let (staging, stop, source) = (Arc::clone(self.staging), self.stop.clone(), file.place.source());
+        let copying = tokio::task::spawn_blocking(move || {
+            let _locked = staging; // as long as something is written there
+            local::copy(&from, &file, &path, listener.as_ref(), &stop)
+        });
+        copying.await.map_err(|error| Error::Failed(format!("{source}: {error}")))?
     }
 }
 
@@ -240,5 +263,126 @@ pub(crate) fn bytes(n: u64) -> String {
         _ if n >= 1e6 => format!("{:.1} MB", n / 1e6),
         _ if n >= 1e3 => format!("{:.1} kB", n / 1e3),
         _ => format!("{n} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Condvar;
+    use std::time::Duration;
+
+    use tokio::runtime::{Builder, Runtime};
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    /// Holds up the first piece of each copy.
+    #[derive(Default)]
+    struct Gate {
+        /// Pieces that came, and whether they may go on.
+        state: Mutex<(usize, bool)>,
+        changed: Condvar,
+        first: Notify,
+    }
+
+    impl Gate {
+        /// Waits at most 20 s for a state, and gives the number of pieces.
+        fn wait(&self, until: impl Fn(&(usize, bool)) -> bool) -> usize {
+            let state = self.state.lock().unwrap();
+            let waited =
+                self.changed.wait_timeout_while(state, Duration::from_secs(20), |state| !until(state));
+            waited.unwrap().0.0
+        }
+
+        fn open(&self) {
+            self.state.lock().unwrap().1 = true;
+            self.changed.notify_all();
+        }
+    }
+
+    impl Listener for Gate {
+        fn expect(&self, _: u64) {}
+
+        fn moved(&self, _: i64) {
+            self.state.lock().unwrap().0 += 1;
+            self.changed.notify_all();
+            self.first.notify_one();
+            self.wait(|(_, is_open)| *is_open);
+        }
+
+        fn resumed(&self, _: u64) {}
+
+        fn say(&self, _: &str) {}
+
+        fn finished(&self, _: &str) {}
+    }
+
+    const PIECES: usize = 4;
+
+    /// Two files of a few pieces each, and a pull that copies them.
+    fn two_files(dir: &Path) -> (Pull, Hub) {
+        let table = r#"{"name": "n", "kind": "k", "licences": {"MIT": {"url": "u"}}, "parts": [{"name": "base", "about": "a",
+            "licence": "MIT", "revision": "r", "files": [{"url": "https://h/a", "to": "a"}, {"url": "https://h/b", "to": "b"}]}]}"#;
+        let from = dir.join("from");
+        fs::create_dir(&from).unwrap();
+        for name in ["a", "b"] {
+            fs::write(from.join(name), vec![b'x'; PIECES << 20]).unwrap();
+        }
+        let pull = Pull {
+            out: dir.join("out"),
+            sources: Sources::parse(table, Path::new("t")).unwrap(),
+            only: Vec::new(),
+            dtype: WeightType::F32,
+            from: vec![from],
+        };
+        (pull, Hub::new("https://h", None).unwrap())
+    }
+
+    fn runtime() -> Runtime {
+        Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+    }
+
+    #[test]
+    fn files_are_copied_side_by_side() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pull, hub) = two_files(dir.path());
+        let gate = Arc::new(Gate::default());
+        let watching = std::thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                let n = gate.wait(|(n, _)| *n == 2);
+                gate.open();
+                n
+            }
+        });
+        let listener: Arc<dyn Listener> = Arc::clone(&gate) as _;
+        runtime().block_on(async { pull.run(&pull.plan().unwrap(), &hub, &listener).await.unwrap() });
+        assert_eq!(watching.join().unwrap(), 2, "the second began before the first went on");
+        assert_eq!(fs::read(pull.out.join("b")).unwrap().len(), PIECES << 20);
+        assert!(!pull.out.join(".pull").exists());
+    }
+
+    #[test]
+    fn a_copy_ends_within_a_piece_when_its_pull_is_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pull, hub) = two_files(dir.path());
+        let gate = Arc::new(Gate::default());
+        let runtime = runtime();
+        let listener: Arc<dyn Listener> = Arc::clone(&gate) as _;
+        runtime.block_on(async {
+            let plan = pull.plan().unwrap();
+            tokio::select! {
+                done = pull.run(&plan, &hub, &listener) => panic!("it ended: {done:?}"),
+                () = gate.first.notified() => {}
+            }
+        });
+        gate.open();
+        drop(runtime); // waits for what still runs
+        let n = gate.state.lock().unwrap().0;
+        assert!((1..=2).contains(&n), "{n} pieces of {} were copied", 2 * PIECES);
+        assert!(!pull.out.join("a").exists());
+        // It goes on, from the first byte.
+        self::runtime().block_on(async { pull.run(&pull.plan().unwrap(), &hub, &listener).await.unwrap() });
+        assert!(fs::read(pull.out.join("a")).unwrap() == vec![b'x'; PIECES << 20]);
     }
 }

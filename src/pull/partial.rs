@@ -185,6 +185,17 @@ impl Partial {
     }
 }
 
+/// Removes the record of a file whose bytes are about to be others.
+pub(super) fn forget(path: &Path) -> Result<(), Error> {
+    let record = record_path(path);
+    match std::fs::remove_file(&record) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::io(&record, "cannot be removed", &error))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn record_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".json");

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -117,8 +118,9 @@ pub(super) fn run(args: &Pull) -> Result<ExitCode, CliError> {
         accept(&licences, args.accept_licences)?;
         service::run(|stop| async move {
             let progress = Progress::new();
-            let done = stop.run_until_cancelled(pull.run(&plan, &hub, &progress)).await;
-            progress.bar.finish_and_clear();
+            let (bar, listener): (_, Arc<dyn Listener>) = (progress.bar.clone(), Arc::new(progress));
+            let done = stop.run_until_cancelled(pull.run(&plan, &hub, &listener)).await;
+            bar.finish_and_clear();
             done.unwrap_or_else(|| {
                 Err(pull::Error::Failed("stopped; the same command goes on where it stopped".into()))
             })?;
