@@ -1,5 +1,5 @@
 //! Memory that was counted beside memory that was taken, by whole commands in processes of their own; what is refused
-//! because it does not fit; and the table of docs/memory.md.
+//! because it does not fit; and the tables of docs/memory.md and of the README.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use candle_core::{DType, Device};
-use hypnos::engine::memory::{MemorySettings, PHOTOS, Products, sample_plan, training_plan};
+use hypnos::engine::memory::{FEWEST_PHOTOS, MemorySettings, PHOTOS, Products, sample_plan, training_plan};
 use hypnos::job::{Method, TrainOptions, TrainSpec};
 use hypnos::ml::bundle::{Bundle, part_shapes};
 use hypnos::ml::device::DeviceKind;
@@ -238,12 +238,12 @@ fn add_teachers(dir: &Path) {
     }
 }
 
-/// The block of docs/memory.md between two lines of its name.
-fn documented(name: &str) -> Vec<String> {
-    let page = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/memory.md");
-    let page = fs::read_to_string(page).expect("the page");
-    let from = page.find(&format!("<!-- {name} -->")).unwrap_or_else(|| panic!("docs/memory.md: no {name}"));
-    let rest = &page[from..];
+/// The block of a page between two lines of its name.
+fn documented(page: &str, name: &str) -> Vec<String> {
+    let text = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(page);
+    let text = fs::read_to_string(text).expect("the page");
+    let from = text.find(&format!("<!-- {name} -->")).unwrap_or_else(|| panic!("{page}: no {name}"));
+    let rest = &text[from..];
     let to = rest.find("<!-- end -->").expect("its end");
     rest[..to].lines().skip(1).map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
 }
@@ -252,9 +252,9 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-/// The table of that name as it should be, if rows do not agree: words to the letter, numbers to 0.15.
-fn disagreement(name: &str, counted: &[String]) -> Option<String> {
-    let documented = documented(name);
+/// The page's table of that name as it should be, if rows do not agree: words to the letter, numbers to 0.15.
+fn disagreement(page: &str, name: &str, counted: &[String]) -> Option<String> {
+    let documented = documented(page, name);
     let cells = |row: &str| row.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
     let agree = |a: &str, b: &str| match (a.parse::<f64>(), b.parse::<f64>()) {
         (Ok(a), Ok(b)) => (a - b).abs() < 0.15,
@@ -266,8 +266,10 @@ fn disagreement(name: &str, counted: &[String]) -> Option<String> {
     };
     let same =
         documented.len() == counted.len() && documented.iter().zip(counted).all(|(a, b)| rows_agree(a, b));
-    (!same).then(|| format!("<!-- {name} -->\n{}\n", counted.join("\n")))
+    (!same).then(|| format!("{page} wants\n<!-- {name} -->\n{}\n", counted.join("\n")))
 }
+
+const PAGE: &str = "docs/memory.md";
 
 const METHODS: [Method; 3] = [Method::Hypnos, Method::Dreambooth, Method::TextualInversion];
 
@@ -279,19 +281,38 @@ fn settings(checkpointing: bool) -> MemorySettings {
     MemorySettings { batch: 4, checkpointing, products: Products::Never, photos: PHOTOS }
 }
 
-#[test]
-fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
-    let bundles = [512, 256].map(|side| {
+/// Bundles of Stable Diffusion 1.5's sizes by their pixels, and the directories that they lie in.
+fn real_sizes() -> [(usize, Bundle, TempDir); 2] {
+    [512, 256].map(|side| {
         let dir = sd15(side, 1);
         add_teachers(dir.path());
         (side, Bundle::open(dir.path()).expect("a bundle"), dir)
-    });
+    })
+}
+
+/// Graphics cards, in GB.
+const CARDS: [f64; 5] = [8.0, 11.5, 16.0, 24.0, 80.0];
+
+/// Whether so many bytes fit a card. A driver and its context leave a twentieth less.
+fn fits(bytes: u64, card: f64) -> bool {
+    (bytes as f64) < card * 1e9 * 0.95
+}
+
+/// The head of a table of cards.
+fn cards_head(first: &str) -> Vec<String> {
+    let cards = CARDS.map(|gb| format!(" {gb} GB |")).concat();
+    vec![format!("| {first} |{cards}"), format!("|---|{}", "---|".repeat(CARDS.len()))]
+}
+
+#[test]
+fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
+    let bundles = real_sizes();
     let peak = |bundle: &Bundle, method, checkpointing, kind| {
         let plan = training_plan(bundle, &options_of(method), &settings(checkpointing), kind);
         plan.expect("a plan").peak(kind).bytes
     };
     let mut rows = vec![
-        "| training | pixels | blocks kept | computed again |".to_owned(),
+        "| training | pixels | without | with `--gradient-checkpointing` |".to_owned(),
         "|---|--:|--:|--:|".to_owned(),
     ];
     for (side, bundle, _) in &bundles {
@@ -300,7 +321,7 @@ fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
             rows.push(format!("| `{method}` | {side} | {kept:.1} | {again:.1} |"));
         }
     }
-    let mut wrong = Vec::from_iter(disagreement("trainings", &rows));
+    let mut wrong = Vec::from_iter(disagreement(PAGE, "trainings", &rows));
 
     let sample = |bundle: &Bundle, side, batch, kind| {
         let sizes = SampleSizes { batch, width: side, height: side };
@@ -313,22 +334,16 @@ fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
             rows.push(format!("| {batch} at once | {side} | {bytes:.1} |"));
         }
     }
-    wrong.extend(disagreement("samples", &rows));
+    wrong.extend(disagreement(PAGE, "samples", &rows));
 
-    let mut rows = vec![
-        "| on a card of | 8 GB | 11.5 GB | 16 GB | 24 GB | 80 GB |".to_owned(),
-        "|---|---|---|---|---|---|".to_owned(),
-    ];
-    // A driver and its context leave a twentieth less.
-    let cards = [8.0, 11.5, 16.0, 24.0, 80.0].map(|gb| gb * 1e9 * 0.95);
+    let mut rows = cards_head("on a card of");
     let verdicts = |kept: u64, again: Option<u64>| {
-        let fits = |bytes: u64, card: f64| (bytes as f64) < card;
         let verdict = |card: f64| match again {
             _ if fits(kept, card) => " yes |",
-            Some(again) if fits(again, card) => " with checkpointing |",
+            Some(again) if fits(again, card) => " with `--gradient-checkpointing` |",
             _ => " no |",
         };
-        cards.map(verdict).concat()
+        CARDS.map(verdict).concat()
     };
     let gpu = DeviceKind::Cuda;
     for (side, bundle, _) in &bundles {
@@ -341,8 +356,69 @@ fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
             rows.push(format!("| sample, {batch} at once, {side} px |{}", verdicts(bytes, None)));
         }
     }
-    wrong.extend(disagreement("cards", &rows));
-    assert!(wrong.is_empty(), "docs/memory.md wants\n{}", wrong.join("\n"));
+    wrong.extend(disagreement(PAGE, "cards", &rows));
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Flags of a worker, those that cost least first, and what they set: gradient checkpointing, the share of samples.
+const WORKERS: [(&str, bool, f64); 4] = [
+    ("no flags", false, 0.5),
+    ("`--gradient-checkpointing`", true, 0.5),
+    ("`--sample-share 0`", false, 0.0),
+    ("`--gradient-checkpointing --sample-share 0`", true, 0.0),
+];
+
+#[test]
+fn the_page_on_memory_and_the_readme_say_what_a_worker_needs() {
+    let gpu = DeviceKind::Cuda;
+    let workers = WORKERS.map(|(_, checkpointing, share)| MemorySettings {
+        products: Products::of_worker(share),
+        ..settings(checkpointing)
+    });
+    let names = WORKERS.map(|(name, ..)| format!(" {name} |")).concat();
+    let mut peaks = vec![format!("| GiB on the card, with |{names}"), format!("|---|{}", "--:|".repeat(4))];
+    let mut cards = cards_head("a worker on a card of");
+    for (side, bundle, _dir) in &real_sizes() {
+        let training = |method, settings: &MemorySettings| {
+            let plan = training_plan(bundle, &options_of(method), settings, gpu);
+            plan.expect("a plan").peak(gpu).bytes
+        };
+        let sample = |batch, settings: &MemorySettings| {
+            let sizes = SampleSizes { batch, width: *side, height: *side };
+            sample_plan(bundle, &sizes, settings, gpu).expect("a plan").peak(gpu).bytes
+        };
+        // It does not start where these do not fit.
+        let starting = workers.map(|settings| {
+            let smallest = MemorySettings { photos: FEWEST_PHOTOS, ..settings };
+            sample(1, &settings).max(training(Method::TextualInversion, &smallest))
+        });
+        let mut rows = METHODS
+            .map(|method| {
+                (format!("`{method}`, {side} px"), workers.map(|settings| training(method, &settings)))
+            })
+            .to_vec();
+        rows.push((format!("sample, 4 at once, {side} px"), workers.map(|settings| sample(4, &settings))));
+        for (what, counted) in rows {
+            let numbers = counted.map(|bytes| format!(" {:.1} |", gib(bytes))).concat();
+            peaks.push(format!("| {what} |{numbers}"));
+            let flags = CARDS.map(|card| {
+                match (0..workers.len()).find(|&i| fits(counted[i].max(starting[i]), card)) {
+                    Some(0) => " yes |".to_owned(),
+                    Some(i) => format!(" {} |", WORKERS[i].0),
+                    None => " no |".to_owned(),
+                }
+            });
+            cards.push(format!("| {what} |{}", flags.concat()));
+        }
+    }
+    let readme: Vec<String> = cards.iter().filter(|row| !row.contains("256 px")).cloned().collect();
+    let wrong = [
+        disagreement(PAGE, "workers", &peaks),
+        disagreement(PAGE, "worker cards", &cards),
+        disagreement("README.md", "worker cards", &readme),
+    ];
+    let wrong: Vec<String> = wrong.into_iter().flatten().collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
