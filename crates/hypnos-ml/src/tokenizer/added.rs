@@ -18,7 +18,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
-use super::object::Object;
+use super::object::{Object, Ordered};
 use crate::{Error, Result};
 
 /// The special tokens that have names, in the order in which they are registered, and what CLIP has for them where the
@@ -173,9 +173,10 @@ impl AddedTokens {
         mut config: Object,
         own: Vec<(String, Value)>,
     ) -> Result<Self, String> {
-        let mut named = Names(
-            NAMED.map(|(key, default)| (key.into(), default.map(|text| Given::Text(text.into())))).into(),
-        );
+        let mut named = Names::default();
+        for (key, default) in NAMED {
+            named.set(key.into(), default.map(|text| Given::Text(text.into())));
+        }
         for (key, _) in NAMED {
             match config.remove(key) {
                 None => {}
@@ -194,7 +195,7 @@ impl AddedTokens {
                 tokens.map_err(|what| format!("a special token {what}"))?
             }
             Some(Value::Object(tokens)) => {
-                named.set_all(tokens)?;
+                set_all(&mut named, tokens)?;
                 Vec::new()
             }
             Some(other) => return Err(format!("{EXTRA} is {other}; a list is wanted")),
@@ -206,9 +207,9 @@ impl AddedTokens {
             }
         }
         own.into_iter().for_each(|(key, value)| others.set(key, value));
-        named.set_all(others.into_entries())?;
+        set_all(&mut named, others.into_entries())?;
         let content = |key: &str| {
-            let given = named.0.iter().find(|(name, _)| name == key).and_then(|(_, given)| given.as_ref());
+            let given = named.get(key).and_then(Option::as_ref);
             given
                 .map(|given| given.content().to_owned())
                 .ok_or_else(|| format!("{key} is null; a token is wanted"))
@@ -219,7 +220,7 @@ impl AddedTokens {
             pad: content("pad_token")?,
             unknown: content("unk_token").unwrap_or_default(),
             numbered: numbered.values().map(|token| token.content.clone()).collect(),
-            tokens: registered(numbered, named.0.iter().filter_map(|(_, given)| given.as_ref()), extra),
+            tokens: registered(numbered, named.values().flatten(), extra),
         })
     }
 
@@ -254,24 +255,14 @@ fn registered<'a>(
 }
 
 /// Special tokens by their names, in the order of registration.
-struct Names(Vec<(String, Option<Given>)>);
+type Names = Ordered<Option<Given>>;
 
-impl Names {
-    /// In the place of the one before; behind the others if there is none.
-    fn set(&mut self, key: String, token: Option<Given>) {
-        match self.0.iter_mut().find(|(name, _)| *name == key) {
-            Some((_, old)) => *old = token,
-            None => self.0.push((key, token)),
-        }
+fn set_all(names: &mut Names, tokens: impl IntoIterator<Item = (String, Value)>) -> Result<(), String> {
+    for (key, value) in tokens {
+        let given = Given::of(&value).map_err(|what| format!("{key} {what}"))?;
+        names.set(key, Some(given));
     }
-
-    fn set_all(&mut self, tokens: impl IntoIterator<Item = (String, Value)>) -> Result<(), String> {
-        for (key, value) in tokens {
-            let given = Given::of(&value).map_err(|what| format!("{key} {what}"))?;
-            self.set(key, Some(given));
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Takes the tokens that have names of the model's own, such as `image_token`: those written as texts, and an object of
