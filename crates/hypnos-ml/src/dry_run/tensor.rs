@@ -23,7 +23,6 @@ pub(super) struct Inner {
 pub(super) struct Node {
     pub(super) inputs: Vec<DryTensor>,
     pub(super) rule: Rule,
-    _kept: Option<Rc<Block>>,
 }
 
 /// A block of a model, from its inputs to its result.
@@ -53,8 +52,6 @@ pub(crate) struct Cost {
     pub is_convolution: bool,
     /// Bytes that the forward works with.
     pub scratch: u64,
-    /// Bytes that are kept for the backward beyond the inputs.
-    pub kept: u64,
     /// Bytes that the backward works with.
     pub backward_scratch: u64,
     /// Bytes of weights' gradients, which stay.
@@ -98,18 +95,15 @@ impl DryTensor {
         meter.compute(cost.flops, cost.is_convolution);
         let _scratch = meter.alloc(cost.scratch);
         let is_tracked = cost.gradients > 0 || inputs.iter().any(|input| input.is_tracked());
-        let node = is_tracked.then(|| Node {
-            inputs: inputs.iter().copied().cloned().collect(),
-            rule: Rule::Ours(cost),
-            _kept: Some(meter.alloc(cost.kept)),
-        });
+        let node = is_tracked
+            .then(|| Node { inputs: inputs.iter().copied().cloned().collect(), rule: Rule::Ours(cost) });
         Self::new(meter, dims, node)
     }
 
     /// The result of an operation of ours on weights alone.
     pub(crate) fn ours_of(meter: &Meter, dims: &[usize], cost: Cost) -> Self {
         let rule = Rule::Ours(cost);
-        let node = (cost.gradients > 0).then(|| Node { inputs: Vec::new(), rule, _kept: None });
+        let node = (cost.gradients > 0).then(|| Node { inputs: Vec::new(), rule });
         Self::new(meter, dims, node)
     }
 
@@ -118,7 +112,6 @@ impl DryTensor {
         inputs.iter().any(|input| input.is_tracked()).then(|| Node {
             inputs: inputs.iter().copied().cloned().collect(),
             rule: Rule::Candle { on_the_way },
-            _kept: None,
         })
     }
 
@@ -173,7 +166,7 @@ pub(crate) fn checkpoint(
         inputs[0] = DryTensor::variable(&inputs[0]);
     }
     let is_tracked = inputs.iter().any(DryTensor::is_tracked);
-    let node = is_tracked.then(|| Node { inputs, rule: Rule::Checkpoint(Box::new(block)), _kept: None });
+    let node = is_tracked.then(|| Node { inputs, rule: Rule::Checkpoint(Box::new(block)) });
     Ok(DryTensor::new(inside.meter(), inside.dims(), node))
 }
 

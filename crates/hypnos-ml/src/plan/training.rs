@@ -191,7 +191,8 @@ impl Counts {
         };
         let segmenter = bundle.segmenter_config()?.filter(|_| sizes.n_views.is_some());
         let evaluation = sizes.evaluation.as_ref();
-        let judges = METRICS.iter().map(|part| bundle.weight_bytes(part)).sum::<Result<u64>>()?;
+        let judges = METRICS.iter().filter(|_| evaluation.is_some());
+        let metrics = judges.map(|part| bundle.weight_bytes(part)).sum::<Result<u64>>()?;
         Ok(Self {
             side,
             drawing: frozen.drawing_bytes(),
@@ -202,7 +203,7 @@ impl Counts {
             },
             segmenter: if segmenter.is_some() { bundle.weight_bytes("segmenter")? } else { 0 },
             perceptual: if net.is_some() { bundle.weight_bytes("perceptual")? } else { 0 },
-            metrics: if evaluation.is_some() { judges } else { 0 },
+            metrics,
             discriminator: if discriminator.is_some() { bytes } else { 0 },
             latents: 4 * frozen.latent_dims(1, side, side).iter().product::<usize>() as u64,
             device,
