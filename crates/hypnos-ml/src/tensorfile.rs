@@ -143,11 +143,7 @@ impl TensorFile {
     /// As [`TensorFile::read`] for weights, which have to be numbers: [`Error::File`] as well if one is infinite or
     /// not a number.
     pub fn read_finite(&self, name: &str) -> Result<Vec<f32>> {
-        let values = self.read(name)?;
-        match not_finite(&values) {
-            0 => Ok(values),
-            n => Err(Error::file(self.path_of(name), not_finite_words(n, 1, name))),
-        }
+        finite(self.read(name)?, self.path_of(name), name)
     }
 
     /// What is wrong with the values of these tensors, in one line, if some are infinite or not a number.
@@ -160,6 +156,14 @@ impl TensorFile {
             faulty.extend((n > 0).then_some(name));
         }
         Ok(faulty.first().map(|first| not_finite_words(n_values, faulty.len(), first)))
+    }
+}
+
+/// The values of a tensor in a file; [`Error::File`] if one is infinite or not a number.
+pub(crate) fn finite(values: Vec<f32>, path: &Path, name: &str) -> Result<Vec<f32>> {
+    match not_finite(&values) {
+        0 => Ok(values),
+        n => Err(Error::file(path, not_finite_words(n, 1, name))),
     }
 }
 
@@ -263,6 +267,11 @@ fn halves(bytes: &[u8], out: &mut [f32], convert: fn(&[u16], &mut [f32])) {
         bits.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(h, b)| *h = u16::from_le_bytes([b[0], b[1]]));
         convert(bits, out);
     }
+}
+
+/// The metadata without which diffusers and transformers refuse a file.
+pub(crate) fn torch_metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
 /// Writes tensors as a safetensors file, whole or not at all; `dtype` is f32, f16 or bf16.

@@ -15,7 +15,7 @@ use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::Clip;
 use crate::models::tracer::{self, Tracer};
 use crate::perceptual::{self, Perceptual};
-use crate::tensorfile::save_streaming;
+use crate::tensorfile::{save_streaming, torch_metadata};
 use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
 
@@ -34,14 +34,10 @@ pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Res
     for (name, shape) in &shapes {
         places.insert(name.clone(), place(&files, name, shape)?);
     }
-    let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    save_streaming(&dir.join(part).join("model.safetensors"), &shapes, &text, DType::F32, |name| {
+    let path = dir.join(part).join("model.safetensors");
+    save_streaming(&path, &shapes, &torch_metadata(), DType::F32, |name| {
         let (file, found) = &places[name];
-        let values = files[*file].read(found)?;
-        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-            let what = format!("tensor `{found}` holds {value}, which is not finite");
-            return Err(bad(files[*file].path(), what));
-        }
+        let values = files[*file].read_finite(found)?;
         Ok(Tensor::from_vec(values, shapes[name].as_slice(), &Device::Cpu)?)
     })
 }

@@ -165,6 +165,16 @@ pub(super) fn all_weights(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok([vec![path], shards].concat())
 }
 
+/// Refuses a place for a new directory where something is.
+pub(super) fn vacant(out: &Path) -> Result<()> {
+    match fs::read_dir(out).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(bad(out, "is not empty; a new directory is wanted")),
+        Err(_) if out.symlink_metadata().is_err() => Ok(()),
+        Err(e) => Err(Error::io(out, "is no directory that can be used", e)),
+    }
+}
+
 /// The text of a file; [`Error::File`] if there is none or it is not UTF-8.
 pub(super) fn read_text(path: &Path) -> Result<String> {
     match fs::read_to_string(path) {

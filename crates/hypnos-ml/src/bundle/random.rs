@@ -4,7 +4,6 @@
 //! The tokenizer is synthetic, with as many entries as the real one.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device};
@@ -12,14 +11,14 @@ use serde_json::json;
 
 use super::configs::{PARTS, read_config};
 use super::families::{Like, Sizes};
-use super::files::{SMALL_FILES, bad, hash_file, odd, weight_file, write_json, write_text};
+use super::files::{SMALL_FILES, hash_file, odd, vacant, weight_file, write_json, write_text};
 use super::manifest::{Drawing, Manifest, Origin};
 use crate::Result;
 use crate::models::clip::{self, ClipText};
 use crate::models::unet::{self, Unet};
 use crate::models::vae::{self, Vae};
 use crate::random::derive;
-use crate::tensorfile::save_streaming;
+use crate::tensorfile::{save_streaming, torch_metadata};
 use crate::weights::{Weights, meta_params};
 
 /// Words that every random bundle has as single tokens.
@@ -38,9 +37,7 @@ pub fn random(
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(bad(out, "is not empty; a new directory is wanted"));
-    }
+    vacant(out)?;
     let sizes = like.sizes();
     for (path, config) in sizes.configs() {
         write_json(&out.join(path), &config)?;
@@ -62,11 +59,10 @@ fn write_weights(out: &Path, seed: u64, dtype: DType, progress: &mut dyn FnMut(u
     ];
     let n_total = wanted.iter().flat_map(BTreeMap::values).map(|p| p.value().elem_count() as u64).sum();
     let mut n_done = 0;
-    let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // diffusers refuses files without it
     for ((part, _), params) in PARTS.into_iter().zip(wanted) {
         let shapes: BTreeMap<String, Vec<usize>> =
             params.iter().map(|(name, p)| (name.clone(), p.value().dims().to_vec())).collect();
-        save_streaming(&out.join(part).join(weight_file(part)), &shapes, &text, dtype, |name| {
+        save_streaming(&out.join(part).join(weight_file(part)), &shapes, &torch_metadata(), dtype, |name| {
             // A source remembers what it gave, so each tensor gets its own.
             let tensor = Weights::random(derive(seed, part), &Device::Cpu).get(name, &shapes[name])?.value();
             n_done += tensor.elem_count() as u64;

@@ -8,7 +8,7 @@ use candle_core::DType;
 use safetensors::Dtype;
 
 use crate::pickle::PickleFile;
-use crate::tensorfile::{TensorFile, is_index, shards};
+use crate::tensorfile::{TensorFile, finite, is_index, shards};
 use crate::weights::find;
 use crate::{Error, Result};
 
@@ -77,6 +77,14 @@ impl Tensors {
             Files::Pickles(files) => {
                 files.iter().find(|file| file.shape(name).is_some()).unwrap_or(&files[0]).read(name)
             }
+        }
+    }
+
+    /// As [`Tensors::read`] for weights, which have to be numbers.
+    pub(super) fn read_finite(&self, name: &str) -> Result<Vec<f32>> {
+        match &self.files {
+            Files::Safetensors(file) => file.read_finite(name),
+            Files::Pickles(_) => finite(self.read(name)?, self.path(), name),
         }
     }
 

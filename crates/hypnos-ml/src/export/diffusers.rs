@@ -12,7 +12,7 @@ use super::format::Precision;
 use crate::bundle::{
     Bundle, Manifest, Origin, hash_file, model_index, plain_name, read_json, weight_file, write_json,
 };
-use crate::tensorfile::{save_streaming, write_atomically};
+use crate::tensorfile::{save_streaming, torch_metadata, write_atomically};
 use crate::{Error, Result};
 
 const INDEX: &str = "model_index.json";
@@ -50,13 +50,12 @@ fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()
         }
     }
     // 2. What was learned.
-    let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // they refuse files without it
     for part in PARTS.into_iter().filter(|part| fine_tune.changed(part)) {
         let file = format!("{part}/{}", weight_file(part));
         save_streaming(
             &out.join(&file),
             &fine_tune.parts[part].shapes,
-            &format,
+            &torch_metadata(),
             precision.dtype(),
             |name| fine_tune.tensor(part, name),
         )?;

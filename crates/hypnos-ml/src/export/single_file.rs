@@ -15,7 +15,7 @@ use crate::Result;
 use crate::bundle::Bundle;
 use crate::diffusion::Prediction;
 use crate::ops::Activation;
-use crate::tensorfile::save_streaming_hashed;
+use crate::tensorfile::{save_streaming_hashed, torch_metadata};
 
 /// Writes the file `out`.
 pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
@@ -46,7 +46,6 @@ fn metadata(fine_tune: &FineTune<'_>) -> Result<BTreeMap<String, String>> {
         Prediction::V => "v",
     };
     let mut pairs = vec![
-        ("format", "pt".to_owned()),
         ("modelspec.sai_model_spec", "1.0.1".to_owned()),
         ("modelspec.architecture", architecture(bundle).unwrap_or("latent-diffusion").to_owned()),
         ("modelspec.implementation", implementation(bundle).to_owned()),
@@ -64,7 +63,9 @@ fn metadata(fine_tune: &FineTune<'_>) -> Result<BTreeMap<String, String>> {
     // Said nowhere else in the file: the original code has it in a file of settings.
     pairs.push(("hypnos.scaling_factor", bundle.scaling_factor().to_string()));
     pairs.extend(fine_tune.learned.metadata().get("recipe").map(|recipe| ("hypnos.recipe", recipe.clone())));
-    Ok(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+    let mut all = torch_metadata();
+    all.extend(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)));
+    Ok(all)
 }
 
 /// What ModelSpec calls the architecture, if its sizes are built into other programs.

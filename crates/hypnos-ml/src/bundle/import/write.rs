@@ -9,10 +9,10 @@ use candle_core::{Device, Tensor};
 use serde_json::json;
 
 use super::super::check::check;
-use super::super::files::{bad, hash_file, weight_file, write_json};
+use super::super::files::{hash_file, vacant, weight_file, write_json};
 use super::super::manifest::{Fetched, Origin};
 use super::{Content, Converted, Import, Slice, manifest_of, name_of};
-use crate::tensorfile::{save_streaming, write_atomically};
+use crate::tensorfile::{save_streaming, torch_metadata, write_atomically};
 use crate::{Error, Result};
 
 /// What SPDX says where nothing is known.
@@ -71,19 +71,12 @@ impl Import {
         let input = &self.inputs[part.input];
         let shapes = part.weights.iter().map(|(name, slice)| (name.clone(), slice.shape.clone())).collect();
         let width = input.width(part.weights.values().map(|slice| slice.name.as_str()));
-        let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // diffusers refuses files without it
-        save_streaming(path, &shapes, &format, width, |name| {
+        save_streaming(path, &shapes, &torch_metadata(), width, |name| {
             let slice = &part.weights[name];
-            let mut values = input.read(&slice.name)?;
+            let mut values = input.read_finite(&slice.name)?;
             let n = n_elements(slice) as usize;
             if values.len() != n {
                 values = values[slice.start..][..n].to_vec();
-            }
-            if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-                return Err(bad(
-                    input.path(),
-                    format!("tensor `{}` holds {value}, which is not finite", slice.name),
-                ));
             }
             told(n as u64);
             Ok(Tensor::from_vec(values, slice.shape.as_slice(), &Device::Cpu)?)
@@ -134,16 +127,6 @@ impl Import {
 /// How many values a weight has.
 fn n_elements(slice: &Slice) -> u64 {
     slice.shape.iter().product::<usize>() as u64
-}
-
-/// Refuses a place where something is.
-fn vacant(out: &Path) -> Result<()> {
-    match fs::read_dir(out).map(|mut entries| entries.next().is_none()) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(bad(out, "is not empty; a new directory is wanted")),
-        Err(_) if out.symlink_metadata().is_err() => Ok(()),
-        Err(e) => Err(Error::io(out, "is no directory that can be used", e)),
-    }
 }
 
 /// Refuses a bundle in `dir` that is not sound; it will lie in `out`.
