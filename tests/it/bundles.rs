@@ -8,8 +8,11 @@ use std::process::Command;
 use candle_core::{DType, Device, Tensor};
 use hypnos::job::{Method, TrainOptions};
 use hypnos::ml::bundle::{Bundle, Capability, check, random_metrics};
+use hypnos::ml::device::DeviceKind;
+use hypnos::ml::plan::{EvaluationSizes, TrainingPlan, TrainingSizes};
 use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::tokenizer::Tokenizer;
+use hypnos::ml::train::Learner;
 use hypnos::ml::weights::{Weights, save};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -271,10 +274,62 @@ fn rare_tokens_are_words_of_the_vocabulary_where_the_bundle_names_none() {
             .write("tokenizer/merges.txt", merges.join("\n"))
     };
     assert_eq!(tokens(&without(&["sks", "olis"])), ["ohwx", "zwx", "xjy", "qvk"]);
+    let named = json!({ "rare_tokens": ["zwx", "two words", "sks", "SKS", "sks"] });
+    let named = plain().write("hypnos.json", named.to_string());
+    assert_eq!(
+        tokens(&named),
+        ["zwx", "sks"],
+        "those of hypnos.json as well are one token each, and no two the same"
+    );
     let none = without(&["sks", "ohwx", "olis", "zwx", "xjy", "qvk"]);
     assert_eq!(tokens(&none), [""; 0]);
     let wanted = "tokenizer: has fewer than two rare tokens: a training has to be given instance_token, and";
     assert!(none.remarks().iter().any(|line| line.starts_with(wanted)), "{:#?}", none.remarks());
+}
+
+#[test]
+fn texts_that_are_too_long_for_the_text_encoder_are_one_line() {
+    let broken = Broken::new().set("tokenizer/tokenizer_config.json", "model_max_length", json!(78));
+    let line = "tokenizer: gives texts of 78 tokens; the text encoder has places for 77";
+    assert_eq!(broken.finding(), line);
+}
+
+#[test]
+fn a_training_that_scores_nothing_is_planned_without_the_metrics() {
+    let broken = Broken::new();
+    random_metrics(broken.0.path(), 1).unwrap();
+    let broken = broken.write("metrics/dino/model.safetensors", "short");
+    let bundle = Bundle::open(broken.0.path()).unwrap();
+    let evaluation = EvaluationSizes {
+        n_images: 1,
+        n_class_images: 0,
+        batch: 1,
+        steps: 2,
+        trials: Vec::new(),
+        n_trial_images: 0,
+        trial_batch: 0,
+    };
+    let plan = |evaluation| {
+        let sizes = TrainingSizes {
+            learner: Learner::Embedding,
+            n_steps: 2,
+            n_photos: 3,
+            photo_pixels: 4096,
+            n_class_images: 0,
+            n_views: None,
+            perceptual: None,
+            discriminator: None,
+            evaluation,
+            n_previews: 0,
+            class_image_steps: 2,
+            class_image_batch: 1,
+            checkpointing: false,
+        };
+        TrainingPlan::new(&bundle, &sizes, DeviceKind::Cpu)
+    };
+    assert!(plan(None).is_ok());
+    let error = plan(Some(evaluation)).unwrap_err().to_string();
+    assert!(error.contains("metrics/dino/model.safetensors: has 5 bytes"), "{error}");
 }
 
 #[test]

@@ -96,6 +96,14 @@ fn rare_tokens_are_single_and_other_words_are_not() {
 }
 
 #[test]
+fn what_stands_for_unknown_symbols_is_no_word() {
+    let dir = with("special_tokens_map.json", r#"{"unk_token": "!"}"#);
+    let tokenizer = Tokenizer::open(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode("!")[1], 0, "a token of the vocabulary");
+    assert_eq!(tokenizer.id("!"), None);
+}
+
+#[test]
 fn a_placeholder_of_textual_inversion_is_one_token() {
     let dir = with("added_tokens.json", r#"{"<my-jar>": 902, "<my-jar>_1": 903}"#);
     let tokenizer = Tokenizer::open(dir.path()).unwrap();

@@ -1,4 +1,4 @@
-//! Text to the 77 token numbers that the text encoder reads.
+//! Text to the token numbers that the text encoder reads, as many as the files say: 77 in Stable Diffusion.
 //!
 //! CLIP's byte-pair encoding (Radford et al. 2021, arXiv 2103.00020, section 2.4), put together as `transformers` 5.23.0
 //! does in `models/clip/tokenization_clip.py` and `tokenization_utils_tokenizers.py`, from any of the files that it and
@@ -32,6 +32,7 @@ pub struct Tokenizer {
     start: u32,
     end: u32,
     pad: u32,
+    unknown: Option<u32>,
     length: usize,
     truncates_left: bool,
     pads_left: bool,
@@ -60,13 +61,15 @@ impl Tokenizer {
             return Err(bad(what));
         }
         let largest = vocab.values().max().copied();
-        let mut inner = build(vocab, merges, added.unknown, added.tokens).map_err(|e| bad(e.to_string()))?;
+        let mut inner =
+            build(vocab, merges, added.unknown.clone(), added.tokens).map_err(|e| bad(e.to_string()))?;
         inner.set_encode_special_tokens(splits_special);
         let id = |text: &str| inner.token_to_id(text).ok_or_else(|| bad(format!("has no token `{text}`")));
         let (start, end, pad) = (id(&added.start)?, id(&added.end)?, id(&added.pad)?);
+        let unknown = inner.token_to_id(&added.unknown);
         let on_top = inner.get_added_tokens_decoder().into_keys();
         let vocab_size = on_top.chain(largest).max().map_or(0, |id| id as usize + 1);
-        Ok(Tokenizer { inner, start, end, pad, length, truncates_left, pads_left, vocab_size })
+        Ok(Tokenizer { inner, start, end, pad, unknown, length, truncates_left, pads_left, vocab_size })
     }
 
     /// The ids of a text, exactly [`Tokenizer::length`] of them: start, the text's tokens as far as they fit, end,
@@ -85,10 +88,11 @@ impl Tokenizer {
         self.tokens(text).len()
     }
 
-    /// The one token that a word is, if it is one; asked of rare tokens, so start, end and unknown do not count.
+    /// The one token that a word is, if it is one; asked of rare tokens, so start, end, padding and unknown do not count.
     pub fn id(&self, word: &str) -> Option<u32> {
+        let marks = [Some(self.start), Some(self.end), Some(self.pad), self.unknown];
         match self.tokens(word)[..] {
-            [token] if ![self.start, self.end, self.pad].contains(&token) => Some(token),
+            [token] if !marks.contains(&Some(token)) => Some(token),
             _ => None,
         }
     }
@@ -123,7 +127,12 @@ impl Tokenizer {
         self.end
     }
 
-    /// Length of every encoded text: 77.
+    /// The token that fills texts up.
+    pub(crate) fn pad(&self) -> u32 {
+        self.pad
+    }
+
+    /// Length of every encoded text, as the files say: 77 in Stable Diffusion.
     pub fn length(&self) -> usize {
         self.length
     }

@@ -210,11 +210,6 @@ impl Findings {
                 Ordering::Equal => {}
                 Ordering::Greater => self.remark(&file, format!("{what}: the last rows are of no token")),
             }
-            let (length, positions) = (tokenizer.length(), text.max_position_embeddings);
-            if length > positions {
-                let what = format!("a text's length is {length}, but the text encoder reads {positions}");
-                self.add(bad(&dir.join("tokenizer"), what));
-            }
         }
     }
 

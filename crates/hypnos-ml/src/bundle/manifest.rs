@@ -1,6 +1,7 @@
 //! `hypnos.json`: what we know of a bundle beyond what diffusers says.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -11,13 +12,16 @@ use crate::product::Product;
 use crate::samplers::Sampler;
 use crate::{Error, Result};
 
+/// The sides that pictures may have, in pixels.
+pub(super) const RESOLUTIONS: RangeInclusive<usize> = 8..=4096;
+
 /// The content of `hypnos.json`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Manifest {
     /// What people call it.
     #[serde(default)]
     pub name: String,
-    /// Its family: `sd15`, `miniature`.
+    /// Its family: `sd15`, `sd2`, `miniature`.
     #[serde(default)]
     pub kind: String,
     /// Side of the pictures it draws, in pixels; without it the configs decide.
@@ -106,8 +110,9 @@ pub fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
     let manifest: Manifest =
         serde_json::from_str(&read_text(&path)?).map_err(|e| Error::file_from(&path, e.to_string(), e))?;
     match manifest.resolution {
-        Some(side) if !(8..=4096).contains(&side) => {
-            Err(bad(&path, format!("resolution is {side}, wanted 8 to 4096")))
+        Some(side) if !RESOLUTIONS.contains(&side) => {
+            let (least, most) = RESOLUTIONS.into_inner();
+            Err(bad(&path, format!("resolution is {side}, wanted {least} to {most}")))
         }
         _ => Ok(Some(manifest)),
     }

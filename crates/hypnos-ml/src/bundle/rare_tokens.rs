@@ -34,14 +34,13 @@ impl Bundle {
 /// See [`Bundle::rare_tokens`].
 pub(super) fn rare_tokens(manifest: &Manifest, tokenizer: &Tokenizer) -> Vec<String> {
     let learned = manifest.product.as_ref().map(|product| product.token.as_str());
-    if !manifest.rare_tokens.is_empty() {
-        let named = manifest.rare_tokens.iter().filter(|word| Some(word.as_str()) != learned);
-        return named.cloned().collect();
-    }
+    let named: Vec<&str> = manifest.rare_tokens.iter().map(String::as_str).collect();
+    // A bundle may name a placeholder of its own.
+    let (words, may_be_added) = if named.is_empty() { (&CANDIDATES[..], false) } else { (&named[..], true) };
     let mut taken = BTreeSet::new();
-    let rare = |word: &&str| {
-        let id = tokenizer.id(word).filter(|id| !tokenizer.is_added(*id));
-        Some(*word) != learned && id.is_some_and(|id| taken.insert(id))
+    let rare = |word: &&&str| {
+        let id = tokenizer.id(word).filter(|id| may_be_added || !tokenizer.is_added(*id));
+        Some(**word) != learned && id.is_some_and(|id| taken.insert(id))
     };
-    CANDIDATES.into_iter().filter(rare).map(str::to_owned).collect()
+    words.iter().filter(rare).map(|word| (*word).to_owned()).collect()
 }

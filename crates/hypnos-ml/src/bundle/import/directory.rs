@@ -81,7 +81,7 @@ fn scheduler(import: &mut Import, source: &Path, options: &ImportOptions) -> Res
     match options.prediction {
         None => import.take(dir, PATH),
         Some(prediction) => {
-            let settings = predicting(settings, prediction)?;
+            let settings = predicting(&dir.join(PATH), settings, prediction)?;
             import.make(PATH, settings, format!("{PATH} of {}, told what the UNet predicts", name_of(dir)));
         }
     }

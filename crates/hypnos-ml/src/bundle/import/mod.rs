@@ -21,12 +21,12 @@ use super::files::{all_weights, bad, hash_file, hash_files, read_json};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::rare_tokens;
 use super::tensors::Tensors;
+use crate::Result;
 use crate::diffusion::Prediction;
 use crate::tokenizer::Tokenizer;
-use crate::{Error, Result};
 
 /// Part of the key of an import: another number where the same files become another bundle.
-const VERSION: &str = "import 1";
+const VERSION: &str = "import 2";
 
 /// The files of a tokenizer, whichever of them are there.
 const TOKENIZER_FILES: [&str; 6] = [
@@ -96,7 +96,7 @@ enum Content {
 }
 
 impl Import {
-    /// Opens a file or a directory. [`Error::File`] if it is something else than Stable Diffusion 1.x or 2.x, a
+    /// Opens a file or a directory. [`Error::File`](crate::Error::File) if it is something else than Stable Diffusion 1.x or 2.x, a
     /// tensor is missing or misshapen, or nobody has the tokenizer or another part that it lacks.
     pub fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
         if let Some(with) = options.with.as_ref().filter(|with| !with.is_dir()) {
@@ -129,14 +129,15 @@ impl Import {
             };
             all.update(format!("\0{path} {content}"));
         }
+        all.update(format!("\0{}", json!(self.manifest)));
         Ok(format!("{:x}", all.finalize()))
     }
 
     /// Where the bundle of this import lies beneath `cache`, if it was made, and where it is to be made. Reads every
     /// file.
     pub fn place(&self, cache: &Path) -> Result<PathBuf> {
-        let stem = self.source.file_stem().unwrap_or_default().to_string_lossy();
-        Ok(cache.join("bundles").join(format!("{stem}-{}", &self.key()?[..12])))
+        let name = stem_of(&self.source);
+        Ok(cache.join("bundles").join(format!("{name}-{}", &self.key()?[..12])))
     }
 
     /// SHA-256 of the source's files.
@@ -231,7 +232,7 @@ impl Import {
         for name in TOKENIZER_FILES.iter().filter(|name| place.join(name).exists()) {
             self.take(dir, format!("tokenizer/{name}"));
         }
-        let found = tokenizer.encode("")[2];
+        let found = tokenizer.pad();
         let wanted = match pad {
             Pad::AsItIs => found,
             Pad::End => tokenizer.end(),
@@ -242,8 +243,8 @@ impl Import {
             let [map, config] = ["special_tokens_map.json", "tokenizer_config.json"];
             for name in [map, config].into_iter().filter(|name| *name == map || place.join(name).exists()) {
                 let path = place.join(name);
-                let mut settings = if path.exists() { read_json(&path)? } else { json!({}) };
-                settings["pad_token"] = token.into();
+                let settings = if path.exists() { read_json(&path)? } else { json!({}) };
+                let settings = changed(&path, settings, "pad_token", token)?;
                 let from = format!("tokenizer/{name} of {}, filling texts up with {token}", name_of(dir));
                 self.make(&format!("tokenizer/{name}"), settings, from);
             }
@@ -271,16 +272,29 @@ fn name_of(path: &Path) -> String {
     whole.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// The name of what is imported: a file's without its suffix, a directory's whole.
+fn stem_of(path: &Path) -> String {
+    if path.is_dir() {
+        return name_of(path);
+    }
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// What a bundle says of itself, if it does.
 fn manifest_of(dir: &Path) -> Result<Manifest> {
     Ok(read_manifest(dir)?.unwrap_or_default())
 }
 
-/// The scheduler's settings for a UNet that predicts this.
-fn predicting(mut scheduler: Value, prediction: Prediction) -> Result<Value> {
-    let Some(settings) = scheduler.as_object_mut() else {
-        return Err(Error::file("scheduler_config.json", "is not a JSON object"));
+/// The scheduler's settings, of a file, for a UNet that predicts this.
+fn predicting(path: &Path, scheduler: Value, prediction: Prediction) -> Result<Value> {
+    changed(path, scheduler, "prediction_type", prediction.word())
+}
+
+/// The settings of a file with another value for one of them. An error if they are no object.
+fn changed(path: &Path, mut settings: Value, key: &str, value: &str) -> Result<Value> {
+    let Some(object) = settings.as_object_mut() else {
+        return Err(bad(path, "is not a JSON object"));
     };
-    settings.insert("prediction_type".into(), prediction.word().into());
-    Ok(scheduler)
+    object.insert(key.into(), value.into());
+    Ok(settings)
 }

@@ -11,13 +11,17 @@ enum Sign {
 
 use Sign::{Begins, Holds};
 
-/// What holds tensors of such names. The first that fits counts.
-const OTHERS: [(Sign, &str); 21] = [
+/// What holds tensors of such names and no UNet. The first that fits counts, here and below.
+const ADDITIONS: [(Sign, &str); 5] = [
     (Holds(".lora_up."), LORA),
     (Holds(".lora_down."), LORA),
     (Holds(".lora_A."), LORA),
     (Holds(".hada_w1"), LORA),
     (Begins("lora_"), LORA),
+];
+
+/// What holds tensors of such names, with a UNet or without.
+const OTHER_MODELS: [(Sign, &str); 11] = [
     (Begins("conditioner.embedders.1."), "is a Stable Diffusion XL checkpoint"),
     (Begins("conditioner.embedders.0."), "is a Stable Diffusion XL refiner"),
     (Begins("control_model."), CONTROL),
@@ -32,6 +36,10 @@ const OTHERS: [(Sign, &str); 21] = [
         "is a checkpoint that draws with a class or a picture (unCLIP, XL)",
     ),
     (Begins("embedder.model.visual."), "is a checkpoint that draws with a picture (unCLIP)"),
+];
+
+/// What holds tensors of such names and no UNet. Beside one, they are left-overs that nothing reads.
+const PARTS: [(Sign, &str); 5] = [
     (Begins("down_blocks."), "is a UNet alone by diffusers' names, which comes in a directory"),
     (Begins("decoder."), "is an autoencoder alone"),
     (Begins("text_model."), "is a text encoder alone"),
@@ -62,8 +70,10 @@ pub(super) fn something_else(tensors: &Tensors) -> Option<String> {
             Holds(part) => name.contains(part),
         })
     };
-    let what = OTHERS.iter().find(|(sign, _)| fits(sign)).map(|(_, what)| *what);
     let first = tensors.shape(&format!("{UNET}.input_blocks.0.0.weight"));
+    let (additions, parts) = if first.is_none() { (&ADDITIONS[..], &PARTS[..]) } else { Default::default() };
+    let mut signs = additions.iter().chain(&OTHER_MODELS).chain(parts);
+    let what = signs.find(|(sign, _)| fits(sign)).map(|(_, what)| *what);
     let channels = first.and_then(|shape| shape.get(1)).copied();
     let by_channels = || CHANNELS.iter().find(|(n, _)| channels == Some(*n)).map(|(_, what)| *what);
     match what.or_else(by_channels) {

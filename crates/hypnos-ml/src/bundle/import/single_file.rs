@@ -13,10 +13,10 @@ use serde_json::Value;
 use super::super::configs::{model_index, read_config};
 use super::super::families::{Like, Sizes};
 use super::super::files::{bad, read_json};
-use super::super::manifest::Manifest;
+use super::super::manifest::{Manifest, RESOLUTIONS};
 use super::super::tensors::Tensors;
 use super::refusal::something_else;
-use super::{Converted, Import, ImportOptions, Pad, Slice, manifest_of, name_of, predicting};
+use super::{Converted, Import, ImportOptions, Pad, Slice, manifest_of, name_of, predicting, stem_of};
 use crate::diffusion::Prediction;
 use crate::export::ldm_names::{CLIP, LdmNames, OPEN_CLIP, UNET, VAE};
 use crate::models::clip::{self, ClipText};
@@ -165,7 +165,8 @@ impl Family {
 
     /// The scheduler's settings, and its class.
     fn scheduler(&self, prediction: Prediction) -> Result<(Value, String)> {
-        let mut json = predicting(self.json["scheduler"].clone(), prediction)?;
+        let mut json =
+            predicting(Path::new("scheduler_config.json"), self.json["scheduler"].clone(), prediction)?;
         if self.sizes.as_ref().is_some_and(|sizes| sizes.prediction != prediction) {
             json["_class_name"] = "PNDMScheduler".into(); // what SD 1.x and SD 2's base come with
             json["skip_prk_steps"] = true.into();
@@ -302,8 +303,9 @@ fn manifest(
     prediction: Prediction,
     with: Option<&Path>,
 ) -> Result<Manifest> {
-    let stem = || tensors.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let fits = |side: &usize| RESOLUTIONS.contains(side) && side.is_multiple_of(family.vae.factor());
     let said = tensors.said("modelspec.resolution").and_then(|said| said.split('x').next()?.parse().ok());
+    let said = said.filter(fits); // anybody may have written it
     let product: Option<Product> =
         tensors.said("hypnos.recipe").and_then(|recipe| serde_json::from_str(recipe).ok());
     let mut manifest = match (&family.sizes, with) {
@@ -312,7 +314,7 @@ fn manifest(
         _ => Manifest::default(),
     };
     manifest.files.clear();
-    manifest.name = tensors.said("modelspec.title").map_or_else(stem, str::to_owned);
+    manifest.name = tensors.said("modelspec.title").map_or_else(|| stem_of(tensors.path()), str::to_owned);
     manifest.product = product;
     if let Some(sizes) = &family.sizes {
         sizes.kind.clone_into(&mut manifest.kind);
