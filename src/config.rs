@@ -638,10 +638,10 @@ pub struct Working {
     /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
     #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
     pub gradient_checkpointing: bool,
-    /// Start, and begin trainings, even if they are counted not to fit the memory
+    /// Start, and begin trainings, even if the memory estimate says they do not fit
     #[arg(long, env = "HYPNOS_IGNORE_MEMORY")]
     pub ignore_memory: bool,
-    /// Cache of fine-tuned models in each device's memory, in GiB; beside a training, what it leaves of that
+    /// Cache of fine-tuned models in each device's memory, in GiB; a training shrinks it to the memory that is left
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,
     /// Cache of weights on disk, in GiB
@@ -691,6 +691,12 @@ impl Working {
     /// The device of each of `n` workers.
     pub fn devices(&self, n: usize) -> Vec<String> {
         self.devices.iter().cycle().take(n).cloned().collect()
+    }
+
+    /// How many of `n` workers have the memory of this device together; 1 if none takes it.
+    pub fn sharers(&self, device: &str, n: usize) -> usize {
+        let known = |name: &str| if name == "cuda" { "cuda:0".to_owned() } else { name.to_owned() };
+        self.devices(n).iter().filter(|other| known(other) == known(device)).count().max(1)
     }
 }
 
@@ -836,6 +842,23 @@ mod tests {
         assert_eq!(keys_wanted(&[]), Ok(false));
         assert_eq!(keys_wanted(&["--listen", "[::ffff:127.0.0.1]:80"]), Ok(false));
         assert!(keys_wanted(&["--listen", "192.0.2.1:80", "--auth", "none"]).is_err());
+    }
+
+    #[test]
+    fn workers_with_one_device_share_its_memory() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            working: Working,
+        }
+        let of = |devices: &str| {
+            <Line as clap::Parser>::parse_from(["work", "--bundle", "dir", "--devices", devices]).working
+        };
+        assert_eq!(of("cpu").sharers("cpu", 3), 3);
+        let mixed = of("cuda,cpu,cuda:0,cuda:1");
+        assert_eq!(["cuda", "cuda:0", "cuda:1", "cpu"].map(|device| mixed.sharers(device, 4)), [2, 2, 1, 1]);
+        assert_eq!(["cuda", "cuda:0", "cuda:1", "cpu"].map(|device| mixed.sharers(device, 6)), [3, 3, 1, 2]);
+        assert_eq!(mixed.sharers("cuda:1", 2), 1, "none takes it");
     }
 
     #[test]

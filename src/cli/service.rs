@@ -366,12 +366,11 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         checkpointing: working.gradient_checkpointing,
         memory: None,
     };
-    let devices = working.devices(n);
-    let sharers = devices.iter().filter(|device| *device == "cpu").count();
     let products = Products::of_worker(working.sample_share);
-    let check = MemoryCheck { obtainable: machine::obtainable, sharers, products };
-    let memory = (!working.ignore_memory).then_some(check);
-    let engines = devices.into_iter().map(|device| {
+    let engines = working.devices(n).into_iter().map(|device| {
+        let sharers = working.sharers(&device, n);
+        let check = MemoryCheck { obtainable: machine::obtainable, sharers, products };
+        let memory = (!working.ignore_memory).then_some(check);
         let settings = engine::EngineSettings { memory, ..engine.clone() };
         let name = device.clone();
         let make: MakeEngine = Box::new(move || {

@@ -66,8 +66,8 @@ pub(super) struct Train {
     #[arg(long, default_value_t = 4)]
     batch: usize,
     /// Gradient checkpointing: less memory for a third more time
-    #[arg(long)]
-    checkpointing: bool,
+    #[arg(long, alias = "checkpointing")]
+    gradient_checkpointing: bool,
     /// Begin even if the training is counted not to fit the memory
     #[arg(long)]
     ignore_memory: bool,
@@ -93,7 +93,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         device: args.device.clone(),
         batch: args.batch,
         finetuned_bytes_max: 0,
-        checkpointing: args.checkpointing,
+        checkpointing: args.gradient_checkpointing,
         memory: service::memory_check(args.ignore_memory),
     })?;
     engine.check(&spec)?;

@@ -20,6 +20,7 @@ use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, SampleSettings};
 use crate::ml::{self, Error, Interrupt, device};
+use crate::photo::png_size;
 
 /// How an engine works. None of it changes what is drawn or learned, but for the rounding of sums.
 #[derive(Clone, Debug)]
@@ -59,7 +60,7 @@ impl CandleEngine {
         let bundle = Bundle::open(&settings.bundle)?;
         let gpu_bytes = device::free_bytes(&device)?;
         let limits = memory_of(&settings, FEWEST_PHOTOS);
-        if let Some(free) = settings.memory.and_then(|check| gpu_bytes.or_else(|| check.bytes()))
+        if let Some(free) = settings.memory.and_then(|check| check.bytes(gpu_bytes))
             && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), free)?
         {
             return Err(Error::input(format!("{refusal}; --ignore-memory starts anyway")));
@@ -90,8 +91,7 @@ impl CandleEngine {
 
     /// Bytes that there are for this engine, with what it has taken; none if that is not known or not to be looked at.
     fn free(&self) -> Option<u64> {
-        let check = self.settings.memory?;
-        self.gpu_bytes.or_else(|| check.bytes())
+        self.settings.memory?.bytes(self.gpu_bytes)
     }
 
     fn kind(&self) -> DeviceKind {
@@ -209,9 +209,8 @@ fn memory_of(settings: &EngineSettings, photos: (usize, u64)) -> MemorySettings 
 
 /// How many photos there are, and the pixels of the largest, by the heads of their PNGs.
 fn photo_sizes(photos: &[Vec<u8>]) -> (usize, u64) {
-    let side = |png: &[u8], at: usize| png.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes);
-    let pixels = |png: &Vec<u8>| Some(u64::from(side(png, 16)?) * u64::from(side(png, 20)?));
-    (photos.len(), photos.iter().filter_map(pixels).max().unwrap_or(0))
+    let sizes = photos.iter().filter_map(|png| png_size(png));
+    (photos.len(), sizes.map(|(width, height)| u64::from(width) * u64::from(height)).max().unwrap_or(0))
 }
 
 /// What a sample asks for, on top of what the bundle does by itself.

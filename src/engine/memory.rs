@@ -57,17 +57,22 @@ pub struct MemorySettings {
 pub struct MemoryCheck {
     /// What this process could have of the machine's, with what it has already; none if that is not known.
     pub obtainable: fn() -> Option<u64>,
-    /// Engines that share it.
+    /// Engines that share the memory of the device.
     pub sharers: usize,
     /// When products are drawn.
     pub products: Products,
 }
 
 impl MemoryCheck {
-    /// The part of one engine.
-    pub(super) fn bytes(&self) -> Option<u64> {
-        (self.obtainable)().map(|bytes| bytes / self.sharers.max(1) as u64)
+    /// The part of one engine, of what was free on its GPU or else of the machine's memory.
+    pub(super) fn bytes(&self, gpu: Option<u64>) -> Option<u64> {
+        gpu.or_else(self.obtainable).map(|bytes| share(bytes, self.sharers))
     }
+}
+
+/// What each of so many engines may take of memory that is free for all of them.
+pub fn share(free: u64, sharers: usize) -> u64 {
+    free / sharers.max(1) as u64
 }
 
 /// A setting that makes something smaller.
@@ -276,4 +281,16 @@ pub(super) fn check_training(
 ) -> std::result::Result<(), Fault> {
     let fit = training_fit(bundle, options, settings, kind, Some(free)).map_err(super::faults::fault)?;
     fit.refusal().map_or(Ok(()), |refusal| Err(Fault::new(FaultCode::Input, refusal)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_of_one_device_have_its_memory_in_equal_parts() {
+        let check = |sharers| MemoryCheck { obtainable: || Some(60), sharers, products: Products::Never };
+        assert_eq!((check(3).bytes(None), check(1).bytes(None)), (Some(20), Some(60)));
+        assert_eq!((check(3).bytes(Some(9)), check(1).bytes(Some(9))), (Some(3), Some(9)), "of a GPU's own");
+    }
 }

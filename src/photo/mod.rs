@@ -193,7 +193,7 @@ fn animation_refusal() -> Refusal {
 }
 
 /// Width and height in the first chunk of a PNG.
-fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
+pub(crate) fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
     let side = |at| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     Some((side(16)?, side(20)?))
 }

@@ -1,7 +1,7 @@
 //! Memory that was counted beside memory that was taken, by whole commands in processes of their own; what is refused
 //! because it does not fit; and the tables of docs/memory.md and of the README.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -134,7 +134,7 @@ fn counted_and_taken(bundle: &Path, checkpointing: bool) -> (u64, u64) {
         train.arg("--set").arg(format!("{key}={value}"));
     }
     if checkpointing {
-        train.arg("--checkpointing");
+        train.arg("--gradient-checkpointing");
     }
     (counted, peak_of(&mut train))
 }
@@ -454,6 +454,26 @@ fn what_cannot_fit_is_refused_in_one_line_before_a_weight_is_read() {
     };
     let line = refused(&mut train(&[]), 2);
     assert!(line.contains("wanted") && line.contains("free"), "{line}");
+    let compare = |more: &[&str]| {
+        let mut command = hypnos(&["compare", "--bundle", &bundle, "--recipes", "dreambooth", "--subjects"]);
+        command.arg(format!("{}=mug", demo_photos().display()));
+        command.arg("--out").arg(scratch.path().join("compared")).args(more);
+        command
+    };
+    // What is advised is a flag of both, and so is what they called it before.
+    let advised: BTreeSet<&str> = words
+        .split_whitespace()
+        .filter(|word| word.starts_with("--"))
+        .map(|flag| flag.trim_end_matches(':'))
+        .collect();
+    assert_eq!(advised, BTreeSet::from(["--batch", "--gradient-checkpointing"]), "{words}");
+    for flag in advised.into_iter().chain(["--checkpointing"]) {
+        let more: &[&str] = if flag == "--batch" { &[flag, "1"] } else { &[flag] };
+        for mut command in [train(more), compare(more)] {
+            let line = refused(&mut command, 2);
+            assert!(line.contains(" GiB of memory, free "), "{flag}: {line}");
+        }
+    }
     let line = refused(&mut train(&["--ignore-memory"]), 2);
     assert!(line.contains("tokenizer/vocab.json"), "it went on to what is missing: {line}");
     assert!(!scratch.path().join("out").exists(), "nothing was written");

@@ -21,11 +21,12 @@ use crate::ml::plan::SampleSizes;
 struct Opened {
     name: String,
     kind: DeviceKind,
+    /// For one of the workers that have it.
     free: Option<u64>,
 }
 
 pub(super) fn check(args: &Doctor) -> Vec<Finding> {
-    let (mut findings, devices) = devices(&args.working.devices);
+    let (mut findings, devices) = devices(args);
     let dir = match directory(&args.working.bundle, args.working.bundle_with.as_deref()) {
         Ok(dir) => dir,
         Err(finding) => {
@@ -56,17 +57,29 @@ pub(super) fn check(args: &Doctor) -> Vec<Finding> {
 }
 
 /// Opens each device once.
-fn devices(names: &[String]) -> (Vec<Finding>, Vec<Opened>) {
+fn devices(args: &Doctor) -> (Vec<Finding>, Vec<Opened>) {
     let (mut findings, mut devices) = (Vec::new(), Vec::<Opened>::new());
-    for name in names {
+    // With 0 the work is left to `hypnos work`, which has one for each device if it is told nothing else.
+    let n = args.workers.filter(|n| *n > 0).map_or(args.working.devices.len(), usize::from);
+    for name in &args.working.devices {
         if devices.iter().any(|known| known.name == *name) {
             continue;
         }
         match opened(name) {
-            Ok(device) => {
-                let free = device.free.map_or("unknown".into(), gib);
-                findings.push(Finding::ok(format!("device {name}"), format!("{free} of memory free")));
-                devices.push(device);
+            Ok((kind, free)) => {
+                let sharers = args.working.sharers(name, n);
+                let words = |bytes: Option<u64>| bytes.map_or("unknown".into(), gib);
+                let own = free.map(|bytes| memory::share(bytes, sharers));
+                let each = if sharers == 1 {
+                    String::new()
+                } else {
+                    format!(", {} for each of {sharers} workers", words(own))
+                };
+                findings.push(Finding::ok(
+                    format!("device {name}"),
+                    format!("{} of memory free{each}", words(free)),
+                ));
+                devices.push(Opened { name: name.clone(), kind, free: own });
             }
             Err(finding) => findings.push(finding),
         }
@@ -114,7 +127,8 @@ fn fault(fault: &Fault) -> Finding {
     )
 }
 
-fn opened(name: &str) -> Result<Opened, Finding> {
+/// What a device is, and the memory that is free on it.
+fn opened(name: &str) -> Result<(DeviceKind, Option<u64>), Finding> {
     let unusable = |error: crate::ml::Error| {
         let advice = if cfg!(feature = "cuda") {
             let needed = "CUDA 13 needs driver 580 or newer, CUDA 12 driver 525 or newer";
@@ -129,7 +143,7 @@ fn opened(name: &str) -> Result<Opened, Finding> {
         Some(bytes) => Some(bytes),
         None => Memory::now().free(),
     };
-    Ok(Opened { name: name.to_owned(), kind: DeviceKind::of(&device), free })
+    Ok((DeviceKind::of(&device), free))
 }
 
 fn settings(args: &Doctor) -> MemorySettings {
@@ -212,5 +226,5 @@ fn disk(args: &Doctor, bundle: &Bundle) -> Option<Finding> {
         gib(wanted)
     );
     let advice = "free space, or set HYPNOS_SCRATCH to a directory on another disk";
-    Some(Finding::error("disk of scratch files", found, advice))
+    Some(Finding::error("disk of a training", found, advice))
 }

@@ -163,6 +163,24 @@ async fn a_service_that_works_has_no_errors_and_is_left_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn workers_of_one_device_have_its_memory_in_equal_parts() {
+    let gib = |words: &str| words.split_once(" GiB").and_then(|(n, _)| n.parse::<f64>().ok());
+    for (workers, n) in [("4", 4), ("2", 2)] {
+        let said = Site::started(None).await.with("HYPNOS_WORKERS", workers).doctor().await;
+        let (free, each) = said.found("ok", "device cpu").split_once(" of memory free, ").expect("a part");
+        assert!(each.ends_with(&format!(" GiB for each of {n} workers")), "{}", said.text);
+        let (free, each) = (gib(free).expect("a number"), gib(each).expect("a number"));
+        assert!((free / f64::from(n) - each).abs() < 0.11, "{}", said.text);
+    }
+    for (name, value) in [("HYPNOS_WORKERS", "0"), ("HYPNOS_WORKERS", "1"), ("HYPNOS_DEVICES", "cpu")] {
+        let said = Site::started(None).await.with(name, value).doctor().await;
+        assert!(said.found("ok", "device cpu").ends_with(" of memory free"), "{}", said.text);
+    }
+    let said = Site::started(None).await.with("HYPNOS_DEVICES", "cpu,cpu").doctor().await;
+    assert!(said.found("ok", "device cpu").ends_with(" for each of 2 workers"), "{}", said.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn before_the_first_start_it_says_what_will_be_made_and_makes_nothing() {
     let site = Site::new();
     let said = site.doctor().await;
