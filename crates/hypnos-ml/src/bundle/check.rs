@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::capabilities::Capability;
 use super::configs::{PARTS, check_index, read_config};
 use super::directory::too_long;
-use super::files::{bad, find_weights, hash_file, passed_over};
+use super::files::{bad, find_weights, hash_file, ignored_weights};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::{NO_RARE_TOKENS, rare_tokens};
 use super::scheduler::read_schedule;
@@ -74,7 +74,7 @@ pub fn check(dir: &Path) -> Report {
     for ((part, _), params) in PARTS.into_iter().zip([&text_params, &unet_params, &vae_params]) {
         found.weights(&dir.join(part), params.as_ref());
     }
-    found.teachers(dir);
+    found.optional_parts(dir);
     found.fit(dir, text.as_ref(), unet.as_ref(), vae.as_ref(), tokenizer.as_ref());
     found.manifest(dir, &manifest, vae.as_ref(), tokenizer.as_ref());
     found.0
@@ -105,28 +105,28 @@ impl Findings {
     }
 
     /// The parts that need not be there.
-    fn teachers(&mut self, dir: &Path) {
+    fn optional_parts(&mut self, dir: &Path) {
         let cpu = &Device::Cpu;
-        self.teacher(dir, Capability::Segmentation, tracer::Config::check, Tracer::load);
-        self.teacher(dir, Capability::PerceptualLoss, perceptual::Config::check, |w, config| {
+        self.optional_part(dir, Capability::Segmentation, tracer::Config::check, Tracer::load);
+        self.optional_part(dir, Capability::PerceptualLoss, perceptual::Config::check, |w, config| {
             Perceptual::load(w, config, cpu)
         });
-        self.teacher(dir, Capability::Dino, dino::Config::check, |w, config| {
+        self.optional_part(dir, Capability::Dino, dino::Config::check, |w, config| {
             dino::Dino::load(w, config, cpu)
         });
-        self.teacher(dir, Capability::Clip, metrics::clip::Config::check, |w, config| {
+        self.optional_part(dir, Capability::Clip, metrics::clip::Config::check, |w, config| {
             clip::Clip::load(w, &config.net)
         });
-        self.teacher(dir, Capability::Inception, inception::Config::check, |w, config| {
+        self.optional_part(dir, Capability::Inception, inception::Config::check, |w, config| {
             inception::Inception::load(w, config, cpu)
         });
-        self.teacher(dir, Capability::Lpips, lpips::Config::check, |w, config| {
+        self.optional_part(dir, Capability::Lpips, lpips::Config::check, |w, config| {
             lpips::Lpips::load(w, config, cpu)
         });
     }
 
     /// One of them, which has to be whole if it is there.
-    fn teacher<C: DeserializeOwned, M>(
+    fn optional_part<C: DeserializeOwned, M>(
         &mut self,
         dir: &Path,
         capability: Capability,
@@ -145,7 +145,7 @@ impl Findings {
     /// A part's weight file against what its model would read, if that is known.
     fn weights(&mut self, dir: &Path, wanted: Option<&BTreeMap<String, Param>>) {
         let Some(path) = self.note(find_weights(dir)) else { return };
-        if let Some(other) = passed_over(dir, &path) {
+        if let Some(other) = ignored_weights(dir, &path) {
             let read = path.file_name().unwrap_or_default().display();
             self.remark(&dir.join(other), format!("is not read: the weights are those of {read}"));
         }

@@ -29,7 +29,7 @@ pub(super) fn read_config<T: DeserializeOwned>(
 ) -> Result<T> {
     let path = dir.join(part).join("config.json");
     let value = read_json(&path)?;
-    believable(&value).map_err(|what| bad(&path, what))?;
+    check_limits(&value).map_err(|what| bad(&path, what))?;
     let named = |e: serde_json::Error| Error::file_from(&path, e.to_string(), e);
     let config: T = match value.get("text_config").filter(|_| part == "text_encoder") {
         Some(text) => serde_json::from_value(text.clone()).map_err(named)?,
@@ -40,11 +40,11 @@ pub(super) fn read_config<T: DeserializeOwned>(
 }
 
 /// Refuses numbers that no model has, before anything is computed from them.
-fn believable(config: &Value) -> Result<(), String> {
+fn check_limits(config: &Value) -> Result<(), String> {
     let Some(config) = config.as_object() else { return Err("is not a JSON object".into()) };
     for (key, value) in config {
         if value.is_object() {
-            believable(value).map_err(|what| format!("{key}: {what}"))?;
+            check_limits(value).map_err(|what| format!("{key}: {what}"))?;
         }
         let one = std::slice::from_ref(value);
         let numbers = value.as_array().map_or(one, Vec::as_slice);

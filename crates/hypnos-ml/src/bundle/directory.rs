@@ -25,7 +25,7 @@ use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
 
 /// The parts that only training needs: what it learns with, and what decides which of its steps is served.
-const TEACHERS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
+const TRAINING_PARTS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
 
 /// An opened bundle.
 #[derive(Debug)]
@@ -167,13 +167,13 @@ impl Bundle {
 
     /// What finds the product in a photo. [`Error::File`] if the bundle has none; so for [`Bundle::perceptual`].
     pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
-        let config = self.teacher(Capability::Segmentation, tracer::Config::check)?;
+        let config = self.training_config(Capability::Segmentation, tracer::Config::check)?;
         Tracer::load(&self.weights("segmenter", device)?, &config)
     }
 
     /// What the perceptual loss looks with.
     pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
-        let config = self.teacher(Capability::PerceptualLoss, perceptual::Config::check)?;
+        let config = self.training_config(Capability::PerceptualLoss, perceptual::Config::check)?;
         Perceptual::load(&self.weights("perceptual", device)?, &config, device)
     }
 
@@ -182,7 +182,7 @@ impl Bundle {
         self.dir.join(part).is_dir()
     }
 
-    fn teacher<T: DeserializeOwned>(
+    fn training_config<T: DeserializeOwned>(
         &self,
         capability: Capability,
         check: impl Fn(&T) -> Result<()>,
@@ -197,7 +197,7 @@ impl Bundle {
     pub fn learning_hash(&self) -> Result<String> {
         let mut all = Sha256::new();
         all.update(self.hash()?);
-        for part in TEACHERS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
+        for part in TRAINING_PARTS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
             for file in [vec![part.join("config.json")], all_weights(part)?].concat() {
                 all.update(hash_file(&file)?);
             }

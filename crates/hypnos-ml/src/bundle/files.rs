@@ -81,7 +81,7 @@ pub(super) fn find_weights(dir: &Path) -> Result<PathBuf> {
 
 /// Other weights of the same name that lie beside those that are read, one file beside an index or the reverse: what is
 /// left when a model is saved whole over its shards, or in shards over the whole one. Either may be the older.
-pub(super) fn passed_over(dir: &Path, read: &Path) -> Option<String> {
+pub(super) fn ignored_weights(dir: &Path, read: &Path) -> Option<String> {
     let name = read.file_name()?.to_str()?;
     let names = names(dir);
     let plain = SAFETENSORS.stems.iter().map(|stem| weight_names(stem, "", &SAFETENSORS));

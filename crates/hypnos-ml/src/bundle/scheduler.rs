@@ -31,6 +31,6 @@ pub(super) fn read_schedule(dir: &Path, drawing: Drawing) -> Result<(Schedule, V
             "the class {class} is not among the samplers; {own} is used where none is asked for"
         ));
     }
-    lines.extend(Sampler::set_aside(&config));
+    lines.extend(Sampler::ignored_settings(&config));
     Ok((schedule, lines.into_iter().map(|line| format!("{}: {line}", path.display())).collect()))
 }

@@ -14,18 +14,18 @@ use crate::weights::Weights;
 
 impl Bundle {
     /// Its text encoder without values, for dry runs; so for the other two.
-    pub(crate) fn hollow_text_encoder(&self, trainable: bool) -> Result<Part<ClipText>> {
-        hollow(trainable, |w| ClipText::load(w, self.configs().0))
+    pub(crate) fn meta_text_encoder(&self, trainable: bool) -> Result<Part<ClipText>> {
+        meta(trainable, |w| ClipText::load(w, self.configs().0))
     }
 
     /// Its UNet without values.
-    pub(crate) fn hollow_unet(&self, trainable: bool) -> Result<Part<Unet>> {
-        hollow(trainable, |w| Unet::load(w, self.configs().1))
+    pub(crate) fn meta_unet(&self, trainable: bool) -> Result<Part<Unet>> {
+        meta(trainable, |w| Unet::load(w, self.configs().1))
     }
 
     /// Its VAE without values.
-    pub(crate) fn hollow_vae(&self) -> Result<Part<Vae>> {
-        hollow(false, |w| Vae::load(w, self.configs().2))
+    pub(crate) fn meta_vae(&self) -> Result<Part<Vae>> {
+        meta(false, |w| Vae::load(w, self.configs().2))
     }
 
     /// The config of its segmenter, if it has one.

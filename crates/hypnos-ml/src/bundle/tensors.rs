@@ -104,7 +104,7 @@ impl Tensors {
     }
 
     /// A text pair of a safetensors file.
-    pub(super) fn said(&self, key: &str) -> Option<&str> {
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
         match &self.files {
             Files::Safetensors(file) => file.metadata().get(key).map(String::as_str),
             Files::Pickles(_) => None,

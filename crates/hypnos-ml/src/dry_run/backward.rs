@@ -25,13 +25,13 @@ fn gradients(root: &DryTensor) -> Result<Store> {
         let Some(node) = tensor.node() else { continue };
         let Some(_gradient) = store.remove(&tensor.id()) else { continue };
         match &node.rule {
-            Rule::Candle { on_the_way } => {
+            Rule::Candle { temporaries } => {
                 for input in &node.inputs {
-                    let _on_the_way = meter.alloc(on_the_way * input.bytes());
+                    let _temporaries = meter.alloc(temporaries * input.bytes());
                     add(&mut store, input, meter);
                 }
             }
-            Rule::Ours(cost) => ours(&mut store, &node.inputs, cost, meter),
+            Rule::Custom(cost) => custom(&mut store, &node.inputs, cost, meter),
             Rule::Checkpoint(block) => recomputed(&mut store, &node.inputs, block, meter)?,
         }
     }
@@ -45,7 +45,7 @@ fn add(store: &mut Store, input: &DryTensor, meter: &Meter) {
     drop(before);
 }
 
-fn ours(store: &mut Store, inputs: &[DryTensor], cost: &Cost, meter: &Meter) {
+fn custom(store: &mut Store, inputs: &[DryTensor], cost: &Cost, meter: &Meter) {
     let tracked = || inputs.iter().filter(|input| input.is_tracked());
     let made: Vec<Rc<Block>> = tracked().map(|input| meter.alloc(input.bytes())).collect();
     meter.keep(cost.gradients);

@@ -29,8 +29,8 @@ impl DryTensor {
         self.elementwise(&[self], 3)
     }
 
-    fn elementwise(&self, inputs: &[&Self], on_the_way: u64) -> Self {
-        Self::new(self.meter(), self.dims(), Self::candle_node(inputs, on_the_way))
+    fn elementwise(&self, inputs: &[&Self], temporaries: u64) -> Self {
+        Self::new(self.meter(), self.dims(), Self::candle_node(inputs, temporaries))
     }
 
     /// The sum over dimension `dim`, which leaves, times a number: candle's mean.

@@ -32,9 +32,9 @@ pub(super) type Recompute = dyn Fn(&[DryTensor]) -> Result<DryTensor>;
 pub(super) enum Rule {
     /// candle's own: one gradient after the other, for untracked inputs too; each by way of so many values of its
     /// input's size.
-    Candle { on_the_way: u64 },
+    Candle { temporaries: u64 },
     /// An operation of ours: all gradients at once, for tracked inputs only.
-    Ours(Cost),
+    Custom(Cost),
     /// A block that is computed again.
     Checkpoint(Box<Recompute>),
 }
@@ -90,28 +90,28 @@ impl DryTensor {
     }
 
     /// The result of an operation of ours on `inputs`, which are contiguous; `self` is one of them, or lends its meter.
-    pub(crate) fn ours(&self, inputs: &[&Self], dims: &[usize], cost: Cost) -> Self {
+    pub(crate) fn custom(&self, inputs: &[&Self], dims: &[usize], cost: Cost) -> Self {
         let meter = self.meter();
         meter.compute(cost.flops, cost.is_convolution);
         let _scratch = meter.alloc(cost.scratch);
         let is_tracked = cost.gradients > 0 || inputs.iter().any(|input| input.is_tracked());
         let node = is_tracked
-            .then(|| Node { inputs: inputs.iter().copied().cloned().collect(), rule: Rule::Ours(cost) });
+            .then(|| Node { inputs: inputs.iter().copied().cloned().collect(), rule: Rule::Custom(cost) });
         Self::new(meter, dims, node)
     }
 
     /// The result of an operation of ours on weights alone.
-    pub(crate) fn ours_of(meter: &Meter, dims: &[usize], cost: Cost) -> Self {
-        let rule = Rule::Ours(cost);
+    pub(crate) fn custom_leaf(meter: &Meter, dims: &[usize], cost: Cost) -> Self {
+        let rule = Rule::Custom(cost);
         let node = (cost.gradients > 0).then(|| Node { inputs: Vec::new(), rule });
         Self::new(meter, dims, node)
     }
 
     /// The node of an operation of candle's own, if anything is tracked.
-    pub(super) fn candle_node(inputs: &[&Self], on_the_way: u64) -> Option<Node> {
+    pub(super) fn candle_node(inputs: &[&Self], temporaries: u64) -> Option<Node> {
         inputs.iter().any(|input| input.is_tracked()).then(|| Node {
             inputs: inputs.iter().copied().cloned().collect(),
-            rule: Rule::Candle { on_the_way },
+            rule: Rule::Candle { temporaries },
         })
     }
 

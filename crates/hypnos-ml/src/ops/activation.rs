@@ -88,7 +88,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
 /// [`activate()`] in a dry run. Its input is kept.
 pub(crate) fn dry(x: &DryTensor) -> DryTensor {
     let x = x.contiguous();
-    x.ours(&[&x], x.dims(), Cost::default())
+    x.custom(&[&x], x.dims(), Cost::default())
 }
 
 fn forward(x: &Tensor, activation: Activation) -> Result<Computed> {

@@ -60,7 +60,7 @@ pub(crate) fn dry(q: &DryTensor, k: &DryTensor, v: &DryTensor, n_heads: usize) -
     // The scores once more, then two products for each of the forward's.
     let (input_flops, backward_scratch) = (2.5 * flops, again + unwanted);
     let cost = Cost { flops, input_flops, scratch, backward_scratch, ..Cost::default() };
-    q.ours(&[&q, &k, &v], q.dims(), cost)
+    q.custom(&[&q, &k, &v], q.dims(), cost)
 }
 
 /// Sizes of one attention.

@@ -49,7 +49,7 @@ pub(crate) fn dry(x: &DryTensor, kernel: usize, spec: Conv2dSpec) -> DryTensor {
     let [b, c, h, w] = [0, 1, 2, 3].map(|axis| x.dims()[axis]);
     let dims = [b, c, out(h), out(w)];
     let flops = 2.0 * dims.iter().product::<usize>() as f64 * (kernel * kernel) as f64;
-    x.ours(&[&x], &dims, Cost { flops, input_flops: flops, is_convolution: true, ..Cost::default() })
+    x.custom(&[&x], &dims, Cost { flops, input_flops: flops, is_convolution: true, ..Cost::default() })
 }
 
 /// Sizes of one depthwise convolution.

@@ -51,7 +51,7 @@ pub fn embedding(ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
 /// [`embedding()`] in a dry run, of `dims` rows. The gradient of a table is a whole table.
 pub(crate) fn dry(meter: &Meter, dims: &[usize], table: &Param) -> DryTensor {
     let shape = [dims, &table.dims()[1..]].concat();
-    DryTensor::ours_of(meter, &shape, Cost { gradients: gradient_bytes([table]), ..Cost::default() })
+    DryTensor::custom_leaf(meter, &shape, Cost { gradients: gradient_bytes([table]), ..Cost::default() })
 }
 
 fn backward(ids: &[u32], dy: &Tensor, n_rows: usize, d: usize) -> Result<Computed> {

@@ -43,7 +43,7 @@ pub(crate) fn dry(x: &DryTensor) -> DryTensor {
     if let Some(width) = dims.last_mut() {
         *width /= 2;
     }
-    x.ours(&[&x], &dims, Cost::default())
+    x.custom(&[&x], &dims, Cost::default())
 }
 
 fn forward(x: &Tensor, d: usize) -> Result<Vec<f32>> {

@@ -52,7 +52,7 @@ pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
     let x = x.contiguous();
     let backward_scratch = if x.is_tracked() { 0 } else { x.bytes() };
     let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
-    x.ours(&[&x], x.dims(), cost)
+    x.custom(&[&x], x.dims(), cost)
 }
 
 /// What does not depend on the data.

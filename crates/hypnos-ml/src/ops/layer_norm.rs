@@ -44,7 +44,7 @@ pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
     let x = x.contiguous();
     let backward_scratch = if x.is_tracked() { x.bytes() } else { 2 * x.bytes() };
     let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
-    x.ours(&[&x], x.dims(), cost)
+    x.custom(&[&x], x.dims(), cost)
 }
 
 fn forward(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Vec<f32>> {

@@ -91,7 +91,7 @@ pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: Option<&Param>) -> DryTen
     let flops = 2.0 * n_rows as f64 * dims[0] as f64 * dims[1] as f64;
     let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
     let cost = Cost { flops, input_flops: flops, weight_flops: flops, gradients, ..Cost::default() };
-    x.ours(&[&x], &shape, cost)
+    x.custom(&[&x], &shape, cost)
 }
 
 /// Sums over rows of width `n`, in f32 within blocks of rows and f64 across them.

@@ -42,7 +42,7 @@ pub fn upsample_nearest(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
 pub(crate) fn dry_nearest(x: &DryTensor, size: (usize, usize)) -> DryTensor {
     let x = x.contiguous();
     let dims = [x.dims()[0], x.dims()[1], size.0, size.1];
-    x.ours(&[&x], &dims, Cost::default())
+    x.custom(&[&x], &dims, Cost::default())
 }
 
 /// Bilinear, by a whole factor. With `align_corners` the corner pixels' centres stay where they are, without it their

@@ -1,7 +1,7 @@
 //! Dry runs of what a training and a sample do over and over: a training step, a step of the discriminator, a step of a
 //! sampler, a picture through the autoencoder or through the segmenter.
 
-use super::hollow::Hollow;
+use super::meta::MetaModels;
 use crate::Result;
 use crate::dry_run::{DryTensor, Meter, backward};
 use crate::models::discriminator::Discriminator;
@@ -26,7 +26,7 @@ impl Counted {
 
 /// A training step, as `crate::train::losses::losses` computes it and candle goes back through it.
 pub(super) struct Step<'a> {
-    pub(super) models: &'a Hollow,
+    pub(super) models: &'a MetaModels,
     /// Pictures: the product's, and one of its class if there are any.
     pub(super) b: usize,
     pub(super) side: usize,
@@ -86,7 +86,7 @@ pub(super) fn discriminator_step(model: &Discriminator, dims: &[usize], on_gpu: 
 
 /// A call of the UNet for `b` pictures with guidance, as a sampler makes it: both prompts as one batch.
 pub(super) fn sampler_step(
-    models: &Hollow,
+    models: &MetaModels,
     b: usize,
     (width, height): (usize, usize),
     on_gpu: bool,
@@ -101,7 +101,11 @@ pub(super) fn sampler_step(
 }
 
 /// One picture out of its latents, to pixels.
-pub(super) fn decoding(models: &Hollow, (width, height): (usize, usize), on_gpu: bool) -> Result<Counted> {
+pub(super) fn decoding(
+    models: &MetaModels,
+    (width, height): (usize, usize),
+    on_gpu: bool,
+) -> Result<Counted> {
     let meter = &Meter::new(on_gpu);
     let latents = DryTensor::constant(meter, &models.latent_dims(1, width, height));
     let picture = models.vae.model.decode_dry(&latents, false)?;
@@ -110,7 +114,7 @@ pub(super) fn decoding(models: &Hollow, (width, height): (usize, usize), on_gpu:
 }
 
 /// One picture to the distribution of its latents.
-pub(super) fn encoding(models: &Hollow, side: usize, on_gpu: bool) -> Result<Counted> {
+pub(super) fn encoding(models: &MetaModels, side: usize, on_gpu: bool) -> Result<Counted> {
     let meter = &Meter::new(on_gpu);
     models.vae.model.encode_dry(&DryTensor::constant(meter, &[1, 3, side, side]))?;
     Ok(Counted::of(meter))

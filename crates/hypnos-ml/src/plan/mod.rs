@@ -6,7 +6,7 @@
 
 mod arithmetic;
 mod dry;
-mod hollow;
+mod meta;
 mod needs;
 mod sample;
 mod training;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::Arithmetic;
 use super::dry;
-use super::hollow::Hollow;
+use super::meta::MetaModels;
 use super::needs::{KEPT_IN_SAMPLE, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
 use crate::Result;
 use crate::bundle::Bundle;
@@ -29,7 +29,7 @@ pub struct SamplePlan {
     /// Memory, without a fine-tuned model: the bundle alone.
     pub needs: Needs,
     /// Bytes that drawing works with, beside the weights.
-    pub at_work: u64,
+    pub workspace_bytes: u64,
     /// Bytes of the text encoder and the UNet: what a fine-tuned model takes in addition.
     pub fine_tuned: u64,
     /// A step of a sampler, for the whole batch.
@@ -41,20 +41,20 @@ pub struct SamplePlan {
 impl SamplePlan {
     /// Counts.
     pub fn new(bundle: &Bundle, sizes: &SampleSizes, device: DeviceKind) -> Result<Self> {
-        Self::of(&Hollow::frozen(bundle)?, sizes, device)
+        Self::of(&MetaModels::frozen(bundle)?, sizes, device)
     }
 
-    pub(super) fn of(models: &Hollow, sizes: &SampleSizes, device: DeviceKind) -> Result<Self> {
+    pub(super) fn of(models: &MetaModels, sizes: &SampleSizes, device: DeviceKind) -> Result<Self> {
         let (on_gpu, size) = (device == DeviceKind::Cuda, (sizes.width, sizes.height));
         let step = dry::sampler_step(models, sizes.batch.max(1), size, on_gpu)?;
         let decoding = dry::decoding(models, size, on_gpu)?;
-        let at_work = step.bytes.max(decoding.bytes);
+        let workspace_bytes = step.bytes.max(decoding.bytes);
         let mut needs = Needs::default();
         let mut add = |name, place, bytes| needs.add(name, place, bytes, &[Phase::Sampling]);
         add("the program", Place::Host, PROGRAM);
         add("text encoder and UNet of the bundle", Place::Device, models.drawing_bytes());
         add("autoencoder", Place::Device, models.vae_bytes());
-        add("forward", Place::Device, at_work);
+        add("forward", Place::Device, workspace_bytes);
         add("pixels", Place::Host, (3 * sizes.batch * sizes.width * sizes.height) as u64);
         if on_gpu {
             add("CUDA's libraries", Place::Device, LIBRARIES);
@@ -64,7 +64,7 @@ impl SamplePlan {
         Ok(Self {
             sizes: *sizes,
             needs,
-            at_work,
+            workspace_bytes,
             fine_tuned: models.drawing_bytes(),
             step: step.arithmetic,
             decoding: decoding.arithmetic,

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::dry::{self, Counted, Step};
-use super::hollow::{self, Hollow};
+use super::meta::{self, MetaModels};
 use super::needs::{KEPT_IN_TRAINING, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
 use super::{Arithmetic, SamplePlan, SampleSizes};
 use crate::bundle::Bundle;
@@ -21,7 +21,7 @@ const METRICS: [&str; 4] = ["metrics/dino", "metrics/clip", "metrics/inception",
 /// What the metrics' networks work with. Assumption: their largest values are those of Inception's first layers and of
 /// LPIPS's, a few of 5 to 20 MB for a picture of 512 pixels; counted layer by layer they would not change any peak, for a
 /// step of the UNet takes far more.
-const METRICS_AT_WORK: u64 = 64 << 20;
+const METRICS_WORKSPACE_BYTES: u64 = 64 << 20;
 
 /// What decides the size of a training, beside its bundle.
 #[derive(Clone, Debug, PartialEq)]
@@ -143,7 +143,7 @@ struct Counts {
     drawing: u64,
     vae: u64,
     /// Weights that learn.
-    learned: u64,
+    trainable: u64,
     segmenter: u64,
     perceptual: u64,
     metrics: u64,
@@ -163,13 +163,13 @@ struct Counts {
 impl Counts {
     fn of(bundle: &Bundle, sizes: &TrainingSizes, device: DeviceKind) -> Result<Self> {
         let side = bundle.resolution();
-        let frozen = Hollow::frozen(bundle)?;
-        let models = Hollow::training(bundle, sizes.learner, sizes.checkpointing)?;
+        let frozen = MetaModels::frozen(bundle)?;
+        let models = MetaModels::training(bundle, sizes.learner, sizes.checkpointing)?;
         let on_gpu = device == DeviceKind::Cuda;
         let edge = side / bundle.factor();
         let net = sizes.perceptual.and(bundle.perceptual_config()?);
-        let (trained, bytes) = hollow::discriminator(bundle.latent_channels(), edge, true)?;
-        let (judge, _) = hollow::discriminator(bundle.latent_channels(), edge, false)?;
+        let (trained, bytes) = meta::discriminator(bundle.latent_channels(), edge, true)?;
+        let (judge, _) = meta::discriminator(bundle.latent_channels(), edge, false)?;
         let discriminator = sizes.discriminator.map(|(_, n)| {
             // One guess of the diffusion model more in each step of the training.
             dry::discriminator_step(&trained, &frozen.latent_dims(n + 1, side, side), on_gpu)
@@ -197,7 +197,7 @@ impl Counts {
             side,
             drawing: frozen.drawing_bytes(),
             vae: frozen.vae_bytes(),
-            learned: match sizes.learner {
+            trainable: match sizes.learner {
                 Learner::Weights => frozen.drawing_bytes(),
                 Learner::Embedding => 4 * models.text.model.width() as u64,
             },
@@ -240,10 +240,10 @@ impl Counts {
         }
         needs.add("segmenter", Device, self.segmenter, &[Refining]);
         needs.add("perceptual network", Device, self.perceptual, learning);
-        needs.add("weights that are trained", Device, self.learned, learning);
-        needs.add("AdamW's moments", Device, 2 * self.learned, learning);
+        needs.add("weights that are trained", Device, self.trainable, learning);
+        needs.add("AdamW's moments", Device, 2 * self.trainable, learning);
         needs.add("discriminator with its moments", Device, 3 * self.discriminator, learning);
-        needs.add("gradients", Device, self.learned, &[Training]);
+        needs.add("gradients", Device, self.trainable, &[Training]);
         let (scored, step) = self.largest_step(sizes);
         let judged: &[Phase] = if scored { &[Training, Drawing, Evaluating] } else { &[Drawing, Evaluating] };
         needs.add("metrics' networks", Device, self.metrics, judged);
@@ -252,7 +252,7 @@ impl Counts {
         needs.add(
             "the best step's weights",
             Device,
-            if is_copy { self.learned } else { 0 },
+            if is_copy { self.trainable } else { 0 },
             &[Drawing, Evaluating],
         );
         if self.metrics > 0 {
@@ -263,7 +263,7 @@ impl Counts {
                 judged,
             );
         }
-        let class_images = if sizes.n_class_images > 0 { self.class_images.at_work } else { 0 };
+        let class_images = if sizes.n_class_images > 0 { self.class_images.workspace_bytes } else { 0 };
         needs.add_each(
             "forward and backward",
             Device,
@@ -272,8 +272,8 @@ impl Counts {
                 (ClassImages, class_images.max(self.encoding.bytes)),
                 (Discriminating, self.discriminator_step.bytes),
                 (Training, step),
-                (Drawing, self.drawn.as_ref().map_or(0, |drawn| drawn.at_work)),
-                (Evaluating, if self.metrics > 0 { METRICS_AT_WORK } else { 0 }),
+                (Drawing, self.drawn.as_ref().map_or(0, |drawn| drawn.workspace_bytes)),
+                (Evaluating, if self.metrics > 0 { METRICS_WORKSPACE_BYTES } else { 0 }),
             ],
         );
         match self.device {
@@ -287,7 +287,7 @@ impl Counts {
     /// worked with then beside the gradients. The perceptual loss may have ended by then. The pictures themselves are
     /// drawn without gradients, the first ones by the bundle's own models.
     fn largest_step(&self, sizes: &TrainingSizes) -> (bool, u64) {
-        let beside_gradients = |bytes: u64| bytes.saturating_sub(self.learned);
+        let beside_gradients = |bytes: u64| bytes.saturating_sub(self.trainable);
         let first = sizes.evaluation.as_ref().filter(|_| self.metrics > 0);
         let Some(first) = first.and_then(|one| one.trials.iter().copied().min()) else {
             return (false, beside_gradients(self.step.bytes));
@@ -298,7 +298,7 @@ impl Counts {
             _ => self.plain_step.bytes,
         };
         let untrained = if sizes.learner == Learner::Weights { self.drawing } else { 0 };
-        let drawing = self.trial.as_ref().map_or(0, |trial| untrained + trial.at_work);
+        let drawing = self.trial.as_ref().map_or(0, |trial| untrained + trial.workspace_bytes);
         let left = self.metrics + 3 * sizes.n_photos as u64 * sizes.photo_pixels;
         if after.max(drawing) + left >= self.step.bytes {
             (true, beside_gradients(after.max(drawing)))
@@ -319,10 +319,10 @@ impl Counts {
     fn disk(&self, sizes: &TrainingSizes) -> Disk {
         let evaluation = sizes.evaluation.as_ref().filter(|_| self.metrics > 0);
         let is_kept = evaluation.is_some_and(|one| one.trials.iter().any(|step| *step < sizes.n_steps));
-        let best = if is_kept { self.learned } else { 0 };
+        let best = if is_kept { self.trainable } else { 0 };
         Disk {
-            weights: self.learned,
-            checkpoint: 3 * (self.learned + self.discriminator) + best,
+            weights: self.trainable,
+            checkpoint: 3 * (self.trainable + self.discriminator) + best,
             best,
             class_images: (3 * sizes.n_class_images * self.side * self.side) as u64,
         }

@@ -51,7 +51,7 @@ impl Sampler {
     /// `use_karras_sigmas`; Euler follows the file.
     /// Departure: PNDM's class starts with Runge-Kutta steps unless `skip_prk_steps` is true; every Stable Diffusion
     /// says true, so a file of another class that says nothing means true here.
-    fn honoured(self) -> &'static [(&'static str, &'static [&'static str])] {
+    fn supported_values(self) -> &'static [(&'static str, &'static [&'static str])] {
         match self {
             Self::Ddim => &[THRESHOLDING, ZERO_SNR],
             Self::EulerAncestral => &[ZERO_SNR],
@@ -96,12 +96,12 @@ impl Sampler {
 
     /// What a `scheduler_config.json` asks of samplers that read the setting and do not do it, and what they do instead:
     /// one line for each setting.
-    pub fn set_aside(config: &Config) -> Vec<String> {
+    pub fn ignored_settings(config: &Config) -> Vec<String> {
         let mut lines: BTreeMap<String, Vec<&str>> = BTreeMap::new();
         for sampler in Self::ALL {
-            for (key, values) in sampler.honoured() {
-                let honoured = values.iter().filter_map(|text| serde_json::from_str(text).ok());
-                if let Err(value) = config.only(key, &honoured.collect::<Vec<_>>()) {
+            for (key, values) in sampler.supported_values() {
+                let supported = values.iter().filter_map(|text| serde_json::from_str(text).ok());
+                if let Err(value) = config.only(key, &supported.collect::<Vec<_>>()) {
                     let instead = values.first().unwrap_or(&"null");
                     let line = format!("{key} is {value}, and is taken as {instead} by");
                     lines.entry(line).or_default().push(sampler.name());

@@ -22,7 +22,7 @@ impl Plan {
     /// The plan of `steps` steps, 1 to T; PNDM calls the model once more if there are 2 or more.
     ///
     /// [`Error::Input`] if `steps` is out of range, or if a timestep falls where the model was never trained. Settings of
-    /// the file that the sampler does not honour are passed over: [`Sampler::set_aside`] says which.
+    /// the file that the sampler does not honour are passed over: [`Sampler::ignored_settings`] says which.
     pub fn new(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Self> {
         let n = schedule.n_timesteps();
         if !(1..=n).contains(&steps) {

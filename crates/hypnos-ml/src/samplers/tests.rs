@@ -190,7 +190,7 @@ fn what_the_file_asks_of_a_sampler_that_does_not_do_it_is_said_and_passed_over()
     let text = r#"{"solver_order": 3, "skip_prk_steps": false, "interpolation_type": "log_linear",
         "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min", "thresholding": true}"#;
     assert_eq!(
-        Sampler::set_aside(&Config::parse(text).unwrap()),
+        Sampler::ignored_settings(&Config::parse(text).unwrap()),
         [
             r#"algorithm_type is "sde-dpmsolver++", and is taken as "dpmsolver++" by dpmpp-2m, dpmpp-2m-karras"#,
             r#"final_sigmas_type is "sigma_min", and is taken as "zero" by dpmpp-2m, dpmpp-2m-karras, euler"#,
@@ -207,7 +207,7 @@ fn what_the_file_asks_of_a_sampler_that_does_not_do_it_is_said_and_passed_over()
         assert!(worst(&plain, &asked) == 0.0, "{sampler} draws as if nothing had been asked");
     }
     assert_eq!(
-        Sampler::set_aside(&Config::parse(r#"{"solver_order": 2, "sigma_min": null}"#).unwrap()),
+        Sampler::ignored_settings(&Config::parse(r#"{"solver_order": 2, "sigma_min": null}"#).unwrap()),
         [""; 0]
     );
 }

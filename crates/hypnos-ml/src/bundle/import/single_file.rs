@@ -266,7 +266,7 @@ fn prediction(
     if let Some(asked) = options.prediction {
         return Ok((asked, ""));
     }
-    match tensors.said("modelspec.prediction_type") {
+    match tensors.metadata("modelspec.prediction_type") {
         Some("v") => return Ok((Prediction::V, "")),
         Some("epsilon") => return Ok((Prediction::Epsilon, "")),
         _ => {}
@@ -304,17 +304,18 @@ fn manifest(
     with: Option<&Path>,
 ) -> Result<Manifest> {
     let fits = |side: &usize| RESOLUTIONS.contains(side) && side.is_multiple_of(family.vae.factor());
-    let said = tensors.said("modelspec.resolution").and_then(|said| said.split('x').next()?.parse().ok());
+    let said = tensors.metadata("modelspec.resolution").and_then(|said| said.split('x').next()?.parse().ok());
     let said = said.filter(fits); // anybody may have written it
     let product: Option<Product> =
-        tensors.said("hypnos.recipe").and_then(|recipe| serde_json::from_str(recipe).ok());
+        tensors.metadata("hypnos.recipe").and_then(|recipe| serde_json::from_str(recipe).ok());
     let mut manifest = match (&family.sizes, with) {
         // The sizes are its, so what suits it suits this.
         (None, Some(with)) => manifest_of(with)?,
         _ => Manifest::default(),
     };
     manifest.files.clear();
-    manifest.name = tensors.said("modelspec.title").map_or_else(|| stem_of(tensors.path()), str::to_owned);
+    manifest.name =
+        tensors.metadata("modelspec.title").map_or_else(|| stem_of(tensors.path()), str::to_owned);
     manifest.product = product;
     if let Some(sizes) = &family.sizes {
         sizes.kind.clone_into(&mut manifest.kind);

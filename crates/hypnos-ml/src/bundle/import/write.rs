@@ -113,7 +113,7 @@ impl Import {
             revision: String::new(),
             sha256: self.input_hashes()?[part.input].clone(),
         };
-        let licence = input.said("modelspec.license").unwrap_or(NO_LICENCE).to_owned();
+        let licence = input.metadata("modelspec.license").unwrap_or(NO_LICENCE).to_owned();
         Ok(Origin {
             source: format!("imported from {} by hypnos", source.source),
             revision: format!("SHA-256 {}", source.sha256),

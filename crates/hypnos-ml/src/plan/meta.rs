@@ -12,7 +12,7 @@ use crate::train::Learner;
 use crate::weights::Weights;
 
 /// Text encoder, UNet and autoencoder.
-pub(super) struct Hollow {
+pub(super) struct MetaModels {
     pub(super) text: Part<ClipText>,
     pub(super) unet: Part<Unet>,
     pub(super) vae: Part<Vae>,
@@ -22,7 +22,7 @@ pub(super) struct Hollow {
     pub(super) factor: usize,
 }
 
-impl Hollow {
+impl MetaModels {
     /// As they draw.
     pub(super) fn frozen(bundle: &Bundle) -> Result<Self> {
         Self::of(bundle, false)
@@ -41,9 +41,9 @@ impl Hollow {
 
     fn of(bundle: &Bundle, trainable: bool) -> Result<Self> {
         Ok(Self {
-            text: bundle.hollow_text_encoder(trainable)?,
-            unet: bundle.hollow_unet(trainable)?,
-            vae: bundle.hollow_vae()?,
+            text: bundle.meta_text_encoder(trainable)?,
+            unet: bundle.meta_unet(trainable)?,
+            vae: bundle.meta_vae()?,
             channels: bundle.latent_channels(),
             factor: bundle.factor(),
         })
