@@ -65,7 +65,7 @@ def options_of(case):
 def mend(options):
     """Makes good options agree with one another."""
     tokens = [options.get(name) for name in ("instance_token", "background_token")]
-    if all(isinstance(token, str) for token in tokens) and tokens[0].lower() == tokens[1].lower():
+    if all(isinstance(token, str) for token in tokens) and tokens[0] == tokens[1]:
         del options["background_token"]
     return within_steps(options)
 

@@ -37,7 +37,7 @@ pub(super) struct ModelView {
     /// Side of the pictures that it draws by default, in pixels.
     #[schema(minimum = 8)]
     resolution: u32,
-    /// The optional parts that it has, at any worker so far.
+    /// The optional parts that running workers have between them; if none runs, those of the last one.
     parts: Vec<ModelPart>,
     /// How it draws where a sample does not say.
     drawing: ModelDrawing,

@@ -402,6 +402,11 @@ impl TrainOptions {
         Self { instance_token, background_token, ..self }
     }
 
+    /// Whether any step has the perceptual loss.
+    pub fn uses_perceptual(&self) -> bool {
+        self.loss_weights.perceptual > 0.0 && self.s_p != Some(0)
+    }
+
     /// The tokens that a training needs, those not given as none, with their JSON pointers.
     pub fn tokens(&self) -> Vec<(&'static str, Option<&str>)> {
         let mut all = vec![("/instance_token", self.instance_token.as_deref())];

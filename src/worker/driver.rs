@@ -31,6 +31,11 @@ const BACKOFF_MAX: u32 = 60;
 /// How often in a row an engine may be lost, or fail to be made again, before its device counts as dead.
 const LOST_MAX: u32 = 3;
 
+/// How long a device that draws no samples beside a training claims samples first after one has ended.
+///
+/// Assumption: samples take seconds and trainings minutes to hours, so that this holds up trainings little.
+const SAMPLES_FIRST: Duration = Duration::from_mins(1);
+
 /// How long a device that holds no job may take to answer a probe, which may include making an engine.
 const PROBE_TIMEOUT: Duration = Duration::from_mins(10);
 
@@ -74,6 +79,8 @@ pub(super) struct Driver {
     /// The tasks of held jobs; each returns whether its job succeeded.
     jobs: JoinSet<bool>,
     held: HashMap<Id, HeldJob>,
+    /// Until when samples go before trainings, if none is drawn beside one.
+    samples_first_until: Option<Instant>,
 }
 
 impl Driver {
@@ -97,6 +104,7 @@ impl Driver {
             backoff,
             jobs: JoinSet::new(),
             held: HashMap::new(),
+            samples_first_until: None,
         }
     }
 
@@ -165,20 +173,37 @@ impl Driver {
 
     /// Claims one job that the device has time for, and starts it. Whether there was one.
     async fn claim(&mut self) -> crate::store::Result<bool> {
-        let samples = || self.held.values().filter(|held| held.kind == Kind::Sample);
+        if self.worker.settings.sample_share <= 0.0 {
+            return self.claim_alone().await;
+        }
+        let n_samples = self.held.values().filter(|held| held.kind == Kind::Sample).count();
         let trains = self.held.values().any(|held| held.kind == Kind::Train);
-        // No sample may be under way when a training begins, and none is claimed before it ends.
-        if self.worker.settings.sample_share <= 0.0 && !self.held.is_empty() {
+        let draws = n_samples < SAMPLES_MAX && self.device.sample_wait() <= CLAIM_AHEAD;
+        match (trains, draws) {
+            (false, true) => self.claim_of(&[Kind::Train, Kind::Sample]).await,
+            (false, false) => self.claim_of(&[Kind::Train]).await,
+            (true, true) => self.claim_of(&[Kind::Sample]).await,
+            (true, false) => Ok(false),
+        }
+    }
+
+    /// The same for a device that draws no samples beside a training: it holds one job at a time. Samples go first for a
+    /// while after a training, so that trainings in a row do not hold them up for ever.
+    async fn claim_alone(&mut self) -> crate::store::Result<bool> {
+        if !self.held.is_empty() {
             return Ok(false);
         }
-        let draws = samples().count() < SAMPLES_MAX && self.device.sample_wait() <= CLAIM_AHEAD;
-        let kinds: &[Kind] = match (trains, draws) {
-            (false, true) => &[Kind::Train, Kind::Sample],
-            (false, false) => &[Kind::Train],
-            (true, true) => &[Kind::Sample],
-            (true, false) => return Ok(false),
-        };
-        let unfinished = samples().filter(|held| held.left.load(Ordering::Acquire) > 0);
+        let samples_first = self.samples_first_until.is_some_and(|until| clock::now() < until);
+        if samples_first && self.claim_of(&[Kind::Sample]).await? {
+            return Ok(true);
+        }
+        self.claim_of(&[Kind::Train, Kind::Sample]).await
+    }
+
+    /// Claims one job of these kinds, and starts it.
+    async fn claim_of(&mut self, kinds: &[Kind]) -> crate::store::Result<bool> {
+        let samples = self.held.values().filter(|held| held.kind == Kind::Sample);
+        let unfinished = samples.filter(|held| held.left.load(Ordering::Acquire) > 0);
         let no_samples_of: Vec<TenantId> = unfinished.map(|held| held.tenant).collect();
         let filter = ClaimFilter { kinds, no_samples_of: &no_samples_of, model: Some(&self.model.card) };
         let requested = clock::now();
@@ -219,7 +244,9 @@ impl Driver {
                 panic.id()
             }
         };
-        self.held.remove(&id);
+        if self.held.remove(&id).is_some_and(|held| held.kind == Kind::Train) {
+            self.samples_first_until = Some(clock::now() + SAMPLES_FIRST);
+        }
     }
 
     /// Whether the device may claim. After a fault of the machine it backs off and must be probed first; a fault on

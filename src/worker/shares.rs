@@ -70,7 +70,7 @@ enum Beside {
 }
 
 impl Account {
-    /// `share` of the device is for samples while it trains, 0 to 1. With 0 none must be drawn then.
+    /// `share` of the device is for samples while it trains, 0 to 1. With 0 the driver gives it no samples then.
     pub(super) fn new(share: f64, now: Duration) -> Self {
         let price = if share > 0.0 { (1.0 - share) / share } else { 0.0 };
         let beside = Beside::Nothing { since: now };

@@ -55,9 +55,10 @@ pub(super) fn recipe(
 
 /// What a training with these options needs and the bundle lacks; the first, if there are several.
 pub fn missing_part(bundle: &Bundle, options: &TrainOptions) -> Option<Capability> {
-    let has_perceptual = options.loss_weights.perceptual > 0.0 && options.s_p.unwrap_or(0) > 0;
-    let wanted =
-        [(options.views.enabled, Capability::Segmentation), (has_perceptual, Capability::PerceptualLoss)];
+    let wanted = [
+        (options.views.enabled, Capability::Segmentation),
+        (options.uses_perceptual(), Capability::PerceptualLoss),
+    ];
     let mut missing = wanted.into_iter().filter(|(wanted, part)| *wanted && !bundle.can(*part));
     missing.next().map(|(_, part)| part)
 }

@@ -22,7 +22,8 @@ pub(in crate::engine) fn sizes(options: &TrainOptions, settings: &MemorySettings
         photo_pixels: settings.photos.1,
         n_class_images: n_class_images(options) as usize,
         n_views: options.views.enabled.then_some(options.views.n as usize),
-        perceptual: (weights.perceptual > 0.0 && until_step > 0)
+        perceptual: options
+            .uses_perceptual()
             .then(|| PerceptualSizes { until_step, crop: options.perceptual.crop.map(|side| side as usize) }),
         discriminator: (weights.discriminator > 0.0)
             .then(|| (options.discriminator.steps.into(), 2 * options.discriminator.batch as usize)),

@@ -130,6 +130,27 @@ async fn with_a_share_of_nothing_no_sample_is_drawn_beside_a_training() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn with_a_share_of_nothing_trainings_in_a_row_let_samples_pass_between_them() {
+    let mut workers = TestWorkers::new().await;
+    workers.settings.sample_share = 0.0;
+    let parent = trained(&workers, TENANT).await;
+    let first = workers.train("first", 5).await;
+    let second = workers.train("second", 5).await;
+    let sample = workers.sample_of(TENANT, parent, "of a", 1, 1).await;
+    let script = Script::new(QUICK);
+    let worker = workers.start(&script);
+    for job in [&first, &second, &sample] {
+        assert_eq!(workers.ended(job).await.state, State::Succeeded);
+    }
+    worker.stop().await;
+    let history = script.history();
+    let at = |class: &str| self::first(&history, |did| matches!(did, Did::Step(name, ..) if name == class));
+    let drawn =
+        self::first(&history, |did| matches!(did, Did::Draw { prompt, .. } if prompt.contains("of a")));
+    assert!(at("first") < drawn && drawn < at("second"), "{history:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_sample_is_not_claimed_long_before_it_may_be_drawn() {
     let mut workers = TestWorkers::new().await;
     workers.settings.sample_share = 0.001;
