@@ -20,7 +20,7 @@ use crate::ml::finetuned::{self, FineTuned};
 use crate::ml::provenance::FineTune;
 use crate::ml::sample::{self, ImageRequest, SampleSettings};
 use crate::ml::{self, Error, Interrupt, device};
-use crate::photo::png_size;
+use hypnos_photo::png_size;
 
 /// How an engine works. None of it changes what is drawn or learned, but for the rounding of sums.
 #[derive(Clone, Debug)]

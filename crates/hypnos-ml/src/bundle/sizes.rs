@@ -51,7 +51,7 @@ impl Bundle {
     }
 }
 
-fn hollow<M>(trainable: bool, load: impl FnOnce(&Weights) -> Result<M>) -> Result<Part<M>> {
+fn meta<M>(trainable: bool, load: impl FnOnce(&Weights) -> Result<M>) -> Result<Part<M>> {
     let weights = Weights::meta().trainable(trainable);
     Ok(Part { model: load(&weights)?, params: weights.params() })
 }

@@ -85,7 +85,6 @@ pub(crate) fn dry(
         scratch,
         backward_scratch: scratch,
         gradients,
-        ..Cost::default()
     };
     Ok(x.custom(&[&x], &[b, o, oh, ow], cost))
 }

@@ -33,12 +33,11 @@ impl<V> Ordered<V> {
 
     /// Puts the value in the place of the one before; behind the others if there is none.
     pub(super) fn set(&mut self, key: String, value: V) {
-        match self.places.get(&key) {
-            Some(i) => self.entries[*i].1 = value,
-            None => {
-                self.places.insert(key.clone(), self.entries.len());
-                self.entries.push((key, value));
-            }
+        if let Some(i) = self.places.get(&key) {
+            self.entries[*i].1 = value;
+        } else {
+            self.places.insert(key.clone(), self.entries.len());
+            self.entries.push((key, value));
         }
     }
 

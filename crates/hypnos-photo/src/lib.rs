@@ -9,20 +9,14 @@ mod jpeg;
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::{CompressionType, FilterType, PngDecoder, PngEncoder};
 use image::codecs::webp::WebPDecoder;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, RgbImage};
 use moxcms::{ColorProfile, DataColorSpace, Layout, TransformOptions};
-use tokio::sync::Semaphore;
 
 pub use inspect::{Inspection, Warning, duplicates};
-
-use crate::memory::giving_back;
 
 /// The accepted formats, as clients are told.
 pub const ACCEPTED: &str = "PNG, JPEG or WebP";
@@ -81,16 +75,18 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn new(code: &'static str, message: impl Into<String>) -> Self {
+    /// A refusal with status 422.
+    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
         Self { code, status: 422, message: message.into() }
     }
 
-    fn damaged() -> Self {
+    /// The refusal of a file that cannot be read to the end of its picture.
+    pub fn damaged() -> Self {
         Self::new("image-damaged", "the file is cut short or damaged: not all of its picture can be read")
     }
 }
 
-/// Decodes one uploaded file. Blocks for as long as decoding takes; see [`Decoder`] for a bound in time.
+/// Decodes one uploaded file. Blocks for as long as decoding takes; the service bounds it in time.
 ///
 /// Refusals: `image-empty`, `image-type-unsupported` (415), `image-too-large`, `image-too-small`, `image-aspect`,
 /// `animated-not-supported`, `image-color-unsupported`, `image-too-complex`, `image-damaged`. A panic of the decoder
@@ -192,8 +188,8 @@ fn animation_refusal() -> Refusal {
     Refusal::new("animated-not-supported", "the file is an animation; wanted a single picture")
 }
 
-/// Width and height in the first chunk of a PNG.
-pub(crate) fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
+/// Width and height in the first chunk of a PNG, in pixels, unchecked; none if it is too short.
+pub fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
     let side = |at| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     Some((side(16)?, side(20)?))
 }
@@ -321,58 +317,4 @@ fn to_png(pixels: &RgbImage) -> Result<Vec<u8>, Refusal> {
         .write_image(pixels, pixels.width(), pixels.height(), ExtendedColorType::Rgb8)
         .map_err(|_| Refusal::damaged())?;
     Ok(png)
-}
-
-/// Decodes a limited number of files at a time, on threads for blocking work, each within a time limit.
-#[derive(Clone, Debug)]
-pub struct Decoder {
-    limits: Limits,
-    n_parallel: usize,
-    slots: Arc<Semaphore>,
-    time_limit: Duration,
-}
-
-impl Decoder {
-    /// At most `n_parallel` files at a time; together they take `n_parallel` times [`Limits::bytes_max`], twice over.
-    pub fn new(limits: Limits, n_parallel: usize, time_limit: Duration) -> Self {
-        let n_parallel = n_parallel.max(1);
-        Self { limits, n_parallel, slots: Arc::new(Semaphore::new(n_parallel)), time_limit }
-    }
-
-    /// How many files are decoded at a time.
-    pub fn n_parallel(&self) -> usize {
-        self.n_parallel
-    }
-
-    /// [`decode`], refused as `image-too-complex` when it takes longer than the time limit, and as `decoder-busy` (503)
-    /// when no slot came free within it.
-    ///
-    /// A thread cannot be stopped from outside: one that is too slow runs to its end and keeps its slot until then, so
-    /// that slow files never take more threads than there are slots.
-    pub async fn decode(&self, bytes: Bytes) -> Result<Photo, Refusal> {
-        let slot = tokio::time::timeout(self.time_limit, Arc::clone(&self.slots).acquire_owned()).await;
-        let Ok(Ok(slot)) = slot else {
-            let message = "too many photos are being decoded; send it again in a few seconds";
-            return Err(Refusal { status: 503, ..Refusal::new("decoder-busy", message) });
-        };
-        let limits = self.limits;
-        let work = tokio::task::spawn_blocking(move || {
-            let _slot = slot;
-            // A picture takes a hundred megabytes for a moment, which a worker's allocator would otherwise keep.
-            giving_back(|| {
-                let photo = decode(&bytes, &limits);
-                drop(bytes);
-                photo
-            })
-        });
-        match tokio::time::timeout(self.time_limit, work).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_panicked)) => Err(Refusal::damaged()),
-            Err(_elapsed) => {
-                metrics::counter!("hypnos_photo_timeouts_total").increment(1);
-                let message = format!("the picture takes longer than {:?} to decode", self.time_limit);
-                Err(Refusal::new("image-too-complex", message))
-            }
-        }
-    }
 }

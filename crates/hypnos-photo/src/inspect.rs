@@ -1,11 +1,12 @@
 //! Measures photos without a model: brightness, contrast, sharpness, and a hash to find duplicates.
 
+use std::fmt;
+
 use image::RgbImage;
 use image::imageops::{FilterType, resize, thumbnail};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
-
-use crate::job::string_enum;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// Longest side of the measured picture, so that sharpness means the same for every camera.
 const SIDE: u32 = 512;
@@ -19,17 +20,51 @@ const BLURRY: f64 = 20.0;
 const BITS_APART: u32 = 12;
 const BRIGHTNESS_APART: f64 = 0.04;
 
-string_enum!(
-    /// A warning about a photo that is still accepted.
-    Warning {
-        /// Almost black.
-        Dark = "dark",
-        /// One colour: nothing can be seen.
-        Uniform = "uniform",
-        /// Nothing in it is sharp.
-        Blurry = "blurry",
+/// A warning about a photo that is still accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Warning {
+    /// Almost black.
+    Dark,
+    /// One colour: nothing can be seen.
+    Uniform,
+    /// Nothing in it is sharp.
+    Blurry,
+}
+
+impl Warning {
+    /// The string of the value, as in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dark => "dark",
+            Self::Uniform => "uniform",
+            Self::Blurry => "blurry",
+        }
     }
-);
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+// Not derived: the derive leaves out what the values mean.
+impl PartialSchema for Warning {
+    fn schema() -> RefOr<Schema> {
+        let description = "A warning about a photo that is still accepted.\n\
+            - `dark`: Almost black.\n\
+            - `uniform`: One colour: nothing can be seen.\n\
+            - `blurry`: Nothing in it is sharp.";
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .enum_values(Some([Self::Dark, Self::Uniform, Self::Blurry].map(Self::as_str)))
+            .description(Some(description))
+            .into()
+    }
+}
+
+impl ToSchema for Warning {}
 
 /// What was measured of a photo.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -51,7 +86,7 @@ pub struct Inspection {
 }
 
 impl Inspection {
-    pub(super) fn of(pixels: &RgbImage) -> Self {
+    pub(crate) fn of(pixels: &RgbImage) -> Self {
         let (width, height) = pixels.dimensions();
         let longest = width.max(height);
         let fit = |side: u32| (u64::from(side) * u64::from(SIDE) / u64::from(longest)).max(1) as u32;
