@@ -90,8 +90,6 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     #[test]
@@ -105,15 +103,13 @@ mod tests {
         assert_eq!(object.into_entries(), [("b".into(), 3), ("c".into(), 4), ("a".into(), 5)]);
     }
 
-    /// Compared with all others, each of so many keys would take minutes.
+    /// If each key were compared with all others, this test would take minutes.
     #[test]
-    fn half_a_million_keys_are_read_in_seconds() {
+    fn half_a_million_keys_keep_their_order() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let entries: Vec<String> = (0..500_000).map(|i| format!("\"<token-{i:06}>\": {i}")).collect();
         std::fs::write(file.path(), format!("{{{}}}", entries.join(","))).unwrap();
-        let begun = Instant::now();
-        let object = Object::read(file.path()).unwrap().unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
-        assert_eq!(object.into_entries().len(), 500_000);
+        let entries = Object::read(file.path()).unwrap().unwrap().into_entries();
+        assert_eq!((entries.len(), entries[499_999].0.as_str()), (500_000, "<token-499999>"));
     }
 }
