@@ -15,6 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::blobs::{Bucket, Credentials, Place};
 use crate::http;
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
+use crate::ml::device::ordinal;
 
 /// An invalid setting, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -695,9 +696,13 @@ impl Working {
 
     /// How many of `n` workers have the memory of this device together; 1 if none takes it.
     pub fn sharers(&self, device: &str, n: usize) -> usize {
-        let known = |name: &str| if name == "cuda" { "cuda:0".to_owned() } else { name.to_owned() };
-        self.devices(n).iter().filter(|other| known(other) == known(device)).count().max(1)
+        self.devices(n).iter().filter(|other| is_same_device(other, device)).count().max(1)
     }
+}
+
+/// Whether two names are of one device: `cuda` is the first GPU, as `cuda:0` is.
+pub fn is_same_device(one: &str, other: &str) -> bool {
+    one == other || matches!((ordinal(one), ordinal(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// The directory of a bundle. The miniature is written to the user's cache directory when it is first used.

@@ -1,6 +1,6 @@
 //! Devices by name.
 
-use hypnos::ml::device::open;
+use hypnos::ml::device::{open, ordinal};
 
 #[test]
 fn the_cpu_is_always_there() {
@@ -9,11 +9,17 @@ fn the_cpu_is_always_there() {
 
 #[test]
 fn a_name_that_is_no_device_is_refused_in_one_line() {
-    for name in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cpu:"] {
+    for name in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:+1", "cpu:0", "cpu:"] {
         let message = open(name).unwrap_err().to_string();
         assert!(message.starts_with("device: wanted cpu, cuda or cuda:N, got "), "{message}");
         assert_eq!(message.lines().count(), 1);
     }
+}
+
+#[test]
+fn names_are_told_apart_by_the_number_of_the_gpu() {
+    let of = |name: &str| ordinal(name).unwrap();
+    assert_eq!(["cpu", "cuda", "cuda:0", "cuda:12"].map(of), [None, Some(0), Some(0), Some(12)]);
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -20,16 +20,6 @@ impl DeviceKind {
         if device.is_cuda() { Self::Cuda } else { Self::Cpu }
     }
 
-    /// That of the device called `name`, which need not be there. Errors as [`open`] does for a name that is none.
-    pub fn named(name: &str) -> Result<Self> {
-        match name.split_once(':').unwrap_or((name, "")) {
-            ("cpu", "") if !name.contains(':') => Ok(Self::Cpu),
-            ("cuda", "") if !name.contains(':') => Ok(Self::Cuda),
-            ("cuda", ordinal) if ordinal.parse::<usize>().is_ok() => Ok(Self::Cuda),
-            _ => Err(unknown(name)),
-        }
-    }
-
     /// Whose memory is its own: that of one place, or of both, where they are one.
     pub fn place(self) -> Option<Place> {
         match self {
@@ -44,19 +34,21 @@ impl DeviceKind {
 /// Errors with one line if the name is another, the program was built without the feature `cuda`, there is no such
 /// GPU, or its driver is too old for our kernels.
 pub fn open(name: &str) -> Result<Device> {
-    match name.split_once(':').unwrap_or((name, "")) {
-        ("cpu", "") if !name.contains(':') => Ok(Device::Cpu),
-        ("cuda", "") if !name.contains(':') => cuda(name, 0),
-        ("cuda", ordinal) => match ordinal.parse() {
-            Ok(ordinal) => cuda(name, ordinal),
-            Err(_) => Err(unknown(name)),
-        },
-        _ => Err(unknown(name)),
-    }
+    ordinal(name)?.map_or(Ok(Device::Cpu), |ordinal| cuda(name, ordinal))
 }
 
-fn unknown(name: &str) -> Error {
-    Error::setting("device", format!("wanted cpu, cuda or cuda:N, got {name:?}"))
+/// The number of the GPU called `name`, from 0, which need not be there; none for the processor. Two names with the same
+/// number are one device. Errors with one line if the name is no device's.
+pub fn ordinal(name: &str) -> Result<Option<usize>> {
+    let is_number = |text: &&str| text.bytes().all(|byte| byte.is_ascii_digit()); // parse() takes a sign as well
+    match name {
+        "cpu" => Ok(None),
+        "cuda" => Ok(Some(0)),
+        _ => match name.strip_prefix("cuda:").filter(is_number).and_then(|text| text.parse().ok()) {
+            Some(ordinal) => Ok(Some(ordinal)),
+            None => Err(Error::setting("device", format!("wanted cpu, cuda or cuda:N, got {name:?}"))),
+        },
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
