@@ -10,7 +10,7 @@ use tracing::info;
 
 use super::error::CliError;
 use crate::http::{DetectedProduct, ProductDetector};
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{Bundle, Capability};
 use crate::ml::models::tracer::Tracer;
 use crate::ml::segment::segment;
 use crate::ml::{Result, device, image_io};
@@ -24,7 +24,7 @@ const DEVICE: &str = "cpu";
 /// The segmenter of the bundle in `dir`; none if the bundle is missing, since only workers need one, or has no
 /// segmenter.
 pub(super) fn open(dir: &Path) -> std::result::Result<Option<Arc<dyn ProductDetector>>, CliError> {
-    if !dir.join("segmenter").is_dir() {
+    if !dir.join(Capability::Segmentation.part()).is_dir() {
         info!(bundle = %dir.display(), "bundle has no segmenter; photos are inspected without it");
         return Ok(None);
     }

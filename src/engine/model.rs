@@ -2,7 +2,7 @@
 
 use super::base::Base;
 use crate::job::{HeldModel, ModelCard, ModelDrawing, ModelPart, Scheduler};
-use crate::ml::bundle::Bundle;
+use crate::ml::bundle::{Bundle, Capability};
 use crate::ml::samplers::Sampler;
 use crate::ml::{Result, device};
 
@@ -27,9 +27,9 @@ pub(super) fn held_model(base: &Base) -> Result<HeldModel> {
 
 fn has(bundle: &Bundle, part: ModelPart) -> bool {
     match part {
-        ModelPart::Segmenter => bundle.has("segmenter"),
-        ModelPart::Perceptual => bundle.has("perceptual"),
-        ModelPart::Metrics => bundle.has("metrics/dino") && bundle.has("metrics/clip"),
+        ModelPart::Segmenter => bundle.can(Capability::Segmentation),
+        ModelPart::Perceptual => bundle.can(Capability::PerceptualLoss),
+        ModelPart::Metrics => bundle.can(Capability::Dino) && bundle.can(Capability::Clip),
     }
 }
 

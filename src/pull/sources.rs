@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Error;
-use crate::ml::bundle::CONVERTIBLE;
+use crate::ml::bundle::Capability;
 
 /// The table for Stable Diffusion 1.5.
 ///
@@ -211,8 +211,8 @@ impl Part {
             return Err(format!("name: `{}`; letters, digits, `-` and `_` are wanted", self.name));
         }
         match &self.into {
-            Some(into) if !CONVERTIBLE.contains(&into.as_str()) => {
-                return Err(format!("into: `{into}`; one of {} is wanted", CONVERTIBLE.join(", ")));
+            Some(into) if Capability::of_part(into).is_none() => {
+                return Err(format!("into: `{into}`; one of {} is wanted", Capability::parts().join(", ")));
             }
             Some(_) if !self.config.is_object() => return Err("config: is missing".into()),
             None if !self.config.is_null() => return Err("config: is for a part with `into`".into()),

@@ -3,6 +3,7 @@
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 
+use super::capabilities::Capability;
 use super::configs::read_config;
 use super::directory::Bundle;
 use super::files::{all_weights, hash_files};
@@ -39,43 +40,57 @@ impl Backbones {
     /// there is `None`. [`Error::File`](crate::Error::File) names the file that cannot be used.
     pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
         Ok(Self {
-            dino: load(bundle, "dino", device, dino::Config::check, dino::Config::name, |w, config| {
-                Dino::load(w, config, device)
-            })?,
-            clip: load(bundle, "clip", device, clip::Config::check, clip::Config::name, |w, config| {
-                Clip::load(w, config, bundle.tokenizer()?, device)
-            })?,
+            dino: load(
+                bundle,
+                Capability::Dino,
+                device,
+                dino::Config::check,
+                dino::Config::name,
+                |w, config| Dino::load(w, config, device),
+            )?,
+            clip: load(
+                bundle,
+                Capability::Clip,
+                device,
+                clip::Config::check,
+                clip::Config::name,
+                |w, config| Clip::load(w, config, bundle.tokenizer()?, device),
+            )?,
             inception: load(
                 bundle,
-                "inception",
+                Capability::Inception,
                 device,
                 inception::Config::check,
                 inception::Config::name,
                 |w, config| Inception::load(w, config, device),
             )?,
-            lpips: load(bundle, "lpips", device, lpips::Config::check, lpips::Config::name, |w, config| {
-                Lpips::load(w, config, device)
-            })?,
+            lpips: load(
+                bundle,
+                Capability::Lpips,
+                device,
+                lpips::Config::check,
+                lpips::Config::name,
+                |w, config| Lpips::load(w, config, device),
+            )?,
         })
     }
 }
 
-/// A backbone in `metrics/`, if the bundle has it: what `load` makes of its weights and its config, what `name` calls
+/// The backbone of a score, if the bundle has it: what `load` makes of its weights and its config, what `name` calls
 /// it, and the hash of its weights.
 fn load<C: DeserializeOwned, M>(
     bundle: &Bundle,
-    which: &str,
+    score: Capability,
     device: &Device,
     check: impl Fn(&C) -> Result<()>,
     name: impl Fn(&C) -> String,
     load: impl FnOnce(&Weights, &C) -> Result<M>,
 ) -> Result<Option<MetricBackbone<M>>> {
-    let part = format!("metrics/{which}");
-    if !bundle.has(&part) {
+    if !bundle.can(score) {
         return Ok(None);
     }
-    let config = read_config(bundle.dir(), &part, check)?;
-    let files = all_weights(&bundle.dir().join(&part))?;
+    let config = read_config(bundle.dir(), score.part(), check)?;
+    let files = all_weights(&bundle.dir().join(score.part()))?;
     let model = load(&Weights::open(&files[0], device)?, &config)?;
     Ok(Some(MetricBackbone { model, name: name(&config), sha256: hash_files(&files)? }))
 }

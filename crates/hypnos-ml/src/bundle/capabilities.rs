@@ -22,6 +22,19 @@ impl Capability {
     pub const ALL: [Self; 6] =
         [Self::Segmentation, Self::PerceptualLoss, Self::Dino, Self::Clip, Self::Inception, Self::Lpips];
 
+    /// Those of what scores pictures.
+    pub const SCORES: [Self; 4] = [Self::Dino, Self::Clip, Self::Inception, Self::Lpips];
+
+    /// The capability that takes this part, if one does.
+    pub fn of_part(part: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|capability| capability.part() == part)
+    }
+
+    /// The parts of all: what a bundle may have beside the models that draw.
+    pub fn parts() -> [&'static str; 6] {
+        Self::ALL.map(Self::part)
+    }
+
     /// The part that it takes, a directory of the bundle.
     pub fn part(self) -> &'static str {
         match self {

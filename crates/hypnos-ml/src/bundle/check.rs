@@ -4,26 +4,21 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
-use candle_core::Device;
-use serde::de::DeserializeOwned;
-
 use super::capabilities::Capability;
 use super::configs::{PARTS, check_index, read_config};
+use super::convert::part_params;
 use super::directory::too_long;
 use super::files::{bad, find_weights, hash_file, ignored_weights};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::{NO_RARE_TOKENS, rare_tokens};
 use super::scheduler::read_schedule;
-use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::{self, ClipText};
-use crate::models::tracer::{self, Tracer};
 use crate::models::unet::{self, Unet};
 use crate::models::vae::{self, Vae};
 use crate::param::Param;
-use crate::perceptual::{self, Perceptual};
 use crate::tensorfile::TensorFile;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Differences, Weights, meta_params};
+use crate::weights::{Differences, meta_params};
 use crate::{Error, Result};
 
 /// One thing that was found: the file and what is the matter with it, in one line.
@@ -104,42 +99,17 @@ impl Findings {
         self.0.remarks.push(Finding(bad(path, what).to_string()));
     }
 
-    /// The parts that need not be there.
+    /// The parts that need not be there, and have to be whole if they are.
     fn optional_parts(&mut self, dir: &Path) {
-        let cpu = &Device::Cpu;
-        self.optional_part(dir, Capability::Segmentation, tracer::Config::check, Tracer::load);
-        self.optional_part(dir, Capability::PerceptualLoss, perceptual::Config::check, |w, config| {
-            Perceptual::load(w, config, cpu)
-        });
-        self.optional_part(dir, Capability::Dino, dino::Config::check, |w, config| {
-            dino::Dino::load(w, config, cpu)
-        });
-        self.optional_part(dir, Capability::Clip, metrics::clip::Config::check, |w, config| {
-            clip::Clip::load(w, &config.net)
-        });
-        self.optional_part(dir, Capability::Inception, inception::Config::check, |w, config| {
-            inception::Inception::load(w, config, cpu)
-        });
-        self.optional_part(dir, Capability::Lpips, lpips::Config::check, |w, config| {
-            lpips::Lpips::load(w, config, cpu)
-        });
-    }
-
-    /// One of them, which has to be whole if it is there.
-    fn optional_part<C: DeserializeOwned, M>(
-        &mut self,
-        dir: &Path,
-        capability: Capability,
-        check: impl Fn(&C) -> Result<()>,
-        load: impl FnOnce(&Weights, &C) -> Result<M>,
-    ) {
-        let part = capability.part();
-        if !dir.join(part).is_dir() {
-            return self.remark(&dir.join(part), capability.missing());
+        for capability in Capability::ALL {
+            let part = dir.join(capability.part());
+            if part.is_dir() {
+                let params = self.note(part_params(dir, capability));
+                self.weights(&part, params.as_ref());
+            } else {
+                self.remark(&part, capability.missing());
+            }
         }
-        let config = self.note(read_config(dir, part, check));
-        let params = config.and_then(|config| self.note(meta_params(|w| load(w, &config))));
-        self.weights(&dir.join(part), params.as_ref());
     }
 
     /// A part's weight file against what its model would read, if that is known.

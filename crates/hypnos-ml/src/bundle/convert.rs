@@ -8,20 +8,18 @@ use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::capabilities::Capability;
 use super::configs::read_config;
 use super::files::{bad, write_json};
 use super::tensors::Tensors;
 use crate::metrics::{self, dino, inception, lpips};
 use crate::models::clip::Clip;
 use crate::models::tracer::{self, Tracer};
+use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
 use crate::tensorfile::{save_streaming, torch_metadata};
 use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
-
-/// The parts that can be made.
-pub const CONVERTIBLE: [&str; 6] =
-    ["segmenter", "perceptual", "metrics/dino", "metrics/clip", "metrics/inception", "metrics/lpips"];
 
 /// Writes `part/config.json` and `part/model.safetensors` into `dir`: the tensors that the network of this config
 /// reads, in f32, each from the first of `files` that has it: safetensors or pickles. [`Error::File`] names the
@@ -42,40 +40,48 @@ pub fn convert(dir: &Path, part: &str, config: &Value, files: &[PathBuf]) -> Res
     })
 }
 
-/// The tensors that the network of a part, one of [`CONVERTIBLE`], reads, by its config in `dir`. [`Error::File`] if the
-/// config cannot be read.
+/// Names and shapes of the tensors that the network of a part, one of [`Capability::parts`], reads, by its config in
+/// `dir`. [`Error::File`] if the config cannot be read.
 pub fn part_shapes(dir: &Path, part: &str) -> Result<BTreeMap<String, Vec<usize>>> {
-    let cpu = &Device::Cpu;
-    match part {
-        "segmenter" => shapes(dir, part, tracer::Config::check, Tracer::load),
-        "perceptual" => {
-            shapes(dir, part, perceptual::Config::check, |w, config| Perceptual::load(w, config, cpu))
+    let Some(capability) = Capability::of_part(part) else {
+        let parts = Capability::parts().join(", ");
+        return Err(Error::input(format!("`{part}` cannot be converted; one of {parts} is wanted")));
+    };
+    let params = part_params(dir, capability)?;
+    Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
+}
+
+/// What the network of a capability's part reads, by its config in `dir`, without values.
+pub(super) fn part_params(dir: &Path, capability: Capability) -> Result<BTreeMap<String, Param>> {
+    let (cpu, part) = (&Device::Cpu, capability.part());
+    match capability {
+        Capability::Segmentation => params(dir, part, tracer::Config::check, Tracer::load),
+        Capability::PerceptualLoss => {
+            params(dir, part, perceptual::Config::check, |w, config| Perceptual::load(w, config, cpu))
         }
-        "metrics/dino" => {
-            shapes(dir, part, dino::Config::check, |w, config| dino::Dino::load(w, config, cpu))
+        Capability::Dino => {
+            params(dir, part, dino::Config::check, |w, config| dino::Dino::load(w, config, cpu))
         }
-        "metrics/clip" => {
-            shapes(dir, part, metrics::clip::Config::check, |w, config| Clip::load(w, &config.net))
+        Capability::Clip => {
+            params(dir, part, metrics::clip::Config::check, |w, config| Clip::load(w, &config.net))
         }
-        "metrics/inception" => shapes(dir, part, inception::Config::check, |w, config| {
+        Capability::Inception => params(dir, part, inception::Config::check, |w, config| {
             inception::Inception::load(w, config, cpu)
         }),
-        "metrics/lpips" => {
-            shapes(dir, part, lpips::Config::check, |w, config| lpips::Lpips::load(w, config, cpu))
+        Capability::Lpips => {
+            params(dir, part, lpips::Config::check, |w, config| lpips::Lpips::load(w, config, cpu))
         }
-        _ => Err(Error::input(format!("`{part}` cannot be converted; one of {CONVERTIBLE:?} is wanted"))),
     }
 }
 
-fn shapes<C: DeserializeOwned, M>(
+fn params<C: DeserializeOwned, M>(
     dir: &Path,
     part: &str,
     check: impl Fn(&C) -> Result<()>,
     load: impl FnOnce(&Weights, &C) -> Result<M>,
-) -> Result<BTreeMap<String, Vec<usize>>> {
+) -> Result<BTreeMap<String, Param>> {
     let config = read_config(dir, part, check)?;
-    let params = meta_params(|w| load(w, &config))?;
-    Ok(params.into_iter().map(|(name, param)| (name, param.dims())).collect())
+    meta_params(|w| load(w, &config))
 }
 
 /// The first file with the tensor, by its number, and the name that the tensor has there. The last file says why, if

@@ -25,7 +25,8 @@ use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
 
 /// The parts that only training needs: what it learns with, and what decides which of its steps is served.
-const TRAINING_PARTS: [&str; 4] = ["segmenter", "perceptual", "metrics/dino", "metrics/clip"];
+const TRAINING_PARTS: [Capability; 4] =
+    [Capability::Segmentation, Capability::PerceptualLoss, Capability::Dino, Capability::Clip];
 
 /// An opened bundle.
 #[derive(Debug)]
@@ -168,18 +169,13 @@ impl Bundle {
     /// What finds the product in a photo. [`Error::File`] if the bundle has none; so for [`Bundle::perceptual`].
     pub fn segmenter(&self, device: &Device) -> Result<Tracer> {
         let config = self.training_config(Capability::Segmentation, tracer::Config::check)?;
-        Tracer::load(&self.weights("segmenter", device)?, &config)
+        Tracer::load(&self.weights(Capability::Segmentation.part(), device)?, &config)
     }
 
     /// What the perceptual loss looks with.
     pub fn perceptual(&self, device: &Device) -> Result<Perceptual> {
         let config = self.training_config(Capability::PerceptualLoss, perceptual::Config::check)?;
-        Perceptual::load(&self.weights("perceptual", device)?, &config, device)
-    }
-
-    /// Whether there is a part of this name.
-    pub fn has(&self, part: &str) -> bool {
-        self.dir.join(part).is_dir()
+        Perceptual::load(&self.weights(Capability::PerceptualLoss.part(), device)?, &config, device)
     }
 
     fn training_config<T: DeserializeOwned>(
@@ -197,7 +193,8 @@ impl Bundle {
     pub fn learning_hash(&self) -> Result<String> {
         let mut all = Sha256::new();
         all.update(self.hash()?);
-        for part in TRAINING_PARTS.map(|part| self.dir.join(part)).iter().filter(|dir| dir.is_dir()) {
+        for capability in TRAINING_PARTS.into_iter().filter(|capability| self.can(*capability)) {
+            let part = &self.dir.join(capability.part());
             for file in [vec![part.join("config.json")], all_weights(part)?].concat() {
                 all.update(hash_file(&file)?);
             }
@@ -259,7 +256,7 @@ impl Bundle {
 
     /// Whether it has the part that this takes.
     pub fn can(&self, capability: Capability) -> bool {
-        self.has(capability.part())
+        self.dir.join(capability.part()).is_dir()
     }
 
     /// The configs of text encoder, UNet and VAE.

@@ -34,7 +34,7 @@ pub use backbones::{Backbones, MetricBackbone};
 pub use capabilities::Capability;
 pub use check::{Finding, Report, check};
 pub use configs::model_index;
-pub use convert::{CONVERTIBLE, convert, part_shapes};
+pub use convert::{convert, part_shapes};
 pub use directory::{Bundle, Part};
 pub use embedded::{MINIATURE_NAME, miniature};
 pub use families::Like;

@@ -28,8 +28,8 @@ pub fn random_metrics(dir: &Path, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes `config.json` and `model.safetensors` of a part, one of [`super::CONVERTIBLE`], into the bundle in `dir`, with
-/// the sizes of this config. The bytes depend on the config and `seed` only. [`crate::Error::File`] if they cannot be
+/// Writes `config.json` and `model.safetensors` of a part, one of [`super::Capability::parts`], into the bundle in `dir`,
+/// with the sizes of this config. The bytes depend on the config and `seed` only. [`crate::Error::File`] if they cannot be
 /// written.
 pub fn random_part(dir: &Path, part: &str, config: &Value, seed: u64) -> Result<()> {
     write_json(&dir.join(part).join("config.json"), config)?;

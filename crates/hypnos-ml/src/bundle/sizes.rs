@@ -1,5 +1,8 @@
 //! The sizes of a bundle's models, from configs and headers: for planning, without reading a weight.
 
+use serde::de::DeserializeOwned;
+
+use super::capabilities::Capability;
 use super::configs::read_config;
 use super::directory::{Bundle, Part};
 use super::files::find_weights;
@@ -30,22 +33,30 @@ impl Bundle {
 
     /// The config of its segmenter, if it has one.
     pub(crate) fn segmenter_config(&self) -> Result<Option<tracer::Config>> {
-        let read = || read_config(self.dir(), "segmenter", tracer::Config::check);
-        self.has("segmenter").then(read).transpose()
+        self.optional_config(Capability::Segmentation, tracer::Config::check)
     }
 
     /// The config of its perceptual network, if it has one.
     pub(crate) fn perceptual_config(&self) -> Result<Option<perceptual::Config>> {
-        let read = || read_config(self.dir(), "perceptual", perceptual::Config::check);
-        self.has("perceptual").then(read).transpose()
+        self.optional_config(Capability::PerceptualLoss, perceptual::Config::check)
     }
 
-    /// Bytes that the weights of a part take in memory, in f32, by the header of its file; 0 if it has no such part.
-    pub(crate) fn weight_bytes(&self, part: &str) -> Result<u64> {
-        if !self.has(part) {
+    fn optional_config<C: DeserializeOwned>(
+        &self,
+        capability: Capability,
+        check: impl Fn(&C) -> Result<()>,
+    ) -> Result<Option<C>> {
+        let read = || read_config(self.dir(), capability.part(), check);
+        self.can(capability).then(read).transpose()
+    }
+
+    /// Bytes that the weights of a capability's part take in memory, in f32, by the header of its file; 0 if it has no
+    /// such part.
+    pub(crate) fn weight_bytes(&self, capability: Capability) -> Result<u64> {
+        if !self.can(capability) {
             return Ok(0);
         }
-        let file = TensorFile::open(&find_weights(&self.dir().join(part))?)?;
+        let file = TensorFile::open(&find_weights(&self.dir().join(capability.part()))?)?;
         let shapes = file.names().filter_map(|name| file.shape(name));
         Ok(shapes.map(|shape| 4 * shape.iter().product::<usize>() as u64).sum())
     }

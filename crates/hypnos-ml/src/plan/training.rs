@@ -6,7 +6,7 @@ use super::dry::{self, Counted, Step};
 use super::meta::{self, MetaModels};
 use super::needs::{KEPT_IN_TRAINING, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place};
 use super::{Arithmetic, SamplePlan, SampleSizes};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Capability};
 use crate::device::DeviceKind;
 use crate::models::tracer;
 use crate::train::Learner;
@@ -14,9 +14,6 @@ use crate::{Result, perceptual};
 
 /// Bytes of a pixel of a photo that is looked at as numbers: the photo in f32, its mask, and what finds parts in it.
 const NUMBERS_OF_A_PIXEL: u64 = 24;
-
-/// The parts of a bundle that judge pictures.
-const METRICS: [&str; 4] = ["metrics/dino", "metrics/clip", "metrics/inception", "metrics/lpips"];
 
 /// What the metrics' networks work with. Assumption: their largest values are those of Inception's first layers and of
 /// LPIPS's, a few of 5 to 20 MB for a picture of 512 pixels; counted layer by layer they would not change any peak, for a
@@ -191,8 +188,8 @@ impl Counts {
         };
         let segmenter = bundle.segmenter_config()?.filter(|_| sizes.n_views.is_some());
         let evaluation = sizes.evaluation.as_ref();
-        let judges = METRICS.iter().filter(|_| evaluation.is_some());
-        let metrics = judges.map(|part| bundle.weight_bytes(part)).sum::<Result<u64>>()?;
+        let judges = Capability::SCORES.into_iter().filter(|_| evaluation.is_some());
+        let metrics = judges.map(|score| bundle.weight_bytes(score)).sum::<Result<u64>>()?;
         Ok(Self {
             side,
             drawing: frozen.drawing_bytes(),
@@ -201,8 +198,8 @@ impl Counts {
                 Learner::Weights => frozen.drawing_bytes(),
                 Learner::Embedding => 4 * models.text.model.width() as u64,
             },
-            segmenter: if segmenter.is_some() { bundle.weight_bytes("segmenter")? } else { 0 },
-            perceptual: if net.is_some() { bundle.weight_bytes("perceptual")? } else { 0 },
+            segmenter: if segmenter.is_some() { bundle.weight_bytes(Capability::Segmentation)? } else { 0 },
+            perceptual: if net.is_some() { bundle.weight_bytes(Capability::PerceptualLoss)? } else { 0 },
             metrics,
             discriminator: if discriminator.is_some() { bytes } else { 0 },
             latents: 4 * frozen.latent_dims(1, side, side).iter().product::<usize>() as u64,

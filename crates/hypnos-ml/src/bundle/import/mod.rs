@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::convert::CONVERTIBLE;
+use super::capabilities::Capability;
 use super::files::{all_weights, bad, hash_file, hash_files, read_json};
 use super::manifest::{Manifest, read_manifest};
 use super::rare_tokens::rare_tokens;
@@ -206,7 +206,7 @@ impl Import {
         };
         self.take_tokenizer(dir, vocab_size, pad)?;
         let mut taken = if own == Some(*dir) { Vec::new() } else { vec!["tokenizer"] };
-        for part in CONVERTIBLE {
+        for part in Capability::parts() {
             let Some(dir) = sources.iter().find(|dir| dir.join(part).is_dir()) else { continue };
             self.take_part(dir, part)?;
             if own != Some(*dir) {
