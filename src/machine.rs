@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+/// Where control groups are mounted.
+const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+
 /// Memory of the machine, and what this process may have of it, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
@@ -28,12 +31,11 @@ pub struct Limit {
 impl Memory {
     /// Of this machine and this process, as far as it says.
     pub fn now() -> Self {
-        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let (meminfo, groups) = (meminfo(), control_groups());
         Self {
             total: kib(&meminfo, "MemTotal"),
             available: kib(&meminfo, "MemAvailable"),
-            limit: limit(Path::new("/sys/fs/cgroup"), &groups),
+            limit: tightest(limits(Path::new(CONTROL_GROUPS), &groups)),
         }
     }
 
@@ -43,11 +45,28 @@ impl Memory {
     }
 }
 
+/// What this process could have if no other had any, in bytes: all memory of the machine, or the smallest limit of a
+/// control group. None if the machine does not say.
+pub fn capacity() -> Option<u64> {
+    let (meminfo, groups) = (meminfo(), control_groups());
+    let limits = limits(Path::new(CONTROL_GROUPS), &groups).into_iter().map(|limit| limit.bytes);
+    limits.chain(kib(&meminfo, "MemTotal")).min()
+}
+
 /// What this process could have, with what it has already: memory that it freed and keeps for its next use is not free for
 /// others. None if the machine does not say.
 pub fn obtainable() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     Some(Memory::now().free()? + kib(&status, "VmRSS").unwrap_or(0))
+}
+
+fn meminfo() -> String {
+    fs::read_to_string("/proc/meminfo").unwrap_or_default()
+}
+
+/// The groups of this process, as the kernel lists them.
+fn control_groups() -> String {
+    fs::read_to_string("/proc/self/cgroup").unwrap_or_default()
 }
 
 /// A value of `/proc/meminfo`, or of another file like it, in bytes.
@@ -56,9 +75,9 @@ fn kib(meminfo: &str, key: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
-/// The tightest limit of the groups that `/proc/self/cgroup` names, and of those that they are in. `root` is where control
-/// groups are mounted: of version 2, or of version 1, which has a directory for each controller.
-fn limit(root: &Path, groups: &str) -> Option<Limit> {
+/// The limits of the groups that `/proc/self/cgroup` names, and of those that they are in. `root` is where control groups
+/// are mounted: of version 2, or of version 1, which has a directory for each controller.
+fn limits(root: &Path, groups: &str) -> Vec<Limit> {
     let mut limits = Vec::new();
     for line in groups.lines() {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -76,6 +95,11 @@ fn limit(root: &Path, groups: &str) -> Option<Limit> {
         let within = own.ancestors().take_while(|dir| dir.starts_with(&top)).map(Path::to_owned);
         limits.extend(within.filter_map(|dir: PathBuf| limit_of(&dir, files)));
     }
+    limits
+}
+
+/// The one that leaves least.
+fn tightest(limits: Vec<Limit>) -> Option<Limit> {
     limits.into_iter().min_by_key(|limit| limit.left)
 }
 
@@ -165,11 +189,12 @@ mod tests {
                 ("memory.stat", "anon 100\ninactive_file 300\n"),
             ],
         );
-        let found = limit(root.path(), "0::/a/b\n");
-        assert_eq!(found, Some(Limit { bytes: 1000, left: 100 }));
-        assert_eq!(limit(root.path(), "0::/elsewhere\n"), None);
+        let found = limits(root.path(), "0::/a/b\n");
+        let (outer, inner) = (Limit { bytes: 1000, left: 100 }, Limit { bytes: 500, left: 320 });
+        assert_eq!((found.as_slice(), tightest(found.clone())), (&[inner, outer][..], Some(outer)));
+        assert_eq!(tightest(limits(root.path(), "0::/elsewhere\n")), None);
         write(root.path(), &[("memory.max", "50\n"), ("memory.current", "20\n")]);
-        assert_eq!(limit(root.path(), "0::/elsewhere\n"), Some(Limit { bytes: 50, left: 30 }));
+        assert_eq!(tightest(limits(root.path(), "0::/elsewhere\n")), Some(Limit { bytes: 50, left: 30 }));
     }
 
     #[test]
@@ -181,9 +206,9 @@ mod tests {
             &[("memory.limit_in_bytes", "9223372036854771712\n"), ("memory.usage_in_bytes", "5\n")],
         );
         let groups = "5:cpu,cpuacct:/jobs\n4:memory:/jobs\n";
-        assert_eq!(limit(root.path(), groups), None);
+        assert_eq!(tightest(limits(root.path(), groups)), None);
         write(&group, &[("memory.limit_in_bytes", "100\n")]);
-        assert_eq!(limit(root.path(), groups), Some(Limit { bytes: 100, left: 95 }));
+        assert_eq!(tightest(limits(root.path(), groups)), Some(Limit { bytes: 100, left: 95 }));
     }
 
     #[test]
@@ -193,6 +218,7 @@ mod tests {
         assert_eq!(kib(meminfo, "SwapFree"), None);
         let memory = Memory::now();
         assert!(memory.free().is_some() && memory.free() <= memory.total, "{memory:?}");
+        assert!(capacity() <= memory.total && capacity() >= memory.free(), "{memory:?}");
     }
 
     #[test]

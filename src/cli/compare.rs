@@ -98,9 +98,9 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.gradient_checkpointing,
-        memory: service::memory_check(args.ignore_memory),
+        memory: service::own_memory_check(args.ignore_memory),
     })?;
-    cells.iter().try_for_each(|cell| engine.check(&cell.spec))?;
+    cells.iter().try_for_each(|cell| engine.check(&cell.spec, &subjects[cell.subject].photos))?;
     engine.warnings().iter().for_each(|warning| print_warning(warning));
 
     // 2. The trainings, in their own thread, while signals are handled here.

@@ -369,7 +369,7 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
     let products = Products::of_worker(working.sample_share);
     let engines = working.devices(n).into_iter().map(|device| {
         let sharers = working.sharers(&device, n);
-        let check = MemoryCheck { obtainable: machine::obtainable, sharers, products };
+        let check = memory_check(sharers, products);
         let memory = (!working.ignore_memory).then_some(check);
         let settings = engine::EngineSettings { memory, ..engine.clone() };
         let name = device.clone();
@@ -400,10 +400,14 @@ fn log_limits(dir: &Path) {
     }
 }
 
-/// How the one engine of a process that draws no products learns what memory it may take.
-pub(super) fn memory_check(ignore: bool) -> Option<MemoryCheck> {
-    let check = MemoryCheck { obtainable: machine::obtainable, sharers: 1, products: Products::Never };
-    (!ignore).then_some(check)
+/// How the one engine of a process that draws no products learns what memory it may take; none if it is to ignore that.
+pub(super) fn own_memory_check(ignore: bool) -> Option<MemoryCheck> {
+    (!ignore).then(|| memory_check(1, Products::Never))
+}
+
+fn memory_check(sharers: usize, products: Products) -> MemoryCheck {
+    let (obtainable, capacity) = (machine::obtainable, machine::capacity);
+    MemoryCheck { obtainable, capacity, sharers, products }
 }
 
 /// An id of the machine, also in containers: all processes of one kernel are on one machine until its next boot.

@@ -94,9 +94,9 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.gradient_checkpointing,
-        memory: service::memory_check(args.ignore_memory),
+        memory: service::own_memory_check(args.ignore_memory),
     })?;
-    engine.check(&spec)?;
+    engine.check(&spec, &photos)?;
     engine.warnings().iter().for_each(|warning| print_warning(warning));
     if let Some(warning) = engine.model().class_warning(&spec.class_name) {
         print_warning(&warning.message);

@@ -10,7 +10,7 @@ use super::api::{ClassImages, DrawInput, Ending, Engine, Flow, Image, ImageGener
 use super::base::Base;
 use super::faults::{fault, unreadable};
 use super::lru::LruCache;
-use super::memory::{self, FEWEST_PHOTOS, MemoryCheck, MemorySettings, PHOTOS, Products};
+use super::memory::{self, FEWEST_PHOTOS, MemoryCheck, MemorySettings, Products};
 use super::model::{held_model, sampler};
 use super::training;
 use crate::job::{Fault, FaultCode, HeldModel, SampleSpec, TrainSpec};
@@ -60,8 +60,8 @@ impl CandleEngine {
         let bundle = Bundle::open(&settings.bundle)?;
         let gpu_bytes = device::free_bytes(&device)?;
         let limits = memory_of(&settings, FEWEST_PHOTOS);
-        if let Some(free) = settings.memory.and_then(|check| check.bytes(gpu_bytes))
-            && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), free)?
+        if let Some(room) = settings.memory.and_then(|check| check.room(gpu_bytes))
+            && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), room.free)?
         {
             return Err(Error::input(format!("{refusal}; --ignore-memory starts anyway")));
         }
@@ -76,35 +76,21 @@ impl CandleEngine {
         self.base.bundle.warnings()
     }
 
-    /// Whether a training of `spec` can begin, as far as words, settings and memory tell.
-    pub fn check(&self, spec: &TrainSpec) -> Result<(), Fault> {
+    /// Whether a training of `spec` on these photos can begin, as far as words, settings and memory tell.
+    pub fn check(&self, spec: &TrainSpec, photos: &[Vec<u8>]) -> Result<(), Fault> {
         training::check(&self.base, spec)?;
-        self.check_memory(spec, PHOTOS)
+        self.check_memory(spec, photos).map(|_| ())
     }
 
-    /// Refuses a training that does not fit the memory.
-    fn check_memory(&self, spec: &TrainSpec, photos: (usize, u64)) -> Result<(), Fault> {
-        let Some(free) = self.free() else { return Ok(()) };
-        let (bundle, limits) = (&self.base.bundle, memory_of(&self.settings, photos));
-        memory::check_training(bundle, &spec.options, &limits, self.kind(), free)
-    }
-
-    /// Bytes that there are for this engine, with what it has taken; none if that is not known or not to be looked at.
-    fn free(&self) -> Option<u64> {
-        self.settings.memory?.bytes(self.gpu_bytes)
-    }
-
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::of(self.base.device())
-    }
-
-    /// Bytes of products' models that leave a training the memory that it takes.
-    fn finetuned_bytes_beside(&self, spec: &TrainSpec, photos: (usize, u64)) -> Result<u64, Fault> {
+    /// Refuses a training that does not fit the memory. Gives the bytes of products' models that leave it what it takes.
+    fn check_memory(&self, spec: &TrainSpec, photos: &[Vec<u8>]) -> Result<u64, Fault> {
         let most = self.settings.finetuned_bytes_max;
-        let Some(free) = self.free() else { return Ok(most) };
-        let alone = MemorySettings { products: Products::Never, ..memory_of(&self.settings, photos) };
-        let plan = memory::training_plan(&self.base.bundle, &spec.options, &alone, self.kind());
-        Ok(most.min(free.saturating_sub(plan.map_err(fault)?.peak(self.kind()).bytes)))
+        let room = self.settings.memory.and_then(|check| check.room(self.gpu_bytes));
+        let Some(room) = room else { return Ok(most) }; // it is not known, or not to be looked at
+        let limits = memory_of(&self.settings, photo_sizes(photos));
+        let kind = DeviceKind::of(self.base.device());
+        let left = memory::check_training(&self.base.bundle, &spec.options, &limits, kind, room)?;
+        Ok(most.min(left))
     }
 
     /// The models of these weights, loaded unless they are still here.
@@ -188,9 +174,8 @@ impl Engine for CandleEngine {
     }
 
     fn train(&mut self, input: TrainInput<'_>, observe: &mut Observer<'_>) -> Result<Ending, Fault> {
-        let photos = photo_sizes(input.photos);
-        self.check_memory(input.spec, photos)?;
-        self.finetuned.bound(self.finetuned_bytes_beside(input.spec, photos)?);
+        let beside = self.check_memory(input.spec, input.photos)?;
+        self.finetuned.bound(beside);
         let ending = training::train(&Arc::clone(&self.base), self, input, observe);
         self.finetuned.bound(self.settings.finetuned_bytes_max);
         ending

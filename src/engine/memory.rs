@@ -52,11 +52,20 @@ pub struct MemorySettings {
     pub photos: (usize, u64),
 }
 
+impl MemorySettings {
+    /// Bytes of the product's model that is drawn while the engine trains, of so many bytes; 0 if none is.
+    fn beside_trainings(&self, fine_tuned: u64) -> u64 {
+        if self.products == Products::BesideTrainings { fine_tuned } else { 0 }
+    }
+}
+
 /// How an engine learns what memory it may take.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryCheck {
     /// What this process could have of the machine's, with what it has already; none if that is not known.
     pub obtainable: fn() -> Option<u64>,
+    /// What this process could have if no other had any; none if that is not known.
+    pub capacity: fn() -> Option<u64>,
     /// Engines that share the memory of the device.
     pub sharers: usize,
     /// When products are drawn.
@@ -64,10 +73,22 @@ pub struct MemoryCheck {
 }
 
 impl MemoryCheck {
-    /// The part of one engine, of what was free on its GPU or else of the machine's memory.
-    pub(super) fn bytes(&self, gpu: Option<u64>) -> Option<u64> {
-        gpu.or_else(self.obtainable).map(|bytes| share(bytes, self.sharers))
+    /// The part of one engine, of what was free on its GPU or else of the machine's memory. What is free on a GPU is
+    /// measured once, so that no more is expected of an idle one. None if it is not known.
+    pub(super) fn room(&self, gpu: Option<u64>) -> Option<Room> {
+        let own = |bytes| share(bytes, self.sharers);
+        let idle = gpu.or_else(self.capacity).map(own);
+        gpu.or_else(self.obtainable).map(|free| Room { free: own(free), idle })
     }
+}
+
+/// Memory that one engine may take, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Now, with what it has taken.
+    pub(super) free: u64,
+    /// On an idle machine; none if that is not known.
+    pub(super) idle: Option<u64>,
 }
 
 /// What each of so many engines may take of memory that is free for all of them.
@@ -131,8 +152,7 @@ pub fn training_plan(
     kind: DeviceKind,
 ) -> Result<TrainingPlan> {
     let mut plan = TrainingPlan::new(bundle, &training::sizes(options, settings), kind)?;
-    let fine_tuned = plan.fine_tuned;
-    plan.needs.add_product(if settings.products == Products::BesideTrainings { fine_tuned } else { 0 });
+    plan.needs.add_product(settings.beside_trainings(plan.fine_tuned));
     Ok(plan)
 }
 
@@ -149,18 +169,16 @@ pub fn sample_plan(
     Ok(plan)
 }
 
-/// Whether a training fits, and if it does not, what makes it fit.
+/// The plan of a training, whether it fits, and if it does not, what makes it fit.
 pub fn training_fit(
     bundle: &Bundle,
     options: &TrainOptions,
     settings: &MemorySettings,
     kind: DeviceKind,
     free: Option<u64>,
-) -> Result<Fit> {
-    let peak = |options: &TrainOptions, settings: &MemorySettings| -> Result<u64> {
-        Ok(training_plan(bundle, options, settings, kind)?.peak(kind).bytes)
-    };
-    let wanted = peak(options, settings)?;
+) -> Result<(TrainingPlan, Fit)> {
+    let plan = training_plan(bundle, options, settings, kind)?;
+    let wanted = plan.peak(kind).bytes;
     let side = bundle.resolution();
     let what = format!("a training ({}, {side} x {side} pixels)", options.method);
     let mut fit = Fit { what, wanted, free, remedies: Vec::new() };
@@ -171,7 +189,7 @@ pub fn training_fit(
             break;
         }
         for (setting, changed, tried) in remedy(bundle, &options, &settings) {
-            let bytes = peak(&changed, &tried)?;
+            let bytes = training_plan(bundle, &changed, &tried, kind)?.peak(kind).bytes;
             // A setting that saves next to nothing is no advice.
             if bytes + least / 100 < least {
                 (options, settings) = (changed, tried);
@@ -184,7 +202,7 @@ pub fn training_fit(
             }
         }
     }
-    Ok(fit)
+    Ok((plan, fit))
 }
 
 /// The name of a setting, without its value.
@@ -234,24 +252,23 @@ const REMEDIES: [Change; 6] = [
     },
 ];
 
-/// Whether the pictures of a sample fit that are drawn at once, and if they do not, whether one does.
+/// The plan of the pictures of a sample that are drawn at once, whether they fit, and if they do not, whether one does.
 pub fn sample_fit(
     bundle: &Bundle,
     sizes: &SampleSizes,
     settings: &MemorySettings,
     kind: DeviceKind,
     free: Option<u64>,
-) -> Result<Fit> {
-    let peak =
-        |sizes: &SampleSizes| sample_plan(bundle, sizes, settings, kind).map(|plan| plan.peak(kind).bytes);
-    let wanted = peak(sizes)?;
+) -> Result<(SamplePlan, Fit)> {
+    let plan = sample_plan(bundle, sizes, settings, kind)?;
+    let wanted = plan.peak(kind).bytes;
     let what = format!("a sample ({} at once, {} x {} pixels)", sizes.batch, sizes.width, sizes.height);
     let mut fit = Fit { what, wanted, free, remedies: Vec::new() };
     if !fit.fits() && sizes.batch > 1 {
-        let bytes = peak(&SampleSizes { batch: 1, ..*sizes })?;
-        fit.remedies.push(Remedy { setting: "--batch 1".into(), bytes });
+        let one = sample_plan(bundle, &SampleSizes { batch: 1, ..*sizes }, settings, kind)?;
+        fit.remedies.push(Remedy { setting: "--batch 1".into(), bytes: one.peak(kind).bytes });
     }
-    Ok(fit)
+    Ok((plan, fit))
 }
 
 /// Why an engine is of no use: one picture of a sample, or the smallest training, does not fit. None if both do.
@@ -263,24 +280,32 @@ pub fn too_small(
 ) -> Result<Option<String>> {
     let side = bundle.resolution();
     let sizes = SampleSizes { batch: 1, width: side, height: side };
-    let sample = sample_fit(bundle, &sizes, settings, kind, Some(free))?;
+    let (_, sample) = sample_fit(bundle, &sizes, settings, kind, Some(free))?;
     if let Some(refusal) = sample.refusal() {
         return Ok(Some(refusal));
     }
     let smallest = TrainOptions::of(Method::TextualInversion);
-    Ok(training_fit(bundle, &smallest, settings, kind, Some(free))?.refusal())
+    let (_, training) = training_fit(bundle, &smallest, settings, kind, Some(free))?;
+    Ok(training.refusal())
 }
 
-/// Refuses a training that does not fit.
+/// Refuses a training that does not fit: [`FaultCode::Machine`] if it fits when nothing else has memory, or else
+/// [`FaultCode::Input`]. Gives the bytes that are left beside one that fits, without a product's model.
 pub(super) fn check_training(
     bundle: &Bundle,
     options: &TrainOptions,
     settings: &MemorySettings,
     kind: DeviceKind,
-    free: u64,
-) -> std::result::Result<(), Fault> {
-    let fit = training_fit(bundle, options, settings, kind, Some(free)).map_err(super::faults::fault)?;
-    fit.refusal().map_or(Ok(()), |refusal| Err(Fault::new(FaultCode::Input, refusal)))
+    room: Room,
+) -> std::result::Result<u64, Fault> {
+    let (plan, fit) =
+        training_fit(bundle, options, settings, kind, Some(room.free)).map_err(super::faults::fault)?;
+    if let Some(refusal) = fit.refusal() {
+        let is_short_now = room.idle.is_some_and(|idle| fit.wanted <= idle);
+        let code = if is_short_now { FaultCode::Machine } else { FaultCode::Input };
+        return Err(Fault::new(code, refusal));
+    }
+    Ok(room.free - (fit.wanted - settings.beside_trainings(plan.fine_tuned)))
 }
 
 #[cfg(test)]
@@ -289,8 +314,12 @@ mod tests {
 
     #[test]
     fn engines_of_one_device_have_its_memory_in_equal_parts() {
-        let check = |sharers| MemoryCheck { obtainable: || Some(60), sharers, products: Products::Never };
-        assert_eq!((check(3).bytes(None), check(1).bytes(None)), (Some(20), Some(60)));
-        assert_eq!((check(3).bytes(Some(9)), check(1).bytes(Some(9))), (Some(3), Some(9)), "of a GPU's own");
+        let room = |sharers, gpu| {
+            let products = Products::Never;
+            MemoryCheck { obtainable: || Some(60), capacity: || Some(90), sharers, products }.room(gpu)
+        };
+        assert_eq!(room(3, None), Some(Room { free: 20, idle: Some(30) }));
+        assert_eq!(room(1, None), Some(Room { free: 60, idle: Some(90) }));
+        assert_eq!(room(3, Some(9)), Some(Room { free: 3, idle: Some(3) }), "of a GPU's own");
     }
 }

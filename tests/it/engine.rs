@@ -79,9 +79,9 @@ fn a_plain_directory_trains_with_defaults_as_far_as_its_parts_go() {
     let rare = card.rare_tokens.as_ref().expect("tokens");
     assert_eq!(rare[..3], ["sks", "ohwx", "olis"], "the vocabulary's own");
     assert!(rare.iter().all(|word| engine.model().words.split(' ').any(|other| other == word)));
-    engine.check(&of(Method::Dreambooth)).expect("a rare token of the vocabulary");
-    engine.check(&of(Method::TextualInversion)).expect("a rare token of the vocabulary");
-    let fault = engine.check(&of(Method::Hypnos)).expect_err("no segmenter");
+    engine.check(&of(Method::Dreambooth), &photos()).expect("a rare token of the vocabulary");
+    engine.check(&of(Method::TextualInversion), &photos()).expect("a rare token of the vocabulary");
+    let fault = engine.check(&of(Method::Hypnos), &photos()).expect_err("no segmenter");
     assert_eq!(fault.code, FaultCode::Input);
     let wanted = "method: the model's segmenter/ is missing: no product is found in photos, so a training needs \
         views.enabled=false";
@@ -551,15 +551,21 @@ fn a_photo_that_cannot_be_decoded_is_a_fault_of_the_input() {
 }
 
 static OBTAINABLE: AtomicU64 = AtomicU64::new(0);
+static CAPACITY: AtomicU64 = AtomicU64::new(0);
 
 #[allow(clippy::unnecessary_wraps)] // as the setting wants it
 fn obtainable() -> Option<u64> {
     Some(OBTAINABLE.load(Ordering::Relaxed))
 }
 
+#[allow(clippy::unnecessary_wraps)] // as the setting wants it
+fn capacity() -> Option<u64> {
+    Some(CAPACITY.load(Ordering::Relaxed))
+}
+
 #[test]
 fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
-    let memory = MemoryCheck { obtainable, sharers: 1, products: Products::BesideTrainings };
+    let memory = MemoryCheck { obtainable, capacity, sharers: 1, products: Products::BesideTrainings };
     let open = || CandleEngine::open(EngineSettings { memory: Some(memory), ..settings() });
     let bundle = Bundle::open(&settings().bundle).expect("a bundle");
     let spec = spec(2, 2);
@@ -581,6 +587,7 @@ fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
     );
 
     OBTAINABLE.store(wanted, Ordering::Relaxed);
+    CAPACITY.store(wanted - 1, Ordering::Relaxed);
     let (mut engine, scratch) = (open().expect("an engine"), tempfile::tempdir().expect("a directory"));
     let mut train = |bytes: u64| {
         OBTAINABLE.store(bytes, Ordering::Relaxed);
@@ -597,6 +604,17 @@ fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
     );
     assert!(fault.message.contains("--gradient-checkpointing"), "{}", fault.message);
     assert!(matches!(train(wanted), Ok(Ending::Stopped)), "it fits, and stops when it is told to");
+
+    CAPACITY.store(wanted, Ordering::Relaxed);
+    let fault = train(wanted - 1).expect_err("it does not fit now");
+    assert_eq!((fault.code, fault.retryable), (FaultCode::Machine, true), "an idle machine has room for it");
+
+    // The photos that there are count before it begins, not the most that there may be.
+    OBTAINABLE.store(wanted, Ordering::Relaxed);
+    engine.check(&spec, &photos()).expect("three small photos fit");
+    let all = vec![photos().remove(0); 5];
+    let fault = engine.check(&spec, &all).expect_err("five do not");
+    assert!(fault.message.contains(": wanted "), "{}", fault.message);
 }
 
 #[test]

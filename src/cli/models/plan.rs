@@ -11,9 +11,7 @@ use crate::cli::bundle::BundleArgs;
 use crate::cli::error::CliError;
 use crate::cli::output::print_line;
 use crate::cli::train;
-use crate::engine::memory::{
-    Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, sample_plan, training_fit, training_plan,
-};
+use crate::engine::memory::{Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, training_fit};
 use crate::engine::missing_part;
 use crate::job::{Invalid, Method, TrainOptions, merge_json};
 use crate::machine::Memory;
@@ -89,8 +87,8 @@ struct Counted<P> {
     fits: bool,
 }
 
-impl<P> Counted<P> {
-    fn new(plan: P, fit: Fit) -> Self {
+impl<P> From<(P, Fit)> for Counted<P> {
+    fn from((plan, fit): (P, Fit)) -> Self {
         let fits = fit.fits();
         Self { plan, fit, fits }
     }
@@ -172,14 +170,8 @@ fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Plann
         free_bytes: free,
         lacks: missing_part(bundle, options).map(|part| format!("{}/ {}", part.part(), part.missing())),
         rates: (!args.no_time).then(|| rates(&Calibration::new(bundle, &opened)?)).transpose()?,
-        training: Counted::new(
-            training_plan(bundle, options, &settings, kind)?,
-            training_fit(bundle, options, &settings, kind, free)?,
-        ),
-        sample: Counted::new(
-            sample_plan(bundle, &sizes, &settings, kind)?,
-            sample_fit(bundle, &sizes, &settings, kind, free)?,
-        ),
+        training: training_fit(bundle, options, &settings, kind, free)?.into(),
+        sample: sample_fit(bundle, &sizes, &settings, kind, free)?.into(),
     })
 }
 
