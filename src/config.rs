@@ -860,6 +860,7 @@ mod tests {
             <Line as clap::Parser>::parse_from(["work", "--bundle", "dir", "--devices", devices]).working
         };
         assert_eq!(of("cpu").sharers("cpu", 3), 3);
+        assert_eq!(of("cuda,cuda:00").sharers("cuda:0", 2), 2);
         let mixed = of("cuda,cpu,cuda:0,cuda:1");
         assert_eq!(["cuda", "cuda:0", "cuda:1", "cpu"].map(|device| mixed.sharers(device, 4)), [2, 2, 1, 1]);
         assert_eq!(["cuda", "cuda:0", "cuda:1", "cpu"].map(|device| mixed.sharers(device, 6)), [3, 3, 1, 2]);

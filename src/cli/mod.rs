@@ -51,7 +51,7 @@ enum Command {
     Serve(Box<serve::Serve>),
     /// Run workers, which train and draw the queued jobs.
     Work(Box<work::Work>),
-    /// Check the machine and the settings, and say what to do where something is wrong; changes nothing.
+    /// Check the machine and the settings, and say what to do where something is wrong.
     Doctor(Box<doctor::Doctor>),
     /// Migrate the database to this program's schema.
     Migrate(migrate::Migrate),

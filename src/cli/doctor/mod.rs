@@ -1,5 +1,8 @@
-//! `hypnos doctor`: checks the machine and the settings, each in a line with what to do about it. Changes nothing, and
-//! prints no secret: addresses of databases and buckets stay out of it.
+//! `hypnos doctor`: checks the machine and the settings, each in a line with what to do about it. It prints no secret:
+//! addresses of databases and buckets stay out of it.
+//!
+//! It writes two things at most. The miniature is put into the user's cache if it is the bundle and not there yet, and
+//! SQLite may keep its `-wal` and `-shm` files beside a database while that is open.
 
 mod machine;
 mod models;

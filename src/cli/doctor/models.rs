@@ -8,7 +8,7 @@ use super::{Doctor, Finding, machine};
 use crate::cli::models::plan::suited_options;
 use crate::config;
 use crate::engine::memory::{
-    self, FEWEST_PHOTOS, Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, training_fit, training_plan,
+    self, FEWEST_PHOTOS, Fit, MemorySettings, PHOTOS, Products, gib, sample_fit, training_fit,
 };
 use crate::engine::missing_part;
 use crate::job::{Method, TrainOptions};
@@ -44,8 +44,12 @@ pub(super) fn check(args: &Doctor) -> Vec<Finding> {
                 let found = format!("{}: sound, {side} x {side} pixels", bundle.name());
                 findings.push(Finding::ok("bundle", found));
             }
-            findings.extend(devices.iter().flat_map(|device| plan(args, &bundle, device)));
-            findings.extend(disk(args, &bundle));
+            let methods = methods(&bundle, &mut findings);
+            let mut disk_bytes = 0;
+            for device in &devices {
+                findings.extend(plan(args, &bundle, &methods, device, &mut disk_bytes));
+            }
+            findings.extend(disk(args, disk_bytes));
         }
         // What is wrong with it was said.
         Err(error) if errors.is_empty() => {
@@ -56,15 +60,16 @@ pub(super) fn check(args: &Doctor) -> Vec<Finding> {
     findings
 }
 
-/// Opens each device once.
+/// Opens each device once, by the first of its names.
 fn devices(args: &Doctor) -> (Vec<Finding>, Vec<Opened>) {
-    let (mut findings, mut devices) = (Vec::new(), Vec::<Opened>::new());
+    let (mut findings, mut devices, mut seen) = (Vec::new(), Vec::new(), Vec::<&str>::new());
     // With 0 the work is left to `hypnos work`, which has one for each device if it is told nothing else.
     let n = args.workers.filter(|n| *n > 0).map_or(args.working.devices.len(), usize::from);
     for name in &args.working.devices {
-        if devices.iter().any(|known| known.name == *name) {
+        if seen.iter().any(|known| config::is_same_device(known, name)) {
             continue;
         }
+        seen.push(name);
         match opened(name) {
             Ok((kind, free)) => {
                 let sharers = args.working.sharers(name, n);
@@ -155,24 +160,46 @@ fn settings(args: &Doctor) -> MemorySettings {
     }
 }
 
-/// Whether a sample, and a training by each method with the options that a job gets where it names none, fit a device.
-fn plan(args: &Doctor, bundle: &Bundle, device: &Opened) -> Vec<Finding> {
+/// The options that a training by each method has where the job names none. A method that the bundle cannot be trained
+/// by is a finding instead.
+fn methods(bundle: &Bundle, findings: &mut Vec<Finding>) -> Vec<TrainOptions> {
+    let mut methods = Vec::new();
+    for method in [Method::TextualInversion, Method::Dreambooth, Method::Hypnos] {
+        match method_options(bundle, method) {
+            Ok(options) => methods.push(options),
+            Err(finding) => findings.push(finding),
+        }
+    }
+    methods
+}
+
+/// Whether a worker starts on a device, and whether a sample and a training by each of these methods fit it. The bytes of
+/// the files of the largest training are put into `disk_bytes`.
+fn plan(
+    args: &Doctor,
+    bundle: &Bundle,
+    methods: &[TrainOptions],
+    device: &Opened,
+    disk_bytes: &mut u64,
+) -> Vec<Finding> {
     let (settings, side) = (settings(args), bundle.resolution());
-    let check = format!("memory on {}", device.name);
+    let Opened { name, kind, free } = device;
     let sizes = SampleSizes { batch: settings.batch, width: side, height: side };
     let mut findings = Vec::new();
     findings.extend(too_small(args, bundle, device).map(|refusal| {
         let found = format!("a worker does not start: {refusal}");
-        Finding::error(&check, found, "give it more memory, or a smaller model")
+        Finding::error(format!("worker on {name}"), found, "give it more memory, or a smaller model")
     }));
-    findings.push(fitting(&check, sample_fit(bundle, &sizes, &settings, device.kind, device.free)));
-    for method in [Method::TextualInversion, Method::Dreambooth, Method::Hypnos] {
-        findings.push(match method_options(bundle, method) {
-            Err(finding) => finding,
-            Ok(options) => {
-                fitting(&check, training_fit(bundle, &options, &settings, device.kind, device.free))
-            }
+    let sample = sample_fit(bundle, &sizes, &settings, *kind, *free).map(|(_, fit)| fit);
+    let outcome = "a worker begins it and may run out of memory";
+    findings.push(fitting(format!("sample on {name}"), sample, outcome));
+    for options in methods {
+        let training = training_fit(bundle, options, &settings, *kind, *free).map(|(plan, fit)| {
+            *disk_bytes = plan.disk.total().max(*disk_bytes);
+            fit
         });
+        let outcome = "a worker refuses it, unless HYPNOS_IGNORE_MEMORY is set";
+        findings.push(fitting(format!("{} on {name}", options.method), training, outcome));
     }
     findings
 }
@@ -184,11 +211,12 @@ fn too_small(args: &Doctor, bundle: &Bundle, device: &Opened) -> Option<String> 
     memory::too_small(bundle, &smallest, device.kind, free).ok()?
 }
 
-/// The options of a job by this method that names none; a finding if the bundle lacks what they need.
+/// The options of a job by this method that names none; a finding if they are wrong or the bundle lacks what they need.
 fn method_options(bundle: &Bundle, method: Method) -> Result<TrainOptions, Finding> {
+    let check = format!("method {method}");
     let options = suited_options(bundle, method, &json!({})).map_err(|invalid| {
         let found = format!("hypnos.json: training.{method}{}: {}", invalid.pointer, invalid.message);
-        Finding::error("bundle", found, "repair what hypnos.json says of this method")
+        Finding::error(&check, found, "repair what hypnos.json says of this method")
     })?;
     match missing_part(bundle, &options) {
         None => Ok(options),
@@ -196,27 +224,24 @@ fn method_options(bundle: &Bundle, method: Method) -> Result<TrainOptions, Findi
             let found = format!("trainings by {method}: {}/ {}", part.part(), part.missing());
             let advice =
                 "hypnos models pull fetches it, hypnos models import --with copies it from another bundle";
-            Err(Finding::warning("bundle", found, advice))
+            Err(Finding::warning(&check, found, advice))
         }
     }
 }
 
-fn fitting(check: &str, fit: crate::ml::Result<Fit>) -> Finding {
+/// Whether something fits; `outcome` is what comes of it if it does not.
+fn fitting(check: String, fit: crate::ml::Result<Fit>, outcome: &str) -> Finding {
     match fit.map(|fit| (fit.refusal(), fit)) {
-        Err(error) => Finding::error("bundle", error.to_string(), "see hypnos models check"),
+        Err(error) => Finding::error(check, error.to_string(), "see hypnos models check"),
         Ok((None, fit)) => Finding::ok(check, format!("{}: {} at most", fit.what, gib(fit.wanted))),
         Ok((Some(refusal), _)) => {
-            let advice = "hypnos models plan shows what takes it; a worker refuses it, unless HYPNOS_IGNORE_MEMORY is set";
-            Finding::warning(check, refusal, advice)
+            Finding::warning(check, refusal, format!("hypnos models plan shows what takes it; {outcome}"))
         }
     }
 }
 
-/// Whether the files of the largest training fit the scratch directory.
-fn disk(args: &Doctor, bundle: &Bundle) -> Option<Finding> {
-    let options = TrainOptions::of(Method::Dreambooth);
-    let disk = training_plan(bundle, &options, &settings(args), DeviceKind::Cpu).ok()?.disk;
-    let wanted = disk.weights + disk.checkpoint + disk.best + disk.class_images;
+/// What is wrong if the files of the largest training, of so many bytes, do not fit the scratch directory.
+fn disk(args: &Doctor, wanted: u64) -> Option<Finding> {
     let scratch = machine::scratch(args);
     let free = disk_free(&scratch).filter(|free| *free < wanted)?;
     let found = format!(

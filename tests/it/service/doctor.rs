@@ -1,6 +1,6 @@
 //! `hypnos doctor`: what it finds in a service that works, in a new one, and in each kind of broken one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -151,14 +151,15 @@ async fn a_service_that_works_has_no_errors_and_is_left_as_it_was() {
         for check in ["processor", "memory", "clock", "disk of DATA", "disk of scratch files", "device cpu"] {
             assert!(said.findings.iter().any(|[_, found, ..]| found == check), "{check}: {}", said.text);
         }
-        let fits: Vec<&str> = said
-            .findings
-            .iter()
-            .filter(|[level, check, ..]| (level.as_str(), check.as_str()) == ("ok", "memory on cpu"))
-            .map(|[_, _, found, _]| found.as_str())
-            .collect();
-        let wanted = ["a sample (4 at once", "textual_inversion", "dreambooth", "hypnos"];
-        assert!(fits.iter().zip(wanted).all(|(fit, what)| fit.contains(what)) && fits.len() == 4, "{fits:?}");
+        let sample = said.found("ok", "sample on cpu");
+        assert!(sample.starts_with("a sample (4 at once, ") && sample.ends_with(" GiB at most"), "{sample}");
+        for method in ["textual_inversion", "dreambooth", "hypnos"] {
+            let fits = said.found("ok", &format!("{method} on cpu"));
+            assert!(fits.starts_with(&format!("a training ({method}, ")), "{fits}");
+        }
+        let others = said.findings.iter().map(|[_, check, ..]| check).filter(|check| *check != "bundle");
+        let (others, names): (Vec<_>, BTreeSet<_>) = (others.clone().collect(), others.collect());
+        assert_eq!(others.len(), names.len(), "each check has a name of its own: {others:?}");
     }
 }
 
@@ -178,6 +179,10 @@ async fn workers_of_one_device_have_its_memory_in_equal_parts() {
     }
     let said = Site::started(None).await.with("HYPNOS_DEVICES", "cpu,cpu").doctor().await;
     assert!(said.found("ok", "device cpu").ends_with(" for each of 2 workers"), "{}", said.text);
+    if !cfg!(feature = "cuda") {
+        let said = Site::started(None).await.with("HYPNOS_DEVICES", "cuda,cuda:0,cuda:00").doctor().await;
+        assert_eq!(said.error()[0], "device cuda", "one device, said once");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -188,6 +193,21 @@ async fn before_the_first_start_it_says_what_will_be_made_and_makes_nothing() {
     assert!(said.found("warning", "database").contains("there is no SQLite file"), "{}", said.text);
     assert!(said.found("warning", "object store").contains("there is no directory"), "{}", said.text);
     assert_eq!(files(site.dir.path()), BTreeMap::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_miniature_is_all_that_it_writes() {
+    let mut site = Site::new();
+    site.settings.remove("HYPNOS_BUNDLE");
+    let said = site.doctor().await;
+    assert_eq!(said.code, Some(0), "{}", said.text);
+    let bundles = site.dir.path().join("cache/hypnos/bundles");
+    let written = files(site.dir.path()).into_keys().find(|path| {
+        let is_on_the_way = bundles.starts_with(path);
+        !is_on_the_way && !path.to_string_lossy().contains("/cache/hypnos/bundles/miniature-")
+    });
+    assert_eq!(written, None);
+    assert!(bundles.is_dir());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -93,6 +93,13 @@ pub struct Disk {
     pub class_images: u64,
 }
 
+impl Disk {
+    /// Bytes of all of them.
+    pub fn total(&self) -> u64 {
+        self.weights + self.checkpoint + self.best + self.class_images
+    }
+}
+
 /// Arithmetic of what a training does, once each, and of all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Work {
