@@ -7,7 +7,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::hub::{Asked, Fault, Hub};
-use super::published::{INCEPTION, TRACER, UNET, VOCAB, World};
+use super::published::{INCEPTION, TRACER, UNET, VOCAB, World, scripted};
 use super::{ACCEPT, fails, files, run, succeeds};
 
 /// Bytes after which a transfer of the UNet is cut: not at the end of a piece.
@@ -384,44 +384,78 @@ async fn a_pickle_with_code_in_it_is_refused_by_the_code_s_name() {
     assert!(!world.out().join("segmenter").exists() && !world.out().join("hypnos.json").exists());
 }
 
-/// The disk is a small one in memory, where the tests may mount one.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_is_found_before_and_on_the_way() {
-    let mut world = World::new().await;
-    let may_mount = || {
-        let mut try_it = Command::new("unshare");
-        try_it.args(["--mount", "--map-root-user", "sh", "-c", "mount -t tmpfs -o size=1m none /mnt"]);
-        try_it.output().is_ok_and(|out| out.status.success())
-    };
-    if !may_mount() {
-        eprintln!("no file system can be mounted here");
-        return;
-    }
-    fs::create_dir(world.out()).unwrap();
-    let on_a_disk_of_8_mb = |script: &str, command: Command| {
-        let mut shell = Command::new("unshare");
-        let script = format!("mount -t tmpfs -o size=8m none {}; {script}", world.out().display());
-        shell.args(["--mount", "--map-root-user", "sh", "-c", &script]).arg(command.get_program());
-        shell.args(command.get_args()).env("HF_ENDPOINT", world.hub.endpoint());
-        shell
-    };
-    // It is known how much has to come: nothing is fetched.
-    let line =
-        fails(on_a_disk_of_8_mb("exec \"$0\" \"$@\"", world.command(&["--only", "base", ACCEPT])), 1).await;
-    assert!(line.starts_with(&world.out().display().to_string()), "{line}");
-    assert!(line.contains("MB are wanted on its disk, 8.4 MB are free"), "{line}");
-    assert!(world.hub.asked().is_empty());
-    // It is not known. When there is space, it goes on.
-    let command = world.command(&["--only", "base", ACCEPT]);
-    let script = format!(
-        "\"$0\" \"$@\" && exit 9; mount -o remount,size=64m {}; exec \"$0\" \"$@\"",
-        world.out().display()
-    );
-    let shell = on_a_disk_of_8_mb(&script, command);
+/// The table knows no sizes, so that only the disk can tell how much is too much.
+fn forget_sizes(world: &mut World) {
     let n_files = world.sources["parts"][0]["files"].as_array().unwrap().len();
     for i in 0..n_files {
         world.set(&format!("/parts/0/files/{i}/size"), json!(null));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_too_small_is_found_before_anything_is_fetched() {
+    let mut world = World::new().await;
+    let pointer = format!("/parts/0/files/{}/size", index_of_the_unet(&world));
+    world.set(&pointer, json!(1_000_000_000_000_000_u64));
+    let line = fails(world.command(&["--only", "base", ACCEPT]), 1).await;
+    let begin = format!("{}: 1000000.0", world.out().display());
+    assert!(line.starts_with(&begin) && line.contains(" GB are wanted on its disk, "), "{line}");
+    assert!(world.hub.asked().is_empty());
+}
+
+/// A file may grow to 8 MiB, or 16 where a shell counts in KiB, which is less than the UNet has: that write fails as on a
+/// full disk, with another word.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_fails_ends_the_pull_and_the_next_one_goes_on() {
+    let mut world = World::new().await;
+    forget_sizes(&mut world);
+    let plain = world.command(&["--only", "base", ACCEPT]);
+    let limited = scripted(&["sh"], "trap '' XFSZ; ulimit -f 16384; exec \"$0\" \"$@\"", &plain);
+    let line = fails(limited, 1).await;
+    assert!(line.contains("unet/diffusion_pytorch_model.safetensors: cannot be written: "), "{line}");
+    assert!(!world.out().join("hypnos.json").exists() && !world.out().join("unet").exists());
+    world.hub.asked();
+    let said = succeeds(plain).await;
+    assert!(said.contains("a sound bundle"), "{said}");
+    let asked = world.hub.asked();
+    assert!(for_the_file(&asked, UNET).iter().all(|asked| asked.range.is_some()), "{asked:?}");
+}
+
+/// The disk is a small one in memory, where the tests may mount one. Elsewhere the two tests above stand for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_found_before_and_on_the_way() {
+    let mut world = World::new().await;
+    let in_a_space_of_its_own = ["unshare", "--mount", "--map-root-user", "sh"];
+    let mut try_it = Command::new(in_a_space_of_its_own[0]);
+    try_it.args(&in_a_space_of_its_own[1..]).args(["-c", "mount -t tmpfs -o size=1m none /mnt"]);
+    let why = match try_it.output() {
+        Ok(out) if out.status.success() => None,
+        Ok(out) => Some(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
+        Err(error) => Some(format!("unshare: {error}")),
+    };
+    if let Some(why) = why {
+        eprintln!("skipped: no file system can be mounted here: {why}");
+        return;
+    }
+    fs::create_dir(world.out()).unwrap();
+    let out = world.out();
+    let on_a_disk_of_8_mb = |script: &str, command: &Command| {
+        let script = format!("mount -t tmpfs -o size=8m none {}; {script}", out.display());
+        scripted(&in_a_space_of_its_own, &script, command)
+    };
+    // It is known how much has to come: nothing is fetched.
+    let command = world.command(&["--only", "base", ACCEPT]);
+    let line = fails(on_a_disk_of_8_mb("exec \"$0\" \"$@\"", &command), 1).await;
+    assert!(line.starts_with(&world.out().display().to_string()), "{line}");
+    assert!(line.contains("MB are wanted on its disk, 8.4 MB are free"), "{line}");
+    assert!(world.hub.asked().is_empty());
+    // It is not known. When there is space, it goes on.
+    let script = format!(
+        "\"$0\" \"$@\" && exit 9; mount -o remount,size=64m {}; exec \"$0\" \"$@\"",
+        world.out().display()
+    );
+    let shell = on_a_disk_of_8_mb(&script, &command);
+    forget_sizes(&mut world);
     let out = run(shell).await;
     let (said, words) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(

@@ -15,7 +15,7 @@ use hypnos::ml::tensorfile::TensorFile;
 use serde_json::{Value, json};
 
 use hub::COMMIT;
-use published::{INCEPTION, VOCAB, World};
+use published::{INCEPTION, VOCAB, World, with_environment_of};
 
 /// Shapes and values by name.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -281,7 +281,8 @@ async fn on_a_terminal_the_licences_are_asked_for() {
         let line =
             words.iter().map(|word| format!("'{}'", word.to_str().unwrap())).collect::<Vec<_>>().join(" ");
         let mut script = Command::new("script");
-        script.args(["-q", "-e", "-c", &line, "/dev/null"]).env("HF_ENDPOINT", world.hub.endpoint());
+        script.args(["-q", "-e", "-c", &line, "/dev/null"]);
+        let mut script = with_environment_of(script, &command);
         script.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let out = tokio::task::spawn_blocking(move || {
             let mut child = script.spawn().unwrap();

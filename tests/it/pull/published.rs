@@ -48,6 +48,24 @@ pub(super) struct World {
     pub(super) sources: Value,
 }
 
+/// A command for a shell whose script runs another one as `"$0" "$@"`, with the environment of that.
+pub(super) fn scripted(shell: &[&str], script: &str, command: &Command) -> Command {
+    let mut outer = Command::new(shell[0]);
+    outer.args(&shell[1..]).args(["-c", script]).arg(command.get_program()).args(command.get_args());
+    with_environment_of(outer, command)
+}
+
+/// The first command with what is set and removed for the second.
+pub(super) fn with_environment_of(mut command: Command, other: &Command) -> Command {
+    for (name, value) in other.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
 impl World {
     pub(super) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -73,11 +91,10 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
         command.args(["models", "pull", "sd15", "--sources"]).arg(self.dir.path().join("sources.json"));
         command.arg("--out").arg(self.out()).args(more);
-        for name in
-            ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN"]
-        {
-            command.env_remove(name);
+        for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"] {
+            command.env_remove(name).env_remove(name.to_lowercase());
         }
+        command.env_remove("HF_TOKEN");
         command.env("HF_ENDPOINT", self.hub.endpoint());
         command
     }
