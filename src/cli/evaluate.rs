@@ -11,9 +11,9 @@ use super::bundle::BundleArgs;
 use super::error::CliError;
 use super::output::{print_line, print_warning};
 use super::photos;
-use crate::ml::bundle::{Bundle, Drawing};
+use crate::ml::bundle::{Bundle, Drawing, hash_file};
 use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
-use crate::ml::finetuned::{self, FineTuned};
+use crate::ml::finetuned::FineTuned;
 use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::{self, device, image_io};
@@ -174,7 +174,7 @@ fn drawn(
     let style = ProgressStyle::with_template("drawing {bar:40} {pos} of {len}, {elapsed} gone, {eta} left");
     let bar = bar(style, prompts.len());
     let kept = args.out.as_ref().and(args.model.as_deref());
-    let weights_sha256 = kept.map(finetuned::hash).transpose()?;
+    let weights_sha256 = kept.map(hash_file).transpose()?;
     let finetune = Some(FineTune { weights_sha256: weights_sha256.as_deref(), job: None });
     let mut all = Vec::new();
     for batch in (0..prompts.len()).collect::<Vec<_>>().chunks(args.batch as usize) {

@@ -11,8 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::bundle::BundleArgs;
 use super::output::{print_line, print_warning};
 use crate::job::PRODUCT;
-use crate::ml::bundle::Bundle;
-use crate::ml::finetuned::{self, FineTuned};
+use crate::ml::bundle::{Bundle, hash_file};
+use crate::ml::finetuned::FineTuned;
 use crate::ml::product::Product;
 use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents};
@@ -126,7 +126,7 @@ fn draw(
     let style = ProgressStyle::with_template("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left");
     let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let n_batches = pictures.len().div_ceil(args.batch);
-    let weights_sha256 = args.model.as_deref().map(finetuned::hash).transpose()?;
+    let weights_sha256 = args.model.as_deref().map(hash_file).transpose()?;
     let finetune = weights_sha256.as_deref().map(|hash| FineTune { weights_sha256: Some(hash), job: None });
     let mut done = Vec::new();
     for (i, batch) in pictures.chunks(args.batch).enumerate() {

@@ -19,9 +19,7 @@ pub(crate) enum Error {
 impl Error {
     /// A file or a directory that this machine cannot write or read.
     pub(super) fn io(path: &Path, what: &str, error: &io::Error) -> Self {
-        let words = error.to_string();
-        let words = words.split(" (os error").next().unwrap_or_default().to_lowercase();
-        Self::Failed(format!("{}: {what}: {words}", path.display()))
+        Self::Failed(format!("{}: {what}: {}", path.display(), ml::io_words(error)))
     }
 }
 

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256, Sha512};
 
 use super::Error;
 use super::sources::File;
+use crate::ml::bundle::hash_file;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
@@ -101,14 +102,5 @@ pub(super) fn of_file(
 
 /// SHA-256 of a file on the disk, in lower-case hexadecimal.
 pub(super) fn sha256(path: &Path) -> Result<String, Error> {
-    let unreadable = |error: std::io::Error| Error::io(path, "cannot be read", &error);
-    let mut hash = Sha256::new();
-    let mut file = std::fs::File::open(path).map_err(unreadable)?;
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match file.read(&mut buffer).map_err(unreadable)? {
-            0 => return Ok(format!("{:x}", hash.finalize())),
-            n => hash.update(&buffer[..n]),
-        }
-    }
+    hash_file(path).map_err(|error| Error::Failed(error.to_string()))
 }

@@ -8,7 +8,7 @@
 //! cryptography (aws-lc-rs) into every client of this program, and hf-xet with its own HTTP client; it begins a file that
 //! was cut off again, and compares no hash. Versions before it need reqwest 0.12, a second HTTP stack.
 
-use std::error::Error as _;
+use std::error::Error as StdError;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -22,6 +22,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::Error;
 use super::sources::{File, Place};
+use crate::ml::io_words;
 
 /// Redirects that are followed for one request.
 const REDIRECTS_MAX: usize = 8;
@@ -307,13 +308,11 @@ fn final_failure(file: &File, what: &str) -> Failure {
 /// A failure of the network. Its URL is left out: it may be a signed one.
 pub(super) fn again(error: reqwest::Error) -> Failure {
     let error = error.without_url();
-    let mut words = error.to_string();
-    let mut source = error.source();
-    while let Some(deeper) = source {
-        words = deeper.to_string();
-        source = deeper.source();
+    let mut deepest: &dyn StdError = &error;
+    while let Some(deeper) = deepest.source() {
+        deepest = deeper;
     }
-    Failure::Again(words.split(" (os error").next().unwrap_or_default().to_lowercase(), None)
+    Failure::Again(io_words(deepest), None)
 }
 
 /// Another attempt when the server says, unless that is too long a time.

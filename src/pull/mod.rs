@@ -30,6 +30,8 @@ use download::download;
 use local_file::LocalFile;
 use staging::Staging;
 
+use crate::machine::disk_free;
+
 pub(crate) use error::Error;
 pub(crate) use hub::Hub;
 pub(crate) use sources::{File, Licence, Part, SD15, Sources, WeightType};
@@ -163,10 +165,9 @@ impl Pull {
 
     /// Bytes that are free on the disk of the bundle, which need not be there yet.
     pub(crate) fn free(&self) -> Result<u64, Error> {
-        let here = Path::new(".");
-        let there = self.out.ancestors().find(|dir| dir.exists()).unwrap_or(here);
-        fs4::available_space(there)
-            .map_err(|error| Error::io(&self.out, "the space on its disk cannot be read", &error))
+        let unknown =
+            || Error::Failed(format!("{}: the free space on its disk is unknown", self.out.display()));
+        disk_free(&self.out).ok_or_else(unknown)
     }
 
     async fn install(

@@ -159,8 +159,8 @@ fn one_line(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// The system's words for an I/O error, without its number.
-pub(crate) fn io_words(e: &io::Error) -> String {
+/// The system's words for an error, in lower case and without its number.
+pub fn io_words(e: &dyn StdError) -> String {
     let words = e.to_string();
     words.split(" (os error").next().unwrap_or(&words).to_lowercase()
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::bundle::{Bundle, hash_file};
+use super::bundle::Bundle;
 use super::models::clip::ClipText;
 use super::models::unet::Unet;
 use super::product::Product;
@@ -91,11 +91,6 @@ pub(crate) fn models<'a>(
         text = text.with_embedding(id, learned.pp(EMBEDDING).get(token, &[1, text.width()])?)?;
     }
     Ok(shared.with(text, unet))
-}
-
-/// SHA-256 of a file of weights, by which pictures name them, in lower-case hexadecimal. Reads all of it.
-pub fn hash(file: &Path) -> Result<String> {
-    hash_file(file)
 }
 
 /// Bytes that the weights of a file take in memory, from its header.

@@ -3,14 +3,14 @@
 //! Input is trusted: the service has decoded untrusted uploads and encoded them again. How a picture was drawn is put
 //! into its file by [`super::provenance`].
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use image::imageops::{self, FilterType};
 use image::{ImageBuffer, Luma, RgbImage};
 
+use super::tensorfile::write_atomically;
 use super::{Error, Result};
 
 /// Quality of JPEG and WebP, of 100.
@@ -132,16 +132,12 @@ pub fn webp(pixels: &[u8], (width, height): (usize, usize)) -> Result<Vec<u8>> {
 
 /// Writes RGB pixels as a PNG, whole or not at all; see [`png()`].
 pub fn save_png(path: &Path, pixels: &[u8], size: (usize, usize), texts: &[(&str, String)]) -> Result<()> {
-    let unwritten = |error: io::Error| Error::file_from(path, format!("cannot be written: {error}"), error);
-    let part = path.with_extension("png.part");
-    let file = File::create(&part).map_err(unwritten)?;
-    let written = write_png(BufWriter::new(file), pixels, size, texts)
-        .map_err(|error| Error::file_from(path, format!("cannot be written: {error}"), error))
-        .and_then(|()| std::fs::rename(&part, path).map_err(unwritten));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&part); // it is of no use to anyone
-    }
-    written
+    write_atomically(path, |out| match write_png(out, pixels, size, texts) {
+        Err(png::EncodingError::IoError(error)) => Err(Error::io(path, "cannot be written", error)),
+        written => {
+            written.map_err(|error| Error::file_from(path, format!("cannot be written: {error}"), error))
+        }
+    })
 }
 
 fn write_png(

@@ -37,5 +37,5 @@ pub mod train;
 pub mod views;
 pub mod weights;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, io_words};
 pub use interrupt::Interrupt;

@@ -1,7 +1,7 @@
 //! The files of a bundle: their names; finding, reading, hashing and writing them. Errors name the file.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -179,7 +179,7 @@ pub(super) fn vacant(out: &Path) -> Result<()> {
 pub(super) fn read_text(path: &Path) -> Result<String> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(text),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(bad(path, "is missing")),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(bad(path, "is missing")),
         Err(e) => Err(Error::io(path, "cannot be read", e)),
     }
 }
@@ -194,9 +194,9 @@ pub(super) fn bad(path: &Path, what: impl std::fmt::Display) -> Error {
     Error::file(path, what.to_string())
 }
 
-/// SHA-256 of a file, in lower-case hexadecimal.
-pub(crate) fn hash_file(path: &Path) -> Result<String> {
-    let failed = |e: std::io::Error| Error::io(path, "cannot be read", e);
+/// SHA-256 of a file, in lower-case hexadecimal. Reads all of it.
+pub fn hash_file(path: &Path) -> Result<String> {
+    let failed = |e: io::Error| Error::io(path, "cannot be read", e);
     let mut file = File::open(path).map_err(failed)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
@@ -226,10 +226,37 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_text(path, &format!("{}\n", serde_json::to_string_pretty(value).map_err(|e| odd(&e))?))
 }
 
+/// Makes the directory `out`, which `fill` fills under another name: it appears whole, or not at all. Errors name it as it
+/// will be called.
+pub(crate) fn make_directory(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut part = out.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    let part = PathBuf::from(part);
+    let made = create_directory(&part)
+        .and_then(|()| fill(&part))
+        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be created", e)));
+    made.map_err(|error| {
+        let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
+        error.renamed(&part, out)
+    })
+}
+
+/// Makes a directory and those that it lies in, unless they are there.
+pub(super) fn create_directory(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(|e| Error::io(dir, "cannot be created", e))
+}
+
+/// Copies a file, whole or not at all, and makes the directories that the copy lies in.
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    to.parent().map_or(Ok(()), create_directory)?;
+    write_atomically(to, |out| {
+        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
+        copied.map(drop).map_err(|e| Error::io(to, "cannot be written", e))
+    })
+}
+
 pub(super) fn write_text(path: &Path, text: &str) -> Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be created", e))?;
-    }
+    path.parent().map_or(Ok(()), create_directory)?;
     write_atomically(path, |out| {
         out.write_all(text.as_bytes()).map_err(|e| Error::io(path, "cannot be written", e))
     })

@@ -1,19 +1,18 @@
 //! Writes a directory that diffusers loads: the bundle's, with the trained parts in place of its own.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::fine_tune::{FineTune, PARTS};
 use super::format::Precision;
+use crate::Result;
 use crate::bundle::{
-    Bundle, Manifest, Origin, hash_file, model_index, plain_name, read_json, weight_file, write_json,
+    Bundle, Manifest, Origin, copy, hash_file, make_directory, model_index, plain_name, read_json,
+    weight_file, write_json,
 };
-use crate::tensorfile::{save_streaming, torch_metadata, write_atomically};
-use crate::{Error, Result};
+use crate::tensorfile::{save_streaming, torch_metadata};
 
 const INDEX: &str = "model_index.json";
 
@@ -22,15 +21,7 @@ const INDEX: &str = "model_index.json";
 ///
 /// A part of which nothing was learned is the bundle's own file, byte for byte, whatever `precision` is.
 pub(super) fn write(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
-    let mut part = out.as_os_str().to_owned();
-    part.push(format!(".{}.part", std::process::id()));
-    let part = PathBuf::from(part);
-    let written = fill(fine_tune, precision, &part)
-        .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be created", e)));
-    written.map_err(|error| {
-        let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
-        error.renamed(&part, out) // people asked for another name than the one that it has while it is written
-    })
+    make_directory(out, |dir| fill(fine_tune, precision, dir))
 }
 
 fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()> {
@@ -67,17 +58,6 @@ fn fill(fine_tune: &FineTune<'_>, precision: Precision, out: &Path) -> Result<()
     made.push(INDEX.to_owned());
     let copied = copied.iter().map(|path| path.to_string_lossy().into_owned()).collect();
     write_json(&out.join("hypnos.json"), &json!(manifest(fine_tune, copied, made, out)?))
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be created", e))?;
-    }
-    write_atomically(to, |out| {
-        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
-        copied.map_err(|e| Error::io(to, "cannot be written", e))?;
-        Ok(())
-    })
 }
 
 /// A config that names the type of its weights has to name the right one: transformers would round them to the other.

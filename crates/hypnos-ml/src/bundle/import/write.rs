@@ -1,18 +1,18 @@
 //! Writes the bundle of an import, whole or not at all.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
 use super::super::check::check;
-use super::super::files::{hash_file, vacant, weight_file, write_json};
+use super::super::files::{
+    copy, create_directory, hash_file, make_directory, vacant, weight_file, write_json,
+};
 use super::super::manifest::{Fetched, Origin};
 use super::{Content, Converted, Import, Slice, manifest_of, name_of};
-use crate::tensorfile::{save_streaming, torch_metadata, write_atomically};
+use crate::tensorfile::{save_streaming, torch_metadata};
 use crate::{Error, Result};
 
 /// What SPDX says where nothing is known.
@@ -24,21 +24,13 @@ impl Import {
     /// it cannot be written: then there is as much as before.
     pub fn write(&self, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         vacant(out)?;
-        let mut part = out.as_os_str().to_owned();
-        part.push(format!(".{}.part", std::process::id()));
-        let part = PathBuf::from(part);
-        let written = self
-            .fill(&part, progress)
-            .and_then(|()| sound(&part, out))
-            .and_then(|()| fs::rename(&part, out).map_err(|e| Error::io(out, "cannot be made", e)));
-        written.map_err(|error| {
-            let _ = fs::remove_dir_all(&part); // the first error is the one worth telling
-            error.renamed(&part, out)
+        make_directory(out, |dir| {
+            self.fill(dir, progress)?;
+            sound(dir, out)
         })
     }
 
     fn fill(&self, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
-        fs::create_dir_all(out).map_err(|e| Error::io(out, "cannot be made", e))?;
         let mut origins = BTreeMap::new();
         for (path, content) in &self.files {
             let place = out.join(path);
@@ -65,9 +57,7 @@ impl Import {
 
     /// One part, tensor by tensor, in the type that it has in the source.
     fn convert(&self, part: &Converted, path: &Path, told: &mut dyn FnMut(u64)) -> Result<()> {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).map_err(|e| Error::io(dir, "cannot be made", e))?;
-        }
+        path.parent().map_or(Ok(()), create_directory)?;
         let input = &self.inputs[part.input];
         let shapes = part.weights.iter().map(|(name, slice)| (name.clone(), slice.shape.clone())).collect();
         let width = input.width(part.weights.values().map(|slice| slice.name.as_str()));
@@ -139,15 +129,4 @@ fn sound(dir: &Path, out: &Path) -> Result<()> {
         n => format!(" ({n} more)"),
     };
     Err(Error::input(format!("the result would not be a sound bundle: {first}{more}")))
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "cannot be made", e))?;
-    }
-    write_atomically(to, |out| {
-        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
-        copied.map_err(|e| Error::io(to, "cannot be written", e))?;
-        Ok(())
-    })
 }
