@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::bundle::BundleArgs;
 use super::error::CliError;
-use super::output::{print_line, print_warning};
+use super::output::{print_line, print_warning, progress_bar};
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
 use super::{evaluate, photos, service};
@@ -169,9 +169,8 @@ fn compare(
     stop: &CancellationToken,
 ) -> Result<ExitCode, CliError> {
     let (bars, class_image_cache) = (MultiProgress::new(), args.out.join("class_images"));
-    let style = ProgressStyle::with_template("{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone  {msg}");
-    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-    let whole = bars.add(ProgressBar::new(cells.len() as u64).with_style(style).with_prefix("trainings"));
+    let template = "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone  {msg}";
+    let whole = bars.add(progress_bar(template, cells.len() as u64).with_prefix("trainings"));
     let mut done = Vec::new();
     for cell in cells {
         let subject = &subjects[cell.subject];

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::bundle::BundleArgs;
 use super::error::CliError;
-use super::output::{print_line, print_warning};
+use super::output::{print_line, print_warning, progress_bar};
 use super::photos;
 use crate::ml::bundle::{Bundle, Drawing, hash_file};
 use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
@@ -171,8 +170,8 @@ fn drawn(
     let of_class = vec![format!("a photo of {}", product.class_name); if with_class { n } else { 0 }];
     let prompts: Vec<String> =
         standard.into_iter().chain(lists.draw(n, args.seed)?).chain(of_class).collect();
-    let style = ProgressStyle::with_template("drawing {bar:40} {pos} of {len}, {elapsed} gone, {eta} left");
-    let bar = bar(style, prompts.len());
+    let bar =
+        progress_bar("drawing {bar:40} {pos} of {len}, {elapsed} gone, {eta} left", prompts.len() as u64);
     let kept = args.out.as_ref().and(args.model.as_deref());
     let weights_sha256 = kept.map(hash_file).transpose()?;
     let finetune = Some(FineTune { weights_sha256: weights_sha256.as_deref(), job: None });
@@ -210,8 +209,7 @@ fn scores(evaluator: &Evaluator, pictures: &Pictures) -> Result<Scores, CliError
     let generated: Vec<Generated> = pictures.all.iter().map(|(_, one)| one.clone()).collect();
     let (invariant, varying) = generated.split_at(pictures.n_invariant);
     let class_images: Vec<_> = pictures.class_images.iter().map(|one| one.pixels.clone()).collect();
-    let style = ProgressStyle::with_template("judging {bar:40} {percent}%, {elapsed} gone, {eta} left");
-    let bar = bar(style, 0);
+    let bar = progress_bar("judging {bar:40} {percent}%, {elapsed} gone, {eta} left", 0);
     let drawn =
         GeneratedSet { class_name: &pictures.class_name, invariant, varying, class_images: &class_images };
     let found = evaluator.evaluate(&drawn, &mut |done, total| {
@@ -233,8 +231,4 @@ fn with_names(scores: &Scores, pictures: &Pictures) -> Value {
         picture["prompt"] = json!(generated.prompt);
     }
     scores
-}
-
-fn bar<E>(style: Result<ProgressStyle, E>, total: usize) -> ProgressBar {
-    ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

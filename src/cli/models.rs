@@ -9,12 +9,14 @@ use std::process::ExitCode;
 
 use candle_core::DType;
 use clap::{Args, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::error::CliError;
-use super::output::{print_error, print_line};
+use super::output::{print_error, print_line, progress_bar};
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, Like, check, random, random_metrics, random_part};
+
+/// The progress bar of weights that are written one by one.
+const WEIGHTS_BAR: &str = "{bar:40} {human_pos} of {human_len} weights, {eta} left";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -114,8 +116,7 @@ fn run_random(args: &Random) -> Result<ExitCode, CliError> {
         DTypeName::F16 => DType::F16,
         DTypeName::Bf16 => DType::BF16,
     };
-    let style = ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} weights, {eta} left");
-    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = progress_bar(WEIGHTS_BAR, 0);
     random(like, args.seed, dtype, &args.out, &mut |n_done, n_total| {
         bar.set_length(n_total);
         bar.set_position(n_done);

@@ -6,10 +6,9 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::bundle::BundleArgs;
-use super::output::{print_line, print_warning};
+use super::output::{print_line, print_warning, progress_bar};
 use crate::job::PRODUCT;
 use crate::ml::bundle::{Bundle, hash_file};
 use crate::ml::finetuned::FineTuned;
@@ -123,8 +122,7 @@ fn draw(
     settings: &SampleSettings,
     noise: &Tensor,
 ) -> Result<ExitCode> {
-    let style = ProgressStyle::with_template("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left");
-    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = progress_bar("{bar:40} step {pos} of {len}, {elapsed} gone, {eta} left", 0);
     let n_batches = pictures.len().div_ceil(args.batch);
     let weights_sha256 = args.model.as_deref().map(hash_file).transpose()?;
     let finetune = weights_sha256.as_deref().map(|hash| FineTune { weights_sha256: Some(hash), job: None });

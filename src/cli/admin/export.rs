@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ use super::jobs::described;
 use super::text::time;
 use crate::blobs::{self, Blobs, Key};
 use crate::cli::error::CliError;
-use crate::cli::output::{print_error, print_line, print_warning};
+use crate::cli::output::{print_error, print_line, print_warning, progress_bar};
 use crate::job::{JobId, Object};
 use crate::store::{AdminFilter, AdminJob, Store, Tenant, TenantState};
 
@@ -60,10 +60,8 @@ pub(super) async fn export(
         );
     }
     prepare(out, tenant)?;
-    let style =
-        ProgressStyle::with_template("{bar:32} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left, {msg}");
     let bytes = store.bytes_of(tenant.id).await.map_err(failed)?;
-    let bar = ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = progress_bar("{bar:32} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left, {msg}", bytes);
     let mut export = Export { store, blobs, out, bar, sums: BTreeMap::new(), missing: 0 };
     let whole = async {
         let n_jobs = export.jobs(tenant).await?;

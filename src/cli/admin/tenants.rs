@@ -6,14 +6,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::text::{plain, print_table, time};
 use super::{Place, export, failed, tenant_named};
 use crate::cli::error::CliError;
-use crate::cli::output::print_line;
+use crate::cli::output::{print_line, progress_bar};
 use crate::job::TenantId;
 use crate::maintenance::{self, Eraser};
 use crate::store::{Holdings, Store, Tenant, TenantState, WEIGHT_MAX};
@@ -157,9 +156,7 @@ async fn delete(args: &Delete, store: Store, stop: CancellationToken) -> Result<
         confirm(args, &tenant, &holdings)?;
         store.delete_tenant(tenant.id).await.map_err(failed)?;
     }
-    let style = ProgressStyle::with_template("{bar:32} {pos} of {len} jobs, {per_sec}, {eta} left");
-    let bar =
-        ProgressBar::new(holdings.jobs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = progress_bar("{bar:32} {pos} of {len} jobs, {per_sec}, {eta} left", holdings.jobs);
     let mut left = holdings.jobs;
     // This process runs the maintenance itself; the service continues what it does not finish.
     let mut eraser = Eraser::new(store.clone(), blobs);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use reqwest::header::{ETAG, HeaderValue, IF_NONE_MATCH};
 use reqwest::multipart::{Form, Part};
 use reqwest::{RequestBuilder, Response, StatusCode};
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::products::Product;
 use crate::cli::error::CliError;
-use crate::cli::output::print_line;
+use crate::cli::output::{print_line, progress_bar};
 
 /// Query parameter: how long an answer may wait for a change, in seconds.
 const WAIT: &str = "wait=20";
@@ -72,8 +72,7 @@ impl Client {
     /// Follows a training to its end: shows a progress bar, and prints a line with the duration of each finished phase.
     pub(super) async fn follow(&self, job: &Value) -> Result<(), CliError> {
         let url = job["links"]["self"].as_str().unwrap_or_default();
-        let style = ProgressStyle::with_template("{prefix:18} {bar:32} {pos} of {len}  {msg}");
-        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let bar = progress_bar("{prefix:18} {bar:32} {pos} of {len}  {msg}", 0);
         let (mut etag, mut phase) = (HeaderValue::from_static("\"none\""), Phase::begin("waiting"));
         loop {
             let answer = self.http.get(url).header("Prefer", WAIT).header(IF_NONE_MATCH, &etag).send().await;

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::output::print_line;
+use super::WEIGHTS_BAR;
+use crate::cli::output::{print_line, progress_bar};
 use crate::config;
 use crate::ml::Result;
 use crate::ml::bundle::{Bundle, Import, ImportOptions};
@@ -58,8 +58,7 @@ pub(in crate::cli) fn run(args: &ImportArgs) -> Result<ExitCode> {
 
 /// Writes the bundle, with a bar where someone looks.
 pub(in crate::cli) fn write(import: &Import, out: &std::path::Path) -> Result<()> {
-    let style = ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} weights, {eta} left");
-    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = progress_bar(WEIGHTS_BAR, 0);
     let written = import.write(out, &mut |n_done, n_total| {
         bar.set_length(n_total);
         bar.set_position(n_done);

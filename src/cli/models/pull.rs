@@ -7,13 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::run_check;
 use crate::cli::error::CliError;
-use crate::cli::output::{print_line, print_warning};
+use crate::cli::output::{print_line, print_warning, progress_bar};
 use crate::cli::service;
 use crate::pull::{self, Hub, Licence, Listener, Plan, SD15, Sources, Step, WeightType};
 
@@ -206,11 +206,9 @@ struct Progress {
 
 impl Progress {
     fn new() -> Self {
-        let style = ProgressStyle::with_template(
-            "{bar:32} {decimal_bytes} of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left",
-        );
-        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        Self { bar }
+        let template =
+            "{bar:32} {decimal_bytes} of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left";
+        Self { bar: progress_bar(template, 0) }
     }
 }
 

@@ -5,12 +5,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::out::{ClassImageCache, Out};
 use crate::cli::error::CliError;
+use crate::cli::output::progress_style;
 use crate::engine::{Flow, TrainEvent};
 use crate::job::{Phase, Progress};
 use crate::report::{LossCurve, PhaseTimes, losses_svg};
@@ -41,10 +42,8 @@ impl<'a> Show<'a> {
         stop: &'a CancellationToken,
         bar: ProgressBar,
     ) -> Self {
-        let style = ProgressStyle::with_template(
-            "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone, {eta} left  {msg}",
-        );
-        let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let template = "{prefix:16} {bar:32} {pos} of {len}, {elapsed} gone, {eta} left  {msg}";
+        let bar = bar.with_style(progress_style(template));
         let log = Log { path: out.dir().join(LOG), file: None, last: Instant::now() };
         Self {
             out,
