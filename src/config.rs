@@ -73,7 +73,7 @@ pub struct Storage {
     /// is polled
     #[arg(long, env = "HYPNOS_DATABASE_DIRECT", value_name = "URL", hide_env_values = true)]
     pub database_direct: Option<SecretString>,
-    /// File that holds it
+    /// File that holds this URL
     #[arg(long, env = "HYPNOS_DATABASE_DIRECT_FILE", value_name = "FILE")]
     pub database_direct_file: Option<PathBuf>,
     /// Maximum number of connections to Postgres
@@ -107,7 +107,7 @@ pub struct Storage {
     /// Session token of temporary keys
     #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN", value_name = "TOKEN", hide_env_values = true)]
     pub s3_session_token: Option<SecretString>,
-    /// File that holds it
+    /// File that holds the session token
     #[arg(long, env = "HYPNOS_S3_SESSION_TOKEN_FILE", value_name = "FILE")]
     pub s3_session_token_file: Option<PathBuf>,
     /// With web-identity: the role; by default the platform's AWS_ROLE_ARN
@@ -400,7 +400,7 @@ pub struct Serving {
     /// Secret that signs links to objects in a directory; by default generated once and kept in DATA
     #[arg(long, env = "HYPNOS_URL_SECRET", value_name = "SECRET", hide_env_values = true)]
     pub url_secret: Option<SecretString>,
-    /// File that holds it
+    /// File that holds the secret that signs links
     #[arg(long, env = "HYPNOS_URL_SECRET_FILE", value_name = "FILE")]
     pub url_secret_file: Option<PathBuf>,
     /// The model that is trained where a job names none; by default the only one that workers hold
@@ -412,16 +412,16 @@ pub struct Serving {
     /// Lifetime of a link to an object, in seconds
     #[arg(long, env = "HYPNOS_URL_SECS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub url_secs: u64,
-    /// Largest photo, in MiB
+    /// Maximum size of a photo, in MiB
     #[arg(long, env = "HYPNOS_PHOTO_MB", value_name = "MIB", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub photo_mb: u64,
-    /// Smallest side of a photo, in pixels
+    /// Minimum width and height of a photo, in pixels
     #[arg(long, env = "HYPNOS_PHOTO_SIDE_MIN", value_name = "PIXELS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=4096))]
     pub photo_side_min: u32,
-    /// Queued jobs of one tenant; more are answered with 429
+    /// Maximum number of queued jobs of one tenant; more are answered with 429
     #[arg(long, env = "HYPNOS_QUEUE_MAX", value_name = "N", default_value_t = 10_000)]
     pub queue_max: u32,
-    /// Attempts of a job
+    /// Maximum number of attempts of a job
     #[arg(long, env = "HYPNOS_ATTEMPTS_MAX", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub attempts_max: u32,
     /// Maximum number of uploads at a time, queued ones included; each has up to five photos in the scratch directory
@@ -636,16 +636,16 @@ pub struct Working {
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, env = "HYPNOS_BATCH", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub batch: u16,
-    /// Compute parts of the model again in the backward pass: a step takes less memory and a third more time
+    /// Gradient checkpointing: a training step takes less memory and a third more time
     #[arg(long, env = "HYPNOS_GRADIENT_CHECKPOINTING")]
     pub gradient_checkpointing: bool,
-    /// Start, and begin trainings, even if the memory estimate says they do not fit
+    /// Start, and begin trainings, even if the memory estimate says that they do not fit
     #[arg(long, env = "HYPNOS_IGNORE_MEMORY")]
     pub ignore_memory: bool,
-    /// Cache of fine-tuned models in each device's memory, in GiB; a training shrinks it to the memory that is left
+    /// Cache of fine-tuned models in each device's memory, in GiB; 0 keeps the one in use; a training shrinks it to the memory that is left
     #[arg(long, env = "HYPNOS_MODELS_GB", value_name = "GIB", default_value_t = 8.0)]
     pub models_gb: f64,
-    /// Cache of weights on disk, in GiB
+    /// Cache of weights on disk, in GiB; 0 keeps those in use
     #[arg(long, env = "HYPNOS_WEIGHTS_GB", value_name = "GIB", default_value_t = 40.0)]
     pub weights_gb: f64,
     /// Directory for temporary files; by default DATA/scratch
@@ -654,7 +654,7 @@ pub struct Working {
     /// How often a training's checkpoint is stored, in seconds
     #[arg(long, env = "HYPNOS_CHECKPOINT_SECS", value_name = "SECONDS", default_value_t = 300.0)]
     pub checkpoint_secs: f64,
-    /// How long a job stays leased to a worker without heartbeats, in seconds
+    /// How long a worker's lease of a job lasts without heartbeats, in seconds
     #[arg(long, env = "HYPNOS_LEASE_SECS", value_name = "SECONDS", default_value_t = 60.0)]
     pub lease_secs: f64,
     /// Interval of a worker's heartbeats, in seconds; at most a third of the lease

@@ -22,14 +22,14 @@ const WEIGHTS_BAR: &str = "{bar:40} {human_pos} of {human_len} weights, {eta} le
 pub(super) enum Command {
     /// Fetch the published models that HYPNOS needs, and make one bundle of them.
     Pull(Box<pull::Pull>),
-    /// Say in words what is missing or wrong in a bundle. Reads every weight.
+    /// List everything that is missing or wrong in a bundle. Reads every weight.
     Check {
-        /// Its directory, in the diffusers layout.
+        /// Directory of the bundle, in the diffusers layout
         dir: PathBuf,
     },
-    /// Make a bundle of a checkpoint in one file, or of a directory by diffusers.
+    /// Convert a checkpoint in one file, or a directory saved by diffusers, to a bundle.
     Import(import::ImportArgs),
-    /// Count what a training and a sample take in memory, files and time, and say whether they fit.
+    /// Estimate the memory, disk space and time of a training and a sample, and say whether they fit.
     Plan(plan::Plan),
     /// Write a bundle of random weights, for tests and benchmarks.
     Random(Random),
@@ -37,22 +37,22 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct Random {
-    /// Whose sizes it has.
+    /// Model whose sizes it has
     #[arg(long, value_enum)]
     like: LikeName,
-    /// What the weights are drawn from; the same seed gives the same bytes.
+    /// Seed of the random numbers; the same seed gives the same bytes
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to write it: a new or empty directory.
+    /// Directory of the bundle; new or empty
     #[arg(long)]
     out: PathBuf,
-    /// Give it something that judges pictures, in metrics/, small whatever it is like.
+    /// Add small random networks for the scores, in metrics/
     #[arg(long)]
     metrics: bool,
-    /// Give it all that HYPNOS learns with and judges by, in the sizes of `models pull sd15`: 1 GB
+    /// Add all parts for training and evaluation, in the sizes of `models pull sd15`: 1 GB
     #[arg(long, conflicts_with = "metrics")]
     complete: bool,
-    /// Type of the weights in the files.
+    /// Type of the weights in the files
     #[arg(long, value_enum, default_value_t = DTypeName::F32)]
     dtype: DTypeName,
 }

@@ -56,7 +56,7 @@ pub(super) struct Log {
     /// What is logged: error, warn, info, debug, or a filter such as info,hypnos=debug
     #[arg(long, env = "HYPNOS_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
-    /// How it is written
+    /// Format of the log
     #[arg(long, env = "HYPNOS_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
 }

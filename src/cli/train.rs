@@ -68,7 +68,7 @@ pub(super) struct Train {
     /// Gradient checkpointing: less memory for a third more time
     #[arg(long, alias = "checkpointing")]
     gradient_checkpointing: bool,
-    /// Begin even if the training is counted not to fit the memory
+    /// Begin even if the memory estimate says that the training does not fit
     #[arg(long)]
     ignore_memory: bool,
 }

@@ -24,7 +24,7 @@ pub(super) struct Doctor {
     storage: Storage,
     #[command(flatten)]
     working: Working,
-    /// Workers of the process, which share the memory of a device that they have in common; by default one for each device
+    /// Workers of the process, which share a device's memory; by default, and with 0, one for each device
     #[arg(long, env = "HYPNOS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(0..=64))]
     workers: Option<u16>,
     /// Print one JSON object

@@ -14,15 +14,15 @@ use crate::ml::diffusion::Prediction;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ImportArgs {
-    /// A checkpoint in one file (.safetensors, .ckpt), or a directory by diffusers
+    /// Checkpoint in one file (.safetensors, .ckpt), or directory saved by diffusers
     path: PathBuf,
-    /// Where to write the bundle: a new or empty directory
+    /// Directory of the bundle; new or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A bundle that has what PATH lacks: tokenizer, autoencoder, segmenter, perceptual, metrics
+    /// Bundle that has what PATH lacks: tokenizer, autoencoder, segmenter, perceptual, metrics
     #[arg(long, value_name = "DIR", value_parser = config::bundle)]
     with: Option<PathBuf>,
-    /// Take the moving average of the UNet's weights, where the file has both
+    /// Take the moving average (EMA) of the UNet's weights, where the file has both
     #[arg(long)]
     ema: bool,
     /// What the UNet predicts, where PATH does not say

@@ -34,31 +34,31 @@ pub(in crate::cli) struct Plan {
     /// hypnos, dreambooth or textual_inversion
     #[arg(long, default_value = "hypnos")]
     method: Method,
-    /// Options of the training as a JSON object, as in the API; what suits the bundle, or the method's defaults, for others
+    /// Options of the training, a JSON object as in the API; the others are the bundle's or the method's defaults
     #[arg(long, value_name = "JSON", default_value = "{}")]
     options: String,
-    /// Compute parts of the model again in the backward pass
+    /// Gradient checkpointing: less memory for a third more time
     #[arg(long)]
     gradient_checkpointing: bool,
     /// Pictures drawn at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     batch: u16,
-    /// Pixels of a sample; the bundle's own size if not given
-    #[arg(long)]
+    /// Width of a sample, in pixels; by default the bundle's own
+    #[arg(long, value_name = "PIXELS")]
     width: Option<usize>,
-    /// Pixels of a sample; the bundle's own size if not given
-    #[arg(long)]
+    /// Height of a sample, in pixels; by default the bundle's own
+    #[arg(long, value_name = "PIXELS")]
     height: Option<usize>,
-    /// Photos of the product
+    /// Number of photos of the product
     #[arg(long, value_name = "N", default_value_t = PHOTOS.0)]
     photos: usize,
-    /// Size of a photo, in millions of pixels
+    /// Size of each photo, in millions of pixels
     #[arg(long, value_name = "MEGAPIXELS", default_value_t = PHOTOS.1 as f64 / 1e6)]
     photo_size: f64,
-    /// Count a product's model that is drawn meanwhile, as a worker may have to
+    /// Also count the fine-tuned model of a sample that is drawn during the training, as by a worker
     #[arg(long)]
     worker: bool,
-    /// Leave the measurement out, and with it the seconds
+    /// Skip the measurement of the device, which takes two seconds, and give no times
     #[arg(long)]
     no_time: bool,
     /// Print one JSON object

@@ -29,7 +29,7 @@ pub(in crate::cli) struct Pull {
     /// Which models
     #[arg(value_enum)]
     model: ModelName,
-    /// Directory of the bundle; made if it is not there [default: the name of the model]
+    /// Directory of the bundle; created if it does not exist [default: the name of the model]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Type of Stable Diffusion's weights in their files: f16 is half as large, f32 is what was trained
@@ -38,26 +38,26 @@ pub(in crate::cli) struct Pull {
     /// Fetch only these parts and what they need, such as `base segmenter`; --dry-run lists them
     #[arg(long, value_name = "PART", num_args = 1.., value_delimiter = ',')]
     only: Vec<String>,
-    /// Take the files from these directories, and use no network. They have the names of their sources: `PATH` as in the
-    /// repository, also below `NAME/`, `OWNER/NAME/` or a cache of the hub
+    /// Copy the files from these directories instead of the network: PATH as in the repository, NAME/PATH, OWNER/NAME/PATH,
+    /// or a cache of the hub
     #[arg(long, value_name = "DIR", num_args = 1..)]
     from: Vec<PathBuf>,
-    /// Accept the licences of all that is fetched, which are otherwise asked for on the terminal
+    /// Accept the licences of all that is fetched, without asking on the terminal
     #[arg(long, alias = "accept-licenses")]
     accept_licences: bool,
     /// Show parts, sizes, sources and licences, and fetch nothing
     #[arg(long)]
     dry_run: bool,
-    /// Table of sources to use instead of the one in the program: other mirrors, revisions or hashes
+    /// Table of sources to use instead of the built-in one: other mirrors, revisions or hashes
     #[arg(long, value_name = "FILE.json")]
     sources: Option<PathBuf>,
-    /// Print the table of sources in the program, to begin another one with
+    /// Print the built-in table of sources, to start another one from
     #[arg(long, conflicts_with_all = ["sources", "dry_run"])]
     print_sources: bool,
     /// URL of the Hugging Face hub or of a mirror of it
     #[arg(long, env = "HF_ENDPOINT", value_name = "URL", default_value = "https://huggingface.co")]
     endpoint: String,
-    /// Token for the hub, where a model is not open to everyone. The variable keeps it out of lists of processes
+    /// Access token for models with restricted access; the variable keeps it out of process lists
     #[arg(long, env = "HF_TOKEN", value_name = "TOKEN", hide_env_values = true)]
     token: Option<SecretString>,
 }
