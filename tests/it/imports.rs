@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use hypnos::ml::bundle::{Bundle, Import, ImportOptions, check};
 use hypnos::ml::diffusion::Prediction;
+use hypnos::ml::pickle::PickleFile;
 use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::weights::save;
 use safetensors::Dtype;
@@ -199,7 +200,7 @@ fn what_a_file_lacks_comes_from_another_bundle_and_hypnos_json_says_so() {
     let (with, file, out) = (sibling.path(), dir.path().join("no-vae.safetensors"), dir.path().join("out"));
     case.write(&file, Width::F16, |name| !name.starts_with("first_stage_model."));
     let line = refused(&mut import(&file, &out, &["--with", text(with)]), 2);
-    assert!(line.starts_with(&format!("{}: no weights", with.join("vae").display())), "{line}");
+    assert!(line.starts_with(&format!("{}: has no weights", with.join("vae").display())), "{line}");
     let whole = dir.path().join("vae.safetensors");
     case.write(&whole, Width::F32, |_| true);
     let made = dir.path().join("made");
@@ -315,6 +316,18 @@ fn weights_in_shards_are_imported_whichever_form_they_have() {
     assert_eq!(check(&whole).errors, []);
     assert!(whole.join("vae/diffusion_pytorch_model-00002-of-00002.safetensors").exists());
 
+    // What is wrong with a value is said of the shard that has it.
+    let file = PickleFile::open(&shard).expect("a shard");
+    let read = |name: &str| {
+        (file.shape(name).expect("a shape").to_vec(), file.read(name).expect("a tensor of numbers"))
+    };
+    let mut spoilt: Tensors = file.names().map(|name| (name.to_owned(), read(name))).collect();
+    spoilt.first_entry().expect("a tensor").get_mut().1[0] = f32::NAN;
+    fs::write(&shard, archive(&spoilt)).expect("a file");
+    let line = refused(&mut import(&source, &dir.path().join("spoilt"), &[]), 2);
+    assert!(line.starts_with(&format!("{}: tensor `", shard.display())), "{line}");
+    assert!(line.ends_with("` has 1 value that is infinite or not a number"), "{line}");
+
     fs::remove_file(&shard).expect("a file");
     let line = refused(&mut import(&source, &dir.path().join("less"), &[]), 2);
     assert_eq!(line, format!("{}: is missing; the index names it", shard.display()));
@@ -415,7 +428,7 @@ fn bad_files_and_places_are_one_line_each_and_leave_nothing() {
     all.insert("model.diffusion_model.more".into(), stored("more", &[2], "f32", Width::F32));
     write_tensors(&less, &all);
     let line = refused(&mut import(&less, &out, &with), 2);
-    assert!(line.contains("tensor `model.diffusion_model.more` is too much"), "{line}");
+    assert!(line.contains("its UNet has no tensor `model.diffusion_model.more`"), "{line}");
     all.remove("model.diffusion_model.more");
     let bias = all.get_mut("first_stage_model.decoder.conv_out.bias").expect("a tensor");
     bias.2[..4].copy_from_slice(&f32::NAN.to_le_bytes());

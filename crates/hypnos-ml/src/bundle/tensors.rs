@@ -74,9 +74,7 @@ impl Tensors {
     pub(super) fn read(&self, name: &str) -> Result<Vec<f32>> {
         match &self.files {
             Files::Safetensors(file) => file.read(name),
-            Files::Pickles(files) => {
-                files.iter().find(|file| file.shape(name).is_some()).unwrap_or(&files[0]).read(name)
-            }
+            Files::Pickles(files) => holding(files, name).read(name),
         }
     }
 
@@ -84,7 +82,10 @@ impl Tensors {
     pub(super) fn read_finite(&self, name: &str) -> Result<Vec<f32>> {
         match &self.files {
             Files::Safetensors(file) => file.read_finite(name),
-            Files::Pickles(_) => finite(self.read(name)?, self.path(), name),
+            Files::Pickles(files) => {
+                let file = holding(files, name);
+                finite(file.read(name)?, file.path(), name)
+            }
         }
     }
 
@@ -118,6 +119,11 @@ impl Tensors {
             Files::Pickles(files) => files.iter().find_map(|file| file.int(key)),
         }
     }
+}
+
+/// The file that holds this tensor; the first if none does.
+fn holding<'a>(files: &'a [PickleFile], name: &str) -> &'a PickleFile {
+    files.iter().find(|file| file.shape(name).is_some()).unwrap_or(&files[0])
 }
 
 /// Whether a file is a pickle, by its first bytes.

@@ -1,8 +1,9 @@
 //! Reads the tensors in PyTorch's pickles (`.pth`, `.pt`, `.bin`), and runs nothing of what is in them.
 //!
 //! A pickle is a program that builds objects, and Python's own reader calls whatever function such a program names.
-//! This reader knows the few names that a dictionary of tensors needs (`machine.rs`) and does itself what they would do;
-//! a pickle with any other name is refused by that name. It reads both containers of `torch.save`: the zip archive
+//! This reader knows the few names that a dictionary of tensors needs (`machine.rs`) and does itself what they would do.
+//! It also passes over a few that published checkpoints have in their trainers' notes, and makes nothing of them; a pickle
+//! with any other name is refused by that name. It reads both containers of `torch.save`: the zip archive
 //! (`archive.rs`), and the stream that it wrote before PyTorch 1.6 (`stream.rs`), in which LPIPS's heads are published.
 //! Format: `torch/serialization.py`, `torch/_weights_only_unpickler.py` and CPython's `pickletools.py`.
 //!
@@ -43,15 +44,14 @@ pub struct PickleFile {
 
 impl PickleFile {
     /// Opens a file that holds a dictionary of tensors, or one with such a dictionary as its `state_dict`. Entries that
-    /// are no tensors are left out, but for whole numbers at the top. [`Error::File`] if it
-    /// is something else, is truncated, names a function or a class that tensors do not need, or a tensor does not lie
-    /// within the file.
+    /// are no tensors are left out, but for whole numbers at the top. [`Error::File`] if it is something else, is truncated,
+    /// names a function or a class that is not known here, or a tensor does not lie within the file.
     pub fn open(path: &Path) -> Result<PickleFile> {
         let bad = |what: String| Error::file(path, what);
         let mut file = File::open(path).map_err(|e| Error::io(path, "cannot be opened", e))?;
         let about = file.metadata().map_err(|e| Error::io(path, "cannot be read", e))?;
         if !about.is_file() {
-            return Err(bad("is not a file; a file of torch.save was wanted".into()));
+            return Err(bad("is not a file; a file of torch.save is wanted".into()));
         }
         let mut head = Vec::new();
         (&file).take(8).read_to_end(&mut head).map_err(|e| Error::io(path, "cannot be read", e))?;
@@ -62,6 +62,11 @@ impl PickleFile {
         };
         let (tensors, numbers) = tensors.map_err(bad)?;
         Ok(PickleFile { path: path.to_owned(), file, tensors, numbers })
+    }
+
+    /// Where the file lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The names of all tensors, sorted.
