@@ -2,10 +2,10 @@
 //!
 //! A table names the bundle (`name`, `kind`, `resolution`, `rare_tokens`), the `licences`, and its `parts`. A part names
 //! those that it is of no use without (`needs`). Its files lie on a hub (`hub`, `revision`, `path`) or anywhere (`url`,
-//! `revision`); `hub`, `revision` and `licence` may be said once for a whole part. `size`, `sha256` and `sha512` are compared
+//! `revision`); `hub` and `revision` may be said once for a whole part. A part has a `licence`, a file may have another. `size`, `sha256` and `sha512` are compared
 //! where they are given; `about_size` is shown where the size is not known. A part with `into` is converted: the tensors
 //! that the network of `config` reads go to the directory `into`. Files of a part without it go into the bundle as they
-//! are, to `to` or else under their own path, and those with a `dtype` only if it is asked for. A `url` holds no password; its
+//! are, to `to` or else under their own `path`, and those with a `dtype` only if it is asked for. A `url` holds no password; its
 //! query, which may be a secret, is asked for, but neither shown nor recorded: another `revision` tells that it changed.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -196,7 +196,7 @@ fn a_missing_file_is_named() {
     let finding = Broken::new().remove("tokenizer/vocab.json").finding();
     assert!(finding.starts_with("tokenizer/vocab.json: cannot be read: "), "{finding}");
     let finding = Broken::new().remove(UNET).finding();
-    assert_eq!(finding, "unet: no weights (diffusion_pytorch_model.safetensors)");
+    assert_eq!(finding, "unet: has no weights (diffusion_pytorch_model.safetensors)");
 }
 
 #[test]

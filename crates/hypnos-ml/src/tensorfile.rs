@@ -211,7 +211,7 @@ fn open_shard(path: PathBuf) -> Result<(Shard, Header)> {
     let file = File::open(&path).map_err(|e| Error::io(&path, "cannot be opened", e))?;
     let about = file.metadata().map_err(|e| Error::io(&path, "cannot be read", e))?;
     if !about.is_file() {
-        return Err(Error::file(&path, "is not a file; a safetensors file was wanted"));
+        return Err(Error::file(&path, "is not a file; a safetensors file is wanted"));
     }
     let header = Header::read(&file, about.len()).map_err(|what| Error::file(&path, what))?;
     Ok((Shard { path, file, data_start: header.data_start }, header))
@@ -292,7 +292,7 @@ pub fn save(
 ///
 /// The bytes depend on the arguments only. They go to a neighbouring temporary file that takes the wanted name when
 /// all is on disk: a reader sees the old file or the new one. [`Error::File`] if `dtype` is not f32, f16 or bf16, a
-/// tensor has another shape than announced, or a value does not fit f16.
+/// tensor has another shape than announced, or a value is beyond the range of f16 or bf16.
 pub(crate) fn save_streaming(
     path: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,

@@ -66,7 +66,7 @@ pub(super) fn read_index(dir: &Path) -> Result<Option<Value>> {
     if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
 }
 
-/// The index has to name the classes that we are.
+/// Refuses an index that names a class of a part other than the one that is implemented here.
 pub(super) fn check_index(dir: &Path) -> Result<()> {
     let Some(index) = read_index(dir)? else { return Ok(()) };
     for (part, class) in PARTS.into_iter().chain([("tokenizer", "CLIPTokenizer")]) {

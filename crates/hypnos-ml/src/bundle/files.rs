@@ -71,10 +71,10 @@ pub(super) fn find_weights(dir: &Path) -> Result<PathBuf> {
         match names.iter().find(|name| is_pickle(name)) {
             Some(pickle) => {
                 format!(
-                    "no weights ({wanted}); there is {pickle}, a pickle: `hypnos models import` converts it"
+                    "has no weights ({wanted}); there is {pickle}, a pickle: `hypnos models import` converts it"
                 )
             }
-            None => format!("no weights ({wanted})"),
+            None => format!("has no weights ({wanted})"),
         },
     ))
 }

@@ -1,16 +1,19 @@
 //! A bundle: one directory with everything that draws pictures, in the Hugging Face diffusers layout.
 //!
 //! ```text
-//! tokenizer/ text_encoder/ unet/ vae/ scheduler/   config.json and safetensors each
-//! model_index.json                                 what diffusers says of them; may be missing
-//! hypnos.json                                      what we say of them; may be missing
-//! segmenter/ perceptual/                           what HYPNOS learns with; may be missing
-//! metrics/{dino,clip,inception,lpips}/             what judges the pictures; may be missing
+//! text_encoder/ unet/ vae/              config.json and weights in safetensors each
+//! tokenizer/ scheduler/                 settings, and the vocabulary
+//! model_index.json                      what diffusers says of them; may be missing
+//! hypnos.json                           what we say of them; may be missing
+//! segmenter/ perceptual/                what HYPNOS learns with; may be missing
+//! metrics/{dino,clip,inception,lpips}/  what judges the pictures; may be missing
+//!                                       (both as text_encoder/, with config.json and weights)
 //! ```
 //! Any SD 1.x or 2.x in that layout is one. Sizes, factors and channels come from the configs, never from constants.
 //! Weights may lie in several files that an index names, and tokenizers in any form that transformers wrote;
 //! `docs/loading.md` says what is accepted.
-//! Opening reads the small files only; weights are read when a part is asked for. Nothing is downloaded or converted.
+//! Opening reads the small files only, and converts nothing; weights are read when a part is asked for. [`Import`] makes
+//! a bundle of other files. Nothing is downloaded here.
 
 mod backbones;
 mod capabilities;

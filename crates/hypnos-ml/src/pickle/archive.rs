@@ -32,7 +32,8 @@ pub(super) fn read(file: &File, file_len: u64) -> Result<Contents, String> {
         let begin = if let Some(begin) = begins.get(key) {
             *begin
         } else {
-            let wanted = bytes(&tensor.storage).ok_or_else(|| bad("has an impossible storage".into()))?;
+            let wanted = bytes(&tensor.storage)
+                .ok_or_else(|| bad("has a storage of more bytes than a file can have".into()))?;
             let begin = storage(&mut archive, &format!("{root}data/{key}"), wanted, file_len).map_err(bad)?;
             begins.insert(key.to_owned(), begin);
             begin
@@ -98,7 +99,7 @@ fn entry<'a, R: Read + Seek>(archive: &'a mut ZipArchive<R>, name: &str) -> Resu
     let index = archive.index_for_name(name).ok_or_else(|| unreadable(&"it is not in the archive"))?;
     let raw = archive.by_index_raw(index).map_err(|e| unreadable(&e))?;
     if raw.compression() != CompressionMethod::Stored || raw.size() != raw.compressed_size() {
-        return Err(format!("has {} compressed", shown(name)));
+        return Err(format!("has {} compressed; torch.save leaves it as it is", shown(name)));
     }
     drop(raw);
     archive.by_index(index).map_err(|e| unreadable(&e))

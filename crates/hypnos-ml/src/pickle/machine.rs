@@ -88,6 +88,19 @@ const INERT: [(&str, &str); 7] = [
     ("__builtin__", "set"),
 ];
 
+impl std::fmt::Display for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::OrderedDict => "collections.OrderedDict",
+            Self::Tensor => "torch._utils._rebuild_tensor",
+            Self::TensorV2 => "torch._utils._rebuild_tensor_v2",
+            Self::Parameter => "torch._utils._rebuild_parameter",
+            Self::Storage(_) => "a type of storage, which takes none",
+            Self::Inert => "what is not read",
+        })
+    }
+}
+
 impl Known {
     fn of(module: &str, name: &str) -> Option<Self> {
         Some(match (module, name) {
@@ -179,7 +192,7 @@ impl<'a> Heap<'a> {
             return Err("has no list of storages where one was wanted".into());
         };
         let texts = items.iter().map(|id| self.text(*id)).collect::<Option<_>>();
-        texts.ok_or_else(|| "has a list of storages with something else in it".into())
+        texts.ok_or_else(|| "has a list of storages with something in it that is no text".into())
     }
 
     /// A whole number.
@@ -355,7 +368,7 @@ impl<'a> Machine<'a> {
             Node::Dict(dict) if !into_list && items.len() % 2 == 0 => {
                 dict.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
             }
-            _ => return Err("puts values where no list or dictionary is".into()),
+            _ => return Err("adds values to something that is no list or dictionary".into()),
         }
         Ok(())
     }
@@ -392,7 +405,8 @@ impl<'a> Machine<'a> {
         if rest.iter().any(|id| !matches!(self.heap.node(*id), Node::None)) {
             return Err("has a storage that is part of another, as PyTorch before 0.4 saved them".into());
         }
-        let (dtype, n) = (*dtype, self.size(n).ok_or("has a storage of no size")?);
+        let (dtype, n) =
+            (*dtype, self.size(n).ok_or("has a storage whose size is no whole number from 0 on")?);
         self.push(Node::Storage(Storage { key, dtype, n }))
     }
 
@@ -412,7 +426,7 @@ impl<'a> Machine<'a> {
             return Err("calls a function without a tuple of arguments".into());
         };
         let arguments: Vec<Id> = arguments.iter().take(8).copied().collect(); // none of them has more
-        let bad = || format!("has wrong arguments for {known:?}");
+        let bad = || format!("has wrong arguments for {known}");
         let made = match (known, arguments.as_slice()) {
             (Known::Inert, _) => Node::Known(Known::Inert),
             (Known::OrderedDict, []) => Node::Dict(Vec::new()),
@@ -480,7 +494,11 @@ impl<'a> Machine<'a> {
 
     /// All values behind the last mark.
     fn values_above_mark(&mut self) -> Result<Vec<Id>, String> {
-        let mark = self.marks.pop().filter(|mark| *mark <= self.stack.len()).ok_or("has no mark")?;
+        let mark = self
+            .marks
+            .pop()
+            .filter(|mark| *mark <= self.stack.len())
+            .ok_or("goes back to a mark that it did not set")?;
         Ok(self.stack.split_off(mark))
     }
 

@@ -28,7 +28,8 @@ pub(super) fn read(file: &mut File, file_len: u64) -> Result<Contents, String> {
     }
     let version = pickles.pickle()?.int();
     if version != Some(VERSION) {
-        return Err(format!("is of version {version:?} of torch.save; {VERSION} is wanted"));
+        let version = version.map_or("no number".into(), |version| version.to_string());
+        return Err(format!("has {version} as its version of torch.save; {VERSION} is wanted"));
     }
     if pickles.pickle()?.flag("little_endian") != Some(true) {
         return Err("has its numbers in big-endian order; little-endian is wanted".into());
@@ -71,12 +72,13 @@ fn begins(
     let mut begins = HashMap::new();
     for key in keys {
         let bad = |what: &str| format!("storage `{}` {what}", shown(key));
-        let storage = storages.get(key).ok_or_else(|| bad("is named by no tensor"))?;
+        let storage =
+            storages.get(key).ok_or_else(|| bad("is in the list of storages, but no tensor names it"))?;
         let mut length = [0; 8];
         file.read_exact_at(&mut length, at).map_err(|_| bad("is missing: the file is truncated"))?;
         let (n, wanted) = (u64::from_le_bytes(length), storage.n as u64);
         if n != wanted {
-            return Err(bad(&format!("has {n} numbers, but its tensor says {wanted}")));
+            return Err(bad(&format!("has {n} numbers in the file; its tensor says {wanted}")));
         }
         let end = bytes(storage).and_then(|bytes| at.checked_add(8)?.checked_add(bytes));
         let end =

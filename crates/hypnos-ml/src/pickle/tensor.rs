@@ -57,7 +57,7 @@ impl Stored {
     pub(super) fn read(&self, file: &File) -> Result<Vec<f32>, String> {
         let (width, widen) = widening(self.dtype)
             .ok_or_else(|| format!("has type {:?}; F32, F16, BF16 or F64 is wanted", self.dtype))?;
-        let n_bytes = self.span.checked_mul(width).ok_or("has an impossible storage")?;
+        let n_bytes = self.span.checked_mul(width).ok_or("takes more bytes than a file can have")?;
         let mut bytes = vec![0; n_bytes];
         file.read_exact_at(&mut bytes, self.begin)
             .map_err(|e| format!("cannot be read: {}", io_words(&e)))?;

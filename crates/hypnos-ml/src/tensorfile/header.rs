@@ -78,7 +78,7 @@ fn announced(head: &[u8], file_len: u64) -> Result<u64, String> {
     }
     let may_be_pickle = !length.is_some_and(|n| fits(&n)) && begins != Some(&b'{');
     if let Some(other) = something_else(head, may_be_pickle) {
-        return Err(format!("{other}; a safetensors file was wanted"));
+        return Err(format!("{other}; a safetensors file is wanted"));
     }
     Err(match length {
         None => format!("has {file_len} bytes; a safetensors file has at least 8"),

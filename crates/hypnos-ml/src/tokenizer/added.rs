@@ -146,8 +146,9 @@ impl AddedTokens {
         match config.remove("added_tokens_decoder") {
             Some(Value::Object(entries)) => {
                 for (id, token) in entries {
-                    let id =
-                        id.parse().map_err(|_| bad(format!("added_tokens_decoder has the id `{id}`")))?;
+                    let id = id.parse().map_err(|_| {
+                        bad(format!("added_tokens_decoder has the id `{id}`; a whole number is wanted"))
+                    })?;
                     numbered.insert(id, Token::of_object(&token).map_err(bad)?);
                 }
             }
@@ -309,7 +310,7 @@ fn merge_special_tokens_map(dir: &Path, config: &mut Object) -> Result<BTreeSet<
                 let mut all = config.get(EXTRA).and_then(Value::as_array).cloned().unwrap_or_default();
                 for mut token in std::mem::take(new) {
                     if token.get("special").is_some() {
-                        let what = format!("{EXTRA} has {token}, which says itself whether it is special");
+                        let what = format!("{EXTRA} has {token}; a token without `special` is wanted");
                         return Err(Error::file(&path, what));
                     }
                     special(&mut token, true);
@@ -343,7 +344,9 @@ fn read_added_tokens(dir: &Path, config: &Object, objects: BTreeSet<String>) -> 
             let is_special = special.contains(&content);
             Ok((id, Token { normalized: Some(!is_special), ..Token::new(content, is_special) }))
         }
-        None => Err(Error::file(&path, format!("gives `{content}` the number {id}"))),
+        None => {
+            Err(Error::file(&path, format!("gives `{content}` the number {id}; a whole number is wanted")))
+        }
     };
     tokens.into_entries().into_iter().map(one).collect()
 }
@@ -366,7 +369,9 @@ fn listed(rest: &Map<String, Value>) -> Result<Vec<(u32, Token)>, String> {
     let one = |token: &Value| {
         let id = token.get("id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
         Ok((
-            id.ok_or_else(|| format!("has the added token {token} without a number"))?,
+            id.ok_or_else(|| {
+                format!("has the added token {token}; an `id` that is a whole number is wanted")
+            })?,
             Token::of_object(token)?,
         ))
     };

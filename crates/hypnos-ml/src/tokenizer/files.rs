@@ -95,7 +95,7 @@ fn read_whole(path: &Path) -> Result<(Vocab, Merges, Map<String, Value>)> {
     };
     let number = |(word, id): (String, Value)| match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
         Some(id) => Ok((word, id)),
-        None => Err(bad(format!("gives `{word}` the number {id}"))),
+        None => Err(bad(format!("gives `{word}` the number {id}; a whole number is wanted"))),
     };
     let vocab = words.into_iter().map(number).collect::<Result<_>>()?;
     let pair = |merge: Value| {
