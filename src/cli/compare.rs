@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::bundle::BundleArgs;
-use super::error::CliError;
+use super::error::{CliError, unusable};
 use super::output::{print_line, print_warning, progress_bar};
 use super::train::out::Out;
 use super::train::{Work, options, spec_of};
@@ -235,7 +235,7 @@ fn write_report(
     for (name, text) in [("tables.md", &tables), ("comparison.html", &page)] {
         let path = args.out.join(name);
         std::fs::write(&path, text)
-            .map_err(|error| CliError::Failed(format!("{}: cannot be written: {error}", path.display())))?;
+            .map_err(|error| CliError::Failed(unusable(&path, "cannot be written", &error)))?;
     }
     print_line(&args.out.display().to_string());
     Ok(ExitCode::SUCCESS)

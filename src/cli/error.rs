@@ -1,5 +1,8 @@
 //! The error that ends a command, and its exit code.
 
+use std::io;
+use std::path::Path;
+
 use crate::config::ConfigError;
 use crate::job::{Fault, FaultCode};
 use crate::{ml, pull};
@@ -13,6 +16,11 @@ pub(super) enum CliError {
     Failed(String),
     /// A second termination signal: exit code 1.
     Interrupted,
+}
+
+/// What the system refuses to do with a path, in one line: `what` is `cannot be read` or the like.
+pub(super) fn unusable(path: &Path, what: &str, error: &io::Error) -> String {
+    format!("{}: {what}: {}", path.display(), ml::io_words(error))
 }
 
 impl From<ml::Error> for CliError {

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::bundle::BundleArgs;
-use super::error::CliError;
+use super::error::{CliError, unusable};
 use super::output::{print_line, print_warning, progress_bar};
 use super::photos;
 use crate::ml::bundle::{Bundle, Drawing, hash_file};
@@ -144,8 +144,7 @@ pub(super) fn prompt_lists(file: &Path) -> Result<PromptLists, CliError> {
 }
 
 fn read_text(file: &Path) -> Result<String, CliError> {
-    std::fs::read_to_string(file)
-        .map_err(|error| CliError::Input(format!("{}: cannot be read: {error}", file.display())))
+    std::fs::read_to_string(file).map_err(|error| CliError::Input(unusable(file, "cannot be read", &error)))
 }
 
 /// Images drawn by a fine-tuned model: `n` for each protocol, and `n` of the class if that is evaluated.
@@ -190,9 +189,8 @@ fn drawn(
             let (name, prompt) = (format!("{i:04}.png"), prompts[i].clone());
             if let Some(dir) = &args.out {
                 let texts = Provenance::new(picture, &how, bundle, finetune, false)?.texts();
-                std::fs::create_dir_all(dir).map_err(|error| {
-                    CliError::Input(format!("{}: cannot be created: {error}", dir.display()))
-                })?;
+                std::fs::create_dir_all(dir)
+                    .map_err(|error| CliError::Input(unusable(dir, "cannot be created", &error)))?;
                 image_io::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;
             }
             all.push((name, Generated { pixels: image_io::from_pixels(pixels, (side, side))?, prompt }));

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use super::error::CliError;
+use super::error::{CliError, unusable};
 use super::output::print_warning;
 use crate::job::{N_PHOTOS_MAX, N_PHOTOS_MIN};
 use crate::photo::{self, Limits, Photo};
@@ -63,5 +63,5 @@ pub(super) fn decoded(file: &Path) -> Result<Photo, CliError> {
 }
 
 fn unread(path: &Path, error: &std::io::Error) -> CliError {
-    CliError::Input(format!("{}: cannot be read: {error}", path.display()))
+    CliError::Input(unusable(path, "cannot be read", error))
 }

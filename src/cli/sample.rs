@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 
 use super::bundle::BundleArgs;
+use super::error::unusable;
 use super::output::{print_line, print_warning, progress_bar};
 use crate::job::PRODUCT;
 use crate::ml::bundle::{Bundle, hash_file};
@@ -110,7 +111,7 @@ pub(super) fn run(args: &Sample) -> Result<ExitCode> {
         None => initial_noise(&pictures, settings.latent_dims(&models))?,
     };
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| Error::input(format!("{}: cannot be created: {error}", args.out.display())))?;
+        .map_err(|error| Error::input(unusable(&args.out, "cannot be created", &error)))?;
     draw(args, &bundle, &models, &pictures, &settings, &noise)
 }
 

@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::bundle::BundleArgs;
-use super::error::CliError;
+use super::error::{CliError, unusable};
 use super::output::{print_error, print_line, print_warning};
 use super::photos;
 use crate::ml::bundle::{Bundle, write_json};
@@ -38,7 +38,7 @@ pub(super) fn run(args: &Segment) -> Result<ExitCode, CliError> {
     let bundle = Bundle::open(&args.bundle.dir()?)?;
     let segmenter = bundle.segmenter(&device)?;
     std::fs::create_dir_all(&args.out)
-        .map_err(|error| CliError::Input(format!("{}: cannot be created: {error}", args.out.display())))?;
+        .map_err(|error| CliError::Input(unusable(&args.out, "cannot be created", &error)))?;
 
     let (mut found, mut names, mut n_refused) = (Vec::new(), BTreeSet::new(), 0);
     for file in &files {

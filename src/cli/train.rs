@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::bundle::BundleArgs;
-use super::error::CliError;
+use super::error::{CliError, unusable};
 use super::export::{self, FormatName, PrecisionName};
 use super::output::{print_line, print_warning};
 use super::{photos, service};
@@ -250,6 +250,6 @@ pub(super) fn set(options: &mut Map<String, Value>, key: &str, value: Value) -> 
 
 fn trace(dir: &Path, steps: &[u64]) -> Result<TraceInput, CliError> {
     std::fs::create_dir_all(dir)
-        .map_err(|error| CliError::Input(format!("{}: cannot be created: {error}", dir.display())))?;
+        .map_err(|error| CliError::Input(unusable(dir, "cannot be created", &error)))?;
     Ok(TraceInput { dir: dir.to_owned(), steps: steps.iter().copied().collect() })
 }

@@ -114,7 +114,11 @@ async fn objects(storage: &Storage, database: Option<&Store>) -> (Finding, Optio
         {
             Ok(()) => format!("directory {}: can be read and written", dir.display()),
             Err(error) => {
-                return wrong(format!("directory {}: cannot be read and written: {error}", dir.display()));
+                return wrong(format!(
+                    "directory {}: cannot be read and written: {}",
+                    dir.display(),
+                    error.desc()
+                ));
             }
         },
         Place::Bucket(_) => "bucket: can be read; whether it can be written shows when hypnos starts".into(),

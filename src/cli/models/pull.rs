@@ -12,7 +12,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::run_check;
-use crate::cli::error::CliError;
+use crate::cli::error::{CliError, unusable};
 use crate::cli::output::{print_line, print_warning, progress_bar};
 use crate::cli::service;
 use crate::pull::{self, Hub, Licence, Listener, Plan, SD15, Sources, Step, WeightType};
@@ -135,7 +135,7 @@ pub(super) fn run(args: &Pull) -> Result<ExitCode, CliError> {
 fn sources(file: Option<&Path>, table: &str) -> Result<Sources, CliError> {
     let Some(path) = file else { return Ok(Sources::parse(table, Path::new("the table in the program"))?) };
     let text = fs::read_to_string(path)
-        .map_err(|error| CliError::Input(format!("{}: cannot be read: {}", path.display(), error.kind())))?;
+        .map_err(|error| CliError::Input(unusable(path, "cannot be read", &error)))?;
     Ok(Sources::parse(&text, path)?)
 }
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::cli::error::CliError;
+use crate::cli::error::{CliError, unusable};
 use crate::engine::{ClassImages, Image, Shown, Trained};
 use crate::job::{Format, PAGE, REPORT, TrainSpec, WEIGHTS};
 use crate::report::{self, Report};
@@ -123,9 +123,8 @@ impl Out {
         let last = trained.last.iter().map(|file| (file, "weights-last.safetensors"));
         for (file, name) in last.chain([(&trained.weights, WEIGHTS)]) {
             let path = self.dir.join(name);
-            fs::rename(file, &path).map_err(|error| {
-                CliError::Failed(format!("{}: cannot be written: {error}", path.display()))
-            })?;
+            fs::rename(file, &path)
+                .map_err(|error| CliError::Failed(unusable(&path, "cannot be written", &error)))?;
         }
         let _ = fs::remove_file(self.dir.join(CHECKPOINT)); // no longer needed
         Ok(self.dir.join(WEIGHTS))
@@ -151,7 +150,7 @@ impl Out {
             fs::create_dir_all(parent).map_err(|error| unmade(parent, &error))?;
         }
         write_atomically(&path, bytes)
-            .map_err(|error| CliError::Failed(format!("{}: cannot be written: {error}", path.display())))
+            .map_err(|error| CliError::Failed(unusable(&path, "cannot be written", &error)))
     }
 }
 
@@ -171,7 +170,7 @@ impl ClassImageCache {
         let Some(seed) = self.seeds.get(index) else { return Ok(()) };
         let path = self.dir.join(format!("{seed}.png"));
         write_atomically(&path, png)
-            .map_err(|error| CliError::Failed(format!("{}: cannot be written: {error}", path.display())))
+            .map_err(|error| CliError::Failed(unusable(&path, "cannot be written", &error)))
     }
 }
 
@@ -224,9 +223,9 @@ fn to_json(value: &Value) -> String {
 }
 
 fn unmade(path: &Path, error: &io::Error) -> CliError {
-    CliError::Input(format!("{}: cannot be created: {error}", path.display()))
+    CliError::Input(unusable(path, "cannot be created", error))
 }
 
 fn unread(path: &Path, error: &io::Error) -> CliError {
-    CliError::Failed(format!("{}: cannot be read: {error}", path.display()))
+    CliError::Failed(unusable(path, "cannot be read", error))
 }

@@ -354,7 +354,7 @@ async fn the_table_in_the_program_is_printed_and_is_the_default() {
         "{line}"
     );
     let line = fails(hypnos(&["--sources", "/nowhere.json"]), 2).await;
-    assert_eq!(line, "/nowhere.json: cannot be read: entity not found");
+    assert_eq!(line, "/nowhere.json: cannot be read: no such file or directory");
 }
 
 /// A directory as people have it who fetched the repositories by other means.

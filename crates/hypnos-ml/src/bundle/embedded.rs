@@ -18,7 +18,7 @@ pub const MINIATURE_NAME: &str = "miniature";
 pub fn miniature(cache: &Path) -> Result<PathBuf> {
     let dir = cache.join("bundles").join(format!("{MINIATURE_NAME}-{}", version()));
     if !dir.is_dir() {
-        write(&dir).map_err(|error| Error::file_from(&dir, format!("cannot be written: {error}"), error))?;
+        write(&dir).map_err(|error| Error::io(&dir, "cannot be written", error))?;
     }
     Ok(dir)
 }
