@@ -245,7 +245,7 @@ fn disk(args: &Doctor, wanted: u64) -> Option<Finding> {
     let scratch = machine::scratch(args);
     let free = disk_free(&scratch).filter(|free| *free < wanted)?;
     let found = format!(
-        "{}: {} free, a training may write {}: weights, checkpoint, the best step's weights",
+        "{}: {} free, a training may write {}: weights, checkpoint, the best step's weights, class images",
         scratch.display(),
         gib(free),
         gib(wanted)
