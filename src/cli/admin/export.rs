@@ -16,14 +16,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::failed;
@@ -33,6 +32,7 @@ use crate::blobs::{self, Blobs, Key};
 use crate::cli::error::CliError;
 use crate::cli::output::{print_error, print_line, print_warning, progress_bar};
 use crate::job::{JobId, Object};
+use crate::ml::bundle::hash_file;
 use crate::store::{AdminFilter, AdminJob, Store, Tenant, TenantState};
 
 /// Objects fetched at once.
@@ -303,18 +303,8 @@ async fn fetch(blobs: &Blobs, out: &Path, bar: &ProgressBar, object: &Object) ->
 
 /// Whether a file holds the object undamaged.
 fn is_there(file: &Path, object: &Object) -> bool {
-    let Ok(mut file) = File::open(file) else { return false };
-    if !file.metadata().is_ok_and(|found| found.len() == object.size) {
-        return false;
-    }
-    let (mut hash, mut chunk) = (Sha256::new(), vec![0; 1 << 16]);
-    loop {
-        match file.read(&mut chunk) {
-            Ok(0) => return blobs::hex(&hash.finalize()) == object.sha256,
-            Ok(n) => hash.update(&chunk[..n]),
-            Err(_) => return false,
-        }
-    }
+    fs::metadata(file).is_ok_and(|found| found.len() == object.size)
+        && hash_file(file).is_ok_and(|sha256| sha256 == object.sha256)
 }
 
 /// A file of JSON lines that appears when it is complete.
