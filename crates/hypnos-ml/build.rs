@@ -38,7 +38,9 @@ fn compile_all() -> Result<(), String> {
         let stem = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         for (suffix, real) in STORAGES {
             let name = format!("{stem}_{suffix}");
-            compile(&nvcc, &arch, real, &source, &out.join(format!("{name}.ptx")))?;
+            let ptx = out.join(format!("{name}.ptx"));
+            compile(&nvcc, &arch, real, &source, &ptx)?;
+            title(&ptx, &name)?;
             entries.push(format!("    (\"{name}\", include_str!(\"{name}.ptx\")),\n"));
         }
     }
@@ -59,6 +61,12 @@ fn compile(nvcc: &Path, arch: &str, real: &str, source: &Path, ptx: &Path) -> Re
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(format!("{} could not compile {}:\n{said}", nvcc.display(), source.display()))
+}
+
+/// Puts a comment with the module's name before its text, for which `tests/software_cuda` finds the kernels' twins.
+fn title(ptx: &Path, name: &str) -> Result<(), String> {
+    let text = fs::read_to_string(ptx).map_err(|e| format!("{}: {e}", ptx.display()))?;
+    fs::write(ptx, format!("// hypnos {name}\n{text}")).map_err(|e| format!("{}: {e}", ptx.display()))
 }
 
 /// The kernel files in the order of their names.

@@ -111,12 +111,22 @@ impl Attempt {
         spec: &TrainSpec,
         class_images: Vec<Option<Vec<u8>>>,
         resume: Option<&Path>,
+        flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
+    ) -> Self {
+        Self::on(engine(), spec, class_images, resume, flow)
+    }
+
+    fn on(
+        engine: CandleEngine,
+        spec: &TrainSpec,
+        class_images: Vec<Option<Vec<u8>>>,
+        resume: Option<&Path>,
         mut flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
     ) -> Self {
         let (photos, scratch) = (photos(), tempfile::tempdir().expect("a directory"));
         let mut events = Vec::new();
         let input = TrainInput { resume, ..input(spec, &photos, class_images, scratch.path()) };
-        let result = engine().train(input, &mut |generator, event| {
+        let result = engine.train(input, &mut |generator, event| {
             let flow = flow(generator, &event);
             events.push(event);
             flow

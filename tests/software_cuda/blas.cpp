@@ -1,0 +1,119 @@
+// cuBLAS as we and candle call it: matrix products of f32 or bf16, with sums in f32. Every operand must lie within its
+// allocation and have been written.
+#include "numbers.h"
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdio>
+
+using namespace software;
+
+namespace {
+
+enum Status { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15, EXECUTION_FAILED = 13 };
+enum { COMPUTE_32F = 68, R_32F = 0, R_16BF = 14, OP_N = 0, OP_T = 1, DISALLOW_REDUCED_PRECISION = 16 };
+
+int handle_value;
+
+// Stored by columns: element (i, j) lies at i + j * pitch, or at j + i * pitch if transposed.
+struct Matrix {
+    const char* data;
+    Type type;
+    size_t rows, cols, pitch, stride;
+    bool transposed;
+
+    bool check(size_t batch, Access access) const {
+        const size_t run = transposed ? cols : rows, runs = transposed ? rows : cols, bytes = size_of(type);
+        for (size_t b = 0; b < (stride ? batch : 1); ++b) {
+            if (!check_runs(data + b * stride * bytes, run * bytes, runs, pitch * bytes, access)) return false;
+        }
+        return true;
+    }
+    // Row by row.
+    void read(size_t b, std::vector<float>& to) const {
+        to.resize(rows * cols);
+        for (size_t i = 0; i < rows; ++i) {
+            for (size_t j = 0; j < cols; ++j) {
+                to[i * cols + j] = load(data, b * stride + (transposed ? j + i * pitch : i + j * pitch), type);
+            }
+        }
+    }
+};
+
+bool type_of(int code, Type& type) {
+    type = code == R_32F ? Type::F32 : Type::BF16;
+    return code == R_32F || code == R_16BF;
+}
+
+} // namespace
+
+extern "C" {
+int cublasCreate_v2(void** handle) { return *handle = &handle_value, SUCCESS; }
+int cublasDestroy_v2(void*) { return SUCCESS; }
+int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+int cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
+int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, SUCCESS; }
+int cublasSetPointerMode_v2(void*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
+int cublasSetMathMode(void*, int mode) {
+    // Nothing is ever rounded to TF32 here, nor are parts of sums to bf16.
+    return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS : NOT_SUPPORTED;
+}
+
+int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, const void* alpha_, const void* a,
+                               int type_a, int pitch_a, long long stride_a, const void* b, int type_b, int pitch_b,
+                               long long stride_b, const void* beta_, void* c, int type_c, int pitch_c,
+                               long long stride_c, int batch, int compute, int) {
+    Lock lock;
+    begin("cublasGemmStridedBatchedEx");
+    Type ta, tb, tc;
+    if (compute != COMPUTE_32F || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) || ta != tb ||
+        (ta == Type::F32 && tc != Type::F32) || op_a > OP_T || op_b > OP_T) {
+        fprintf(stderr,
+                "software CUDA: %s: types %d, %d and %d, computing type %d, operations %d and %d are not supported\n",
+                running().c_str(), type_a, type_b, type_c, compute, op_a, op_b);
+        return NOT_SUPPORTED;
+    }
+    if (m < 0 || n < 0 || k < 0 || batch < 0 || pitch_a < std::max(1, op_a ? k : m) ||
+        pitch_b < std::max(1, op_b ? n : k) || pitch_c < std::max(1, m)) {
+        fprintf(stderr, "software CUDA: %s: m %d, n %d, k %d with pitches %d, %d and %d do not agree\n",
+                running().c_str(), m, n, k, pitch_a, pitch_b, pitch_c);
+        return INVALID_VALUE;
+    }
+    const float alpha = *(const float*)alpha_, beta = *(const float*)beta_;
+    const size_t sm = m, sn = n, sk = k;
+    const Matrix ma = {(const char*)a, ta, sm, sk, size_t(pitch_a), size_t(stride_a), op_a == OP_T};
+    const Matrix mb = {(const char*)b, tb, sk, sn, size_t(pitch_b), size_t(stride_b), op_b == OP_T};
+    const Matrix mc = {(const char*)c, tc, sm, sn, size_t(pitch_c), size_t(stride_c), false};
+    if (batch > 1 && stride_c == 0) {
+        fprintf(stderr, "software CUDA: %s: %d products would be written to one place\n", running().c_str(), batch);
+        return INVALID_VALUE;
+    }
+    if (!ma.check(batch, READ) || !mb.check(batch, READ) || (beta != 0 && !mc.check(batch, READ)) ||
+        !mc.check(batch, WRITE)) {
+        return EXECUTION_FAILED;
+    }
+    if (recording()) return SUCCESS;
+    std::vector<float> left, right, result;
+    for (int i = 0; i < batch; ++i) {
+        ma.read(i, left);
+        mb.read(i, right);
+        result.assign(sm * sn, 0.0f);
+        multiply(left.data(), right.data(), result.data(), sm, sn, sk);
+        for (size_t row = 0; row < sm; ++row) {
+            for (size_t col = 0; col < sn; ++col) {
+                const size_t at = i * stride_c + row + col * pitch_c;
+                const float before = beta != 0 ? beta * load(c, at, tc) : 0.0f;
+                store(c, at, tc, alpha * result[row * sn + col] + before);
+            }
+        }
+    }
+    return SUCCESS;
+}
+
+int cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a,
+                 int pitch_a, const void* b, int type_b, int pitch_b, const void* beta, void* c, int type_c,
+                 int pitch_c, int compute, int algorithm) {
+    return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, type_a, pitch_a, 0, b, type_b, pitch_b, 0,
+                                      beta, c, type_c, pitch_c, 0, 1, compute, algorithm);
+}
+}

@@ -1,0 +1,356 @@
+// Checks the software device: our kernels against plain loops in double, in f32 and bf16, and that every mistake that
+// is planted is found, by the words it is reported in. Exits with 1 if anything is amiss.
+#include "numbers.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
+#include <functional>
+#include <string>
+#include <unistd.h>
+
+using software::Type;
+
+extern "C" {
+int cuModuleLoadData(void**, const void*);
+int cuModuleGetFunction(void**, void*, const char*);
+int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+int cuMemAlloc_v2(uint64_t*, size_t);
+int cuMemFree_v2(uint64_t);
+int cuMemcpyHtoD_v2(uint64_t, const void*, size_t);
+int cuMemcpyDtoH_v2(void*, uint64_t, size_t);
+int cublasGemmStridedBatchedEx(void*, int, int, int, int, int, const void*, const void*, int, int, long long,
+                               const void*, int, int, long long, const void*, void*, int, int, long long, int, int,
+                               int);
+}
+
+namespace {
+
+int failures;
+void wrong(const std::string& what) {
+    printf("FAILED: %s\n", what.c_str());
+    ++failures;
+}
+
+using Numbers = std::vector<float>;
+
+// Memory of the device with numbers of a type.
+struct Buffer {
+    uint64_t address = 0;
+    size_t n;
+    Type type;
+
+    Buffer(size_t n, Type type = Type::F32) : n(n), type(type) { cuMemAlloc_v2(&address, n * size_of(type)); }
+    Buffer(const Numbers& values, Type type = Type::F32) : Buffer(values.size(), type) {
+        std::vector<char> bytes(n * size_of(type));
+        for (size_t i = 0; i < n; ++i) software::store(bytes.data(), i, type, values[i]);
+        cuMemcpyHtoD_v2(address, bytes.data(), bytes.size());
+    }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { cuMemFree_v2(address); }
+    bool read(Numbers& to) const {
+        std::vector<char> bytes(n * size_of(type));
+        to.resize(n);
+        if (cuMemcpyDtoH_v2(bytes.data(), address, bytes.size()) != 0) return false;
+        for (size_t i = 0; i < n; ++i) to[i] = software::load(bytes.data(), i, type);
+        return true;
+    }
+};
+
+// What the device holds of `values`: rounded to bf16 where that is the type.
+Numbers held(Numbers values, Type type) {
+    for (float& v : values) {
+        uint32_t place;
+        software::store(&place, 0, type, v);
+        v = software::load(&place, 0, type);
+    }
+    return values;
+}
+
+Numbers drawn(size_t n, unsigned seed, float scale = 1) {
+    Numbers r(n);
+    for (float& v : r) {
+        seed = seed * 1664525 + 1013904223;
+        v = scale * (float(seed >> 8) / (1 << 23) - 1);
+    }
+    return r;
+}
+
+template <class T> void* pointer(T& v) { return &v; }
+void* pointer(Buffer& buffer) { return &buffer.address; }
+
+template <class... T>
+int launch(const std::string& module, const char* kernel, unsigned blocks, unsigned threads, const T&... arguments) {
+    void *loaded = nullptr, *function = nullptr;
+    if (cuModuleLoadData(&loaded, ("// hypnos " + module + "\n").c_str()) != 0) abort();
+    if (cuModuleGetFunction(&function, loaded, kernel) != 0) abort();
+    void* pointers[] = {pointer(const_cast<T&>(arguments))...};
+    return cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, nullptr, pointers, nullptr);
+}
+
+struct Place {
+    Type type;
+    std::string module(const char* file) const { return file + std::string(type == Type::F32 ? "_f32" : "_bf16"); }
+    double bound() const { return type == Type::F32 ? 2e-6 : 1e-2; }
+};
+
+void near(const std::string& what, const Buffer& got_in, const std::vector<double>& wanted, double bound) {
+    Numbers got;
+    if (!got_in.read(got)) return wrong(what + ": unreadable");
+    double most = 1e-3;
+    for (double v : wanted) most = std::max(most, std::fabs(v));
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        if (!(std::fabs(got[i] - wanted[i]) <= bound * most)) {
+            return wrong(what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", wanted " +
+                         std::to_string(wanted[i]));
+        }
+    }
+}
+
+void ran(const std::string& what, int status) {
+    if (status != 0) wrong(what + ": status " + std::to_string(status));
+}
+
+void softmax(const Place& place) {
+    const int rows = 5, cols = 203;
+    const Numbers x = held(drawn(rows * cols, 1, 8), place.type);
+    std::vector<double> wanted(x.size());
+    for (int r = 0; r < rows; ++r) {
+        double sum = 0;
+        for (int c = 0; c < cols; ++c) sum += std::exp((double)x[r * cols + c]);
+        for (int c = 0; c < cols; ++c) wanted[r * cols + c] = std::exp((double)x[r * cols + c]) / sum;
+    }
+    const Buffer in(x, place.type), out(x.size(), place.type);
+    ran("softmax", launch(place.module("softmax"), "softmax", rows, 64, in, out, cols));
+    near(place.module("softmax"), out, wanted, place.bound());
+    ran("softmax in place", launch(place.module("softmax"), "softmax", rows, 64, in, in, cols));
+    near(place.module("softmax in place"), in, wanted, place.bound());
+}
+
+void layer_norm(const Place& place) {
+    const int rows = 7, cols = 322;
+    const float eps = 1e-5f;
+    const Numbers x = held(drawn(rows * cols, 2, 3), place.type), w = drawn(cols, 3), b = drawn(cols, 4);
+    std::vector<double> wanted(x.size()), means(rows);
+    for (int r = 0; r < rows; ++r) {
+        double mean = 0, square = 0;
+        for (int c = 0; c < cols; ++c) mean += x[r * cols + c] / (double)cols;
+        for (int c = 0; c < cols; ++c) square += std::pow(x[r * cols + c] - mean, 2) / cols;
+        for (int c = 0; c < cols; ++c) {
+            wanted[r * cols + c] = (x[r * cols + c] - mean) / std::sqrt(square + eps) * w[c] + b[c];
+        }
+        means[r] = mean;
+    }
+    const Buffer in(x, place.type), weight(w), bias(b), out(x.size(), place.type), mean(rows), rstd(rows);
+    ran("layer_norm",
+        launch(place.module("norm"), "layer_norm", rows, 96, in, weight, bias, out, mean, rstd, cols, eps));
+    near(place.module("layer_norm"), out, wanted, place.bound());
+    near(place.module("layer_norm's mean"), mean, means, 1e-5);
+}
+
+void group_norm(const Place& place) {
+    const int batch = 2, channels = 6, groups = 3, inner = 35, parts = 2, cuts = 2, with_silu = 1;
+    const int len = channels / groups * inner;
+    const float eps = 1e-6f;
+    const Numbers x = held(drawn(batch * channels * inner, 5, 2), place.type), w = drawn(channels, 6);
+    std::vector<double> wanted(x.size());
+    for (int g = 0; g < batch * groups; ++g) {
+        double mean = 0, square = 0;
+        for (int i = 0; i < len; ++i) mean += x[g * len + i] / (double)len;
+        for (int i = 0; i < len; ++i) square += std::pow(x[g * len + i] - mean, 2) / len;
+        for (int i = g * len; i < (g + 1) * len; ++i) {
+            const double v =
+                (x[i] - mean) / std::sqrt(square + eps) * w[i / inner % channels] + w[i / inner % channels];
+            wanted[i] = v / (1 + std::exp(-v));
+        }
+    }
+    const Buffer in(x, place.type), weight(w), out(x.size(), place.type), part_means(batch * groups * parts),
+        deviations(batch * groups * parts), mean(batch * groups), rstd(batch * groups);
+    const std::string module = place.module("norm");
+    const int all = batch * groups;
+    ran("group_norm_parts",
+        launch(module, "group_norm_parts", all * parts, 32, in, part_means, deviations, len, parts));
+    ran("group_norm_stats",
+        launch(module, "group_norm_stats", 1, 256, part_means, deviations, mean, rstd, all, len, parts, eps));
+    ran("group_norm", launch(module, "group_norm", batch * channels * cuts, 32, in, mean, rstd, weight, weight, out,
+                             channels, groups, inner, cuts, with_silu));
+    near(place.module("group_norm"), out, wanted, place.bound());
+}
+
+void sums(const Place& place) {
+    const int rows = 600, cols = 45, rows_per_part = 256, parts = 3;
+    const Numbers x = held(drawn(rows * cols, 7), place.type);
+    std::vector<double> wanted(cols), planes(rows);
+    for (int i = 0; i < rows * cols; ++i) wanted[i % cols] += x[i], planes[i / cols] += x[i];
+    const Buffer in(x, place.type), part_sums(parts * cols), out(cols), plane_sums(rows);
+    ran("column_sum",
+        launch(place.module("reduce"), "column_sum", parts * 2, 256, in, part_sums, rows, cols, rows_per_part));
+    ran("sum_parts", launch("reduce_f32", "sum_parts", 1, 256, part_sums, out, parts, cols));
+    near(place.module("column_sum"), out, wanted, 1e-5);
+    ran("plane_sum", launch(place.module("reduce"), "plane_sum", rows, 32, in, plane_sums, cols));
+    near(place.module("plane_sum"), plane_sums, planes, 1e-5);
+}
+
+void elementwise(const Place& place) {
+    const long long n = 1027;
+    const int gelu = 1, inner = 1, channels = 79, cols = 13;
+    const Numbers x = held(drawn(2 * n, 8, 4), place.type), b = drawn(channels, 9);
+    std::vector<double> active(n), biased(n), gated(n);
+    const auto gelu_of = [](double v) { return v * std::erfc(-v * M_SQRT1_2) / 2; };
+    for (int i = 0; i < n; ++i) {
+        active[i] = gelu_of(x[i]);
+        biased[i] = x[i] + b[i % channels];
+        const int a = i + i / cols * cols;
+        gated[i] = x[a] * gelu_of(x[a + cols]);
+    }
+    const Buffer in(x, place.type), bias(b), out(n, place.type);
+    const std::string module = place.module("elementwise");
+    ran("activate", launch(module, "activate", 3, 256, in, out, n, gelu));
+    near(module + ": activate", out, active, place.bound());
+    ran("add_bias", launch(module, "add_bias", 3, 256, in, bias, out, n, inner, channels));
+    near(module + ": add_bias", out, biased, place.bound());
+    ran("geglu", launch(module, "geglu", 3, 256, in, out, n, cols));
+    near(module + ": geglu", out, gated, place.bound());
+}
+
+void upsample(const Place& place) {
+    const int h = 3, w = 5, out_h = 6, out_w = 10, planes = 4;
+    const long long n = planes * out_h * out_w;
+    const Numbers x = held(drawn(planes * h * w, 10), place.type);
+    std::vector<double> wanted(n);
+    for (int i = 0; i < n; ++i) {
+        wanted[i] = x[(i / out_w / out_h * h + i / out_w % out_h / 2) * w + i % out_w / 2];
+    }
+    const Buffer in(x, place.type), out(n, place.type);
+    ran("upsample", launch(place.module("spatial"), "upsample", 1, 256, in, out, n, h, w, out_h, out_w));
+    near(place.module("upsample"), out, wanted, 0);
+}
+
+// A matrix product whose second row length is that of a longer matrix, as of one head among several.
+int product(const Buffer& a, const Buffer& b, const Buffer& c, int m, int n, int k, int pitch_a) {
+    const float one = 1, zero = 0;
+    const int type = a.type == Type::F32 ? 0 : 14;
+    return cublasGemmStridedBatchedEx(nullptr, 0, 0, m, n, k, &one, (void*)a.address, type, pitch_a, 0,
+                                      (void*)b.address, type, k, 0, &zero, (void*)c.address, 0, m, 0, 1, 68, 0);
+}
+
+void products(const Place& place) {
+    const int m = 5, n = 7, k = 130, pitch = 9;
+    const Numbers a = held(drawn(pitch * k, 11), place.type), b = held(drawn(k * n, 12), place.type);
+    std::vector<double> wanted(m * n);
+    for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < n; ++j) {
+            for (int p = 0; p < k; ++p) wanted[i + j * m] += (double)a[i + p * pitch] * b[p + j * k];
+        }
+    }
+    const Buffer left(a, place.type), right(b, place.type), to(m * n);
+    ran("product", product(left, right, to, m, n, k, pitch));
+    near(place.module("product"), to, wanted, 2e-6);
+}
+
+// What `call` writes to stderr.
+std::string said(const std::function<int()>& call, int& status) {
+    fflush(stderr);
+    char name[] = "/tmp/software_cuda_XXXXXX";
+    const int file = mkstemp(name), before = dup(2);
+    unlink(name);
+    dup2(file, 2);
+    status = call();
+    fflush(stderr);
+    dup2(before, 2);
+    close(before);
+    char text[4096];
+    const ssize_t n = pread(file, text, sizeof text, 0);
+    close(file);
+    return std::string(text, n > 0 ? n : 0);
+}
+
+void found(const char* what, const char* words, const std::function<int()>& call) {
+    int status;
+    const std::string text = said(call, status);
+    if (status == 0) return wrong(std::string(what) + " was not found");
+    if (text.find(words) == text.npos) return wrong(std::string(what) + ": wanted \"" + words + "\", got " + text);
+    printf("found: %s", text.c_str());
+}
+
+void barrierless() {
+    const int rows = 8, cols = 256, parts = 2, size = 64;
+    const float eps = 1e-5f;
+    const Buffer x(drawn(rows * cols, 13)), y(rows * cols), w(drawn(cols, 14)), sums(cols), others(cols);
+    const auto kernel = [&](const char* name, unsigned blocks, unsigned threads, const auto&... arguments) {
+        found(name, "shared memory", [&] { return launch("barrierless", name, blocks, threads, arguments...); });
+    };
+    kernel("softmax", rows, 64, x, y, cols);
+    kernel("layer_norm", rows, 64, x, w, w, y, sums, others, cols, eps);
+    kernel("group_norm_parts", rows * parts, 64, x, sums, others, cols, parts);
+    kernel("plane_sum", rows, 64, x, sums, cols);
+    kernel("column_sum", 2, 256, x, y, rows, size, rows);
+}
+
+void planted() {
+    const Numbers ones(64, 1.0f);
+    const Buffer x(ones), y(64), fresh(64);
+    const int n = 64, rows = 4, cols = 16, too_long = 20, yes = 1, no = 0, rounds = 3;
+    const auto kernel = [&](const char* name, unsigned blocks, unsigned threads, const auto&... arguments) {
+        return launch("planted", name, blocks, threads, arguments...);
+    };
+    found("a race in shared memory", "without a barrier in between",
+          [&] { return kernel("race_in_shared", 1, 64, x, y); });
+    found("a race in a warp", "without a barrier in between",
+          [&] { return kernel("race_in_a_warp", 1, 32, x, y, no); });
+    ran("a warp with its barrier", kernel("race_in_a_warp", 1, 32, x, y, yes));
+    found("a race of blocks", "without a barrier in between", [&] { return kernel("race_of_blocks", 8, 32, x, x); });
+    found("a race of rounds", "without a barrier in between",
+          [&] { return kernel("race_of_rounds", 1, 64, y, rounds, no); });
+    ran("rounds with their barrier", kernel("race_of_rounds", 1, 64, y, rounds, yes));
+    found("an overrun", "0 bytes behind an allocation of 256, which are not allocated, at planted.cu:", [&] {
+        return kernel("overrun", 1, 32, x, y, n);
+    });
+    ran("the right stride", kernel("transpose", 1, 32, x, y, rows, cols, cols));
+    found("a wrong stride", "which are not allocated",
+          [&] { return kernel("transpose", 1, 32, x, y, rows, cols, too_long); });
+    found("an output with gaps", "were never written", [&] {
+        Numbers read;
+        ran("gaps", kernel("gaps", 1, 32, x, fresh, n));
+        return fresh.read(read) ? 0 : 1;
+    });
+    found("unwritten shared memory", "which this block has not written",
+          [&] { return kernel("unwritten_shared", 1, 32, y); });
+    found("two barriers at once", "wait at the barriers of lines",
+          [&] { return kernel("barrier_for_some", 1, 64, y); });
+    found("a shuffle without some", "of which only 0xffff come", [&] { return kernel("shuffle_for_some", 1, 32, y); });
+    found("a misaligned read", "not a multiple of 8", [&] { return kernel("misaligned", 1, 1, x, y); });
+    found("freed memory", "which are not allocated", [&] {
+        uint64_t gone;
+        cuMemAlloc_v2(&gone, 256);
+        cuMemFree_v2(gone);
+        return kernel("freed", 1, 32, gone, y);
+    });
+    found("a product with a wrong stride", "which end too soon", [&] { return product(x, x, y, 4, 4, 16, 5); });
+    found("a product of unwritten numbers", "were never written",
+          [&] { return product(Buffer(64), x, y, 4, 4, 16, 4); });
+    barrierless();
+    // Our own kernel, with a count that is one too high.
+    const long long beyond = 65;
+    const int silu = 0;
+    found("our kernel's overrun", "not allocated",
+          [&] { return launch("elementwise_f32", "activate", 1, 256, x, y, beyond, silu); });
+}
+
+} // namespace
+
+int main() {
+    for (const Place& place : {Place{Type::F32}, Place{Type::BF16}}) {
+        softmax(place);
+        layer_norm(place);
+        group_norm(place);
+        sums(place);
+        elementwise(place);
+        upsample(place);
+        products(place);
+    }
+    planted();
+    printf("%s\n", failures ? "the software device is not sound" : "the software device is sound");
+    return failures != 0;
+}

@@ -1,0 +1,254 @@
+// cuDNN as we call it: two-dimensional convolutions of f32 or bf16 in NCHW, forward and both ways back, with sums in
+// f32. They are products with unfolded patches. The algorithms we name ask for scratch memory as the real ones may, and
+// every byte of it is written.
+#include "numbers.h"
+#include "runtime.h"
+
+#include <cstdio>
+
+using namespace software;
+
+namespace {
+
+enum Status { SUCCESS = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, EXECUTION_FAILED = 5000 };
+enum { FLOAT = 0, BFLOAT16 = 9, NCHW = 0, CROSS_CORRELATION = 1 };
+
+struct Tensor { // or filter
+    int type, dims[4];
+    size_t len() const { return (size_t)dims[0] * dims[1] * dims[2] * dims[3]; }
+    Type stored() const { return type == FLOAT ? Type::F32 : Type::BF16; }
+    size_t bytes() const { return len() * size_of(stored()); }
+};
+struct Convolution {
+    int pad[2], step[2], dilation[2], groups = 1;
+};
+
+int handle_value;
+
+int unsupported(const char* what, int value) {
+    fprintf(stderr, "software CUDA: %s: %s %d is not supported\n", running().c_str(), what, value);
+    return NOT_SUPPORTED;
+}
+
+int set(Tensor* tensor, int format, int type, int a, int b, int c, int d) {
+    if (format != NCHW) return unsupported("cuDNN: tensor format", format);
+    if (type != FLOAT && type != BFLOAT16) return unsupported("cuDNN: data type", type);
+    if (a < 1 || b < 1 || c < 1 || d < 1) return BAD_PARAM;
+    *tensor = {type, {a, b, c, d}};
+    return SUCCESS;
+}
+
+// Whether x, w and y belong together.
+bool agree(const Tensor& x, const Tensor& w, const Tensor& y, const Convolution& conv) {
+    bool same = x.type == w.type && w.type == y.type && x.dims[0] == y.dims[0] && w.dims[0] == y.dims[1] &&
+                w.dims[1] * conv.groups == x.dims[1] && w.dims[0] % conv.groups == 0;
+    for (int d = 0; d < 2; ++d) {
+        const int window = conv.dilation[d] * (w.dims[2 + d] - 1) + 1;
+        same = same && (x.dims[2 + d] + 2 * conv.pad[d] - window) / conv.step[d] + 1 == y.dims[2 + d];
+    }
+    return same;
+}
+
+// Some scratch for all but the algorithms of number 0, so that its size and place are exercised.
+size_t scratch(const Tensor& x, int algorithm) { return algorithm == 0 ? 0 : 1024 + x.dims[1] * 64; }
+
+// One image's patches, [C k_h k_w, H' W'] of one group, and back.
+struct Patches {
+    const Tensor &x, &w, &y;
+    const Convolution& conv;
+
+    size_t rows() const { return (size_t)w.dims[1] * w.dims[2] * w.dims[3]; }
+    size_t places() const { return (size_t)y.dims[2] * y.dims[3]; }
+    size_t outs() const { return w.dims[0] / conv.groups; }
+    size_t image(int n, int group) const {
+        return ((size_t)n * x.dims[1] + (size_t)group * w.dims[1]) * x.dims[2] * x.dims[3];
+    }
+    size_t result(int n, int group) const { return ((size_t)n * y.dims[1] + group * outs()) * places(); }
+
+    // f(place in the patches, place in the image of the group), for those inside the image.
+    template <class F> void each(F f) const {
+        size_t at = 0;
+        for (int c = 0; c < w.dims[1]; ++c) {
+            for (int ky = 0; ky < w.dims[2]; ++ky) {
+                for (int kx = 0; kx < w.dims[3]; ++kx) {
+                    for (int oy = 0; oy < y.dims[2]; ++oy) {
+                        const int iy = oy * conv.step[0] - conv.pad[0] + ky * conv.dilation[0];
+                        for (int ox = 0; ox < y.dims[3]; ++ox, ++at) {
+                            const int ix = ox * conv.step[1] - conv.pad[1] + kx * conv.dilation[1];
+                            if (iy < 0 || iy >= x.dims[2] || ix < 0 || ix >= x.dims[3]) continue;
+                            f(at, ((size_t)c * x.dims[2] + iy) * x.dims[3] + ix);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    void gather(const void* data, int n, int group, std::vector<float>& to) const {
+        to.assign(rows() * places(), 0.0f);
+        const size_t from = image(n, group);
+        each([&](size_t at, size_t pixel) { to[at] = load(data, from + pixel, x.stored()); });
+    }
+};
+
+std::vector<float> loaded(const void* data, size_t from, size_t n, Type type) {
+    std::vector<float> r(n);
+    for (size_t i = 0; i < n; ++i) r[i] = load(data, from + i, type);
+    return r;
+}
+
+// [cols, rows] of [rows, cols].
+std::vector<float> transposed(const std::vector<float>& a, size_t rows, size_t cols) {
+    std::vector<float> r(a.size());
+    for (size_t i = 0; i < rows; ++i) {
+        for (size_t j = 0; j < cols; ++j) r[j * rows + i] = a[i * cols + j];
+    }
+    return r;
+}
+
+struct Scale {
+    float alpha, beta;
+    Scale(const void* a, const void* b) : alpha(*(const float*)a), beta(*(const float*)b) {}
+    void put(void* data, size_t at, Type type, float v) const {
+        store(data, at, type, alpha * v + (beta != 0 ? beta * load(data, at, type) : 0.0f));
+    }
+};
+
+// What every call checks: shapes, operands and scratch memory.
+int ready(const char* what, const Tensor& a, const void* pa, const Tensor& b, const void* pb, const Tensor& to,
+          void* pto, const Scale& scale, void* space, size_t bytes, size_t wanted, bool agreeing) {
+    begin(what);
+    if (!agreeing) {
+        fprintf(stderr, "software CUDA: %s: the descriptors do not agree\n", what);
+        return BAD_PARAM;
+    }
+    if (bytes < wanted) {
+        fprintf(stderr, "software CUDA: %s: %zu bytes of scratch memory, %zu are wanted\n", what, bytes, wanted);
+        return BAD_PARAM;
+    }
+    const bool fine = check(pa, a.bytes(), READ) && check(pb, b.bytes(), READ) && check(space, wanted, WRITE) &&
+                      (scale.beta == 0 || check(pto, to.bytes(), READ)) && check(pto, to.bytes(), WRITE);
+    if (fine && wanted && !recording()) memset(space, 0xff, wanted);
+    return fine ? SUCCESS : EXECUTION_FAILED;
+}
+
+} // namespace
+
+extern "C" {
+size_t cudnnGetVersion() { return 92801; }
+int cudnnCreate(void** handle) { return *handle = &handle_value, SUCCESS; }
+int cudnnDestroy(void*) { return SUCCESS; }
+int cudnnSetStream(void*, void*) { return SUCCESS; }
+int cudnnCreateTensorDescriptor(Tensor** tensor) { return *tensor = new Tensor(), SUCCESS; }
+int cudnnDestroyTensorDescriptor(Tensor* tensor) { return delete tensor, SUCCESS; }
+int cudnnCreateFilterDescriptor(Tensor** filter) { return *filter = new Tensor(), SUCCESS; }
+int cudnnDestroyFilterDescriptor(Tensor* filter) { return delete filter, SUCCESS; }
+int cudnnCreateConvolutionDescriptor(Convolution** conv) { return *conv = new Convolution(), SUCCESS; }
+int cudnnDestroyConvolutionDescriptor(Convolution* conv) { return delete conv, SUCCESS; }
+int cudnnSetTensor4dDescriptor(Tensor* tensor, int format, int type, int n, int c, int h, int w) {
+    return set(tensor, format, type, n, c, h, w);
+}
+int cudnnSetFilter4dDescriptor(Tensor* filter, int type, int format, int k, int c, int h, int w) {
+    return set(filter, format, type, k, c, h, w);
+}
+int cudnnSetConvolution2dDescriptor(Convolution* conv, int pad_h, int pad_w, int step_h, int step_w, int dilation_h,
+                                    int dilation_w, int mode, int type) {
+    if (mode != CROSS_CORRELATION) return unsupported("cuDNN: mode", mode);
+    if (type != FLOAT) return unsupported("cuDNN: computing type", type);
+    *conv = {{pad_h, pad_w}, {step_h, step_w}, {dilation_h, dilation_w}, 1};
+    return SUCCESS;
+}
+int cudnnSetConvolutionMathType(Convolution*, int math) {
+    // 1 is TENSOR_OP_MATH, 3 FMA_MATH. Both sum exact products in f32 here.
+    return math == 1 || math == 3 ? SUCCESS : unsupported("cuDNN: math type", math);
+}
+int cudnnSetConvolutionGroupCount(Convolution* conv, int groups) { return conv->groups = groups, SUCCESS; }
+
+int cudnnGetConvolutionForwardWorkspaceSize(void*, Tensor* x, Tensor* w, Convolution* conv, Tensor* y, int algorithm,
+                                            size_t* bytes) {
+    *bytes = scratch(*x, algorithm);
+    return agree(*x, *w, *y, *conv) ? SUCCESS : BAD_PARAM;
+}
+int cudnnGetConvolutionBackwardDataWorkspaceSize(void*, Tensor* w, Tensor* dy, Convolution* conv, Tensor* dx,
+                                                 int algorithm, size_t* bytes) {
+    *bytes = scratch(*dx, algorithm);
+    return agree(*dx, *w, *dy, *conv) ? SUCCESS : BAD_PARAM;
+}
+int cudnnGetConvolutionBackwardFilterWorkspaceSize(void*, Tensor* x, Tensor* dy, Convolution* conv, Tensor* dw,
+                                                   int algorithm, size_t* bytes) {
+    *bytes = scratch(*x, algorithm);
+    return agree(*x, *dw, *dy, *conv) ? SUCCESS : BAD_PARAM;
+}
+
+int cudnnConvolutionForward(void*, const void* alpha, Tensor* x, const void* px, Tensor* w, const void* pw,
+                            Convolution* conv, int algorithm, void* space, size_t bytes, const void* beta, Tensor* y,
+                            void* py) {
+    Lock lock;
+    const Scale scale(alpha, beta);
+    const int status = ready("cudnnConvolutionForward", *x, px, *w, pw, *y, py, scale, space, bytes,
+                             scratch(*x, algorithm), agree(*x, *w, *y, *conv));
+    if (status != SUCCESS || recording()) return status;
+    const Patches patches = {*x, *w, *y, *conv};
+    const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
+    std::vector<float> columns, result;
+    for (int group = 0; group < conv->groups; ++group) {
+        const auto weight = loaded(pw, group * outs * rows, outs * rows, w->stored());
+        for (int n = 0; n < x->dims[0]; ++n) {
+            patches.gather(px, n, group, columns);
+            result.assign(outs * places, 0.0f);
+            multiply(weight.data(), columns.data(), result.data(), outs, places, rows);
+            const size_t at = patches.result(n, group);
+            for (size_t i = 0; i < result.size(); ++i) scale.put(py, at + i, y->stored(), result[i]);
+        }
+    }
+    return SUCCESS;
+}
+
+int cudnnConvolutionBackwardData(void*, const void* alpha, Tensor* w, const void* pw, Tensor* dy, const void* pdy,
+                                 Convolution* conv, int algorithm, void* space, size_t bytes, const void* beta,
+                                 Tensor* dx, void* pdx) {
+    Lock lock;
+    const Scale scale(alpha, beta);
+    const int status = ready("cudnnConvolutionBackwardData", *w, pw, *dy, pdy, *dx, pdx, scale, space, bytes,
+                             scratch(*dx, algorithm), agree(*dx, *w, *dy, *conv));
+    if (status != SUCCESS || recording()) return status;
+    const Patches patches = {*dx, *w, *dy, *conv};
+    const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
+    std::vector<float> columns, sums((size_t)w->dims[1] * dx->dims[2] * dx->dims[3]);
+    for (int group = 0; group < conv->groups; ++group) {
+        const auto weight = transposed(loaded(pw, group * outs * rows, outs * rows, w->stored()), outs, rows);
+        for (int n = 0; n < dx->dims[0]; ++n) {
+            const auto grad = loaded(pdy, patches.result(n, group), outs * places, dy->stored());
+            columns.assign(rows * places, 0.0f);
+            multiply(weight.data(), grad.data(), columns.data(), rows, places, outs);
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            patches.each([&](size_t at, size_t pixel) { sums[pixel] += columns[at]; });
+            const size_t to = patches.image(n, group);
+            for (size_t i = 0; i < sums.size(); ++i) scale.put(pdx, to + i, dx->stored(), sums[i]);
+        }
+    }
+    return SUCCESS;
+}
+
+int cudnnConvolutionBackwardFilter(void*, const void* alpha, Tensor* x, const void* px, Tensor* dy, const void* pdy,
+                                   Convolution* conv, int algorithm, void* space, size_t bytes, const void* beta,
+                                   Tensor* dw, void* pdw) {
+    Lock lock;
+    const Scale scale(alpha, beta);
+    const int status = ready("cudnnConvolutionBackwardFilter", *x, px, *dy, pdy, *dw, pdw, scale, space, bytes,
+                             scratch(*x, algorithm), agree(*x, *dw, *dy, *conv));
+    if (status != SUCCESS || recording()) return status;
+    const Patches patches = {*x, *dw, *dy, *conv};
+    const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
+    std::vector<float> columns, sums;
+    for (int group = 0; group < conv->groups; ++group) {
+        sums.assign(outs * rows, 0.0f);
+        for (int n = 0; n < x->dims[0]; ++n) {
+            patches.gather(px, n, group, columns);
+            const auto grad = loaded(pdy, patches.result(n, group), outs * places, dy->stored());
+            multiply(grad.data(), transposed(columns, rows, places).data(), sums.data(), outs, rows, places);
+        }
+        for (size_t i = 0; i < sums.size(); ++i) scale.put(pdw, group * sums.size() + i, dw->stored(), sums[i]);
+    }
+    return SUCCESS;
+}
+}

@@ -1,0 +1,314 @@
+// The driver: libcuda.so.1 with one GPU of compute capability 8.0. All is done at once, in the order of the calls, so
+// streams and events are but handles. What is not here answers CUDA_ERROR_NOT_SUPPORTED and says so (the build writes
+// those from the list of names that cudarc binds).
+//
+// A kernel is run by its host twin: a module's text is only read for its name, which our build script writes into the
+// first line, or else for its kernels' names; kernels_NAME.so beside this library has the twins.
+#include "device.h"
+#include "runtime.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+#include <map>
+
+using namespace software;
+
+namespace {
+
+enum Status {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    NOT_FOUND = 500,
+    LAUNCH_FAILED = 719,
+    NOT_SUPPORTED = 801,
+};
+
+// A library of kernels and its static memory, which is what blocks share.
+struct Module {
+    std::string name;
+    const SoftwareKernel* kernels;
+    uint64_t shared;
+    size_t shared_bytes;
+};
+struct Function {
+    const Module* module;
+    const SoftwareKernel* kernel;
+    std::string name;
+};
+
+int context_value;
+thread_local void* current_context;
+std::map<std::string, Module> modules;
+std::map<std::pair<const Module*, std::string>, Function> functions;
+uint64_t next_handle = 0x1000;
+
+uint64_t device_bytes() {
+    static const uint64_t bytes = [] {
+        const char* value = getenv("SOFTWARE_CUDA_MEMORY");
+        return value ? strtoull(value, nullptr, 10) : 80ull << 30;
+    }();
+    return bytes;
+}
+
+// The part of a library that is not in its file, which holds its static variables without a value.
+int find_shared(dl_phdr_info* info, size_t, void* into) {
+    Module& module = *(Module*)into;
+    const auto first = (uint64_t)module.kernels;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const ElfW(Phdr) & part = info->dlpi_phdr[i];
+        const uint64_t start = info->dlpi_addr + part.p_vaddr;
+        if (part.p_type != PT_LOAD || first < start || first >= start + part.p_memsz) continue;
+        module.shared = start + part.p_filesz;
+        module.shared_bytes = part.p_memsz - part.p_filesz;
+        return 1;
+    }
+    return 0;
+}
+
+std::string folder() {
+    Dl_info info;
+    dladdr((void*)&folder, &info);
+    std::string path = info.dli_fname;
+    return path.substr(0, path.rfind('/') + 1);
+}
+
+// The library of that name, null if there is none.
+Module* load(const std::string& name) {
+    if (auto known = modules.find(name); known != modules.end()) return &known->second;
+    void* library = dlopen((folder() + "kernels_" + name + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        fprintf(stderr, "software CUDA: %s\n", dlerror());
+        return nullptr;
+    }
+    Module& module = modules[name];
+    module.name = name;
+    module.kernels = (const SoftwareKernel*)dlsym(library, "software_cuda_kernels");
+    if (!module.kernels) abort();
+    module.shared = 0;
+    module.shared_bytes = 0;
+    dl_iterate_phdr(find_shared, &module);
+    return &module;
+}
+
+// Counts a launch that is not run: what its pointers point to, up to the end of their allocations, once.
+void count_operands(const SoftwareKernel& kernel, void** arguments) {
+    Count& row = count(running());
+    for (unsigned i = 0; i < kernel.count; ++i) {
+        if (!kernel.parameters[i].is_pointer) continue;
+        const uint64_t at = *(uint64_t*)arguments[i], end = end_of(at);
+        (kernel.parameters[i].is_const ? row.bytes_read : row.bytes_written) += end ? end - at : 0;
+    }
+}
+
+} // namespace
+
+extern "C" {
+typedef int CUdevice;
+typedef uint64_t CUdeviceptr;
+
+int cuInit(unsigned) {
+    const char* shown = getenv("CUDA_VISIBLE_DEVICES");
+    return shown && (!*shown || *shown == '-') ? NO_DEVICE : SUCCESS;
+}
+int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+int cuDeviceGet(CUdevice* device, int ordinal) {
+    *device = 0;
+    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+}
+int cuDeviceGetName(char* name, int length, CUdevice) {
+    snprintf(name, length, "software device");
+    return SUCCESS;
+}
+int cuDeviceTotalMem_v2(size_t* bytes, CUdevice) { return *bytes = device_bytes(), SUCCESS; }
+int cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
+    switch (attribute) {
+    case 1: *value = 1024; break; // threads per block
+    case 2:
+    case 3: *value = 1024; break;       // a block's x, y
+    case 4: *value = 64; break;         // its z
+    case 5: *value = 0x7fffffff; break; // the grid's x
+    case 6:
+    case 7: *value = 65535; break;    // its y, z
+    case 8: *value = 48 << 10; break; // shared memory per block
+    case 10: *value = 32; break;      // lanes of a warp
+    case 12:
+    case 82: *value = 65536; break; // registers per block, per multiprocessor
+    case 16: *value = 108; break;   // multiprocessors
+    case 39: *value = 2048; break;  // threads per multiprocessor
+    case 75: *value = 8; break;     // compute capability
+    case 76: *value = 0; break;
+    case 81: *value = 164 << 10; break; // shared memory per multiprocessor
+    case 97: *value = 163 << 10; break; // shared memory per block, on demand
+    case 115: *value = 1; break;        // memory pools
+    default:
+        fprintf(stderr, "software CUDA: cuDeviceGetAttribute: attribute %d is not known\n", attribute);
+        return NOT_SUPPORTED;
+    }
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void** context, CUdevice) { return *context = &context_value, SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(CUdevice) { return SUCCESS; }
+int cuCtxGetCurrent(void** context) { return *context = current_context, SUCCESS; }
+int cuCtxSetCurrent(void* context) { return current_context = context, SUCCESS; }
+int cuCtxSynchronize() { return SUCCESS; }
+
+int cuStreamCreate(void** stream, unsigned) { return *stream = (void*)(next_handle += 16), SUCCESS; }
+int cuStreamDestroy_v2(void*) { return SUCCESS; }
+int cuStreamSynchronize(void*) { return SUCCESS; }
+int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
+int cuStreamIsCapturing(void*, int* status) { return *status = 0, SUCCESS; }
+int cuEventCreate(void** event, unsigned) { return *event = (void*)(next_handle += 16), SUCCESS; }
+int cuEventDestroy_v2(void*) { return SUCCESS; }
+int cuEventRecord(void*, void*) { return SUCCESS; }
+int cuEventSynchronize(void*) { return SUCCESS; }
+int cuEventQuery(void*) { return SUCCESS; }
+
+int cuDeviceGetDefaultMemPool(void** pool, CUdevice) { return *pool = &context_value, SUCCESS; }
+int cuDeviceGetMemPool(void** pool, CUdevice) { return *pool = &context_value, SUCCESS; }
+int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+int cuMemPoolTrimTo(void*, size_t) { return SUCCESS; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    Lock lock;
+    *total = device_bytes();
+    *free = *total - allocated();
+    return SUCCESS;
+}
+
+int cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
+    Lock lock;
+    if (bytes == 0) return INVALID_VALUE;
+    if (allocated() + bytes > device_bytes()) return OUT_OF_MEMORY;
+    *address = (CUdeviceptr)allocate(bytes);
+    return *address ? SUCCESS : OUT_OF_MEMORY;
+}
+int cuMemAllocAsync(CUdeviceptr* address, size_t bytes, void*) { return cuMemAlloc_v2(address, bytes); }
+int cuMemFree_v2(CUdeviceptr address) {
+    Lock lock;
+    return release((void*)address) ? SUCCESS : INVALID_VALUE;
+}
+int cuMemFreeAsync(CUdeviceptr address, void*) { return cuMemFree_v2(address); }
+
+int cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
+    Lock lock;
+    begin("copy to the device");
+    if (!check((void*)to, bytes, WRITE)) return INVALID_VALUE;
+    if (!recording()) memcpy((void*)to, from, bytes);
+    return SUCCESS;
+}
+int cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) {
+    Lock lock;
+    begin("copy to the host");
+    if (!check((void*)from, bytes, READ)) return INVALID_VALUE;
+    if (recording()) {
+        memset(to, 0, bytes);
+    } else {
+        memcpy(to, (void*)from, bytes);
+    }
+    return SUCCESS;
+}
+int cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+    Lock lock;
+    begin("copy on the device");
+    if (!check((void*)from, bytes, READ) || !check((void*)to, bytes, WRITE)) return INVALID_VALUE;
+    if (!recording()) memmove((void*)to, (void*)from, bytes);
+    return SUCCESS;
+}
+int cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) {
+    Lock lock;
+    begin("memset");
+    if (!check((void*)to, bytes, WRITE)) return INVALID_VALUE;
+    if (!recording()) memset((void*)to, value, bytes);
+    return SUCCESS;
+}
+int cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, void*) {
+    return cuMemcpyHtoD_v2(to, from, bytes);
+}
+int cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, void*) { return cuMemcpyDtoH_v2(to, from, bytes); }
+int cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, void*) {
+    return cuMemcpyDtoD_v2(to, from, bytes);
+}
+int cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, void*) {
+    return cuMemsetD8_v2(to, value, bytes);
+}
+
+int cuModuleLoadData(void** module, const void* image) {
+    Lock lock;
+    // Ours begin with "// hypnos NAME"; all others are candle's, and their kernels' names are all different.
+    char name[64] = "candle";
+    sscanf((const char*)image, "// hypnos %63s", name);
+    *module = load(name);
+    return *module ? SUCCESS : INVALID_IMAGE;
+}
+int cuModuleUnload(void*) { return SUCCESS; }
+int cuModuleGetFunction(void** function, void* handle, const char* name) {
+    Lock lock;
+    const Module* module = (const Module*)handle;
+    if (auto known = functions.find({module, name}); known != functions.end()) {
+        *function = &known->second;
+        return SUCCESS;
+    }
+    for (const SoftwareKernel* kernel = module->kernels; kernel->name; ++kernel) {
+        if (strcmp(kernel->name, name) != 0) continue;
+        const std::string title = module->name + "." + name;
+        *function = &(functions[{module, name}] = {module, kernel, title});
+        return SUCCESS;
+    }
+    fprintf(stderr, "software CUDA: module %s has no kernel %s; if it is candle's, candle.cu should have it\n",
+            module->name.c_str(), name);
+    return NOT_FOUND;
+}
+
+int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                   unsigned block_z, unsigned shared_bytes, void*, void** arguments, void**) {
+    Lock lock;
+    const Function& function = *(const Function*)handle;
+    begin(function.name);
+    const uint64_t threads = (uint64_t)block_x * block_y * block_z;
+    if (threads == 0 || threads > 1024 || !grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535) {
+        fprintf(stderr, "software CUDA: %s: a grid of %u x %u x %u blocks of %u x %u x %u threads\n",
+                function.name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z);
+        return INVALID_VALUE;
+    }
+    if (shared_bytes) {
+        fprintf(stderr, "software CUDA: %s: shared memory of a launch's size is not supported\n",
+                function.name.c_str());
+        return NOT_SUPPORTED;
+    }
+    if (recording()) {
+        count_operands(*function.kernel, arguments);
+        return SUCCESS;
+    }
+    new_launch(function.module->shared, function.module->shared_bytes);
+    const Launch launch = {function.kernel->call, arguments, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}};
+    return run(launch) ? SUCCESS : LAUNCH_FAILED;
+}
+
+int cuGetErrorName(int error, const char** name) {
+    switch (error) {
+    case SUCCESS: *name = "CUDA_SUCCESS"; break;
+    case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
+    case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+    case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
+    case INVALID_DEVICE: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
+    case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+    case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
+    case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
+    case NOT_SUPPORTED: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
+    default: *name = "CUDA_ERROR_UNKNOWN";
+    }
+    return SUCCESS;
+}
+int cuGetErrorString(int error, const char** text) {
+    cuGetErrorName(error, text);
+    if (error == LAUNCH_FAILED) *text = "the software device found a fault in the kernel; stderr says which";
+    return SUCCESS;
+}
+}

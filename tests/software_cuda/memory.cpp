@@ -1,0 +1,375 @@
+// The device's memory: a range of addresses of the host, with shadows that say of every byte whether it is allocated
+// and written, and who read and wrote it last. Kernels are compiled with -fsanitize=thread and this file has the
+// functions that the compiler calls before each access; GCC's own runtime is not linked.
+#include "runtime.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <map>
+#include <mutex>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+namespace software {
+namespace {
+
+constexpr uint64_t SPAN = 1ull << 40, PAGE = 4096;
+// Between two allocations lies at least this much, or as much as the first holds: a wrong index lands in nothing.
+constexpr uint64_t LEAST_GAP = 1 << 16, MOST_GAP = 1 << 30;
+
+enum State : uint8_t { FREE, UNWRITTEN, WRITTEN };
+
+// An access: thread (32 bits), launch (16), clock of its warp (16). 0 is none: launches count from 1.
+using Record = uint64_t;
+struct Cell {
+    Record write, read[2];
+};
+// Global memory has a cell for two bytes, the least that a float needs; 1-byte accesses are not looked at for races.
+constexpr uint64_t GRANULE = 2;
+
+char* base;
+uint8_t* states;
+Cell* cells;
+std::map<uint64_t, uint64_t> allocations; // from offset to size
+uint64_t cursor = LEAST_GAP, in_use, peak;
+uint16_t launch;
+
+uint64_t shared_base;
+size_t shared_size;
+std::vector<uint8_t> shared_states;
+std::vector<Cell> shared_cells;
+
+std::string current;
+std::map<std::string, Count> counts;
+Count* counter;
+std::recursive_mutex mutex;
+
+void* reserve(uint64_t bytes) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        perror("software CUDA: reserving addresses");
+        abort();
+    }
+    madvise(p, bytes, MADV_NOHUGEPAGE); // allocations are small and far apart
+    return p;
+}
+
+void prepare() {
+    if (base) return;
+    base = (char*)reserve(SPAN);
+    states = (uint8_t*)reserve(SPAN);
+    cells = (Cell*)reserve(SPAN / GRANULE * sizeof(Cell));
+}
+
+uint64_t pages(uint64_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+uint64_t gap_after(uint64_t bytes) {
+    return bytes < LEAST_GAP ? LEAST_GAP : bytes < MOST_GAP ? pages(bytes) : MOST_GAP;
+}
+
+// The first place from `at` on where `bytes` fit with their gap, or SPAN.
+uint64_t place_from(uint64_t at, uint64_t bytes) {
+    while (at + bytes + gap_after(bytes) <= SPAN) {
+        auto after = allocations.lower_bound(at);
+        if (after == allocations.end() || after->first >= at + bytes + gap_after(bytes)) return at;
+        at = after->first + pages(after->second) + gap_after(after->second);
+    }
+    return SPAN;
+}
+
+std::string described(uint64_t offset) {
+    char text[128];
+    auto after = allocations.upper_bound(offset);
+    if (after == allocations.begin()) return "before all allocations";
+    auto [start, size] = *std::prev(after);
+    if (offset < start + size) {
+        snprintf(text, sizeof text, "byte %lu of an allocation of %lu", offset - start, size);
+    } else if (after != allocations.end() && after->first - offset < offset - start - size) {
+        snprintf(text, sizeof text, "%lu bytes before an allocation of %lu", after->first - offset, after->second);
+    } else {
+        snprintf(text, sizeof text, "%lu bytes behind an allocation of %lu", offset - start - size, size);
+    }
+    return text;
+}
+
+std::string described_shared(uint64_t offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
+
+bool all(const uint8_t* s, size_t n, State wanted) { return s[0] == wanted && memcmp(s, s + 1, n - 1) == 0; }
+
+uint32_t thread_of(Record r) { return uint32_t(r >> 32); }
+uint16_t launch_of(Record r) { return uint16_t(r >> 16); }
+uint16_t clock_of(Record r) { return uint16_t(r); }
+
+// Whether what was recorded happened before what the running thread does now.
+bool ordered(Record r, bool is_shared) {
+    if (launch_of(r) != launch || thread_of(r) == self.thread) return true;
+    if (thread_of(r) / block_threads != self.block) return is_shared;
+    if (warp_of(thread_of(r)) == warp_of(self.thread)) return clock_of(r) < self.clock;
+    return clock_of(r) < ordered_before(thread_of(r));
+}
+
+void remember_reader(Cell& cell, Record me, bool is_shared) {
+    for (Record& reader : cell.read) {
+        if (ordered(reader, is_shared)) {
+            reader = me;
+            return;
+        }
+    }
+    // Two readers that are not ordered are enough to find any write, if they are of two blocks where readers are.
+    if (thread_of(cell.read[0]) / block_threads == thread_of(cell.read[1]) / block_threads) cell.read[1] = me;
+}
+
+template <Access A> void note(Cell& cell, bool is_shared, uint64_t offset, size_t bytes, const void* pc) {
+    const Record me = uint64_t(self.thread) << 32 | uint64_t(launch) << 16 | uint16_t(self.clock);
+    Record other = ordered(cell.write, is_shared) ? 0 : cell.write;
+    if (A == WRITE) {
+        for (Record reader : cell.read) {
+            if (!other && !ordered(reader, is_shared)) other = reader;
+        }
+    }
+    if (other) {
+        const char* what = other == cell.write ? "written" : "read";
+        fail(pc, "%s %zu bytes at %s that thread %u of block %u has %s, without a barrier in between",
+             A == READ ? "reads" : "writes", bytes, (is_shared ? described_shared(offset) : described(offset)).c_str(),
+             thread_of(other) % block_threads, thread_of(other) / block_threads, what);
+    }
+    if (A == WRITE) {
+        cell.write = me;
+    } else {
+        remember_reader(cell, me, is_shared);
+    }
+}
+
+template <Access A> [[gnu::noinline]] void refuse(const uint8_t* s, uint64_t offset, size_t bytes, const void* pc) {
+    size_t bad = 0;
+    while (bad < bytes && (A == READ ? s[bad] == WRITTEN : s[bad] != FREE)) ++bad;
+    fail(pc, "%s %zu bytes at %s, %s", A == READ ? "reads" : "writes", bytes, described(offset + bad).c_str(),
+         s[bad] == FREE ? "which are not allocated" : "which were never written");
+}
+
+template <Access A> void access_global(uint64_t offset, size_t bytes, const void* pc) {
+    uint8_t* s = states + offset;
+    if (A == READ ? !all(s, bytes, WRITTEN) : memchr(s, FREE, bytes) != nullptr) refuse<A>(s, offset, bytes, pc);
+    if (A == WRITE) memset(s, WRITTEN, bytes);
+    if (counter) (A == READ ? counter->bytes_read : counter->bytes_written) += bytes;
+    if (bytes < GRANULE) return;
+    for (uint64_t g = offset / GRANULE; g * GRANULE < offset + bytes; ++g) note<A>(cells[g], false, offset, bytes, pc);
+}
+
+template <Access A> void access_shared(uint64_t offset, size_t bytes, const void* pc) {
+    if (A == READ && !all(&shared_states[offset], bytes, WRITTEN)) {
+        fail(pc, "reads %zu bytes at %s, which this block has not written", bytes, described_shared(offset).c_str());
+    }
+    if (A == WRITE) memset(&shared_states[offset], WRITTEN, bytes);
+    for (size_t i = 0; i < bytes; ++i) note<A>(shared_cells[offset + i], true, offset, bytes, pc);
+}
+
+template <Access A> inline void access(const void* address, size_t bytes, size_t alignment, const void* pc) {
+    const uint64_t offset = uint64_t(address) - uint64_t(base), in_shared = uint64_t(address) - shared_base;
+    if (!in_kernel) return;
+    const bool is_global = offset < SPAN;
+    if (!is_global && in_shared >= shared_size) {
+        if (uint64_t(address) < PAGE) fail(pc, "%s %zu bytes at address 0", A == READ ? "reads" : "writes", bytes);
+        return; // the stack
+    }
+    if (uint64_t(address) % alignment) {
+        fail(pc, "%s %zu bytes at an address that is not a multiple of %zu", A == READ ? "reads" : "writes", bytes,
+             alignment);
+    }
+    if (is_global) {
+        access_global<A>(offset, bytes, pc);
+    } else {
+        access_shared<A>(in_shared, bytes < shared_size - in_shared ? bytes : shared_size - in_shared, pc);
+    }
+}
+
+// "softmax.cu:12", by the debug information.
+std::string source_line(const void* pc) {
+    Dl_info info;
+    if (!pc || !dladdr(pc, &info)) return "";
+    char command[4096], line[1024] = "";
+    snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
+             uint64_t(pc) - uint64_t(info.dli_fbase) - 1);
+    if (FILE* pipe = popen(command, "r")) {
+        if (!fgets(line, sizeof line, pipe)) line[0] = 0;
+        pclose(pipe);
+    }
+    line[strcspn(line, " \n")] = 0;
+    return strchr(line, '?') ? "" : line;
+}
+
+// The table of what was launched and called, into the file that SOFTWARE_CUDA_COUNTS names (`%p`: the process).
+struct Table {
+    ~Table() {
+        const char* name = getenv("SOFTWARE_CUDA_COUNTS");
+        if (!name || counts.empty()) return;
+        std::string path = name;
+        if (size_t at = path.find("%p"); at != path.npos) path.replace(at, 2, std::to_string(getpid()));
+        FILE* file = fopen(path.c_str(), "w");
+        if (!file) {
+            perror(("software CUDA: " + path).c_str());
+            return;
+        }
+        fprintf(file, "calls\tbytes read\tbytes written\twhat\n");
+        Count sum;
+        for (const auto& [what, count] : counts) {
+            fprintf(file, "%lu\t%lu\t%lu\t%s\n", count.calls, count.bytes_read, count.bytes_written, what.c_str());
+            sum.calls += count.calls, sum.bytes_read += count.bytes_read, sum.bytes_written += count.bytes_written;
+        }
+        fprintf(file, "%lu\t%lu\t%lu\tall\n", sum.calls, sum.bytes_read, sum.bytes_written);
+        fprintf(file, "\t\t%lu\tmost bytes allocated at once\n", peak);
+        fclose(file);
+    }
+} table;
+
+} // namespace
+
+Lock::Lock() { mutex.lock(); }
+Lock::~Lock() { mutex.unlock(); }
+
+bool recording() {
+    static const bool on = [] {
+        const char* value = getenv("SOFTWARE_CUDA_RECORD");
+        return value && *value && strcmp(value, "0") != 0;
+    }();
+    return on;
+}
+
+void begin(const std::string& what) {
+    current = what;
+    counter = &counts[what];
+    ++counter->calls;
+}
+const std::string& running() { return current; }
+Count& count(const std::string& what) { return counts[what]; }
+
+void fail(const void* pc, const char* format, ...) {
+    char what[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    const std::string line = source_line(pc), at = in_kernel ? who() : "";
+    fprintf(stderr, "software CUDA: %s: %s%s%s%s%s\n", current.c_str(), at.c_str(), at.empty() ? "" : " ", what,
+            line.empty() ? "" : ", at ", line.c_str());
+    if (in_kernel) give_up();
+}
+
+void* allocate(size_t bytes) {
+    prepare();
+    uint64_t at = place_from(cursor, bytes);
+    if (at == SPAN) at = place_from(LEAST_GAP, bytes);
+    if (at == SPAN) return nullptr;
+    allocations[at] = bytes;
+    cursor = at + pages(bytes) + gap_after(bytes);
+    in_use += bytes;
+    peak = in_use > peak ? in_use : peak;
+    if (!recording()) {
+        memset(base + at, 0xff, bytes); // not a number, in every type that has such
+        memset(states + at, UNWRITTEN, bytes);
+    }
+    return base + at;
+}
+
+bool release(void* address) {
+    auto it = allocations.find(uint64_t(address) - uint64_t(base));
+    if (it == allocations.end()) return false;
+    const auto [at, bytes] = *it;
+    allocations.erase(it);
+    in_use -= bytes;
+    if (!recording()) {
+        madvise(base + at, pages(bytes), MADV_DONTNEED);
+        madvise(states + at, pages(bytes), MADV_DONTNEED);
+        madvise(cells + at / GRANULE, pages(bytes) / GRANULE * sizeof(Cell), MADV_DONTNEED);
+    }
+    return true;
+}
+
+size_t allocated() { return in_use; }
+
+uint64_t end_of(uint64_t address) {
+    const uint64_t offset = address - uint64_t(base);
+    auto after = allocations.upper_bound(offset);
+    if (after == allocations.begin()) return 0;
+    auto [start, size] = *std::prev(after);
+    return offset < start + size ? uint64_t(base) + start + size : 0;
+}
+
+bool check(const void* address, size_t bytes, Access access) { return check_runs(address, bytes, 1, 0, access); }
+
+bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch, Access access) {
+    if (bytes == 0 || columns == 0) return true;
+    if (counter) (access == READ ? counter->bytes_read : counter->bytes_written) += bytes * columns;
+    const char* verb = access == READ ? "reads" : "writes";
+    for (size_t column = 0; column < columns; ++column) {
+        const uint64_t at = uint64_t(address) + column * pitch, end = end_of(at), offset = at - uint64_t(base);
+        if (end == 0 || at + bytes > end) {
+            fail(nullptr, "%s %zu bytes at %s, which end too soon", verb, bytes,
+                 offset < SPAN ? described(offset).c_str() : "an address of the host");
+            return false;
+        }
+        if (recording()) continue;
+        uint8_t* s = states + offset;
+        if (access == WRITE) {
+            memset(s, WRITTEN, bytes);
+        } else if (!all(s, bytes, WRITTEN)) {
+            size_t bad = 0;
+            while (s[bad] == WRITTEN) ++bad;
+            fail(nullptr, "%s %zu bytes of which some, at %s, were never written", verb, bytes,
+                 described(offset + bad).c_str());
+            return false;
+        }
+    }
+    return true;
+}
+
+void new_launch(uint64_t address, size_t bytes) {
+    shared_base = address;
+    shared_size = bytes;
+    shared_states.assign(bytes, UNWRITTEN);
+    shared_cells.assign(bytes, Cell{});
+    if (++launch == 0) {
+        madvise(cells, SPAN / GRANULE * sizeof(Cell), MADV_DONTNEED);
+        launch = 1;
+    }
+}
+
+void new_block() {
+    memset((void*)shared_base, 0xff, shared_size);
+    if (shared_size) memset(shared_states.data(), UNWRITTEN, shared_size);
+}
+
+} // namespace software
+
+#define ACCESS(bytes) \
+    void __tsan_read##bytes(void* p) { \
+        software::access<software::READ>(p, bytes, bytes, __builtin_return_address(0)); \
+    } \
+    void __tsan_write##bytes(void* p) { \
+        software::access<software::WRITE>(p, bytes, bytes, __builtin_return_address(0)); \
+    } \
+    void __tsan_unaligned_read##bytes(void* p) { \
+        software::access<software::READ>(p, bytes, 1, __builtin_return_address(0)); \
+    } \
+    void __tsan_unaligned_write##bytes(void* p) { \
+        software::access<software::WRITE>(p, bytes, 1, __builtin_return_address(0)); \
+    }
+extern "C" {
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+void __tsan_read_range(void* p, size_t bytes) {
+    software::access<software::READ>(p, bytes, 1, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t bytes) {
+    software::access<software::WRITE>(p, bytes, 1, __builtin_return_address(0));
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
