@@ -2,7 +2,8 @@
 //! of bf16.
 //!
 //! Where there is no GPU every test here says so and passes, provided that this is what the device says. Any other
-//! reason why it cannot be opened is a failure.
+//! reason why it cannot be opened is a failure, and so is any at all under `.ci/cuda emulate`, which puts the software
+//! device of tests/software_cuda in a GPU's place.
 
 use std::io::Write;
 
@@ -10,7 +11,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{method, metrics, models, ops, train};
+use crate::{engine, method, metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -18,12 +19,18 @@ const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
 /// few and random, bf16 says nothing of them.
 const MODEL_OUTPUT_BF16: f64 = 0.1;
 
+/// Whether the GPU is the software device.
+pub(crate) fn emulated() -> bool {
+    std::env::var_os("SOFTWARE_CUDA").is_some()
+}
+
 /// The first GPU, or nothing where there is none.
 fn gpu() -> Option<Device> {
     match open("cuda:0") {
         Ok(device) => Some(device),
         Err(error) => {
             let message = error.to_string();
+            assert!(!emulated(), "{message}");
             assert_eq!(message, "device cuda:0: no CUDA device (CUDA_ERROR_NO_DEVICE)");
             // Past the test runner, which keeps what a passing test prints to itself.
             writeln!(std::io::stderr(), "nothing compared on the GPU: {message}").expect("an open stderr");
@@ -109,6 +116,13 @@ fn the_method_on_the_gpu_agrees_with_its_references() {
         method::tracer_golden,
         train::hypnos_step,
     ]);
+}
+
+#[test]
+fn a_step_of_each_method_and_a_picture_on_the_gpu_are_those_of_the_cpu() {
+    if gpu().is_some() {
+        engine::gpu::a_step_of_each_method("cuda:0");
+    }
 }
 
 #[test]

@@ -22,6 +22,9 @@ use uuid::Uuid;
 
 use crate::provenance::{drawn_json, png_texts};
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+
 /// The job of every training here.
 const JOB: JobId = JobId(Uuid::from_u128(7));
 
@@ -118,6 +121,16 @@ impl Attempt {
 
     fn on(
         engine: CandleEngine,
+        spec: &TrainSpec,
+        class_images: Vec<Option<Vec<u8>>>,
+        resume: Option<&Path>,
+        flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
+    ) -> Self {
+        Self::on(engine(), spec, class_images, resume, flow)
+    }
+
+    fn on(
+        mut engine: CandleEngine,
         spec: &TrainSpec,
         class_images: Vec<Option<Vec<u8>>>,
         resume: Option<&Path>,

@@ -9,6 +9,8 @@ mod method;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+#[cfg(feature = "cuda")]
+mod launches;
 mod ops;
 
 mod candle_transformers;

@@ -80,13 +80,15 @@ Numbers drawn(size_t n, unsigned seed, float scale = 1) {
 template <class T> void* pointer(T& v) { return &v; }
 void* pointer(Buffer& buffer) { return &buffer.address; }
 
+unsigned dynamic_bytes; // shared memory that the next launches ask for
+
 template <class... T>
 int launch(const std::string& module, const char* kernel, unsigned blocks, unsigned threads, const T&... arguments) {
     void *loaded = nullptr, *function = nullptr;
     if (cuModuleLoadData(&loaded, ("// hypnos " + module + "\n").c_str()) != 0) abort();
     if (cuModuleGetFunction(&function, loaded, kernel) != 0) abort();
     void* pointers[] = {pointer(const_cast<T&>(arguments))...};
-    return cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, nullptr, pointers, nullptr);
+    return cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, dynamic_bytes, nullptr, pointers, nullptr);
 }
 
 struct Place {
@@ -330,6 +332,14 @@ void planted() {
     found("a product with a wrong stride", "which end too soon", [&] { return product(x, x, y, 4, 4, 16, 5); });
     found("a product of unwritten numbers", "were never written",
           [&] { return product(Buffer(64), x, y, 4, 4, 16, 4); });
+    dynamic_bytes = 64 * sizeof(float);
+    const int one_more = 65;
+    ran("memory of the launch's size", kernel("dynamic_overrun", 1, 32, x, y, n));
+    found("an overrun of the launch's shared memory", "which end too soon",
+          [&] { return kernel("dynamic_overrun", 1, 32, x, y, one_more); });
+    dynamic_bytes = 64 << 10;
+    found("too much shared memory", "are too many", [&] { return kernel("dynamic_overrun", 1, 32, x, y, n); });
+    dynamic_bytes = 0;
     barrierless();
     // Our own kernel, with a count that is one too high.
     const long long beyond = 65;

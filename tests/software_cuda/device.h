@@ -19,12 +19,15 @@
 #define __restrict__ __restrict
 // Filled anew for every block, so that nothing can be read that the block has not written.
 #define __shared__ static
+// For `extern __shared__ type name[]`, the memory that a launch asks for, which no host compiler takes as it stands.
+#define DYNAMIC_SHARED(type, name) type* const name = (type*)software_dynamic_shared
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 extern "C" {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+extern char software_dynamic_shared[];
 
 // Threads that call these wait for one another; `line` is that of the call.
 int software_barrier(int value, int line);                                              // the sum of `value`

@@ -41,8 +41,10 @@ struct Function {
     const Module* module;
     const SoftwareKernel* kernel;
     std::string name;
+    int most_dynamic; // bytes of shared memory that a launch may ask for
 };
 
+constexpr unsigned MOST_SHARED = 163 << 10; // per block
 int context_value;
 thread_local void* current_context;
 std::map<std::string, Module> modules;
@@ -99,11 +101,10 @@ Module* load(const std::string& name) {
 
 // Counts a launch that is not run: what its pointers point to, up to the end of their allocations, once.
 void count_operands(const SoftwareKernel& kernel, void** arguments) {
-    Count& row = count(running());
     for (unsigned i = 0; i < kernel.count; ++i) {
         if (!kernel.parameters[i].is_pointer) continue;
         const uint64_t at = *(uint64_t*)arguments[i], end = end_of(at);
-        (kernel.parameters[i].is_const ? row.bytes_read : row.bytes_written) += end ? end - at : 0;
+        add(kernel.parameters[i].is_const ? READ : WRITE, end ? end - at : 0);
     }
 }
 
@@ -145,9 +146,9 @@ int cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
     case 39: *value = 2048; break;  // threads per multiprocessor
     case 75: *value = 8; break;     // compute capability
     case 76: *value = 0; break;
-    case 81: *value = 164 << 10; break; // shared memory per multiprocessor
-    case 97: *value = 163 << 10; break; // shared memory per block, on demand
-    case 115: *value = 1; break;        // memory pools
+    case 81: *value = 164 << 10; break;   // shared memory per multiprocessor
+    case 97: *value = MOST_SHARED; break; // shared memory per block, on demand
+    case 115: *value = 1; break;          // memory pools
     default:
         fprintf(stderr, "software CUDA: cuDeviceGetAttribute: attribute %d is not known\n", attribute);
         return NOT_SUPPORTED;
@@ -159,6 +160,17 @@ int cuDevicePrimaryCtxRelease_v2(CUdevice) { return SUCCESS; }
 int cuCtxGetCurrent(void** context) { return *context = current_context, SUCCESS; }
 int cuCtxSetCurrent(void* context) { return current_context = context, SUCCESS; }
 int cuCtxSynchronize() { return SUCCESS; }
+
+int cuProfilerStart() {
+    Lock lock;
+    count_from_here();
+    return SUCCESS;
+}
+int cuProfilerStop() {
+    Lock lock;
+    count_no_more();
+    return SUCCESS;
+}
 
 int cuStreamCreate(void** stream, unsigned) { return *stream = (void*)(next_handle += 16), SUCCESS; }
 int cuStreamDestroy_v2(void*) { return SUCCESS; }
@@ -258,12 +270,20 @@ int cuModuleGetFunction(void** function, void* handle, const char* name) {
     for (const SoftwareKernel* kernel = module->kernels; kernel->name; ++kernel) {
         if (strcmp(kernel->name, name) != 0) continue;
         const std::string title = module->name + "." + name;
-        *function = &(functions[{module, name}] = {module, kernel, title});
+        *function = &(functions[{module, name}] = {module, kernel, title, 48 << 10});
         return SUCCESS;
     }
     fprintf(stderr, "software CUDA: module %s has no kernel %s; if it is candle's, candle.cu should have it\n",
             module->name.c_str(), name);
     return NOT_FOUND;
+}
+
+int cuFuncSetAttribute(void* handle, int attribute, int value) {
+    Function& function = *(Function*)handle;
+    if (attribute == 9) return SUCCESS; // the preferred carveout
+    if (attribute != 8 || value < 0 || value > (int)MOST_SHARED) return INVALID_VALUE;
+    function.most_dynamic = value;
+    return SUCCESS;
 }
 
 int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
@@ -277,16 +297,16 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
                 function.name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z);
         return INVALID_VALUE;
     }
-    if (shared_bytes) {
-        fprintf(stderr, "software CUDA: %s: shared memory of a launch's size is not supported\n",
-                function.name.c_str());
-        return NOT_SUPPORTED;
+    if (shared_bytes > (unsigned)function.most_dynamic || function.module->shared_bytes + shared_bytes > MOST_SHARED) {
+        fprintf(stderr, "software CUDA: %s: %u bytes of shared memory are too many; it may ask for %d\n",
+                function.name.c_str(), shared_bytes, function.most_dynamic);
+        return INVALID_VALUE;
     }
     if (recording()) {
         count_operands(*function.kernel, arguments);
         return SUCCESS;
     }
-    new_launch(function.module->shared, function.module->shared_bytes);
+    new_launch(function.module->shared, function.module->shared_bytes, shared_bytes);
     const Launch launch = {function.kernel->call, arguments, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}};
     return run(launch) ? SUCCESS : LAUNCH_FAILED;
 }

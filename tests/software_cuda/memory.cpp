@@ -14,12 +14,17 @@
 #include <unistd.h>
 #include <vector>
 
+extern "C" {
+alignas(1024) char software_dynamic_shared[163 << 10];
+}
+
 namespace software {
 namespace {
 
 constexpr uint64_t SPAN = 1ull << 40, PAGE = 4096;
 // Between two allocations lies at least this much, or as much as the first holds: a wrong index lands in nothing.
 constexpr uint64_t LEAST_GAP = 1 << 16, MOST_GAP = 1 << 30;
+constexpr size_t MOST_DYNAMIC = sizeof software_dynamic_shared;
 
 enum State : uint8_t { FREE, UNWRITTEN, WRITTEN };
 
@@ -38,14 +43,21 @@ std::map<uint64_t, uint64_t> allocations; // from offset to size
 uint64_t cursor = LEAST_GAP, in_use, peak;
 uint16_t launch;
 
-uint64_t shared_base;
-size_t shared_size;
-std::vector<uint8_t> shared_states;
-std::vector<Cell> shared_cells;
+// What the threads of a block share: the static variables of a kernel file, and what the launch asks for.
+struct Shared {
+    uint64_t base = 0;
+    size_t size = 0;
+    std::vector<uint8_t> states;
+    std::vector<Cell> cells;
+} fixed, dynamic;
 
 std::string current;
+struct Count {
+    uint64_t calls = 0, bytes_read = 0, bytes_written = 0;
+};
 std::map<std::string, Count> counts;
-Count* counter;
+Count* counter; // what is running counts here, if anything is counted
+bool counting = true;
 std::recursive_mutex mutex;
 
 void* reserve(uint64_t bytes) {
@@ -95,7 +107,10 @@ std::string described(uint64_t offset) {
     return text;
 }
 
-std::string described_shared(uint64_t offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
+std::string described(const Shared& shared, uint64_t offset) {
+    const char* kind = &shared == &dynamic ? " of the launch's " : " of the kernel's ";
+    return "byte " + std::to_string(offset) + kind + std::to_string(shared.size) + " of shared memory";
+}
 
 bool all(const uint8_t* s, size_t n, State wanted) { return s[0] == wanted && memcmp(s, s + 1, n - 1) == 0; }
 
@@ -122,24 +137,24 @@ void remember_reader(Cell& cell, Record me, bool is_shared) {
     if (thread_of(cell.read[0]) / block_threads == thread_of(cell.read[1]) / block_threads) cell.read[1] = me;
 }
 
-template <Access A> void note(Cell& cell, bool is_shared, uint64_t offset, size_t bytes, const void* pc) {
+template <Access A> void note(Cell& cell, const Shared* shared, uint64_t offset, size_t bytes, const void* pc) {
     const Record me = uint64_t(self.thread) << 32 | uint64_t(launch) << 16 | uint16_t(self.clock);
-    Record other = ordered(cell.write, is_shared) ? 0 : cell.write;
+    Record other = ordered(cell.write, shared) ? 0 : cell.write;
     if (A == WRITE) {
         for (Record reader : cell.read) {
-            if (!other && !ordered(reader, is_shared)) other = reader;
+            if (!other && !ordered(reader, shared)) other = reader;
         }
     }
     if (other) {
         const char* what = other == cell.write ? "written" : "read";
         fail(pc, "%s %zu bytes at %s that thread %u of block %u has %s, without a barrier in between",
-             A == READ ? "reads" : "writes", bytes, (is_shared ? described_shared(offset) : described(offset)).c_str(),
+             A == READ ? "reads" : "writes", bytes, (shared ? described(*shared, offset) : described(offset)).c_str(),
              thread_of(other) % block_threads, thread_of(other) / block_threads, what);
     }
     if (A == WRITE) {
         cell.write = me;
     } else {
-        remember_reader(cell, me, is_shared);
+        remember_reader(cell, me, shared);
     }
 }
 
@@ -154,35 +169,40 @@ template <Access A> void access_global(uint64_t offset, size_t bytes, const void
     uint8_t* s = states + offset;
     if (A == READ ? !all(s, bytes, WRITTEN) : memchr(s, FREE, bytes) != nullptr) refuse<A>(s, offset, bytes, pc);
     if (A == WRITE) memset(s, WRITTEN, bytes);
-    if (counter) (A == READ ? counter->bytes_read : counter->bytes_written) += bytes;
+    add(A, bytes);
     if (bytes < GRANULE) return;
-    for (uint64_t g = offset / GRANULE; g * GRANULE < offset + bytes; ++g) note<A>(cells[g], false, offset, bytes, pc);
+    for (uint64_t g = offset / GRANULE; g * GRANULE < offset + bytes; ++g)
+        note<A>(cells[g], nullptr, offset, bytes, pc);
 }
 
-template <Access A> void access_shared(uint64_t offset, size_t bytes, const void* pc) {
-    if (A == READ && !all(&shared_states[offset], bytes, WRITTEN)) {
-        fail(pc, "reads %zu bytes at %s, which this block has not written", bytes, described_shared(offset).c_str());
+template <Access A> void access_shared(Shared& shared, uint64_t offset, size_t bytes, const void* pc) {
+    uint8_t* s = shared.states.data() + offset;
+    if (offset + bytes > shared.size || (A == READ && !all(s, bytes, WRITTEN))) {
+        fail(pc, "%s %zu bytes at %s, %s", A == READ ? "reads" : "writes", bytes, described(shared, offset).c_str(),
+             offset + bytes > shared.size ? "which end too soon" : "which this block has not written");
     }
-    if (A == WRITE) memset(&shared_states[offset], WRITTEN, bytes);
-    for (size_t i = 0; i < bytes; ++i) note<A>(shared_cells[offset + i], true, offset, bytes, pc);
+    if (A == WRITE) memset(s, WRITTEN, bytes);
+    for (size_t i = 0; i < bytes; ++i) note<A>(shared.cells[offset + i], &shared, offset, bytes, pc);
 }
 
 template <Access A> inline void access(const void* address, size_t bytes, size_t alignment, const void* pc) {
-    const uint64_t offset = uint64_t(address) - uint64_t(base), in_shared = uint64_t(address) - shared_base;
     if (!in_kernel) return;
-    const bool is_global = offset < SPAN;
-    if (!is_global && in_shared >= shared_size) {
-        if (uint64_t(address) < PAGE) fail(pc, "%s %zu bytes at address 0", A == READ ? "reads" : "writes", bytes);
+    const uint64_t at = uint64_t(address), offset = at - uint64_t(base);
+    const bool is_fixed = at - fixed.base < fixed.size, is_dynamic = at - dynamic.base < MOST_DYNAMIC;
+    if (offset >= SPAN && !is_fixed && !is_dynamic) {
+        if (at < PAGE) fail(pc, "%s %zu bytes at address 0", A == READ ? "reads" : "writes", bytes);
         return; // the stack
     }
-    if (uint64_t(address) % alignment) {
+    if (at % alignment) {
         fail(pc, "%s %zu bytes at an address that is not a multiple of %zu", A == READ ? "reads" : "writes", bytes,
              alignment);
     }
-    if (is_global) {
+    if (offset < SPAN) {
         access_global<A>(offset, bytes, pc);
+    } else if (is_fixed) {
+        access_shared<A>(fixed, at - fixed.base, bytes, pc);
     } else {
-        access_shared<A>(in_shared, bytes < shared_size - in_shared ? bytes : shared_size - in_shared, pc);
+        access_shared<A>(dynamic, at - dynamic.base, bytes, pc);
     }
 }
 
@@ -213,14 +233,14 @@ struct Table {
             perror(("software CUDA: " + path).c_str());
             return;
         }
-        fprintf(file, "calls\tbytes read\tbytes written\twhat\n");
+        fprintf(file, "what\tcalls\tbytes read\tbytes written\n");
         Count sum;
         for (const auto& [what, count] : counts) {
-            fprintf(file, "%lu\t%lu\t%lu\t%s\n", count.calls, count.bytes_read, count.bytes_written, what.c_str());
+            fprintf(file, "%s\t%lu\t%lu\t%lu\n", what.c_str(), count.calls, count.bytes_read, count.bytes_written);
             sum.calls += count.calls, sum.bytes_read += count.bytes_read, sum.bytes_written += count.bytes_written;
         }
-        fprintf(file, "%lu\t%lu\t%lu\tall\n", sum.calls, sum.bytes_read, sum.bytes_written);
-        fprintf(file, "\t\t%lu\tmost bytes allocated at once\n", peak);
+        fprintf(file, "all\t%lu\t%lu\t%lu\n", sum.calls, sum.bytes_read, sum.bytes_written);
+        fprintf(file, "most bytes allocated at once\t\t\t%lu\n", peak);
         fclose(file);
     }
 } table;
@@ -240,11 +260,22 @@ bool recording() {
 
 void begin(const std::string& what) {
     current = what;
-    counter = &counts[what];
-    ++counter->calls;
+    counter = counting ? &counts[what] : nullptr;
+    if (counter) ++counter->calls;
 }
 const std::string& running() { return current; }
-Count& count(const std::string& what) { return counts[what]; }
+
+void add(Access access, uint64_t bytes) {
+    if (counter) (access == READ ? counter->bytes_read : counter->bytes_written) += bytes;
+}
+
+void count_from_here() {
+    counts.clear();
+    counting = true;
+    counter = nullptr;
+    peak = in_use;
+}
+void count_no_more() { counting = false; }
 
 void fail(const void* pc, const char* format, ...) {
     char what[1024];
@@ -266,7 +297,7 @@ void* allocate(size_t bytes) {
     allocations[at] = bytes;
     cursor = at + pages(bytes) + gap_after(bytes);
     in_use += bytes;
-    peak = in_use > peak ? in_use : peak;
+    if (counting && in_use > peak) peak = in_use;
     if (!recording()) {
         memset(base + at, 0xff, bytes); // not a number, in every type that has such
         memset(states + at, UNWRITTEN, bytes);
@@ -302,7 +333,7 @@ bool check(const void* address, size_t bytes, Access access) { return check_runs
 
 bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch, Access access) {
     if (bytes == 0 || columns == 0) return true;
-    if (counter) (access == READ ? counter->bytes_read : counter->bytes_written) += bytes * columns;
+    add(access, bytes * columns);
     const char* verb = access == READ ? "reads" : "writes";
     for (size_t column = 0; column < columns; ++column) {
         const uint64_t at = uint64_t(address) + column * pitch, end = end_of(at), offset = at - uint64_t(base);
@@ -326,11 +357,15 @@ bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch,
     return true;
 }
 
-void new_launch(uint64_t address, size_t bytes) {
-    shared_base = address;
-    shared_size = bytes;
-    shared_states.assign(bytes, UNWRITTEN);
-    shared_cells.assign(bytes, Cell{});
+void new_launch(uint64_t address, size_t bytes, size_t dynamic_bytes) {
+    const auto renew = [](Shared& shared, uint64_t address, size_t bytes) {
+        shared.base = address;
+        shared.size = bytes;
+        shared.states.assign(bytes, UNWRITTEN);
+        shared.cells.assign(bytes, Cell{});
+    };
+    renew(fixed, address, bytes);
+    renew(dynamic, uint64_t(software_dynamic_shared), dynamic_bytes);
     if (++launch == 0) {
         madvise(cells, SPAN / GRANULE * sizeof(Cell), MADV_DONTNEED);
         launch = 1;
@@ -338,8 +373,11 @@ void new_launch(uint64_t address, size_t bytes) {
 }
 
 void new_block() {
-    memset((void*)shared_base, 0xff, shared_size);
-    if (shared_size) memset(shared_states.data(), UNWRITTEN, shared_size);
+    for (Shared* shared : {&fixed, &dynamic}) {
+        if (!shared->size) continue;
+        memset((void*)shared->base, 0xff, shared->size);
+        memset(shared->states.data(), UNWRITTEN, shared->size);
+    }
 }
 
 } // namespace software

@@ -78,3 +78,11 @@ extern "C" __global__ void shuffle_for_some(float* y) {
 extern "C" __global__ void misaligned(const float* x, double* y) { y[0] = *(const double*)(x + 1); }
 
 extern "C" __global__ void freed(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
+
+// Asks for one element more than the launch has.
+extern "C" __global__ void dynamic_overrun(const float* x, float* y, int n) {
+    DYNAMIC_SHARED(float, values);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) values[i] = x[i % 64];
+    __syncthreads();
+    y[threadIdx.x] = values[n - 1 - threadIdx.x];
+}

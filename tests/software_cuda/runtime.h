@@ -34,18 +34,19 @@ bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch,
 
 // Before a kernel's first block, and before each block: what shared memory held is gone, and nothing that came before
 // is ordered against it.
-void new_launch(uint64_t shared_address, size_t shared_bytes);
+void new_launch(uint64_t shared_address, size_t shared_bytes, size_t dynamic_bytes);
 void new_block();
 
 // Record instead of compute (SOFTWARE_CUDA_RECORD=1): launches and calls are counted by their operands, nothing is run,
 // no memory is touched, and what is copied to the host is zeros.
 bool recording();
 
-struct Count {
-    uint64_t calls = 0, bytes_read = 0, bytes_written = 0;
-};
-// The row of the table that `what` counts in. Call `lock` around everything that runs.
-Count& count(const std::string& what);
+// Counts bytes for what is running. The driver's profiler functions say from where to where anything is counted.
+void add(Access access, uint64_t bytes);
+void count_from_here();
+void count_no_more();
+
+// Held around everything that runs: the device does one thing at a time.
 struct Lock {
     Lock();
     ~Lock();

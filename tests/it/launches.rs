@@ -1,0 +1,131 @@
+//! What passes of Stable Diffusion 1.5 in its real sizes ask of a GPU: launches, calls of libraries and the bytes of
+//! their operands. The software device counts them without computing, and the table is tests/golden/launches.tsv.
+
+use std::collections::HashMap;
+use std::process::Command;
+
+use candle_core::cuda_backend::cudarc::driver::Profiler;
+use candle_core::{DType, Device, Tensor};
+use hypnos::ml::Result;
+use hypnos::ml::device::open;
+use hypnos::ml::models::unet::Unet;
+use hypnos::ml::models::vae::Vae;
+use hypnos::ml::ops::{AdamW, AdamWConfig};
+use hypnos::ml::weights::Weights;
+use serde_json::{Value, json};
+
+/// A pass: its inputs are made first, what it returns is run between the profiler's start and stop.
+type Pass = fn(&Device) -> Result<Box<dyn FnMut() -> Result<()>>>;
+
+const PASSES: [(&str, Pass); 4] = [
+    ("UNet forward, batch 2, 64 x 64 latents, f32", |device| unet(device, DType::F32, false)),
+    ("UNet forward, batch 2, 64 x 64 latents, bf16", |device| unet(device, DType::BF16, false)),
+    ("UNet forward, backward and AdamW, batch 2, 64 x 64 latents, f32", |device| {
+        unet(device, DType::F32, true)
+    }),
+    ("VAE decoder forward, 512 x 512, f32", vae_decode),
+];
+
+/// Names the pass to a process that counts one.
+const PASS: &str = "HYPNOS_TEST_PASS";
+
+#[test]
+fn stable_diffusion_launches_what_the_table_says() {
+    if let Some(wanted) = std::env::var_os(PASS) {
+        let (_, pass) = PASSES.iter().find(|(name, _)| wanted == *name).expect("a pass");
+        return count(*pass).expect("a pass");
+    }
+    if !crate::cuda::emulated() {
+        return;
+    }
+    let sections: Vec<String> =
+        PASSES.iter().map(|(name, _)| format!("# {name}\n{}", counted(name))).collect();
+    let table = sections.join("\n");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/launches.tsv");
+    if std::env::var_os("HYPNOS_UPDATE_LAUNCHES").is_some() {
+        std::fs::write(path, &table).expect("a table");
+    }
+    let wanted = std::fs::read_to_string(path).unwrap_or_default();
+    let changed: Vec<String> = changes(&wanted, &table);
+    let how = "if that is meant, run this with HYPNOS_UPDATE_LAUNCHES=1";
+    assert!(changed.is_empty(), "launches.tsv differs; {how}:\n{}", changed.join("\n"));
+}
+
+/// The lines that only one of the two has.
+fn changes(wanted: &str, table: &str) -> Vec<String> {
+    let only = |sign: &str, these: &str, others: &str| -> Vec<String> {
+        let others: Vec<&str> = others.lines().collect();
+        these.lines().filter(|line| !others.contains(line)).map(|line| format!("{sign} {line}")).collect()
+    };
+    [only("-", wanted, table), only("+", table, wanted)].concat()
+}
+
+/// What a process of its own counts.
+fn counted(pass: &str) -> String {
+    let counts = tempfile::NamedTempFile::new().expect("a file");
+    let run = Command::new(std::env::current_exe().expect("a path"))
+        .args(["--exact", "launches::stable_diffusion_launches_what_the_table_says"])
+        .env(PASS, pass)
+        .env("SOFTWARE_CUDA_RECORD", "1")
+        .env("SOFTWARE_CUDA_COUNTS", counts.path())
+        .output()
+        .expect("a process");
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{pass}: {said}{}", String::from_utf8_lossy(&run.stderr));
+    std::fs::read_to_string(counts.path()).expect("counts")
+}
+
+fn count(pass: Pass) -> Result<()> {
+    let device = open("cuda:0")?;
+    let mut run = pass(&device)?;
+    let profiler = Profiler::new().expect("the driver's");
+    run()?;
+    device.synchronize()?;
+    drop(profiler);
+    Ok(())
+}
+
+/// Zeros of the shapes that `load` asks for.
+fn weights<M>(
+    device: &Device,
+    trainable: bool,
+    load: impl Fn(&Weights) -> Result<M>,
+) -> Result<(M, Weights)> {
+    let shapes = Weights::meta();
+    load(&shapes)?;
+    let mut tensors = HashMap::new();
+    for (name, param) in shapes.params() {
+        tensors.insert(name, Tensor::zeros(param.value().dims(), DType::F32, device)?);
+    }
+    let weights = Weights::from_tensors(tensors, device).trainable(trainable);
+    Ok((load(&weights)?, weights))
+}
+
+fn config<T: serde::de::DeserializeOwned>(config: Value) -> T {
+    serde_json::from_value(config).expect("a config")
+}
+
+fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut() -> Result<()>>> {
+    let of_sd15 = config(json!({}));
+    let (model, weights) = weights(device, training, |weights| Unet::load(weights, &of_sd15))?;
+    let x = Tensor::zeros((2, 4, 64, 64), dtype, device)?;
+    let text = Tensor::zeros((2, 77, 768), dtype, device)?;
+    if !training {
+        return Ok(Box::new(move || model.forward(&x, &[500.0; 2], &text).map(drop).map_err(Into::into)));
+    }
+    let params = weights.params().into_values().collect();
+    let mut optimiser = AdamW::new(params, AdamWConfig::default())?;
+    Ok(Box::new(move || {
+        let noise = x.zeros_like()?;
+        (model.forward(&x, &[500.0; 2], &text)? - noise)?.sqr()?.mean_all()?.backward()?;
+        optimiser.step()?;
+        Ok(())
+    }))
+}
+
+fn vae_decode(device: &Device) -> Result<Box<dyn FnMut() -> Result<()>>> {
+    let of_sd15 = config(json!({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}));
+    let (model, _) = weights(device, false, |weights| Vae::load(weights, &of_sd15))?;
+    let latents = Tensor::zeros((1, 4, 64, 64), DType::F32, device)?;
+    Ok(Box::new(move || model.decode(&latents).map(drop).map_err(Into::into)))
+}
