@@ -120,16 +120,6 @@ impl Attempt {
     }
 
     fn on(
-        engine: CandleEngine,
-        spec: &TrainSpec,
-        class_images: Vec<Option<Vec<u8>>>,
-        resume: Option<&Path>,
-        flow: impl FnMut(&mut dyn ImageGenerator, &TrainEvent) -> Flow,
-    ) -> Self {
-        Self::on(engine(), spec, class_images, resume, flow)
-    }
-
-    fn on(
         mut engine: CandleEngine,
         spec: &TrainSpec,
         class_images: Vec<Option<Vec<u8>>>,

@@ -113,7 +113,7 @@ fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut()
     if !training {
         return Ok(Box::new(move || model.forward(&x, &[500.0; 2], &text).map(drop).map_err(Into::into)));
     }
-    let params = weights.params().into_values().collect();
+    let params: Vec<_> = weights.params().into_values().collect();
     let mut optimiser = AdamW::new(params, AdamWConfig::default())?;
     Ok(Box::new(move || {
         let noise = x.zeros_like()?;

@@ -23,6 +23,19 @@ int cuMemcpyDtoH_v2(void*, uint64_t, size_t);
 int cublasGemmStridedBatchedEx(void*, int, int, int, int, int, const void*, const void*, int, int, long long,
                                const void*, int, int, long long, const void*, void*, int, int, long long, int, int,
                                int);
+int cudnnCreateTensorDescriptor(void**);
+int cudnnCreateFilterDescriptor(void**);
+int cudnnCreateConvolutionDescriptor(void**);
+int cudnnSetTensor4dDescriptor(void*, int, int, int, int, int, int);
+int cudnnSetFilter4dDescriptor(void*, int, int, int, int, int, int);
+int cudnnSetConvolution2dDescriptor(void*, int, int, int, int, int, int, int, int);
+int cudnnGetConvolutionForwardWorkspaceSize(void*, void*, void*, void*, void*, int, size_t*);
+int cudnnConvolutionForward(void*, const void*, void*, uint64_t, void*, uint64_t, void*, int, uint64_t, size_t,
+                            const void*, void*, uint64_t);
+int cudnnConvolutionBackwardData(void*, const void*, void*, uint64_t, void*, uint64_t, void*, int, uint64_t, size_t,
+                                 const void*, void*, uint64_t);
+int cudnnConvolutionBackwardFilter(void*, const void*, void*, uint64_t, void*, uint64_t, void*, int, uint64_t, size_t,
+                                   const void*, void*, uint64_t);
 }
 
 namespace {
@@ -229,6 +242,126 @@ void upsample(const Place& place) {
     near(place.module("upsample"), out, wanted, 0);
 }
 
+void embedding(const Place& place) {
+    const int rows = 9, cols = 40, tokens = 5;
+    const Numbers table = held(drawn(rows * cols, 15), place.type), grad = held(drawn(tokens * cols, 16), place.type);
+    const unsigned ids[tokens] = {3, 8, 3, 0, 3};
+    std::vector<double> wanted(tokens * cols), sums(rows * cols);
+    for (int i = 0; i < tokens * cols; ++i) {
+        wanted[i] = table[ids[i / cols] * cols + i % cols];
+        sums[ids[i / cols] * cols + i % cols] += grad[i];
+    }
+    const Buffer in(table, place.type), out(tokens * cols, place.type), dy(grad, place.type), id_buffer(tokens),
+        d_table(Numbers(rows * cols, 0.0f));
+    cuMemcpyHtoD_v2(id_buffer.address, ids, sizeof ids);
+    const std::string module = place.module("embedding");
+    ran("embedding", launch(module, "embedding", tokens, 32, in, id_buffer, out, cols));
+    near(module, out, wanted, 0);
+    ran("embedding_bwd", launch(module, "embedding_bwd", tokens, 64, dy, id_buffer, d_table, tokens, cols));
+    near(module + "_bwd", d_table, sums, 1e-6);
+}
+
+// AdamW's first step: both moments begin at 0.
+void adamw(const Place& place) {
+    const int n = 70000, chunk = 65536; // two chunks
+    const float clip = 0.5f, beta1 = 0.9f, beta2 = 0.99f, rate = 0.1f, correction = 10, eps = 1e-8f, keep = 0.98f;
+    const Numbers values = drawn(n, 17), grads = held(drawn(n, 18), place.type);
+    std::vector<double> wanted(n), squares(2);
+    for (int i = 0; i < n; ++i) {
+        const double g = (double)grads[i] * clip, m = (1 - (double)beta1) * g, v = (1 - (double)beta2) * g * g;
+        wanted[i] = values[i] * (double)keep - rate * m / (std::sqrt(v) * correction + eps);
+        squares[i / chunk] += (double)grads[i] * grads[i];
+    }
+    const Buffer value(values), mean(Numbers(n, 0.0f)), variance(Numbers(n, 0.0f)), grad(grads, place.type), sums(2);
+    const uint64_t slot[] = {value.address, mean.address, variance.address, grad.address, uint64_t(n)};
+    const int chunks[] = {0, 0, 0, 1};
+    const Buffer slots(sizeof slot / 4), chunk_table(4);
+    cuMemcpyHtoD_v2(slots.address, slot, sizeof slot);
+    cuMemcpyHtoD_v2(chunk_table.address, chunks, sizeof chunks);
+    const std::string module = place.module("adamw");
+    ran("sum_squares", launch(module, "sum_squares", 2, 512, slots, chunk_table, sums));
+    near(module + ": sum_squares", sums, squares, 1e-5);
+    ran("adamw", launch(module, "adamw", 2, 512, slots, chunk_table, clip, beta1, beta2, rate, correction, eps, keep));
+    near(module, value, wanted, 1e-5);
+}
+
+struct Dot {
+    double value = 0, size = 0; // the product, and that of the lengths
+};
+Dot dot(const Buffer& a, const Numbers& b) {
+    Numbers values;
+    if (!a.read(values)) return {NAN, NAN};
+    double sum = 0, aa = 0, bb = 0;
+    for (size_t i = 0; i < b.size(); ++i) {
+        sum += (double)values[i] * b[i], aa += (double)values[i] * values[i], bb += (double)b[i] * b[i];
+    }
+    return {sum, std::sqrt(aa * bb)};
+}
+
+// A convolution is linear in its input and in its weight, so <dy, y> = <dx, x> = <dw, w>.
+void adjoint(const std::string& what, Dot y, Dot x, Dot w, const Place& place) {
+    const double bound = place.type == Type::F32 ? 1e-6 : 4e-3;
+    if (!(std::fabs(x.value - y.value) <= bound * x.size)) wrong(what + ": gradient of the input");
+    if (!(std::fabs(w.value - y.value) <= bound * w.size)) wrong(what + ": gradient of the weight");
+}
+
+struct Window {
+    int h, w, out_h, out_w, k_h, k_w, stride, pad_top, pad_left, dilation;
+};
+const Window WINDOW = {7, 6, 4, 3, 3, 3, 2, 1, 1, 1};
+
+void depthwise(const Place& place) {
+    const int batch = 2, channels = 3, planes = batch * channels;
+    const long long n_in = planes * 42, n_out = planes * 12;
+    const Numbers x = held(drawn(n_in, 19), place.type), w = drawn(channels * 9, 20);
+    const Numbers dy = held(Numbers(n_out, 1.0f), place.type);
+    const Buffer in(x, place.type), weight(w), grad(dy, place.type), out(n_out, place.type), dx(n_in, place.type),
+        dw(channels * 9);
+    const std::string module = place.module("spatial");
+    ran("depthwise", launch(module, "depthwise", 1, 256, in, weight, out, n_out, channels, WINDOW));
+    ran("depthwise_bwd", launch(module, "depthwise_bwd", 1, 256, grad, weight, dx, n_in, channels, WINDOW));
+    ran("depthwise_bwd_weight",
+        launch(module, "depthwise_bwd_weight", channels * 9, 32, in, grad, dw, batch, channels, WINDOW));
+    adjoint(place.module("depthwise"), dot(out, dy), dot(dx, x), dot(dw, w), place);
+}
+
+void convolution(const Place& place) {
+    const int batch = 2, channels = 3, outs = 4, type = place.type == Type::F32 ? 0 : 9, algorithm = 1;
+    const Window s = WINDOW;
+    void *tx, *ty, *tw, *conv;
+    cudnnCreateTensorDescriptor(&tx), cudnnCreateTensorDescriptor(&ty), cudnnCreateFilterDescriptor(&tw);
+    cudnnCreateConvolutionDescriptor(&conv);
+    cudnnSetTensor4dDescriptor(tx, 0, type, batch, channels, s.h, s.w);
+    cudnnSetTensor4dDescriptor(ty, 0, type, batch, outs, s.out_h, s.out_w);
+    cudnnSetFilter4dDescriptor(tw, type, 0, outs, channels, 3, 3);
+    cudnnSetConvolution2dDescriptor(conv, 1, 1, 2, 2, 1, 1, 1, 0);
+    size_t bytes;
+    ran("workspace", cudnnGetConvolutionForwardWorkspaceSize(nullptr, tx, tw, conv, ty, algorithm, &bytes));
+    const Numbers x = held(drawn(batch * channels * 42, 21), place.type),
+                  w = held(drawn(outs * channels * 9, 22), place.type);
+    const Numbers dy = held(drawn(batch * outs * 12, 23), place.type);
+    std::vector<double> wanted(dy.size());
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        const int ox = i % s.out_w, oy = i / s.out_w % s.out_h, o = i / 12 % outs, b = i / 12 / outs;
+        for (int tap = 0; tap < channels * 9; ++tap) {
+            const int iy = oy * 2 - 1 + tap / 3 % 3, ix = ox * 2 - 1 + tap % 3;
+            if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;
+            wanted[i] += (double)w[o * channels * 9 + tap] * x[((b * channels + tap / 9) * s.h + iy) * s.w + ix];
+        }
+    }
+    const Buffer in(x, place.type), weight(w, place.type), grad(dy, place.type), out(dy.size(), place.type),
+        dx(x.size(), place.type), dw(w.size(), place.type), space(bytes);
+    const float one = 1, zero = 0;
+    ran("convolution", cudnnConvolutionForward(nullptr, &one, tx, in.address, tw, weight.address, conv, algorithm,
+                                               space.address, bytes, &zero, ty, out.address));
+    near(place.module("convolution"), out, wanted, place.bound());
+    ran("convolution's input", cudnnConvolutionBackwardData(nullptr, &one, tw, weight.address, ty, grad.address, conv,
+                                                            algorithm, space.address, bytes, &zero, tx, dx.address));
+    ran("convolution's weight", cudnnConvolutionBackwardFilter(nullptr, &one, tx, in.address, ty, grad.address, conv,
+                                                               algorithm, space.address, bytes, &zero, tw, dw.address));
+    adjoint(place.module("convolution"), dot(out, dy), dot(dx, x), dot(dw, w), place);
+}
+
 // A matrix product whose second row length is that of a longer matrix, as of one head among several.
 int product(const Buffer& a, const Buffer& b, const Buffer& c, int m, int n, int k, int pitch_a) {
     const float one = 1, zero = 0;
@@ -358,6 +491,10 @@ int main() {
         sums(place);
         elementwise(place);
         upsample(place);
+        embedding(place);
+        adamw(place);
+        depthwise(place);
+        convolution(place);
         products(place);
     }
     planted();
