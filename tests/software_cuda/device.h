@@ -22,6 +22,7 @@
 // For `extern __shared__ type name[]`, the memory that a launch asks for, which no host compiler takes as it stands.
 #define DYNAMIC_SHARED(type, name) type* const name = (type*)software_dynamic_shared
 
+enum { warpSize = 32, SOFTWARE_SLOT = 64 };
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
@@ -30,10 +31,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 extern char software_dynamic_shared[];
 
 // Threads that call these wait for one another; `line` is that of the call.
-int software_barrier(int value, int line);                                              // the sum of `value`
-void software_warp(unsigned mask, const void* mine, size_t bytes, void* all, int line); // of 32 lanes, in order
+int software_barrier(int value, int line); // the sum of `value`
+// What each of the 32 lanes gave, SOFTWARE_SLOT bytes apart, until this lane's next call.
+const void* software_warp(unsigned mask, const void* mine, size_t bytes, int line);
 }
-enum { warpSize = 32 };
 
 inline void __syncthreads(int line = __builtin_LINE()) { software_barrier(0, line); }
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
@@ -46,7 +47,7 @@ inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
     return software_barrier(predicate == 0, line) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
-    software_warp(mask, nullptr, 0, nullptr, line);
+    software_warp(mask, nullptr, 0, line);
 }
 
 inline unsigned software_lane() {
@@ -55,9 +56,7 @@ inline unsigned software_lane() {
 
 // The value of lane `from`; of a lane that is not in `mask`, which CUDA leaves undefined, bytes of ones.
 template <class T> inline T software_shuffle(unsigned mask, T value, unsigned from, int line) {
-    T all[warpSize];
-    software_warp(mask, &value, sizeof value, all, line);
-    return all[from % warpSize];
+    return *(const T*)((const char*)software_warp(mask, &value, sizeof value, line) + from % warpSize * SOFTWARE_SLOT);
 }
 template <class T> inline T __shfl_sync(unsigned mask, T v, int from, int width = 32, int line = __builtin_LINE()) {
     unsigned lane = software_lane();
@@ -78,10 +77,11 @@ inline T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32, int lin
     return software_shuffle(mask, v, lane % width >= by ? lane - by : lane, line);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    int all[warpSize];
-    software_warp(mask, &predicate, sizeof predicate, all, line);
+    const char* all = (const char*)software_warp(mask, &predicate, sizeof predicate, line);
     unsigned votes = 0;
-    for (int lane = 0; lane < warpSize; ++lane) votes |= unsigned((mask >> lane & 1) && all[lane]) << lane;
+    for (int lane = 0; lane < warpSize; ++lane) {
+        votes |= unsigned((mask >> lane & 1) && *(const int*)(all + lane * SOFTWARE_SLOT)) << lane;
+    }
     return votes;
 }
 inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {

@@ -112,7 +112,19 @@ std::string described(const Shared& shared, uint64_t offset) {
     return "byte " + std::to_string(offset) + kind + std::to_string(shared.size) + " of shared memory";
 }
 
-bool all(const uint8_t* s, size_t n, State wanted) { return s[0] == wanted && memcmp(s, s + 1, n - 1) == 0; }
+bool all_written(const uint8_t* s, size_t n) { return s[0] == WRITTEN && memcmp(s, s + 1, n - 1) == 0; }
+
+// The same for what most accesses read, 1 to 16 bytes.
+template <size_t N> bool all_written(const uint8_t* s) {
+    uint8_t wanted[N];
+    memset(wanted, WRITTEN, N);
+    return memcmp(s, wanted, N) == 0;
+}
+template <size_t N> bool none_free(const uint8_t* s) {
+    uint8_t least = WRITTEN;
+    for (size_t i = 0; i < N; ++i) least = s[i] < least ? s[i] : least;
+    return least != FREE;
+}
 
 uint32_t thread_of(Record r) { return uint32_t(r >> 32); }
 uint16_t launch_of(Record r) { return uint16_t(r >> 16); }
@@ -121,10 +133,13 @@ uint16_t clock_of(Record r) { return uint16_t(r); }
 // Whether what was recorded happened before what the running thread does now.
 bool ordered(Record r, bool is_shared) {
     if (launch_of(r) != launch || thread_of(r) == self.thread) return true;
-    if (thread_of(r) / block_threads != self.block) return is_shared;
-    if (warp_of(thread_of(r)) == warp_of(self.thread)) return clock_of(r) < self.clock;
-    return clock_of(r) < ordered_before(thread_of(r));
+    const uint32_t within = thread_of(r) - self.first;
+    if (within >= block_threads) return is_shared;
+    if (within / 32 == self.warp) return clock_of(r) < self.clock;
+    return clock_of(r) < ordered_before[within / 32];
 }
+
+bool in_my_block(Record r) { return thread_of(r) - self.first < block_threads; }
 
 void remember_reader(Cell& cell, Record me, bool is_shared) {
     for (Record& reader : cell.read) {
@@ -134,7 +149,8 @@ void remember_reader(Cell& cell, Record me, bool is_shared) {
         }
     }
     // Two readers that are not ordered are enough to find any write, if they are of two blocks where readers are.
-    if (thread_of(cell.read[0]) / block_threads == thread_of(cell.read[1]) / block_threads) cell.read[1] = me;
+    if (in_my_block(cell.read[0]) != in_my_block(cell.read[1])) return;
+    cell.read[1] = me;
 }
 
 template <Access A> void note(Cell& cell, const Shared* shared, uint64_t offset, size_t bytes, const void* pc) {
@@ -165,9 +181,17 @@ template <Access A> [[gnu::noinline]] void refuse(const uint8_t* s, uint64_t off
          s[bad] == FREE ? "which are not allocated" : "which were never written");
 }
 
-template <Access A> void access_global(uint64_t offset, size_t bytes, const void* pc) {
+// An access of N bytes, or of any number if N is 0.
+template <Access A, size_t N> void access_global(uint64_t offset, size_t n, const void* pc) {
+    const size_t bytes = N ? N : n;
     uint8_t* s = states + offset;
-    if (A == READ ? !all(s, bytes, WRITTEN) : memchr(s, FREE, bytes) != nullptr) refuse<A>(s, offset, bytes, pc);
+    bool fine;
+    if constexpr (N == 0) {
+        fine = A == READ ? all_written(s, n) : memchr(s, FREE, n) == nullptr;
+    } else {
+        fine = A == READ ? all_written<N>(s) : none_free<N>(s);
+    }
+    if (!fine) refuse<A>(s, offset, bytes, pc);
     if (A == WRITE) memset(s, WRITTEN, bytes);
     add(A, bytes);
     if (bytes < GRANULE) return;
@@ -177,7 +201,7 @@ template <Access A> void access_global(uint64_t offset, size_t bytes, const void
 
 template <Access A> void access_shared(Shared& shared, uint64_t offset, size_t bytes, const void* pc) {
     uint8_t* s = shared.states.data() + offset;
-    if (offset + bytes > shared.size || (A == READ && !all(s, bytes, WRITTEN))) {
+    if (offset + bytes > shared.size || (A == READ && !all_written(s, bytes))) {
         fail(pc, "%s %zu bytes at %s, %s", A == READ ? "reads" : "writes", bytes, described(shared, offset).c_str(),
              offset + bytes > shared.size ? "which end too soon" : "which this block has not written");
     }
@@ -185,25 +209,23 @@ template <Access A> void access_shared(Shared& shared, uint64_t offset, size_t b
     for (size_t i = 0; i < bytes; ++i) note<A>(shared.cells[offset + i], &shared, offset, bytes, pc);
 }
 
-template <Access A> inline void access(const void* address, size_t bytes, size_t alignment, const void* pc) {
+template <Access A, size_t N> inline void access(const void* address, size_t n, size_t alignment, const void* pc) {
     if (!in_kernel) return;
+    const size_t bytes = N ? N : n;
     const uint64_t at = uint64_t(address), offset = at - uint64_t(base);
-    const bool is_fixed = at - fixed.base < fixed.size, is_dynamic = at - dynamic.base < MOST_DYNAMIC;
-    if (offset >= SPAN && !is_fixed && !is_dynamic) {
-        if (at < PAGE) fail(pc, "%s %zu bytes at address 0", A == READ ? "reads" : "writes", bytes);
-        return; // the stack
-    }
     if (at % alignment) {
         fail(pc, "%s %zu bytes at an address that is not a multiple of %zu", A == READ ? "reads" : "writes", bytes,
              alignment);
     }
     if (offset < SPAN) {
-        access_global<A>(offset, bytes, pc);
-    } else if (is_fixed) {
+        access_global<A, N>(offset, bytes, pc);
+    } else if (at - fixed.base < fixed.size) {
         access_shared<A>(fixed, at - fixed.base, bytes, pc);
-    } else {
+    } else if (at - dynamic.base < MOST_DYNAMIC) {
         access_shared<A>(dynamic, at - dynamic.base, bytes, pc);
-    }
+    } else if (at < PAGE) {
+        fail(pc, "%s %zu bytes at address 0", A == READ ? "reads" : "writes", bytes);
+    } // else it is the thread's own stack
 }
 
 // "softmax.cu:12", by the debug information.
@@ -346,7 +368,7 @@ bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch,
         uint8_t* s = states + offset;
         if (access == WRITE) {
             memset(s, WRITTEN, bytes);
-        } else if (!all(s, bytes, WRITTEN)) {
+        } else if (!all_written(s, bytes)) {
             size_t bad = 0;
             while (s[bad] == WRITTEN) ++bad;
             fail(nullptr, "%s %zu bytes of which some, at %s, were never written", verb, bytes,
@@ -382,30 +404,26 @@ void new_block() {
 
 } // namespace software
 
-#define ACCESS(bytes) \
-    void __tsan_read##bytes(void* p) { \
-        software::access<software::READ>(p, bytes, bytes, __builtin_return_address(0)); \
-    } \
-    void __tsan_write##bytes(void* p) { \
-        software::access<software::WRITE>(p, bytes, bytes, __builtin_return_address(0)); \
-    } \
-    void __tsan_unaligned_read##bytes(void* p) { \
-        software::access<software::READ>(p, bytes, 1, __builtin_return_address(0)); \
-    } \
-    void __tsan_unaligned_write##bytes(void* p) { \
-        software::access<software::WRITE>(p, bytes, 1, __builtin_return_address(0)); \
+#define ACCESS(kind, how, bytes, alignment) \
+    void __tsan_##kind##bytes(void* p) { \
+        software::access<software::how, bytes>(p, bytes, alignment, __builtin_return_address(0)); \
     }
+#define ACCESSES(bytes) \
+    ACCESS(read, READ, bytes, bytes) \
+    ACCESS(write, WRITE, bytes, bytes) \
+    ACCESS(unaligned_read, READ, bytes, 1) \
+    ACCESS(unaligned_write, WRITE, bytes, 1)
 extern "C" {
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
 void __tsan_read_range(void* p, size_t bytes) {
-    software::access<software::READ>(p, bytes, 1, __builtin_return_address(0));
+    if (bytes) software::access<software::READ, 0>(p, bytes, 1, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, size_t bytes) {
-    software::access<software::WRITE>(p, bytes, 1, __builtin_return_address(0));
+    if (bytes) software::access<software::WRITE, 0>(p, bytes, 1, __builtin_return_address(0));
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

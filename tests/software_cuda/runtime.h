@@ -60,17 +60,19 @@ struct Launch {
 // Runs every block; false if something was found.
 bool run(const Launch& launch);
 
-// Of the running thread, as the race detector wants it.
+// The running thread, as the race detector wants it.
 struct Self {
     uint32_t thread; // number within the launch
     uint32_t block;
+    uint32_t first; // thread of its block
+    uint32_t warp;  // within its block
     uint32_t clock; // of its warp: one more after every barrier
 };
 extern Self self;
 extern bool in_kernel;
 extern uint32_t block_threads;
-// The clock of a thread of this block at its last __syncthreads.
-uint32_t ordered_before(uint32_t thread);
-uint32_t warp_of(uint32_t thread);
+// The clock of each warp of this block at its last __syncthreads: what came before is ordered before all that comes
+// now.
+extern uint32_t ordered_before[];
 
 } // namespace software

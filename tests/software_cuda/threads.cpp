@@ -18,6 +18,7 @@ namespace software {
 Self self;
 bool in_kernel;
 uint32_t block_threads;
+uint32_t ordered_before[1024 / warpSize];
 
 namespace {
 
@@ -80,12 +81,12 @@ struct Fibre {
     int line; // where it waits
 };
 struct Slot {
-    alignas(16) char bytes[64];
+    alignas(16) char bytes[SOFTWARE_SLOT];
 };
 struct Warp {
     unsigned arrived, mask;
     int parity, line;
-    uint32_t clock, at_barrier; // now, and at the last barrier of the block
+    uint32_t clock;
     Slot slots[2][warpSize];
 };
 
@@ -113,11 +114,14 @@ char* take_stack() {
 
 void place(uint32_t thread) {
     running_thread = thread;
-    threadIdx.x = thread % blockDim.x;
-    threadIdx.y = thread / blockDim.x % blockDim.y;
-    threadIdx.z = thread / blockDim.x / blockDim.y;
-    self.thread = self.block * block_threads + thread;
-    self.clock = warps[thread / warpSize].clock;
+    if (blockDim.x == block_threads) {
+        threadIdx.x = thread;
+    } else {
+        threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
+    }
+    self.thread = self.first + thread;
+    self.warp = thread / warpSize;
+    self.clock = warps[self.warp].clock;
 }
 
 void fibre_main() {
@@ -160,7 +164,7 @@ bool pass_barrier() {
         }
         fibre.state = READY;
     }
-    for (Warp& warp : warps) warp.at_barrier = ++warp.clock;
+    for (size_t w = 0; w < warps.size(); ++w) ordered_before[w] = ++warps[w].clock;
     barrier_result = barrier_sum;
     barrier_sum = 0;
     waiting = 0;
@@ -183,7 +187,10 @@ void explain_deadlock() {
 void run_block() {
     uint32_t alive = block_threads;
     for (uint32_t t = 0; t < block_threads; ++t) fibres[t].state = NEW;
-    for (uint32_t w = 0; w * warpSize < block_threads; ++w) warps[w] = Warp{};
+    for (uint32_t w = 0; w * warpSize < block_threads; ++w) {
+        warps[w].arrived = 0;
+        ordered_before[w] = warps[w].clock = 0;
+    }
     waiting = 0, barrier_sum = 0;
     new_block();
     while (alive > 0 && !failed) {
@@ -221,9 +228,6 @@ std::mt19937& generator() {
 
 } // namespace
 
-uint32_t warp_of(uint32_t thread) { return thread % block_threads / warpSize; }
-uint32_t ordered_before(uint32_t thread) { return warps[warp_of(thread)].at_barrier; }
-
 std::string who() { return "block " + std::to_string(self.block) + ", thread " + std::to_string(running_thread); }
 
 void give_up() {
@@ -237,6 +241,7 @@ bool run(const Launch& what) {
     failed = false;
     gridDim = {what.grid[0], what.grid[1], what.grid[2]};
     blockDim = {what.block[0], what.block[1], what.block[2]};
+    threadIdx = {0, 0, 0};
     block_threads = blockDim.x * blockDim.y * blockDim.z;
     const uint32_t blocks = gridDim.x * gridDim.y * gridDim.z;
     order.resize(block_threads);
@@ -246,6 +251,7 @@ bool run(const Launch& what) {
     const bool backwards = generator()() % 2;
     for (uint32_t i = 0; i < blocks && !failed; ++i) {
         self.block = uint32_t((uint64_t(first) + (backwards ? blocks - i : i)) % blocks);
+        self.first = self.block * block_threads;
         blockIdx.x = self.block % gridDim.x;
         blockIdx.y = self.block / gridDim.x % gridDim.y;
         blockIdx.z = self.block / gridDim.x / gridDim.y;
@@ -266,7 +272,7 @@ int software_barrier(int value, int line) {
     return barrier_result;
 }
 
-void software_warp(unsigned mask, const void* mine, size_t bytes, void* all, int line) {
+const void* software_warp(unsigned mask, const void* mine, size_t bytes, int line) {
     const uint32_t thread = running_thread, lane = thread % warpSize;
     Warp& warp = warps[thread / warpSize];
     const void* pc = __builtin_return_address(0);
@@ -274,14 +280,15 @@ void software_warp(unsigned mask, const void* mine, size_t bytes, void* all, int
     if (!(mask >> lane & 1)) fail(pc, "calls a warp function whose mask %#x leaves it out, at line %d", mask, line);
     if (warp.arrived == 0) {
         warp.mask = mask, warp.line = line;
-        memset(warp.slots[warp.parity], 0xff, sizeof warp.slots[0]);
+        if (mask != 0xffffffffu) memset(warp.slots[warp.parity], 0xff, sizeof warp.slots[0]);
     } else if (warp.mask != mask || warp.line != line) {
         fail(pc, "calls a warp function with mask %#x at line %d while others wait with mask %#x at line %d", mask,
              line, warp.mask, warp.line);
     }
-    if (bytes) memcpy(warp.slots[warp.parity][lane].bytes, mine, bytes);
+    // The others may be one call ahead, never two: hence two sets of slots.
+    Slot* slots = warp.slots[warp.parity];
+    if (bytes) memcpy(slots[lane].bytes, mine, bytes);
     warp.arrived |= 1u << lane;
-    const int parity = warp.parity;
     if (warp.arrived == mask) {
         warp.arrived = 0, warp.parity ^= 1;
         if (!bytes) self.clock = ++warp.clock; // __syncwarp orders memory; a shuffle does not
@@ -291,7 +298,5 @@ void software_warp(unsigned mask, const void* mine, size_t bytes, void* all, int
     } else {
         wait(IN_WARP, line);
     }
-    for (uint32_t from = 0; bytes && from < warpSize; ++from) {
-        memcpy((char*)all + from * bytes, warp.slots[parity][from].bytes, bytes);
-    }
+    return slots;
 }
