@@ -22,13 +22,10 @@ use uuid::Uuid;
 
 use crate::provenance::{drawn_json, png_texts};
 
-#[cfg(feature = "cuda")]
-pub(crate) mod gpu;
-
 /// The job of every training here.
 const JOB: JobId = JobId(Uuid::from_u128(7));
 
-fn settings() -> EngineSettings {
+pub(crate) fn settings() -> EngineSettings {
     EngineSettings {
         bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle"),
         device: "cpu".into(),
@@ -102,9 +99,9 @@ fn input<'a>(
 }
 
 /// One attempt at a training, and what it left.
-struct Attempt {
+pub(crate) struct Attempt {
     result: Result<Ending, Fault>,
-    events: Vec<TrainEvent>,
+    pub(crate) events: Vec<TrainEvent>,
     scratch: TempDir,
 }
 
@@ -119,7 +116,7 @@ impl Attempt {
         Self::on(engine(), spec, class_images, resume, flow)
     }
 
-    fn on(
+    pub(crate) fn on(
         mut engine: CandleEngine,
         spec: &TrainSpec,
         class_images: Vec<Option<Vec<u8>>>,
@@ -142,7 +139,7 @@ impl Attempt {
     }
 
     /// The weights' bytes, the report, the pictures.
-    fn trained(&self) -> (Vec<u8>, &Report, &[Image]) {
+    pub(crate) fn trained(&self) -> (Vec<u8>, &Report, &[Image]) {
         match &self.result {
             Ok(Ending::Trained(trained)) => {
                 (std::fs::read(&trained.weights).expect("weights"), &trained.report, &trained.images)

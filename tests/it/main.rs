@@ -6,11 +6,7 @@ mod golden;
 mod layers;
 mod method;
 
-#[cfg(feature = "cuda")]
-mod cuda;
 mod device;
-#[cfg(feature = "cuda")]
-mod launches;
 mod ops;
 
 mod candle_transformers;

@@ -1,5 +1,7 @@
 //! The models against diffusers and transformers: outputs, and the gradient of every trained weight.
 
+use std::path::Path;
+
 use candle_core::{Device, Result, Tensor, Var};
 use hypnos::ml::bundle::Bundle;
 use hypnos::ml::diffusion::{self, Schedule};
@@ -243,7 +245,7 @@ pub(crate) fn optimiser_steps(place: &Place) {
 
 #[test]
 fn a_decoder_that_is_computed_again_has_the_same_value_and_gradient_to_the_bit() {
-    let vae = Bundle::open(&crate::cli_train::bundle()).expect("a bundle");
+    let vae = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundle")).expect("a bundle");
     let vae = vae.vae(&Device::Cpu, false).expect("an autoencoder").model;
     let noise = random::normal(1, 0, 4 * 6 * 8);
     let latents = Var::from_vec(noise, (1, 4, 6, 8), &Device::Cpu).expect("latents");

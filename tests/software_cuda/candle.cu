@@ -29,8 +29,9 @@ template <class T> using wide = typename Wide<T>::type;
 size_t index() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 size_t count() { return (size_t)gridDim.x * blockDim.x; }
 
-// Where element `i` of an input lies: the strides are number `which` behind the sizes.
-size_t place(size_t i, size_t dims, const size_t* info, int which) {
+// Where element `i` of an input lies: the strides are number `which` behind the sizes. Not reported: candle's sizes
+// would be most of all that is read.
+[[gnu::no_sanitize("thread")]] size_t place(size_t i, size_t dims, const size_t* info, int which) {
     if (!info) return i;
     size_t at = 0;
     for (size_t d = dims; d-- > 0;) {
@@ -57,6 +58,13 @@ template <class T, auto F> void unary(size_t n, size_t dims, const size_t* info,
 template <class T> void powf_(size_t n, size_t dims, const size_t* info, T exponent, const T* x, T* y) {
     for (size_t i = index(); i < n; i += count()) {
         y[i] = T(std::pow(wide<T>(x[place(i, dims, info, 0)]), wide<T>(exponent)));
+    }
+}
+
+template <class T> void elu(size_t n, size_t dims, const size_t* info, T alpha, const T* x, T* y) {
+    for (size_t i = index(); i < n; i += count()) {
+        const wide<T> v = x[place(i, dims, info, 0)];
+        y[i] = T(v > 0 ? v : wide<T>(alpha) * (std::exp(v) - 1));
     }
 }
 
@@ -209,8 +217,8 @@ BINARY(Ge, x >= y)
         U("ucos", T, s, Cos), U("utanh", T, s, Tanh), U("uerf", T, s, Erf), U("uabs", T, s, Abs), \
         U("usqr", T, s, Sqr), U("usqrt", T, s, Sqrt), U("urelu", T, s, Relu), U("usilu", T, s, Silu), \
         U("usigmoid", T, s, Sigmoid), U("ugelu_erf", T, s, GeluErf), U("uceil", T, s, Ceil), U("ufloor", T, s, Floor), \
-        U("uround", T, s, Round), U("usign", T, s, Sign), K("upowf_" s, powf_<T>), K("affine_" s, affine<T>), \
-        K("avg_pool2d_" s, pool<T, false>), K("max_pool2d_" s, pool<T, true>), \
+        U("uround", T, s, Round), U("usign", T, s, Sign), K("upowf_" s, powf_<T>), K("uelu_" s, elu<T>), \
+        K("affine_" s, affine<T>), K("avg_pool2d_" s, pool<T, false>), K("max_pool2d_" s, pool<T, true>), \
         K("upsample_nearest2d_" s, upsample_nearest<T>)
 #define FOR_ALL(T, s) \
     U("ucopy", T, s, Copy), B("badd", T, T, s, Add), B("bsub", T, T, s, Sub), B("bmul", T, T, s, Mul), \

@@ -42,6 +42,7 @@ Cell* cells;
 std::map<uint64_t, uint64_t> allocations; // from offset to size
 uint64_t cursor = LEAST_GAP, in_use, peak;
 uint16_t launch;
+bool global_races;
 
 // What the threads of a block share: the static variables of a kernel file, and what the launch asks for.
 struct Shared {
@@ -194,7 +195,7 @@ template <Access A, size_t N> void access_global(uint64_t offset, size_t n, cons
     if (!fine) refuse<A>(s, offset, bytes, pc);
     if (A == WRITE) memset(s, WRITTEN, bytes);
     add(A, bytes);
-    if (bytes < GRANULE) return;
+    if (!global_races || bytes < GRANULE) return;
     for (uint64_t g = offset / GRANULE; g * GRANULE < offset + bytes; ++g)
         note<A>(cells[g], nullptr, offset, bytes, pc);
 }
@@ -379,7 +380,8 @@ bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch,
     return true;
 }
 
-void new_launch(uint64_t address, size_t bytes, size_t dynamic_bytes) {
+void new_launch(uint64_t address, size_t bytes, size_t dynamic_bytes, bool with_races) {
+    global_races = with_races;
     const auto renew = [](Shared& shared, uint64_t address, size_t bytes) {
         shared.base = address;
         shared.size = bytes;

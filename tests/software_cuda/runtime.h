@@ -32,9 +32,9 @@ bool check(const void* address, size_t bytes, Access access);
 // The same for `columns` runs of `bytes`, one every `pitch` bytes, counted once each.
 bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch, Access access);
 
-// Before a kernel's first block, and before each block: what shared memory held is gone, and nothing that came before
-// is ordered against it.
-void new_launch(uint64_t shared_address, size_t shared_bytes, size_t dynamic_bytes);
+// Before a kernel's first block, and before each block: what shared memory held is gone, and what came before is
+// forgotten. Races in global memory are looked for if `with_races`.
+void new_launch(uint64_t shared_address, size_t shared_bytes, size_t dynamic_bytes, bool with_races);
 void new_block();
 
 // Record instead of compute (SOFTWARE_CUDA_RECORD=1): launches and calls are counted by their operands, nothing is run,

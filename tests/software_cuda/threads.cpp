@@ -22,7 +22,8 @@ uint32_t ordered_before[1024 / warpSize];
 
 namespace {
 
-constexpr size_t STACK_BYTES = 128 << 10, MOST_THREADS = 1024;
+// A little more than a power of two, so that the stacks do not all meet in the same lines of the cache.
+constexpr size_t STACK_BYTES = (128 << 10) + 13 * 64, MOST_THREADS = 1024;
 
 #if defined(__x86_64__)
 // Saves what a called function must keep, and goes on with the other stack.

@@ -1,8 +1,9 @@
-//! A step of each method on a GPU.
+//! A step of each method on a GPU, beside the CPU.
 
-use hypnos::job::{Discriminator, Views};
+use hypnos::engine::{CandleEngine, EngineSettings, Flow, Image, TrainEvent};
+use hypnos::job::{Discriminator, Evaluation, Method, TrainOptions, TrainSpec, Views};
 
-use super::*;
+use crate::engine::{Attempt, settings};
 
 /// A step of each method, and the picture drawn with what it trained, on `device` as on the CPU.
 pub(crate) fn a_step_of_each_method(device: &str) {

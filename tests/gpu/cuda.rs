@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{engine, method, metrics, models, ops, train};
+use crate::{method, methods, metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -121,7 +121,7 @@ fn the_method_on_the_gpu_agrees_with_its_references() {
 #[test]
 fn a_step_of_each_method_and_a_picture_on_the_gpu_are_those_of_the_cpu() {
     if gpu().is_some() {
-        engine::gpu::a_step_of_each_method("cuda:0");
+        methods::a_step_of_each_method("cuda:0");
     }
 }
 
