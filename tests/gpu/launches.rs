@@ -106,7 +106,7 @@ fn config<T: serde::de::DeserializeOwned>(config: Value) -> T {
 }
 
 fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut() -> Result<()>>> {
-    let of_sd15 = config(json!({}));
+    let of_sd15 = config(json!({"cross_attention_dim": 768}));
     let (model, weights) = weights(device, training, |weights| Unet::load(weights, &of_sd15))?;
     let x = Tensor::zeros((2, 4, 64, 64), dtype, device)?;
     let text = Tensor::zeros((2, 77, 768), dtype, device)?;

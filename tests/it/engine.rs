@@ -148,7 +148,7 @@ impl Attempt {
         }
     }
 
-    fn weights(&self) -> PathBuf {
+    pub(crate) fn weights(&self) -> PathBuf {
         self.scratch.path().join("weights.safetensors")
     }
 
@@ -202,7 +202,7 @@ fn sha256(file: &Path) -> String {
 }
 
 /// What a training with `weights` draws for a prompt.
-fn draw(
+pub(crate) fn draw(
     generator: &mut dyn ImageGenerator,
     train: &TrainSpec,
     weights: &Path,
