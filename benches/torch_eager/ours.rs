@@ -334,7 +334,7 @@ fn train(
     let trainer = discriminator
         .then(|| DiscriminatorTrainer::new(channels, side, 1e-4, SEED, &on.device))
         .transpose()?;
-    let mut state = State::new(text, unet, AdamWConfig::default().lr, trainer)?;
+    let mut state = State::new(text, unet, AdamWConfig::default(), trainer)?;
 
     // 2. The frozen models.
     let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;

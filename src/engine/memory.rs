@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::training;
-use crate::job::{Fault, FaultCode, Method, N_PHOTOS_MAX, N_PHOTOS_MIN, TrainOptions};
+use crate::job::{AdamwMoments, Fault, FaultCode, Method, N_PHOTOS_MAX, N_PHOTOS_MIN, TrainOptions};
 use crate::ml::Result;
 use crate::ml::bundle::Bundle;
 use crate::ml::device::DeviceKind;
@@ -216,9 +216,9 @@ type Changed = (String, TrainOptions, MemorySettings);
 /// What to try, the gentlest first.
 type Change = fn(&Bundle, &TrainOptions, &MemorySettings) -> Vec<Changed>;
 
-/// What makes a training smaller, in the order of what it costs: time, time of samples, samples meanwhile, exactness of a
-/// loss, the best step, the method.
-const REMEDIES: [Change; 6] = [
+/// What makes a training smaller, in the order of what it costs: time, time of samples, samples meanwhile, exactness of
+/// the moments, exactness of a loss, the best step, the method.
+const REMEDIES: [Change; 7] = [
     |_, options, settings| {
         let tried = MemorySettings { checkpointing: true, ..*settings };
         vec![("--gradient-checkpointing".into(), options.clone(), tried)]
@@ -230,6 +230,10 @@ const REMEDIES: [Change; 6] = [
         let tried = MemorySettings { products: Products::BetweenTrainings, ..*settings };
         let beside = settings.products == Products::BesideTrainings;
         beside.then(|| ("--sample-share 0".into(), options.clone(), tried)).into_iter().collect()
+    },
+    |_, options, settings| {
+        let changed = TrainOptions { adamw_moments: AdamwMoments::Bits8, ..options.clone() };
+        vec![("adamw_moments=8bit".into(), changed, *settings)]
     },
     |bundle, options, settings| {
         let side = (bundle.resolution() / bundle.factor()) as u32;

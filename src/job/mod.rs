@@ -18,8 +18,8 @@ pub use checks::{
 };
 pub use model::{HeldModel, ModelCard, ModelDrawing, ModelPart, ModelRef, WaitingFor, Warning, WarningCode};
 pub use options::{
-    Discriminator, Evaluation, Format, LossWeights, Method, Perceptual, Reconstruction, STEPS_MAX, Scheduler,
-    Templates, TrainOptions, Views, merge_json,
+    AdamwMoments, Discriminator, Evaluation, Format, LossWeights, Method, Perceptual, Reconstruction,
+    STEPS_MAX, Scheduler, Templates, TrainOptions, Views, merge_json,
 };
 pub use spec::{N_PHOTOS_MAX, N_PHOTOS_MIN, PRODUCT, SampleSpec, TrainSpec};
 pub(crate) use string_enum::string_enum;

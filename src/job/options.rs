@@ -35,6 +35,16 @@ string_enum!(
 );
 
 string_enum!(
+    /// How AdamW's moments are kept.
+    AdamwMoments {
+        /// 8 bytes for each trained weight.
+        Float32 = "f32",
+        /// 2 bytes, in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861); smaller weights keep f32.
+        Bits8 = "8bit",
+    }
+);
+
+string_enum!(
     /// What a picture is written as. Each carries how it was drawn.
     Format {
         /// Lossless.
@@ -270,6 +280,9 @@ pub struct TrainOptions {
     /// Learning rate of AdamW, constant. By default 2e-6; 5e-4 for `textual_inversion`.
     #[schema(exclusive_minimum = 0.0, maximum = 0.01)]
     pub learning_rate: f64,
+    /// How AdamW's two moments of each trained weight are kept while the training runs: `8bit` takes 5.9 GB less for
+    /// Stable Diffusion 1.5. By default `f32`.
+    pub adamw_moments: AdamwMoments,
     /// Seed of all random numbers. Drawn by the server if not given, and shown in the job.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     pub seed: Option<u64>,
@@ -352,6 +365,7 @@ impl TrainOptions {
             method,
             steps,
             learning_rate,
+            adamw_moments: AdamwMoments::Float32,
             seed: None,
             instance_token: None,
             background_token: None,

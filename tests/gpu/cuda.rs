@@ -75,7 +75,7 @@ fn operations_on_the_gpu_in_bf16_agree_with_torch() {
 
 #[test]
 fn the_optimiser_on_the_gpu_agrees_with_torch_and_resumes() {
-    in_f32(&[ops::adamw, ops::saved_moments]);
+    in_f32(&[ops::adamw, ops::adamw_in_8_bits, ops::saved_moments]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use hypnos::job::{Method, TrainOptions};
 use hypnos::ml::bundle::{Bundle, Capability, check, random_metrics};
 use hypnos::ml::device::DeviceKind;
+use hypnos::ml::ops::MomentFormat;
 use hypnos::ml::plan::{EvaluationSizes, TrainingPlan, TrainingSizes};
 use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::tokenizer::Tokenizer;
@@ -312,6 +313,7 @@ fn a_training_that_scores_nothing_is_planned_without_the_metrics() {
     let plan = |evaluation| {
         let sizes = TrainingSizes {
             learner: Learner::Embedding,
+            adamw_moments: MomentFormat::F32,
             n_steps: 2,
             n_photos: 3,
             photo_pixels: 4096,

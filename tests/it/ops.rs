@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Result, Tensor};
-use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
+use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec, MomentFormat};
 use hypnos::ml::param::Param;
 use serde_json::Value;
 
@@ -233,6 +233,33 @@ pub(crate) fn adamw(place: &Place) {
     }
 }
 
+#[test]
+fn adamw_with_moments_in_8_bits_is_as_near_to_f32_as_that_of_bitsandbytes() {
+    adamw_in_8_bits(&Place::cpu());
+}
+
+pub(crate) fn adamw_in_8_bits(place: &Place) {
+    let golden = Golden::open("adamw8");
+    let (weight, grads) = (golden.get("weight"), golden.get("gradient"));
+    let param = trained("p", &place.weight(&weight));
+    let moments = MomentFormat::Bits8;
+    let config = AdamWConfig { lr: 1e-3, max_norm: None, moments, ..AdamWConfig::default() };
+    let mut adamw = AdamW::new([param.clone()], config).expect("an optimiser");
+    for step in 0..grads.dims()[0] {
+        push_gradient(&param, &place.weight(&grads.get(step).expect("a step")));
+        adamw.step().expect("a step");
+    }
+    let found = param.value().to_device(&Device::Cpu).and_then(|x| x.to_vec1::<f32>()).expect("values");
+    let [theirs, exact] = ["adamw8", "adamw"].map(|name| golden.get(name).to_vec1::<f32>().expect("values"));
+    let distance = |a: &[f32], b: &[f32]| {
+        let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+        squares.sum::<f64>().sqrt()
+    };
+    let (ours, bound) = (distance(&found, &exact), distance(&theirs, &exact));
+    assert!(ours <= bound && ours > 0.1 * bound, "{ours:.2e} from f32, theirs {bound:.2e}");
+    assert!(distance(&found, &theirs) <= bound, "{:.2e} from theirs", distance(&found, &theirs));
+}
+
 /// Gives a weight a gradient the only way there is: through a graph.
 fn push_gradient(param: &Param, grad: &Tensor) {
     let rows = param.value().elem_count();
@@ -251,18 +278,27 @@ fn adamw_resumed_from_saved_moments_equals_an_uninterrupted_run() {
 }
 
 pub(crate) fn saved_moments(place: &Place) {
-    let values = Tensor::new(&[0.5_f32, -1.0, 2.0], &place.device).expect("a tensor");
-    let grads = [[0.1_f32, 0.2, -0.3], [0.3, -0.1, 0.2], [-0.2, 0.4, 0.1]];
+    saved_moments_of(place, 3, MomentFormat::F32);
+    saved_moments_of(place, 4400, MomentFormat::Bits8);
+}
+
+fn saved_moments_of(place: &Place, n: usize, moments: MomentFormat) {
+    let config = AdamWConfig { moments, ..AdamWConfig::default() };
+    let numbers = |step: usize| -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + step * 101) % 211) as f32 / 105.0 - 1.0).map(|x| x.powi(3)).collect()
+    };
+    let values = Tensor::new(numbers(7), &place.device).expect("a tensor");
+    let grads = [1, 2, 3].map(numbers);
     let run = |stop_after: Option<usize>| {
         let param = trained("p", &values);
-        let mut adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
+        let mut adamw = AdamW::new([param.clone()], config).expect("an optimiser");
         for (i, grad) in grads.iter().enumerate() {
             if stop_after == Some(i) {
                 let (moments, n_steps) = (adamw.moments("p").expect("moments"), adamw.n_steps());
-                adamw = AdamW::new([param.clone()], AdamWConfig::default()).expect("an optimiser");
+                adamw = AdamW::new([param.clone()], config).expect("an optimiser");
                 adamw.restore(n_steps, |_| Ok(moments.clone())).expect("moments that fit");
             }
-            push_gradient(&param, &Tensor::new(grad, &place.device).expect("a tensor"));
+            push_gradient(&param, &Tensor::new(&grad[..], &place.device).expect("a tensor"));
             adamw.step().expect("a step");
         }
         param.value().to_vec1::<f32>().expect("values")

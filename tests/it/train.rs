@@ -10,6 +10,7 @@ use hypnos::ml::finetuned::FineTuned;
 use hypnos::ml::models::clip::ClipText;
 use hypnos::ml::models::unet::Unet;
 use hypnos::ml::models::vae::Vae;
+use hypnos::ml::ops::{AdamWConfig, MomentFormat};
 use hypnos::ml::perceptual::Perceptual;
 use hypnos::ml::product::Product;
 use hypnos::ml::sample::{self, ImageRequest, Models, SampleSettings};
@@ -47,7 +48,8 @@ pub(crate) fn dreambooth_loop(place: &Place) {
     let text = part(start.weights("text.", place), |w| ClipText::load(w, &config(&configs["text"])));
     let unet = part(start.weights("unet.", place), |w| Unet::load(w, &config(&configs["unet"])));
     let schedule = scaled_linear();
-    let mut state = State::new(text, unet, settings["lr"].as_f64().expect("lr"), None).expect("a state");
+    let adamw = AdamWConfig { lr: settings["lr"].as_f64().expect("lr"), ..AdamWConfig::default() };
+    let mut state = State::new(text, unet, adamw, None).expect("a state");
     let frozen = FrozenModels { schedule: &schedule, vae: None, perceptual: None };
     let objective = Objective::dreambooth(settings["prior"].as_f64().expect("prior"));
     let t = golden.rows("input.loop.t");
@@ -213,6 +215,7 @@ impl Bench {
             learner: Learner::Weights,
             n_steps: 4,
             lr: 1e-4,
+            adamw_moments: MomentFormat::F32,
             objective: Objective::dreambooth(1.0),
             perceptual: PerceptualRecipe { until_step: 0, timestep_max: None, crop: None },
             discriminator: DiscriminatorRecipe { n_steps: 0, lr: 1e-3, batch: 2 },
@@ -248,7 +251,7 @@ impl Bench {
         let mut unet = self.bundle.unet(&Device::Cpu, true).expect("a UNet");
         unet.model.checkpointing = checkpointing;
         let text = self.bundle.text_encoder(&Device::Cpu, true).expect("a text encoder");
-        State::new(text, unet, self.recipe.lr, self.discriminator()).expect("a state")
+        State::new(text, unet, self.recipe.adamw(), self.discriminator()).expect("a state")
     }
 
     fn discriminator(&self) -> Option<DiscriminatorTrainer> {

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use hypnos_ml::bundle::Bundle;
+use hypnos_ml::ops::MomentFormat;
 use hypnos_ml::product::Product;
 use hypnos_ml::sample::Models;
 use hypnos_ml::train::{
@@ -38,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         learner: Learner::Weights,
         n_steps: STEPS,
         lr: LEARNING_RATE,
+        adamw_moments: MomentFormat::F32,
         objective: Objective::dreambooth(0.0),
         perceptual: PerceptualRecipe { until_step: 0, timestep_max: None, crop: None },
         discriminator: DiscriminatorRecipe { n_steps: 0, lr: 0.0, batch: 0 },
@@ -57,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         data.instances.push(Instance { moments, prompt: recipe.photo_prompt(), pixels });
     }
     // 3. The steps.
-    let mut state = State::new(text, unet, recipe.lr, None)?;
+    let mut state = State::new(text, unet, recipe.adamw(), None)?;
     while state.n_steps() < recipe.n_steps {
         let metrics = step(&mut state, &data, &recipe, &models, None, None)?;
         eprintln!("step {}: loss {:.4}", state.n_steps(), metrics.loss);

@@ -99,10 +99,10 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
         Learner::Weights => {
             base.let_go();
             let (text, unet) = (bundle.text_encoder(device, true)?, bundle.unet(device, true)?);
-            State::new(text, unet, recipe.lr, discriminator)?
+            State::new(text, unet, recipe.adamw(), discriminator)?
         }
         Learner::Embedding => {
-            State::of_embedding(&*base.models()?, &recipe.product, recipe.lr, discriminator)?
+            State::of_embedding(&*base.models()?, &recipe.product, recipe.adamw(), discriminator)?
         }
     };
     state.set_checkpointing(base.checkpointing);

@@ -1,10 +1,11 @@
 //! Translates a client's options into the recipe of a training.
 
 use crate::job::{
-    Fault, FaultCode, LossWeights as LossWeightOptions, Method, Reconstruction as ReconstructionOption,
-    TrainOptions, TrainSpec,
+    AdamwMoments, Fault, FaultCode, LossWeights as LossWeightOptions, Method,
+    Reconstruction as ReconstructionOption, TrainOptions, TrainSpec,
 };
 use crate::ml::bundle::{Bundle, Capability};
+use crate::ml::ops::MomentFormat;
 use crate::ml::product::Product;
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{
@@ -29,6 +30,7 @@ pub(super) fn recipe(
         learner: if embedding { Learner::Embedding } else { Learner::Weights },
         n_steps: u64::from(options.steps),
         lr: options.learning_rate,
+        adamw_moments: moment_format(options.adamw_moments),
         objective: objective(options),
         perceptual: PerceptualRecipe {
             until_step: u64::from(options.s_p.unwrap_or(0)),
@@ -75,6 +77,13 @@ fn views(tokenizer: &Tokenizer, options: &TrainOptions) -> Result<ViewSettings, 
         margin: views.margin,
         background_token,
     })
+}
+
+pub(super) fn moment_format(option: AdamwMoments) -> MomentFormat {
+    match option {
+        AdamwMoments::Float32 => MomentFormat::F32,
+        AdamwMoments::Bits8 => MomentFormat::Bits8,
+    }
 }
 
 /// What a step is to lower.

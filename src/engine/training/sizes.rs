@@ -3,6 +3,7 @@
 use super::class_images::CLASS_IMAGE_BATCH;
 use super::evaluation::TRIAL_BATCH;
 use super::plan::{CLASS_IMAGE_STEPS, n_class_images, preview_steps, trial_steps};
+use super::recipe::moment_format;
 use crate::engine::memory::MemorySettings;
 use crate::job::{Method, TrainOptions};
 use crate::ml::plan::{EvaluationSizes, PerceptualSizes, TrainingSizes};
@@ -17,6 +18,7 @@ pub(in crate::engine) fn sizes(options: &TrainOptions, settings: &MemorySettings
             Method::TextualInversion => Learner::Embedding,
             Method::Hypnos | Method::Dreambooth => Learner::Weights,
         },
+        adamw_moments: moment_format(options.adamw_moments),
         n_steps: options.steps.into(),
         n_photos: settings.photos.0,
         photo_pixels: settings.photos.1,

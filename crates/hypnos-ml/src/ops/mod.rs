@@ -11,6 +11,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod blockwise;
 mod checkpoint;
 mod conv2d;
 mod cpu;
@@ -27,7 +28,7 @@ mod softmax;
 mod upsample;
 
 pub use activation::{Activation, activate};
-pub use adamw::{AdamW, AdamWConfig};
+pub use adamw::{AdamW, AdamWConfig, MomentFormat};
 pub use attention::attention;
 pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dSpec, conv2d};

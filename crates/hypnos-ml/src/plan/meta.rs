@@ -7,6 +7,7 @@ use crate::models::clip::ClipText;
 use crate::models::discriminator::{Config, Discriminator};
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
+use crate::ops::MomentFormat;
 use crate::param::Param;
 use crate::train::Learner;
 use crate::weights::Weights;
@@ -52,6 +53,12 @@ impl MetaModels {
     /// Bytes of text encoder and UNet.
     pub(super) fn drawing_bytes(&self) -> u64 {
         weight_bytes(&self.text) + weight_bytes(&self.unet)
+    }
+
+    /// Bytes of AdamW's moments of text encoder and UNet.
+    pub(super) fn moment_bytes(&self, format: MomentFormat) -> u64 {
+        let params = self.text.params.values().chain(self.unet.params.values());
+        params.map(|param| format.bytes(param.dims().iter().product())).sum()
     }
 
     /// Bytes of the autoencoder.

@@ -9,6 +9,7 @@ use super::{Arithmetic, SamplePlan, SampleSizes};
 use crate::bundle::{Bundle, Capability};
 use crate::device::DeviceKind;
 use crate::models::tracer;
+use crate::ops::MomentFormat;
 use crate::train::Learner;
 use crate::{Result, perceptual};
 
@@ -25,6 +26,8 @@ const METRICS_WORKSPACE_BYTES: u64 = 64 << 20;
 pub struct TrainingSizes {
     /// What is trained.
     pub learner: Learner,
+    /// How AdamW's moments are kept.
+    pub adamw_moments: MomentFormat,
     /// Steps.
     pub n_steps: u64,
     /// Photos of the product.
@@ -148,6 +151,8 @@ struct Counts {
     vae: u64,
     /// Weights that learn.
     trainable: u64,
+    /// Their moments.
+    moments: u64,
     segmenter: u64,
     perceptual: u64,
     metrics: u64,
@@ -205,6 +210,10 @@ impl Counts {
                 Learner::Weights => frozen.drawing_bytes(),
                 Learner::Embedding => 4 * models.text.model.width() as u64,
             },
+            moments: match sizes.learner {
+                Learner::Weights => models.moment_bytes(sizes.adamw_moments),
+                Learner::Embedding => sizes.adamw_moments.bytes(models.text.model.width()),
+            },
             segmenter: if segmenter.is_some() { bundle.weight_bytes(Capability::Segmentation)? } else { 0 },
             perceptual: if net.is_some() { bundle.weight_bytes(Capability::PerceptualLoss)? } else { 0 },
             metrics,
@@ -245,7 +254,7 @@ impl Counts {
         needs.add("segmenter", Device, self.segmenter, &[Refining]);
         needs.add("perceptual network", Device, self.perceptual, learning);
         needs.add("weights that are trained", Device, self.trainable, learning);
-        needs.add("AdamW's moments", Device, 2 * self.trainable, learning);
+        needs.add("AdamW's moments", Device, self.moments, learning);
         needs.add("discriminator with its moments", Device, 3 * self.discriminator, learning);
         needs.add("gradients", Device, self.trainable, &[Training]);
         let (scored, step) = self.largest_step(sizes);

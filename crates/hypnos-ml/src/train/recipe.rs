@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::discriminator::DiscriminatorRecipe;
 use super::losses::{Objective, Reconstruction};
+use crate::ops::{AdamWConfig, MomentFormat};
 use crate::product::Product;
 use crate::views::ViewSettings;
 use crate::{Error, Result};
@@ -69,6 +70,10 @@ pub struct Recipe {
     pub n_steps: u64,
     /// Learning rate of AdamW, constant.
     pub lr: f64,
+    /// How AdamW's moments of the trained weights are kept; the discriminator's are f32.
+    #[serde(default, skip_serializing_if = "MomentFormat::is_f32")]
+    // recipes of earlier builds do not have it
+    pub adamw_moments: MomentFormat,
     /// The losses and their weights.
     pub objective: Objective,
     /// Where the perceptual loss counts.
@@ -108,6 +113,11 @@ impl Recipe {
             return Err(Error::setting("discriminator", "wanted a batch of 1 or more, got 0"));
         }
         Ok(())
+    }
+
+    /// The settings of AdamW for the trained weights.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig { lr: self.lr, moments: self.adamw_moments, ..AdamWConfig::default() }
     }
 
     /// Whether the latent discriminator takes part.

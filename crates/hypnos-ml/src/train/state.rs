@@ -105,7 +105,7 @@ impl State {
     pub fn new(
         text: Part<ClipText>,
         unet: Part<Unet>,
-        lr: f64,
+        adamw: AdamWConfig,
         discriminator: Option<DiscriminatorTrainer>,
     ) -> Result<Self> {
         let named = |part: &str, params: BTreeMap<String, Param>| {
@@ -113,7 +113,7 @@ impl State {
             params.into_iter().map(move |(name, param)| (format!("{part}.{name}"), param))
         };
         let params = named(TEXT_ENCODER, text.params).chain(named(UNET, unet.params)).collect();
-        Self::of(text.model, unet.model, params, lr, discriminator)
+        Self::of(text.model, unet.model, params, adamw, discriminator)
     }
 
     /// Before the first step of one that learns an embedding only: that of the product's token, which begins as the
@@ -123,7 +123,7 @@ impl State {
     pub fn of_embedding(
         base: &Models,
         product: &Product,
-        lr: f64,
+        adamw: AdamWConfig,
         discriminator: Option<DiscriminatorTrainer>,
     ) -> Result<Self> {
         let (token, meaning) = (&product.token, base.tokenizer.words(&product.class_name));
@@ -135,17 +135,17 @@ impl State {
         }
         let row = Param::new(format!("{EMBEDDING}.{token}"), base.text.mean_embedding(&meaning)?, true)?;
         let params = BTreeMap::from([(row.name().to_owned(), row.clone())]);
-        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, lr, discriminator)
+        Self::of(base.text.with_embedding(id, row)?, base.unet.clone(), params, adamw, discriminator)
     }
 
     fn of(
         text: ClipText,
         unet: Unet,
         params: BTreeMap<String, Param>,
-        lr: f64,
+        adamw: AdamWConfig,
         discriminator: Option<DiscriminatorTrainer>,
     ) -> Result<Self> {
-        let optimiser = AdamW::new(params.values().cloned(), AdamWConfig { lr, ..AdamWConfig::default() })?;
+        let optimiser = AdamW::new(params.values().cloned(), adamw)?;
         Ok(Self {
             text,
             unet,
