@@ -1,5 +1,5 @@
 //! With the feature `cuda`: compiles `src/ops/cuda/*.cu` to PTX, once for f32 and once for bf16 storage, and writes
-//! `kernels.rs`, a table of the texts. Without it: nothing.
+//! `kernels.rs`, a table of the texts and the version of CUDA. Without it: nothing.
 //!
 //! nvcc is looked for in `NVCC`, under `CUDA_HOME` and `CUDA_PATH`, on `PATH` and in `/usr/local/cuda`.
 //! `CUDA_COMPUTE_CAP` (80) is the oldest GPU that the result runs on: 80 for Ampere, 90 for Hopper.
@@ -45,8 +45,26 @@ fn compile_all() -> Result<(), String> {
         }
     }
     let head = "/// The kernels as PTX, by module name.\nconst PTX: &[(&str, &str)] = &[\n";
-    let table = format!("{head}{}];\n", entries.concat());
+    let version = format!(
+        "/// CUDA's version, 1000 times the major one and 10 times the minor one.\nconst CUDA_VERSION: i32 = {};\n",
+        version(&nvcc)?
+    );
+    let table = format!("{head}{}];\n{version}", entries.concat());
     fs::write(out.join("kernels.rs"), table).map_err(|e| format!("kernels.rs: {e}"))
+}
+
+/// The version of the CUDA toolkit, as its driver interface writes it.
+fn version(nvcc: &Path) -> Result<u32, String> {
+    let output =
+        Command::new(nvcc).arg("--version").output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = || -> Option<u32> {
+        let (_, rest) = said.split_once("release ")?;
+        let (major, rest) = rest.split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some(1000 * major.parse::<u32>().ok()? + 10 * minor.parse::<u32>().ok()?)
+    };
+    version().ok_or_else(|| format!("{} --version names no release: {said:?}", nvcc.display()))
 }
 
 /// One nvcc run. No fast-math: division, square root and the elementary functions stay as exact as IEEE and CUDA's

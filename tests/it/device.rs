@@ -29,6 +29,27 @@ fn without_the_feature_cuda_is_refused_with_the_reason() {
     assert_eq!(message, "device cuda:1: this program was built without CUDA; build it with --features cuda");
 }
 
+/// Where the software device takes a GPU's place, whose driver may say any version.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_driver_that_is_too_old_is_refused_in_one_line() {
+    const OLD: &str = "SOFTWARE_CUDA_DRIVER";
+    if std::env::var_os("SOFTWARE_CUDA").is_none() {
+        return;
+    }
+    if std::env::var_os(OLD).is_some() {
+        let message = open("cuda:0").unwrap_err().to_string();
+        let wanted = "device cuda:0: the NVIDIA driver is too old: it is for CUDA 12.8, this program was built with CUDA \
+                      13.0; wanted 580 or newer";
+        return assert_eq!(message, wanted);
+    }
+    let this = std::env::current_exe().unwrap();
+    let name = "device::a_driver_that_is_too_old_is_refused_in_one_line";
+    let run = std::process::Command::new(this).args(["--exact", name]).env(OLD, "12080").output().unwrap();
+    let text = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && text.contains("1 passed"), "{text}");
+}
+
 /// The driver reads which devices it may show once per process, so the test runs itself again where it may show none.
 #[cfg(feature = "cuda")]
 #[test]

@@ -133,7 +133,10 @@ int cuInit(unsigned) {
     const char* shown = getenv("CUDA_VISIBLE_DEVICES");
     return shown && (!*shown || *shown == '-') ? NO_DEVICE : SUCCESS;
 }
-int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+int cuDriverGetVersion(int* version) {
+    const char* value = getenv("SOFTWARE_CUDA_DRIVER");
+    return *version = value ? atoi(value) : 13000, SUCCESS;
+}
 int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 int cuDeviceGet(CUdevice* device, int ordinal) {
     *device = 0;

@@ -74,6 +74,7 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
         }
         _ => {}
     }
+    super::ops::cuda::check_driver().map_err(explain)?;
     // A stream of the device's own: on candle's default, each thread has another, and their work is not ordered.
     let device = Device::new_cuda_with_stream(ordinal)?;
     super::ops::cuda::prepare(device.as_cuda_device()?)

@@ -136,8 +136,7 @@ fn fault(fault: &Fault) -> Finding {
 fn opened(name: &str) -> Result<(DeviceKind, Option<u64>), Finding> {
     let unusable = |error: crate::ml::Error| {
         let advice = if cfg!(feature = "cuda") {
-            let needed = "CUDA 13 needs driver 580 or newer, CUDA 12 driver 525 or newer";
-            format!("{}; {needed}", machine::driver())
+            format!("{}; a build with CUDA 13.0 needs driver 580 or newer", machine::driver())
         } else {
             "set HYPNOS_DEVICES=cpu, or use a program that was built with --features cuda,cudnn".into()
         };

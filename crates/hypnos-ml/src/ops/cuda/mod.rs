@@ -44,6 +44,40 @@ pub(super) use spatial::{depthwise, depthwise_backward, upsample, upsample_backw
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// CUDA's versions, as [`CUDA_VERSION`], and the first NVIDIA driver of each (NVIDIA, CUDA Toolkit release notes).
+const DRIVERS: [(i32, u32); 10] = [
+    (12000, 525),
+    (12010, 530),
+    (12020, 535),
+    (12030, 545),
+    (12040, 550),
+    (12050, 555),
+    (12060, 560),
+    (12080, 570),
+    (12090, 575),
+    (13000, 580),
+];
+
+/// Refuses, in one line, a driver for an older CUDA than this program was built with: it cannot read our kernels' PTX.
+pub(crate) fn check_driver() -> std::result::Result<(), String> {
+    let mut found = 0;
+    // SAFETY: it writes one number.
+    let answer = unsafe { sys::cuDriverGetVersion(&raw mut found) };
+    answer.result().map_err(|error| format!("its driver does not say its version ({:?})", error.0))?;
+    if found >= CUDA_VERSION {
+        return Ok(());
+    }
+    let words = |version: i32| format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+    let wanted = match DRIVERS.iter().find(|(version, _)| *version == CUDA_VERSION) {
+        Some((_, driver)) => format!("{driver} or newer"),
+        None => format!("one for {}", words(CUDA_VERSION)),
+    };
+    let (found, built) = (words(found), words(CUDA_VERSION));
+    Err(format!(
+        "the NVIDIA driver is too old: it is for {found}, this program was built with {built}; wanted {wanted}"
+    ))
+}
+
 /// The kernel `name` of `file`.cu for tensors of `dtype`, loaded on first use and kept by the device.
 fn kernel(device: &CudaDevice, file: &str, dtype: DType, name: &str) -> Result<CudaFunction> {
     let module = format!("{file}_{}", dtype.as_str());
