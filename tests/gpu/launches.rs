@@ -124,7 +124,10 @@ fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut()
 }
 
 fn vae_decode(device: &Device) -> Result<Box<dyn FnMut() -> Result<()>>> {
-    let of_sd15 = config(json!({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}));
+    let of_sd15 = config(json!({
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+    }));
     let (model, _) = weights(device, false, |weights| Vae::load(weights, &of_sd15))?;
     let latents = Tensor::zeros((1, 4, 64, 64), DType::F32, device)?;
     Ok(Box::new(move || model.decode(&latents).map(drop).map_err(Into::into)))

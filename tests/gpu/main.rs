@@ -8,6 +8,8 @@
 mod bundles;
 #[path = "../it/golden.rs"]
 mod golden;
+#[path = "../it/loading.rs"]
+mod loading;
 #[path = "../it/provenance.rs"]
 mod provenance;
 
