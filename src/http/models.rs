@@ -37,7 +37,7 @@ pub(super) struct ModelView {
     /// Side of the pictures that it draws by default, in pixels.
     #[schema(minimum = 8)]
     resolution: u32,
-    /// The optional parts that running workers have between them; if none runs, those of the last one.
+    /// The optional parts that any worker so far had; `workers` says what the running ones lack.
     parts: Vec<ModelPart>,
     /// How it draws where a sample does not say.
     drawing: ModelDrawing,
@@ -89,7 +89,7 @@ impl ModelView {
         let RegisteredModel { card, registered_ms, devices } = model;
         let method = |&method: &Method| {
             let options = card.options(&json!({ "method": method }));
-            let options = options.map_err(|error| Problem::internal(&error))?;
+            let options = options.map_err(|invalid| Problem::internal(&invalid))?;
             let lacks: Vec<_> = card.lacking(&options).into_iter().map(|(part, ..)| part).collect();
             Ok::<_, Problem>(ModelMethod { method, usable: card.check(&options).is_ok(), lacks, options })
         };
@@ -164,7 +164,7 @@ pub(super) async fn resolve(app: &AppState, request: TrainRequest) -> Result<Tra
 
 /// A training whose options wait for a worker that holds its model.
 fn open_spec(class_name: &str, model: Option<&str>, given: Value, seed: u64) -> Result<TrainSpec, Invalid> {
-    let options = TrainOptions::given(&given).map_err(|error| Invalid::new("", error.to_string()))?;
+    let options = TrainOptions::given(&given)?;
     let spec = TrainSpec::new(class_name, options, seed)?;
     let open = Warning::new(
         WarningCode::OptionsOpen,

@@ -14,7 +14,7 @@ use crate::job::{HeldModel, ModelCard, ModelPart};
 /// A model that a worker has registered.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RegisteredModel {
-    /// What it can do: as it was registered last, with all parts that running workers have between them.
+    /// What it can do: as it was registered last, with all parts that any worker so far had.
     pub card: ModelCard,
     /// When a worker registered it last, in milliseconds since 1970.
     pub registered_ms: i64,
@@ -42,10 +42,11 @@ impl Store {
         model: &HeldModel,
         time: Duration,
     ) -> Result<()> {
-        let insert_model = "insert into model (sha256, name, card, words, registered_ms) \
-                            select $1, $2, $3, $4, ms from clock where true \
+        let insert_model = "insert into model (sha256, name, card, words, parts, registered_ms) \
+                            select $1, $2, $3, $4, $5, ms from clock where true \
                             on conflict (sha256) do update set name = excluded.name, card = excluded.card, \
-                            words = excluded.words, registered_ms = excluded.registered_ms";
+                            words = excluded.words, parts = model.parts | excluded.parts, \
+                            registered_ms = excluded.registered_ms";
         let insert_worker = "insert into model_worker (worker, model, device, memory_bytes, lacks, until_ms) \
                              select $1, $2, $3, $4, $5, ms + $6 from clock where true \
                              on conflict (worker) do update set model = excluded.model, device = excluded.device, \
@@ -53,7 +54,8 @@ impl Store {
                              until_ms = excluded.until_ms";
         let HeldModel { card, words, memory_bytes } = model;
         let mut tx = self.db.begin().await?;
-        let values = args![card.sha256.as_str(), card.name.as_str(), json(card), words.as_str()];
+        let parts = ModelPart::mask(&card.parts);
+        let values = args![card.sha256.as_str(), card.name.as_str(), json(card), words.as_str(), parts];
         tx.run(insert_model, values).await?;
         let memory_bytes = memory_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
         let values = args![worker.to_string(), card.sha256.as_str(), device, memory_bytes, lacks(card), time];
@@ -76,7 +78,7 @@ impl Store {
 
     /// All models that were ever registered, the last registered first.
     pub async fn models(&self) -> Result<Vec<RegisteredModel>> {
-        let select = "select sha256, card, registered_ms, device, memory_bytes, lacks from model \
+        let select = "select sha256, card, parts, registered_ms, device, memory_bytes, lacks from model \
                       left join (select * from model_worker where until_ms > (select ms from clock)) running \
                       on running.model = model.sha256 order by registered_ms desc, sha256, device, worker";
         let mut models: Vec<RegisteredModel> = Vec::new();
@@ -85,16 +87,10 @@ impl Store {
             match models.last_mut() {
                 Some(last) if last.card.sha256 == row.text("sha256")? => last.devices.extend(device),
                 _ => models.push(RegisteredModel {
-                    card: parse("card", row.text("card")?)?,
+                    card: card(&row)?,
                     registered_ms: row.int("registered_ms")?,
                     devices: device.into_iter().collect(),
                 }),
-            }
-        }
-        for RegisteredModel { card, devices, .. } in &mut models {
-            if !devices.is_empty() {
-                let has = |part: &ModelPart| devices.iter().any(|device| !device.lacks.contains(part));
-                card.parts = ModelPart::ALL.iter().copied().filter(has).collect();
             }
         }
         Ok(models)
@@ -105,6 +101,12 @@ impl Store {
         let row = self.db.row("select words from model where sha256 = $1", args![sha256]).await?;
         row.map(|row| row.text("words").map(ToOwned::to_owned)).transpose()
     }
+}
+
+fn card(row: &Row) -> Result<ModelCard> {
+    let card: ModelCard = parse("card", row.text("card")?)?;
+    let parts = ModelPart::of_mask(ModelPart::mask(&card.parts) | row.int("parts")?);
+    Ok(ModelCard { parts, ..card })
 }
 
 fn device(row: &Row, name: &str) -> Result<ModelDevice> {

@@ -27,10 +27,31 @@ const APPLIED: (&str, &str) = (
 );
 const APPLY: (&str, &str) = (
     "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
-     values ($1, $2, true, unhex($3), -1)",
+     values ($1, $2, true, unhex($3), -1) on conflict (version) do update set checksum = excluded.checksum",
     "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
-     values ($1, $2, true, decode($3, 'hex'), -1)",
+     values ($1, $2, true, decode($3, 'hex'), -1) on conflict (version) do update set checksum = excluded.checksum",
 );
+
+/// A migration that a release had with another text, and what brings that release's databases to the text of now.
+struct OtherText {
+    version: i64,
+    /// Checksum of the other text, for SQLite and for Postgres.
+    checksums: [&'static str; 2],
+    sql: (&'static str, &'static str),
+}
+
+/// The build of 29 November 2026 had migration 9 without the first of its columns.
+const OTHER_TEXTS: [OtherText; 1] = [OtherText {
+    version: 9,
+    checksums: [
+        "96ba68004fd0226f07c85b9b02ebd18127a587669ba5c1490a0448f538bc95c71cb1ff835b1408e8bcb871590ba7f193",
+        "6afec7cd8962fd1132eabc7173359da436ca78e81dde76f10edcbbffa43813824b408cb8e3b23910f05462e0b71d86d7",
+    ],
+    sql: (
+        "alter table model add column parts integer not null default 0",
+        "alter table model add column parts bigint not null default 0",
+    ),
+}];
 
 /// Migrates the schema to this program's, in one transaction.
 pub(super) async fn migrate(db: &Db) -> Result<()> {
@@ -46,8 +67,11 @@ pub(super) async fn migrate(db: &Db) -> Result<()> {
     tx.script(TABLE).await?;
     let applied = tx.rows(APPLIED, &[]).await?;
     let missing = compare(migrator(db), &applied)?;
-    for migration in &missing {
-        tx.script(migration.sql.clone()).await?;
+    for (migration, step) in &missing {
+        match step {
+            Step::Apply => tx.script(migration.sql.clone()).await?,
+            Step::Amend(sql) => tx.script(*sql).await?,
+        }
         let values = args![migration.version, &*migration.description, checksum(migration)];
         tx.run(APPLY, values).await?;
     }
@@ -68,8 +92,16 @@ fn migrator(db: &Db) -> &'static Migrator {
     }
 }
 
-/// The migrations still to be applied; fails if another program has applied others.
-fn compare<'a>(wanted: &'a Migrator, applied: &[Row]) -> Result<Vec<&'a Migration>> {
+/// What a migration still needs.
+enum Step {
+    /// To be applied.
+    Apply,
+    /// Its other text was applied: this brings the database to the text of now.
+    Amend((&'static str, &'static str)),
+}
+
+/// The migrations that are not in the database as they are now; fails if another program has applied others.
+fn compare<'a>(wanted: &'a Migrator, applied: &[Row]) -> Result<Vec<(&'a Migration, Step)>> {
     let mut found = BTreeMap::new();
     for row in applied {
         found.insert(row.int("version")?, row.text("checksum")?);
@@ -80,9 +112,14 @@ fn compare<'a>(wanted: &'a Migrator, applied: &[Row]) -> Result<Vec<&'a Migratio
     let mut missing = Vec::new();
     for one in wanted.iter() {
         match found.get(&one.version) {
-            None => missing.push(one),
-            Some(&hash) if hash != checksum(one) => return Err(changed(one.version)),
-            Some(_) => {}
+            None => missing.push((one, Step::Apply)),
+            Some(&hash) if hash == checksum(one) => {}
+            Some(&hash) => {
+                let is_other =
+                    |text: &&OtherText| text.version == one.version && text.checksums.contains(&hash);
+                let other = OTHER_TEXTS.iter().find(is_other).ok_or_else(|| changed(one.version))?;
+                missing.push((one, Step::Amend(other.sql)));
+            }
         }
     }
     Ok(missing)

@@ -233,6 +233,22 @@ async fn what_a_model_cannot_do_is_said_before_a_job_is_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_the_worker_with_the_parts_that_it_takes_while_that_one_restarts() {
+    let app = TestApp::start().await;
+    let whole = app.worker(&script(), "scripted").await;
+    let plain = app.worker(&script().parts(&[]), "scripted").await;
+    whole.stop().await;
+    let job = app.accepted(form(3, "mug")).await;
+    assert_eq!((codes(&job), &job["waiting_for"]), (vec!["no-worker"], &json!("worker")));
+    let whole = app.worker(&script(), "scripted").await;
+    app.succeeded(&job).await;
+    for worker in [whole, plain] {
+        worker.stop().await;
+    }
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_without_a_model_has_the_idempotency_hash_of_earlier_builds() {
     let app = TestApp::start().await;
     let send = async |form: Form| {

@@ -5,16 +5,25 @@ use std::path::Path;
 
 use hypnos::job::State;
 use hypnos::store::{Error, Rescued};
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{Migration, Migrator};
+use sqlx::{AssertSqlSafe, SqlSafeStr};
 
 use super::*;
 
 /// Applies these migrations as the builds before did, by sqlx's own migrator.
 async fn migrate_as_before(url: &str, versions: &[i64]) {
+    migrate_with(url, versions, |text| text).await;
+}
+
+/// The same, each migration's text changed.
+async fn migrate_with(url: &str, versions: &[i64], change: impl Fn(String) -> String) {
     let kind = if url.starts_with("sqlite:") { "sqlite" } else { "postgres" };
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations").join(kind);
     let mut migrator = Migrator::new(directory).await.unwrap();
-    let kept = migrator.migrations.iter().filter(|one| versions.contains(&one.version)).cloned();
+    let kept = migrator.migrations.iter().filter(|one| versions.contains(&one.version)).map(|one| {
+        let sql = AssertSqlSafe(change(one.sql.as_str().to_owned())).into_sql_str();
+        Migration::new(one.version, one.description.clone(), one.migration_type, sql, one.no_tx)
+    });
     migrator.migrations = Cow::Owned(kept.collect());
     assert_eq!(migrator.migrations.len(), versions.len());
     if kind == "sqlite" {
@@ -71,6 +80,24 @@ async fn of_the_first_build(url: String) {
     migrate_as_before(&db.url, &(1..=newest()).collect::<Vec<_>>()).await;
 }
 
+/// A database remembers the text of each migration that was applied to it: one that changes is refused there.
+#[tokio::test]
+async fn a_migration_that_was_published_never_changes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let published = std::fs::read_to_string(root.join("tests/golden/migrations.sha384")).unwrap();
+    let mut found = Vec::new();
+    for kind in ["postgres", "sqlite"] {
+        let migrator = Migrator::new(root.join("migrations").join(kind)).await.unwrap();
+        found.extend(migrator.iter().map(|one| {
+            let sum: String = one.checksum.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{sum}  {kind}/{:04}_{}.sql", one.version, one.description.replace(' ', "_"))
+        }));
+    }
+    let published: Vec<&str> = published.lines().collect();
+    let how = "a change is a migration of its own, which adds its line: (cd migrations && sha384sum */*.sql)";
+    assert_eq!(found, published, "{how}");
+}
+
 /// The newest migration.
 fn newest() -> i64 {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/sqlite");
@@ -110,6 +137,38 @@ async fn a_sqlite_file_of_an_intermediate_build_is_brought_up_to_date() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_postgres_of_an_intermediate_build_is_brought_up_to_date() {
     of_a_build_between(Postgres::database().await).await;
+}
+
+/// A build had migration 9 without the first of its columns.
+async fn of_the_build_with_another_ninth_migration(url: String) {
+    let without_parts = |text: String| {
+        let mut paragraphs: Vec<&str> = text.split_inclusive("\n\n").collect();
+        paragraphs.retain(|paragraph| !paragraph.contains("alter table model add column parts"));
+        paragraphs.concat()
+    };
+    migrate_with(&url, &(1..=9).collect::<Vec<_>>(), without_parts).await;
+    let store = Store::connect(&url, 4).await.unwrap();
+    match store.check_schema().await {
+        Err(Error::Schema(line)) => assert!(line.contains("run `hypnos migrate`"), "{line}"),
+        other => panic!("{other:?}"),
+    }
+    store.migrate().await.unwrap();
+    store.check_schema().await.unwrap();
+    // The texts that sqlx finds recorded are those of now.
+    migrate_as_before(&url, &(1..=newest()).collect::<Vec<_>>()).await;
+    let db = TestDatabase { url, direct: None, store, dir: None, _bouncer: None };
+    db.sql("update model set parts = parts").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_with_another_ninth_migration_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    of_the_build_with_another_ninth_migration(format!("sqlite:{}/hypnos.db", dir.path().display())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_with_another_ninth_migration_is_brought_up_to_date() {
+    of_the_build_with_another_ninth_migration(Postgres::database().await).await;
 }
 
 /// A database that was made at the newest version and one that was brought there are the same, column for column.
