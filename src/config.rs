@@ -677,6 +677,18 @@ pub struct Working {
 impl Working {
     /// Refuses invalid settings and combinations.
     pub fn check(&self) -> Result<()> {
+        for (name, value) in [
+            ("HYPNOS_LEASE_SECS", self.lease_secs),
+            ("HYPNOS_BEAT_SECS", self.beat_secs),
+            ("HYPNOS_ATTEMPT_HOURS", self.attempt_hours * 3600.0),
+            ("HYPNOS_POLL_SECS", self.poll_secs),
+            ("HYPNOS_CHECKPOINT_SECS", self.checkpoint_secs),
+            ("HYPNOS_WORK_DRAIN_SECS", self.work_drain_secs),
+        ] {
+            seconds(name, value)?;
+        }
+        gigabytes("HYPNOS_WEIGHTS_GB", self.weights_gb)?;
+        gigabytes("HYPNOS_MODELS_GB", self.models_gb)?;
         if !(0.0..=1.0).contains(&self.sample_share) {
             return invalid(format!("HYPNOS_SAMPLE_SHARE: wanted 0 to 1, got {}", self.sample_share));
         }

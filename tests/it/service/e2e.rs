@@ -405,7 +405,7 @@ type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 fn invalid_settings_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data").display().to_string();
-    let cases: [Case; 13] = [
+    let cases: [Case; 15] = [
         (&["serve"], &[("HYPNOS_DATABSE", "x")], "HYPNOS_DATABSE is set, but there is no such setting"),
         (
             &["serve", "--listen", "0.0.0.0:0", "--auth", "none"],
@@ -435,6 +435,8 @@ fn invalid_settings_are_refused_in_one_line() {
         (&["serve"], &[("HYPNOS_URL_SECRET", "short")], "HYPNOS_URL_SECRET: wanted at least 16 characters"),
         (&["work"], &[("HYPNOS_BUNDLE", "/nowhere")], "/nowhere"),
         (&["work", "--beat-secs", "50"], &[], "more than a third of HYPNOS_LEASE_SECS"),
+        (&["doctor", "--sample-share", "2"], &[], "HYPNOS_SAMPLE_SHARE: wanted 0 to 1, got 2"),
+        (&["doctor"], &[("HYPNOS_LEASE_SECS", "0")], "HYPNOS_LEASE_SECS: wanted seconds above 0, got 0"),
     ];
     for (args, settings, wanted) in cases {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypnos"));
