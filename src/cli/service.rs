@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -20,7 +21,7 @@ use uuid::Uuid;
 
 use super::error::CliError;
 use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
-use crate::config::{Signals, Storage, Working, gigabytes, seconds};
+use crate::config::{self, Signals, Storage, Working, gigabytes, seconds};
 use crate::deployment;
 use crate::engine::memory::{MemoryCheck, Products};
 use crate::engine::{self, CandleEngine, Engine};
@@ -367,9 +368,14 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         memory: None,
     };
     let products = Products::of_worker(working.sample_share);
+    let mut checks: Vec<(String, MemoryCheck)> = Vec::new(); // one for each device
     let engines = working.devices(n).into_iter().map(|device| {
-        let sharers = working.sharers(&device, n);
-        let check = memory_check(sharers, products);
+        let known = checks.iter().find(|(other, _)| config::is_same_device(other, &device));
+        let check = known.map(|(_, check)| check.clone()).unwrap_or_else(|| {
+            let check = memory_check(working.sharers(&device, n), products);
+            checks.push((device.clone(), check.clone()));
+            check
+        });
         let memory = (!working.ignore_memory).then_some(check);
         let settings = engine::EngineSettings { memory, ..engine.clone() };
         let name = device.clone();
@@ -407,7 +413,7 @@ pub(super) fn own_memory_check(ignore: bool) -> Option<MemoryCheck> {
 
 fn memory_check(sharers: usize, products: Products) -> MemoryCheck {
     let (obtainable, capacity) = (machine::obtainable, machine::capacity);
-    MemoryCheck { obtainable, capacity, sharers, products }
+    MemoryCheck { obtainable, capacity, gpu: Arc::default(), sharers, products }
 }
 
 /// An id of the machine, also in containers: all processes of one kernel are on one machine until its next boot.

@@ -60,7 +60,7 @@ impl CandleEngine {
         let bundle = Bundle::open(&settings.bundle)?;
         let gpu_bytes = device::free_bytes(&device)?;
         let limits = memory_of(&settings, FEWEST_PHOTOS);
-        if let Some(room) = settings.memory.and_then(|check| check.room(gpu_bytes))
+        if let Some(room) = settings.memory.as_ref().and_then(|check| check.room(gpu_bytes))
             && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), room.free)?
         {
             return Err(Error::input(format!("{refusal}; --ignore-memory starts anyway")));
@@ -85,7 +85,7 @@ impl CandleEngine {
     /// Refuses a training that does not fit the memory. Gives the bytes of products' models that leave it what it takes.
     fn check_memory(&self, spec: &TrainSpec, photos: &[Vec<u8>]) -> Result<u64, Fault> {
         let most = self.settings.finetuned_bytes_max;
-        let room = self.settings.memory.and_then(|check| check.room(self.gpu_bytes));
+        let room = self.settings.memory.as_ref().and_then(|check| check.room(self.gpu_bytes));
         let Some(room) = room else { return Ok(most) }; // it is not known, or not to be looked at
         let limits = memory_of(&self.settings, photo_sizes(photos));
         let kind = DeviceKind::of(self.base.device());
@@ -187,7 +187,7 @@ fn memory_of(settings: &EngineSettings, photos: (usize, u64)) -> MemorySettings 
     MemorySettings {
         batch: settings.batch,
         checkpointing: settings.checkpointing,
-        products: settings.memory.map_or(Products::Never, |check| check.products),
+        products: settings.memory.as_ref().map_or(Products::Never, |check| check.products),
         photos,
     }
 }

@@ -1,6 +1,8 @@
 //! Whether a training or a sample fits the memory that there is, and which settings make it fit: counted, before
 //! anything is allocated.
 
+use std::sync::{Arc, OnceLock};
+
 use serde::Serialize;
 
 use super::training;
@@ -60,12 +62,14 @@ impl MemorySettings {
 }
 
 /// How an engine learns what memory it may take.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MemoryCheck {
     /// What this process could have of the machine's, with what it has already; none if that is not known.
     pub obtainable: fn() -> Option<u64>,
     /// What this process could have if no other had any; none if that is not known.
     pub capacity: fn() -> Option<u64>,
+    /// Bytes that were free on the GPU before the first of the engines that share it took any; they hold one together.
+    pub gpu: Arc<OnceLock<u64>>,
     /// Engines that share the memory of the device.
     pub sharers: usize,
     /// When products are drawn.
@@ -73,10 +77,12 @@ pub struct MemoryCheck {
 }
 
 impl MemoryCheck {
-    /// The part of one engine, of what was free on its GPU or else of the machine's memory. What is free on a GPU is
-    /// measured once, so that no more is expected of an idle one. None if it is not known.
+    /// The part of one engine, of what is free on its GPU or else of the machine's memory. What is free on a GPU counts as
+    /// it was for the first engine, so that no more is expected of an idle one, and no engine's models are taken off
+    /// before its share is. None if it is not known.
     pub(super) fn room(&self, gpu: Option<u64>) -> Option<Room> {
         let own = |bytes| share(bytes, self.sharers);
+        let gpu = gpu.map(|now| *self.gpu.get_or_init(|| now));
         let idle = gpu.or_else(self.capacity).map(own);
         gpu.or_else(self.obtainable).map(|free| Room { free: own(free), idle })
     }
@@ -320,10 +326,26 @@ mod tests {
     fn engines_of_one_device_have_its_memory_in_equal_parts() {
         let room = |sharers, gpu| {
             let products = Products::Never;
-            MemoryCheck { obtainable: || Some(60), capacity: || Some(90), sharers, products }.room(gpu)
+            let gpu_memory = Arc::default();
+            MemoryCheck { obtainable: || Some(60), capacity: || Some(90), gpu: gpu_memory, sharers, products }
+                .room(gpu)
         };
         assert_eq!(room(3, None), Some(Room { free: 20, idle: Some(30) }));
         assert_eq!(room(1, None), Some(Room { free: 60, idle: Some(90) }));
         assert_eq!(room(3, Some(9)), Some(Room { free: 3, idle: Some(3) }), "of a GPU's own");
+    }
+
+    #[test]
+    fn what_one_engine_takes_of_a_gpu_is_not_taken_off_another_s_part() {
+        let check = MemoryCheck {
+            obtainable: || None,
+            capacity: || None,
+            gpu: Arc::default(),
+            sharers: 2,
+            products: Products::Never,
+        };
+        let other = check.clone();
+        assert_eq!(check.room(Some(80)), Some(Room { free: 40, idle: Some(40) }));
+        assert_eq!(other.room(Some(50)), Some(Room { free: 40, idle: Some(40) }), "the first has 30");
     }
 }

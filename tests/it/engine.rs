@@ -575,8 +575,9 @@ fn capacity() -> Option<u64> {
 
 #[test]
 fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
-    let memory = MemoryCheck { obtainable, capacity, sharers: 1, products: Products::BesideTrainings };
-    let open = || CandleEngine::open(EngineSettings { memory: Some(memory), ..settings() });
+    let gpu = std::sync::Arc::default();
+    let memory = MemoryCheck { obtainable, capacity, gpu, sharers: 1, products: Products::BesideTrainings };
+    let open = || CandleEngine::open(EngineSettings { memory: Some(memory.clone()), ..settings() });
     let bundle = Bundle::open(&settings().bundle).expect("a bundle");
     let spec = spec(2, 2);
     let limits = MemorySettings {

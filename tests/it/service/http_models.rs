@@ -292,8 +292,13 @@ fn obtainable() -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes_it_fit() {
-    let memory =
-        MemoryCheck { obtainable, capacity: obtainable, sharers: 1, products: Products::BesideTrainings };
+    let memory = MemoryCheck {
+        obtainable,
+        capacity: obtainable,
+        gpu: std::sync::Arc::default(),
+        sharers: 1,
+        products: Products::BesideTrainings,
+    };
     let settings = EngineSettings {
         bundle: bundle(),
         device: "cpu".into(),
