@@ -214,9 +214,7 @@ pub(super) fn spec_of(
     options: Map<String, Value>,
     drawn_seed: u64,
 ) -> Result<TrainSpec, Invalid> {
-    let options = TrainOptions::given(&Value::Object(options));
-    let options = options.map_err(|error| Invalid::new("", error.to_string()))?;
-    TrainSpec::new(class_name, options, drawn_seed)
+    TrainSpec::new(class_name, TrainOptions::given(&Value::Object(options))?, drawn_seed)
 }
 
 /// Options from KEY=VALUE pairs.

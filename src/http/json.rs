@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::body::{LimitedBody, media_type};
 use super::problem::{Kind, Problem, excerpt};
 use super::state::AppState;
-use crate::job::TenantId;
+use crate::job::{self, TenantId};
 
 /// Largest JSON body.
 const JSON_BYTES_MAX: usize = 64 * 1024;
@@ -50,10 +50,8 @@ pub(super) async fn json_body<T: DeserializeOwned + Serialize>(
 pub(super) fn from_json<T: DeserializeOwned + Serialize>(bytes: &[u8], pointer: &str) -> Result<T, Problem> {
     let bytes = &whole_numbers(bytes)[..];
     let mut source = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut source).map_err(|error| {
-        let path: String = error.path().iter().map(pointer_segment).collect();
-        invalid_json(error.inner(), &format!("{pointer}{path}"))
-    })?;
+    let value = serde_path_to_error::deserialize(&mut source)
+        .map_err(|error| invalid_json(error.inner(), &format!("{pointer}{}", job::pointer(error.path()))))?;
     source.end().map_err(|error| invalid_json(&error, pointer))?;
     // serde accepts an array of the fields' values for an object.
     let (given, parsed) = (serde_json::from_slice(bytes), serde_json::to_value(&value));
@@ -103,15 +101,6 @@ fn array_for_object(given: &Value, parsed: &Value) -> Option<String> {
             array_for_object(given, parsed.get(name)?).map(|rest| format!("/{name}{rest}"))
         }),
         _ => None,
-    }
-}
-
-fn pointer_segment(segment: &serde_path_to_error::Segment) -> String {
-    use serde_path_to_error::Segment;
-    match segment {
-        Segment::Seq { index } => format!("/{index}"),
-        Segment::Map { key } => format!("/{}", key.replace('~', "~0").replace('/', "~1")),
-        Segment::Enum { .. } | Segment::Unknown => String::new(),
     }
 }
 

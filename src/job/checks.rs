@@ -49,7 +49,8 @@ pub fn template_pattern(word: &str) -> String {
 const PROMPT_CHARS_MAX: usize = 1000;
 
 /// Why a value is rejected.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{pointer}: {message}")]
 pub struct Invalid {
     /// JSON pointer to the value, such as `/steps`.
     pub pointer: String,
@@ -62,6 +63,17 @@ impl Invalid {
     pub fn new(pointer: impl Into<String>, message: impl Into<String>) -> Self {
         Self { pointer: pointer.into(), message: message.into() }
     }
+}
+
+/// The JSON pointer of a place that serde has reached.
+pub(crate) fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    let segment = |segment: &Segment| match segment {
+        Segment::Seq { index } => format!("/{index}"),
+        Segment::Map { key } => format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+        Segment::Enum { .. } | Segment::Unknown => String::new(),
+    };
+    path.iter().map(segment).collect()
 }
 
 /// Normalizes a class name: NFC, trimmed.

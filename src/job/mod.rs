@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub(crate) use checks::pointer;
 pub use checks::{
     CLASS_NAME_CHARS_MAX, CLASS_NAME_PATTERN, Invalid, PROMPT_PATTERN, SEED_MAX, class_name, template_pattern,
 };

@@ -159,7 +159,7 @@ impl ModelCard {
 
     /// Complete options from a JSON object with some: the others are what suits this model for their method, or else
     /// the method's defaults. Tokens are rare ones of its vocabulary, as far as it has any.
-    pub fn options(&self, given: &Value) -> serde_json::Result<TrainOptions> {
+    pub fn options(&self, given: &Value) -> Result<TrainOptions, Invalid> {
         Ok(TrainOptions::suited(&self.training, given)?
             .with_rare_tokens(self.rare_tokens.as_deref().unwrap_or_default()))
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::checks::{Invalid, check_seed, check_token, rate, real, text, whole};
+use super::checks::{Invalid, check_seed, check_token, pointer, rate, real, text, whole};
 use super::string_enum::string_enum;
 
 /// Most steps of a training.
@@ -385,22 +385,25 @@ impl TrainOptions {
         }
     }
 
-    /// Options from a JSON object that names some of them; all others take the defaults of its method.
-    pub fn given(some: &Value) -> serde_json::Result<Self> {
+    /// Options from a JSON object that names some of them; all others take the defaults of its method. Rejects what is no
+    /// option or no value of it, by its JSON pointer.
+    pub fn given(some: &Value) -> Result<Self, Invalid> {
         Self::suited(&BTreeMap::new(), some)
     }
 
     /// The same, where `suited` has by method what a model takes in place of the defaults.
-    pub fn suited(suited: &BTreeMap<String, Value>, given: &Value) -> serde_json::Result<Self> {
-        let method = given.get("method").map_or(Ok(Method::default()), Method::deserialize)?;
-        let mut whole = serde_json::to_value(Self::of(method))?;
+    pub fn suited(suited: &BTreeMap<String, Value>, given: &Value) -> Result<Self, Invalid> {
+        let method = given.get("method").map_or(Ok(Method::default()), Method::deserialize);
+        let method = method.map_err(|error| Invalid::new("/method", error.to_string()))?;
+        let mut whole = serde_json::to_value(Self::of(method)).expect("options are JSON");
         let suited = suited.get(method.as_str());
         suited
             .into_iter()
             .chain([given])
             .filter(|some| some.is_object())
             .for_each(|some| merge_json(&mut whole, some));
-        serde_json::from_value(whole)
+        serde_path_to_error::deserialize(whole)
+            .map_err(|error| Invalid::new(pointer(error.path()), error.inner().to_string()))
     }
 
     /// The same with tokens of `rare`, which are words of one token each, where none are given: the first that is free

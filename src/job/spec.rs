@@ -61,7 +61,7 @@ impl TrainSpec {
         given: &Value,
         drawn_seed: u64,
     ) -> Result<Self, Invalid> {
-        let options = card.options(given).map_err(|error| Invalid::new("", error.to_string()))?;
+        let options = card.options(given)?;
         let spec = Self::new(class_name, options, drawn_seed)?;
         card.check(&spec.options)?;
         let warnings = card.metrics_warning(&spec.options).into_iter().collect();

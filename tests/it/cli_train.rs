@@ -212,7 +212,8 @@ fn an_invalid_training_is_refused_in_one_line_and_nothing_is_written() {
     };
     refuse(&["--set", "steps=0"], &["steps", "wanted 1 to 10000, got 0"]);
     refuse(&["--set", "s_p=7"], &["s_p", "wanted 0 to 6, got 7"]);
-    refuse(&["--set", "loss_weights.prio=1"], &["unknown field `prio`"]);
+    refuse(&["--set", "loss_weights.prio=1"], &["--set loss_weights", "unknown field `prio`"]);
+    refuse(&["--set", "adamw_moments=4bit"], &["--set adamw_moments: unknown variant `4bit`"]);
     refuse(&["--set", "steps"], &["--set: wanted KEY=VALUE, got \"steps\""]);
     refuse(&["--set", "sigma=0"], &["sigma", "wanted 0.1 to 100, got 0"]);
     refuse(&["--class-name", "  "], &["--class-name", "wanted 1 to 64 characters"]);
