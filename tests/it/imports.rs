@@ -194,6 +194,16 @@ fn a_pickle_becomes_the_same_and_one_with_code_does_nothing() {
 }
 
 #[test]
+fn a_place_may_end_in_a_slash() {
+    let (case, dir) = (Case::open("pickled"), scratch());
+    let (sibling, out) = (case.sibling(), dir.path().join("out/"));
+    let source = crate::golden::path("imports/pickled.ckpt");
+    succeeds(&mut import(&source, &out, &["--with", text(sibling.path())]));
+    assert_eq!(hashes(&out), case.wanted("f16"));
+    assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1, "nothing is left beside it");
+}
+
+#[test]
 fn what_a_file_lacks_comes_from_another_bundle_and_hypnos_json_says_so() {
     let (case, dir) = (Case::open("sd1"), scratch());
     let sibling = case.sibling();

@@ -229,7 +229,8 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
 /// Makes the directory `out`, which `fill` fills under another name: it appears whole, or not at all. Errors name it as it
 /// will be called.
 pub(crate) fn make_directory(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut part = out.as_os_str().to_owned();
+    // As components, so that a slash at the end of `out` does not put it inside.
+    let mut part = out.components().as_path().as_os_str().to_owned();
     part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
     let made = create_directory(&part)
