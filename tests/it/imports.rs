@@ -459,6 +459,22 @@ fn bad_files_and_places_are_one_line_each_and_leave_nothing() {
     assert_eq!(fs::read_dir(&out).expect("a directory").count(), 0, "as before");
 }
 
+#[test]
+fn what_is_wrong_with_the_other_bundle_is_said_of_its_file() {
+    let (case, dir) = (Case::open("pickled"), scratch());
+    let (sibling, out) = (case.sibling(), dir.path().join("out"));
+    let with = sibling.path();
+    let refuse = |file: &str, wanted: &str| {
+        let source = crate::golden::path("imports/pickled.ckpt");
+        let line = refused(&mut import(&source, &out, &["--with", text(with)]), 2);
+        assert!(line.starts_with(&format!("{}: {wanted}", with.join(file).display())), "{line}");
+        assert!(!out.exists());
+    };
+    copy(&bundle().join("segmenter"), &with.join("segmenter"));
+    fs::remove_file(with.join("segmenter/config.json")).expect("a file");
+    refuse("segmenter/config.json", "cannot be opened: no such file");
+}
+
 /// A file of the real names and shapes, whose values are all zero and take no room, and of these metadata.
 fn sparse(path: &Path, golden: &str, metadata: &Value) {
     let text = fs::read_to_string(crate::golden::path("ldm_names").join(format!("{golden}.jsonl")));

@@ -249,10 +249,10 @@ pub(super) fn create_directory(dir: &Path) -> Result<()> {
 
 /// Copies a file, whole or not at all, and makes the directories that the copy lies in.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut file = File::open(from).map_err(|e| Error::io(from, "cannot be opened", e))?;
     to.parent().map_or(Ok(()), create_directory)?;
     write_atomically(to, |out| {
-        let copied = File::open(from).and_then(|mut file| io::copy(&mut file, out));
-        copied.map(drop).map_err(|e| Error::io(to, "cannot be written", e))
+        io::copy(&mut file, out).map(drop).map_err(|e| Error::io(to, "cannot be written", e))
     })
 }
 
