@@ -241,7 +241,7 @@ fn locate(
         let used: BTreeSet<&str> = found.values().map(|slice| slice.name.as_str()).collect();
         let more = tensors.names().find(|name| name.starts_with(UNET) && !used.contains(name));
         if let Some(more) = more {
-            return Err(format!("its UNet has no tensor `{more}`"));
+            return Err(format!("has the tensor `{more}`, which is none of that UNet's"));
         }
     }
     Ok(found)
