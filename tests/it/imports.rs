@@ -474,6 +474,8 @@ fn what_is_wrong_with_the_other_bundle_is_said_of_its_file() {
     copy(&bundle().join("segmenter"), &with.join("segmenter"));
     fs::remove_file(with.join("segmenter/config.json")).expect("a file");
     refuse("segmenter/config.json", "cannot be opened: no such file");
+    write_json(&with.join("scheduler/scheduler_config.json"), &json!([]));
+    refuse("scheduler/scheduler_config.json", "is not a JSON object");
 }
 
 /// A file of the real names and shapes, whose values are all zero and take no room, and of these metadata.

@@ -75,7 +75,7 @@ pub(super) fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
 
     // 2. What they do.
     let (prediction, why) = prediction(&tensors, options, &family)?;
-    let (scheduler, class) = family.scheduler(prediction)?;
+    let (scheduler, class) = family.scheduler(prediction, with)?;
     import.make("scheduler/scheduler_config.json", scheduler, family.origin());
     import.make("model_index.json", model_index(&class), "hypnos");
     import.manifest = manifest(&tensors, &family, prediction, with)?;
@@ -163,10 +163,10 @@ impl Family {
         }
     }
 
-    /// The scheduler's settings, and its class.
-    fn scheduler(&self, prediction: Prediction) -> Result<(Value, String)> {
-        let mut json =
-            predicting(Path::new("scheduler_config.json"), self.json["scheduler"].clone(), prediction)?;
+    /// The scheduler's settings, and its class. Those that are not known here are of the bundle `with`.
+    fn scheduler(&self, prediction: Prediction, with: Option<&Path>) -> Result<(Value, String)> {
+        let path = with.unwrap_or(Path::new("")).join("scheduler/scheduler_config.json");
+        let mut json = predicting(&path, self.json["scheduler"].clone(), prediction)?;
         if self.sizes.as_ref().is_some_and(|sizes| sizes.prediction != prediction) {
             json["_class_name"] = "PNDMScheduler".into(); // what SD 1.x and SD 2's base come with
             json["skip_prk_steps"] = true.into();
