@@ -74,6 +74,31 @@ pub(crate) fn refused(command: &mut Command, code: i32) -> String {
     line.strip_prefix("error: ").expect("an error").to_owned()
 }
 
+/// A command for a shell whose script runs another one as `"$0" "$@"`, with the environment of that.
+pub(crate) fn scripted(shell: &[&str], script: &str, command: &Command) -> Command {
+    let mut outer = Command::new(shell[0]);
+    outer.args(&shell[1..]).args(["-c", script]).arg(command.get_program()).args(command.get_args());
+    with_environment_of(outer, command)
+}
+
+/// The first command with what is set and removed for the second.
+pub(crate) fn with_environment_of(mut command: Command, other: &Command) -> Command {
+    for (name, value) in other.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
+/// The command, whose files may grow to so many KiB, or twice as many where the shell does not count in blocks of 512
+/// bytes: a write beyond that fails as on a full disk, with another word.
+pub(crate) fn limited(command: &Command, kib: u32) -> Command {
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", 2 * kib);
+    scripted(&["sh"], &script, command)
+}
+
 fn weights(dir: &Path) -> Vec<u8> {
     fs::read(dir.join("weights.safetensors")).expect("weights")
 }
@@ -275,9 +300,6 @@ fn a_directory_with_other_contents_is_left_alone() {
     assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1);
 }
 
-/// A file may grow to so many blocks of 1 KiB; beyond that a write fails as it does on a full disk, with another word.
-const ROOM: u32 = 20 * 1024;
-
 #[test]
 fn a_disk_that_is_full_at_a_checkpoint_ends_the_training_and_keeps_the_one_before() {
     let dir = scratch();
@@ -285,10 +307,7 @@ fn a_disk_that_is_full_at_a_checkpoint_ends_the_training_and_keeps_the_one_befor
     let dreambooth = ["--method", "dreambooth", "--checkpoint-every", "2"];
     // A checkpoint of the miniature has 77 MiB, so that the first one does not fit.
     let plain = train(&demo_photos(), &out, &dreambooth);
-    let mut limited = Command::new("sh");
-    limited.args(["-c", &format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", 2 * ROOM), "sh"]);
-    limited.arg(plain.get_program()).args(plain.get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let line = refused(&mut limited, 1);
+    let line = refused(&mut limited(&plain, 20 * 1024), 1);
     assert!(line.contains("checkpoint") && line.contains("cannot be written"), "{line}");
     let left = |suffix: &str| -> Vec<String> {
         let names = fs::read_dir(&out).expect("a directory").flatten();

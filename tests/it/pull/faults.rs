@@ -7,8 +7,9 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::hub::{Asked, Fault, Hub};
-use super::published::{INCEPTION, TRACER, UNET, VOCAB, World, scripted};
+use super::published::{INCEPTION, TRACER, UNET, VOCAB, World};
 use super::{ACCEPT, fails, files, run, succeeds};
+use crate::cli_train::{limited, scripted};
 
 /// Bytes after which a transfer of the UNet is cut: not at the end of a piece.
 const SOME: usize = 5_000_001;
@@ -403,15 +404,13 @@ async fn a_disk_that_is_too_small_is_found_before_anything_is_fetched() {
     assert!(world.hub.asked().is_empty());
 }
 
-/// A file may grow to 8 MiB, or 16 where a shell counts in KiB, which is less than the UNet has: that write fails as on a
-/// full disk, with another word.
+/// The UNet has more bytes than a file may grow to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_that_fails_ends_the_pull_and_the_next_one_goes_on() {
     let mut world = World::new().await;
     forget_sizes(&mut world);
     let plain = world.command(&["--only", "base", ACCEPT]);
-    let limited = scripted(&["sh"], "trap '' XFSZ; ulimit -f 16384; exec \"$0\" \"$@\"", &plain);
-    let line = fails(limited, 1).await;
+    let line = fails(limited(&plain, 8 * 1024), 1).await;
     assert!(line.contains("unet/diffusion_pytorch_model.safetensors: cannot be written: "), "{line}");
     assert!(!world.out().join("hypnos.json").exists() && !world.out().join("unet").exists());
     world.hub.asked();

@@ -14,8 +14,9 @@ use std::process::{Command, Output, Stdio};
 use hypnos::ml::tensorfile::TensorFile;
 use serde_json::{Value, json};
 
+use crate::cli_train::with_environment_of;
 use hub::COMMIT;
-use published::{INCEPTION, VOCAB, World, with_environment_of};
+use published::{INCEPTION, VOCAB, World};
 
 /// Shapes and values by name.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;

@@ -48,24 +48,6 @@ pub(super) struct World {
     pub(super) sources: Value,
 }
 
-/// A command for a shell whose script runs another one as `"$0" "$@"`, with the environment of that.
-pub(super) fn scripted(shell: &[&str], script: &str, command: &Command) -> Command {
-    let mut outer = Command::new(shell[0]);
-    outer.args(&shell[1..]).args(["-c", script]).arg(command.get_program()).args(command.get_args());
-    with_environment_of(outer, command)
-}
-
-/// The first command with what is set and removed for the second.
-pub(super) fn with_environment_of(mut command: Command, other: &Command) -> Command {
-    for (name, value) in other.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
-    command
-}
-
 impl World {
     pub(super) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
