@@ -497,15 +497,32 @@ fn restore(
     Ok(())
 }
 
-/// The first setting in which two recipes differ.
+/// The first setting in which two recipes differ. Either may have some that the other leaves out.
 fn difference(theirs: &str, ours: &str) -> Option<String> {
     if theirs == ours {
         return None;
     }
     let settings = |json: &str| serde_json::from_str::<Map<String, Value>>(json).unwrap_or_default();
     let (theirs, ours) = (settings(theirs), settings(ours));
-    let other = ours.iter().find(|(key, value)| theirs.get(*key) != Some(value));
-    Some(other.map_or("more than there are here".into(), |(key, value)| {
-        format!("{key} is {} there and {value} here", theirs.get(key).unwrap_or(&Value::Null))
+    let other = ours.keys().chain(theirs.keys()).find(|key| theirs.get(*key) != ours.get(*key));
+    Some(other.map_or("the same ones, written otherwise".into(), |key| {
+        let value = |of: &Map<String, Value>| of.get(key).map_or("not set".into(), Value::to_string);
+        format!("{key} is {} there and {} here", value(&theirs), value(&ours))
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::difference;
+
+    #[test]
+    fn a_setting_that_only_one_of_two_recipes_has_is_named() {
+        let (less, more) = (r#"{"lr":0.1,"seed":5}"#, r#"{"lr":0.1,"adamw_moments":"8bit","seed":5}"#);
+        let words = |theirs, ours| difference(theirs, ours).unwrap_or_default();
+        assert_eq!(words(more, less), "adamw_moments is \"8bit\" there and not set here");
+        assert_eq!(words(less, more), "adamw_moments is not set there and \"8bit\" here");
+        assert_eq!(words(less, r#"{"lr":0.2,"seed":5}"#), "lr is 0.1 there and 0.2 here");
+        assert_eq!(words(less, r#"{"seed":5,"lr":0.1}"#), "the same ones, written otherwise");
+        assert_eq!(difference(more, more), None);
+    }
 }
