@@ -29,7 +29,7 @@ fn without_the_feature_cuda_is_refused_with_the_reason() {
     assert_eq!(message, "device cuda:1: this program was built without CUDA; build it with --features cuda");
 }
 
-/// Where the software device takes a GPU's place, whose driver may say any version.
+/// Runs only where the software device takes a GPU's place: its driver says whatever version it is told.
 #[cfg(feature = "cuda")]
 #[test]
 fn a_driver_that_is_too_old_is_refused_in_one_line() {

@@ -238,7 +238,7 @@ fn add_teachers(dir: &Path) {
     }
 }
 
-/// The block of a page between two lines of its name.
+/// The block of a page that a comment of this name begins.
 fn documented(page: &str, name: &str) -> Vec<String> {
     let text = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(page);
     let text = fs::read_to_string(text).expect("the page");
@@ -460,7 +460,7 @@ fn what_cannot_fit_is_refused_in_one_line_before_a_weight_is_read() {
         command.arg("--out").arg(scratch.path().join("compared")).args(more);
         command
     };
-    // What is advised is a flag of both, and so is what they called it before.
+    // Both commands take the flags that a plan advises, and the former name of one of them.
     let advised: BTreeSet<&str> = words
         .split_whitespace()
         .filter(|word| word.starts_with("--"))

@@ -22,7 +22,7 @@ impl Capability {
     pub const ALL: [Self; 6] =
         [Self::Segmentation, Self::PerceptualLoss, Self::Dino, Self::Clip, Self::Inception, Self::Lpips];
 
-    /// Those of what scores pictures.
+    /// Those whose networks score pictures.
     pub const SCORES: [Self; 4] = [Self::Dino, Self::Clip, Self::Inception, Self::Lpips];
 
     /// The capability that takes this part, if one does.

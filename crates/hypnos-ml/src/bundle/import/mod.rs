@@ -96,8 +96,8 @@ enum Content {
 }
 
 impl Import {
-    /// Opens a file or a directory. [`Error::File`](crate::Error::File) if it is something else than Stable Diffusion 1.x or 2.x, a
-    /// tensor is missing or misshapen, or nobody has the tokenizer or another part that it lacks.
+    /// Opens a file or a directory. [`Error::File`](crate::Error::File) if it is something else than Stable Diffusion
+    /// 1.x or 2.x, a tensor is missing or misshapen, or nobody has the tokenizer or another part that it lacks.
     pub fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
         if let Some(with) = options.with.as_ref().filter(|with| !with.is_dir()) {
             return Err(bad(with, "is not a directory; a bundle was wanted for what is missing"));
