@@ -185,7 +185,7 @@ fn no_directory_is_one_line() {
     let (code, _, errors) = hypnos(&["models", "check", "nowhere/at/all"]);
     assert_eq!(
         (code, errors.as_str()),
-        (2, "error: nowhere/at/all: is not a directory; a bundle was wanted\n")
+        (2, "error: nowhere/at/all: is not a directory; a bundle is wanted\n")
     );
 }
 

@@ -408,7 +408,7 @@ fn bad_files_and_places_are_one_line_each_and_leave_nothing() {
     let line = refused(&mut import(&dir.path().join("nowhere.ckpt"), &out, &with), 2);
     assert!(line.contains("nowhere.ckpt: cannot be opened: no such file"), "{line}");
     let line = refused(&mut import(&file, &out, &["--with", "nowhere"]), 2);
-    assert!(line.contains("nowhere: is not a directory; a bundle was wanted"), "{line}");
+    assert!(line.contains("nowhere: is not a directory; a bundle is wanted"), "{line}");
 
     // Without a sibling nobody knows how many heads such a model has.
     let line = refused(&mut import(&file, &out, &[]), 2);

@@ -48,7 +48,7 @@ pub struct Report {
 pub fn check(dir: &Path) -> Report {
     let mut found = Findings(Report::default());
     if !dir.is_dir() {
-        found.note(Err::<(), _>(bad(dir, "is not a directory; a bundle was wanted")));
+        found.note(Err::<(), _>(bad(dir, "is not a directory; a bundle is wanted")));
         return found.0;
     }
     found.note(check_index(dir));

@@ -55,7 +55,7 @@ impl Bundle {
     /// [`check()`](super::check()) finds all, in the weights too.
     pub fn open(dir: &Path) -> Result<Bundle> {
         if !dir.is_dir() {
-            return Err(bad(dir, "is not a directory; a bundle was wanted"));
+            return Err(bad(dir, "is not a directory; a bundle is wanted"));
         }
         check_index(dir)?;
         let manifest = read_manifest(dir)?.unwrap_or_default();

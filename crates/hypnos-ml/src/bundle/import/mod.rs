@@ -100,7 +100,7 @@ impl Import {
     /// 1.x or 2.x, a tensor is missing or misshapen, or nobody has the tokenizer or another part that it lacks.
     pub fn open(source: &Path, options: &ImportOptions) -> Result<Import> {
         if let Some(with) = options.with.as_ref().filter(|with| !with.is_dir()) {
-            return Err(bad(with, "is not a directory; a bundle was wanted for what is missing"));
+            return Err(bad(with, "is not a directory; a bundle is wanted for what is missing"));
         }
         if source.is_dir() { directory::open(source, options) } else { single_file::open(source, options) }
     }
