@@ -1,6 +1,7 @@
 //! What goes wrong on the way: connections, hubs, disks, killed programs, wrong and harmful files.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::json;
@@ -108,15 +109,21 @@ fn index_of_the_unet(world: &World) -> usize {
     files.iter().position(|file| file["path"] == "unet/diffusion_pytorch_model.safetensors").unwrap()
 }
 
+/// Changes a byte of a file that has come, in part or in whole; where it lies.
+fn spoil(world: &World, file: &str) -> PathBuf {
+    let path = world.out().join(".pull/part-base/fetched").join(file);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[1000] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
 /// What is there begins with other bytes than the file, under the same tag: only the hash tells.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_beginning_that_was_spoilt_on_the_disk_is_begun_again() {
     let world = World::new().await;
     killed_within_the_unet(&world).await;
-    let path = world.out().join(".pull/part-base/fetched/unet/diffusion_pytorch_model.safetensors");
-    let mut bytes = fs::read(&path).unwrap();
-    bytes[1000] ^= 1;
-    fs::write(&path, bytes).unwrap();
+    spoil(&world, "unet/diffusion_pytorch_model.safetensors");
     let out = run(world.command(&["--only", "base", ACCEPT])).await;
     let (said, words) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success() && said.contains("a sound bundle"), "{said}{words}");
@@ -129,10 +136,7 @@ async fn a_beginning_that_was_spoilt_on_the_disk_is_begun_again() {
 async fn a_whole_file_that_was_spoilt_and_then_out_of_reach_comes_with_the_next_pull() {
     let world = World::new().await;
     killed_within_the_unet(&world).await;
-    let path = world.out().join(".pull/part-base/fetched/vae/diffusion_pytorch_model.safetensors");
-    let mut bytes = fs::read(&path).unwrap();
-    bytes[1000] ^= 1;
-    fs::write(&path, bytes).unwrap();
+    let path = spoil(&world, "vae/diffusion_pytorch_model.safetensors");
     world.hub.fail(VAE, [Fault::Status(503, vec![("retry-after", "7200")])]);
     let line = fails(world.command(&["--only", "base", ACCEPT]), 1).await;
     assert!(line.ends_with("asks to wait for 120 minutes"), "{line}");
