@@ -353,6 +353,13 @@ fn a_resumed_training_with_all_losses_equals_an_uninterrupted_one() {
     assert_eq!(computed(|metrics| metrics.prior), [true; 4]);
 }
 
+#[test]
+fn a_resumed_training_with_moments_in_8_bits_equals_an_uninterrupted_one() {
+    let mut bench = Bench::new();
+    bench.recipe.adamw_moments = MomentFormat::Bits8;
+    goes_on_as_if_never_stopped(&bench);
+}
+
 fn goes_on_as_if_never_stopped(bench: &Bench) {
     let dir = tempfile::tempdir().expect("a directory");
     let save = |state: &State, name: &str| {
@@ -460,12 +467,14 @@ fn a_checkpoint_that_does_not_fit_is_refused_in_one_line() {
     state.save(&file, bench.hash(), &bench.recipe).expect("a file");
     state.save_weights(&weights, bench.hash(), &bench.recipe).expect("a file");
     let other = Recipe { lr: 2e-4, ..bench.recipe.clone() };
+    let narrow = Recipe { adamw_moments: MomentFormat::Bits8, ..bench.recipe.clone() };
     let mut refused = |file: &Path, bundle: &str, recipe: &Recipe, wanted: &str| {
         let words = state.resume(file, bundle, recipe).expect_err("refused").to_string();
         assert!(words.contains(wanted) && !words.contains('\n'), "{words}");
     };
     refused(&file, "0123456789abcdef", &bench.recipe, "was trained from another bundle");
     refused(&file, bench.hash(), &other, "lr is 0.0001 there and 0.0002 here");
+    refused(&file, bench.hash(), &narrow, "adamw_moments is not set there and \"8bit\" here");
     refused(&weights, bench.hash(), &bench.recipe, "is of format \"hypnos weights 1\"");
     let words = FineTuned::load(&file, &bench.bundle, &bench.base).expect_err("refused").to_string();
     assert!(words.contains("is of format \"hypnos checkpoint 2\""), "{words}");
