@@ -371,7 +371,8 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
     let mut checks: Vec<(String, MemoryCheck)> = Vec::new(); // one for each device
     let engines = working.devices(n).into_iter().map(|device| {
         let known = checks.iter().find(|(other, _)| config::is_same_device(other, &device));
-        let check = known.map(|(_, check)| check.clone()).unwrap_or_else(|| {
+        let known = known.map(|(_, check)| check.clone());
+        let check = known.unwrap_or_else(|| {
             let check = memory_check(working.sharers(&device, n), products);
             checks.push((device.clone(), check.clone()));
             check
