@@ -23,6 +23,7 @@ use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use uuid::Uuid;
 
+use super::monitoring;
 use super::postgres::{Bouncer, Postgres, socket_of};
 
 const LONG: Duration = Duration::from_mins(10);

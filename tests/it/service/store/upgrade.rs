@@ -89,8 +89,12 @@ async fn a_migration_that_was_published_never_changes() {
     for kind in ["postgres", "sqlite"] {
         let migrator = Migrator::new(root.join("migrations").join(kind)).await.unwrap();
         found.extend(migrator.iter().map(|one| {
-            let sum: String = one.checksum.iter().map(|byte| format!("{byte:02x}")).collect();
-            format!("{sum}  {kind}/{:04}_{}.sql", one.version, one.description.replace(' ', "_"))
+            format!(
+                "{}  {kind}/{:04}_{}.sql",
+                monitoring::hex(&one.checksum),
+                one.version,
+                one.description.replace(' ', "_")
+            )
         }));
     }
     let published: Vec<&str> = published.lines().collect();
