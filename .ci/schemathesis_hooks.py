@@ -1,7 +1,6 @@
 """What a document cannot say: how many pixels a photo has, that a request's name names one request, that a step is one of the steps,
 that two tokens differ."""
 
-import copy
 import re
 import struct
 import uuid
@@ -29,13 +28,8 @@ schemathesis.openapi.format("binary", strategies.binary(min_size=3, max_size=3).
 
 @schemathesis.hook
 def filter_case(context, case):
-    """Good forms with a model are left out, since here there is none. Of the cases that are counted out in advance, good forms with
-    a step beyond the last one or with one token twice are left out too: changed, they would be judged again as if nobody knew what they are. Fuzzing finds
-    hardly any other, and its are mended before they are sent.
-    """
-    options = options_of(case)
-    mended = options and mend(copy.deepcopy(options)) != options
-    return not (names_model(case) or (case.meta and case.meta.phase.name == "coverage" and mended))
+    """Good forms with a model are left out, since here there is none."""
+    return not names_model(case)
 
 
 @schemathesis.hook
@@ -47,7 +41,8 @@ def before_call(context, case, kwargs):
             headers[name] = str(uuid.uuid4())
     if options := options_of(case):
         mend(options)
-        # What a hook changed is judged again, and photos as text are no photos then: a good form would count as a bad one.
+        # Schemathesis judges a changed case again, and takes its photos for text: a good form would count as a bad one.
+        # This takes the case as it is now.
         case._sync_validated_hashes()
 
 
