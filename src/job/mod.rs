@@ -164,11 +164,12 @@ impl Progress {
 string_enum!(
     /// Why a job failed. Stable: clients may act on it.
     FaultCode {
-        /// The photos or texts are unusable, which could not be seen when the job was accepted.
+        /// The photos, texts or options are unusable, which could not be seen when the job was accepted; or the training takes
+        /// more memory than the worker's machine has.
         Input = "input",
         /// The loss was no longer a finite number.
         Diverged = "diverged",
-        /// The machine failed: memory, disk, device.
+        /// The machine failed: memory, disk, device; or too much of its memory was in use by others.
         Machine = "machine",
         /// An object that the job needs is not in the store, or not whole.
         ArtifactMissing = "artifact_missing",
