@@ -109,7 +109,7 @@ pub struct ModelRef {
 string_enum!(
     /// Why an accepted job may not give what its sender expects. New codes may be added.
     WarningCode {
-        /// No running worker holds the model that the job needs: it waits until one does.
+        /// No running worker holds the model that the job needs, with all parts that it takes: it waits until one does.
         NoWorker = "no-worker",
         /// No worker had registered the model: options that were left out are decided when one claims the job.
         OptionsOpen = "options-open",
@@ -123,9 +123,9 @@ string_enum!(
 string_enum!(
     /// What a queued job waits for.
     WaitingFor {
-        /// Its turn: running workers hold the model that it needs.
+        /// Its turn: running workers hold the model that it needs, with all parts that it takes.
         Turn = "turn",
-        /// A worker that holds the model that it needs: none is running.
+        /// A worker that holds the model that it needs, with all parts that it takes: none is running.
         Worker = "worker",
     }
 );
