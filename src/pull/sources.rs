@@ -183,9 +183,12 @@ impl Part {
         match (&raw.url, raw.hub.as_ref().or(self.hub.as_ref()), &raw.path) {
             (Some(url), _, None) if raw.hub.is_none() => {
                 // The URL itself is not shown: it may hold a secret.
-                let parsed = Url::parse(url).map_err(|e| format!("url: is none: {e}"))?;
+                let parsed = Url::parse(url).map_err(|e| format!("url: is not a URL: {e}"))?;
                 if !matches!(parsed.scheme(), "http" | "https") {
-                    return Err(format!("url: is of `{}:`; http:// or https:// is wanted", parsed.scheme()));
+                    return Err(format!(
+                        "url: has the scheme `{}`; http or https is wanted",
+                        parsed.scheme()
+                    ));
                 }
                 if !parsed.username().is_empty() || parsed.password().is_some() {
                     return Err(
@@ -335,7 +338,10 @@ mod tests {
             (r#"{"hub": "a/b", "path": "/c", "revision": "r"}"#, "parts[0].files[0].path: `/c` is no path"),
             (r#"{"hub": "a/b/c", "path": "c", "revision": "r"}"#, "hub: `a/b/c`; OWNER/NAME is wanted"),
             (r#"{"hub": "a/b", "path": "c"}"#, "files[0].revision: is missing"),
-            (r#"{"url": "ftp://a/b", "revision": "r", "to": "b"}"#, "http:// or https:// is wanted"),
+            (
+                r#"{"url": "ftp://a/b", "revision": "r", "to": "b"}"#,
+                "files[0].url: has the scheme `ftp`; http or https is wanted",
+            ),
             (
                 r#"{"url": "https://me:hunter2@a/b", "revision": "r", "to": "b"}"#,
                 "files[0].url: has a user or a password",
@@ -344,7 +350,10 @@ mod tests {
                 r#"{"url": "https://hunter2@a/b", "revision": "r", "to": "b"}"#,
                 "files[0].url: has a user or a password",
             ),
-            (r#"{"url": "https://me:hunter2@a:x/b", "revision": "r", "to": "b"}"#, "files[0].url: is none"),
+            (
+                r#"{"url": "https://me:hunter2@a:x/b", "revision": "r", "to": "b"}"#,
+                "files[0].url: is not a URL: invalid port number",
+            ),
             (
                 r#"{"hub": "a/b", "path": "c", "revision": "r", "sha256": "12"}"#,
                 "sha256: `12`; 64 lower-case",
