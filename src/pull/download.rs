@@ -38,8 +38,7 @@ pub(super) async fn download(
         let failure = match attempt(hub, file, &mut partial, &mut is_expected, listener).await {
             Ok(()) => match partial.finish(file).await? {
                 Some(got) => return Ok(got),
-                // What was there from an earlier run does not belong to what came now.
-                None => Failure::BeginAgain("what was there does not match"),
+                None => Failure::BeginAgain("its size or hash is wrong with what was fetched before"),
             },
             Err(failure) => failure,
         };
@@ -55,7 +54,7 @@ pub(super) async fn download(
         attempts = if partial.n() > furthest { 1 } else { attempts + 1 };
         furthest = furthest.max(partial.n());
         if attempts >= ATTEMPTS_MAX || n_begun_again > BEGINNINGS_MAX {
-            let what = format!("cannot be fetched: {why}; the same command goes on where it stopped");
+            let what = format!("cannot be fetched: {why}; the same command goes on with what is missing");
             return Err(Error::Failed(format!("{}: {what}", file.place.source())));
         }
         let after = after.unwrap_or(FIRST_WAIT * 2_u32.pow(attempts - 1));

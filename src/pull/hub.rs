@@ -196,7 +196,9 @@ impl Hub {
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => {}
             StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
-                return Err(Failure::BeginAgain("what was there does not match"));
+                return Err(Failure::BeginAgain(
+                    "the server has nothing after the part that was fetched before",
+                ));
             }
             status => return Err(self.refusal(file, is_hub, status, headers)),
         }
