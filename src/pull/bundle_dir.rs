@@ -202,7 +202,7 @@ pub(super) fn licences<'a>(
 /// Whether what was fetched is the file at the revision that is asked for.
 fn is_of((source, revision, sha256): (&str, &str, &str), file: &File) -> bool {
     let asked = revision.split('@').next().unwrap_or_default();
-    // Programs before this one recorded the query of a URL as well.
+    // The first builds with `models pull` recorded the query of a URL as well.
     let is_same = match &file.place {
         Place::Url(_) => without_query(source) == file.place.source(),
         Place::Hub { .. } => source == file.place.source(),
