@@ -164,8 +164,8 @@ impl Progress {
 string_enum!(
     /// Why a job failed. Stable: clients may act on it.
     FaultCode {
-        /// The photos, texts or options are unusable, which could not be seen when the job was accepted; or the training takes
-        /// more memory than the worker's machine has.
+        /// The photos, texts or options are unusable, which could not be seen when the job was accepted; or the training
+        /// takes more memory than its worker may take on an idle machine.
         Input = "input",
         /// The loss was no longer a finite number.
         Diverged = "diverged",
