@@ -424,7 +424,7 @@ impl TrainOptions {
         self.loss_weights.perceptual > 0.0 && self.s_p != Some(0)
     }
 
-    /// The tokens that a training needs, those not given as none, with their JSON pointers.
+    /// The tokens that a training needs, each with its JSON pointer; `None` for one that is not chosen yet.
     pub fn tokens(&self) -> Vec<(&'static str, Option<&str>)> {
         let mut all = vec![("/instance_token", self.instance_token.as_deref())];
         if self.views.enabled {
