@@ -28,7 +28,7 @@ schemathesis.openapi.format("binary", strategies.binary(min_size=3, max_size=3).
 
 @schemathesis.hook
 def filter_case(context, case):
-    """Good forms with a model are left out, since here there is none."""
+    """Good forms with a model are left out: no worker has registered one here, so that most names are refused."""
     return not names_model(case)
 
 
@@ -41,8 +41,8 @@ def before_call(context, case, kwargs):
             headers[name] = str(uuid.uuid4())
     if options := options_of(case):
         mend(options)
-        # Schemathesis judges a changed case again, and takes its photos for text: a good form would count as a bad one.
-        # This takes the case as it is now.
+        # Schemathesis validates a case again that a hook has changed, and takes each form with a file in it for a bad one, since
+        # it cannot validate files. With this the mended form counts as the generated one, and stays a good one.
         case._sync_validated_hashes()
 
 
