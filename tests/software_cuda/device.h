@@ -34,6 +34,12 @@ extern char software_dynamic_shared[];
 int software_barrier(int value, int line); // the sum of `value`
 // What each of the 32 lanes gave, SOFTWARE_SLOT bytes apart, until this lane's next call.
 const void* software_warp(unsigned mask, const void* mine, size_t bytes, int line);
+
+// The twins of what mma.cuh has in PTX: mma with `depth` columns of A, ldmatrix, cp.async and its wait_all.
+void software_mma(float* c, const unsigned* a, const unsigned* b, int depth, int line);
+void software_load_matrices(unsigned* r, const void* row, int count, bool transposed, int line);
+void software_begin_copy(void* to, const void* from, size_t bytes, bool valid);
+void software_end_copies();
 }
 
 inline void __syncthreads(int line = __builtin_LINE()) { software_barrier(0, line); }

@@ -229,19 +229,22 @@ template <Access A, size_t N> inline void access(const void* address, size_t n, 
     } // else it is the thread's own stack
 }
 
-// "softmax.cu:12", by the debug information.
+// "common.cuh:20, softmax.cu:12", by the debug information: where it is and what that is part of.
 std::string source_line(const void* pc) {
     Dl_info info;
     if (!pc || !dladdr(pc, &info)) return "";
-    char command[4096], line[1024] = "";
-    snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
+    char command[4096], line[1024];
+    std::string lines;
+    snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
              uint64_t(pc) - uint64_t(info.dli_fbase) - 1);
     if (FILE* pipe = popen(command, "r")) {
-        if (!fgets(line, sizeof line, pipe)) line[0] = 0;
+        while (fgets(line, sizeof line, pipe)) {
+            line[strcspn(line, " \n")] = 0;
+            lines += (lines.empty() ? "" : ", ") + std::string(line);
+        }
         pclose(pipe);
     }
-    line[strcspn(line, " \n")] = 0;
-    return strchr(line, '?') ? "" : line;
+    return lines.find('?') == lines.npos ? lines : "";
 }
 
 // The table of what was launched and called, into the file that SOFTWARE_CUDA_COUNTS names (`%p`: the process).
@@ -378,6 +381,26 @@ bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch,
         }
     }
     return true;
+}
+
+void touch(const void* address, size_t bytes, Access how, const void* pc) {
+    if (how == READ) {
+        access<READ, 0>(address, bytes, bytes, pc);
+    } else {
+        access<WRITE, 0>(address, bytes, bytes, pc);
+    }
+}
+
+bool is_shared(const void* address) {
+    const uint64_t at = uint64_t(address);
+    return at - fixed.base < fixed.size || at - dynamic.base < MOST_DYNAMIC;
+}
+
+void begin_write(void* address, size_t bytes, const void* pc) {
+    touch(address, bytes, WRITE, pc);
+    Shared& shared = uint64_t(address) - fixed.base < fixed.size ? fixed : dynamic;
+    memset(address, 0xff, bytes);
+    memset(shared.states.data() + (uint64_t(address) - shared.base), UNWRITTEN, bytes);
 }
 
 void new_launch(uint64_t address, size_t bytes, size_t dynamic_bytes, bool with_races) {

@@ -32,6 +32,13 @@ bool check(const void* address, size_t bytes, Access access);
 // The same for `columns` runs of `bytes`, one every `pitch` bytes, counted once each.
 bool check_runs(const void* address, size_t bytes, size_t columns, size_t pitch, Access access);
 
+// An access of the running thread, as the compiler reports those that it sees.
+void touch(const void* address, size_t bytes, Access access, const void* program_counter);
+// The same of a thread that will write later, but anywhere from now on: until then nobody finds anything there.
+void begin_write(void* address, size_t bytes, const void* program_counter);
+// Whether the memory is of the running block.
+bool is_shared(const void* address);
+
 // Before a kernel's first block, and before each block: what shared memory held is gone, and what came before is
 // forgotten. Races in global memory are looked for if `with_races`.
 void new_launch(uint64_t shared_address, size_t shared_bytes, size_t dynamic_bytes, bool with_races);

@@ -81,6 +81,14 @@ struct Fibre {
     char* stack;
     int line; // where it waits
 };
+// A copy to shared memory that a thread has begun and not waited for.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    bool valid;
+    const void* program_counter;
+};
 struct Slot {
     alignas(16) char bytes[SOFTWARE_SLOT];
 };
@@ -93,6 +101,7 @@ struct Warp {
 
 std::vector<Fibre> fibres(MOST_THREADS);
 std::vector<Warp> warps(MOST_THREADS / warpSize);
+std::vector<std::vector<Copy>> copies(MOST_THREADS);
 std::vector<char*> stacks;
 std::vector<uint32_t> order;
 Context scheduler;
@@ -127,6 +136,7 @@ void place(uint32_t thread) {
 
 void fibre_main() {
     launch->call(launch->arguments);
+    if (!copies[running_thread].empty()) fail(nullptr, "ends without waiting for what it copies");
     fibres[running_thread].state = DONE;
     go(fibres[running_thread].context, scheduler);
     abort();
@@ -187,7 +197,10 @@ void explain_deadlock() {
 
 void run_block() {
     uint32_t alive = block_threads;
-    for (uint32_t t = 0; t < block_threads; ++t) fibres[t].state = NEW;
+    for (uint32_t t = 0; t < block_threads; ++t) {
+        fibres[t].state = NEW;
+        copies[t].clear();
+    }
     for (uint32_t w = 0; w * warpSize < block_threads; ++w) {
         warps[w].arrived = 0;
         ordered_before[w] = warps[w].clock = 0;
@@ -300,4 +313,73 @@ const void* software_warp(unsigned mask, const void* mine, size_t bytes, int lin
         wait(IN_WARP, line);
     }
     return slots;
+}
+
+namespace {
+float half_of(unsigned r, unsigned which) { return software_bits<float>(which ? r & 0xffff0000u : r << 16); }
+} // namespace
+
+// The layout is that of "Matrix Fragments for mma.m16n8k16 with floating point type" in NVIDIA's "PTX ISA 9.0", seen
+// from the matrices: element (i, k) of A is in lane i % 8 * 4 + k % 8 / 2. A GPU's sums may round otherwise.
+void software_mma(float* c, const unsigned* a, const unsigned* b, int depth, int line) {
+    struct Given {
+        unsigned a[4], b[2];
+    } mine = {};
+    static_assert(sizeof mine <= SOFTWARE_SLOT, "one exchange");
+    memcpy(mine.a, a, depth / 4 * sizeof(unsigned));
+    memcpy(mine.b, b, depth / 8 * sizeof(unsigned));
+    const Slot* all = (const Slot*)software_warp(0xffffffffu, &mine, sizeof mine, line);
+    const auto given = [&](unsigned lane) -> const Given& { return *(const Given*)all[lane].bytes; };
+    const unsigned lane = running_thread % warpSize;
+    for (unsigned which = 0; which < 4; ++which) {
+        const unsigned i = lane / 4 + which / 2 * 8, j = lane % 4 * 2 + which % 2;
+        double sum = c[which];
+        for (unsigned k = 0; k < unsigned(depth); ++k) {
+            const unsigned left = given(i % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + i / 8];
+            const unsigned right = given(j * 4 + k % 8 / 2).b[k / 8];
+            sum += (double)half_of(left, k % 2) * half_of(right, k % 2);
+        }
+        c[which] = float(sum);
+    }
+}
+
+void software_load_matrices(unsigned* r, const void* row, int count, bool transposed, int line) {
+    const void* pc = __builtin_return_address(0);
+    const unsigned lane = running_thread % warpSize;
+    uint16_t mine[8] = {};
+    if (lane < 8 * unsigned(count)) { // the other lanes' addresses are not looked at
+        if (!is_shared(row)) fail(pc, "loads a matrix from what is not shared memory");
+        touch(row, sizeof mine, READ, pc);
+        memcpy(mine, row, sizeof mine);
+    }
+    const Slot* all = (const Slot*)software_warp(0xffffffffu, mine, sizeof mine, line);
+    const auto element = [&](unsigned i, unsigned j) -> unsigned { return ((const uint16_t*)all[i].bytes)[j]; };
+    const unsigned i = lane / 4, j = lane % 4 * 2;
+    for (unsigned which = 0; which < unsigned(count); ++which) {
+        const unsigned first = 8 * which;
+        r[which] = transposed ? element(first + j, i) | element(first + j + 1, i) << 16
+                              : element(first + i, j) | element(first + i, j + 1) << 16;
+    }
+}
+
+// A GPU copies at any time between the two calls: nothing can be read there from the first on, and what is copied is
+// read at the second.
+void software_begin_copy(void* to, const void* from, size_t bytes, bool valid) {
+    const void* pc = __builtin_return_address(0);
+    if (!is_shared(to)) fail(pc, "copies to what is not shared memory");
+    begin_write(to, bytes, pc);
+    copies[running_thread].push_back({to, from, bytes, valid, pc});
+}
+
+void software_end_copies() {
+    for (const Copy& copy : copies[running_thread]) {
+        if (copy.valid) touch(copy.from, copy.bytes, READ, copy.program_counter);
+        touch(copy.to, copy.bytes, WRITE, copy.program_counter);
+        if (copy.valid) {
+            memcpy(copy.to, copy.from, copy.bytes);
+        } else {
+            memset(copy.to, 0, copy.bytes);
+        }
+    }
+    copies[running_thread].clear();
 }
