@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+void check_attention();
 void check_tensor_cores();
 
 extern "C" {
@@ -392,6 +393,7 @@ int main() {
         products(place);
     }
     check_tensor_cores();
+    check_attention();
     planted();
     printf("%s\n", failures ? "the software device is not sound" : "the software device is sound");
     return failures != 0;

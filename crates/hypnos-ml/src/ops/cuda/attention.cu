@@ -1,0 +1,564 @@
+// Attention whose scores never leave the chip: FlashAttention-2 (Dao 2023, arXiv 2307.08691), forward by its algorithm 1
+// and backward by its algorithm 2, which is cut in two so that nothing is added with atomics: one kernel per block of
+// keys for the gradients of keys and values, one per block of queries for that of the queries. Each computes the
+// probabilities again, so backward has seven products instead of five.
+//
+// Tensors are [batch, tokens, heads, D] by the strides of `Layout`: projections as they are, or parts of one product. D
+// numbers of a head lie side by side, begin at a multiple of 16 bytes and are a multiple of 8.
+//
+// A warp works on 16 M rows of the result and passes over all rows of the other side, which its block brings to shared
+// memory in tiles, the next one while the last is worked on. Scores and sums are f32. What is multiplied is bf16, so the
+// probabilities and the gradients of scores are rounded once, as those that go through memory elsewhere are.
+#include "mma.cuh"
+
+// Where a head's row of a tensor is, in elements.
+struct Layout {
+    long long batch;
+    int token, head;
+};
+struct Attention {
+    int heads, queries, keys, causal; // causal: a query sees the keys up to its own place
+    float scale;
+    Layout q, k, v, out, d_out, d_q, d_k, d_v; // those that a kernel does not name may be anything
+};
+
+// delta = sum(d_out * out) of each row of each head, [batch, heads, queries] (section 2.3.2, "D"). Eight lanes per row:
+// ceil(batch * queries * heads / 32) blocks of 256 threads.
+extern "C" __global__ void attention_delta(const real* out, const real* d_out, float* delta, Attention sizes, int batch,
+                                           int width) {
+    const long long row = thread_index() / 8;
+    const bool exists = row < (long long)batch * sizes.queries * sizes.heads;
+    const int head = (int)(row % sizes.heads), token = (int)(row / sizes.heads % sizes.queries);
+    const int b = (int)(row / sizes.heads / sizes.queries);
+    const Layout y = sizes.out, dy = sizes.d_out;
+    out += b * y.batch + (long long)token * y.token + head * y.head;
+    d_out += b * dy.batch + (long long)token * dy.token + head * dy.head;
+    float sum = 0.0f;
+    for (int i = 4 * (threadIdx.x % 8); exists && i < width; i += 32) {
+        const Four a = load4(out + i), d = load4(d_out + i);
+        for (int k = 0; k < 4; ++k) sum += a.v[k] * d.v[k];
+    }
+    for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    if (exists && threadIdx.x % 8 == 0) delta[((long long)b * sizes.heads + head) * sizes.queries + token] = sum;
+}
+
+// Tensor cores multiply bf16: all that follows is there for that storage only.
+#define STORAGE_IS_float 0
+#define STORAGE_IS_bf16 1
+#define STORAGE_IS(type) STORAGE_IS_##type
+#define STORAGE_IS_ONE(type) STORAGE_IS(type)
+#if STORAGE_IS_ONE(REAL)
+
+const float LOG2_E = 1.4426950408889634f;
+
+// Elements from one row of a tile to the next: an odd number of 16 bytes, so that eight rows at one column, which
+// ldmatrix reads at once, lie in different banks.
+template <int D> constexpr int PITCH = D / 8 % 2 ? D : D + 8;
+
+// What a block works on: rows from `first` of one head.
+struct Place {
+    long long batch;
+    int head, first;
+};
+// Blocks are numbered by batch, head and block of rows, the last fastest, so that neighbours share what they read.
+__device__ inline Place place_of(int heads, int rows, int rows_per_block) {
+    const int blocks = (rows + rows_per_block - 1) / rows_per_block;
+    const int which = blockIdx.x / blocks;
+    return {which / heads, which % heads, (int)(blockIdx.x % blocks) * rows_per_block};
+}
+template <class T> __device__ inline T* head_of(T* p, const Layout& layout, const Place& place) {
+    return p + place.batch * layout.batch + (long long)place.head * layout.head;
+}
+// The statistics of a head's rows, [batch, heads, rows].
+template <class T> __device__ inline T* head_of(T* p, int heads, int rows, const Place& place) {
+    return p + (place.batch * heads + place.head) * rows;
+}
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+
+// Begins to bring ROWS rows from `first` of a head to a tile. Rows that do not exist are 0.
+template <int D, int ROWS, int THREADS>
+__device__ inline void bring_tile(bf16* tile, const bf16* from, int token_stride, int first, int rows) {
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        const int row = i / (D / 8), col = i % (D / 8) * 8;
+        const bool exists = first + row < rows;
+        const long long at = exists ? (long long)(first + row) * token_stride + col : 0;
+        copy_16_bytes(tile + row * PITCH<D> + col, from + at, exists);
+    }
+}
+// The same for one number per row.
+template <int ROWS, int THREADS>
+__device__ inline void bring_numbers(float* to, const float* from, int first, int rows) {
+    for (int i = threadIdx.x; i < ROWS; i += THREADS) {
+        copy_4_bytes(to + i, from + (first + i < rows ? first + i : 0), first + i < rows);
+    }
+}
+
+// 16 M rows of D columns as A's of products: in registers.
+template <int M, int D> struct InRegisters {
+    unsigned r[M][(D + 15) / 16][4];
+
+    // Row `first` and those that follow it, of a head in global memory. Rows that do not exist are 0.
+    __device__ inline void load(const bf16* from, int token_stride, int first, int rows) {
+#pragma unroll
+        for (int half = 0; half < 2 * M; ++half) {
+            const int row = first + 8 * half + lane() / 4;
+            const bf16* at = from + (long long)row * token_stride + lane() % 4 * 2;
+#pragma unroll
+            for (int c = 0; c < D / 8; ++c) {
+                r[half / 2][c / 2][c % 2 * 2 + half % 2] = row < rows ? *(const unsigned*)(at + 8 * c) : 0;
+            }
+        }
+    }
+    __device__ inline void get(unsigned (&a)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = r[m][k][i];
+    }
+};
+// The same in a tile of shared memory.
+template <int D> struct InShared {
+    const bf16* tile; // the first row
+
+    __device__ inline void get(unsigned (&a)[4], int m, int k) const {
+        load_4_matrices(a, tile + (16 * m + lane() % 16) * PITCH<D> + 16 * k + lane() / 16 * 8);
+    }
+};
+
+// c += a t^T, where t has 8 N rows of D columns.
+template <int D, int M, int N, class A>
+__device__ inline void multiply_by_rows(float (&c)[M][N][4], const A& a, const bf16* t) {
+    // Two times eight rows, two times eight columns.
+    const bf16* four = t + (lane() / 16 * 8 + lane() % 8) * PITCH<D> + lane() / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        unsigned left[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) a.get(left[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned right[4];
+            load_4_matrices(right, four + n * 8 * PITCH<D> + k * 16);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_16x8x16(c[m][n], left[m], right[0], right[1]);
+                mma_16x8x16(c[m][n + 1], left[m], right[2], right[3]);
+            }
+        }
+    }
+    if constexpr (D % 16 != 0) {
+        static_assert(N % 4 == 0, "four times eight rows at once");
+        unsigned left[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) a.get(left[m], m, D / 16);
+#pragma unroll
+        for (int n = 0; n < N; n += 4) {
+            unsigned right[4];
+            load_4_matrices(right, t + (n * 8 + lane()) * PITCH<D> + D - 8);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) mma_16x8x8(c[m][n + j], left[m], right[j]);
+            }
+        }
+    }
+}
+
+// c += a t, where t has 16 K rows of D columns.
+template <int D, int M, int K>
+__device__ inline void multiply(float (&c)[M][D / 8][4], const unsigned (&a)[M][K][4], const bf16* t) {
+    const bf16* four = t + lane() % 16 * PITCH<D> + lane() / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int n = 0; n + 1 < D / 8; n += 2) {
+            unsigned right[4];
+            load_4_transposed(right, four + k * 16 * PITCH<D> + n * 8);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_16x8x16(c[m][n], a[m][k], right[0], right[1]);
+                mma_16x8x16(c[m][n + 1], a[m][k], right[2], right[3]);
+            }
+        }
+        if constexpr (D % 16 != 0) {
+            unsigned right[4];
+            load_2_transposed(right, t + (k * 16 + lane() % 16) * PITCH<D> + D - 8);
+#pragma unroll
+            for (int m = 0; m < M; ++m) mma_16x8x16(c[m][D / 8 - 1], a[m][k], right[0], right[1]);
+        }
+    }
+}
+
+template <int M, int N> __device__ inline void clear(float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+        }
+    }
+}
+
+// c, rounded, as the A's of a product.
+template <int M, int N> __device__ inline void pack(unsigned (&a)[M][N / 2][4], const float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                a[m][n / 2][n % 2 * 2 + half] = pack_bf16(c[m][n][2 * half], c[m][n][2 * half + 1]);
+            }
+        }
+    }
+}
+
+// f(element, row, column, m, half) for each element of c, whose first is (row, col) and where 2 m + half numbers the
+// rows that a lane has.
+template <int M, int N, class F> __device__ inline void each(float (&c)[M][N][4], int row, int col, F f) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                f(c[m][n][i], row + 16 * m + i / 2 * 8 + lane() / 4, col + 8 * n + lane() % 4 * 2 + i % 2, m, i / 2);
+            }
+        }
+    }
+}
+
+__device__ inline void store_pair(bf16* p, float first, float second) { *(unsigned*)p = pack_bf16(first, second); }
+__device__ inline void store_pair(float* p, float first, float second) { p[0] = first, p[1] = second; }
+
+// The rows that exist, times `factor` of each row a lane has.
+template <int M, int N, class T>
+__device__ inline void write_rows(const float (&c)[M][N][4], const float (&factor)[M][2], T* to, int token_stride,
+                                  int first, int rows) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int row = first + 8 * half + lane() / 4, i = half % 2 * 2;
+        T* at = to + (long long)row * token_stride + lane() % 4 * 2;
+        const float by = factor[half / 2][half % 2];
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if (row < rows) store_pair(at + 8 * n, c[half / 2][n][i] * by, c[half / 2][n][i + 1] * by);
+        }
+    }
+}
+
+// What the four lanes that share a row have together.
+__device__ inline float row_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+__device__ inline float row_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// Whether some of the scores of 16 M queries from `query` with `n` keys from `key` do not count.
+template <int M> __device__ inline bool is_masked(const Attention& sizes, int query, int key, int n) {
+    return key + n > sizes.keys || (sizes.causal && key + n > query + 1);
+}
+// Rows are queries.
+template <int M, int N>
+__device__ inline void mask(float (&scores)[M][N][4], const Attention& sizes, int query, int key) {
+    each(scores, query, key, [&](float& score, int row, int col, int, int) {
+        if (col >= sizes.keys || (sizes.causal && col > row)) score = -INFINITY;
+    });
+}
+
+// Of each row that a lane has: the largest score so far, and the sum of exponentials relative to it, of its own columns.
+template <int M> struct Statistics {
+    float top[M][2], sum[M][2];
+};
+
+// Scores to exponentials, and what was summed before relative to the new largest score (algorithm 1, lines 9 and 10).
+template <int M, int N, int O>
+__device__ inline void exponentials(float (&scores)[M][N][4], float (&out)[M][O][4], Statistics<M>& rows, float scale) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int m = half / 2, h = half % 2, i = 2 * h;
+        float top = rows.top[m][h];
+#pragma unroll
+        for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(scores[m][n][i], scores[m][n][i + 1]));
+        top = row_max(top);
+        const float shrink = exp2_fast((rows.top[m][h] - top) * scale), shift = top * scale;
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int j = i; j < i + 2; ++j) {
+                scores[m][n][j] = exp2_fast(scores[m][n][j] * scale - shift);
+                sum += scores[m][n][j];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < O; ++n) out[m][n][i] *= shrink, out[m][n][i + 1] *= shrink;
+        rows.top[m][h] = top;
+        rows.sum[m][h] = rows.sum[m][h] * shrink + sum;
+    }
+}
+
+// out = softmax(scale * q k^T) v, and the logarithm of the sum of each row's exponentials, [batch, heads, queries].
+// Grid: batch * heads * ceil(queries / (16 M WARPS)) blocks of 32 WARPS threads, with room for four tiles.
+template <int D, int M, int WARPS, int BLOCK_K>
+__device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_sum_exp,
+                               const Attention& sizes) {
+    constexpr int THREADS = 32 * WARPS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>, N = BLOCK_K / 8;
+    DYNAMIC_SHARED(bf16, tiles);
+    const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
+    const int first = place.first + 16 * M * warp();
+    k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
+    const auto bring = [&](int key, int stage) {
+        bf16* to = tiles + stage * 2 * TILE;
+        bring_tile<D, BLOCK_K, THREADS>(to, k, sizes.k.token, key, sizes.keys);
+        bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
+    };
+    bring(0, 0);
+    InRegisters<M, D> queries;
+    queries.load(head_of(q, sizes.q, place), sizes.q.token, first, sizes.queries);
+    Statistics<M> rows;
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        rows.top[half / 2][half % 2] = -INFINITY;
+        rows.sum[half / 2][half % 2] = 0.0f;
+    }
+    float sums[M][D / 8][4];
+    clear(sums);
+    const int seen = sizes.causal && place.first + BLOCK_Q < sizes.keys ? place.first + BLOCK_Q : sizes.keys;
+    for (int key = 0, stage = 0; key < seen; key += BLOCK_K, stage ^= 1) {
+        wait_for_copies();
+        __syncthreads(); // this tile is there, and nobody works on the last
+        if (key + BLOCK_K < seen) bring(key + BLOCK_K, stage ^ 1);
+        if (first >= sizes.queries || (sizes.causal && key >= first + 16 * M)) continue;
+        const bf16* tile = tiles + stage * 2 * TILE;
+        float scores[M][N][4];
+        clear(scores);
+        multiply_by_rows<D>(scores, queries, tile);
+        if (is_masked<M>(sizes, first, key, BLOCK_K)) mask(scores, sizes, first, key);
+        exponentials(scores, sums, rows, sizes.scale * LOG2_E);
+        unsigned p[M][N / 2][4];
+        pack(p, scores);
+        multiply<D>(sums, p, tile + TILE);
+    }
+    float over[M][2];
+    log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int row = first + 8 * half + lane() / 4;
+        const float sum = row_sum(rows.sum[half / 2][half % 2]);
+        over[half / 2][half % 2] = 1.0f / sum;
+        if (row < sizes.queries && lane() % 4 == 0) {
+            log_sum_exp[row] = rows.top[half / 2][half % 2] * sizes.scale + logf(sum);
+        }
+    }
+    write_rows(sums, over, head_of(out, sizes.out, place), sizes.out.token, first, sizes.queries);
+}
+
+// The number of each row that a lane has, times `factor`. Rows that do not exist have 0.
+template <int M>
+__device__ inline void load_numbers(float (&to)[M][2], const float* from, int first, int rows, float factor) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int row = first + 8 * half + lane() / 4;
+        to[half / 2][half % 2] = row < rows ? from[row] * factor : 0.0f;
+    }
+}
+
+template <int M> __device__ inline void fill(float (&to)[M][2], float value) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) to[half / 2][half % 2] = value;
+}
+
+// The gradient of the queries: d_q = scale * d_scores k, where d_scores = p (d_out v^T - delta) and p = exp(scale * q k^T
+// - log_sum_exp) (algorithm 2, lines 11 to 15). Grid and memory as forward's. The scores are worked on STEP keys at a
+// time.
+template <int D, int M, int WARPS, int BLOCK_K, int STEP, class T>
+__device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
+                                        const float* log_sum_exp, const float* delta, T* d_q, const Attention& sizes) {
+    constexpr int THREADS = 32 * WARPS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>, N = STEP / 8;
+    DYNAMIC_SHARED(bf16, tiles);
+    const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
+    const int first = place.first + 16 * M * warp();
+    k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
+    const auto bring = [&](int key, int stage) {
+        bf16* to = tiles + stage * 2 * TILE;
+        bring_tile<D, BLOCK_K, THREADS>(to, k, sizes.k.token, key, sizes.keys);
+        bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
+    };
+    bring(0, 0);
+    InRegisters<M, D> queries, d_outs;
+    queries.load(head_of(q, sizes.q, place), sizes.q.token, first, sizes.queries);
+    d_outs.load(head_of(d_out, sizes.d_out, place), sizes.d_out.token, first, sizes.queries);
+    float log2_sum[M][2], deltas[M][2];
+    load_numbers(log2_sum, head_of(log_sum_exp, sizes.heads, sizes.queries, place), first, sizes.queries, LOG2_E);
+    load_numbers(deltas, head_of(delta, sizes.heads, sizes.queries, place), first, sizes.queries, 1.0f);
+    const float scale = sizes.scale * LOG2_E;
+    float sums[M][D / 8][4];
+    clear(sums);
+    const int seen = sizes.causal && place.first + BLOCK_Q < sizes.keys ? place.first + BLOCK_Q : sizes.keys;
+    for (int key = 0, stage = 0; key < seen; key += BLOCK_K, stage ^= 1) {
+        wait_for_copies();
+        __syncthreads(); // this tile is there, and nobody works on the last
+        if (key + BLOCK_K < seen) bring(key + BLOCK_K, stage ^ 1);
+        if (first >= sizes.queries || (sizes.causal && key >= first + 16 * M)) continue;
+#pragma unroll 1
+        for (int from = 0; from < BLOCK_K; from += STEP) {
+            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D>;
+            float p[M][N][4], ds[M][N][4];
+            clear(p);
+            multiply_by_rows<D>(p, queries, tile);
+            if (is_masked<M>(sizes, first, key + from, STEP)) mask(p, sizes, first, key + from);
+            each(p, 0, 0, [&](float& score, int, int, int m, int half) {
+                score = exp2_fast(score * scale - log2_sum[m][half]);
+            });
+            clear(ds);
+            multiply_by_rows<D>(ds, d_outs, tile + TILE);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - deltas[m][i / 2]);
+                }
+            }
+            unsigned a[M][N / 2][4];
+            pack(a, ds);
+            multiply<D>(sums, a, tile);
+        }
+    }
+    float factor[M][2];
+    fill(factor, sizes.scale);
+    write_rows(sums, factor, head_of(d_q, sizes.d_q, place), sizes.d_q.token, first, sizes.queries);
+}
+
+// The rows of a block of ROWS and, of these, of a warp. `room` is there for those that stay in shared memory.
+template <int ROWS, int THREADS, int M, int D>
+__device__ inline void load_rows(InRegisters<M, D>& a, bf16*, const bf16* from, int token_stride, int first, int rows) {
+    a.load(from, token_stride, first + 16 * M * warp(), rows);
+}
+template <int ROWS, int THREADS, int M, int D>
+__device__ inline void load_rows(InShared<D>& a, bf16* room, const bf16* from, int token_stride, int first, int rows) {
+    bring_tile<D, ROWS, THREADS>(room, from, token_stride, first, rows);
+    a.tile = room + 16 * M * warp() * PITCH<D>;
+}
+
+// The gradients of keys and values: d_v = p^T d_out, d_k = scale * d_scores^T q (algorithm 2, lines 11 to 16). Rows are
+// keys here, columns queries: what is computed is the transpose of the scores, so that it is where the next products
+// want it. Queries that do not exist add 0, for their rows of q and d_out, and their delta, are 0.
+// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS threads, with room for four tiles and four numbers
+// per row of one and, if A is in shared memory, for the block's keys and values.
+template <int D, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
+__device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
+                                     const float* log_sum_exp, const float* delta, T* d_k, T* d_v,
+                                     const Attention& sizes) {
+    constexpr int THREADS = 32 * WARPS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>, N = STEP / 8;
+    DYNAMIC_SHARED(bf16, tiles);
+    float* const numbers = (float*)(tiles + 4 * TILE);
+    bf16* const room = (bf16*)(numbers + 4 * BLOCK_Q);
+    const Place place = place_of(sizes.heads, sizes.keys, BLOCK_K);
+    const int first = place.first + 16 * M * warp();
+    q = head_of(q, sizes.q, place), d_out = head_of(d_out, sizes.d_out, place);
+    log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
+    delta = head_of(delta, sizes.heads, sizes.queries, place);
+    const auto bring = [&](int query, int stage) {
+        bf16* to = tiles + stage * 2 * TILE;
+        float* numbers_to = numbers + stage * 2 * BLOCK_Q;
+        bring_tile<D, BLOCK_Q, THREADS>(to, q, sizes.q.token, query, sizes.queries);
+        bring_tile<D, BLOCK_Q, THREADS>(to + TILE, d_out, sizes.d_out.token, query, sizes.queries);
+        bring_numbers<BLOCK_Q, THREADS>(numbers_to, log_sum_exp, query, sizes.queries);
+        bring_numbers<BLOCK_Q, THREADS>(numbers_to + BLOCK_Q, delta, query, sizes.queries);
+    };
+    A keys, values;
+    load_rows<BLOCK_K, THREADS, M, D>(keys, room, head_of(k, sizes.k, place), sizes.k.token, place.first, sizes.keys);
+    load_rows<BLOCK_K, THREADS, M, D>(values, room + BLOCK_K * PITCH<D>, head_of(v, sizes.v, place), sizes.v.token,
+                                      place.first, sizes.keys);
+    const int begin = sizes.causal ? place.first / BLOCK_Q * BLOCK_Q : 0; // queries before it see none of these keys
+    bring(begin, 0);
+    const float scale = sizes.scale * LOG2_E;
+    float key_sums[M][D / 8][4], value_sums[M][D / 8][4];
+    clear(key_sums);
+    clear(value_sums);
+    for (int query = begin, stage = 0; query < sizes.queries; query += BLOCK_Q, stage ^= 1) {
+        wait_for_copies();
+        __syncthreads(); // this tile is there, and nobody works on the last
+        if (query + BLOCK_Q < sizes.queries) bring(query + BLOCK_Q, stage ^ 1);
+        if (first >= sizes.keys || (sizes.causal && query + BLOCK_Q <= first)) continue;
+#pragma unroll 1
+        for (int from = 0; from < BLOCK_Q; from += STEP) {
+            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D>;
+            const float* of_columns = numbers + stage * 2 * BLOCK_Q + from;
+            float p[M][N][4], ds[M][N][4];
+            clear(p);
+            multiply_by_rows<D>(p, keys, tile);
+            if (sizes.causal && query + from < first + 16 * M) {
+                each(p, first, query + from, [&](float& score, int row, int col, int, int) {
+                    if (row > col) score = -INFINITY;
+                });
+            }
+            each(p, 0, 0, [&](float& score, int, int col, int, int) {
+                score = exp2_fast(score * scale - of_columns[col] * LOG2_E);
+            });
+            unsigned a[M][N / 2][4];
+            pack(a, p);
+            multiply<D>(value_sums, a, tile + TILE);
+            clear(ds);
+            multiply_by_rows<D>(ds, values, tile + TILE);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int col = 8 * n + lane() % 4 * 2 + i % 2;
+                        ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - of_columns[BLOCK_Q + col]);
+                    }
+                }
+            }
+            pack(a, ds);
+            multiply<D>(key_sums, a, tile);
+        }
+    }
+    wait_for_copies(); // if there was no query
+    float factor[M][2];
+    fill(factor, 1.0f);
+    write_rows(value_sums, factor, head_of(d_v, sizes.d_v, place), sizes.d_v.token, first, sizes.keys);
+    fill(factor, sizes.scale);
+    write_rows(key_sums, factor, head_of(d_k, sizes.d_k, place), sizes.d_k.token, first, sizes.keys);
+}
+
+// The kernels by width of a head. Rows per block are 16 M WARPS.
+#define FORWARD(D, M, WARPS, BLOCK_K) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_forward_##D( \
+        const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_sum_exp, Attention sizes) { \
+        forward<D, M, WARPS, BLOCK_K>(q, k, v, out, log_sum_exp, sizes); \
+    }
+#define BACKWARD_QUERIES(D, M, WARPS, BLOCK_K, STEP) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_backward_queries_##D( \
+        const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* log_sum_exp, const float* delta, \
+        bf16* d_q, Attention sizes) { \
+        backward_queries<D, M, WARPS, BLOCK_K, STEP>(q, k, v, d_out, log_sum_exp, delta, d_q, sizes); \
+    }
+#define BACKWARD_KEYS(D, M, WARPS, BLOCK_Q, STEP, ...) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_backward_keys_##D( \
+        const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* log_sum_exp, const float* delta, \
+        bf16* d_k, bf16* d_v, Attention sizes) { \
+        backward_keys<D, M, WARPS, BLOCK_Q, STEP, __VA_ARGS__>(q, k, v, d_out, log_sum_exp, delta, d_k, d_v, sizes); \
+    }
+FORWARD(40, 2, 4, 64)
+FORWARD(64, 2, 4, 64)
+FORWARD(80, 1, 4, 64)
+FORWARD(160, 1, 4, 32)
+BACKWARD_QUERIES(40, 2, 4, 64, 32)
+BACKWARD_QUERIES(64, 1, 4, 64, 64)
+BACKWARD_QUERIES(80, 1, 4, 64, 64)
+BACKWARD_QUERIES(160, 1, 4, 32, 32)
+BACKWARD_KEYS(40, 2, 4, 64, 32, InRegisters<2, 40>)
+BACKWARD_KEYS(64, 1, 4, 64, 64, InRegisters<1, 64>)
+BACKWARD_KEYS(80, 1, 4, 64, 32, InRegisters<1, 80>)
+BACKWARD_KEYS(160, 1, 2, 16, 16, InShared<160>)
+
+#endif
