@@ -77,21 +77,25 @@ template <class T> __device__ inline T* head_of(T* p, int heads, int rows, const
 __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int warp() { return threadIdx.x / 32; }
 
-// Begins to bring ROWS rows from `first` of a head to a tile. Rows that do not exist are 0.
+// Begins to bring ROWS rows from `first` of a head to a tile. Rows that do not exist are 0. As many threads as share
+// whole rows work, so that each has one column.
 template <int D, int ROWS, int THREADS>
 __device__ inline void bring_tile(bf16* tile, const bf16* from, int token_stride, int first, int rows) {
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        const int row = i / (D / 8), col = i % (D / 8) * 8;
-        const bool exists = first + row < rows;
-        const long long at = exists ? (long long)(first + row) * token_stride + col : 0;
-        copy_16_bytes(tile + row * PITCH<D> + col, from + at, exists);
+    constexpr int PIECES = D / 8, AT_ONCE = THREADS / PIECES;
+    const int mine = threadIdx.x / PIECES, col = threadIdx.x % PIECES * 8;
+    const bf16* at = from + (long long)(first + mine) * token_stride + col;
+#pragma unroll
+    for (int step = 0; step < ROWS; step += AT_ONCE) {
+        const int row = mine + step;
+        if (mine >= AT_ONCE || row >= ROWS) continue;
+        copy_16_bytes(tile + row * PITCH<D> + col, at + (long long)step * token_stride, first + row < rows);
     }
 }
 // The same for one number per row.
 template <int ROWS, int THREADS>
 __device__ inline void bring_numbers(float* to, const float* from, int first, int rows) {
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
-        copy_4_bytes(to + i, from + (first + i < rows ? first + i : 0), first + i < rows);
+        copy_4_bytes(to + i, from + first + i, first + i < rows);
     }
 }
 

@@ -58,7 +58,7 @@ __device__ inline void load_2_transposed(unsigned (&r)[4], const bf16* row) {
                  : "memory");
 }
 
-// Begins to copy 16 or 4 bytes to shared memory, or zeros if not `valid` ("Data Movement and Conversion Instructions:
+// Begins to copy 16 or 4 bytes to shared memory, or zeros, whatever `from` is, if not `valid` ("Data Movement and Conversion Instructions:
 // cp.async"). They are there after wait_for_copies, for other threads after a barrier that follows it.
 __device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
