@@ -14,6 +14,7 @@ using software::Type;
 extern "C" {
 int cuModuleLoadData(void**, const void*);
 int cuModuleGetFunction(void**, void*, const char*);
+int cuFuncSetAttribute(void*, int, int);
 int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
 int cuMemAlloc_v2(uint64_t*, size_t);
 int cuMemFree_v2(uint64_t);
@@ -76,11 +77,16 @@ inline void* pointer(Buffer& buffer) { return &buffer.address; }
 
 inline unsigned dynamic_bytes; // shared memory that the next launches ask for
 
-template <class... T>
-int launch(const std::string& module, const char* kernel, unsigned blocks, unsigned threads, const T&... arguments) {
+inline void* function_of(const std::string& module, const char* kernel) {
     void *loaded = nullptr, *function = nullptr;
     if (cuModuleLoadData(&loaded, ("// hypnos " + module + "\n").c_str()) != 0) abort();
     if (cuModuleGetFunction(&function, loaded, kernel) != 0) abort();
+    return function;
+}
+
+template <class... T>
+int launch(const std::string& module, const char* kernel, unsigned blocks, unsigned threads, const T&... arguments) {
+    void* function = function_of(module, kernel);
     void* pointers[] = {pointer(const_cast<T&>(arguments))...};
     return cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, dynamic_bytes, nullptr, pointers, nullptr);
 }

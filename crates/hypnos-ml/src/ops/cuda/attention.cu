@@ -9,6 +9,9 @@
 // A warp works on 16 M rows of the result and passes over all rows of the other side, which its block brings to shared
 // memory in tiles, the next one while the last is worked on. Scores and sums are f32. What is multiplied is bf16, so the
 // probabilities and the gradients of scores are rounded once, as those that go through memory elsewhere are.
+//
+// The columns of a wide head are cut into PARTS with WARPS warps each, for a lane has no registers for sums of all of
+// them. What each part has of the scores is added up through shared memory.
 #include "mma.cuh"
 
 // Where a head's row of a tensor is, in elements.
@@ -129,11 +132,11 @@ template <int D> struct InShared {
     }
 };
 
-// c += a t^T, where t has 8 N rows of D columns.
-template <int D, int M, int N, class A>
+// c += a t^T, where t has 8 N rows of D columns, P elements apart.
+template <int P, int D, int M, int N, class A>
 __device__ inline void multiply_by_rows(float (&c)[M][N][4], const A& a, const bf16* t) {
     // Two times eight rows, two times eight columns.
-    const bf16* four = t + (lane() / 16 * 8 + lane() % 8) * PITCH<D> + lane() / 8 % 2 * 8;
+    const bf16* four = t + (lane() / 16 * 8 + lane() % 8) * P + lane() / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
         unsigned left[M][4];
@@ -142,7 +145,7 @@ __device__ inline void multiply_by_rows(float (&c)[M][N][4], const A& a, const b
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             unsigned right[4];
-            load_4_matrices(right, four + n * 8 * PITCH<D> + k * 16);
+            load_4_matrices(right, four + n * 8 * P + k * 16);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma_16x8x16(c[m][n], left[m], right[0], right[1]);
@@ -158,7 +161,7 @@ __device__ inline void multiply_by_rows(float (&c)[M][N][4], const A& a, const b
 #pragma unroll
         for (int n = 0; n < N; n += 4) {
             unsigned right[4];
-            load_4_matrices(right, t + (n * 8 + lane()) * PITCH<D> + D - 8);
+            load_4_matrices(right, t + (n * 8 + lane()) * P + D - 8);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -168,16 +171,16 @@ __device__ inline void multiply_by_rows(float (&c)[M][N][4], const A& a, const b
     }
 }
 
-// c += a t, where t has 16 K rows of D columns.
-template <int D, int M, int K>
+// c += a t, where t has 16 K rows of D columns, P elements apart.
+template <int P, int D, int M, int K>
 __device__ inline void multiply(float (&c)[M][D / 8][4], const unsigned (&a)[M][K][4], const bf16* t) {
-    const bf16* four = t + lane() % 16 * PITCH<D> + lane() / 16 * 8;
+    const bf16* four = t + lane() % 16 * P + lane() / 16 * 8;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int n = 0; n + 1 < D / 8; n += 2) {
             unsigned right[4];
-            load_4_transposed(right, four + k * 16 * PITCH<D> + n * 8);
+            load_4_transposed(right, four + k * 16 * P + n * 8);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma_16x8x16(c[m][n], a[m][k], right[0], right[1]);
@@ -186,7 +189,7 @@ __device__ inline void multiply(float (&c)[M][D / 8][4], const unsigned (&a)[M][
         }
         if constexpr (D % 16 != 0) {
             unsigned right[4];
-            load_2_transposed(right, t + (k * 16 + lane() % 16) * PITCH<D> + D - 8);
+            load_2_transposed(right, t + (k * 16 + lane() % 16) * P + D - 8);
 #pragma unroll
             for (int m = 0; m < M; ++m) mma_16x8x16(c[m][D / 8 - 1], a[m][k], right[0], right[1]);
         }
@@ -204,20 +207,6 @@ template <int M, int N> __device__ inline void clear(float (&c)[M][N][4]) {
     }
 }
 
-// c, rounded, as the A's of a product.
-template <int M, int N> __device__ inline void pack(unsigned (&a)[M][N / 2][4], const float (&c)[M][N][4]) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                a[m][n / 2][n % 2 * 2 + half] = pack_bf16(c[m][n][2 * half], c[m][n][2 * half + 1]);
-            }
-        }
-    }
-}
-
 // f(element, row, column, m, half) for each element of c, whose first is (row, col) and where 2 m + half numbers the
 // rows that a lane has.
 template <int M, int N, class F> __device__ inline void each(float (&c)[M][N][4], int row, int col, F f) {
@@ -228,6 +217,40 @@ template <int M, int N, class F> __device__ inline void each(float (&c)[M][N][4]
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 f(c[m][n][i], row + 16 * m + i / 2 * 8 + lane() / 4, col + 8 * n + lane() % 4 * 2 + i % 2, m, i / 2);
+            }
+        }
+    }
+}
+
+// c to the sum of what the PARTS have, added in the same order everywhere. Has a barrier, and before the next use of
+// `room`, 128 M N numbers per warp, there must be another one.
+template <int PARTS, int WARPS, int M, int N> __device__ inline void add_parts(float (&c)[M][N][4], float* room) {
+    if constexpr (PARTS > 1) {
+        constexpr int PER_WARP = 128 * M * N;
+        int i = 0;
+        each(c, 0, 0, [&](float& v, int, int, int, int) { room[warp() * PER_WARP + 32 * i++ + lane()] = v; });
+        __syncthreads();
+        i = 0;
+        each(c, 0, 0, [&](float& v, int, int, int, int) {
+            v = 0.0f;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                v += room[(part * WARPS + warp() % WARPS) * PER_WARP + 32 * i + lane()];
+            }
+            ++i;
+        });
+    }
+}
+
+// c, rounded, as the A's of a product.
+template <int M, int N> __device__ inline void pack(unsigned (&a)[M][N / 2][4], const float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                a[m][n / 2][n % 2 * 2 + half] = pack_bf16(c[m][n][2 * half], c[m][n][2 * half + 1]);
             }
         }
     }
@@ -307,14 +330,17 @@ __device__ inline void exponentials(float (&scores)[M][N][4], float (&out)[M][O]
 }
 
 // out = softmax(scale * q k^T) v, and the logarithm of the sum of each row's exponentials, [batch, heads, queries].
-// Grid: batch * heads * ceil(queries / (16 M WARPS)) blocks of 32 WARPS threads, with room for four tiles.
-template <int D, int M, int WARPS, int BLOCK_K>
+// Grid: batch * heads * ceil(queries / (16 M WARPS)) blocks of 32 WARPS PARTS threads, with room for four tiles and, if
+// there are parts, for their scores.
+template <int D, int PARTS, int M, int WARPS, int BLOCK_K>
 __device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_sum_exp,
                                const Attention& sizes) {
-    constexpr int THREADS = 32 * WARPS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>, N = BLOCK_K / 8;
+    constexpr int THREADS = 32 * WARPS * PARTS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>;
+    constexpr int PART = D / PARTS, N = BLOCK_K / 8;
     DYNAMIC_SHARED(bf16, tiles);
+    float* const room = (float*)(tiles + 4 * TILE);
     const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
-    const int first = place.first + 16 * M * warp();
+    const int first = place.first + 16 * M * (warp() % WARPS), part = warp() / WARPS * PART;
     k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
     const auto bring = [&](int key, int stage) {
         bf16* to = tiles + stage * 2 * TILE;
@@ -322,31 +348,32 @@ __device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16
         bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
     };
     bring(0, 0);
-    InRegisters<M, D> queries;
-    queries.load(head_of(q, sizes.q, place), sizes.q.token, first, sizes.queries);
+    InRegisters<M, PART> queries;
+    queries.load(head_of(q, sizes.q, place) + part, sizes.q.token, first, sizes.queries);
     Statistics<M> rows;
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
         rows.top[half / 2][half % 2] = -INFINITY;
         rows.sum[half / 2][half % 2] = 0.0f;
     }
-    float sums[M][D / 8][4];
+    float sums[M][PART / 8][4];
     clear(sums);
     const int seen = sizes.causal && place.first + BLOCK_Q < sizes.keys ? place.first + BLOCK_Q : sizes.keys;
     for (int key = 0, stage = 0; key < seen; key += BLOCK_K, stage ^= 1) {
         wait_for_copies();
         __syncthreads(); // this tile is there, and nobody works on the last
         if (key + BLOCK_K < seen) bring(key + BLOCK_K, stage ^ 1);
-        if (first >= sizes.queries || (sizes.causal && key >= first + 16 * M)) continue;
-        const bf16* tile = tiles + stage * 2 * TILE;
+        if (PARTS == 1 && (first >= sizes.queries || (sizes.causal && key >= first + 16 * M))) continue;
+        const bf16* tile = tiles + stage * 2 * TILE + part;
         float scores[M][N][4];
         clear(scores);
-        multiply_by_rows<D>(scores, queries, tile);
+        multiply_by_rows<PITCH<D>, PART>(scores, queries, tile);
+        add_parts<PARTS, WARPS>(scores, room);
         if (is_masked<M>(sizes, first, key, BLOCK_K)) mask(scores, sizes, first, key);
         exponentials(scores, sums, rows, sizes.scale * LOG2_E);
         unsigned p[M][N / 2][4];
         pack(p, scores);
-        multiply<D>(sums, p, tile + TILE);
+        multiply<PITCH<D>, PART>(sums, p, tile + TILE);
     }
     float over[M][2];
     log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
@@ -355,11 +382,11 @@ __device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16
         const int row = first + 8 * half + lane() / 4;
         const float sum = row_sum(rows.sum[half / 2][half % 2]);
         over[half / 2][half % 2] = 1.0f / sum;
-        if (row < sizes.queries && lane() % 4 == 0) {
+        if (row < sizes.queries && lane() % 4 == 0 && part == 0) {
             log_sum_exp[row] = rows.top[half / 2][half % 2] * sizes.scale + logf(sum);
         }
     }
-    write_rows(sums, over, head_of(out, sizes.out, place), sizes.out.token, first, sizes.queries);
+    write_rows(sums, over, head_of(out, sizes.out, place) + part, sizes.out.token, first, sizes.queries);
 }
 
 // The number of each row that a lane has, times `factor`. Rows that do not exist have 0.
@@ -378,15 +405,18 @@ template <int M> __device__ inline void fill(float (&to)[M][2], float value) {
 }
 
 // The gradient of the queries: d_q = scale * d_scores k, where d_scores = p (d_out v^T - delta) and p = exp(scale * q k^T
-// - log_sum_exp) (algorithm 2, lines 11 to 15). Grid and memory as forward's. The scores are worked on STEP keys at a
-// time.
-template <int D, int M, int WARPS, int BLOCK_K, int STEP, class T>
+// - log_sum_exp) (algorithm 2, lines 11 to 15). Grid and memory as forward's, but for two rooms for the parts. The scores
+// are worked on STEP keys at a time.
+template <int D, int PARTS, int M, int WARPS, int BLOCK_K, int STEP, class T>
 __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
                                         const float* log_sum_exp, const float* delta, T* d_q, const Attention& sizes) {
-    constexpr int THREADS = 32 * WARPS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>, N = STEP / 8;
+    constexpr int THREADS = 32 * WARPS * PARTS, BLOCK_Q = 16 * M * WARPS, TILE = BLOCK_K * PITCH<D>;
+    constexpr int PART = D / PARTS, N = STEP / 8;
     DYNAMIC_SHARED(bf16, tiles);
+    float* const room = (float*)(tiles + 4 * TILE);
+    float* const second_room = room + BLOCK_Q * STEP * PARTS;
     const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
-    const int first = place.first + 16 * M * warp();
+    const int first = place.first + 16 * M * (warp() % WARPS), part = warp() / WARPS * PART;
     k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
     const auto bring = [&](int key, int stage) {
         bf16* to = tiles + stage * 2 * TILE;
@@ -394,33 +424,35 @@ __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16
         bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
     };
     bring(0, 0);
-    InRegisters<M, D> queries, d_outs;
-    queries.load(head_of(q, sizes.q, place), sizes.q.token, first, sizes.queries);
-    d_outs.load(head_of(d_out, sizes.d_out, place), sizes.d_out.token, first, sizes.queries);
+    InRegisters<M, PART> queries, d_outs;
+    queries.load(head_of(q, sizes.q, place) + part, sizes.q.token, first, sizes.queries);
+    d_outs.load(head_of(d_out, sizes.d_out, place) + part, sizes.d_out.token, first, sizes.queries);
     float log2_sum[M][2], deltas[M][2];
     load_numbers(log2_sum, head_of(log_sum_exp, sizes.heads, sizes.queries, place), first, sizes.queries, LOG2_E);
     load_numbers(deltas, head_of(delta, sizes.heads, sizes.queries, place), first, sizes.queries, 1.0f);
     const float scale = sizes.scale * LOG2_E;
-    float sums[M][D / 8][4];
+    float sums[M][PART / 8][4];
     clear(sums);
     const int seen = sizes.causal && place.first + BLOCK_Q < sizes.keys ? place.first + BLOCK_Q : sizes.keys;
     for (int key = 0, stage = 0; key < seen; key += BLOCK_K, stage ^= 1) {
         wait_for_copies();
         __syncthreads(); // this tile is there, and nobody works on the last
         if (key + BLOCK_K < seen) bring(key + BLOCK_K, stage ^ 1);
-        if (first >= sizes.queries || (sizes.causal && key >= first + 16 * M)) continue;
+        if (PARTS == 1 && (first >= sizes.queries || (sizes.causal && key >= first + 16 * M))) continue;
 #pragma unroll 1
         for (int from = 0; from < BLOCK_K; from += STEP) {
-            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D>;
+            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D> + part;
             float p[M][N][4], ds[M][N][4];
             clear(p);
-            multiply_by_rows<D>(p, queries, tile);
+            multiply_by_rows<PITCH<D>, PART>(p, queries, tile);
+            add_parts<PARTS, WARPS>(p, room);
             if (is_masked<M>(sizes, first, key + from, STEP)) mask(p, sizes, first, key + from);
             each(p, 0, 0, [&](float& score, int, int, int m, int half) {
                 score = exp2_fast(score * scale - log2_sum[m][half]);
             });
             clear(ds);
-            multiply_by_rows<D>(ds, d_outs, tile + TILE);
+            multiply_by_rows<PITCH<D>, PART>(ds, d_outs, tile + TILE);
+            add_parts<PARTS, WARPS>(ds, second_room);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -431,40 +463,45 @@ __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16
             }
             unsigned a[M][N / 2][4];
             pack(a, ds);
-            multiply<D>(sums, a, tile);
+            multiply<PITCH<D>, PART>(sums, a, tile);
         }
     }
     float factor[M][2];
     fill(factor, sizes.scale);
-    write_rows(sums, factor, head_of(d_q, sizes.d_q, place), sizes.d_q.token, first, sizes.queries);
+    write_rows(sums, factor, head_of(d_q, sizes.d_q, place) + part, sizes.d_q.token, first, sizes.queries);
 }
 
-// The rows of a block of ROWS and, of these, of a warp. `room` is there for those that stay in shared memory.
+// The rows of a warp: from `mine` of those that begin at `first`, of which a block has ROWS. `room` is there for them if
+// they stay in shared memory.
 template <int ROWS, int THREADS, int M, int D>
-__device__ inline void load_rows(InRegisters<M, D>& a, bf16*, const bf16* from, int token_stride, int first, int rows) {
-    a.load(from, token_stride, first + 16 * M * warp(), rows);
+__device__ inline void load_rows(InRegisters<M, D>& a, bf16*, const bf16* from, int token_stride, int first, int mine,
+                                 int rows) {
+    a.load(from, token_stride, first + mine, rows);
 }
-template <int ROWS, int THREADS, int M, int D>
-__device__ inline void load_rows(InShared<D>& a, bf16* room, const bf16* from, int token_stride, int first, int rows) {
+template <int ROWS, int THREADS, int D>
+__device__ inline void load_rows(InShared<D>& a, bf16* room, const bf16* from, int token_stride, int first, int mine,
+                                 int rows) {
     bring_tile<D, ROWS, THREADS>(room, from, token_stride, first, rows);
-    a.tile = room + 16 * M * warp() * PITCH<D>;
+    a.tile = room + mine * PITCH<D>;
 }
 
 // The gradients of keys and values: d_v = p^T d_out, d_k = scale * d_scores^T q (algorithm 2, lines 11 to 16). Rows are
 // keys here, columns queries: what is computed is the transpose of the scores, so that it is where the next products
 // want it. Queries that do not exist add 0, for their rows of q and d_out, and their delta, are 0.
-// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS threads, with room for four tiles and four numbers
-// per row of one and, if A is in shared memory, for the block's keys and values.
-template <int D, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
+// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS PARTS threads, with room for four tiles, four numbers
+// per row of one and the scores of parts as above or, if A is in shared memory, the block's keys and values.
+template <int D, int PARTS, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
 __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
                                      const float* log_sum_exp, const float* delta, T* d_k, T* d_v,
                                      const Attention& sizes) {
-    constexpr int THREADS = 32 * WARPS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>, N = STEP / 8;
+    constexpr int THREADS = 32 * WARPS * PARTS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>;
+    constexpr int PART = D / PARTS, N = STEP / 8;
     DYNAMIC_SHARED(bf16, tiles);
     float* const numbers = (float*)(tiles + 4 * TILE);
-    bf16* const room = (bf16*)(numbers + 4 * BLOCK_Q);
+    float* const room = numbers + 4 * BLOCK_Q;
+    float* const second_room = room + BLOCK_K * STEP * PARTS;
     const Place place = place_of(sizes.heads, sizes.keys, BLOCK_K);
-    const int first = place.first + 16 * M * warp();
+    const int mine = 16 * M * (warp() % WARPS), first = place.first + mine, part = warp() / WARPS * PART;
     q = head_of(q, sizes.q, place), d_out = head_of(d_out, sizes.d_out, place);
     log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
     delta = head_of(delta, sizes.heads, sizes.queries, place);
@@ -477,27 +514,30 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
         bring_numbers<BLOCK_Q, THREADS>(numbers_to + BLOCK_Q, delta, query, sizes.queries);
     };
     A keys, values;
-    load_rows<BLOCK_K, THREADS, M, D>(keys, room, head_of(k, sizes.k, place), sizes.k.token, place.first, sizes.keys);
-    load_rows<BLOCK_K, THREADS, M, D>(values, room + BLOCK_K * PITCH<D>, head_of(v, sizes.v, place), sizes.v.token,
-                                      place.first, sizes.keys);
+    bf16* const key_room = (bf16*)room;
+    load_rows<BLOCK_K, THREADS>(keys, key_room, head_of(k, sizes.k, place) + part, sizes.k.token, place.first, mine,
+                                sizes.keys);
+    load_rows<BLOCK_K, THREADS>(values, key_room + BLOCK_K * PITCH<D>, head_of(v, sizes.v, place) + part, sizes.v.token,
+                                place.first, mine, sizes.keys);
     const int begin = sizes.causal ? place.first / BLOCK_Q * BLOCK_Q : 0; // queries before it see none of these keys
     bring(begin, 0);
     const float scale = sizes.scale * LOG2_E;
-    float key_sums[M][D / 8][4], value_sums[M][D / 8][4];
+    float key_sums[M][PART / 8][4], value_sums[M][PART / 8][4];
     clear(key_sums);
     clear(value_sums);
     for (int query = begin, stage = 0; query < sizes.queries; query += BLOCK_Q, stage ^= 1) {
         wait_for_copies();
         __syncthreads(); // this tile is there, and nobody works on the last
         if (query + BLOCK_Q < sizes.queries) bring(query + BLOCK_Q, stage ^ 1);
-        if (first >= sizes.keys || (sizes.causal && query + BLOCK_Q <= first)) continue;
+        if (PARTS == 1 && (first >= sizes.keys || (sizes.causal && query + BLOCK_Q <= first))) continue;
 #pragma unroll 1
         for (int from = 0; from < BLOCK_Q; from += STEP) {
-            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D>;
+            const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D> + part;
             const float* of_columns = numbers + stage * 2 * BLOCK_Q + from;
             float p[M][N][4], ds[M][N][4];
             clear(p);
-            multiply_by_rows<D>(p, keys, tile);
+            multiply_by_rows<PITCH<D>, PART>(p, keys, tile);
+            add_parts<PARTS, WARPS>(p, room);
             if (sizes.causal && query + from < first + 16 * M) {
                 each(p, first, query + from, [&](float& score, int row, int col, int, int) {
                     if (row > col) score = -INFINITY;
@@ -508,9 +548,10 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
             });
             unsigned a[M][N / 2][4];
             pack(a, p);
-            multiply<D>(value_sums, a, tile + TILE);
+            multiply<PITCH<D>, PART>(value_sums, a, tile + TILE);
             clear(ds);
-            multiply_by_rows<D>(ds, values, tile + TILE);
+            multiply_by_rows<PITCH<D>, PART>(ds, values, tile + TILE);
+            add_parts<PARTS, WARPS>(ds, second_room);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -523,46 +564,50 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
                 }
             }
             pack(a, ds);
-            multiply<D>(key_sums, a, tile);
+            multiply<PITCH<D>, PART>(key_sums, a, tile);
         }
     }
     wait_for_copies(); // if there was no query
     float factor[M][2];
     fill(factor, 1.0f);
-    write_rows(value_sums, factor, head_of(d_v, sizes.d_v, place), sizes.d_v.token, first, sizes.keys);
+    write_rows(value_sums, factor, head_of(d_v, sizes.d_v, place) + part, sizes.d_v.token, first, sizes.keys);
     fill(factor, sizes.scale);
-    write_rows(key_sums, factor, head_of(d_k, sizes.d_k, place), sizes.d_k.token, first, sizes.keys);
+    write_rows(key_sums, factor, head_of(d_k, sizes.d_k, place) + part, sizes.d_k.token, first, sizes.keys);
 }
 
 // The kernels by width of a head. Rows per block are 16 M WARPS.
-#define FORWARD(D, M, WARPS, BLOCK_K) \
-    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_forward_##D( \
+#define FORWARD(D, PARTS, M, WARPS, BLOCK_K) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS * PARTS) void attention_forward_##D( \
         const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_sum_exp, Attention sizes) { \
-        forward<D, M, WARPS, BLOCK_K>(q, k, v, out, log_sum_exp, sizes); \
+        forward<D, PARTS, M, WARPS, BLOCK_K>(q, k, v, out, log_sum_exp, sizes); \
     }
-#define BACKWARD_QUERIES(D, M, WARPS, BLOCK_K, STEP) \
-    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_backward_queries_##D( \
+#define BACKWARD_QUERIES(D, PARTS, M, WARPS, BLOCK_K, STEP) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS * PARTS) void attention_backward_queries_##D( \
         const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* log_sum_exp, const float* delta, \
         bf16* d_q, Attention sizes) { \
-        backward_queries<D, M, WARPS, BLOCK_K, STEP>(q, k, v, d_out, log_sum_exp, delta, d_q, sizes); \
+        backward_queries<D, PARTS, M, WARPS, BLOCK_K, STEP>(q, k, v, d_out, log_sum_exp, delta, d_q, sizes); \
     }
-#define BACKWARD_KEYS(D, M, WARPS, BLOCK_Q, STEP, ...) \
-    extern "C" __global__ __launch_bounds__(32 * WARPS) void attention_backward_keys_##D( \
+#define BACKWARD_KEYS(D, PARTS, M, WARPS, BLOCK_Q, STEP, ...) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS * PARTS) void attention_backward_keys_##D( \
         const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* log_sum_exp, const float* delta, \
         bf16* d_k, bf16* d_v, Attention sizes) { \
-        backward_keys<D, M, WARPS, BLOCK_Q, STEP, __VA_ARGS__>(q, k, v, d_out, log_sum_exp, delta, d_k, d_v, sizes); \
+        backward_keys<D, PARTS, M, WARPS, BLOCK_Q, STEP, __VA_ARGS__>(q, k, v, d_out, log_sum_exp, delta, d_k, d_v, \
+                                                                      sizes); \
     }
-FORWARD(40, 2, 4, 64)
-FORWARD(64, 2, 4, 64)
-FORWARD(80, 1, 4, 64)
-FORWARD(160, 1, 4, 32)
-BACKWARD_QUERIES(40, 2, 4, 64, 32)
-BACKWARD_QUERIES(64, 1, 4, 64, 64)
-BACKWARD_QUERIES(80, 1, 4, 64, 64)
-BACKWARD_QUERIES(160, 1, 4, 32, 32)
-BACKWARD_KEYS(40, 2, 4, 64, 32, InRegisters<2, 40>)
-BACKWARD_KEYS(64, 1, 4, 64, 64, InRegisters<1, 64>)
-BACKWARD_KEYS(80, 1, 4, 64, 32, InRegisters<1, 80>)
-BACKWARD_KEYS(160, 1, 2, 16, 16, InShared<160>)
+FORWARD(40, 1, 2, 4, 64)
+FORWARD(64, 1, 2, 4, 64)
+FORWARD(80, 1, 1, 4, 64)
+FORWARD(160, 1, 1, 4, 32)
+FORWARD(512, 2, 1, 4, 16)
+BACKWARD_QUERIES(40, 1, 2, 4, 64, 32)
+BACKWARD_QUERIES(64, 1, 1, 4, 64, 64)
+BACKWARD_QUERIES(80, 1, 1, 4, 64, 64)
+BACKWARD_QUERIES(160, 1, 1, 4, 32, 32)
+BACKWARD_QUERIES(512, 4, 1, 2, 16, 16)
+BACKWARD_KEYS(40, 1, 2, 4, 64, 32, InRegisters<2, 40>)
+BACKWARD_KEYS(64, 1, 1, 4, 64, 64, InRegisters<1, 64>)
+BACKWARD_KEYS(80, 1, 1, 4, 64, 32, InRegisters<1, 80>)
+BACKWARD_KEYS(160, 1, 1, 2, 16, 16, InShared<160>)
+BACKWARD_KEYS(512, 4, 1, 2, 16, 16, InRegisters<1, 128>)
 
 #endif
