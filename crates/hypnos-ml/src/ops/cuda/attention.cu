@@ -11,7 +11,9 @@
 // probabilities and the gradients of scores are rounded once, as those that go through memory elsewhere are.
 //
 // The columns of a wide head are cut into PARTS with WARPS warps each, for a lane has no registers for sums of all of
-// them. What each part has of the scores is added up through shared memory.
+// them. What each part has of the scores is added up through shared memory. Where there are few keys and many queries,
+// as between a picture and its caption, the queries of a tile are dealt to SPLITS of warps, so that not all of them go by
+// a few warps; what each split has of the sums is added up at the end.
 #include "mma.cuh"
 
 // Where a head's row of a tensor is, in elements.
@@ -488,20 +490,23 @@ __device__ inline void load_rows(InShared<D>& a, bf16* room, const bf16* from, i
 // The gradients of keys and values: d_v = p^T d_out, d_k = scale * d_scores^T q (algorithm 2, lines 11 to 16). Rows are
 // keys here, columns queries: what is computed is the transpose of the scores, so that it is where the next products
 // want it. Queries that do not exist add 0, for their rows of q and d_out, and their delta, are 0.
-// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS PARTS threads, with room for four tiles, four numbers
-// per row of one and the scores of parts as above or, if A is in shared memory, the block's keys and values.
-template <int D, int PARTS, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
+// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS PARTS SPLITS threads, with room for four tiles, four
+// numbers per row of one and the scores of parts as above or, if A is in shared memory, the block's keys and values.
+template <int D, int PARTS, int SPLITS, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
 __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
                                      const float* log_sum_exp, const float* delta, T* d_k, T* d_v,
                                      const Attention& sizes) {
-    constexpr int THREADS = 32 * WARPS * PARTS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>;
+    constexpr int THREADS = 32 * WARPS * PARTS * SPLITS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>;
     constexpr int PART = D / PARTS, N = STEP / 8;
+    static_assert(PARTS == 1 || SPLITS == 1, "warps are dealt one way");
+    static_assert(SPLITS == 1 || 2 * 16 * M * WARPS * D * SPLITS <= 4 * TILE, "the splits' sums fit where the tiles were");
     DYNAMIC_SHARED(bf16, tiles);
     float* const numbers = (float*)(tiles + 4 * TILE);
     float* const room = numbers + 4 * BLOCK_Q;
     float* const second_room = room + BLOCK_K * STEP * PARTS;
     const Place place = place_of(sizes.heads, sizes.keys, BLOCK_K);
-    const int mine = 16 * M * (warp() % WARPS), first = place.first + mine, part = warp() / WARPS * PART;
+    const int mine = 16 * M * (warp() % WARPS), first = place.first + mine;
+    const int part = SPLITS == 1 ? warp() / WARPS * PART : 0, split = SPLITS == 1 ? 0 : warp() / WARPS;
     q = head_of(q, sizes.q, place), d_out = head_of(d_out, sizes.d_out, place);
     log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
     delta = head_of(delta, sizes.heads, sizes.queries, place);
@@ -531,7 +536,7 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
         if (query + BLOCK_Q < sizes.queries) bring(query + BLOCK_Q, stage ^ 1);
         if (PARTS == 1 && (first >= sizes.keys || (sizes.causal && query + BLOCK_Q <= first))) continue;
 #pragma unroll 1
-        for (int from = 0; from < BLOCK_Q; from += STEP) {
+        for (int from = split * STEP; from < BLOCK_Q; from += SPLITS * STEP) {
             const bf16* tile = tiles + stage * 2 * TILE + from * PITCH<D> + part;
             const float* of_columns = numbers + stage * 2 * BLOCK_Q + from;
             float p[M][N][4], ds[M][N][4];
@@ -568,6 +573,13 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
         }
     }
     wait_for_copies(); // if there was no query
+    if constexpr (SPLITS > 1) {
+        __syncthreads(); // nobody works on tiles
+        add_parts<SPLITS, WARPS>(value_sums, (float*)tiles);
+        __syncthreads();
+        add_parts<SPLITS, WARPS>(key_sums, (float*)tiles);
+        if (split > 0) return;
+    }
     float factor[M][2];
     fill(factor, 1.0f);
     write_rows(value_sums, factor, head_of(d_v, sizes.d_v, place) + part, sizes.d_v.token, first, sizes.keys);
@@ -587,12 +599,12 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
         bf16* d_q, Attention sizes) { \
         backward_queries<D, PARTS, M, WARPS, BLOCK_K, STEP>(q, k, v, d_out, log_sum_exp, delta, d_q, sizes); \
     }
-#define BACKWARD_KEYS(D, PARTS, M, WARPS, BLOCK_Q, STEP, ...) \
-    extern "C" __global__ __launch_bounds__(32 * WARPS * PARTS) void attention_backward_keys_##D( \
+#define BACKWARD_KEYS(D, NAME, PARTS, SPLITS, M, WARPS, BLOCK_Q, STEP, ...) \
+    extern "C" __global__ __launch_bounds__(32 * WARPS * PARTS * SPLITS) void attention_backward_##NAME##_##D( \
         const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* log_sum_exp, const float* delta, \
         bf16* d_k, bf16* d_v, Attention sizes) { \
-        backward_keys<D, PARTS, M, WARPS, BLOCK_Q, STEP, __VA_ARGS__>(q, k, v, d_out, log_sum_exp, delta, d_k, d_v, \
-                                                                      sizes); \
+        backward_keys<D, PARTS, SPLITS, M, WARPS, BLOCK_Q, STEP, __VA_ARGS__>(q, k, v, d_out, log_sum_exp, delta, \
+                                                                              d_k, d_v, sizes); \
     }
 FORWARD(40, 1, 2, 4, 64)
 FORWARD(64, 1, 2, 4, 64)
@@ -604,10 +616,14 @@ BACKWARD_QUERIES(64, 1, 1, 4, 64, 64)
 BACKWARD_QUERIES(80, 1, 1, 4, 64, 64)
 BACKWARD_QUERIES(160, 1, 1, 4, 32, 32)
 BACKWARD_QUERIES(512, 4, 1, 2, 16, 16)
-BACKWARD_KEYS(40, 1, 2, 4, 64, 32, InRegisters<2, 40>)
-BACKWARD_KEYS(64, 1, 1, 4, 64, 64, InRegisters<1, 64>)
-BACKWARD_KEYS(80, 1, 1, 4, 64, 32, InRegisters<1, 80>)
-BACKWARD_KEYS(160, 1, 1, 2, 16, 16, InShared<160>)
-BACKWARD_KEYS(512, 4, 1, 2, 16, 16, InRegisters<1, 128>)
+BACKWARD_KEYS(40, keys, 1, 1, 2, 4, 64, 32, InRegisters<2, 40>)
+BACKWARD_KEYS(64, keys, 1, 1, 1, 4, 64, 64, InRegisters<1, 64>)
+BACKWARD_KEYS(80, keys, 1, 1, 1, 4, 64, 32, InRegisters<1, 80>)
+BACKWARD_KEYS(160, keys, 1, 1, 1, 2, 16, 16, InShared<160>)
+BACKWARD_KEYS(512, keys, 4, 1, 1, 2, 16, 16, InRegisters<1, 128>)
+// For 128 keys and fewer.
+BACKWARD_KEYS(40, few_keys, 1, 4, 1, 1, 128, 32, InRegisters<1, 40>)
+BACKWARD_KEYS(64, few_keys, 1, 4, 1, 1, 64, 16, InRegisters<1, 64>)
+BACKWARD_KEYS(80, few_keys, 1, 4, 1, 1, 64, 16, InRegisters<1, 80>)
 
 #endif
