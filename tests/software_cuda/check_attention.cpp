@@ -97,8 +97,8 @@ struct Wanted {
     Wanted(size_t n) : value(n), bound(n) {}
 };
 
-// Of a number 8 bits are kept, to nearest. A sum of 40 to 512 products in f32 is off by F32 of the sum of their sizes at
-// most, and an exponential by as much of itself as its exponent is off. SECOND_ORDER is for what is rounded twice.
+// Of a number 8 bits are kept, to nearest. A sum of 40 to 512 products in f32 is off by F32 of the sum of their sizes
+// at most, and an exponential by as much of itself as its exponent is off. SECOND_ORDER is for what is rounded twice.
 const double BF16 = 1.0 / 256, F32 = 2e-6, SECOND_ORDER = 1.01;
 
 // One head of one picture. The probabilities p and the gradients ds of the scores are rounded before they are
@@ -213,7 +213,8 @@ struct Device {
 
     static size_t size(const Case& c, int tokens, int width) { return (size_t)c.batch * tokens * c.heads * width; }
 
-    Device(const Case& c, int width) : c(c), width(width), module("attention_bf16"), out(size(c, c.queries, width), Type::BF16),
+    Device(const Case& c, int width)
+        : c(c), width(width), module("attention_bf16"), out(size(c, c.queries, width), Type::BF16),
           log_sum_exp(c.batch * c.heads * c.queries), delta(c.batch * c.heads * c.queries) {
         const bool one = c.storage == ONE_PRODUCT;
         Case plain = c;
@@ -282,9 +283,8 @@ struct Device {
     int backward_keys() { return of_keys("attention_backward_keys_", kernels_of(width).backward_keys); }
     int few_keys() { return of_keys("attention_backward_few_keys_", kernels_of(width).few_keys); }
     int all() {
-        for (const auto& step : {&Device::forward, &Device::deltas, &Device::backward_queries, &Device::backward_keys}) {
+        for (const auto& step : {&Device::forward, &Device::deltas, &Device::backward_queries, &Device::backward_keys})
             if (int status = (this->*step)()) return status;
-        }
         return 0;
     }
 

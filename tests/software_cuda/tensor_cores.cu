@@ -17,8 +17,8 @@ extern "C" __global__ void multiply_fragments(const unsigned* a, const unsigned*
     for (int i = 0; i < 4; ++i) c[4 * lane + i] = sums[i];
 }
 
-// 32 rows of 16 bytes; r gets what each lane loads. wait: whether the copies are waited for; the rest is as it should be
-// if `beyond` is 0.
+// 32 rows of 16 bytes; r gets what each lane loads. wait: whether the copies are waited for; the rest is as it should
+// be if `beyond` is 0.
 extern "C" __global__ void load_fragments(const bf16* rows, unsigned* r, int transposed, int count, int wait,
                                           int beyond) {
     DYNAMIC_SHARED(bf16, tile);

@@ -1,5 +1,5 @@
-// Attention whose scores never leave the chip: FlashAttention-2 (Dao 2023, arXiv 2307.08691), forward by its algorithm 1
-// and backward by its algorithm 2, which is cut in two so that nothing is added with atomics: one kernel per block of
+// Attention whose scores never leave the chip: FlashAttention-2 (Dao 2023, arXiv 2307.08691), forward by its algorithm
+// 1 and backward by its algorithm 2, which is cut in two so that nothing is added with atomics: one kernel per block of
 // keys for the gradients of keys and values, one per block of queries for that of the queries. Each computes the
 // probabilities again, so backward has seven products instead of five.
 //
@@ -7,13 +7,13 @@
 // numbers of a head lie side by side, begin at a multiple of 16 bytes and are a multiple of 8.
 //
 // A warp works on 16 M rows of the result and passes over all rows of the other side, which its block brings to shared
-// memory in tiles, the next one while the last is worked on. Scores and sums are f32. What is multiplied is bf16, so the
-// probabilities and the gradients of scores are rounded once, as those that go through memory elsewhere are.
+// memory in tiles, the next one while the last is worked on. Scores and sums are f32. What is multiplied is bf16, so
+// the probabilities and the gradients of scores are rounded once, as those that go through memory elsewhere are.
 //
 // The columns of a wide head are cut into PARTS with WARPS warps each, for a lane has no registers for sums of all of
 // them. What each part has of the scores is added up through shared memory. Where there are few keys and many queries,
-// as between a picture and its caption, the queries of a tile are dealt to SPLITS of warps, so that not all of them go by
-// a few warps; what each split has of the sums is added up at the end.
+// as between a picture and its caption, the queries of a tile are dealt to SPLITS of warps, so that not all of them go
+// by a few warps; what each split has of the sums is added up at the end.
 #include "mma.cuh"
 
 // Where a head's row of a tensor is, in elements.
@@ -27,7 +27,7 @@ struct Attention {
     Layout q, k, v, out, d_out, d_q, d_k, d_v; // those that a kernel does not name may be anything
 };
 
-// delta = sum(d_out * out) of each row of each head, [batch, heads, queries] (section 2.3.2, "D"). Eight lanes per row:
+// delta = sum(d_out * out) of each row of each head, [batch, heads, queries] ("D" in algorithm 2). Eight lanes per row:
 // ceil(batch * queries * heads / 32) blocks of 256 threads.
 extern "C" __global__ void attention_delta(const real* out, const real* d_out, float* delta, Attention sizes, int batch,
                                            int width) {
@@ -71,52 +71,58 @@ __device__ inline Place place_of(int heads, int rows, int rows_per_block) {
     const int which = blockIdx.x / blocks;
     return {which / heads, which % heads, (int)(blockIdx.x % blocks) * rows_per_block};
 }
-template <class T> __device__ inline T* head_of(T* p, const Layout& layout, const Place& place) {
-    return p + place.batch * layout.batch + (long long)place.head * layout.head;
+// The rows of one head in a tensor, `stride` elements apart.
+template <class T> struct Rows {
+    T* first;
+    int stride, n;
+
+    __device__ inline T* at(int row) const { return first + (long long)row * stride; }
+    __device__ inline Rows from_column(int col) const { return {first + col, stride, n}; }
+};
+template <class T> __device__ inline Rows<T> rows_of(T* p, const Layout& layout, const Place& place, int n) {
+    return {p + place.batch * layout.batch + (long long)place.head * layout.head, layout.token, n};
 }
-// The statistics of a head's rows, [batch, heads, rows].
-template <class T> __device__ inline T* head_of(T* p, int heads, int rows, const Place& place) {
-    return p + (place.batch * heads + place.head) * rows;
+// The numbers of a head's rows, one for each, [batch, heads, rows].
+template <class T> __device__ inline T* numbers_of(T* p, int heads, const Place& place, int n) {
+    return p + (place.batch * heads + place.head) * n;
 }
 
 __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int warp() { return threadIdx.x / 32; }
 
-// Begins to bring ROWS rows from `first` of a head to a tile. Rows that do not exist are 0. As many threads as share
-// whole rows work, so that each has one column.
+// Begins to bring ROWS rows from `first` to a tile. Rows that do not exist are 0. As many threads as share whole rows
+// work, so that each has one column.
 template <int D, int ROWS, int THREADS>
-__device__ inline void bring_tile(bf16* tile, const bf16* from, int token_stride, int first, int rows) {
+__device__ inline void bring_tile(bf16* tile, const Rows<const bf16>& from, int first) {
     constexpr int PIECES = D / 8, AT_ONCE = THREADS / PIECES;
     const int mine = threadIdx.x / PIECES, col = threadIdx.x % PIECES * 8;
-    const bf16* at = from + (long long)(first + mine) * token_stride + col;
+    const bf16* at = from.at(first + mine) + col;
 #pragma unroll
     for (int step = 0; step < ROWS; step += AT_ONCE) {
         const int row = mine + step;
         if (mine >= AT_ONCE || row >= ROWS) continue;
-        copy_16_bytes(tile + row * PITCH<D> + col, at + (long long)step * token_stride, first + row < rows);
+        copy_16_bytes(tile + row * PITCH<D> + col, at + (long long)step * from.stride, first + row < from.n);
     }
 }
 // The same for one number per row.
 template <int ROWS, int THREADS>
-__device__ inline void bring_numbers(float* to, const float* from, int first, int rows) {
-    for (int i = threadIdx.x; i < ROWS; i += THREADS) {
-        copy_4_bytes(to + i, from + first + i, first + i < rows);
-    }
+__device__ inline void bring_numbers(float* to, const float* from, int first, int n) {
+    for (int i = threadIdx.x; i < ROWS; i += THREADS) copy_4_bytes(to + i, from + first + i, first + i < n);
 }
 
 // 16 M rows of D columns as A's of products: in registers.
 template <int M, int D> struct InRegisters {
     unsigned r[M][(D + 15) / 16][4];
 
-    // Row `first` and those that follow it, of a head in global memory. Rows that do not exist are 0.
-    __device__ inline void load(const bf16* from, int token_stride, int first, int rows) {
+    // Row `first` and those that follow it, from global memory. Rows that do not exist are 0.
+    __device__ inline void load(const Rows<const bf16>& from, int first) {
 #pragma unroll
         for (int half = 0; half < 2 * M; ++half) {
             const int row = first + 8 * half + lane() / 4;
-            const bf16* at = from + (long long)row * token_stride + lane() % 4 * 2;
+            const bf16* at = from.at(row) + lane() % 4 * 2;
 #pragma unroll
             for (int c = 0; c < D / 8; ++c) {
-                r[half / 2][c / 2][c % 2 * 2 + half % 2] = row < rows ? *(const unsigned*)(at + 8 * c) : 0;
+                r[half / 2][c / 2][c % 2 * 2 + half % 2] = row < from.n ? *(const unsigned*)(at + 8 * c) : 0;
             }
         }
     }
@@ -261,20 +267,21 @@ template <int M, int N> __device__ inline void pack(unsigned (&a)[M][N / 2][4], 
 __device__ inline void store_pair(bf16* p, float first, float second) { *(unsigned*)p = pack_bf16(first, second); }
 __device__ inline void store_pair(float* p, float first, float second) { p[0] = first, p[1] = second; }
 
-// The rows that exist, times `factor` of each row a lane has.
+// The rows that exist, from row `first` of `to`.
 template <int M, int N, class T>
-__device__ inline void write_rows(const float (&c)[M][N][4], const float (&factor)[M][2], T* to, int token_stride,
-                                  int first, int rows) {
+__device__ inline void write_rows(const float (&c)[M][N][4], const Rows<T>& to, int first) {
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
         const int row = first + 8 * half + lane() / 4, i = half % 2 * 2;
-        T* at = to + (long long)row * token_stride + lane() % 4 * 2;
-        const float by = factor[half / 2][half % 2];
+        T* at = to.at(row) + lane() % 4 * 2;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            if (row < rows) store_pair(at + 8 * n, c[half / 2][n][i] * by, c[half / 2][n][i + 1] * by);
+            if (row < to.n) store_pair(at + 8 * n, c[half / 2][n][i], c[half / 2][n][i + 1]);
         }
     }
+}
+template <int M, int N> __device__ inline void multiply_all(float (&c)[M][N][4], float factor) {
+    each(c, 0, 0, [&](float& v, int, int, int, int) { v *= factor; });
 }
 
 // What the four lanes that share a row have together.
@@ -299,12 +306,20 @@ __device__ inline void mask(float (&scores)[M][N][4], const Attention& sizes, in
     });
 }
 
-// Of each row that a lane has: the largest score so far, and the sum of exponentials relative to it, of its own columns.
+// Rows are keys.
+template <int M, int N> __device__ inline void mask_later_keys(float (&scores)[M][N][4], int key, int query) {
+    each(scores, key, query, [&](float& score, int row, int col, int, int) {
+        if (row > col) score = -INFINITY;
+    });
+}
+
+// Of each row that a lane has: the largest score so far, and the sum of exponentials relative to it, of its own
+// columns.
 template <int M> struct Statistics {
     float top[M][2], sum[M][2];
 };
 
-// Scores to exponentials, and what was summed before relative to the new largest score (algorithm 1, lines 9 and 10).
+// Scores to exponentials, and what was summed before relative to the new largest score, as algorithm 1 has it.
 template <int M, int N, int O>
 __device__ inline void exponentials(float (&scores)[M][N][4], float (&out)[M][O][4], Statistics<M>& rows, float scale) {
 #pragma unroll
@@ -331,6 +346,27 @@ __device__ inline void exponentials(float (&scores)[M][N][4], float (&out)[M][O]
     }
 }
 
+// The sums of whole rows, and what was summed relative to them.
+template <int M, int O> __device__ inline void finish(float (&out)[M][O][4], Statistics<M>& rows) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int m = half / 2, h = half % 2, i = 2 * h;
+        rows.sum[m][h] = row_sum(rows.sum[m][h]);
+        const float over = 1.0f / rows.sum[m][h];
+#pragma unroll
+        for (int n = 0; n < O; ++n) out[m][n][i] *= over, out[m][n][i + 1] *= over;
+    }
+}
+
+template <int M>
+__device__ inline void write_log_sum_exp(const Statistics<M>& rows, float* to, int first, const Attention& sizes) {
+#pragma unroll
+    for (int half = 0; half < 2 * M; ++half) {
+        const int row = first + 8 * half + lane() / 4, m = half / 2, h = half % 2;
+        if (row < sizes.queries && lane() % 4 == 0) to[row] = rows.top[m][h] * sizes.scale + logf(rows.sum[m][h]);
+    }
+}
+
 // out = softmax(scale * q k^T) v, and the logarithm of the sum of each row's exponentials, [batch, heads, queries].
 // Grid: batch * heads * ceil(queries / (16 M WARPS)) blocks of 32 WARPS PARTS threads, with room for four tiles and, if
 // there are parts, for their scores.
@@ -343,15 +379,15 @@ __device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16
     float* const room = (float*)(tiles + 4 * TILE);
     const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
     const int first = place.first + 16 * M * (warp() % WARPS), part = warp() / WARPS * PART;
-    k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
+    const auto keys = rows_of(k, sizes.k, place, sizes.keys), values = rows_of(v, sizes.v, place, sizes.keys);
     const auto bring = [&](int key, int stage) {
         bf16* to = tiles + stage * 2 * TILE;
-        bring_tile<D, BLOCK_K, THREADS>(to, k, sizes.k.token, key, sizes.keys);
-        bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
+        bring_tile<D, BLOCK_K, THREADS>(to, keys, key);
+        bring_tile<D, BLOCK_K, THREADS>(to + TILE, values, key);
     };
     bring(0, 0);
     InRegisters<M, PART> queries;
-    queries.load(head_of(q, sizes.q, place) + part, sizes.q.token, first, sizes.queries);
+    queries.load(rows_of(q + part, sizes.q, place, sizes.queries), first);
     Statistics<M> rows;
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
@@ -377,38 +413,45 @@ __device__ inline void forward(const bf16* q, const bf16* k, const bf16* v, bf16
         pack(p, scores);
         multiply<PITCH<D>, PART>(sums, p, tile + TILE);
     }
-    float over[M][2];
-    log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
+    finish(sums, rows);
+    write_rows(sums, rows_of(out + part, sizes.out, place, sizes.queries), first);
+    if (part == 0) write_log_sum_exp(rows, numbers_of(log_sum_exp, sizes.heads, place, sizes.queries), first, sizes);
+}
+
+// The number of each row that a lane has. Rows that do not exist have 0.
+template <int M> __device__ inline void load_numbers(float (&to)[M][2], const float* from, int first, int n) {
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
         const int row = first + 8 * half + lane() / 4;
-        const float sum = row_sum(rows.sum[half / 2][half % 2]);
-        over[half / 2][half % 2] = 1.0f / sum;
-        if (row < sizes.queries && lane() % 4 == 0 && part == 0) {
-            log_sum_exp[row] = rows.top[half / 2][half % 2] * sizes.scale + logf(sum);
+        to[half / 2][half % 2] = row < n ? from[row] : 0.0f;
+    }
+}
+
+// Scores to probabilities, exp(scale * score - log_sum_exp(column, m, half)), and dp, the gradient of these, to that of
+// the scores but for the scale, p (dp - delta(column, m, half)). (Algorithm 2.)
+template <int M, int N, class F>
+__device__ inline void probabilities(float (&scores)[M][N][4], float scale, F log_sum_exp) {
+    each(scores, 0, 0, [&](float& score, int, int col, int m, int half) {
+        score = exp2_fast(score * (scale * LOG2_E) - log_sum_exp(col, m, half) * LOG2_E);
+    });
+}
+template <int M, int N, class F>
+__device__ inline void through_softmax(float (&dp)[M][N][4], const float (&p)[M][N][4], F delta) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int col = 8 * n + lane() % 4 * 2 + i % 2;
+                dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - delta(col, m, i / 2));
+            }
         }
     }
-    write_rows(sums, over, head_of(out, sizes.out, place) + part, sizes.out.token, first, sizes.queries);
 }
 
-// The number of each row that a lane has, times `factor`. Rows that do not exist have 0.
-template <int M>
-__device__ inline void load_numbers(float (&to)[M][2], const float* from, int first, int rows, float factor) {
-#pragma unroll
-    for (int half = 0; half < 2 * M; ++half) {
-        const int row = first + 8 * half + lane() / 4;
-        to[half / 2][half % 2] = row < rows ? from[row] * factor : 0.0f;
-    }
-}
-
-template <int M> __device__ inline void fill(float (&to)[M][2], float value) {
-#pragma unroll
-    for (int half = 0; half < 2 * M; ++half) to[half / 2][half % 2] = value;
-}
-
-// The gradient of the queries: d_q = scale * d_scores k, where d_scores = p (d_out v^T - delta) and p = exp(scale * q k^T
-// - log_sum_exp) (algorithm 2, lines 11 to 15). Grid and memory as forward's, but for two rooms for the parts. The scores
-// are worked on STEP keys at a time.
+// The gradient of the queries: d_q = scale * d_scores k, where d_scores = p (d_out v^T - delta). Grid and memory as
+// forward's, but for two rooms for the parts. The scores are worked on STEP keys at a time.
 template <int D, int PARTS, int M, int WARPS, int BLOCK_K, int STEP, class T>
 __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
                                         const float* log_sum_exp, const float* delta, T* d_q, const Attention& sizes) {
@@ -419,20 +462,19 @@ __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16
     float* const second_room = room + BLOCK_Q * STEP * PARTS;
     const Place place = place_of(sizes.heads, sizes.queries, BLOCK_Q);
     const int first = place.first + 16 * M * (warp() % WARPS), part = warp() / WARPS * PART;
-    k = head_of(k, sizes.k, place), v = head_of(v, sizes.v, place);
+    const auto keys = rows_of(k, sizes.k, place, sizes.keys), values = rows_of(v, sizes.v, place, sizes.keys);
     const auto bring = [&](int key, int stage) {
         bf16* to = tiles + stage * 2 * TILE;
-        bring_tile<D, BLOCK_K, THREADS>(to, k, sizes.k.token, key, sizes.keys);
-        bring_tile<D, BLOCK_K, THREADS>(to + TILE, v, sizes.v.token, key, sizes.keys);
+        bring_tile<D, BLOCK_K, THREADS>(to, keys, key);
+        bring_tile<D, BLOCK_K, THREADS>(to + TILE, values, key);
     };
     bring(0, 0);
     InRegisters<M, PART> queries, d_outs;
-    queries.load(head_of(q, sizes.q, place) + part, sizes.q.token, first, sizes.queries);
-    d_outs.load(head_of(d_out, sizes.d_out, place) + part, sizes.d_out.token, first, sizes.queries);
-    float log2_sum[M][2], deltas[M][2];
-    load_numbers(log2_sum, head_of(log_sum_exp, sizes.heads, sizes.queries, place), first, sizes.queries, LOG2_E);
-    load_numbers(deltas, head_of(delta, sizes.heads, sizes.queries, place), first, sizes.queries, 1.0f);
-    const float scale = sizes.scale * LOG2_E;
+    queries.load(rows_of(q + part, sizes.q, place, sizes.queries), first);
+    d_outs.load(rows_of(d_out + part, sizes.d_out, place, sizes.queries), first);
+    float of_rows[M][2], deltas[M][2];
+    load_numbers(of_rows, numbers_of(log_sum_exp, sizes.heads, place, sizes.queries), first, sizes.queries);
+    load_numbers(deltas, numbers_of(delta, sizes.heads, place, sizes.queries), first, sizes.queries);
     float sums[M][PART / 8][4];
     clear(sums);
     const int seen = sizes.causal && place.first + BLOCK_Q < sizes.keys ? place.first + BLOCK_Q : sizes.keys;
@@ -449,49 +491,38 @@ __device__ inline void backward_queries(const bf16* q, const bf16* k, const bf16
             multiply_by_rows<PITCH<D>, PART>(p, queries, tile);
             add_parts<PARTS, WARPS>(p, room);
             if (is_masked<M>(sizes, first, key + from, STEP)) mask(p, sizes, first, key + from);
-            each(p, 0, 0, [&](float& score, int, int, int m, int half) {
-                score = exp2_fast(score * scale - log2_sum[m][half]);
-            });
+            probabilities(p, sizes.scale, [&](int, int m, int half) { return of_rows[m][half]; });
             clear(ds);
             multiply_by_rows<PITCH<D>, PART>(ds, d_outs, tile + TILE);
             add_parts<PARTS, WARPS>(ds, second_room);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int n = 0; n < N; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - deltas[m][i / 2]);
-                }
-            }
+            through_softmax(ds, p, [&](int, int m, int half) { return deltas[m][half]; });
             unsigned a[M][N / 2][4];
             pack(a, ds);
             multiply<PITCH<D>, PART>(sums, a, tile);
         }
     }
-    float factor[M][2];
-    fill(factor, sizes.scale);
-    write_rows(sums, factor, head_of(d_q, sizes.d_q, place) + part, sizes.d_q.token, first, sizes.queries);
+    multiply_all(sums, sizes.scale);
+    write_rows(sums, rows_of(d_q + part, sizes.d_q, place, sizes.queries), first);
 }
 
-// The rows of a warp: from `mine` of those that begin at `first`, of which a block has ROWS. `room` is there for them if
-// they stay in shared memory.
+// The rows of a warp: from `mine` of the ROWS that its block has from `first`. `room` is there for them if they stay in
+// shared memory.
 template <int ROWS, int THREADS, int M, int D>
-__device__ inline void load_rows(InRegisters<M, D>& a, bf16*, const bf16* from, int token_stride, int first, int mine,
-                                 int rows) {
-    a.load(from, token_stride, first + mine, rows);
+__device__ inline void load_rows(InRegisters<M, D>& a, bf16*, const Rows<const bf16>& from, int first, int mine) {
+    a.load(from, first + mine);
 }
 template <int ROWS, int THREADS, int D>
-__device__ inline void load_rows(InShared<D>& a, bf16* room, const bf16* from, int token_stride, int first, int mine,
-                                 int rows) {
-    bring_tile<D, ROWS, THREADS>(room, from, token_stride, first, rows);
+__device__ inline void load_rows(InShared<D>& a, bf16* room, const Rows<const bf16>& from, int first, int mine) {
+    bring_tile<D, ROWS, THREADS>(room, from, first);
     a.tile = room + mine * PITCH<D>;
 }
 
-// The gradients of keys and values: d_v = p^T d_out, d_k = scale * d_scores^T q (algorithm 2, lines 11 to 16). Rows are
-// keys here, columns queries: what is computed is the transpose of the scores, so that it is where the next products
-// want it. Queries that do not exist add 0, for their rows of q and d_out, and their delta, are 0.
-// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS PARTS SPLITS threads, with room for four tiles, four
-// numbers per row of one and the scores of parts as above or, if A is in shared memory, the block's keys and values.
+// The gradients of keys and values: d_v = p^T d_out, d_k = scale * d_scores^T q. Rows are keys here, columns queries:
+// what is computed is the transpose of the scores, so that it is where the next products want it. Queries that do not
+// exist add 0, for their rows of q and d_out, and their delta, are 0.
+// Grid: batch * heads * ceil(keys / (16 M WARPS)) blocks of 32 WARPS PARTS SPLITS threads, with room for four tiles,
+// four numbers per row of one and the scores of parts as above or, if A is in shared memory, the block's keys and
+// values.
 template <int D, int PARTS, int SPLITS, int M, int WARPS, int BLOCK_Q, int STEP, class A, class T>
 __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* d_out,
                                      const float* log_sum_exp, const float* delta, T* d_k, T* d_v,
@@ -499,7 +530,7 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
     constexpr int THREADS = 32 * WARPS * PARTS * SPLITS, BLOCK_K = 16 * M * WARPS, TILE = BLOCK_Q * PITCH<D>;
     constexpr int PART = D / PARTS, N = STEP / 8;
     static_assert(PARTS == 1 || SPLITS == 1, "warps are dealt one way");
-    static_assert(SPLITS == 1 || 2 * 16 * M * WARPS * D * SPLITS <= 4 * TILE, "the splits' sums fit where the tiles were");
+    static_assert(SPLITS == 1 || 2 * BLOCK_K * D * SPLITS <= 4 * TILE, "the splits' sums fit where the tiles were");
     DYNAMIC_SHARED(bf16, tiles);
     float* const numbers = (float*)(tiles + 4 * TILE);
     float* const room = numbers + 4 * BLOCK_Q;
@@ -507,26 +538,25 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
     const Place place = place_of(sizes.heads, sizes.keys, BLOCK_K);
     const int mine = 16 * M * (warp() % WARPS), first = place.first + mine;
     const int part = SPLITS == 1 ? warp() / WARPS * PART : 0, split = SPLITS == 1 ? 0 : warp() / WARPS;
-    q = head_of(q, sizes.q, place), d_out = head_of(d_out, sizes.d_out, place);
-    log_sum_exp = head_of(log_sum_exp, sizes.heads, sizes.queries, place);
-    delta = head_of(delta, sizes.heads, sizes.queries, place);
+    const auto queries = rows_of(q, sizes.q, place, sizes.queries);
+    const auto d_outs = rows_of(d_out, sizes.d_out, place, sizes.queries);
+    log_sum_exp = numbers_of(log_sum_exp, sizes.heads, place, sizes.queries);
+    delta = numbers_of(delta, sizes.heads, place, sizes.queries);
     const auto bring = [&](int query, int stage) {
         bf16* to = tiles + stage * 2 * TILE;
         float* numbers_to = numbers + stage * 2 * BLOCK_Q;
-        bring_tile<D, BLOCK_Q, THREADS>(to, q, sizes.q.token, query, sizes.queries);
-        bring_tile<D, BLOCK_Q, THREADS>(to + TILE, d_out, sizes.d_out.token, query, sizes.queries);
+        bring_tile<D, BLOCK_Q, THREADS>(to, queries, query);
+        bring_tile<D, BLOCK_Q, THREADS>(to + TILE, d_outs, query);
         bring_numbers<BLOCK_Q, THREADS>(numbers_to, log_sum_exp, query, sizes.queries);
         bring_numbers<BLOCK_Q, THREADS>(numbers_to + BLOCK_Q, delta, query, sizes.queries);
     };
     A keys, values;
     bf16* const key_room = (bf16*)room;
-    load_rows<BLOCK_K, THREADS>(keys, key_room, head_of(k, sizes.k, place) + part, sizes.k.token, place.first, mine,
-                                sizes.keys);
-    load_rows<BLOCK_K, THREADS>(values, key_room + BLOCK_K * PITCH<D>, head_of(v, sizes.v, place) + part, sizes.v.token,
-                                place.first, mine, sizes.keys);
+    load_rows<BLOCK_K, THREADS>(keys, key_room, rows_of(k + part, sizes.k, place, sizes.keys), place.first, mine);
+    load_rows<BLOCK_K, THREADS>(values, key_room + BLOCK_K * PITCH<D>, rows_of(v + part, sizes.v, place, sizes.keys),
+                                place.first, mine);
     const int begin = sizes.causal ? place.first / BLOCK_Q * BLOCK_Q : 0; // queries before it see none of these keys
     bring(begin, 0);
-    const float scale = sizes.scale * LOG2_E;
     float key_sums[M][PART / 8][4], value_sums[M][PART / 8][4];
     clear(key_sums);
     clear(value_sums);
@@ -543,31 +573,15 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
             clear(p);
             multiply_by_rows<PITCH<D>, PART>(p, keys, tile);
             add_parts<PARTS, WARPS>(p, room);
-            if (sizes.causal && query + from < first + 16 * M) {
-                each(p, first, query + from, [&](float& score, int row, int col, int, int) {
-                    if (row > col) score = -INFINITY;
-                });
-            }
-            each(p, 0, 0, [&](float& score, int, int col, int, int) {
-                score = exp2_fast(score * scale - of_columns[col] * LOG2_E);
-            });
+            if (sizes.causal && query + from < first + 16 * M) mask_later_keys(p, first, query + from);
+            probabilities(p, sizes.scale, [&](int col, int, int) { return of_columns[col]; });
             unsigned a[M][N / 2][4];
             pack(a, p);
             multiply<PITCH<D>, PART>(value_sums, a, tile + TILE);
             clear(ds);
             multiply_by_rows<PITCH<D>, PART>(ds, values, tile + TILE);
             add_parts<PARTS, WARPS>(ds, second_room);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int n = 0; n < N; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int col = 8 * n + lane() % 4 * 2 + i % 2;
-                        ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - of_columns[BLOCK_Q + col]);
-                    }
-                }
-            }
+            through_softmax(ds, p, [&](int col, int, int) { return of_columns[BLOCK_Q + col]; });
             pack(a, ds);
             multiply<PITCH<D>, PART>(key_sums, a, tile);
         }
@@ -580,11 +594,9 @@ __device__ inline void backward_keys(const bf16* q, const bf16* k, const bf16* v
         add_parts<SPLITS, WARPS>(key_sums, (float*)tiles);
         if (split > 0) return;
     }
-    float factor[M][2];
-    fill(factor, 1.0f);
-    write_rows(value_sums, factor, head_of(d_v, sizes.d_v, place) + part, sizes.d_v.token, first, sizes.keys);
-    fill(factor, sizes.scale);
-    write_rows(key_sums, factor, head_of(d_k, sizes.d_k, place) + part, sizes.d_k.token, first, sizes.keys);
+    write_rows(value_sums, rows_of(d_v + part, sizes.d_v, place, sizes.keys), first);
+    multiply_all(key_sums, sizes.scale);
+    write_rows(key_sums, rows_of(d_k + part, sizes.d_k, place, sizes.keys), first);
 }
 
 // The kernels by width of a head. Rows per block are 16 M WARPS.

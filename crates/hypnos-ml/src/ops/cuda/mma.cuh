@@ -3,16 +3,16 @@
 //
 // Needs compute capability 8.0. The sections named are those of NVIDIA's "PTX ISA 9.0".
 //
-// A warp multiplies A (16 x 16, or 16 x 8) by B (16 x 8, or 8 x 8) and adds the product to C (16 x 8). Each lane holds a
-// part, two bf16 in each register of A and B ("Matrix Fragments for mma.m16n8k16 with floating point type", and the same
-// for m16n8k8). With row = lane / 4 and col = lane % 4 * 2:
+// A warp multiplies A (16 x 16, or 16 x 8) by B (16 x 8, or 8 x 8) and adds the product to C (16 x 8). Each lane holds
+// a part, two bf16 in each register of A and B ("Matrix Fragments for mma.m16n8k16 with floating point type", and the
+// same for m16n8k8). With row = lane / 4 and col = lane % 4 * 2:
 //
 //   A  a[0] (row, col..col + 1)  a[1] (row + 8, col..)  a[2] (row, col + 8..)  a[3] (row + 8, col + 8..)
 //   B  b[0] (col..col + 1, row)  b[1] (col + 8.., row)
 //   C  c[0] (row, col)  c[1] (row, col + 1)  c[2] (row + 8, col)  c[3] (row + 8, col + 1)
 //
-// Hence C's registers of two products that lie side by side are, rounded to bf16, those of an A. The smaller shapes have
-// the first half of the registers of A and B.
+// Hence C's registers of two products that lie side by side are, rounded to bf16, those of an A. The smaller shapes
+// have the first half of the registers of A and B.
 #pragma once
 #include "common.cuh"
 
@@ -58,8 +58,9 @@ __device__ inline void load_2_transposed(unsigned (&r)[4], const bf16* row) {
                  : "memory");
 }
 
-// Begins to copy 16 or 4 bytes to shared memory, or zeros, whatever `from` is, if not `valid` ("Data Movement and Conversion Instructions:
-// cp.async"). They are there after wait_for_copies, for other threads after a barrier that follows it.
+// Begins to copy 16 or 4 bytes to shared memory, or zeros, whatever `from` is, if not `valid` ("Data Movement and
+// Conversion Instructions: cp.async"). They are there after wait_for_copies, for other threads after a barrier that
+// follows it.
 __device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
