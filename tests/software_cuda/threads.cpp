@@ -330,15 +330,18 @@ void software_mma(float* c, const unsigned* a, const unsigned* b, int depth, int
     memcpy(mine.b, b, depth / 8 * sizeof(unsigned));
     const Slot* all = (const Slot*)software_warp(0xffffffffu, &mine, sizeof mine, line);
     const auto given = [&](unsigned lane) -> const Given& { return *(const Given*)all[lane].bytes; };
-    const unsigned lane = running_thread % warpSize;
-    for (unsigned which = 0; which < 4; ++which) {
-        const unsigned i = lane / 4 + which / 2 * 8, j = lane % 4 * 2 + which % 2;
-        double sum = c[which];
-        for (unsigned k = 0; k < unsigned(depth); ++k) {
-            const unsigned left = given(i % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + i / 8];
-            const unsigned right = given(j * 4 + k % 8 / 2).b[k / 8];
-            sum += (double)half_of(left, k % 2) * half_of(right, k % 2);
+    const unsigned lane = running_thread % warpSize, row = lane / 4, col = lane % 4 * 2;
+    float left[2][16], right[2][16]; // the rows of A, row and row + 8, and the columns of B that this lane needs
+    for (unsigned k = 0; k < unsigned(depth); ++k) {
+        const unsigned holder = k % 8 / 2;
+        for (unsigned half = 0; half < 2; ++half) {
+            left[half][k] = half_of(given(row * 4 + holder).a[k / 8 * 2 + half], k % 2);
+            right[half][k] = half_of(given((col + half) * 4 + holder).b[k / 8], k % 2);
         }
+    }
+    for (unsigned which = 0; which < 4; ++which) {
+        double sum = c[which];
+        for (unsigned k = 0; k < unsigned(depth); ++k) sum += (double)left[which / 2][k] * right[which % 2][k];
         c[which] = float(sum);
     }
 }
