@@ -15,7 +15,7 @@ struct Layout {
     int token, head;
 };
 struct Attention {
-    int heads, queries, keys, causal;
+    int batch, heads, queries, keys, causal;
     float scale;
     Layout q, k, v, out, d_out, d_q, d_k, d_v;
 };
@@ -236,8 +236,9 @@ struct Device {
             grads.push_back(one && which > 0 ? grads[0] : new Buffer(values[which].size(), Type::BF16));
         }
         const auto layout = [&](int which) { return tensors[which].layout; };
-        sizes = {c.heads,   c.queries, c.keys,    c.causal,  1 / std::sqrt((float)width), layout(0), layout(1),
-                 layout(2), layout(3), layout(3), layout(0), layout(1),                   layout(2)};
+        sizes = {c.batch,   c.heads,   c.queries, c.keys,    c.causal,  1 / std::sqrt((float)width),
+                 layout(0), layout(1), layout(2), layout(3), layout(3), layout(0),
+                 layout(1), layout(2)};
     }
     ~Device() {
         inputs.resize(c.storage == ONE_PRODUCT ? 4 : inputs.size());
@@ -268,7 +269,7 @@ struct Device {
     }
     int deltas() {
         const unsigned blocks = (c.batch * c.heads * c.queries + 31) / 32;
-        return launch(module, "attention_delta", blocks, 256, out, *inputs[3], delta, sizes, c.batch, width);
+        return launch(module, "attention_delta", blocks, 256, out, *inputs[3], delta, sizes, width);
     }
     int backward_queries() {
         const uint64_t q = address(inputs, 0), k = address(inputs, 1), v = address(inputs, 2), d = address(grads, 0);

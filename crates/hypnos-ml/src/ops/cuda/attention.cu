@@ -22,17 +22,16 @@ struct Layout {
     int token, head;
 };
 struct Attention {
-    int heads, queries, keys, causal; // causal: a query sees the keys up to its own place
+    int batch, heads, queries, keys, causal; // causal: a query sees the keys up to its own place
     float scale;
     Layout q, k, v, out, d_out, d_q, d_k, d_v; // those that a kernel does not name may be anything
 };
 
 // delta = sum(d_out * out) of each row of each head, [batch, heads, queries] ("D" in algorithm 2). Eight lanes per row:
 // ceil(batch * queries * heads / 32) blocks of 256 threads.
-extern "C" __global__ void attention_delta(const real* out, const real* d_out, float* delta, Attention sizes, int batch,
-                                           int width) {
+extern "C" __global__ void attention_delta(const real* out, const real* d_out, float* delta, Attention sizes, int width) {
     const long long row = thread_index() / 8;
-    const bool exists = row < (long long)batch * sizes.queries * sizes.heads;
+    const bool exists = row < (long long)sizes.batch * sizes.queries * sizes.heads;
     const int head = (int)(row % sizes.heads), token = (int)(row / sizes.heads % sizes.queries);
     const int b = (int)(row / sizes.heads / sizes.queries);
     const Layout y = sizes.out, dy = sizes.d_out;
