@@ -37,6 +37,16 @@ pub(super) fn custom_op(
     value: Computed,
     backward: impl Fn(&Tensor) -> Result<Grads> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    custom_op_with_result(name, inputs, value, move |_, dy| backward(dy))
+}
+
+/// As [`custom_op()`], for a `backward` that reads the value too, which the graph keeps anyway: `backward(y, dy)`.
+pub(super) fn custom_op_with_result(
+    name: &'static str,
+    inputs: &[&Tensor],
+    value: Computed,
+    backward: impl Fn(&Tensor, &Tensor) -> Result<Grads> + Send + Sync + 'static,
+) -> Result<Tensor> {
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(value.detached());
     }
@@ -108,8 +118,8 @@ impl CustomOp3 for PrecomputedOp {
         }
     }
 
-    fn bwd(&self, a: &Tensor, b: &Tensor, c: &Tensor, _: &Tensor, grad: &Tensor) -> Result<TripleGrad> {
-        let [mut da, mut db, mut dc] = (self.backward)(&grad.contiguous()?)?;
+    fn bwd(&self, a: &Tensor, b: &Tensor, c: &Tensor, y: &Tensor, grad: &Tensor) -> Result<TripleGrad> {
+        let [mut da, mut db, mut dc] = (self.backward)(y, &grad.contiguous()?)?;
         // candle panics where a tracked input's gradient is missing, and would give an untracked one a needless store.
         for (input, slot) in [(a, &mut da), (b, &mut db), (c, &mut dc)] {
             if !input.track_op() || input.is_variable() && input.elem_count() == 1 && slot.is_none() {
@@ -122,6 +132,6 @@ impl CustomOp3 for PrecomputedOp {
     }
 }
 
-type Backward = Box<dyn Fn(&Tensor) -> Result<Grads> + Send + Sync>;
+type Backward = Box<dyn Fn(&Tensor, &Tensor) -> Result<Grads> + Send + Sync>;
 
 type TripleGrad = (Option<Tensor>, Option<Tensor>, Option<Tensor>);

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{View, exp, sum2, zeros};
-use super::custom_op::{Computed, custom_op};
+use super::custom_op::{Computed, custom_op_with_result};
 
 /// `e^x / sum e^x` over the last dimension. Any shape; differentiable.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
@@ -20,19 +20,11 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
         Device::Cuda(_) => super::cuda::softmax(&x)?,
         other => bail!("softmax: no kernel for {other:?}"),
     };
-    if !x.track_op() {
-        return Ok(value.detached());
-    }
-    // The backward needs the result only. It is kept as a tensor of its own, since the node's is not ours yet.
-    let y = value.detached();
-    let kept = y.clone();
-    let storage = y.storage_and_layout().0.try_clone(y.layout())?;
-    let value = Computed { storage, shape: y.shape().clone() };
-    custom_op("softmax", &[&x], value, move |dy| {
+    custom_op_with_result("softmax", &[&x], value, move |y, dy| {
         let dx = match dy.device() {
-            Device::Cpu => Computed::cpu(backward(&kept, dy, width)?, dy.dims()),
+            Device::Cpu => Computed::cpu(backward(y, dy, width)?, dy.dims()),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => super::cuda::softmax_backward(&kept, dy)?,
+            Device::Cuda(_) => super::cuda::softmax_backward(y, dy)?,
             other => bail!("softmax: no kernel for {other:?}"),
         };
         Ok([Some(dx.detached()), None, None])
