@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{method, methods, metrics, models, ops, train};
+use crate::{attention, method, methods, metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -71,6 +71,21 @@ fn operations_on_the_gpu_agree_with_torch() {
 #[test]
 fn operations_on_the_gpu_in_bf16_agree_with_torch() {
     in_bf16(&OPERATIONS);
+}
+
+#[test]
+fn the_fused_attention_of_each_width_agrees_with_the_cpu() {
+    in_bf16(&[attention::widths]);
+}
+
+#[test]
+fn the_fused_attention_gives_the_same_bits_for_the_same_numbers() {
+    in_bf16(&[attention::wanted_gradients, attention::views]);
+}
+
+#[test]
+fn attention_refuses_numbers_of_two_types() {
+    in_bf16(&[attention::two_types]);
 }
 
 #[test]

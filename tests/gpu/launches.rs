@@ -5,25 +5,33 @@ use std::collections::HashMap;
 use std::process::Command;
 
 use candle_core::cuda_backend::cudarc::driver::Profiler;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use hypnos::ml::Result;
 use hypnos::ml::device::open;
 use hypnos::ml::models::unet::Unet;
 use hypnos::ml::models::vae::Vae;
-use hypnos::ml::ops::{AdamW, AdamWConfig};
+use hypnos::ml::ops::{self, AdamW, AdamWConfig};
 use hypnos::ml::weights::Weights;
 use serde_json::{Value, json};
 
 /// A pass: its inputs are made first, what it returns is run between the profiler's start and stop.
 type Pass = fn(&Device) -> Result<Box<dyn FnMut() -> Result<()>>>;
 
-const PASSES: [(&str, Pass); 4] = [
+const PASSES: [(&str, Pass); 7] = [
     ("UNet forward, batch 2, 64 x 64 latents, f32", |device| unet(device, DType::F32, false)),
     ("UNet forward, batch 2, 64 x 64 latents, bf16", |device| unet(device, DType::BF16, false)),
     ("UNet forward, backward and AdamW, batch 2, 64 x 64 latents, f32", |device| {
         unet(device, DType::F32, true)
     }),
-    ("VAE decoder forward, 512 x 512, f32", vae_decode),
+    ("UNet forward, backward and AdamW, batch 2, 64 x 64 latents, bf16", |device| {
+        unet(device, DType::BF16, true)
+    }),
+    ("VAE decoder forward, 512 x 512, f32", |device| vae_decode(device, DType::F32)),
+    ("VAE decoder forward, 512 x 512, bf16", |device| vae_decode(device, DType::BF16)),
+    (
+        "attention forward, and backward to the queries, batch 2, 8 heads of 40, 4,096 x 77, bf16",
+        attention_of_queries,
+    ),
 ];
 
 /// Names the pass to a process that counts one.
@@ -123,12 +131,22 @@ fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut()
     }))
 }
 
-fn vae_decode(device: &Device) -> Result<Box<dyn FnMut() -> Result<()>>> {
+fn vae_decode(device: &Device, dtype: DType) -> Result<Box<dyn FnMut() -> Result<()>>> {
     let of_sd15 = config(json!({
         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
         "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
     }));
     let (model, _) = weights(device, false, |weights| Vae::load(weights, &of_sd15))?;
-    let latents = Tensor::zeros((1, 4, 64, 64), DType::F32, device)?;
+    let latents = Tensor::zeros((1, 4, 64, 64), dtype, device)?;
     Ok(Box::new(move || model.decode(&latents).map(drop).map_err(Into::into)))
+}
+
+/// A picture's attention to a caption that learns nothing.
+fn attention_of_queries(device: &Device) -> Result<Box<dyn FnMut() -> Result<()>>> {
+    let q = Var::zeros((2, 4096, 320), DType::BF16, device)?;
+    let caption = Tensor::zeros((2, 77, 320), DType::BF16, device)?;
+    Ok(Box::new(move || {
+        ops::attention(&q, &caption, &caption, 8, false)?.sum_all()?.backward()?;
+        Ok(())
+    }))
 }

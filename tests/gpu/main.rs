@@ -28,6 +28,7 @@ mod ops;
 #[path = "../it/train.rs"]
 mod train;
 
+mod attention;
 mod cuda;
 mod launches;
 mod methods;

@@ -158,7 +158,7 @@ impl<S: DeviceRepr + 'static> Tables<S> {
     }
 
     fn grid(&self) -> Grid {
-        Grid { blocks: self.n_chunks, threads: THREADS }
+        Grid { blocks: self.n_chunks, threads: THREADS, shared_bytes: 0 }
     }
 }
 

@@ -1,8 +1,9 @@
-//! Attention as matrix products over chunks of queries, so that no score matrix is ever whole.
+//! Attention: fused where `fused_attention.rs` has the kernels, else as matrix products over chunks of queries, so that
+//! no score matrix is ever whole.
 //!
-//! Not a fused kernel in the manner of FlashAttention (Dao et al. 2022, arXiv 2205.14135), whose chunks stay on the
-//! chip: here each goes through memory once. Scores are f32 even where the inputs are bf16.
+//! A chunk goes through memory once. Its scores are f32 even where the inputs are bf16.
 
+use super::fused_attention::Fused;
 use super::matmul::{Mat, Size, product};
 use super::softmax::{probabilities, scores_gradient};
 use super::{Buffer, Computed, CudaDevice, DType, Result, Tensor, View};
@@ -71,7 +72,15 @@ fn buffer_rows(heads: &Heads, buffer: &Buffer) -> Mat {
     Mat::buffer(buffer, heads.d).every(heads.width())
 }
 
-pub(in crate::ops) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<Computed> {
+/// The result, and what the backward of a fused attention needs of it.
+pub(in crate::ops) fn attention(
+    [q, k, v]: [&Tensor; 3],
+    heads: &Heads,
+) -> Result<(Computed, Option<Tensor>)> {
+    if let Some(fused) = Fused::of(heads, q.dtype()) {
+        let (y, log_sum_exp) = fused.forward(heads, [q, k, v])?;
+        return Ok((y, Some(log_sum_exp)));
+    }
     let device = q.device().as_cuda_device()?;
     let y = Buffer::new(device, q.dims(), q.dtype())?;
     let (q, k, v) = (View::of(q)?, View::of(k)?, View::of(v)?);
@@ -81,17 +90,25 @@ pub(in crate::ops) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Head
         let to = buffer_rows(heads, &y).at(chunk.row(heads));
         product(device, to, Into::Replace, Chunk::size(heads, chunk.n, heads.width(), heads.s), factors)?;
     }
-    Ok(y.computed())
+    Ok((y.computed(), None))
 }
 
-/// The gradients of queries, keys and values. The probabilities are computed again, chunk by chunk.
+/// The gradients of queries, keys and values, at least of those that are tracked. `forward` is what [`attention()`]
+/// gave.
 pub(in crate::ops) fn attention_backward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    inputs: [&Tensor; 3],
+    forward: (&Tensor, Option<&Tensor>),
     dy: &Tensor,
     heads: &Heads,
-) -> Result<[Computed; 3]> {
+) -> Result<[Option<Computed>; 3]> {
+    if let (Some(fused), (y, Some(log_sum_exp))) = (Fused::of(heads, inputs[0].dtype()), forward) {
+        return fused.backward(heads, inputs, (y, log_sum_exp), dy);
+    }
+    Ok(chunked_backward(inputs, dy, heads)?.map(Some))
+}
+
+/// All three gradients. The probabilities are computed again, chunk by chunk.
+fn chunked_backward([q, k, v]: [&Tensor; 3], dy: &Tensor, heads: &Heads) -> Result<[Computed; 3]> {
     let (device, dtype) = (q.device().as_cuda_device()?, q.dtype());
     let dq = Buffer::new(device, q.dims(), dtype)?;
     // These gather a part from every chunk, hence in f32.

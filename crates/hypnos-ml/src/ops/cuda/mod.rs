@@ -25,6 +25,7 @@ mod conv2d;
 mod cudnn;
 mod elementwise;
 mod embedding;
+mod fused_attention;
 mod linear;
 mod matmul;
 mod norm;
@@ -218,6 +219,7 @@ enum Arg {
     Long(i64),
     Float(f32),
     Window(spatial::Window),
+    Attention(fused_attention::Sizes),
     /// A count that no `int` holds.
     TooLarge(usize),
 }
@@ -237,12 +239,16 @@ fn flag(yes: bool) -> Arg {
     Arg::Int(i32::from(yes))
 }
 
-/// Blocks, and threads in each.
+/// Blocks, threads in each, and the shared memory that each gets beside what its kernel declares.
 #[derive(Clone, Copy)]
 struct Grid {
     blocks: usize,
     threads: usize,
+    shared_bytes: usize,
 }
+
+/// The shared memory that a launch may ask for unless its kernel is allowed more.
+const USUAL_SHARED_BYTES: usize = 48 << 10;
 
 /// Enough blocks to fill any GPU several times over; a kernel for any grid takes more elements per thread instead.
 const MOST_BLOCKS: usize = 8192;
@@ -250,12 +256,13 @@ const MOST_BLOCKS: usize = 8192;
 impl Grid {
     /// For a kernel that takes any grid, over `n` elements.
     fn any(n: usize) -> Self {
-        Self { blocks: n.div_ceil(256).min(MOST_BLOCKS), threads: 256 }
+        Self { blocks: n.div_ceil(256).min(MOST_BLOCKS), threads: 256, shared_bytes: 0 }
     }
 
     /// For a kernel with one block per row of `cols` elements, four of which a thread reads at once.
     fn rows(rows: usize, cols: usize) -> Self {
-        Self { blocks: rows, threads: cols.div_ceil(4).next_multiple_of(32).clamp(32, 1024) }
+        let threads = cols.div_ceil(4).next_multiple_of(32).clamp(32, 1024);
+        Self { blocks: rows, threads, shared_bytes: 0 }
     }
 }
 
@@ -274,6 +281,12 @@ fn launch(
     let Ok(blocks) = i32::try_from(grid.blocks) else { bail!("{name}: {} blocks are too many", grid.blocks) };
     let function = kernel(device, file, dtype, name)?;
     let stream = device.cuda_stream();
+    if grid.shared_bytes > USUAL_SHARED_BYTES {
+        // Once for each function would do, but few launches are as large as this, and it costs less than they do.
+        stream.context().bind_to_thread().w()?;
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(most, grid.shared_bytes as i32).w()?;
+    }
     let mut builder = stream.launch_builder(&function);
     for arg in args {
         match arg {
@@ -282,11 +295,12 @@ fn launch(
             Arg::Long(n) => builder.arg(n),
             Arg::Float(x) => builder.arg(x),
             Arg::Window(window) => builder.arg(window),
+            Arg::Attention(sizes) => builder.arg(sizes),
             Arg::TooLarge(n) => bail!("{name}: a size of {n} is too large for its kernel"),
         };
     }
     let (grid_dim, block_dim) = ((blocks as u32, 1, 1), (grid.threads as u32, 1, 1));
-    let config = LaunchConfig { grid_dim, block_dim, shared_mem_bytes: 0 };
+    let config = LaunchConfig { grid_dim, block_dim, shared_mem_bytes: grid.shared_bytes as u32 };
     // SAFETY: the arguments agree with the kernel's head, and the addresses are those of views and buffers that the
     // caller holds and has checked to be as long as the kernel expects.
     unsafe { builder.launch(config) }.w()?;

@@ -8,7 +8,7 @@ const ROWS_PER_PART: usize = 256;
 /// How `rows` of `cols` columns are shared out among blocks: the parts, and the grid over parts and columns.
 pub(super) fn parts(rows: usize, cols: usize) -> (usize, Grid) {
     let n = rows.div_ceil(ROWS_PER_PART);
-    (n, Grid { blocks: n * cols.div_ceil(32), threads: 256 })
+    (n, Grid { blocks: n * cols.div_ceil(32), threads: 256, shared_bytes: 0 })
 }
 
 /// The `rows_per_part` that goes with [`parts`].
