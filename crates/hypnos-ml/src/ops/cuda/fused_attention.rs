@@ -31,7 +31,7 @@ pub(super) struct Fused {
 }
 
 /// As the last lines of `attention.cu` have them.
-const FUSED: [Fused; 5] = [
+static FUSED: [Fused; 5] = [
     Fused {
         width: 40,
         forward: kernel(128, 128, 20_480),
