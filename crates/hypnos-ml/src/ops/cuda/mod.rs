@@ -2,8 +2,9 @@
 //!
 //! A kernel file is compiled once for each storage type, so a kernel is named by its file, the dtype of the tensors it
 //! works on, and its name. Tensors are f32 or bf16; sums and everything that a sum passes through are f32, and so are
-//! vectors of parameters and all gradients of parameters. Matrix products are cuBLAS's, convolutions cuDNN's where the
-//! program was built with it. Nothing here is random or depends on the order in which blocks finish.
+//! vectors of parameters and all gradients of parameters. Matrix products are cuBLAS's, but for those in the fused
+//! attention; convolutions are cuDNN's where the program was built with it. Nothing here is random or depends on the
+//! order in which blocks finish.
 //!
 //! A device has one stream ([`prepare`]), so what is launched later sees what was launched before, and memory freed
 //! while a kernel still reads it is given away only after that kernel.
