@@ -11,7 +11,7 @@ using namespace software;
 namespace {
 
 enum Status { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15, EXECUTION_FAILED = 13 };
-enum { COMPUTE_32F = 68, R_32F = 0, R_16BF = 14, OP_N = 0, OP_T = 1, DISALLOW_REDUCED_PRECISION = 16 };
+enum { COMPUTE_32F = 68, COMPUTE_32F_FAST_TF32 = 77, R_32F = 0, R_16BF = 14, OP_N = 0, OP_T = 1, DISALLOW_REDUCED_PRECISION = 16 };
 
 int handle_value;
 
@@ -55,7 +55,7 @@ int cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
 int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, SUCCESS; }
 int cublasSetPointerMode_v2(void*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
 int cublasSetMathMode(void*, int mode) {
-    // Nothing is ever rounded to TF32 here, nor are parts of sums to bf16.
+    // Factors are rounded to TF32 by the computing type alone, and parts of sums never to bf16.
     return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS : NOT_SUPPORTED;
 }
 
@@ -66,8 +66,9 @@ int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, c
     Lock lock;
     begin("cublasGemmStridedBatchedEx");
     Type ta, tb, tc;
-    if (compute != COMPUTE_32F || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) || ta != tb ||
-        (ta == Type::F32 && tc != Type::F32) || op_a > OP_T || op_b > OP_T) {
+    const bool tf32 = compute == COMPUTE_32F_FAST_TF32;
+    if ((compute != COMPUTE_32F && !tf32) || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) || ta != tb ||
+        (ta == Type::F32 && tc != Type::F32) || (tf32 && ta != Type::F32) || op_a > OP_T || op_b > OP_T) {
         fprintf(stderr,
                 "software CUDA: %s: types %d, %d and %d, computing type %d, operations %d and %d are not supported\n",
                 running().c_str(), type_a, type_b, type_c, compute, op_a, op_b);
@@ -97,6 +98,10 @@ int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, c
     for (int i = 0; i < batch; ++i) {
         ma.read(i, left);
         mb.read(i, right);
+        if (tf32) {
+            round_to_tf32(left);
+            round_to_tf32(right);
+        }
         result.assign(sm * sn, 0.0f);
         multiply(left.data(), right.data(), result.data(), sm, sn, sk);
         for (size_t row = 0; row < sm; ++row) {

@@ -1,5 +1,5 @@
 // cuDNN as we call it: two-dimensional convolutions of f32 or bf16 in NCHW, forward and both ways back, with sums in
-// f32. They are products with unfolded patches. The algorithms we name ask for scratch memory as the real ones may, and
+// f32. They are products with unfolded patches; TENSOR_OP_MATH rounds f32 factors to TF32. The algorithms we name ask for scratch memory as the real ones may, and
 // every byte of it is written.
 #include "numbers.h"
 #include "runtime.h"
@@ -11,7 +11,7 @@ using namespace software;
 namespace {
 
 enum Status { SUCCESS = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, EXECUTION_FAILED = 5000 };
-enum { FLOAT = 0, BFLOAT16 = 9, NCHW = 0, CROSS_CORRELATION = 1 };
+enum { FLOAT = 0, BFLOAT16 = 9, NCHW = 0, CROSS_CORRELATION = 1, TENSOR_OP_MATH = 1, FMA_MATH = 3 };
 
 struct Tensor { // or filter
     int type, dims[4];
@@ -20,7 +20,13 @@ struct Tensor { // or filter
     size_t bytes() const { return len() * size_of(stored()); }
 };
 struct Convolution {
-    int pad[2], step[2], dilation[2], groups = 1;
+    int pad[2], step[2], dilation[2], groups = 1, math = FMA_MATH;
+
+    // A factor as it is multiplied.
+    std::vector<float> factor(std::vector<float> values) const {
+        if (math == TENSOR_OP_MATH) round_to_tf32(values);
+        return values;
+    }
 };
 
 int handle_value;
@@ -87,6 +93,7 @@ struct Patches {
         to.assign(rows() * places(), 0.0f);
         const size_t from = image(n, group);
         each([&](size_t at, size_t pixel) { to[at] = load(data, from + pixel, x.stored()); });
+        if (conv.math == TENSOR_OP_MATH) round_to_tf32(to);
     }
 };
 
@@ -154,12 +161,12 @@ int cudnnSetConvolution2dDescriptor(Convolution* conv, int pad_h, int pad_w, int
                                     int dilation_w, int mode, int type) {
     if (mode != CROSS_CORRELATION) return unsupported("cuDNN: mode", mode);
     if (type != FLOAT) return unsupported("cuDNN: computing type", type);
-    *conv = {{pad_h, pad_w}, {step_h, step_w}, {dilation_h, dilation_w}, 1};
+    *conv = {{pad_h, pad_w}, {step_h, step_w}, {dilation_h, dilation_w}};
     return SUCCESS;
 }
-int cudnnSetConvolutionMathType(Convolution*, int math) {
-    // 1 is TENSOR_OP_MATH, 3 FMA_MATH. Both sum exact products in f32 here.
-    return math == 1 || math == 3 ? SUCCESS : unsupported("cuDNN: math type", math);
+int cudnnSetConvolutionMathType(Convolution* conv, int math) {
+    if (math != TENSOR_OP_MATH && math != FMA_MATH) return unsupported("cuDNN: math type", math);
+    return conv->math = math, SUCCESS;
 }
 int cudnnSetConvolutionGroupCount(Convolution* conv, int groups) { return conv->groups = groups, SUCCESS; }
 
@@ -191,7 +198,7 @@ int cudnnConvolutionForward(void*, const void* alpha, Tensor* x, const void* px,
     const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
     std::vector<float> columns, result;
     for (int group = 0; group < conv->groups; ++group) {
-        const auto weight = loaded(pw, group * outs * rows, outs * rows, w->stored());
+        const auto weight = conv->factor(loaded(pw, group * outs * rows, outs * rows, w->stored()));
         for (int n = 0; n < x->dims[0]; ++n) {
             patches.gather(px, n, group, columns);
             result.assign(outs * places, 0.0f);
@@ -215,9 +222,10 @@ int cudnnConvolutionBackwardData(void*, const void* alpha, Tensor* w, const void
     const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
     std::vector<float> columns, sums((size_t)w->dims[1] * dx->dims[2] * dx->dims[3]);
     for (int group = 0; group < conv->groups; ++group) {
-        const auto weight = transposed(loaded(pw, group * outs * rows, outs * rows, w->stored()), outs, rows);
+        const auto factor = conv->factor(loaded(pw, group * outs * rows, outs * rows, w->stored()));
+        const auto weight = transposed(factor, outs, rows);
         for (int n = 0; n < dx->dims[0]; ++n) {
-            const auto grad = loaded(pdy, patches.result(n, group), outs * places, dy->stored());
+            const auto grad = conv->factor(loaded(pdy, patches.result(n, group), outs * places, dy->stored()));
             columns.assign(rows * places, 0.0f);
             multiply(weight.data(), grad.data(), columns.data(), rows, places, outs);
             std::fill(sums.begin(), sums.end(), 0.0f);
@@ -244,7 +252,7 @@ int cudnnConvolutionBackwardFilter(void*, const void* alpha, Tensor* x, const vo
         sums.assign(outs * rows, 0.0f);
         for (int n = 0; n < x->dims[0]; ++n) {
             patches.gather(px, n, group, columns);
-            const auto grad = loaded(pdy, patches.result(n, group), outs * places, dy->stored());
+            const auto grad = conv->factor(loaded(pdy, patches.result(n, group), outs * places, dy->stored()));
             multiply(grad.data(), transposed(columns, rows, places).data(), sums.data(), outs, rows, places);
         }
         for (size_t i = 0; i < sums.size(); ++i) scale.put(pdw, group * sums.size() + i, dw->stored(), sums[i]);

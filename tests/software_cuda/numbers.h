@@ -29,6 +29,16 @@ inline void store(void* p, size_t i, Type type, float v) {
     ((uint16_t*)p)[i] = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// To 10 bits of mantissa, to nearest, ties away from zero: what bf16 holds stays as it is.
+inline void round_to_tf32(std::vector<float>& values) {
+    for (float& v : values) {
+        uint32_t bits;
+        memcpy(&bits, &v, sizeof bits);
+        if ((bits & 0x7f800000) != 0x7f800000) bits = (bits + 0x1000) & 0xffffe000;
+        memcpy(&v, &bits, sizeof bits);
+    }
+}
+
 // c[m, n] += a[m, k] b[k, n], row by row. Sums of 64 products are added up, which errs less than one long sum.
 inline void multiply(const float* a, const float* b, float* c, size_t m, size_t n, size_t k) {
     std::vector<float> row(n);
