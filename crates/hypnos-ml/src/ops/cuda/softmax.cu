@@ -23,11 +23,15 @@ template <class T> __device__ inline void softmax_row(const T* x, real* y, int c
     }
 }
 
-// dx = scale * y * (dy - sum(dy * y)) over a row. dx may be dy. Masked columns have y = 0, hence dx = 0.
+// dx = scale * y * (dy - sum(dy * y) / sum(y)) over a row. dx may be dy. Masked columns have y = 0, hence dx = 0. As it is
+// stored in bf16, y does not sum to 1 exactly; without the quotient, what all of dy have in common would not cancel.
 template <class T> __device__ inline void softmax_row_bwd(const real* y, const T* dy, real* dx, int cols, float scale) {
-    float sum = 0.0f;
-    row2(y, dy, cols, [&](float p, float d) { sum += p * d; });
-    const float dot = block_sum(sum);
+    float sum = 0.0f, total = 0.0f;
+    row2(y, dy, cols, [&](float p, float d) {
+        sum += p * d;
+        total += p;
+    });
+    const float dot = block_sum(sum) / block_sum(total);
     for (int i = threadIdx.x; i < cols; i += blockDim.x) store(dx + i, scale * load(y + i) * (load(dy + i) - dot));
 }
 
