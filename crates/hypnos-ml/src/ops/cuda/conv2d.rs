@@ -72,13 +72,15 @@ fn value(device: &CudaDevice, x: &Tensor, weight: &Tensor, conv: &Conv) -> Resul
     Ok(y)
 }
 
-/// The gradient of the weight, f32.
+/// The gradient of the weight, f32. Of bf16 inputs it is summed in f32 by products with unfolded patches, for cuDNN would
+/// round the sum.
 fn weight_gradient(device: &CudaDevice, x: &Tensor, dy: &Tensor, conv: &Conv) -> Result<Tensor> {
     #[cfg(feature = "cudnn")]
     if !conv.is_pointwise()
+        && x.dtype() == DType::F32
         && let Some(dw) = super::cudnn::weight_gradient(x, dy, conv)?
     {
-        return dw.tensor().to_dtype(DType::F32);
+        return Ok(dw.tensor());
     }
     let (x, dy) = (View::of(x)?, View::of(dy)?);
     let (o, k, p) = (conv.o, conv.patch(), conv.spatial());

@@ -1,7 +1,8 @@
 //! Convolution by cuDNN.
 //!
 //! Only algorithms that sum the products as they stand and in a fixed order: those that transform them (Winograd, FFT)
-//! round differently, and those that add with atomics give other bits each time. f32 is f32 throughout, never TF32.
+//! round differently, and those that add with atomics give other bits each time. f32 is f32 throughout, and its factors
+//! are rounded to TF32 only on a device that is told to.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -21,7 +22,7 @@ use sys::cudnnConvolutionBwdDataAlgo_t as ToInput;
 use sys::cudnnConvolutionBwdFilterAlgo_t as ToWeight;
 use sys::cudnnConvolutionFwdAlgo_t as Forward;
 
-use super::{Buffer, CudaDevice, DType, Result, Storage, Tensor, bail};
+use super::{Buffer, CudaDevice, DType, Result, Storage, Tensor, allows_tf32, bail};
 use crate::ops::conv2d::{Conv, Conv2dSpec};
 
 /// Most bytes of scratch memory an algorithm may ask for.
@@ -42,6 +43,8 @@ type Plans<A> = HashMap<(Conv, DType), Plan<A>>;
 /// A handle and what was asked of it before. cuDNN's handles stay on the thread that made them.
 struct Session {
     handle: Arc<Cudnn>,
+    /// Whether the factors of f32 convolutions are rounded to TF32.
+    tf32: bool,
     forward: Plans<Forward>,
     to_input: Plans<ToInput>,
     to_weight: Plans<ToWeight>,
@@ -50,7 +53,13 @@ struct Session {
 impl Session {
     fn new(device: &CudaDevice) -> Result<Self> {
         let handle = Cudnn::new(device.cuda_stream())?;
-        Ok(Self { handle, forward: HashMap::new(), to_input: HashMap::new(), to_weight: HashMap::new() })
+        Ok(Self {
+            handle,
+            tf32: allows_tf32(device),
+            forward: HashMap::new(),
+            to_input: HashMap::new(),
+            to_weight: HashMap::new(),
+        })
     }
 }
 
@@ -93,25 +102,31 @@ struct Descriptors<T> {
 
 /// What a tensor's elements must be for cuDNN.
 trait Element: CudnnDataType + CudaDType + DeviceRepr + WithDType {
-    const MATH: sys::cudnnMathType_t;
+    /// How cuDNN multiplies them.
+    fn math(tf32: bool) -> sys::cudnnMathType_t;
 }
 
 impl Element for f32 {
-    const MATH: sys::cudnnMathType_t = sys::cudnnMathType_t::CUDNN_FMA_MATH;
+    fn math(tf32: bool) -> sys::cudnnMathType_t {
+        if tf32 { sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH } else { sys::cudnnMathType_t::CUDNN_FMA_MATH }
+    }
 }
 
 impl Element for bf16 {
-    const MATH: sys::cudnnMathType_t = sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH;
+    fn math(_: bool) -> sys::cudnnMathType_t {
+        sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH
+    }
 }
 
 impl<T: Element> Descriptors<T> {
-    fn new(handle: &Arc<Cudnn>, conv: &Conv) -> Result<Self> {
+    fn new(session: &Session, conv: &Conv) -> Result<Self> {
+        let handle = &session.handle;
         let whole = |dims: [usize; 4]| dims.map(|n| n as i32);
         let (stride, pad) = (conv.spec.stride as i32, conv.spec.before as i32);
         let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW;
         let mode = sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION;
         let mut descriptor = handle.create_conv2d::<f32>([pad, pad], [stride, stride], [1, 1], mode)?;
-        descriptor.set_math_type(T::MATH)?;
+        descriptor.set_math_type(T::math(session.tf32))?;
         Ok(Self {
             conv: descriptor,
             x: handle.create_4d_tensor(format, whole([conv.b, conv.c, conv.h, conv.w]))?,
@@ -174,7 +189,7 @@ fn value_of<T: Element>(x: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Opti
     let (x, conv) = evenly_padded(x, conv)?;
     with_session(device, |session| {
         let Descriptors { conv: convolution, x: x_shape, w, y: y_shape } =
-            &Descriptors::<T>::new(&session.handle, &conv)?;
+            &Descriptors::<T>::new(session, &conv)?;
         let operation = ConvForward { conv: convolution, x: x_shape, w, y: y_shape };
         let plan = match session.forward.get(&(conv, T::DTYPE)) {
             Some(&known) => known,
@@ -201,35 +216,33 @@ fn value_of<T: Element>(x: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Opti
     })
 }
 
-/// The gradient of the weight, of the dtype of `x`; `None` if cuDNN has no algorithm for the shape.
+/// The gradient of the weight, all three f32; `None` if cuDNN has no algorithm for the shape. From bf16 it makes bf16.
 pub(super) fn weight_gradient(x: &Tensor, dy: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
-    match x.dtype() {
-        DType::F32 => weight_gradient_of::<f32>(x, dy, conv),
-        DType::BF16 => weight_gradient_of::<bf16>(x, dy, conv),
-        other => bail!("conv2d: wanted f32 or bf16 on the GPU, got {other:?}"),
-    }
-}
-
-fn weight_gradient_of<T: Element>(x: &Tensor, dy: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
     let device = x.device().as_cuda_device()?;
     let (x, conv) = evenly_padded(x, conv)?;
     with_session(device, |session| {
-        let Descriptors { conv: convolution, x: x_shape, w, y } =
-            &Descriptors::<T>::new(&session.handle, &conv)?;
+        let Descriptors { conv: convolution, x: x_shape, w, y } = &Descriptors::<f32>::new(session, &conv)?;
         let operation = ConvBackwardFilter { conv: convolution, x: x_shape, dw: w, dy: y };
-        let plan = match session.to_weight.get(&(conv, T::DTYPE)) {
+        let plan = match session.to_weight.get(&(conv, DType::F32)) {
             Some(&known) => known,
             None => plan(&TO_WEIGHT, |algorithm| operation.get_workspace_size(algorithm))?,
         };
-        session.to_weight.insert((conv, T::DTYPE), plan);
+        session.to_weight.insert((conv, DType::F32), plan);
         let Some((algorithm, bytes)) = plan else { return Ok(None) };
-        let mut dw = Buffer::new(device, (conv.o, conv.c, conv.kh, conv.kw), T::DTYPE)?;
+        let mut dw = Buffer::new(device, (conv.o, conv.c, conv.kh, conv.kw), DType::F32)?;
         let (x, dy) = (Elements::of(&x), Elements::of(dy));
-        let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(0.0)));
-        let to = dw.storage.as_cuda_slice_mut::<T>()?;
+        let (mut scratch, factors) = (workspace(device, bytes)?, (1.0, 0.0));
+        let to = dw.storage.as_cuda_slice_mut::<f32>()?;
         // SAFETY: the descriptors were made from the sizes that these tensors have.
         unsafe {
-            operation.launch(algorithm, Some(&mut scratch), factors, &x.get::<T>()?, to, &dy.get::<T>()?)?;
+            operation.launch(
+                algorithm,
+                Some(&mut scratch),
+                factors,
+                &x.get::<f32>()?,
+                to,
+                &dy.get::<f32>()?,
+            )?;
         }
         Ok(Some(dw))
     })
@@ -262,7 +275,7 @@ fn without_padding(dx: Buffer, conv: &Conv) -> Result<Buffer> {
 fn input_gradient_of<T: Element>(dy: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Option<Buffer>> {
     let device = dy.device().as_cuda_device()?;
     with_session(device, |session| {
-        let Descriptors { conv: convolution, x, w, y } = &Descriptors::<T>::new(&session.handle, conv)?;
+        let Descriptors { conv: convolution, x, w, y } = &Descriptors::<T>::new(session, conv)?;
         let operation = ConvBackwardData { conv: convolution, dx: x, w, dy: y };
         let plan = match session.to_input.get(&(*conv, T::DTYPE)) {
             Some(&known) => known,

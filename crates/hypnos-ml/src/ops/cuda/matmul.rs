@@ -5,7 +5,7 @@
 
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 
-use super::{Buffer, CudaDevice, DType, Result, View, WrapErr, bail};
+use super::{Buffer, CudaDevice, DType, Result, View, WrapErr, allows_tf32, bail};
 use crate::ops::cpu::Into;
 
 /// A stack of matrices: element `(i, j)` of matrix `b` lies `b * stride + i * row + j` elements behind `address`, or
@@ -78,12 +78,17 @@ pub(super) fn product(
     }
     let call = Call::new(to, size, a, b)?;
     let (alpha, beta) = (1.0_f32, if into == Into::Add { 1.0_f32 } else { 0.0 });
+    let computing = if a.dtype == DType::F32 && allows_tf32(device) {
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+    } else {
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+    };
     let operation =
         |t| if t { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N };
     device.cuda_stream().context().bind_to_thread().w()?;
     let blas = device.cublas_handle();
-    // SAFETY: the addresses are those of views and buffers that the caller holds; alpha and beta are f32, as this
-    // compute type wants them. It sums in f32 and, unlike its FAST variants, never rounds f32 factors to TF32.
+    // SAFETY: the addresses are those of views and buffers that the caller holds; alpha and beta are f32, as
+    // either compute type wants them. Both sum in f32; the FAST one alone rounds f32 factors to TF32.
     unsafe {
         result::gemm_strided_batched_ex(
             *blas.handle(),
@@ -107,7 +112,7 @@ pub(super) fn product(
             call.row[2],
             call.stride[2],
             call.batch,
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            computing,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
         .w()

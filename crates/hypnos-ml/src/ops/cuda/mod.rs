@@ -10,11 +10,14 @@
 //! while a kernel still reads it is given away only after that kernel.
 #![allow(unsafe_code)] // kernels and driver calls know nothing of Rust's rules; each use says why it is sound
 
+use std::collections::HashSet;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, DevicePtr, LaunchConfig, PushKernelArg, result, sys,
 };
-use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{CudaStorage, DType, Result, Shape, Storage, StorageRef, Tensor, bail};
 
 use super::custom_op::Computed;
@@ -106,6 +109,24 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         result::mem_pool::set_attribute(pool, attribute, std::ptr::from_mut(&mut all).cast()).w()
     }
+}
+
+/// The devices that round the factors of f32 products to TF32.
+static TF32: LazyLock<RwLock<HashSet<DeviceId>>> = LazyLock::new(RwLock::default);
+
+/// Has the device round the factors of f32 products and convolutions to TF32: before it computes anything.
+pub(crate) fn allow_tf32(device: &CudaDevice) {
+    TF32.write().unwrap_or_else(PoisonError::into_inner).insert(device.id());
+}
+
+/// Whether [`allow_tf32`] was called for the device.
+fn allows_tf32(device: &CudaDevice) -> bool {
+    TF32.read().unwrap_or_else(PoisonError::into_inner).contains(&device.id())
+}
+
+/// Its compute capability, major and minor.
+pub(crate) fn compute_capability(device: &CudaDevice) -> Result<(i32, i32)> {
+    device.cuda_stream().context().compute_capability().w()
 }
 
 /// Bytes that are free on the device, by its driver; what [`prepare`] has it keep is not among them.
