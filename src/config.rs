@@ -16,6 +16,7 @@ use crate::blobs::{Bucket, Credentials, Place};
 use crate::http;
 use crate::ml::bundle::{MINIATURE_NAME, miniature};
 use crate::ml::device::ordinal;
+use crate::ml::precision::Precision;
 
 /// An invalid setting, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -633,6 +634,9 @@ pub struct Working {
     /// Devices, with commas between them: cpu, cuda, cuda:N. Each worker takes the next one
     #[arg(long, env = "HYPNOS_DEVICES", value_name = "LIST", default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
+    /// What models compute in, on every device: f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    #[arg(long, env = "HYPNOS_PRECISION", value_name = "PRECISION")]
+    pub precision: Option<Precision>,
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, env = "HYPNOS_BATCH", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub batch: u16,

@@ -137,6 +137,7 @@ async fn run(args: &Args) -> Result<()> {
     let engine = engine::EngineSettings {
         bundle: args.bundle.clone(),
         device: args.device.clone(),
+        precision: None,
         batch: 4,
         finetuned_bytes_max: 8 << 30,
         checkpointing: false,

@@ -46,7 +46,7 @@ struct Args {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// What our side computes in; what has no bf16 yet is left out
+    /// What our side computes in; the optimiser has f32 alone
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// What PyTorch's side computes in, if not the same

@@ -14,6 +14,7 @@ use hypnos::ml::models::vae::Vae;
 use hypnos::ml::ops::{self, Activation, AdamW, AdamWConfig, Conv2dSpec};
 use hypnos::ml::param::Param;
 use hypnos::ml::perceptual::Perceptual;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::train::{Batch, DiscriminatorTrainer, FrozenModels, Objective, Reconstruction, State};
 use hypnos::ml::weights::Weights;
 use serde_json::Value;
@@ -92,9 +93,10 @@ impl Place {
         self.input("upstream", dims, 1.0)
     }
 
-    /// Random weights of a model.
+    /// Random weights of a model that computes in the dtype.
     fn weights(&self, trained: bool) -> Weights {
-        Weights::random(SEED, &self.device).trainable(trained)
+        let precision = if self.dtype == DType::BF16 { Precision::Bf16 } else { Precision::F32 };
+        Weights::random(SEED, &self.device).computing_in(precision).trainable(trained)
     }
 
     /// Refuses what computes in f32 alone.
@@ -270,7 +272,6 @@ fn params_of(weights: &Weights) -> Vec<Param> {
 }
 
 fn text(json: &Value, n_tokens: usize, pass: Pass, on: &Place) -> ml::Result<Ready> {
-    on.wants_f32("the text encoder")?;
     let trained = pass == Pass::Backward;
     let weights = on.weights(trained);
     let config = config::<hypnos::ml::models::clip::Config>(json)?;
@@ -280,7 +281,9 @@ fn text(json: &Value, n_tokens: usize, pass: Pass, on: &Place) -> ml::Result<Rea
     if !trained {
         return Ok(Ready::of(on, params, move || Ok(Box::new(model.forward(&ids)?))));
     }
-    let (upstream, weights) = (on.upstream(&[1, n_tokens, config.hidden_size])?, params.clone());
+    // Hidden states are f32 in every precision.
+    let upstream = on.normal("upstream", &[1, n_tokens, config.hidden_size], 1.0)?;
+    let weights = params.clone();
     Ok(Ready::of(on, params, move || {
         let grads = meet(&model.forward(&ids)?, &upstream)?.backward()?;
         expect_grads(&weights)?;
@@ -321,7 +324,6 @@ fn train(
     discriminator: bool,
     on: &Place,
 ) -> ml::Result<Ready> {
-    on.wants_f32("a training")?;
     // 1. What learns.
     let text_config = config::<hypnos::ml::models::clip::Config>(text)?;
     let text_weights = on.weights(true);
@@ -340,7 +342,8 @@ fn train(
     let schedule = Schedule::new(&diffusion::Config::parse(SCHEDULE)?)?;
     let load = |looks: &Looks| -> ml::Result<(Vae, Perceptual)> {
         let vae = Vae::load(&on.weights(false), &config(&looks.vae)?)?;
-        Ok((vae, Perceptual::load(&on.weights(false), &config(&looks.classifier)?, &on.device)?))
+        let weights = Weights::random(SEED, &on.device); // it computes in f32 whatever the models do
+        Ok((vae, Perceptual::load(&weights, &config(&looks.classifier)?, &on.device)?))
     };
     let looks = looks.map(load).transpose()?;
 

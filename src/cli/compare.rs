@@ -23,6 +23,7 @@ use crate::engine::{CandleEngine, Engine, EngineSettings};
 use crate::job::TrainSpec;
 use crate::ml::bundle::{Bundle, Manifest};
 use crate::ml::image_io;
+use crate::ml::precision::Precision;
 use crate::report::{Evaluated, Gallery, Protocol, Report, Thumbnail, comparison_page, comparison_table};
 use recipes::Recipe;
 
@@ -61,6 +62,9 @@ pub(super) struct Compare {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    #[arg(long)]
+    precision: Option<Precision>,
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, default_value_t = 4)]
     batch: usize,
@@ -95,6 +99,7 @@ pub(super) fn run(args: &Compare) -> Result<ExitCode, CliError> {
     let engine = CandleEngine::open(EngineSettings {
         bundle: args.bundle.dir()?,
         device: args.device.clone(),
+        precision: args.precision,
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.gradient_checkpointing,

@@ -13,6 +13,7 @@ use super::photos;
 use crate::ml::bundle::{Bundle, Drawing, hash_file};
 use crate::ml::evaluate::{Evaluator, Generated, GeneratedSet, PromptLists};
 use crate::ml::finetuned::FineTuned;
+use crate::ml::precision::Precision;
 use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use crate::ml::{self, device, image_io};
@@ -73,6 +74,9 @@ pub(super) struct Evaluate {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What --model draws in: f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    #[arg(long)]
+    precision: Option<Precision>,
 }
 
 /// The images to evaluate.
@@ -89,14 +93,14 @@ pub(super) fn run(args: &Evaluate) -> Result<ExitCode, CliError> {
     let real = read.iter().map(|(_, png)| image_io::read_png(png)).collect::<Result<Vec<_>, _>>()?;
     let generated = args.generated.as_deref().map(|dir| from_disk(args, dir)).transpose()?;
     let lists = args.prompt_lists.as_deref().map(prompt_lists).transpose()?.unwrap_or_default();
-    let device = device::open(&args.device)?;
+    let (device, precision) = device::open_in(&args.device, args.precision)?;
     let bundle = Bundle::open(&args.bundle.dir()?)?;
     let evaluator = Evaluator::new(&bundle, &device, real)?;
     let pictures = match (generated, &args.model) {
         (Some(pictures), _) => pictures,
         (None, Some(model)) => {
             bundle.warnings().iter().for_each(|warning| print_warning(warning));
-            let base = Models::load(&bundle, &device)?;
+            let base = Models::load(&bundle, &device, precision)?;
             let finetuned = FineTuned::load(model, &bundle, &base)?;
             drawn(args, &bundle, &finetuned, &lists, evaluator.can_score_class())?
         }
@@ -188,7 +192,8 @@ fn drawn(
         for ((&i, picture), pixels) in batch.iter().zip(&pictures).zip(pixels) {
             let (name, prompt) = (format!("{i:04}.png"), prompts[i].clone());
             if let Some(dir) = &args.out {
-                let texts = Provenance::new(picture, &how, bundle, finetune, false)?.texts();
+                let precision = finetuned.models.precision;
+                let texts = Provenance::new(picture, &how, bundle, finetune, false, precision)?.texts();
                 std::fs::create_dir_all(dir)
                     .map_err(|error| CliError::Input(unusable(dir, "cannot be created", &error)))?;
                 image_io::save_png(&dir.join(&name), &pixels, (side, side), &texts)?;

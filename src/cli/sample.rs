@@ -13,6 +13,7 @@ use super::output::{print_line, print_warning, progress_bar};
 use crate::job::PRODUCT;
 use crate::ml::bundle::{Bundle, hash_file};
 use crate::ml::finetuned::FineTuned;
+use crate::ml::precision::Precision;
 use crate::ml::product::Product;
 use crate::ml::provenance::{FineTune, Provenance};
 use crate::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents};
@@ -72,16 +73,19 @@ pub(super) struct Sample {
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere.
+    #[arg(long)]
+    precision: Option<Precision>,
 }
 
 pub(super) fn run(args: &Sample) -> Result<ExitCode> {
     if args.n == 0 || args.batch == 0 {
         return Err(Error::input("-n and --batch: wanted at least 1"));
     }
-    let device = device::open(&args.device)?;
+    let (device, precision) = device::open_in(&args.device, args.precision)?;
     let bundle = Bundle::open(&args.bundle.dir()?)?;
     bundle.warnings().iter().for_each(|warning| print_warning(warning));
-    let mut models = Models::load(&bundle, &device)?;
+    let mut models = Models::load(&bundle, &device, precision)?;
     let mut product = bundle.manifest().product.clone();
     if let Some(file) = &args.model {
         let finetuned = FineTuned::load(file, &bundle, &models)?;
@@ -137,7 +141,8 @@ fn draw(
         })?;
         for (picture, pixels) in batch.iter().zip(decode(models, &drawn)?) {
             let file = args.out.join(format!("{}.png", picture.seed));
-            let drawn = Provenance::new(picture, settings, bundle, finetune, args.latents.is_some())?;
+            let (own_latents, precision) = (args.latents.is_some(), models.precision);
+            let drawn = Provenance::new(picture, settings, bundle, finetune, own_latents, precision)?;
             image_io::save_png(&file, &pixels, (settings.width, settings.height), &drawn.texts())?;
             bar.suspend(|| print_line(&file.display().to_string()));
         }

@@ -362,6 +362,7 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
     let engine = engine::EngineSettings {
         bundle: working.bundle.clone(),
         device: String::new(),
+        precision: working.precision,
         batch: working.batch.into(),
         finetuned_bytes_max: gigabytes("HYPNOS_MODELS_GB", working.models_gb)?,
         checkpointing: working.gradient_checkpointing,

@@ -19,6 +19,7 @@ use super::{photos, service};
 use crate::engine::{CandleEngine, Ending, Engine, EngineSettings, TraceInput, TrainInput};
 use crate::job::{Invalid, Method, TrainOptions, TrainSpec, merge_json};
 use crate::ml::bundle::Bundle;
+use crate::ml::precision::Precision;
 use out::{ClassImageCache, Out};
 use show::Show;
 
@@ -62,6 +63,9 @@ pub(super) struct Train {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    #[arg(long)]
+    precision: Option<Precision>,
     /// Pictures drawn at once: more is quicker for each and takes more memory
     #[arg(long, default_value_t = 4)]
     batch: usize,
@@ -91,6 +95,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode, CliError> {
     let engine = CandleEngine::open(EngineSettings {
         bundle: args.bundle.dir()?,
         device: args.device.clone(),
+        precision: args.precision,
         batch: args.batch,
         finetuned_bytes_max: 0,
         checkpointing: args.gradient_checkpointing,

@@ -75,7 +75,8 @@ pub type Observer<'a> = dyn FnMut(&mut dyn ImageGenerator, TrainEvent) -> Flow +
 /// Which class images a training wants. Two trainings with the same `settings` want the same pictures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClassImages {
-    /// SHA-256, in hexadecimal, of all that decides what they show: bundle, prompt, sampler, steps, guidance, size.
+    /// SHA-256, in hexadecimal, of all that decides what they show: bundle, prompt, sampler, steps, guidance, size,
+    /// precision.
     pub settings: String,
     /// The seed of each picture.
     pub seeds: Vec<u64>,

@@ -27,8 +27,7 @@ pub(super) struct Base {
 
 impl Base {
     /// Loads the bundle's models, and reads every file of it once for its hash.
-    pub(super) fn load(bundle: Bundle, device: &Device, checkpointing: bool) -> ml::Result<Self> {
-        let shared = Shared::load(&bundle, device)?;
+    pub(super) fn load(bundle: Bundle, shared: Shared, checkpointing: bool) -> ml::Result<Self> {
         let models = Mutex::new(Some(Arc::new(shared.with_bundle(&bundle)?)));
         let hash = bundle.hash()?.to_owned();
         Ok(Self { bundle, shared, models, hash, checkpointing })
@@ -76,7 +75,9 @@ impl Base {
         format: Format,
     ) -> Result<Image, Fault> {
         let size = (settings.width, settings.height);
-        let drawn = Provenance::new(request, settings, &self.bundle, Some(finetune), false).map_err(fault)?;
+        let precision = self.shared.precision;
+        let drawn = Provenance::new(request, settings, &self.bundle, Some(finetune), false, precision);
+        let drawn = drawn.map_err(fault)?;
         let bytes = match format {
             Format::Png => image_io::png(pixels, size, &drawn.texts()),
             Format::Jpeg => image_io::jpeg(pixels, size).map(|file| drawn.in_jpeg(&file)),

@@ -17,18 +17,21 @@ use crate::job::{Fault, FaultCode, HeldModel, SampleSpec, TrainSpec};
 use crate::ml::bundle::Bundle;
 use crate::ml::device::DeviceKind;
 use crate::ml::finetuned::{self, FineTuned};
+use crate::ml::precision::Precision;
 use crate::ml::provenance::FineTune;
-use crate::ml::sample::{self, ImageRequest, SampleSettings};
+use crate::ml::sample::{self, ImageRequest, SampleSettings, Shared};
 use crate::ml::{self, Error, Interrupt, device};
 use hypnos_photo::png_size;
 
-/// How an engine works. None of it changes what is drawn or learned, but for the rounding of sums.
+/// How an engine works. None of it changes what is drawn or learned, but for rounding.
 #[derive(Clone, Debug)]
 pub struct EngineSettings {
     /// Directory of the bundle.
     pub bundle: PathBuf,
     /// `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+    /// What the models compute in; by default what suits the device ([`Precision::chosen`]).
+    pub precision: Option<Precision>,
     /// Images of a sample drawn at once, at least 1.
     pub batch: usize,
     /// Bytes that products' models may take while they wait for the next sample. The one in use may be larger.
@@ -56,16 +59,17 @@ impl CandleEngine {
         if settings.batch == 0 {
             return Err(Error::setting("batch", "wanted at least 1, got 0"));
         }
-        let device = device::open(&settings.device)?;
+        let (device, precision) = device::open_in(&settings.device, settings.precision)?;
         let bundle = Bundle::open(&settings.bundle)?;
         let gpu_bytes = device::free_bytes(&device)?;
-        let limits = memory_of(&settings, FEWEST_PHOTOS);
+        let limits = memory_of(&settings, precision, FEWEST_PHOTOS);
         if let Some(room) = settings.memory.as_ref().and_then(|check| check.room(gpu_bytes))
             && let Some(refusal) = memory::too_small(&bundle, &limits, DeviceKind::of(&device), room.free)?
         {
             return Err(Error::input(format!("{refusal}; --ignore-memory starts anyway")));
         }
-        let base = Arc::new(Base::load(bundle, &device, settings.checkpointing)?);
+        let shared = Shared::load(&bundle, &device, precision)?;
+        let base = Arc::new(Base::load(bundle, shared, settings.checkpointing)?);
         let finetuned = LruCache::new(settings.finetuned_bytes_max);
         let model = held_model(&base)?;
         Ok(Self { base, model, settings, gpu_bytes, finetuned })
@@ -87,7 +91,7 @@ impl CandleEngine {
         let most = self.settings.finetuned_bytes_max;
         let room = self.settings.memory.as_ref().and_then(|check| check.room(self.gpu_bytes));
         let Some(room) = room else { return Ok(most) }; // it is not known, or not to be looked at
-        let limits = memory_of(&self.settings, photo_sizes(photos));
+        let limits = memory_of(&self.settings, self.base.shared.precision, photo_sizes(photos));
         let kind = DeviceKind::of(self.base.device());
         let left = memory::check_training(&self.base.bundle, &spec.options, &limits, kind, room)?;
         Ok(most.min(left))
@@ -99,7 +103,7 @@ impl CandleEngine {
             return Ok(finetuned);
         }
         let unreadable = |error| unreadable(error, file, "the weights");
-        let bytes = finetuned::bytes(file).map_err(unreadable)?;
+        let bytes = finetuned::bytes(file, self.base.shared.precision).map_err(unreadable)?;
         self.finetuned.make_room(bytes);
         let base = || self.base.models().map(|models| (models.text.clone(), models.unet.clone()));
         let finetuned = FineTuned::load_with(file, &self.base.bundle, &self.base.shared, base);
@@ -183,10 +187,11 @@ impl Engine for CandleEngine {
 }
 
 /// What an engine's settings mean for its memory.
-fn memory_of(settings: &EngineSettings, photos: (usize, u64)) -> MemorySettings {
+fn memory_of(settings: &EngineSettings, precision: Precision, photos: (usize, u64)) -> MemorySettings {
     MemorySettings {
         batch: settings.batch,
         checkpointing: settings.checkpointing,
+        precision,
         products: settings.memory.as_ref().map_or(Products::Never, |check| check.products),
         photos,
     }

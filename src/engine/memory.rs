@@ -11,6 +11,7 @@ use crate::ml::Result;
 use crate::ml::bundle::Bundle;
 use crate::ml::device::DeviceKind;
 use crate::ml::plan::{SamplePlan, SampleSizes, TrainingPlan};
+use crate::ml::precision::Precision;
 
 /// Photos, and pixels of each, where nothing is known of them. Assumption: as many as there may be, by a phone; up to 40
 /// million pixels are accepted.
@@ -48,6 +49,8 @@ pub struct MemorySettings {
     pub batch: usize,
     /// Whether a training computes blocks again instead of keeping them.
     pub checkpointing: bool,
+    /// What the models compute in.
+    pub precision: Precision,
     /// When products are drawn.
     pub products: Products,
     /// Photos of the product, and pixels of each.
@@ -169,7 +172,7 @@ pub fn sample_plan(
     settings: &MemorySettings,
     kind: DeviceKind,
 ) -> Result<SamplePlan> {
-    let mut plan = SamplePlan::new(bundle, sizes, kind)?;
+    let mut plan = SamplePlan::new(bundle, sizes, kind, settings.precision)?;
     let fine_tuned = plan.fine_tuned;
     plan.needs.add_product(if settings.products == Products::Never { 0 } else { fine_tuned });
     Ok(plan)

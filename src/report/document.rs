@@ -62,6 +62,10 @@ pub struct Report {
     /// The version of the program that trained.
     #[serde(rename = "hypnos")]
     pub version: Option<String>,
+    /// What the models computed in: `f32`, `tf32` or `bf16`. Absent in reports of builds that computed in f32 alone.
+    // Not typed: a later build may know others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
     /// What may limit the quality of the result, one sentence each.
     pub warnings: Vec<String>,
     /// Seconds that each phase took, to the millisecond. Of the last attempt only, without storing the result; phases
@@ -309,6 +313,7 @@ mod tests {
         fields["options"]["an_option_that_was_dropped"] = json!(1);
         let report: Report = serde_json::from_value(old).expect("a report");
         assert_eq!((report.served_step, report.steps, report.evaluation), (None, 4, None));
+        assert_eq!(report.precision, None);
         assert_eq!((report.images[0].protocol, report.seeds.trial), (None, None));
         assert!(report.trials.is_empty() && report.seconds.is_empty() && report.masks.is_empty());
         assert_eq!(report.options["an_option_that_was_dropped"], 1);

@@ -277,6 +277,7 @@ fn facts(report: &Report) -> Markup {
         ("background_token", json!(report.background_token)),
         ("class_images", json!(report.class_images)),
         ("hypnos", json!(report.version)),
+        ("precision", json!(report.precision)),
     ] {
         flatten(name, &value, &mut rows);
     }

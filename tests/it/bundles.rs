@@ -11,6 +11,7 @@ use hypnos::ml::bundle::{Bundle, Capability, check, random_metrics};
 use hypnos::ml::device::DeviceKind;
 use hypnos::ml::ops::MomentFormat;
 use hypnos::ml::plan::{EvaluationSizes, TrainingPlan, TrainingSizes};
+use hypnos::ml::precision::Precision;
 use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::tokenizer::Tokenizer;
 use hypnos::ml::train::Learner;
@@ -157,9 +158,9 @@ fn the_miniature_opens_with_all_its_parts() {
     assert_eq!((bundle.resolution(), bundle.factor(), bundle.latent_channels()), (64, 4, 4));
     assert!((bundle.scaling_factor() - 0.429_625_455).abs() < 1e-9);
     assert_eq!(bundle.manifest().rare_tokens.len(), 6);
-    assert_eq!(bundle.unet(&Device::Cpu, true).unwrap().params.len(), 326);
-    assert_eq!(bundle.text_encoder(&Device::Cpu, true).unwrap().params.len(), 68);
-    let vae = bundle.vae(&Device::Cpu, false).unwrap();
+    assert_eq!(bundle.unet(&Device::Cpu, Precision::F32, true).unwrap().params.len(), 326);
+    assert_eq!(bundle.text_encoder(&Device::Cpu, Precision::F32, true).unwrap().params.len(), 68);
+    let vae = bundle.vae(&Device::Cpu, Precision::F32, false).unwrap();
     assert_eq!(vae.params.len(), 156);
     assert!(vae.params.values().all(|param| !param.is_trainable()));
 }
@@ -326,6 +327,7 @@ fn a_training_that_scores_nothing_is_planned_without_the_metrics() {
             class_image_steps: 2,
             class_image_batch: 1,
             checkpointing: false,
+            precision: Precision::F32,
         };
         TrainingPlan::new(&bundle, &sizes, DeviceKind::Cpu)
     };
@@ -349,7 +351,7 @@ fn weights_that_are_no_numbers_are_found_and_not_loaded() {
     let broken = Broken::new().retensor(UNET, spoil(&["conv_in.bias"], f32::NAN));
     let line = "tensor `conv_in.bias` has 2 values that are infinite or not a number";
     assert_eq!(broken.finding(), format!("{UNET}: {line}"));
-    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, true);
+    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, Precision::F32, true);
     assert_eq!(loaded.unwrap_err().to_string(), format!("{}: {line}", broken.at(UNET).display()));
     let broken = Broken::new().retensor(UNET, spoil(&["conv_in.bias", "conv_norm_out.bias"], f32::INFINITY));
     let line = "has 4 values that are infinite or not a number, in 2 tensors, the first in `conv_in.bias`";
@@ -360,7 +362,11 @@ fn weights_that_are_no_numbers_are_found_and_not_loaded() {
     let finding = broken.finding();
     let line = "tensor `conv_out.bias` has 2 values that are infinite or not a number";
     assert_eq!(finding, format!("unet/{INDEX}: {line}"));
-    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, true).unwrap_err().to_string();
+    let loaded = Bundle::open(broken.0.path())
+        .unwrap()
+        .unet(&Device::Cpu, Precision::F32, true)
+        .unwrap_err()
+        .to_string();
     assert!(loaded.contains("unet/diffusion_pytorch_model-0000") && loaded.ends_with(line), "{loaded}");
 }
 
@@ -512,7 +518,7 @@ fn a_tensor_of_another_shape_is_named_with_both() {
     let wanted = "tensor `conv_in.weight` has shape [64, 5, 3, 3], but [64, 4, 3, 3] is wanted";
     let broken = Broken::new().retensor(UNET, wrong);
     assert_eq!(broken.finding(), format!("{UNET}: {wanted}"));
-    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, false);
+    let loaded = Bundle::open(broken.0.path()).unwrap().unet(&Device::Cpu, Precision::F32, false);
     assert_eq!(loaded.unwrap_err().to_string(), format!("{}: {wanted}", broken.at(UNET).display()));
 }
 
@@ -690,7 +696,8 @@ fn old_attention_names_and_kernels_of_one_pixel_load_as_the_same_weights() {
     };
     let older = Broken::new().retensor(vae, old);
     assert_eq!(check(older.0.path()).errors, []);
-    let load = |dir: &Path| Bundle::open(dir).unwrap().vae(&Device::Cpu, false).unwrap().params;
+    let load =
+        |dir: &Path| Bundle::open(dir).unwrap().vae(&Device::Cpu, Precision::F32, false).unwrap().params;
     let (ours, theirs) = (load(&miniature()), load(older.0.path()));
     assert_eq!(ours.len(), theirs.len());
     for (name, param) in ours {
@@ -710,7 +717,9 @@ fn the_text_encoder_loads_with_and_without_its_prefix_and_its_old_buffer() {
     };
     let newer = Broken::new().retensor(path, strip);
     assert_eq!(check(newer.0.path()).errors, []);
-    let load = |dir: &Path| Bundle::open(dir).unwrap().text_encoder(&Device::Cpu, false).unwrap().params;
+    let load = |dir: &Path| {
+        Bundle::open(dir).unwrap().text_encoder(&Device::Cpu, Precision::F32, false).unwrap().params
+    };
     let (ours, theirs) = (load(&miniature()), load(newer.0.path()));
     for (name, param) in ours {
         assert_same(&param.value(), &theirs[&name].value(), &name);

@@ -33,6 +33,7 @@ use hypnos::ml::bundle::Bundle;
 use hypnos::ml::diffusion::{Config, Schedule};
 use hypnos::ml::models::clip::{self, ClipText};
 use hypnos::ml::param::Param;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::random;
 use hypnos::ml::samplers::{Plan, Sampler, sample};
 use hypnos::ml::weights::Weights;
@@ -101,7 +102,7 @@ fn the_miniature_s_text_encoder_agrees_with_candle_transformers() {
         num_attention_heads: size(&json, "num_attention_heads"),
         projection_dim: size(&json, "projection_dim"),
     };
-    let ours = bundle.text_encoder(&Device::Cpu, false).expect("a text encoder");
+    let ours = bundle.text_encoder(&Device::Cpu, Precision::F32, false).expect("a text encoder");
     let theirs =
         text_model::ClipTextTransformer::new(stock(&tensors(&ours.params)).pp("text_model"), &theirs);
     let tokenizer = bundle.tokenizer().expect("a tokenizer");
@@ -132,7 +133,7 @@ fn the_text_encoder_of_sd_1_5_agrees_with_candle_transformers() {
 #[test]
 fn the_unet_agrees_with_candle_transformers() {
     let bundle = miniature();
-    let all = tensors(&bundle.unet(&Device::Cpu, false).expect("a UNet").params);
+    let all = tensors(&bundle.unet(&Device::Cpu, Precision::F32, false).expect("a UNet").params);
     unet("UNet", &bundle, &all, WITH_ANOTHER_GELU);
     // Feed-forwards that give their bias alone: all the rest, without the GELU that differs.
     let silenced = all.into_iter().map(|(name, value)| {
@@ -184,7 +185,7 @@ fn the_autoencoder_agrees_with_candle_transformers() {
         };
         AutoEncoderKL::new(stock(tensors), 3, 3, config).expect("an autoencoder")
     };
-    let part = bundle.vae(&Device::Cpu, false).expect("an autoencoder");
+    let part = bundle.vae(&Device::Cpu, Precision::F32, false).expect("an autoencoder");
     let (ours, all) = (part.model, tensors(&part.params));
 
     let latents = normal("latents", &[1, 4, 16, 16]);

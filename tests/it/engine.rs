@@ -14,6 +14,7 @@ use hypnos::job::{
 use hypnos::ml::bundle::{Bundle, Like, random};
 use hypnos::ml::device::DeviceKind;
 use hypnos::ml::image_io;
+use hypnos::ml::precision::Precision;
 use hypnos::report::{PhotoSize, Protocol, Report};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -29,6 +30,7 @@ pub(crate) fn settings() -> EngineSettings {
     EngineSettings {
         bundle: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle"),
         device: "cpu".into(),
+        precision: None,
         batch: 2,
         finetuned_bytes_max: 1 << 30,
         checkpointing: false,
@@ -152,14 +154,14 @@ impl Attempt {
         self.scratch.path().join("weights.safetensors")
     }
 
-    fn paused(&self) -> Option<(u64, PathBuf)> {
+    pub(crate) fn paused(&self) -> Option<(u64, PathBuf)> {
         match &self.result {
             Ok(Ending::Paused(checkpoint)) => checkpoint.clone(),
             other => panic!("not paused: {other:?}"),
         }
     }
 
-    fn fault(&self) -> &Fault {
+    pub(crate) fn fault(&self) -> &Fault {
         self.result.as_ref().expect_err("a fault")
     }
 
@@ -583,6 +585,7 @@ fn a_training_that_is_counted_not_to_fit_is_refused_before_it_begins() {
     let limits = MemorySettings {
         batch: 2,
         checkpointing: false,
+        precision: Precision::F32,
         products: Products::BesideTrainings,
         photos: (3, 96 * 80),
     };

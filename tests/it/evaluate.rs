@@ -231,6 +231,7 @@ impl Attempt {
         let settings = EngineSettings {
             bundle: bundle.to_owned(),
             device: "cpu".into(),
+            precision: None,
             batch: 2,
             finetuned_bytes_max: 0,
             checkpointing: false,

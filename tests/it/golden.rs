@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use hypnos::ml::param::Param;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::weights::Weights;
 use safetensors::SafeTensors;
 
@@ -33,6 +34,11 @@ impl Place {
     pub(crate) fn f32(device: Device) -> Self {
         let (operation, model_output, model_gradient) = ((OUTPUT, GRADIENT), OUTPUT, Some(GRADIENT));
         Self { device, dtype: DType::F32, operation, model_output, model_gradient }
+    }
+
+    /// The precision of that dtype.
+    pub(crate) fn precision(&self) -> Precision {
+        if self.dtype == DType::BF16 { Precision::Bf16 } else { Precision::F32 }
     }
 
     /// The values where the test computes; weights stay f32 in every dtype.
@@ -128,7 +134,7 @@ impl Golden {
             .tensors
             .iter()
             .filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?.to_string(), tensor.clone())));
-        Weights::from_tensors(chosen.collect(), &place.device)
+        Weights::from_tensors(chosen.collect(), &place.device).computing_in(place.precision())
     }
 
     /// Checks the gradient of every weight that was handed out against `grad.<case>.<prefix><name>`.

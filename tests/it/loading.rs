@@ -10,6 +10,7 @@ use std::thread;
 use candle_core::{DType, Device};
 use hypnos::ml::bundle::{Bundle, check};
 use hypnos::ml::models::vae::{self, Vae};
+use hypnos::ml::precision::Precision;
 use hypnos::ml::sample::{ImageRequest, Models, SampleSettings, initial_noise, latents};
 use hypnos::ml::samplers::Sampler;
 use hypnos::ml::tensorfile::TensorFile;
@@ -302,7 +303,7 @@ pub(crate) fn shard(path: &Path, n: usize, stem: &str, index: &str) {
 /// The sums of the weights of each part, once it has drawn.
 fn sums(dir: &Path) -> Result<BTreeMap<&'static str, f64>> {
     let (bundle, cpu) = (Bundle::open(dir)?, Device::Cpu);
-    let models = Models::load(&bundle, &cpu)?;
+    let models = Models::load(&bundle, &cpu, Precision::F32)?;
     let prompt = "a mug <my-jar> on a beach".to_owned();
     let picture = [ImageRequest { prompt, negative: String::new(), seed: 1 }];
     let settings = SampleSettings { sampler: Sampler::Dpmpp2m, steps: 2, guidance: 1.0, width: 8, height: 8 };
@@ -315,9 +316,9 @@ fn sums(dir: &Path) -> Result<BTreeMap<&'static str, f64>> {
     let largest = drawn.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     assert!(largest.is_finite(), "{} drew what is no number", dir.display());
     let parts = [
-        ("text_encoder", bundle.text_encoder(&cpu, false)?.params),
-        ("unet", bundle.unet(&cpu, false)?.params),
-        ("vae", bundle.vae(&cpu, false)?.params),
+        ("text_encoder", bundle.text_encoder(&cpu, Precision::F32, false)?.params),
+        ("unet", bundle.unet(&cpu, Precision::F32, false)?.params),
+        ("vae", bundle.vae(&cpu, Precision::F32, false)?.params),
     ];
     let sum =
         |param: &hypnos::ml::param::Param| param.value().to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();

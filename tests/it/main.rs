@@ -12,6 +12,7 @@ mod ops;
 mod candle_transformers;
 mod metrics;
 mod models;
+mod precision;
 mod provenance;
 mod sample;
 mod samplers;

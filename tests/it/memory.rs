@@ -15,7 +15,8 @@ use hypnos::ml::bundle::{Bundle, part_shapes};
 use hypnos::ml::device::DeviceKind;
 use hypnos::ml::models::unet::{self, Unet};
 use hypnos::ml::models::vae::{self, Vae};
-use hypnos::ml::plan::SampleSizes;
+use hypnos::ml::plan::{Phase, SampleSizes};
+use hypnos::ml::precision::Precision;
 use hypnos::ml::weights::{Weights, save};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -277,8 +278,10 @@ fn options_of(method: Method) -> TrainOptions {
     TrainSpec::new("mug", TrainOptions::of(method), 1).expect("a training").options
 }
 
-fn settings(checkpointing: bool) -> MemorySettings {
-    MemorySettings { batch: 4, checkpointing, products: Products::Never, photos: PHOTOS }
+/// Those of an engine that names no precision, on the card a GPU from Ampere on.
+fn settings(checkpointing: bool, kind: DeviceKind) -> MemorySettings {
+    let precision = if kind == DeviceKind::Cuda { Precision::Bf16 } else { Precision::F32 };
+    MemorySettings { batch: 4, checkpointing, precision, products: Products::Never, photos: PHOTOS }
 }
 
 /// Bundles of Stable Diffusion 1.5's sizes by their pixels, and the directories that they lie in.
@@ -308,7 +311,7 @@ fn cards_head(first: &str) -> Vec<String> {
 fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
     let bundles = real_sizes();
     let peak = |bundle: &Bundle, method, checkpointing, kind| {
-        let plan = training_plan(bundle, &options_of(method), &settings(checkpointing), kind);
+        let plan = training_plan(bundle, &options_of(method), &settings(checkpointing, kind), kind);
         plan.expect("a plan").peak(kind).bytes
     };
     let mut rows = vec![
@@ -325,7 +328,7 @@ fn the_page_on_memory_says_what_is_counted_for_stable_diffusion_1_5() {
 
     let sample = |bundle: &Bundle, side, batch, kind| {
         let sizes = SampleSizes { batch, width: side, height: side };
-        sample_plan(bundle, &sizes, &settings(false), kind).expect("a plan").peak(kind).bytes
+        sample_plan(bundle, &sizes, &settings(false, kind), kind).expect("a plan").peak(kind).bytes
     };
     let mut rows = vec!["| sample | pixels | GiB |".to_owned(), "|---|--:|--:|".to_owned()];
     for (side, bundle, _) in &bundles {
@@ -373,7 +376,7 @@ fn the_page_on_memory_and_the_readme_say_what_a_worker_needs() {
     let gpu = DeviceKind::Cuda;
     let workers = WORKERS.map(|(_, checkpointing, share)| MemorySettings {
         products: Products::of_worker(share),
-        ..settings(checkpointing)
+        ..settings(checkpointing, gpu)
     });
     let names = WORKERS.map(|(name, ..)| format!(" {name} |")).concat();
     let mut peaks = vec![format!("| GiB on the card, with |{names}"), format!("|---|{}", "--:|".repeat(4))];
@@ -425,10 +428,41 @@ fn the_page_on_memory_and_the_readme_say_what_a_worker_needs() {
 fn the_aim_of_22_gb_for_a_whole_training_at_256_pixels_holds() {
     let dir = sd15(256, 1);
     add_teachers(dir.path());
-    let bundle = Bundle::open(dir.path()).expect("a bundle");
-    let plan = training_plan(&bundle, &options_of(Method::Hypnos), &settings(true), DeviceKind::Cpu);
-    let peak = plan.expect("a plan").peak(DeviceKind::Cpu);
+    let (bundle, cpu) = (Bundle::open(dir.path()).expect("a bundle"), DeviceKind::Cpu);
+    let plan = training_plan(&bundle, &options_of(Method::Hypnos), &settings(true, cpu), cpu);
+    let peak = plan.expect("a plan").peak(cpu);
     assert!(peak.bytes < 22_000_000_000, "{peak:?}");
+}
+
+#[test]
+fn in_bf16_activations_take_half_and_weights_that_are_trained_a_copy() {
+    let dir = sd15(512, 1);
+    let bundle = Bundle::open(dir.path()).expect("a bundle");
+    let (gpu, side) = (DeviceKind::Cuda, 512);
+    let [f32, tf32, bf16] = Precision::ALL.map(|precision| {
+        let settings = MemorySettings { precision, ..settings(false, gpu) };
+        let sizes = SampleSizes { batch: 1, width: side, height: side };
+        let sample = sample_plan(&bundle, &sizes, &settings, gpu).expect("a plan");
+        let training =
+            training_plan(&bundle, &options_of(Method::Dreambooth), &settings, gpu).expect("a plan");
+        let bytes = |name: &str, phase: Phase| {
+            let item = training.needs.items.iter().find(|item| item.name == name);
+            item.map_or(0, |item| item.at(phase)) as f64
+        };
+        let trained = bytes("weights that are trained", Phase::Training);
+        let copy = bytes("weights that are trained, in bf16", Phase::Training);
+        let activations = bytes("forward and backward", Phase::Training);
+        let moments = bytes("AdamW's moments", Phase::Training);
+        (sample.fine_tuned as f64, trained, copy, activations, moments)
+    });
+    assert_eq!(f32, tf32, "TF32 is a rounding of factors, in memory they are f32");
+    let near = |ours: f64, wanted: f64| (ours / wanted - 1.0).abs() < 0.05;
+    let (frozen, trained, copy, activations, moments) = bf16;
+    // 983 million weights, of which 42 million are embeddings and vectors.
+    assert!(near(frozen, 0.52 * f32.0), "{frozen} of {}", f32.0);
+    assert!(near(copy, 0.48 * trained), "{copy} of {trained}");
+    assert!((activations / f32.3 - 0.5).abs() < 0.1, "{activations} of {}", f32.3);
+    assert_eq!((trained, moments, f32.2), (f32.1, f32.4, 0.0));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use hypnos::job::Format;
 use hypnos::ml::bundle::Bundle;
 use hypnos::ml::image_io;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::provenance::{FineTune, Provenance};
 use hypnos::ml::sample::{ImageRequest, SampleSettings};
 use hypnos::ml::samplers::Sampler;
@@ -117,7 +118,8 @@ impl Case {
         let settings =
             SampleSettings { sampler: self.sampler, steps: 25, guidance: self.guidance, width, height };
         let bundle = Bundle::open(&bundle_called(self.bundle, dir)).expect("a bundle");
-        Provenance::new(&self.request(), &settings, &bundle, self.finetune, false).expect("a provenance")
+        let (request, f32) = (self.request(), Precision::F32);
+        Provenance::new(&request, &settings, &bundle, self.finetune, false, f32).expect("a provenance")
     }
 }
 

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use candle_core::{Device, Tensor};
 use hypnos::ml::Interrupt;
 use hypnos::ml::bundle::Bundle;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::sample::{ImageRequest, Models, SampleSettings, decode, initial_noise, latents};
 use hypnos::ml::samplers::{self, Sampler};
 
@@ -17,7 +18,8 @@ fn miniature() -> PathBuf {
 }
 
 fn models() -> Models {
-    Models::load(&Bundle::open(&miniature()).expect("a bundle"), &Device::Cpu).expect("models")
+    Models::load(&Bundle::open(&miniature()).expect("a bundle"), &Device::Cpu, Precision::F32)
+        .expect("models")
 }
 
 fn settings(sampler: Sampler, steps: usize) -> SampleSettings {

@@ -12,9 +12,11 @@ use hypnos::ml::models::unet::Unet;
 use hypnos::ml::models::vae::Vae;
 use hypnos::ml::ops::{AdamWConfig, MomentFormat};
 use hypnos::ml::perceptual::Perceptual;
+use hypnos::ml::precision::Precision;
 use hypnos::ml::product::Product;
 use hypnos::ml::sample::{self, ImageRequest, Models, SampleSettings};
 use hypnos::ml::samplers::Sampler;
+use hypnos::ml::tensorfile::TensorFile;
 use hypnos::ml::train::losses::{self, Batch, FrozenModels, LossWeights, Objective, Reconstruction, losses};
 use hypnos::ml::train::{
     DiscriminatorRecipe, DiscriminatorTrainer, Instance, Learner, PerceptualRecipe, Recipe, State, Templates,
@@ -205,7 +207,7 @@ impl Bench {
     fn new() -> Self {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bundle");
         let bundle = Bundle::open(&dir).expect("a bundle");
-        let base = Models::load(&bundle, &Device::Cpu).expect("models");
+        let base = Models::load(&bundle, &Device::Cpu, Precision::F32).expect("models");
         let encode = |colour: &str, seed| {
             let picture = image_io::signed(&painted(colour, seed)).expect("a picture");
             base.vae.encode(&picture).expect("moments")
@@ -248,9 +250,14 @@ impl Bench {
     }
 
     fn state(&self, checkpointing: bool) -> State {
-        let mut unet = self.bundle.unet(&Device::Cpu, true).expect("a UNet");
-        unet.model.checkpointing = checkpointing;
-        let text = self.bundle.text_encoder(&Device::Cpu, true).expect("a text encoder");
+        let mut state = self.state_in(Precision::F32);
+        state.set_checkpointing(checkpointing);
+        state
+    }
+
+    fn state_in(&self, precision: Precision) -> State {
+        let unet = self.bundle.unet(&Device::Cpu, precision, true).expect("a UNet");
+        let text = self.bundle.text_encoder(&Device::Cpu, precision, true).expect("a text encoder");
         State::new(text, unet, self.recipe.adamw(), self.discriminator()).expect("a state")
     }
 
@@ -478,6 +485,27 @@ fn a_checkpoint_that_does_not_fit_is_refused_in_one_line() {
     refused(&weights, bench.hash(), &bench.recipe, "is of format \"hypnos weights 1\"");
     let words = FineTuned::load(&file, &bench.bundle, &bench.base).expect_err("refused").to_string();
     assert!(words.contains("is of format \"hypnos checkpoint 2\""), "{words}");
+}
+
+#[test]
+fn a_checkpoint_goes_on_in_the_precision_that_it_was_begun_in() {
+    let bench = Bench::new();
+    let dir = tempfile::tempdir().expect("a directory");
+    let precision =
+        |file: &Path| TensorFile::open(file).expect("a file").metadata().get("precision").cloned();
+    for begun in Precision::ALL {
+        let file = dir.path().join(begun.name());
+        bench.state_in(begun).save(&file, bench.hash(), &bench.recipe).expect("a file");
+        // Files of f32 are those of the builds that had nothing else.
+        assert_eq!(precision(&file), (begun != Precision::F32).then(|| begun.to_string()));
+        for resumed in Precision::ALL {
+            let went_on = bench.state_in(resumed).resume(&file, bench.hash(), &bench.recipe);
+            let words = went_on.err().map(|error| error.to_string());
+            let wanted =
+                format!("was begun in {begun} and goes on in no other; this training computes in {resumed}");
+            assert_eq!(words, (begun != resumed).then(|| format!("{}: {wanted}", file.display())));
+        }
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use hypnos_ml::bundle::Bundle;
 use hypnos_ml::finetuned::FineTuned;
+use hypnos_ml::precision::Precision;
 use hypnos_ml::sample::{ImageRequest, Models, SampleSettings, draw};
 use hypnos_ml::{Error as CoreError, device, image_io};
 
@@ -18,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("wanted: BUNDLE PROMPT OUT.png [WEIGHTS.safetensors]".into());
     };
     let bundle = Bundle::open(Path::new(bundle))?;
-    let mut models = Models::load(&bundle, &device::open("cpu")?)?;
+    let mut models = Models::load(&bundle, &device::open("cpu")?, Precision::F32)?;
     let mut prompt = prompt.clone();
     if let [weights] = weights {
         let finetuned = FineTuned::load(Path::new(weights), &bundle, &models)?;

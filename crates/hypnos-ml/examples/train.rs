@@ -10,6 +10,7 @@ use std::path::Path;
 
 use hypnos_ml::bundle::Bundle;
 use hypnos_ml::ops::MomentFormat;
+use hypnos_ml::precision::Precision;
 use hypnos_ml::product::Product;
 use hypnos_ml::sample::Models;
 use hypnos_ml::train::{
@@ -30,8 +31,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     // 1. The models: frozen ones to encode with, and trainable ones of the same weights.
     let device = device::open("cpu")?;
     let bundle = Bundle::open(Path::new(bundle))?;
-    let models = Models::load(&bundle, &device)?;
-    let (text, unet) = (bundle.text_encoder(&device, true)?, bundle.unet(&device, true)?);
+    let models = Models::load(&bundle, &device, Precision::F32)?;
+    let (text, unet) =
+        (bundle.text_encoder(&device, Precision::F32, true)?, bundle.unet(&device, Precision::F32, true)?);
     let token = bundle.rare_tokens(&models.tokenizer).first().ok_or("the bundle has no rare token")?.clone();
     // 2. What is learned, and how.
     let recipe = Recipe {

@@ -1,8 +1,10 @@
-//! Opens a device by its name. Which devices there are, and why one cannot be used, is said in one line.
+//! Opens a device by its name, to compute in one precision. Which devices there are, and why one cannot be used, is said
+//! in one line.
 
 use candle_core::Device;
 
 use super::plan::Place;
+use super::precision::Precision;
 use super::{Error, Result};
 
 /// What a device is.
@@ -48,6 +50,29 @@ pub fn ordinal(name: &str) -> Result<Option<usize>> {
             Some(ordinal) => Ok(Some(ordinal)),
             None => Err(Error::setting("device", format!("wanted cpu, cuda or cuda:N, got {name:?}"))),
         },
+    }
+}
+
+/// The device called `name`, as [`open`] gives it, and what models compute in on it: `asked`, or else what suits it, as
+/// [`Precision::chosen`] says. With TF32 the device rounds the factors of every product from then on.
+///
+/// Errors with one line, as both do.
+pub fn open_in(name: &str, asked: Option<Precision>) -> Result<(Device, Precision)> {
+    let device = open(name)?;
+    let precision = Precision::chosen(asked, compute_capability(&device)?)?;
+    #[cfg(feature = "cuda")]
+    if precision == Precision::Tf32 {
+        super::ops::cuda::allow_tf32(device.as_cuda_device()?);
+    }
+    Ok((device, precision))
+}
+
+/// The compute capability of a GPU, major and minor; none for a CPU.
+pub fn compute_capability(device: &Device) -> Result<Option<(i32, i32)>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => Ok(Some(super::ops::cuda::compute_capability(cuda)?)),
+        _ => Ok(None),
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::Path;
 use super::bundle::Bundle;
 use super::models::clip::ClipText;
 use super::models::unet::Unet;
+use super::precision::Precision;
 use super::product::Product;
 use super::sample::{Models, Shared};
 use super::tensorfile::TensorFile;
@@ -52,7 +53,8 @@ impl FineTuned {
     ) -> Result<Self> {
         let (header, product) = open(file, bundle)?;
         let names: Vec<String> = header.names().map(str::to_owned).collect();
-        let models = models(&Weights::open(file, &shared.device)?, names.iter(), bundle, shared, base)?;
+        let weights = Weights::open(file, &shared.device)?;
+        let models = models(weights, names.iter(), bundle, shared, base)?;
         Ok(Self { product, models })
     }
 }
@@ -71,12 +73,13 @@ pub(crate) fn open(file: &Path, bundle: &Bundle) -> Result<(TensorFile, Product)
 /// The models with what was learned, frozen. `names` are all tensors of `learned`; where those are embeddings, the others
 /// come from `base`.
 pub(crate) fn models<'a>(
-    learned: &Weights,
+    learned: Weights,
     names: impl Iterator<Item = &'a String>,
     bundle: &Bundle,
     shared: &Shared,
     base: impl FnOnce() -> Result<(ClipText, Unet)>,
 ) -> Result<Models> {
+    let learned = learned.computing_in(shared.precision);
     let tokens: Vec<&str> =
         names.filter_map(|name| name.strip_prefix(EMBEDDING)?.strip_prefix('.')).collect();
     if tokens.is_empty() {
@@ -93,11 +96,14 @@ pub(crate) fn models<'a>(
     Ok(shared.with(text, unet))
 }
 
-/// Bytes that the weights of a file take in memory, from its header.
-pub fn bytes(file: &Path) -> Result<u64> {
+/// Bytes that the weights of a file take in memory where they are drawn with in `precision`, from its header.
+pub fn bytes(file: &Path, precision: Precision) -> Result<u64> {
     let file = TensorFile::open(file)?;
-    let shapes = file.names().filter_map(|name| file.shape(name));
-    Ok(shapes.map(|shape| 4 * shape.iter().product::<usize>() as u64).sum())
+    let tensors = file.names().filter_map(|name| Some((name, file.shape(name)?)));
+    let bytes = tensors.map(|(name, shape)| {
+        precision.held_in(name, shape).size_in_bytes() * shape.iter().product::<usize>()
+    });
+    Ok(bytes.sum::<usize>() as u64)
 }
 
 /// The metadata of a file of ours.

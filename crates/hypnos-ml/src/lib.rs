@@ -25,6 +25,7 @@ pub mod param;
 pub mod perceptual;
 pub mod pickle;
 pub mod plan;
+pub mod precision;
 pub mod product;
 pub mod provenance;
 pub mod random;

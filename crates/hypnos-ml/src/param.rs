@@ -44,13 +44,18 @@ impl Param {
         Ok(Self::of(name.into(), value.contiguous()?.detach(), tag))
     }
 
-    /// A weight of zeros that takes no memory whatever its shape: for listing what a model would read and for dry
-    /// runs, not for computing, since the operations want contiguous values.
-    pub(crate) fn placeholder(name: impl Into<String>, shape: &[usize], trainable: bool) -> Result<Self> {
-        let zero = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-        let tag =
-            if trainable { Var::zeros(1, DType::F32, &Device::Cpu)?.into_inner() } else { zero.clone() };
-        Ok(Self::of(name.into(), zero.reshape(())?.broadcast_as(shape)?, tag))
+    /// A weight of zeros of this dtype that takes no memory whatever its shape: for listing what a model would read and
+    /// for dry runs, not for computing, since the operations want contiguous values.
+    pub(crate) fn placeholder(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: DType,
+        trainable: bool,
+    ) -> Result<Self> {
+        let zero = Tensor::zeros((), dtype, &Device::Cpu)?;
+        let tag = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+        let tag = if trainable { Var::from_tensor(&tag)?.into_inner() } else { tag };
+        Ok(Self::of(name.into(), zero.broadcast_as(shape)?, tag))
     }
 
     fn of(name: String, value: Tensor, tag: Tensor) -> Self {

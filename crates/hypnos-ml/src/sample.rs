@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use super::bundle::Bundle;
 use super::diffusion::Schedule;
 use super::models::{clip::ClipText, unet::Unet, vae::Vae};
+use super::precision::Precision;
 use super::random;
 use super::samplers::{self, Observe, Sampler};
 use super::tokenizer::Tokenizer;
@@ -27,22 +28,26 @@ pub struct Shared {
     pub schedule: Arc<Schedule>,
     /// Where the weights lie.
     pub device: Device,
+    /// What the models compute in.
+    pub precision: Precision,
 }
 
 impl Shared {
-    /// Loads a bundle's.
-    pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
+    /// Loads a bundle's, to compute in `precision`, which the device must have.
+    pub fn load(bundle: &Bundle, device: &Device, precision: Precision) -> Result<Self> {
         Ok(Self {
             tokenizer: Arc::new(bundle.tokenizer()?),
-            vae: Arc::new(bundle.vae(device, false)?.model),
+            vae: Arc::new(bundle.vae(device, precision, false)?.model),
             schedule: Arc::new(bundle.schedule().clone()),
             device: device.clone(),
+            precision,
         })
     }
 
     /// With the frozen text encoder and UNet of the same bundle.
     pub fn with_bundle(&self, bundle: &Bundle) -> Result<Models> {
-        let (text, unet) = (bundle.text_encoder(&self.device, false)?, bundle.unet(&self.device, false)?);
+        let text = bundle.text_encoder(&self.device, self.precision, false)?;
+        let unet = bundle.unet(&self.device, self.precision, false)?;
         Ok(self.with(text.model, unet.model))
     }
 
@@ -64,9 +69,9 @@ pub struct Models {
 }
 
 impl Models {
-    /// Loads the frozen models of a bundle.
-    pub fn load(bundle: &Bundle, device: &Device) -> Result<Self> {
-        Shared::load(bundle, device)?.with_bundle(bundle)
+    /// Loads the frozen models of a bundle, to compute in `precision`, which the device must have.
+    pub fn load(bundle: &Bundle, device: &Device, precision: Precision) -> Result<Self> {
+        Shared::load(bundle, device, precision)?.with_bundle(bundle)
     }
 }
 

@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::param::Param;
+use super::precision::Precision;
 use super::random;
 use super::tensorfile::TensorFile;
 use super::{Error, Result};
@@ -49,6 +50,7 @@ pub struct Weights {
     root: Arc<Root>,
     prefix: String,
     trainable: bool,
+    precision: Precision,
 }
 
 #[derive(Debug)]
@@ -67,7 +69,8 @@ enum Source {
 }
 
 impl Weights {
-    /// The tensors of a safetensors file; f16, bf16 and f64 become f32 when read. [`Error::File`] as
+    /// The tensors of a safetensors file; f16, bf16 and f64 become f32 when read. For models that compute in f32, unless
+    /// [`Weights::computing_in`] is called; so for the other sources. [`Error::File`] as
     /// [`TensorFile::open`] says.
     pub fn open(file: &Path, device: &Device) -> Result<Weights> {
         Ok(Weights::new(Source::File(TensorFile::open(file)?), device))
@@ -99,7 +102,8 @@ impl Weights {
 
     fn new(source: Source, device: &Device) -> Weights {
         let root = Root { source, device: device.clone(), given: Mutex::default() };
-        Weights { root: Arc::new(root), prefix: String::new(), trainable: false }
+        let (root, prefix) = (Arc::new(root), String::new());
+        Weights { root, prefix, trainable: false, precision: Precision::F32 }
     }
 
     /// The same place, its weights handed out as trainable or (as they are at first) frozen.
@@ -108,13 +112,26 @@ impl Weights {
         Weights { trainable: yes, ..self }
     }
 
+    /// The same place, for models that compute in `precision`: weights that do not learn are rounded to what they are held
+    /// in then, as [`Precision`]'s module says, when they are asked for.
+    #[must_use]
+    pub fn computing_in(self, precision: Precision) -> Weights {
+        Weights { precision, ..self }
+    }
+
+    /// What the models that these are for compute in.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// One level down: `weights.pp("mid_block").pp(0)` is `mid_block.0`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Weights {
         Weights { prefix: self.full(&name.to_string()), ..self.clone() }
     }
 
-    /// The weight of this name below this place, in f32 on the source's device.
+    /// The weight of this name below this place, on the source's device: in f32 if it is trainable, or else in what it is
+    /// held in for the models' precision.
     ///
     /// Asked twice, it is the same weight. `[C, C, 1, 1]` in a file serves where `[C, C]` is wanted and the reverse:
     /// old VAE attention and `proj_in`/`proj_out` come both ways. [`Error::File`] names file, tensor, wanted and found
@@ -156,9 +173,10 @@ impl Weights {
 
     fn make(&self, name: &str, shape: &[usize]) -> Result<Param> {
         let device = &self.root.device;
+        let dtype = if self.trainable { DType::F32 } else { self.precision.held_in(name, shape) };
         let value = match &self.root.source {
             Source::File(file) => {
-                let value = read(file, name, shape)?.to_device(device)?;
+                let value = read(file, name, shape)?.to_dtype(dtype)?.to_device(device)?;
                 return Ok(Param::owning(name, value, self.trainable)?);
             }
             Source::Tensors(tensors) => {
@@ -168,9 +186,9 @@ impl Weights {
                 tensors[&found].to_dtype(DType::F32)?.to_device(device)?.reshape(shape)?
             }
             Source::Random(seed) => Tensor::from_vec(initial(*seed, name, shape), shape, device)?,
-            Source::Meta => return Ok(Param::placeholder(name, shape, self.trainable)?),
+            Source::Meta => return Ok(Param::placeholder(name, shape, dtype, self.trainable)?),
         };
-        Ok(Param::new(name, value, self.trainable)?)
+        Ok(Param::new(name, value.to_dtype(dtype)?, self.trainable)?)
     }
 }
 

@@ -16,11 +16,13 @@ use crate::machine::{Memory, disk_free};
 use crate::ml::bundle::{Bundle, Finding as Fault, Import, ImportOptions, Report, check as check_bundle};
 use crate::ml::device::{self, DeviceKind};
 use crate::ml::plan::SampleSizes;
+use crate::ml::precision::Precision;
 
 /// A device that was opened.
 struct Opened {
     name: String,
     kind: DeviceKind,
+    precision: Precision,
     /// For one of the workers that have it.
     free: Option<u64>,
 }
@@ -70,8 +72,8 @@ fn devices(args: &Doctor) -> (Vec<Finding>, Vec<Opened>) {
             continue;
         }
         seen.push(name);
-        match opened(name) {
-            Ok((kind, free)) => {
+        match opened(name, args.working.precision) {
+            Ok((kind, precision, free)) => {
                 let sharers = args.working.sharers(name, n);
                 let words = |bytes: Option<u64>| bytes.map_or("unknown".into(), gib);
                 let own = free.map(|bytes| memory::share(bytes, sharers));
@@ -84,7 +86,8 @@ fn devices(args: &Doctor) -> (Vec<Finding>, Vec<Opened>) {
                     format!("device {name}"),
                     format!("{} of memory free{each}", words(free)),
                 ));
-                devices.push(Opened { name: name.clone(), kind, free: own });
+                findings.push(Finding::ok(format!("precision on {name}"), precision.name()));
+                devices.push(Opened { name: name.clone(), kind, precision, free: own });
             }
             Err(finding) => findings.push(finding),
         }
@@ -132,28 +135,31 @@ fn fault(fault: &Fault) -> Finding {
     )
 }
 
-/// What a device is, and the memory that is free on it.
-fn opened(name: &str) -> Result<(DeviceKind, Option<u64>), Finding> {
+/// What a device is and computes in, and the memory that is free on it.
+fn opened(name: &str, asked: Option<Precision>) -> Result<(DeviceKind, Precision, Option<u64>), Finding> {
     let unusable = |error: crate::ml::Error| {
-        let advice = if cfg!(feature = "cuda") {
+        let advice = if matches!(&error, crate::ml::Error::Setting { name, .. } if name == "precision") {
+            "set HYPNOS_PRECISION=f32, or leave it unset: each device then computes in what suits it".into()
+        } else if cfg!(feature = "cuda") {
             format!("{}; a build with CUDA 13.0 needs driver 580 or newer", machine::driver())
         } else {
             "set HYPNOS_DEVICES=cpu, or use a program that was built with --features cuda,cudnn".into()
         };
         Finding::error(format!("device {name}"), error.to_string(), advice)
     };
-    let device = device::open(name).map_err(unusable)?;
+    let (device, precision) = device::open_in(name, asked).map_err(unusable)?;
     let free = match device::free_bytes(&device).map_err(unusable)? {
         Some(bytes) => Some(bytes),
         None => Memory::now().free(),
     };
-    Ok((DeviceKind::of(&device), free))
+    Ok((DeviceKind::of(&device), precision, free))
 }
 
-fn settings(args: &Doctor) -> MemorySettings {
+fn settings(args: &Doctor, precision: Precision) -> MemorySettings {
     MemorySettings {
         batch: args.working.batch.into(),
         checkpointing: args.working.gradient_checkpointing,
+        precision,
         products: Products::of_worker(args.working.sample_share),
         photos: PHOTOS,
     }
@@ -181,8 +187,8 @@ fn plan(
     device: &Opened,
     disk_bytes: &mut u64,
 ) -> Vec<Finding> {
-    let (settings, side) = (settings(args), bundle.resolution());
-    let Opened { name, kind, free } = device;
+    let (settings, side) = (settings(args, device.precision), bundle.resolution());
+    let Opened { name, kind, free, .. } = device;
     let sizes = SampleSizes { batch: settings.batch, width: side, height: side };
     let mut findings = Vec::new();
     findings.extend(too_small(args, bundle, device).map(|refusal| {
@@ -206,7 +212,7 @@ fn plan(
 /// Why a worker refuses to start, if it does.
 fn too_small(args: &Doctor, bundle: &Bundle, device: &Opened) -> Option<String> {
     let free = device.free.filter(|_| !args.working.ignore_memory)?;
-    let smallest = MemorySettings { photos: FEWEST_PHOTOS, ..settings(args) };
+    let smallest = MemorySettings { photos: FEWEST_PHOTOS, ..settings(args, device.precision) };
     memory::too_small(bundle, &smallest, device.kind, free).ok()?
 }
 

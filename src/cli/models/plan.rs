@@ -19,6 +19,7 @@ use crate::ml;
 use crate::ml::bundle::Bundle;
 use crate::ml::device::{self, DeviceKind};
 use crate::ml::plan::{Arithmetic, Calibration, Needs, Rates, SamplePlan, SampleSizes, TrainingPlan};
+use crate::ml::precision::Precision;
 
 /// How long each of two operations is measured, in seconds, after one that is not.
 const CALIBRATION_SECS: f64 = 0.8;
@@ -31,6 +32,9 @@ pub(in crate::cli) struct Plan {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    #[arg(long)]
+    precision: Option<Precision>,
     /// hypnos, dreambooth or textual_inversion
     #[arg(long, default_value = "hypnos")]
     method: Method,
@@ -72,6 +76,7 @@ struct Planned {
     bundle: String,
     resolution: usize,
     device: String,
+    precision: Precision,
     free_bytes: Option<u64>,
     /// Why this bundle cannot be trained so, whatever the memory is.
     lacks: Option<String>,
@@ -150,13 +155,14 @@ fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Plann
     if !(args.photo_size > 0.0 && args.photo_size <= 1000.0) || args.photos == 0 {
         return Err(CliError::Input("--photos and --photo-size: wanted more than none".into()));
     }
+    let (opened, precision) = device::open_in(&args.device, args.precision)?;
     let settings = MemorySettings {
         batch: args.batch.into(),
         checkpointing: args.gradient_checkpointing,
+        precision,
         products: if args.worker { Products::BesideTrainings } else { Products::Never },
         photos: (args.photos, (args.photo_size * 1e6) as u64),
     };
-    let opened = device::open(&args.device)?;
     let kind = DeviceKind::of(&opened);
     let free = match device::free_bytes(&opened)? {
         Some(bytes) => Some(bytes),
@@ -167,9 +173,10 @@ fn planned(args: &Plan, bundle: &Bundle, options: &TrainOptions) -> Result<Plann
         bundle: bundle.manifest().name.clone(),
         resolution: bundle.resolution(),
         device: args.device.clone(),
+        precision,
         free_bytes: free,
         lacks: missing_part(bundle, options).map(|part| format!("{}/ {}", part.part(), part.missing())),
-        rates: (!args.no_time).then(|| rates(&Calibration::new(bundle, &opened)?)).transpose()?,
+        rates: (!args.no_time).then(|| rates(&Calibration::new(bundle, &opened, precision)?)).transpose()?,
         training: training_fit(bundle, options, &settings, kind, free)?.into(),
         sample: sample_fit(bundle, &sizes, &settings, kind, free)?.into(),
     })
@@ -196,8 +203,8 @@ fn rates(calibration: &Calibration) -> ml::Result<Rates> {
 
 fn print(args: &Plan, options: &TrainOptions, planned: &Planned) {
     let free = planned.free_bytes.map_or("memory unknown".into(), |bytes| format!("{} free", gib(bytes)));
-    let side = planned.resolution;
-    print_line(&format!("{}, {side} x {side} pixels, on {}: {free}", planned.bundle, planned.device));
+    let Planned { bundle, resolution: side, device, precision, .. } = planned;
+    print_line(&format!("{bundle}, {side} x {side} pixels, on {device} in {precision}: {free}"));
     let checkpointing = if args.gradient_checkpointing { "with" } else { "without" };
     let TrainOptions { method, steps, .. } = options;
     print_line(&format!(

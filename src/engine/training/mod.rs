@@ -98,7 +98,9 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
     let mut state = match recipe.learner {
         Learner::Weights => {
             base.let_go();
-            let (text, unet) = (bundle.text_encoder(device, true)?, bundle.unet(device, true)?);
+            let precision = base.shared.precision;
+            let text = bundle.text_encoder(device, precision, true)?;
+            let unet = bundle.unet(device, precision, true)?;
             State::new(text, unet, recipe.adamw(), discriminator)?
         }
         Learner::Embedding => {

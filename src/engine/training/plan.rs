@@ -10,6 +10,7 @@ use crate::engine::api::ClassImages;
 use crate::engine::base::Base;
 use crate::engine::faults::fault;
 use crate::job::{Fault, FaultCode, SEED_MAX, TrainOptions, TrainSpec};
+use crate::ml::precision::Precision;
 use crate::ml::random;
 use crate::ml::tokenizer::Tokenizer;
 use crate::ml::train::{Learner, Recipe};
@@ -66,11 +67,14 @@ impl Plan {
 /// The class images that a training of `spec` wants.
 pub(in crate::engine) fn class_images(base: &Base, spec: &TrainSpec) -> ClassImages {
     let drawing = base.drawing(CLASS_IMAGE_STEPS);
-    let decides = json!({
+    let mut decides = json!({
         "bundle": base.hash(), "prompt": templates(spec).of_class(&spec.class_name), "negative": "",
         "sampler": drawing.sampler.name(), "steps": drawing.steps, "guidance": drawing.guidance,
         "width": drawing.width, "height": drawing.height,
     });
+    if base.shared.precision != Precision::F32 {
+        decides["precision"] = json!(base.shared.precision);
+    }
     let settings = format!("{:x}", Sha256::digest(decides.to_string()));
     // Seeds of no training's own, so that the next one finds these images drawn.
     ClassImages { settings, seeds: (0..u64::from(n_class_images(&spec.options))).collect() }

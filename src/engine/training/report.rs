@@ -60,6 +60,7 @@ impl Session<'_, '_> {
             images: output.said.clone(),
             evaluation: output.evaluation.clone(),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            precision: Some(self.base.shared.precision.to_string()),
             warnings: plan.warnings.clone(),
             seconds: BTreeMap::new(), // the engine has no clock
         }

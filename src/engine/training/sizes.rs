@@ -42,5 +42,6 @@ pub(in crate::engine) fn sizes(options: &TrainOptions, settings: &MemorySettings
         class_image_steps: CLASS_IMAGE_STEPS,
         class_image_batch: CLASS_IMAGE_BATCH,
         checkpointing: settings.checkpointing,
+        precision: settings.precision,
     }
 }

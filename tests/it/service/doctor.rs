@@ -268,6 +268,12 @@ async fn an_unknown_device_and_a_broken_bundle_are_errors() {
         assert!(said.error()[2].contains("--features cuda"), "{}", said.text);
     }
 
+    let said = Site::started(None).await.with("HYPNOS_PRECISION", "bf16").doctor().await;
+    let advice = "set HYPNOS_PRECISION=f32, or leave it unset: each device then computes in what suits it";
+    assert_eq!(said.error(), ["device cpu", "precision: wanted f32 on a CPU, got bf16", advice]);
+    let said = Site::started(None).await.with("HYPNOS_PRECISION", "f32").doctor().await;
+    assert_eq!(said.found("ok", "precision on cpu"), "f32");
+
     let site = Site::started(None).await;
     let broken = site.dir.path().join("broken");
     copy(&bundle(), &broken);

@@ -8,6 +8,7 @@ use hypnos::engine::{CandleEngine, Engine, EngineSettings};
 use hypnos::job::{Fault, FaultCode, Kind, ModelPart, State, TrainOptions};
 use hypnos::ml::bundle::Bundle;
 use hypnos::ml::device::DeviceKind;
+use hypnos::ml::precision::Precision;
 use serde_json::{Value, json};
 
 use super::scripted::Script;
@@ -302,6 +303,7 @@ async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes
     let settings = EngineSettings {
         bundle: bundle(),
         device: "cpu".into(),
+        precision: None,
         batch: 4,
         finetuned_bytes_max: 0,
         checkpointing: false,
@@ -321,6 +323,7 @@ async fn a_training_that_is_counted_not_to_fit_fails_at_once_and_says_what_makes
     let limits = MemorySettings {
         batch: 4,
         checkpointing: false,
+        precision: Precision::F32,
         products: Products::BesideTrainings,
         photos: (3, 1),
     };

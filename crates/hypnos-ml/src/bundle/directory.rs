@@ -20,6 +20,7 @@ use crate::models::unet::{self, SampleSize, Unet};
 use crate::models::vae::{self, Vae};
 use crate::param::Param;
 use crate::perceptual::{self, Perceptual};
+use crate::precision::Precision;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Weights, meta_params};
 use crate::{Error, Result};
@@ -139,20 +140,28 @@ impl Bundle {
         }
     }
 
-    /// Its text encoder with weights in f32 on `device`, which learn if `trainable`. [`Error::File`] names file and
-    /// tensor; so for the other two.
-    pub fn text_encoder(&self, device: &Device, trainable: bool) -> Result<Part<ClipText>> {
-        self.part("text_encoder", device, trainable, |w| ClipText::load(w, &self.text))
+    /// Its text encoder on `device`, which computes in `precision`, with weights that learn if `trainable`.
+    /// [`Error::File`] names file and tensor; so for the other two.
+    pub fn text_encoder(
+        &self,
+        device: &Device,
+        precision: Precision,
+        trainable: bool,
+    ) -> Result<Part<ClipText>> {
+        let weights = self.weights("text_encoder", device)?.computing_in(precision);
+        part(weights, trainable, |w| ClipText::load(w, &self.text))
     }
 
     /// Its UNet.
-    pub fn unet(&self, device: &Device, trainable: bool) -> Result<Part<Unet>> {
-        self.part("unet", device, trainable, |w| Unet::load(w, &self.unet))
+    pub fn unet(&self, device: &Device, precision: Precision, trainable: bool) -> Result<Part<Unet>> {
+        let weights = self.weights("unet", device)?.computing_in(precision);
+        part(weights, trainable, |w| Unet::load(w, &self.unet))
     }
 
     /// Its VAE.
-    pub fn vae(&self, device: &Device, trainable: bool) -> Result<Part<Vae>> {
-        self.part("vae", device, trainable, |w| Vae::load(w, &self.vae))
+    pub fn vae(&self, device: &Device, precision: Precision, trainable: bool) -> Result<Part<Vae>> {
+        let weights = self.weights("vae", device)?.computing_in(precision);
+        part(weights, trainable, |w| Vae::load(w, &self.vae))
     }
 
     /// A text encoder of this bundle's shape with weights from elsewhere, named as in the bundle's file; so for
@@ -264,20 +273,19 @@ impl Bundle {
         (&self.text, &self.unet, &self.vae)
     }
 
-    fn part<M>(
-        &self,
-        name: &str,
-        device: &Device,
-        trainable: bool,
-        load: impl FnOnce(&Weights) -> Result<M>,
-    ) -> Result<Part<M>> {
-        let weights = self.weights(name, device)?.trainable(trainable);
-        Ok(Part { model: load(&weights)?, params: weights.params() })
-    }
-
     fn weights(&self, part: &str, device: &Device) -> Result<Weights> {
         Weights::open(&find_weights(&self.dir.join(part))?, device)
     }
+}
+
+/// A model and its weights.
+pub(super) fn part<M>(
+    weights: Weights,
+    trainable: bool,
+    load: impl FnOnce(&Weights) -> Result<M>,
+) -> Result<Part<M>> {
+    let weights = weights.trainable(trainable);
+    Ok(Part { model: load(&weights)?, params: weights.params() })
 }
 
 /// What is wrong with a tokenizer whose texts are longer than the text encoder can read.

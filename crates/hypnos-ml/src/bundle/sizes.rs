@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::capabilities::Capability;
 use super::configs::read_config;
-use super::directory::{Bundle, Part};
+use super::directory::{Bundle, Part, part};
 use super::files::find_weights;
 use crate::Result;
 use crate::models::clip::ClipText;
@@ -12,23 +12,24 @@ use crate::models::tracer;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::perceptual;
+use crate::precision::Precision;
 use crate::tensorfile::TensorFile;
 use crate::weights::Weights;
 
 impl Bundle {
-    /// Its text encoder without values, for dry runs; so for the other two.
-    pub(crate) fn meta_text_encoder(&self, trainable: bool) -> Result<Part<ClipText>> {
-        meta(trainable, |w| ClipText::load(w, self.configs().0))
+    /// Its text encoder without values, for dry runs in `precision`; so for the other two.
+    pub(crate) fn meta_text_encoder(&self, precision: Precision, trainable: bool) -> Result<Part<ClipText>> {
+        part(meta(precision), trainable, |w| ClipText::load(w, self.configs().0))
     }
 
     /// Its UNet without values.
-    pub(crate) fn meta_unet(&self, trainable: bool) -> Result<Part<Unet>> {
-        meta(trainable, |w| Unet::load(w, self.configs().1))
+    pub(crate) fn meta_unet(&self, precision: Precision, trainable: bool) -> Result<Part<Unet>> {
+        part(meta(precision), trainable, |w| Unet::load(w, self.configs().1))
     }
 
     /// Its VAE without values.
-    pub(crate) fn meta_vae(&self) -> Result<Part<Vae>> {
-        meta(false, |w| Vae::load(w, self.configs().2))
+    pub(crate) fn meta_vae(&self, precision: Precision) -> Result<Part<Vae>> {
+        part(meta(precision), false, |w| Vae::load(w, self.configs().2))
     }
 
     /// The config of its segmenter, if it has one.
@@ -62,7 +63,6 @@ impl Bundle {
     }
 }
 
-fn meta<M>(trainable: bool, load: impl FnOnce(&Weights) -> Result<M>) -> Result<Part<M>> {
-    let weights = Weights::meta().trainable(trainable);
-    Ok(Part { model: load(&weights)?, params: weights.params() })
+fn meta(precision: Precision) -> Weights {
+    Weights::meta().computing_in(precision)
 }

@@ -1,6 +1,8 @@
 //! candle's own operations in a dry run: those that the models use. Each says by way of how many values of its input's
 //! size its backward makes a gradient, as candle 0.11's `backprop.rs` writes it.
 
+use candle_core::DType;
+
 use super::tensor::DryTensor;
 
 impl DryTensor {
@@ -29,20 +31,28 @@ impl DryTensor {
         self.elementwise(&[self], 3)
     }
 
+    /// The values in another dtype; itself where that is its own.
+    pub(crate) fn to_dtype(&self, dtype: DType) -> Self {
+        if self.dtype() == dtype {
+            return self.clone();
+        }
+        Self::new(self.meter(), self.dims(), dtype, Self::candle_node(&[self], 1))
+    }
+
     fn elementwise(&self, inputs: &[&Self], temporaries: u64) -> Self {
-        Self::new(self.meter(), self.dims(), Self::candle_node(inputs, temporaries))
+        Self::new(self.meter(), self.dims(), self.dtype(), Self::candle_node(inputs, temporaries))
     }
 
     /// The sum over dimension `dim`, which leaves, times a number: candle's mean.
     pub(crate) fn mean(&self, dim: usize) -> Self {
         let mut dims = self.dims().to_vec();
         dims.remove(dim);
-        Self::new(self.meter(), &dims, Self::candle_node(&[self], 0)).affine()
+        Self::new(self.meter(), &dims, self.dtype(), Self::candle_node(&[self], 0)).affine()
     }
 
     /// The mean of everything.
     pub(crate) fn mean_all(&self) -> Self {
-        Self::new(self.meter(), &[], Self::candle_node(&[self], 0)).affine()
+        Self::new(self.meter(), &[], self.dtype(), Self::candle_node(&[self], 0)).affine()
     }
 
     /// As large as `dims`, by strides of zero.
@@ -59,7 +69,7 @@ impl DryTensor {
         if self.is_contiguous() {
             return self.view(dims, true, Self::candle_node(&[self], 0));
         }
-        Self::new(self.meter(), dims, Self::candle_node(&[self], 0))
+        Self::new(self.meter(), dims, self.dtype(), Self::candle_node(&[self], 0))
     }
 
     pub(crate) fn transpose(&self, a: usize, b: usize) -> Self {
@@ -89,7 +99,7 @@ impl DryTensor {
     pub(crate) fn cat(parts: &[&Self], dim: usize) -> Self {
         let mut dims = parts[0].dims().to_vec();
         dims[dim] = parts.iter().map(|part| part.dims()[dim]).sum();
-        Self::new(parts[0].meter(), &dims, Self::candle_node(parts, 0))
+        Self::new(parts[0].meter(), &dims, parts[0].dtype(), Self::candle_node(parts, 0))
     }
 
     /// `self * other`, where `other` is broadcast.

@@ -7,8 +7,8 @@
 //! [`crate::ops`], as its function `dry`; candle's own operations are in `candle_ops.rs`. A model's dry forward stands
 //! beside the real one, in its file `dry.rs`, and reads the layers of a model that was loaded from shape-only weights.
 //!
-//! All values are f32. Arithmetic is counted in matrix products, convolutions and attention only, 2 for each
-//! multiplication with its addition: the rest is memory traffic.
+//! Values are f32, or bf16 from where a model rounds what enters it. Arithmetic is counted in matrix products, convolutions
+//! and attention only, 2 for each multiplication with its addition: the rest is memory traffic.
 
 mod backward;
 mod candle_ops;
@@ -27,7 +27,8 @@ pub(crate) fn gradient_bytes<'a>(params: impl IntoIterator<Item = &'a Param>) ->
     params.into_iter().filter(|param| param.is_trainable()).map(bytes_of).sum()
 }
 
-/// Bytes of a weight in f32.
+/// Bytes of a weight as it is held, and of the gradient of one that learns.
 pub(crate) fn bytes_of(param: &Param) -> u64 {
-    4 * param.dims().iter().product::<usize>() as u64
+    let value = param.value();
+    (value.dtype().size_in_bytes() * value.elem_count()) as u64
 }

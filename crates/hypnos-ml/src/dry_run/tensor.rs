@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use candle_core::Result;
+use candle_core::{DType, Result};
 
 use super::meter::{Block, Meter};
 
@@ -12,6 +12,7 @@ pub(crate) struct DryTensor(Rc<Inner>);
 
 pub(super) struct Inner {
     dims: Vec<usize>,
+    dtype: DType,
     memory: Rc<Block>,
     meter: Meter,
     is_contiguous: bool,
@@ -59,29 +60,38 @@ pub(crate) struct Cost {
 }
 
 impl DryTensor {
-    /// A value that no gradient goes to.
+    /// An f32 value that no gradient goes to.
     pub(crate) fn constant(meter: &Meter, dims: &[usize]) -> Self {
-        Self::new(meter, dims, None)
+        Self::new(meter, dims, DType::F32, None)
     }
 
-    pub(super) fn new(meter: &Meter, dims: &[usize], node: Option<Node>) -> Self {
-        let memory = meter.alloc(4 * dims.iter().product::<usize>() as u64);
+    pub(super) fn new(meter: &Meter, dims: &[usize], dtype: DType, node: Option<Node>) -> Self {
+        let memory = meter.alloc((dtype.size_in_bytes() * dims.iter().product::<usize>()) as u64);
         let (dims, meter) = (dims.to_vec(), meter.clone());
-        Self(Rc::new(Inner { dims, memory, meter, is_contiguous: true, is_variable: false, node }))
+        Self(Rc::new(Inner { dims, dtype, memory, meter, is_contiguous: true, is_variable: false, node }))
     }
 
     /// A copy of `of` that a graph begins with.
     fn variable(of: &Self) -> Self {
-        let Inner { dims, meter, .. } = &*of.0;
+        let Inner { dims, dtype, meter, .. } = &*of.0;
         let memory = meter.alloc(of.bytes());
-        let (dims, meter) = (dims.clone(), meter.clone());
-        Self(Rc::new(Inner { dims, memory, meter, is_contiguous: true, is_variable: true, node: None }))
+        let (dims, dtype, meter) = (dims.clone(), *dtype, meter.clone());
+        Self(Rc::new(Inner {
+            dims,
+            dtype,
+            memory,
+            meter,
+            is_contiguous: true,
+            is_variable: true,
+            node: None,
+        }))
     }
 
     /// The same memory seen otherwise, as the result of `node`.
     pub(super) fn view(&self, dims: &[usize], is_contiguous: bool, node: Option<Node>) -> Self {
         let (dims, memory, meter) = (dims.to_vec(), self.0.memory.clone(), self.meter().clone());
-        Self(Rc::new(Inner { dims, memory, meter, is_contiguous, is_variable: false, node }))
+        let dtype = self.dtype();
+        Self(Rc::new(Inner { dims, dtype, memory, meter, is_contiguous, is_variable: false, node }))
     }
 
     /// The same values without history.
@@ -97,14 +107,14 @@ impl DryTensor {
         let is_tracked = cost.gradients > 0 || inputs.iter().any(|input| input.is_tracked());
         let node = is_tracked
             .then(|| Node { inputs: inputs.iter().copied().cloned().collect(), rule: Rule::Custom(cost) });
-        Self::new(meter, dims, node)
+        Self::new(meter, dims, self.dtype(), node)
     }
 
-    /// The result of an operation of ours on weights alone.
+    /// The result of an operation of ours on weights alone, f32.
     pub(crate) fn custom_leaf(meter: &Meter, dims: &[usize], cost: Cost) -> Self {
         let rule = Rule::Custom(cost);
         let node = (cost.gradients > 0).then(|| Node { inputs: Vec::new(), rule });
-        Self::new(meter, dims, node)
+        Self::new(meter, dims, DType::F32, node)
     }
 
     /// The node of an operation of candle's own, if anything is tracked.
@@ -119,13 +129,17 @@ impl DryTensor {
         &self.0.dims
     }
 
+    pub(crate) fn dtype(&self) -> DType {
+        self.0.dtype
+    }
+
     /// Elements.
     pub(crate) fn len(&self) -> usize {
         self.0.dims.iter().product()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        4 * self.len() as u64
+        (self.dtype().size_in_bytes() * self.len()) as u64
     }
 
     pub(crate) fn meter(&self) -> &Meter {
@@ -167,7 +181,7 @@ pub(crate) fn checkpoint(
     }
     let is_tracked = inputs.iter().any(DryTensor::is_tracked);
     let node = is_tracked.then(|| Node { inputs, rule: Rule::Checkpoint(Box::new(block)) });
-    Ok(DryTensor::new(inside.meter(), inside.dims(), node))
+    Ok(DryTensor::new(inside.meter(), inside.dims(), inside.dtype(), node))
 }
 
 /// The inputs of a block that is computed again: copies of the tracked ones, the others as they are.

@@ -10,6 +10,7 @@ use super::refuse;
 use crate::nn::{Conv2d, LayerNorm, Linear, to_tokens};
 use crate::ops::{self, Activation, Conv2dSpec};
 use crate::param::Param;
+use crate::precision::Precision;
 use crate::weights::Weights;
 
 mod dry;
@@ -79,6 +80,7 @@ pub struct ClipText {
     n_positions: usize,
 }
 
+/// What runs through the layers stays f32; inside of a layer it is rounded behind the norms.
 #[derive(Clone, Debug)]
 struct Layer {
     layer_norm1: LayerNorm,
@@ -91,10 +93,12 @@ struct Layer {
     fc2: Linear,
     n_heads: usize,
     activation: Activation,
+    precision: Precision,
 }
 
 impl ClipText {
-    /// From weights named as transformers names them, with or without the leading `text_model.`.
+    /// From weights named as transformers names them, with or without the leading `text_model.`. It computes in what they
+    /// are for.
     pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let (w, d) = (w.pp("text_model"), config.hidden_size);
@@ -114,7 +118,8 @@ impl ClipText {
         })
     }
 
-    /// Token ids, one sequence of equal length per prompt, to the last hidden states `[B, L, D]` after the final norm.
+    /// Token ids, one sequence of equal length per prompt, to the last hidden states `[B, L, D]` after the final norm, in
+    /// f32.
     pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let (b, l) = (ids.len(), ids.first().map_or(0, Vec::len));
         if b == 0 || l == 0 || l > self.n_positions || ids.iter().any(|ids| ids.len() != l) {
@@ -205,16 +210,19 @@ impl Layer {
             fc2: Linear::load(&mlp.pp("fc2"), inner, d)?,
             n_heads,
             activation,
+            precision: w.precision(),
         })
     }
 
     fn forward(&self, x: &Tensor, causal: bool) -> Result<Tensor> {
-        let hidden = self.layer_norm1.forward(x)?;
+        let (stream, dtype) = (x.dtype(), self.precision.dtype());
+        let hidden = self.layer_norm1.forward(x)?.to_dtype(dtype)?;
         let (q, k, v) =
             (self.q_proj.forward(&hidden)?, self.k_proj.forward(&hidden)?, self.v_proj.forward(&hidden)?);
-        let x = (x + self.out_proj.forward(&ops::attention(&q, &k, &v, self.n_heads, causal)?)?)?;
-        let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        x + self.fc2.forward(&ops::activate(&hidden, self.activation)?)?
+        let attended = self.out_proj.forward(&ops::attention(&q, &k, &v, self.n_heads, causal)?)?;
+        let x = (x + attended.to_dtype(stream)?)?;
+        let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?.to_dtype(dtype)?)?;
+        x + self.fc2.forward(&ops::activate(&hidden, self.activation)?)?.to_dtype(stream)?
     }
 }
 

@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::refuse;
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig, to_picture, to_tokens};
 use crate::ops::{self, Activation, Conv2dSpec};
+use crate::precision::Precision;
 use crate::weights::Weights;
 use crate::{Error, param::Param};
 
@@ -299,13 +300,14 @@ pub struct Unet {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     config: Config,
+    precision: Precision,
     /// Whether blocks are computed again in the backward instead of kept: less memory for a third more time. Where it
     /// trains, the losses hold the decoder to the same.
     pub checkpointing: bool,
 }
 
 impl Unet {
-    /// From weights named as diffusers names them.
+    /// From weights named as diffusers names them. It computes in what they are for.
     pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let channels = &config.block_out_channels;
@@ -332,6 +334,7 @@ impl Unet {
             )?,
             conv_out: Conv2d::load(&w.pp("conv_out"), channels[0], config.out_channels, 3, same)?,
             config: config.clone(),
+            precision: w.precision(),
             checkpointing: false,
         })
     }
@@ -341,21 +344,30 @@ impl Unet {
         self.config.in_channels
     }
 
-    /// * `x` `[B, c, h, w]`: latents with noise; its dtype is that of the computation
+    /// What it computes in.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// * `x` `[B, c, h, w]`: latents with noise
     /// * `t`: one timestep per image, `0..T`; fractions as some samplers use them
     /// * `text` `[B, L, cross width]`
     ///
-    /// Gives the prediction, `[B, c, h, w]`. Differentiable in `x`, `text` and every trained weight.
+    /// Gives the prediction, `[B, c, h, w]`, in the dtype of `x`, whatever it computes in. Differentiable in `x`, `text`
+    /// and every trained weight.
     pub fn forward(&self, x: &Tensor, t: &[f64], text: &Tensor) -> Result<Tensor> {
         let (b, ..) = x.dims4()?;
         if t.len() != b || text.dim(0)? != b {
             candle_core::bail!("unet: {b} latents, {} timesteps, {} texts", t.len(), text.dim(0)?);
         }
+        let (given, dtype) = (x.dtype(), self.precision.dtype());
         // 1. time
-        let time = self.time(t, x.device())?.to_dtype(x.dtype())?; // [B, 4 C0]
-        let run = Run { time: &time, text, checkpointing: self.checkpointing };
+        let time = self.time(t, x.device())?.to_dtype(dtype)?; // [B, 4 C0]
+        // A text that learns is rounded anew by each transformer: so its gradients meet in its own dtype.
+        let text = if text.track_op() { text.clone() } else { text.to_dtype(dtype)? };
+        let run = Run { time: &time, text: &text, checkpointing: self.checkpointing };
         // 2. down: every intermediate result is a skip
-        let mut x = self.conv_in.forward(x)?;
+        let mut x = self.conv_in.forward(&x.to_dtype(dtype)?)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
             x = block.forward(&x, &run, &mut skips)?;
@@ -367,7 +379,7 @@ impl Unet {
             x = block.forward(&x, &run, &mut skips)?;
         }
         // 5. out
-        self.conv_out.forward(&self.conv_norm_out.forward(&x)?)
+        self.conv_out.forward(&self.conv_norm_out.forward(&x)?)?.to_dtype(given)
     }
 
     /// Sinusoidal embedding of the timesteps (Vaswani et al. 2017), in f32, through two layers: `[B, 4 C0]`.
@@ -598,9 +610,10 @@ impl Transformer {
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
+        let text = text.to_dtype(x.dtype())?;
         let mut tokens = self.proj_in.forward(&to_tokens(&self.norm.forward(x)?)?)?; // [B, h w, C]
         for block in &self.transformer_blocks {
-            tokens = block.forward(&tokens, text)?;
+            tokens = block.forward(&tokens, &text)?;
         }
         x + to_picture(&self.proj_out.forward(&tokens)?, h, w)?
     }

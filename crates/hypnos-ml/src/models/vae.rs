@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::refuse;
 use crate::nn::{Conv2d, GroupNorm, Linear, Resnet, ResnetConfig, to_picture, to_tokens};
 use crate::ops::{self, Activation, Conv2dSpec};
+use crate::precision::Precision;
 use crate::weights::Weights;
 
 mod dry;
@@ -155,10 +156,12 @@ pub struct Vae {
     post_quant_conv: Option<Conv2d>,
     decoder: Decoder,
     config: Config,
+    precision: Precision,
 }
 
 impl Vae {
-    /// From weights named as diffusers names them, with the old or the new names of the attention.
+    /// From weights named as diffusers names them, with the old or the new names of the attention. It computes in what they
+    /// are for, and gives results in the dtype of what it is given.
     pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let n = config.latent_channels;
@@ -172,6 +175,7 @@ impl Vae {
                 .transpose()?,
             decoder: Decoder::load(&w.pp("decoder"), config)?,
             config: config.clone(),
+            precision: w.precision(),
         })
     }
 
@@ -187,11 +191,11 @@ impl Vae {
 
     /// Pictures `[B, 3, H, W]`, signed, to the distribution of their latents `[B, c, H/f, W/f]`.
     pub fn encode(&self, pictures: &Tensor) -> Result<Moments> {
-        let mut x = self.encoder.forward(pictures)?;
+        let mut x = self.encoder.forward(&pictures.to_dtype(self.precision.dtype())?)?;
         if let Some(conv) = &self.quant_conv {
             x = conv.forward(&x)?;
         }
-        let parts = x.chunk(2, 1)?;
+        let parts = x.to_dtype(pictures.dtype())?.chunk(2, 1)?;
         Ok(Moments { mean: parts[0].contiguous()?, logvar: parts[1].clamp(-30.0, 20.0)?.contiguous()? })
     }
 
@@ -209,11 +213,11 @@ impl Vae {
     /// The same, whose blocks are computed again in the backward if `checkpointing`. Value and gradient are the same to
     /// the bit: no value goes to more than one block.
     pub fn decode_with(&self, latents: &Tensor, checkpointing: bool) -> Result<Tensor> {
-        let mut x = (latents / self.config.scaling_factor)?;
+        let mut x = (latents / self.config.scaling_factor)?.to_dtype(self.precision.dtype())?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }
-        self.decoder.forward(&x, checkpointing)
+        self.decoder.forward(&x, checkpointing)?.to_dtype(latents.dtype())
     }
 }
 

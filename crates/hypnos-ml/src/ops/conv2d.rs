@@ -3,7 +3,7 @@
 //! Patches are unfolded in tiles that stay in cache, over the images of a batch together where the pictures are small,
 //! so that the large weights of the deep levels are read once a batch.
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
@@ -64,7 +64,8 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
 }
 
 /// [`conv2d()`] in a dry run. Its input is kept; forward and backward unfold tiles of it, and gather tiles over several
-/// pictures. What cuDNN works with instead is its own choice and is not counted here.
+/// pictures. What cuDNN works with instead is its own choice and is not counted here; in bf16 the weight's gradient comes of
+/// one picture's patches.
 pub(crate) fn dry(
     x: &DryTensor,
     weight: &Param,
@@ -77,13 +78,15 @@ pub(crate) fn dry(
     let flops = 2.0 * (b * o * conv.spatial()) as f64 * conv.patch() as f64;
     let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
     let scratch = if x.meter().on_gpu() { 0 } else { conv.scratch() };
+    let unfolds = x.dtype() == DType::BF16 && weight.is_trainable() && !conv.is_pointwise();
+    let patches = if unfolds { x.dtype().size_in_bytes() * conv.patch() * conv.spatial() } else { 0 };
     let cost = Cost {
         flops,
         input_flops: flops,
         weight_flops: flops,
         is_convolution: !conv.is_pointwise(),
         scratch,
-        backward_scratch: scratch,
+        backward_scratch: scratch + patches as u64,
         gradients,
     };
     Ok(x.custom(&[&x], &[b, o, oh, ow], cost))

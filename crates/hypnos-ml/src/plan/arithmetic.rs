@@ -1,6 +1,6 @@
 //! Floating point operations, and the seconds that they take where a device's speed was measured.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 
 use crate::Result;
@@ -8,6 +8,7 @@ use crate::bundle::Bundle;
 use crate::dry_run::Meter;
 use crate::ops::{self, Conv2dSpec};
 use crate::param::Param;
+use crate::precision::Precision;
 
 /// Floating point operations, 2 for each multiplication with its addition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -68,13 +69,14 @@ pub struct Calibration {
 
 impl Calibration {
     /// Of the second level of the bundle's UNet, or of its only one, for two pictures of its own size: neither its
-    /// largest pictures nor its largest weights.
-    pub fn new(bundle: &Bundle, device: &Device) -> Result<Self> {
+    /// largest pictures nor its largest weights. In `precision`, which the device must have.
+    pub fn new(bundle: &Bundle, device: &Device, precision: Precision) -> Result<Self> {
         let channels = &bundle.configs().1.block_out_channels;
         let level = usize::from(channels.len() > 1);
         let (n, side) =
             (channels[level], (bundle.resolution() / bundle.factor()).div_ceil(1 << level).max(1));
-        let tensor = |shape: &[usize]| Tensor::full(0.01f32, shape, device)?.contiguous();
+        let tensor =
+            |shape: &[usize]| Tensor::full(0.01f32, shape, device)?.contiguous()?.to_dtype(precision.dtype());
         let weight = |shape: &[usize]| Param::new("calibration", tensor(shape)?, false);
         Ok(Self {
             matrix: (tensor(&[2, side * side, n])?, weight(&[8 * n, n])?),
@@ -99,6 +101,6 @@ impl Calibration {
 
 /// A GPU has computed a value when a part of it arrives.
 fn wait(y: &Tensor) -> Result<()> {
-    y.flatten_all()?.narrow(0, 0, 1)?.to_vec1::<f32>()?;
+    y.flatten_all()?.narrow(0, 0, 1)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! A bundle's models without values, which dry runs go through.
 
+use candle_core::DType;
+
 use crate::Result;
 use crate::bundle::{Bundle, Part};
 use crate::dry_run::bytes_of;
@@ -9,6 +11,7 @@ use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::ops::MomentFormat;
 use crate::param::Param;
+use crate::precision::Precision;
 use crate::train::Learner;
 use crate::weights::Weights;
 
@@ -25,26 +28,32 @@ pub(super) struct MetaModels {
 
 impl MetaModels {
     /// As they draw.
-    pub(super) fn frozen(bundle: &Bundle) -> Result<Self> {
-        Self::of(bundle, false)
+    pub(super) fn frozen(bundle: &Bundle, precision: Precision) -> Result<Self> {
+        Self::of(bundle, precision, false)
     }
 
     /// As they train.
-    pub(super) fn training(bundle: &Bundle, learner: Learner, checkpointing: bool) -> Result<Self> {
-        let mut models = Self::of(bundle, learner == Learner::Weights)?;
+    pub(super) fn training(
+        bundle: &Bundle,
+        precision: Precision,
+        learner: Learner,
+        checkpointing: bool,
+    ) -> Result<Self> {
+        let mut models = Self::of(bundle, precision, learner == Learner::Weights)?;
         models.unet.model.checkpointing = checkpointing;
         if learner == Learner::Embedding {
-            let row = Param::placeholder("embedding", &[1, models.text.model.width()], true)?;
+            let shape = [1, models.text.model.width()];
+            let row = Param::placeholder("embedding", &shape, DType::F32, true)?;
             models.text.model = models.text.model.with_embedding(0, row)?;
         }
         Ok(models)
     }
 
-    fn of(bundle: &Bundle, trainable: bool) -> Result<Self> {
+    fn of(bundle: &Bundle, precision: Precision, trainable: bool) -> Result<Self> {
         Ok(Self {
-            text: bundle.meta_text_encoder(trainable)?,
-            unet: bundle.meta_unet(trainable)?,
-            vae: bundle.meta_vae()?,
+            text: bundle.meta_text_encoder(precision, trainable)?,
+            unet: bundle.meta_unet(precision, trainable)?,
+            vae: bundle.meta_vae(precision)?,
             channels: bundle.latent_channels(),
             factor: bundle.factor(),
         })
@@ -59,6 +68,12 @@ impl MetaModels {
     pub(super) fn moment_bytes(&self, format: MomentFormat) -> u64 {
         let params = self.text.params.values().chain(self.unet.params.values());
         params.map(|param| format.bytes(param.dims().iter().product())).sum()
+    }
+
+    /// Those of them that are held in bf16: as many as the copy takes that models in training make of their weights.
+    pub(super) fn rounded_bytes(&self) -> u64 {
+        let params = self.text.params.values().chain(self.unet.params.values());
+        params.filter(|param| param.value().dtype() == DType::BF16).map(bytes_of).sum()
     }
 
     /// Bytes of the autoencoder.

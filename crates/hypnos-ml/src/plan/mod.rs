@@ -2,8 +2,7 @@
 //! before a weight is read.
 //!
 //! What is held for long (weights, moments, pictures) is added up; what a forward and a backward work with comes from
-//! dry runs (`dry_run`) of the same layers on shapes alone. Everything is f32, as the programs compute today, but AdamW's
-//! moments where 8 bits are asked for.
+//! dry runs (`dry_run`) of the same layers on shapes alone, in the precision that the programs compute in.
 
 mod arithmetic;
 mod dry;

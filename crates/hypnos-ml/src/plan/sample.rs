@@ -9,6 +9,7 @@ use super::needs::{KEPT_IN_SAMPLE, LIBRARIES, Needs, PROGRAM, Peak, Phase, Place
 use crate::Result;
 use crate::bundle::Bundle;
 use crate::device::DeviceKind;
+use crate::precision::Precision;
 
 /// What decides the size of a sample, beside its bundle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -39,9 +40,14 @@ pub struct SamplePlan {
 }
 
 impl SamplePlan {
-    /// Counts.
-    pub fn new(bundle: &Bundle, sizes: &SampleSizes, device: DeviceKind) -> Result<Self> {
-        Self::of(&MetaModels::frozen(bundle)?, sizes, device)
+    /// Counts, for models that compute in `precision`.
+    pub fn new(
+        bundle: &Bundle,
+        sizes: &SampleSizes,
+        device: DeviceKind,
+        precision: Precision,
+    ) -> Result<Self> {
+        Self::of(&MetaModels::frozen(bundle, precision)?, sizes, device)
     }
 
     pub(super) fn of(models: &MetaModels, sizes: &SampleSizes, device: DeviceKind) -> Result<Self> {

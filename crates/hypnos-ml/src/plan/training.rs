@@ -10,6 +10,7 @@ use crate::bundle::{Bundle, Capability};
 use crate::device::DeviceKind;
 use crate::models::tracer;
 use crate::ops::MomentFormat;
+use crate::precision::Precision;
 use crate::train::Learner;
 use crate::{Result, perceptual};
 
@@ -53,6 +54,8 @@ pub struct TrainingSizes {
     pub class_image_batch: usize,
     /// Whether blocks are computed again in the backward.
     pub checkpointing: bool,
+    /// What the models compute in.
+    pub precision: Precision,
 }
 
 /// The perceptual loss.
@@ -149,10 +152,12 @@ struct Counts {
     /// Weights of the bundle's models.
     drawing: u64,
     vae: u64,
-    /// Weights that learn.
+    /// Weights that learn, in f32.
     trainable: u64,
     /// Their moments.
     moments: u64,
+    /// The copy of them in bf16.
+    rounded: u64,
     segmenter: u64,
     perceptual: u64,
     metrics: u64,
@@ -172,8 +177,9 @@ struct Counts {
 impl Counts {
     fn of(bundle: &Bundle, sizes: &TrainingSizes, device: DeviceKind) -> Result<Self> {
         let side = bundle.resolution();
-        let frozen = MetaModels::frozen(bundle)?;
-        let models = MetaModels::training(bundle, sizes.learner, sizes.checkpointing)?;
+        let (precision, learner) = (sizes.precision, sizes.learner);
+        let frozen = MetaModels::frozen(bundle, precision)?;
+        let models = MetaModels::training(bundle, precision, learner, sizes.checkpointing)?;
         let on_gpu = device == DeviceKind::Cuda;
         let edge = side / bundle.factor();
         let net = sizes.perceptual.and(bundle.perceptual_config()?);
@@ -206,14 +212,15 @@ impl Counts {
             side,
             drawing: frozen.drawing_bytes(),
             vae: frozen.vae_bytes(),
-            trainable: match sizes.learner {
-                Learner::Weights => frozen.drawing_bytes(),
+            trainable: match learner {
+                Learner::Weights => models.drawing_bytes(),
                 Learner::Embedding => 4 * models.text.model.width() as u64,
             },
-            moments: match sizes.learner {
+            moments: match learner {
                 Learner::Weights => models.moment_bytes(sizes.adamw_moments),
                 Learner::Embedding => sizes.adamw_moments.bytes(models.text.model.width()),
             },
+            rounded: if learner == Learner::Weights { frozen.rounded_bytes() } else { 0 },
             segmenter: if segmenter.is_some() { bundle.weight_bytes(Capability::Segmentation)? } else { 0 },
             perceptual: if net.is_some() { bundle.weight_bytes(Capability::PerceptualLoss)? } else { 0 },
             metrics,
@@ -262,10 +269,12 @@ impl Counts {
         needs.add("metrics' networks", Device, self.metrics, judged);
         // They wait in a file.
         let is_copy = scored && sizes.learner == Learner::Weights;
+        let computing: &[Phase] = if is_copy { &[Training] } else { &[Training, Drawing, Evaluating] };
+        needs.add("weights that are trained, in bf16", Device, self.rounded, computing);
         needs.add(
             "the best step's weights",
             Device,
-            if is_copy { self.trainable } else { 0 },
+            if is_copy { self.drawing } else { 0 },
             &[Drawing, Evaluating],
         );
         if self.metrics > 0 {
@@ -311,6 +320,8 @@ impl Counts {
             _ => self.plain_step.bytes,
         };
         let untrained = if sizes.learner == Learner::Weights { self.drawing } else { 0 };
+        // The copy in bf16, which is counted beside the weights, is not there while the untrained ones draw.
+        let untrained = untrained.saturating_sub(self.rounded);
         let drawing = self.trial.as_ref().map_or(0, |trial| untrained + trial.workspace_bytes);
         let left = self.metrics + 3 * sizes.n_photos as u64 * sizes.photo_pixels;
         if after.max(drawing) + left >= self.step.bytes {

@@ -17,6 +17,7 @@ use serde_json::json;
 
 use super::Result;
 use super::bundle::Bundle;
+use super::precision::Precision;
 use super::sample::{ImageRequest, SampleSettings};
 
 /// Hexadecimal digits of a hash by which programs of the field name a model.
@@ -45,6 +46,7 @@ impl Provenance {
     /// Of a picture that `bundle` drew, with fine-tuned weights or its own.
     ///
     /// * `own_latents`: whether it began with given noise instead of its seed's
+    /// * `precision`: what the models computed in, which is said if it is not f32
     ///
     /// An error is the bundle's, which is hashed unless it was before.
     pub fn new(
@@ -53,6 +55,7 @@ impl Provenance {
         bundle: &Bundle,
         finetune: Option<FineTune<'_>>,
         own_latents: bool,
+        precision: Precision,
     ) -> Result<Self> {
         let (name, bundle_sha256) = (bundle.manifest().name.as_str(), bundle.hash()?);
         let FineTune { weights_sha256, job } = finetune.unwrap_or_default();
@@ -72,7 +75,8 @@ impl Provenance {
             "scheduler": sampler.to_string(), "width": width, "height": height, "bundle": name,
             "bundle_sha256": bundle_sha256, "own_latents": own_latents, "hypnos": env!("CARGO_PKG_VERSION"),
         });
-        for (key, known) in [("weights_sha256", weights_sha256), ("job", job)] {
+        let rounded = (precision != Precision::F32).then(|| precision.name());
+        for (key, known) in [("weights_sha256", weights_sha256), ("job", job), ("precision", rounded)] {
             if let Some(value) = known {
                 all[key] = json!(value);
             }

@@ -16,6 +16,7 @@ use crate::finetuned::{self, EMBEDDING, TEXT_ENCODER, UNET};
 use crate::models::{clip::ClipText, unet::Unet};
 use crate::ops::{AdamW, AdamWConfig};
 use crate::param::Param;
+use crate::precision::Precision;
 use crate::product::Product;
 use crate::sample::{Models, Shared};
 use crate::tensorfile::{TensorFile, save_streaming};
@@ -24,6 +25,9 @@ use crate::{Error, Result};
 
 /// What `format` says in the metadata of a checkpoint.
 const FORMAT: &str = "hypnos checkpoint 2";
+
+/// Where in its metadata the precision is that it was begun in; none is f32.
+const PRECISION: &str = "precision";
 
 /// Where in a checkpoint the discriminator's tensors lie.
 const DISCRIMINATOR: &str = "discriminator";
@@ -302,11 +306,11 @@ impl State {
         self.params.iter().map(|(name, param)| (name.clone(), param.dims())).collect()
     }
 
-    /// The models as they are now, frozen: they draw without recording a graph and without a copy of the weights, and so
-    /// do not outlast the next step.
+    /// The models as they are now, frozen: they draw without recording a graph and without a copy of the f32 weights, and
+    /// so do not outlast the next step.
     pub fn frozen(&self, bundle: &Bundle, shared: &Shared) -> Result<Models> {
         let values = self.params.iter().map(|(name, param)| (name.clone(), param.value()));
-        self.models(&Weights::from_tensors(values.collect(), &shared.device), bundle, shared)
+        self.models(Weights::from_tensors(values.collect(), &shared.device), bundle, shared)
     }
 
     /// The models that are served, frozen, as [`State::frozen`] gives those of now.
@@ -319,10 +323,10 @@ impl State {
                 Weights::from_tensors(values.collect(), &shared.device)
             }
         };
-        self.models(&weights, bundle, shared)
+        self.models(weights, bundle, shared)
     }
 
-    fn models(&self, learned: &Weights, bundle: &Bundle, shared: &Shared) -> Result<Models> {
+    fn models(&self, learned: Weights, bundle: &Bundle, shared: &Shared) -> Result<Models> {
         // Beside an embedding that learns, everything is the bundle's.
         let base = || {
             let mut unet = self.unet.clone();
@@ -359,7 +363,11 @@ impl State {
 
     /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
     pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
-        let metadata = finetuned::metadata(FORMAT, bundle, &recipe.json());
+        let mut metadata = finetuned::metadata(FORMAT, bundle, &recipe.json());
+        let precision = self.unet.precision();
+        if precision != Precision::F32 {
+            metadata.insert(PRECISION.into(), precision.name().into());
+        }
         let learning = self.learning();
         let shapes = self.shapes(self.history.len(), self.trials.len(), self.best.is_some());
         save_streaming(path, &shapes, &metadata, DType::F32, |name| {
@@ -378,12 +386,19 @@ impl State {
         })
     }
 
-    /// Goes on from a file by [`State::save`]. [`Error::Input`] if it is of another bundle, another recipe or other
-    /// models; the state is then of no use.
+    /// Goes on from a file by [`State::save`]. [`Error::File`] if it is of another bundle, another recipe or other models,
+    /// or was begun in another precision; the state is then of no use.
     pub fn resume(&mut self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let file = TensorFile::open(path)?;
         let bad = |what: String| Error::file(path, what);
         finetuned::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
+        let (theirs, ours) = (file.metadata().get(PRECISION), self.unet.precision().name());
+        let theirs = theirs.map_or(Precision::F32.name(), String::as_str);
+        if theirs != ours {
+            let what =
+                format!("was begun in {theirs} and goes on in no other; this training computes in {ours}");
+            return Err(bad(what));
+        }
         let theirs = file.metadata().get("recipe").map_or("null", String::as_str);
         if let Some(what) = difference(theirs, &recipe.json()) {
             return Err(bad(format!("was made with other settings: {what}")));

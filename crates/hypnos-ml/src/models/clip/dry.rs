@@ -24,10 +24,12 @@ impl ClipText {
 
 impl Layer {
     fn dry(&self, x: &DryTensor) -> DryTensor {
-        let hidden = self.layer_norm1.dry(x);
+        let (stream, dtype) = (x.dtype(), self.precision.dtype());
+        let hidden = self.layer_norm1.dry(x).to_dtype(dtype);
         let (q, k, v) = (self.q_proj.dry(&hidden), self.k_proj.dry(&hidden), self.v_proj.dry(&hidden));
-        let x = x.plus(&self.out_proj.dry(&ops::attention(&q, &k, &v, self.n_heads)));
-        let hidden = self.fc1.dry(&self.layer_norm2.dry(&x));
-        x.plus(&self.fc2.dry(&ops::activate(&hidden)))
+        let attended = self.out_proj.dry(&ops::attention(&q, &k, &v, self.n_heads));
+        let x = x.plus(&attended.to_dtype(stream));
+        let hidden = self.fc1.dry(&self.layer_norm2.dry(&x).to_dtype(dtype));
+        x.plus(&self.fc2.dry(&ops::activate(&hidden)).to_dtype(stream))
     }
 }

@@ -1,7 +1,7 @@
 //! EfficientNet in a dry run, from its sizes alone: folding the norms into the convolutions of a network without weights
 //! would take the memory that is to be counted.
 
-use candle_core::Result;
+use candle_core::{DType, Result};
 
 use super::{Config, STAGES, STEM, Size, TAPS, WeightNames};
 use crate::dry_run::{DryTensor, sigmoid};
@@ -63,5 +63,5 @@ fn conv(x: &DryTensor, n_out: usize, kernel: usize, spec: Conv2dSpec) -> Result<
 }
 
 fn frozen(shape: &[usize]) -> Result<Param> {
-    Param::placeholder("", shape, false)
+    Param::placeholder("", shape, DType::F32, false)
 }

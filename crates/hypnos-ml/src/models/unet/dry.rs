@@ -19,8 +19,10 @@ struct Run {
 impl Unet {
     /// [`Unet::forward`] of latents `[B, c, h, w]` and text `[B, L, D]`.
     pub(crate) fn dry(&self, x: &DryTensor, text: &DryTensor) -> Result<DryTensor> {
-        let run = Run { time: self.time_dry(x), text: text.clone(), checkpointing: self.checkpointing };
-        let mut x = self.conv_in.dry(x)?;
+        let (given, dtype) = (x.dtype(), self.precision.dtype());
+        let text = if text.is_tracked() { text.clone() } else { text.to_dtype(dtype) };
+        let run = Run { time: self.time_dry(x).to_dtype(dtype), text, checkpointing: self.checkpointing };
+        let mut x = self.conv_in.dry(&x.to_dtype(dtype))?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
             x = block.dry(&x, &run, &mut skips)?;
@@ -29,7 +31,7 @@ impl Unet {
         for block in &self.up_blocks {
             x = block.dry(&x, &run, &mut skips)?;
         }
-        self.conv_out.dry(&self.conv_norm_out.dry(&x))
+        Ok(self.conv_out.dry(&self.conv_norm_out.dry(&x))?.to_dtype(given))
     }
 
     fn time_dry(&self, x: &DryTensor) -> DryTensor {
@@ -107,9 +109,10 @@ impl MidBlock {
 impl Transformer {
     fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
         let [h, w] = [2, 3].map(|axis| x.dims()[axis]);
+        let text = text.to_dtype(x.dtype());
         let mut tokens = self.proj_in.dry(&to_tokens_dry(&self.norm.dry(x)));
         for block in &self.transformer_blocks {
-            tokens = block.dry(&tokens, text);
+            tokens = block.dry(&tokens, &text);
         }
         x.plus(&to_picture_dry(&self.proj_out.dry(&tokens), h, w))
     }

@@ -10,20 +10,21 @@ use crate::ops::dry as ops;
 impl Vae {
     /// [`Vae::encode`] of pictures `[B, 3, H, W]`, up to both moments side by side.
     pub(crate) fn encode_dry(&self, pictures: &DryTensor) -> Result<DryTensor> {
-        let x = self.encoder.dry(pictures)?;
-        match &self.quant_conv {
-            Some(conv) => conv.dry(&x),
-            None => Ok(x),
-        }
+        let x = self.encoder.dry(&pictures.to_dtype(self.precision.dtype()))?;
+        let x = match &self.quant_conv {
+            Some(conv) => conv.dry(&x)?,
+            None => x,
+        };
+        Ok(x.to_dtype(pictures.dtype()))
     }
 
     /// [`Vae::decode_with`] of latents `[B, c, h, w]`.
     pub(crate) fn decode_dry(&self, latents: &DryTensor, checkpointing: bool) -> Result<DryTensor> {
-        let mut x = latents.affine();
+        let mut x = latents.affine().to_dtype(self.precision.dtype());
         if let Some(conv) = &self.post_quant_conv {
             x = conv.dry(&x)?;
         }
-        self.decoder.dry(&x, checkpointing)
+        Ok(self.decoder.dry(&x, checkpointing)?.to_dtype(latents.dtype()))
     }
 }
 
