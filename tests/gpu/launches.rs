@@ -11,6 +11,7 @@ use hypnos::ml::device::open;
 use hypnos::ml::models::unet::Unet;
 use hypnos::ml::models::vae::Vae;
 use hypnos::ml::ops::{self, AdamW, AdamWConfig};
+use hypnos::ml::precision::Precision;
 use hypnos::ml::weights::Weights;
 use serde_json::{Value, json};
 
@@ -18,16 +19,16 @@ use serde_json::{Value, json};
 type Pass = fn(&Device) -> Result<Box<dyn FnMut() -> Result<()>>>;
 
 const PASSES: [(&str, Pass); 7] = [
-    ("UNet forward, batch 2, 64 x 64 latents, f32", |device| unet(device, DType::F32, false)),
-    ("UNet forward, batch 2, 64 x 64 latents, bf16", |device| unet(device, DType::BF16, false)),
+    ("UNet forward, batch 2, 64 x 64 latents, f32", |device| unet(device, Precision::F32, false)),
+    ("UNet forward, batch 2, 64 x 64 latents, bf16", |device| unet(device, Precision::Bf16, false)),
     ("UNet forward, backward and AdamW, batch 2, 64 x 64 latents, f32", |device| {
-        unet(device, DType::F32, true)
+        unet(device, Precision::F32, true)
     }),
     ("UNet forward, backward and AdamW, batch 2, 64 x 64 latents, bf16", |device| {
-        unet(device, DType::BF16, true)
+        unet(device, Precision::Bf16, true)
     }),
-    ("VAE decoder forward, 512 x 512, f32", |device| vae_decode(device, DType::F32)),
-    ("VAE decoder forward, 512 x 512, bf16", |device| vae_decode(device, DType::BF16)),
+    ("VAE decoder forward, 512 x 512, f32", |device| vae_decode(device, Precision::F32)),
+    ("VAE decoder forward, 512 x 512, bf16", |device| vae_decode(device, Precision::Bf16)),
     (
         "attention forward, and backward to the queries, batch 2, 8 heads of 40, 4,096 x 77, bf16",
         attention_of_queries,
@@ -96,6 +97,7 @@ fn count(pass: Pass) -> Result<()> {
 /// Zeros of the shapes that `load` asks for.
 fn weights<M>(
     device: &Device,
+    precision: Precision,
     trainable: bool,
     load: impl Fn(&Weights) -> Result<M>,
 ) -> Result<(M, Weights)> {
@@ -105,7 +107,7 @@ fn weights<M>(
     for (name, param) in shapes.params() {
         tensors.insert(name, Tensor::zeros(param.value().dims(), DType::F32, device)?);
     }
-    let weights = Weights::from_tensors(tensors, device).trainable(trainable);
+    let weights = Weights::from_tensors(tensors, device).computing_in(precision).trainable(trainable);
     Ok((load(&weights)?, weights))
 }
 
@@ -113,11 +115,11 @@ fn config<T: serde::de::DeserializeOwned>(config: Value) -> T {
     serde_json::from_value(config).expect("a config")
 }
 
-fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut() -> Result<()>>> {
+fn unet(device: &Device, precision: Precision, training: bool) -> Result<Box<dyn FnMut() -> Result<()>>> {
     let of_sd15 = config(json!({"cross_attention_dim": 768}));
-    let (model, weights) = weights(device, training, |weights| Unet::load(weights, &of_sd15))?;
-    let x = Tensor::zeros((2, 4, 64, 64), dtype, device)?;
-    let text = Tensor::zeros((2, 77, 768), dtype, device)?;
+    let (model, weights) = weights(device, precision, training, |weights| Unet::load(weights, &of_sd15))?;
+    let x = Tensor::zeros((2, 4, 64, 64), DType::F32, device)?;
+    let text = Tensor::zeros((2, 77, 768), DType::F32, device)?;
     if !training {
         return Ok(Box::new(move || model.forward(&x, &[500.0; 2], &text).map(drop).map_err(Into::into)));
     }
@@ -131,13 +133,13 @@ fn unet(device: &Device, dtype: DType, training: bool) -> Result<Box<dyn FnMut()
     }))
 }
 
-fn vae_decode(device: &Device, dtype: DType) -> Result<Box<dyn FnMut() -> Result<()>>> {
+fn vae_decode(device: &Device, precision: Precision) -> Result<Box<dyn FnMut() -> Result<()>>> {
     let of_sd15 = config(json!({
         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
         "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
     }));
-    let (model, _) = weights(device, false, |weights| Vae::load(weights, &of_sd15))?;
-    let latents = Tensor::zeros((1, 4, 64, 64), dtype, device)?;
+    let (model, _) = weights(device, precision, false, |weights| Vae::load(weights, &of_sd15))?;
+    let latents = Tensor::zeros((1, 4, 64, 64), DType::F32, device)?;
     Ok(Box::new(move || model.decode(&latents).map(drop).map_err(Into::into)))
 }
 

@@ -17,6 +17,8 @@ mod provenance;
 mod device;
 #[path = "../it/engine.rs"]
 mod engine;
+#[path = "../it/loading.rs"]
+mod loading;
 #[path = "../it/method.rs"]
 mod method;
 #[path = "../it/metrics.rs"]
@@ -32,3 +34,4 @@ mod attention;
 mod cuda;
 mod launches;
 mod methods;
+mod precision;
