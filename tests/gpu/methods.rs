@@ -13,7 +13,12 @@ pub(crate) fn a_step_of_each_method(device: &str) {
         let f32 = Some(Precision::F32);
         let (ours, wanted) = (trained(&spec, device, f32), trained(&spec, "cpu", None));
         let (losses, wanted_losses) = (losses(&ours), losses(&wanted));
-        assert!(!losses.is_empty() && losses.len() == wanted_losses.len());
+        assert!(
+            !losses.is_empty() && losses.len() == wanted_losses.len(),
+            "{method}: {} losses, on the CPU {}",
+            losses.len(),
+            wanted_losses.len()
+        );
         for ((name, loss), (_, wanted)) in losses.iter().zip(&wanted_losses) {
             let off = (loss - wanted).abs() / wanted.abs().max(1e-3);
             assert!(off <= 1e-3, "{method}: {name} {loss}, on the CPU {wanted}");

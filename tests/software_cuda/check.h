@@ -98,17 +98,20 @@ inline void ran(const std::string& what, int status) {
 // What `call` writes to stderr.
 inline std::string said(const std::function<int()>& call, int& status) {
     fflush(stderr);
-    char name[] = "/tmp/software_cuda_XXXXXX";
-    const int file = mkstemp(name), before = dup(2);
-    unlink(name);
-    dup2(file, 2);
+    FILE* file = tmpfile();
+    if (!file) {
+        perror("a temporary file");
+        abort();
+    }
+    const int before = dup(2);
+    dup2(fileno(file), 2);
     status = call();
     fflush(stderr);
     dup2(before, 2);
     close(before);
     char text[4096];
-    const ssize_t n = pread(file, text, sizeof text, 0);
-    close(file);
+    const ssize_t n = pread(fileno(file), text, sizeof text, 0);
+    fclose(file);
     return std::string(text, n > 0 ? n : 0);
 }
 

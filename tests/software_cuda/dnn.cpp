@@ -44,13 +44,27 @@ int set(Tensor* tensor, int format, int type, int a, int b, int c, int d) {
     return SUCCESS;
 }
 
-// Whether x, w and y belong together.
-bool agree(const Tensor& x, const Tensor& w, const Tensor& y, const Convolution& conv) {
+std::string described(const Tensor& tensor) {
+    const int* d = tensor.dims;
+    char text[64];
+    snprintf(text, sizeof text, "%d x %d x %d x %d of type %d", d[0], d[1], d[2], d[3], tensor.type);
+    return text;
+}
+
+// Whether x, w and y belong together. Says so if not.
+bool agree(const char* what, const Tensor& x, const Tensor& w, const Tensor& y, const Convolution& conv) {
     bool same = x.type == w.type && w.type == y.type && x.dims[0] == y.dims[0] && w.dims[0] == y.dims[1] &&
                 w.dims[1] * conv.groups == x.dims[1] && w.dims[0] % conv.groups == 0;
     for (int d = 0; d < 2; ++d) {
         const int window = conv.dilation[d] * (w.dims[2 + d] - 1) + 1;
         same = same && (x.dims[2 + d] + 2 * conv.pad[d] - window) / conv.step[d] + 1 == y.dims[2 + d];
+    }
+    if (!same) {
+        fprintf(stderr,
+                "software CUDA: %s: x (%s), w (%s) and y (%s) do not agree with a padding of %d x %d, a stride of %d x "
+                "%d, a dilation of %d x %d and %d groups\n",
+                what, described(x).c_str(), described(w).c_str(), described(y).c_str(), conv.pad[0], conv.pad[1],
+                conv.step[0], conv.step[1], conv.dilation[0], conv.dilation[1], conv.groups);
     }
     return same;
 }
@@ -124,10 +138,7 @@ struct Scale {
 int ready(const char* what, const Tensor& a, const void* pa, const Tensor& b, const void* pb, const Tensor& to,
           void* pto, const Scale& scale, void* space, size_t bytes, size_t wanted, bool agreeing) {
     begin(what);
-    if (!agreeing) {
-        fprintf(stderr, "software CUDA: %s: the descriptors do not agree\n", what);
-        return BAD_PARAM;
-    }
+    if (!agreeing) return BAD_PARAM;
     if (bytes < wanted) {
         fprintf(stderr, "software CUDA: %s: %zu bytes of scratch memory, %zu are wanted\n", what, bytes, wanted);
         return BAD_PARAM;
@@ -173,17 +184,17 @@ int cudnnSetConvolutionGroupCount(Convolution* conv, int groups) { return conv->
 int cudnnGetConvolutionForwardWorkspaceSize(void*, Tensor* x, Tensor* w, Convolution* conv, Tensor* y, int algorithm,
                                             size_t* bytes) {
     *bytes = scratch(*x, algorithm);
-    return agree(*x, *w, *y, *conv) ? SUCCESS : BAD_PARAM;
+    return agree("cudnnGetConvolutionForwardWorkspaceSize", *x, *w, *y, *conv) ? SUCCESS : BAD_PARAM;
 }
 int cudnnGetConvolutionBackwardDataWorkspaceSize(void*, Tensor* w, Tensor* dy, Convolution* conv, Tensor* dx,
                                                  int algorithm, size_t* bytes) {
     *bytes = scratch(*dx, algorithm);
-    return agree(*dx, *w, *dy, *conv) ? SUCCESS : BAD_PARAM;
+    return agree("cudnnGetConvolutionBackwardDataWorkspaceSize", *dx, *w, *dy, *conv) ? SUCCESS : BAD_PARAM;
 }
 int cudnnGetConvolutionBackwardFilterWorkspaceSize(void*, Tensor* x, Tensor* dy, Convolution* conv, Tensor* dw,
                                                    int algorithm, size_t* bytes) {
     *bytes = scratch(*x, algorithm);
-    return agree(*x, *dw, *dy, *conv) ? SUCCESS : BAD_PARAM;
+    return agree("cudnnGetConvolutionBackwardFilterWorkspaceSize", *x, *dw, *dy, *conv) ? SUCCESS : BAD_PARAM;
 }
 
 int cudnnConvolutionForward(void*, const void* alpha, Tensor* x, const void* px, Tensor* w, const void* pw,
@@ -191,8 +202,9 @@ int cudnnConvolutionForward(void*, const void* alpha, Tensor* x, const void* px,
                             void* py) {
     Lock lock;
     const Scale scale(alpha, beta);
-    const int status = ready("cudnnConvolutionForward", *x, px, *w, pw, *y, py, scale, space, bytes,
-                             scratch(*x, algorithm), agree(*x, *w, *y, *conv));
+    const char* what = "cudnnConvolutionForward";
+    const int status = ready(what, *x, px, *w, pw, *y, py, scale, space, bytes, scratch(*x, algorithm),
+                             agree(what, *x, *w, *y, *conv));
     if (status != SUCCESS || recording()) return status;
     const Patches patches = {*x, *w, *y, *conv};
     const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
@@ -215,8 +227,9 @@ int cudnnConvolutionBackwardData(void*, const void* alpha, Tensor* w, const void
                                  Tensor* dx, void* pdx) {
     Lock lock;
     const Scale scale(alpha, beta);
-    const int status = ready("cudnnConvolutionBackwardData", *w, pw, *dy, pdy, *dx, pdx, scale, space, bytes,
-                             scratch(*dx, algorithm), agree(*dx, *w, *dy, *conv));
+    const char* what = "cudnnConvolutionBackwardData";
+    const int status = ready(what, *w, pw, *dy, pdy, *dx, pdx, scale, space, bytes, scratch(*dx, algorithm),
+                             agree(what, *dx, *w, *dy, *conv));
     if (status != SUCCESS || recording()) return status;
     const Patches patches = {*dx, *w, *dy, *conv};
     const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
@@ -242,8 +255,9 @@ int cudnnConvolutionBackwardFilter(void*, const void* alpha, Tensor* x, const vo
                                    Tensor* dw, void* pdw) {
     Lock lock;
     const Scale scale(alpha, beta);
-    const int status = ready("cudnnConvolutionBackwardFilter", *x, px, *dy, pdy, *dw, pdw, scale, space, bytes,
-                             scratch(*x, algorithm), agree(*x, *dw, *dy, *conv));
+    const char* what = "cudnnConvolutionBackwardFilter";
+    const int status = ready(what, *x, px, *dy, pdy, *dw, pdw, scale, space, bytes, scratch(*x, algorithm),
+                             agree(what, *x, *dw, *dy, *conv));
     if (status != SUCCESS || recording()) return status;
     const Patches patches = {*x, *dw, *dy, *conv};
     const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();

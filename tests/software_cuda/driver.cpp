@@ -311,13 +311,17 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
     begin(function.name);
     const uint64_t threads = (uint64_t)block_x * block_y * block_z;
     if (threads == 0 || threads > 1024 || !grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535) {
-        fprintf(stderr, "software CUDA: %s: a grid of %u x %u x %u blocks of %u x %u x %u threads\n",
+        fprintf(stderr, "software CUDA: %s: a grid of %u x %u x %u blocks of %u x %u x %u threads; wanted are 1 to 1024 threads, and "
+                "1 block or more each way, in y and z up to 65535\n",
                 function.name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z);
         return INVALID_VALUE;
     }
     if (shared_bytes > (unsigned)function.most_dynamic || function.module->shared_bytes + shared_bytes > MOST_SHARED) {
-        fprintf(stderr, "software CUDA: %s: %u bytes of shared memory are too many; it may ask for %d\n",
-                function.name.c_str(), shared_bytes, function.most_dynamic);
+        fprintf(stderr,
+                "software CUDA: %s: %u bytes of shared memory are too many: it may ask for %d, and with the %zu of its "
+                "own file there may be %u\n",
+                function.name.c_str(), shared_bytes, function.most_dynamic, function.module->shared_bytes,
+                MOST_SHARED);
         return INVALID_VALUE;
     }
     if (recording()) {
