@@ -45,26 +45,11 @@ bool type_of(int code, Type& type) {
     return code == R_32F || code == R_16BF;
 }
 
-} // namespace
-
-extern "C" {
-int cublasCreate_v2(void** handle) { return *handle = &handle_value, SUCCESS; }
-int cublasDestroy_v2(void*) { return SUCCESS; }
-int cublasSetStream_v2(void*, void*) { return SUCCESS; }
-int cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
-int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, SUCCESS; }
-int cublasSetPointerMode_v2(void*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
-int cublasSetMathMode(void*, int mode) {
-    // Factors are rounded to TF32 by the computing type alone, and parts of sums never to bf16.
-    return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS : NOT_SUPPORTED;
-}
-
-int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, const void* alpha_, const void* a,
-                               int type_a, int pitch_a, long long stride_a, const void* b, int type_b, int pitch_b,
-                               long long stride_b, const void* beta_, void* c, int type_c, int pitch_c,
-                               long long stride_c, int batch, int compute, int) {
+int product(const char* what, int op_a, int op_b, int m, int n, int k, const void* alpha_, const void* a, int type_a,
+            int pitch_a, long long stride_a, const void* b, int type_b, int pitch_b, long long stride_b,
+            const void* beta_, void* c, int type_c, int pitch_c, long long stride_c, int batch, int compute) {
     Lock lock;
-    begin("cublasGemmStridedBatchedEx");
+    begin(what);
     Type ta, tb, tc;
     const bool tf32 = compute == COMPUTE_32F_FAST_TF32;
     if ((compute != COMPUTE_32F && !tf32) || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) || ta != tb ||
@@ -115,10 +100,31 @@ int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, c
     return SUCCESS;
 }
 
-int cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a,
+} // namespace
+
+extern "C" {
+int cublasCreate_v2(void** handle) { return *handle = &handle_value, SUCCESS; }
+int cublasDestroy_v2(void*) { return SUCCESS; }
+int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+int cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
+int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, SUCCESS; }
+int cublasSetPointerMode_v2(void*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
+int cublasSetMathMode(void*, int mode) {
+    // Factors are rounded to TF32 by the computing type alone, and parts of sums never to bf16.
+    return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS : NOT_SUPPORTED;
+}
+
+int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
+                               int type_a, int pitch_a, long long stride_a, const void* b, int type_b, int pitch_b,
+                               long long stride_b, const void* beta, void* c, int type_c, int pitch_c,
+                               long long stride_c, int batch, int compute, int) {
+    return product("cublasGemmStridedBatchedEx", op_a, op_b, m, n, k, alpha, a, type_a, pitch_a, stride_a, b, type_b,
+                   pitch_b, stride_b, beta, c, type_c, pitch_c, stride_c, batch, compute);
+}
+int cublasGemmEx(void*, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a,
                  int pitch_a, const void* b, int type_b, int pitch_b, const void* beta, void* c, int type_c,
-                 int pitch_c, int compute, int algorithm) {
-    return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, type_a, pitch_a, 0, b, type_b, pitch_b, 0,
-                                      beta, c, type_c, pitch_c, 0, 1, compute, algorithm);
+                 int pitch_c, int compute, int) {
+    return product("cublasGemmEx", op_a, op_b, m, n, k, alpha, a, type_a, pitch_a, 0, b, type_b, pitch_b, 0, beta, c,
+                   type_c, pitch_c, 0, 1, compute);
 }
 }

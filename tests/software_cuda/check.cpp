@@ -11,6 +11,8 @@ extern "C" {
 int cublasGemmStridedBatchedEx(void*, int, int, int, int, int, const void*, const void*, int, int, long long,
                                const void*, int, int, long long, const void*, void*, int, int, long long, int, int,
                                int);
+int cublasGemmEx(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
+                 const void*, void*, int, int, int, int);
 int cudnnCreateTensorDescriptor(void**);
 int cudnnCreateFilterDescriptor(void**);
 int cudnnCreateConvolutionDescriptor(void**);
@@ -358,6 +360,11 @@ void planted() {
         return kernel("freed", 1, 32, gone, y);
     });
     found("a product with a wrong stride", "which end too soon", [&] { return product(x, x, y, 4, 4, 16, 5); });
+    found("a single product with a wrong stride", "cublasGemmEx: reads", [&] {
+        const float one = 1, zero = 0;
+        const auto at = [](const Buffer& buffer) { return (void*)buffer.address; };
+        return cublasGemmEx(nullptr, 0, 0, 4, 4, 16, &one, at(x), 0, 5, at(x), 0, 16, &zero, at(y), 0, 4, 68, 0);
+    });
     found("a product of unwritten numbers", "were never written",
           [&] { return product(Buffer(64), x, y, 4, 4, 16, 4); });
     dynamic_bytes = 64 * sizeof(float);
