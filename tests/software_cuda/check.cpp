@@ -247,16 +247,26 @@ void depthwise(const Place& place) {
     adjoint(place.module("depthwise"), dot(out, dy), dot(dx, x), dot(dw, w), place);
 }
 
+// cuDNN's descriptors of a convolution with WINDOW.
+struct Descriptors {
+    void *x, *y, *w, *conv;
+
+    Descriptors(Type of, int batch, int channels, int outs) {
+        const Window s = WINDOW;
+        const int type = of == Type::F32 ? 0 : 9;
+        cudnnCreateTensorDescriptor(&x), cudnnCreateTensorDescriptor(&y), cudnnCreateFilterDescriptor(&w);
+        cudnnCreateConvolutionDescriptor(&conv);
+        cudnnSetTensor4dDescriptor(x, 0, type, batch, channels, s.h, s.w);
+        cudnnSetTensor4dDescriptor(y, 0, type, batch, outs, s.out_h, s.out_w);
+        cudnnSetFilter4dDescriptor(w, type, 0, outs, channels, s.k_h, s.k_w);
+        cudnnSetConvolution2dDescriptor(conv, s.pad_top, s.pad_left, s.stride, s.stride, s.dilation, s.dilation, 1, 0);
+    }
+};
+
 void convolution(const Place& place) {
-    const int batch = 2, channels = 3, outs = 4, type = place.type == Type::F32 ? 0 : 9, algorithm = 1;
+    const int batch = 2, channels = 3, outs = 4, algorithm = 1;
     const Window s = WINDOW;
-    void *tx, *ty, *tw, *conv;
-    cudnnCreateTensorDescriptor(&tx), cudnnCreateTensorDescriptor(&ty), cudnnCreateFilterDescriptor(&tw);
-    cudnnCreateConvolutionDescriptor(&conv);
-    cudnnSetTensor4dDescriptor(tx, 0, type, batch, channels, s.h, s.w);
-    cudnnSetTensor4dDescriptor(ty, 0, type, batch, outs, s.out_h, s.out_w);
-    cudnnSetFilter4dDescriptor(tw, type, 0, outs, channels, 3, 3);
-    cudnnSetConvolution2dDescriptor(conv, 1, 1, 2, 2, 1, 1, 1, 0);
+    const auto [tx, ty, tw, conv] = Descriptors(place.type, batch, channels, outs);
     size_t bytes;
     ran("workspace", cudnnGetConvolutionForwardWorkspaceSize(nullptr, tx, tw, conv, ty, algorithm, &bytes));
     const Numbers x = held(drawn(batch * channels * 42, 21), place.type),
@@ -318,6 +328,16 @@ void barrierless() {
     kernel("group_norm_parts", rows * parts, 64, x, sums, others, cols, parts);
     kernel("plane_sum", rows, 64, x, sums, cols);
     kernel("column_sum", 2, 256, x, y, rows, size, rows);
+    // One parameter of 256 elements. A moment is 256 bytes, any of which are valid codes, and a scale.
+    const int n = 256, chunk[] = {0, 0};
+    const float one = 1;
+    const Buffer values(drawn(512, 24)), value(drawn(n, 25)), grad(drawn(n, 26)), scales(Numbers(2, one)),
+        mean(drawn(n / 4, 27)), variance(drawn(n / 4, 28)), slots(14), chunks(2);
+    const uint64_t slot[] = {value.address,      mean.address, variance.address, scales.address,
+                             scales.address + 4, grad.address, uint64_t(n)};
+    cuMemcpyHtoD_v2(slots.address, slot, sizeof slot);
+    cuMemcpyHtoD_v2(chunks.address, chunk, sizeof chunk);
+    kernel("adamw_8bit", 1, 64, slots, chunks, values, one, one, one, one, one, eps, one);
 }
 
 void planted() {
@@ -359,6 +379,8 @@ void planted() {
         cuMemFree_v2(gone);
         return kernel("freed", 1, 32, gone, y);
     });
+    found("unwritten memory", "which were never written, at planted.cu:",
+          [&] { return kernel("freed", 1, 32, Buffer(64), y); });
     found("a product with a wrong stride", "which end too soon", [&] { return product(x, x, y, 4, 4, 16, 5); });
     found("a single product with a wrong stride", "cublasGemmEx: reads", [&] {
         const float one = 1, zero = 0;
@@ -367,6 +389,17 @@ void planted() {
     });
     found("a product of unwritten numbers", "were never written",
           [&] { return product(Buffer(64), x, y, 4, 4, 16, 4); });
+    const Descriptors shapes(Type::F32, 1, 1, 1);
+    const Buffer image(Numbers(42, 1.0f)), weight(Numbers(9, 1.0f)), result(12);
+    const auto convolve = [&](const Buffer& from, const Buffer& to) {
+        const float one = 1, zero = 0;
+        return cudnnConvolutionForward(nullptr, &one, shapes.x, from.address, shapes.w, weight.address, shapes.conv, 0,
+                                       0, 0, &zero, shapes.y, to.address);
+    };
+    ran("a convolution within its operands", convolve(image, result));
+    found("a convolution with too short an input", "which end too soon",
+          [&] { return convolve(Buffer(Numbers(41, 1.0f)), result); });
+    found("a convolution with too short an output", "which end too soon", [&] { return convolve(image, Buffer(11)); });
     dynamic_bytes = 64 * sizeof(float);
     const int one_more = 65;
     ran("memory of the launch's size", kernel("dynamic_overrun", 1, 32, x, y, n));
