@@ -352,6 +352,10 @@ void planted() {
     found("a race in a warp", "without a barrier in between",
           [&] { return kernel("race_in_a_warp", 1, 32, x, y, no); });
     ran("a warp with its barrier", kernel("race_in_a_warp", 1, 32, x, y, yes));
+    // Several times, each time in another order of the threads: it must be found in all.
+    for (int time = 0; time < 8; ++time) {
+        found("a race of warps", "without a barrier in between", [&] { return kernel("race_of_warps", 1, 64, x, y); });
+    }
     found("a race of blocks", "without a barrier in between", [&] { return kernel("race_of_blocks", 8, 32, x, x); });
     found("a race of rounds", "without a barrier in between",
           [&] { return kernel("race_of_rounds", 1, 64, y, rounds, no); });

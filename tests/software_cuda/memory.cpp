@@ -140,8 +140,17 @@ bool ordered(Record r, bool is_shared) {
     return clock_of(r) < ordered_before[within / 32];
 }
 
-bool in_my_block(Record r) { return thread_of(r) - self.first < block_threads; }
+// The warp of the running thread's block that made the record, or NO_WARP if another block did.
+constexpr uint32_t NO_WARP = ~0u;
+uint32_t warp_of(Record r) {
+    const uint32_t within = thread_of(r) - self.first;
+    return within < block_threads ? within / 32 : NO_WARP;
+}
 
+// Keeps the running thread as a reader of the cell, in place of one that read before it. If there is none, two of the
+// three readers are kept: of different blocks if possible, else of different warps. That is enough: __syncthreads
+// orders a later write only after the readers of its own block, and __syncwarp only after those of its own warp, so a
+// write that is not ordered after all readers is not ordered after one of these two.
 void remember_reader(Cell& cell, Record me, bool is_shared) {
     for (Record& reader : cell.read) {
         if (ordered(reader, is_shared)) {
@@ -149,9 +158,8 @@ void remember_reader(Cell& cell, Record me, bool is_shared) {
             return;
         }
     }
-    // Two readers that are not ordered are enough to find any write, if they are of two blocks where readers are.
-    if (in_my_block(cell.read[0]) != in_my_block(cell.read[1])) return;
-    cell.read[1] = me;
+    // If these are equal, both kept readers are of one warp, or both of other blocks than the running thread.
+    if (warp_of(cell.read[0]) == warp_of(cell.read[1])) cell.read[1] = me;
 }
 
 template <Access A> void note(Cell& cell, const Shared* shared, uint64_t offset, size_t bytes, const void* pc) {

@@ -20,6 +20,16 @@ extern "C" __global__ void race_in_a_warp(const float* x, float* y, int with_bar
     y[threadIdx.x] = values[31 - threadIdx.x];
 }
 
+// Thread 0 waits for the readers of its own warp, but not for those of the other one.
+extern "C" __global__ void race_of_warps(const float* x, float* y) {
+    __shared__ float value;
+    if (threadIdx.x == 0) value = x[0];
+    __syncthreads();
+    y[threadIdx.x] = value;
+    __syncwarp();
+    if (threadIdx.x == 0) value = x[1];
+}
+
 // Two blocks add to one place.
 extern "C" __global__ void race_of_blocks(const float* x, float* sum) {
     if (threadIdx.x == 0) sum[0] += x[blockIdx.x];
