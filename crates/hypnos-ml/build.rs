@@ -81,7 +81,8 @@ fn compile(nvcc: &Path, arch: &str, real: &str, source: &Path, ptx: &Path) -> Re
     Err(format!("{} could not compile {}:\n{said}", nvcc.display(), source.display()))
 }
 
-/// Puts a comment with the module's name before its text, for which `tests/software_cuda` finds the kernels' twins.
+/// Writes the module's name into the first line of its PTX, as a comment. The driver of `tests/software_cuda`, which
+/// cannot run PTX, reads it and loads the same kernels compiled for the CPU.
 fn title(ptx: &Path, name: &str) -> Result<(), String> {
     let text = fs::read_to_string(ptx).map_err(|e| format!("{}: {e}", ptx.display()))?;
     fs::write(ptx, format!("// hypnos {name}\n{text}")).map_err(|e| format!("{}: {e}", ptx.display()))

@@ -1,8 +1,8 @@
-//! The tests of the GPU, and of the software device in its place: a binary of its own with what they need of `it`, which
-//! takes minutes to compile once more with CUDA.
+//! The tests that need a GPU or, in its place, the software device of tests/software_cuda. They are a test program of
+//! their own, with only those files of tests/it that they use: compiling all of `it` with CUDA as well takes minutes.
 
 #![allow(clippy::unwrap_used)] // a test fails where it unwraps nothing
-#![allow(dead_code)] // what serves the tests of `it` alone
+#![allow(dead_code)] // what only other tests of `it` use
 
 #[path = "../it/bundles.rs"]
 mod bundles;

@@ -1,5 +1,7 @@
-// Checks the software device: our kernels against plain loops in double, in f32 and bf16, and that every mistake that
-// is planted is found, by the words it is reported in. Exits with 1 if anything is amiss.
+// Tests the software device. Our kernels, matrix products and convolutions must compute what plain loops in double do,
+// in f32 and bf16, and gradients of convolutions must fit what the forward pass computes. Kernels and calls with a
+// mistake made on purpose (planted.cu, barrierless.cu) must fail, and what they write to stderr must contain the words
+// given here. Exits with 1 if any of this does not hold.
 #include "check.h"
 
 #include <cmath>
@@ -294,7 +296,8 @@ void convolution(const Place& place) {
     adjoint(place.module("convolution"), dot(out, dy), dot(dx, x), dot(dw, w), place);
 }
 
-// A matrix product whose second row length is that of a longer matrix, as of one head among several.
+// c = a b, all stored by columns. The columns of `a` begin `pitch_a` elements apart: with pitch_a > m it is part of a
+// larger matrix, as one head of an attention is.
 int product(const Buffer& a, const Buffer& b, const Buffer& c, int m, int n, int k, int pitch_a) {
     const float one = 1, zero = 0;
     const int type = a.type == Type::F32 ? 0 : 14;

@@ -1,9 +1,10 @@
 // The driver: libcuda.so.1 with one GPU of compute capability 8.0. All is done at once, in the order of the calls, so
-// streams and events are but handles. What is not here answers CUDA_ERROR_NOT_SUPPORTED and says so (the build writes
-// those from the list of names that cudarc binds).
+// streams and events are but handles. A function that is missing here answers CUDA_ERROR_NOT_SUPPORTED and says so: the
+// build adds those, from the names that cudarc binds.
 //
-// A kernel is run by its host twin: a module's text is only read for its name, which our build script writes into the
-// first line, or else for its kernels' names; kernels_NAME.so beside this library has the twins.
+// The text of a module (PTX) is not run, only its first line is read: our build script writes the module's name there.
+// kernels_NAME.so beside this library has the same kernels, compiled for the CPU. A text without a name is candle's:
+// for all of those there is one kernels_candle.so, with kernels of our own under the names of candle's (candle.cu).
 #include "device.h"
 #include "runtime.h"
 

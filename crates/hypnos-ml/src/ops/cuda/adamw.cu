@@ -88,8 +88,9 @@ __device__ inline int nearest(float x, const float* values) {
     return code;
 }
 
-// The same step for moments in 8 bits; each is the step of the new moments before they are rounded. `values` are those
-// of the codes: 256 of both signs, then 256 that are not negative. One block per chunk, one warp per block of elements.
+// The step of `adamw` with moments in 8 bits. A weight moves by its new moments as they are before they are rounded to
+// codes. `values` has the values of the codes: 256 of both signs for the first moment, then 256 that are not negative
+// for the second. One block of threads per chunk; each of its warps takes one block of 256 elements at a time.
 extern "C" __global__ void adamw_8bit(const Slot8* slots, const Chunk* chunks, const float* values, float clip,
                                       float beta1, float beta2, float rate, float correction, float eps, float keep) {
     __shared__ float both[512];
