@@ -40,6 +40,11 @@ struct Matrix {
     }
 };
 
+int unsupported(const char* what, int mode, const char* wanted) {
+    fprintf(stderr, "software CUDA: %s: mode %d; wanted is %s\n", what, mode, wanted);
+    return NOT_SUPPORTED;
+}
+
 bool type_of(int code, Type& type) {
     type = code == R_32F ? Type::F32 : Type::BF16;
     return code == R_32F || code == R_16BF;
@@ -52,17 +57,21 @@ int product(const char* what, int op_a, int op_b, int m, int n, int k, const voi
     begin(what);
     Type ta, tb, tc;
     const bool tf32 = compute == COMPUTE_32F_FAST_TF32;
-    if ((compute != COMPUTE_32F && !tf32) || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) || ta != tb ||
-        (ta == Type::F32 && tc != Type::F32) || (tf32 && ta != Type::F32) || op_a > OP_T || op_b > OP_T) {
+    if ((compute != COMPUTE_32F && !tf32) || !type_of(type_a, ta) || !type_of(type_b, tb) || !type_of(type_c, tc) ||
+        ta != tb || (ta == Type::F32 && tc != Type::F32) || (tf32 && ta != Type::F32) || op_a > OP_T || op_b > OP_T) {
         fprintf(stderr,
-                "software CUDA: %s: types %d, %d and %d, computing type %d, operations %d and %d are not supported\n",
-                running().c_str(), type_a, type_b, type_c, compute, op_a, op_b);
+                "software CUDA: %s: types %d, %d and %d, computing type %d, operations %d and %d; wanted are f32 (%d) "
+                "or bf16 (%d), a and b alike and c f32 if they are, computing type %d, or %d for f32, operations %d or %d\n",
+                running().c_str(), type_a, type_b, type_c, compute, op_a, op_b, R_32F, R_16BF, COMPUTE_32F,
+                COMPUTE_32F_FAST_TF32, OP_N, OP_T);
         return NOT_SUPPORTED;
     }
-    if (m < 0 || n < 0 || k < 0 || batch < 0 || pitch_a < std::max(1, op_a ? k : m) ||
-        pitch_b < std::max(1, op_b ? n : k) || pitch_c < std::max(1, m)) {
-        fprintf(stderr, "software CUDA: %s: m %d, n %d, k %d with pitches %d, %d and %d do not agree\n",
-                running().c_str(), m, n, k, pitch_a, pitch_b, pitch_c);
+    const int least_a = std::max(1, op_a ? k : m), least_b = std::max(1, op_b ? n : k), least_c = std::max(1, m);
+    if (m < 0 || n < 0 || k < 0 || batch < 0 || pitch_a < least_a || pitch_b < least_b || pitch_c < least_c) {
+        fprintf(stderr,
+                "software CUDA: %s: m %d, n %d, k %d, %d products, pitches %d, %d and %d; wanted are no negative "
+                "numbers and pitches of at least %d, %d and %d\n",
+                running().c_str(), m, n, k, batch, pitch_a, pitch_b, pitch_c, least_a, least_b, least_c);
         return INVALID_VALUE;
     }
     const float alpha = *(const float*)alpha_, beta = *(const float*)beta_;
@@ -71,7 +80,8 @@ int product(const char* what, int op_a, int op_b, int m, int n, int k, const voi
     const Matrix mb = {(const char*)b, tb, sk, sn, size_t(pitch_b), size_t(stride_b), op_b == OP_T};
     const Matrix mc = {(const char*)c, tc, sm, sn, size_t(pitch_c), size_t(stride_c), false};
     if (batch > 1 && stride_c == 0) {
-        fprintf(stderr, "software CUDA: %s: %d products would be written to one place\n", running().c_str(), batch);
+        fprintf(stderr, "software CUDA: %s: %d products would be written to one place; wanted is a stride of c\n",
+                running().c_str(), batch);
         return INVALID_VALUE;
     }
     if (!ma.check(batch, READ) || !mb.check(batch, READ) || (beta != 0 && !mc.check(batch, READ)) ||
@@ -108,10 +118,13 @@ int cublasDestroy_v2(void*) { return SUCCESS; }
 int cublasSetStream_v2(void*, void*) { return SUCCESS; }
 int cublasSetWorkspace_v2(void*, void*, size_t) { return SUCCESS; }
 int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, SUCCESS; }
-int cublasSetPointerMode_v2(void*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
+int cublasSetPointerMode_v2(void*, int mode) {
+    return mode == 0 ? SUCCESS : unsupported("cublasSetPointerMode", mode, "0, factors on the host");
+}
 int cublasSetMathMode(void*, int mode) {
     // Factors are rounded to TF32 by the computing type alone, and parts of sums never to bf16.
-    return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS : NOT_SUPPORTED;
+    return mode == 0 || mode == DISALLOW_REDUCED_PRECISION ? SUCCESS
+                                                           : unsupported("cublasSetMathMode", mode, "0 or 16");
 }
 
 int cublasGemmStridedBatchedEx(void*, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,

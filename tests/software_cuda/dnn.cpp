@@ -31,15 +31,19 @@ struct Convolution {
 
 int handle_value;
 
-int unsupported(const char* what, int value) {
-    fprintf(stderr, "software CUDA: %s: %s %d is not supported\n", running().c_str(), what, value);
+int unsupported(const char* what, int value, const char* wanted) {
+    fprintf(stderr, "software CUDA: cuDNN: %s %d; wanted is %s\n", what, value, wanted);
     return NOT_SUPPORTED;
 }
 
 int set(Tensor* tensor, int format, int type, int a, int b, int c, int d) {
-    if (format != NCHW) return unsupported("cuDNN: tensor format", format);
-    if (type != FLOAT && type != BFLOAT16) return unsupported("cuDNN: data type", type);
-    if (a < 1 || b < 1 || c < 1 || d < 1) return BAD_PARAM;
+    if (format != NCHW) return unsupported("tensor format", format, "0 (NCHW)");
+    if (type != FLOAT && type != BFLOAT16) return unsupported("data type", type, "0 (f32) or 9 (bf16)");
+    if (a < 1 || b < 1 || c < 1 || d < 1) {
+        fprintf(stderr, "software CUDA: cuDNN: a tensor of %d x %d x %d x %d; wanted are sizes of at least 1\n", a, b,
+                c, d);
+        return BAD_PARAM;
+    }
     *tensor = {type, {a, b, c, d}};
     return SUCCESS;
 }
@@ -170,13 +174,13 @@ int cudnnSetFilter4dDescriptor(Tensor* filter, int type, int format, int k, int 
 }
 int cudnnSetConvolution2dDescriptor(Convolution* conv, int pad_h, int pad_w, int step_h, int step_w, int dilation_h,
                                     int dilation_w, int mode, int type) {
-    if (mode != CROSS_CORRELATION) return unsupported("cuDNN: mode", mode);
-    if (type != FLOAT) return unsupported("cuDNN: computing type", type);
+    if (mode != CROSS_CORRELATION) return unsupported("convolution mode", mode, "1 (cross-correlation)");
+    if (type != FLOAT) return unsupported("computing type", type, "0 (f32)");
     *conv = {{pad_h, pad_w}, {step_h, step_w}, {dilation_h, dilation_w}};
     return SUCCESS;
 }
 int cudnnSetConvolutionMathType(Convolution* conv, int math) {
-    if (math != TENSOR_OP_MATH && math != FMA_MATH) return unsupported("cuDNN: math type", math);
+    if (math != TENSOR_OP_MATH && math != FMA_MATH) return unsupported("math type", math, "1 (tensor cores) or 3 (FMA)");
     return conv->math = math, SUCCESS;
 }
 int cudnnSetConvolutionGroupCount(Convolution* conv, int groups) { return conv->groups = groups, SUCCESS; }

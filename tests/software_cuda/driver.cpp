@@ -169,7 +169,8 @@ int cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
     case 97: *value = MOST_SHARED; break; // shared memory per block, on demand
     case 115: *value = 1; break;          // memory pools
     default:
-        fprintf(stderr, "software CUDA: cuDeviceGetAttribute: attribute %d is not known\n", attribute);
+        fprintf(stderr, "software CUDA: cuDeviceGetAttribute: attribute %d; wanted is one that driver.cpp has\n",
+                attribute);
         return NOT_SUPPORTED;
     }
     return SUCCESS;
@@ -223,7 +224,9 @@ int cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
 int cuMemAllocAsync(CUdeviceptr* address, size_t bytes, void*) { return cuMemAlloc_v2(address, bytes); }
 int cuMemFree_v2(CUdeviceptr address) {
     Lock lock;
-    return release((void*)address) ? SUCCESS : INVALID_VALUE;
+    if (release((void*)address)) return SUCCESS;
+    fprintf(stderr, "software CUDA: cuMemFree: %#lx; wanted is the start of an allocation\n", address);
+    return INVALID_VALUE;
 }
 int cuMemFreeAsync(CUdeviceptr address, void*) { return cuMemFree_v2(address); }
 
@@ -300,7 +303,13 @@ int cuModuleGetFunction(void** function, void* handle, const char* name) {
 int cuFuncSetAttribute(void* handle, int attribute, int value) {
     Function& function = *(Function*)handle;
     if (attribute == 9) return SUCCESS; // the preferred carveout
-    if (attribute != 8 || value < 0 || value > (int)MOST_SHARED) return INVALID_VALUE;
+    if (attribute != 8 || value < 0 || value > (int)MOST_SHARED) {
+        fprintf(stderr,
+                "software CUDA: cuFuncSetAttribute: %s: attribute %d of value %d; wanted is 8, bytes of shared memory "
+                "that a launch may ask for, of at most %u\n",
+                function.name.c_str(), attribute, value, MOST_SHARED);
+        return INVALID_VALUE;
+    }
     function.most_dynamic = value;
     return SUCCESS;
 }
@@ -312,8 +321,9 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
     begin(function.name);
     const uint64_t threads = (uint64_t)block_x * block_y * block_z;
     if (threads == 0 || threads > 1024 || !grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535) {
-        fprintf(stderr, "software CUDA: %s: a grid of %u x %u x %u blocks of %u x %u x %u threads; wanted are 1 to 1024 threads, and "
-                "1 block or more each way, in y and z up to 65535\n",
+        fprintf(stderr,
+                "software CUDA: %s: a grid of %u x %u x %u blocks of %u x %u x %u threads; wanted are 1 to 1024 "
+                "threads, and 1 block or more each way, in y and z up to 65535\n",
                 function.name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z);
         return INVALID_VALUE;
     }
