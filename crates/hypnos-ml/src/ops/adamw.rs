@@ -34,11 +34,10 @@ impl MomentFormat {
 
     /// Bytes of both moments of a weight with so many elements.
     pub fn bytes(self, n_elements: usize) -> u64 {
-        match self {
-            Self::Bits8 if n_elements >= ELEMENTS_MIN => {
-                2 * (n_elements + 4 * n_elements.div_ceil(BLOCK)) as u64
-            }
-            _ => 8 * n_elements as u64,
+        if is_in_8_bits(self, n_elements) {
+            2 * (n_elements + 4 * n_elements.div_ceil(BLOCK)) as u64
+        } else {
+            8 * n_elements as u64
         }
     }
 }
