@@ -55,18 +55,29 @@ fn stable_diffusion_launches_what_the_table_says() {
         std::fs::write(path, &table).expect("a table");
     }
     let wanted = std::fs::read_to_string(path).unwrap_or_default();
-    let changed: Vec<String> = changes(&wanted, &table);
     let how = "if that is meant, run this with HYPNOS_UPDATE_LAUNCHES=1";
-    assert!(changed.is_empty(), "launches.tsv differs; {how}:\n{}", changed.join("\n"));
+    assert!(wanted == table, "launches.tsv differs; {how}:\n{}", changes(&wanted, &table));
 }
 
-/// The lines that only one of the two has.
-fn changes(wanted: &str, table: &str) -> Vec<String> {
-    let only = |sign: &str, these: &str, others: &str| -> Vec<String> {
-        let others: Vec<&str> = others.lines().collect();
-        these.lines().filter(|line| !others.contains(line)).map(|line| format!("{sign} {line}")).collect()
-    };
-    [only("-", wanted, table), only("+", table, wanted)].concat()
+/// By pass, the lines that only one of the two tables has: `-` those of the file, `+` those that were counted.
+fn changes(wanted: &str, table: &str) -> String {
+    let mut changes = Vec::new();
+    for (pass, _) in PASSES {
+        let [old, new] = [wanted, table].map(|table| section(table, pass));
+        let gone = old.iter().filter(|line| !new.contains(line)).map(|line| format!("- {line}"));
+        let came = new.iter().filter(|line| !old.contains(line)).map(|line| format!("+ {line}"));
+        let lines: Vec<String> = gone.chain(came).collect();
+        if !lines.is_empty() {
+            changes.push(format!("# {pass}\n{}", lines.join("\n")));
+        }
+    }
+    changes.join("\n")
+}
+
+/// The lines of a pass in a table.
+fn section<'a>(table: &'a str, pass: &str) -> Vec<&'a str> {
+    let (_, rest) = table.split_once(&format!("# {pass}\n")).unwrap_or_default();
+    rest.lines().take_while(|line| !line.is_empty()).collect()
 }
 
 /// What a process of its own counts.
