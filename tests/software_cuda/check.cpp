@@ -379,6 +379,10 @@ void planted() {
     found("two barriers at once", "wait at the barriers of lines",
           [&] { return kernel("barrier_for_some", 1, 64, y); });
     found("a shuffle without some", "of which only 0xffff come", [&] { return kernel("shuffle_for_some", 1, 32, y); });
+    found("a shuffle with two masks", "while others wait with mask",
+          [&] { return kernel("shuffle_with_two_masks", 1, 32, y); });
+    found("a shuffle in two places", "while others wait with mask",
+          [&] { return kernel("shuffle_in_two_places", 1, 32, y); });
     found("a misaligned read", "not a multiple of 8", [&] { return kernel("misaligned", 1, 1, x, y); });
     found("freed memory", "which are not allocated", [&] {
         uint64_t gone;

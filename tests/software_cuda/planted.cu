@@ -85,6 +85,19 @@ extern "C" __global__ void shuffle_for_some(float* y) {
     if (threadIdx.x % 32 < 16) y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
 }
 
+extern "C" __global__ void shuffle_with_two_masks(float* y) {
+    const unsigned mask = threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u;
+    y[threadIdx.x] = __shfl_xor_sync(mask, 1.0f, 1);
+}
+
+extern "C" __global__ void shuffle_in_two_places(float* y) {
+    if (threadIdx.x < 16) {
+        y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+    } else {
+        y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 2.0f, 1);
+    }
+}
+
 extern "C" __global__ void misaligned(const float* x, double* y) { y[0] = *(const double*)(x + 1); }
 
 extern "C" __global__ void freed(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
