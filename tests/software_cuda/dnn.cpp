@@ -1,6 +1,6 @@
 // cuDNN as we call it: two-dimensional convolutions of f32 or bf16 in NCHW, forward and both ways back, with sums in
-// f32. They are products with unfolded patches; TENSOR_OP_MATH rounds f32 factors to TF32. The algorithms we name ask for scratch memory as the real ones may, and
-// every byte of it is written.
+// f32. They are products with unfolded patches; TENSOR_OP_MATH rounds f32 factors to TF32. The algorithms we name ask
+// for scratch memory as the real ones may, and every byte of it is written.
 #include "numbers.h"
 #include "runtime.h"
 
