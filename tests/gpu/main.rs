@@ -17,8 +17,6 @@ mod provenance;
 mod device;
 #[path = "../it/engine.rs"]
 mod engine;
-#[path = "../it/loading.rs"]
-mod loading;
 #[path = "../it/method.rs"]
 mod method;
 #[path = "../it/metrics.rs"]
