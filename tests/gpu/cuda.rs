@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use hypnos::ml::device::open;
 
 use crate::golden::Place;
-use crate::{attention, method, methods, metrics, models, ops, train};
+use crate::{attention, fused, method, methods, metrics, models, ops, train};
 
 /// In bf16 PyTorch is off by up to 6e-3 for outputs and 1.1e-2 for gradients over the same cases.
 const OPERATION_BF16: (f64, f64) = (1e-2, 2e-2);
@@ -71,6 +71,18 @@ fn operations_on_the_gpu_agree_with_torch() {
 #[test]
 fn operations_on_the_gpu_in_bf16_agree_with_torch() {
     in_bf16(&OPERATIONS);
+}
+
+const FUSED: [fn(&Place); 1] = [fused::norms];
+
+#[test]
+fn fused_operations_on_the_gpu_agree_with_the_cpu() {
+    in_f32(&FUSED);
+}
+
+#[test]
+fn fused_operations_on_the_gpu_in_bf16_agree_with_the_cpu() {
+    in_bf16(&FUSED);
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod train;
 
 mod attention;
 mod cuda;
+mod fused;
 mod launches;
 mod methods;
 mod precision;

@@ -88,33 +88,37 @@ void layer_norm(const Place& place) {
     near(place.module("layer_norm's mean"), mean, means, 1e-5);
 }
 
-void group_norm(const Place& place) {
-    const int batch = 2, channels = 6, groups = 3, inner = 35, parts = 2, cuts = 2, with_silu = 1;
+void group_norm(const Place& place, int inner) {
+    const int batch = 2, channels = 6, groups = 3, parts = 2, cuts = 2, with_silu = 1;
     const int len = channels / groups * inner;
     const float eps = 1e-6f;
     const Numbers x = held(drawn(batch * channels * inner, 5, 2), place.type), w = drawn(channels, 6);
-    std::vector<double> wanted(x.size());
+    const Numbers shift = held(drawn(batch * channels, 24), place.type);
+    std::vector<double> wanted(x.size()), means(batch * groups);
     for (int g = 0; g < batch * groups; ++g) {
-        double mean = 0, square = 0;
-        for (int i = 0; i < len; ++i) mean += x[g * len + i] / (double)len;
-        for (int i = 0; i < len; ++i) square += std::pow(x[g * len + i] - mean, 2) / len;
+        double square = 0, &mean = means[g];
+        const auto at = [&](int i) { return (double)x[i] + shift[i / inner]; };
+        for (int i = g * len; i < (g + 1) * len; ++i) mean += at(i) / len;
+        for (int i = g * len; i < (g + 1) * len; ++i) square += std::pow(at(i) - mean, 2) / len;
         for (int i = g * len; i < (g + 1) * len; ++i) {
-            const double v =
-                (x[i] - mean) / std::sqrt(square + eps) * w[i / inner % channels] + w[i / inner % channels];
+            const double v = (at(i) - mean) / std::sqrt(square + eps) * w[i / inner % channels] + w[i / inner % channels];
             wanted[i] = v / (1 + std::exp(-v));
         }
     }
-    const Buffer in(x, place.type), weight(w), out(x.size(), place.type), part_means(batch * groups * parts),
-        deviations(batch * groups * parts), mean(batch * groups), rstd(batch * groups);
-    const std::string module = place.module("norm");
     const int all = batch * groups;
+    const Buffer in(x, place.type), more(shift, place.type), weight(w), whole(x.size(), place.type),
+        out(x.size(), place.type), part_means(all * parts), deviations(all * parts), mean(all), rstd(all);
+    const std::string module = place.module("norm");
+    ran("group_norm_whole", launch(module, "group_norm_whole", all, 32, in, more, weight, weight, whole, mean, rstd,
+                                   channels, groups, inner, eps, with_silu));
+    near(module + ": group_norm_whole", whole, wanted, place.bound());
+    near(module + ": group_norm_whole's mean", mean, means, 1e-5);
     ran("group_norm_parts",
-        launch(module, "group_norm_parts", all * parts, 32, in, part_means, deviations, len, parts));
-    ran("group_norm_stats",
-        launch(module, "group_norm_stats", 1, 256, part_means, deviations, mean, rstd, all, len, parts, eps));
-    ran("group_norm", launch(module, "group_norm", batch * channels * cuts, 32, in, mean, rstd, weight, weight, out,
-                             channels, groups, inner, cuts, with_silu));
-    near(place.module("group_norm"), out, wanted, place.bound());
+        launch(module, "group_norm_parts", all * parts, 32, in, more, part_means, deviations, len, inner, parts));
+    ran("group_norm", launch(module, "group_norm", batch * channels * cuts, 32, in, more, part_means, deviations,
+                             weight, weight, out, mean, rstd, channels, groups, inner, cuts, parts, eps, with_silu));
+    near(module + ": group_norm", out, wanted, place.bound());
+    near(module + ": group_norm's mean", mean, means, 1e-5);
 }
 
 void sums(const Place& place) {
@@ -320,7 +324,7 @@ void products(const Place& place) {
 }
 
 void barrierless() {
-    const int rows = 8, cols = 256, parts = 2, size = 64;
+    const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0;
     const float eps = 1e-5f;
     const Buffer x(drawn(rows * cols, 13)), y(rows * cols), w(drawn(cols, 14)), sums(cols), others(cols);
     const auto kernel = [&](const char* name, unsigned blocks, unsigned threads, const auto&... arguments) {
@@ -328,7 +332,9 @@ void barrierless() {
     };
     kernel("softmax", rows, 64, x, y, cols);
     kernel("layer_norm", rows, 64, x, w, w, y, sums, others, cols, eps);
-    kernel("group_norm_parts", rows * parts, 64, x, sums, others, cols, parts);
+    const uint64_t no_shift = 0;
+    kernel("group_norm_parts", rows * parts, 64, x, no_shift, sums, others, cols, cols, parts);
+    kernel("group_norm_whole", rows, 64, x, no_shift, w, w, y, sums, others, groups, groups, cols, eps, no_silu);
     kernel("plane_sum", rows, 64, x, sums, cols);
     kernel("column_sum", 2, 256, x, y, rows, size, rows);
     // One parameter of 256 elements. A moment is 256 bytes, any of which are valid codes, and a scale.
@@ -433,7 +439,8 @@ int main() {
     for (const Place& place : {Place{Type::F32}, Place{Type::BF16}}) {
         softmax(place);
         layer_norm(place);
-        group_norm(place);
+        group_norm(place, 35);
+        group_norm(place, 36); // four at once
         sums(place);
         elementwise(place);
         upsample(place);

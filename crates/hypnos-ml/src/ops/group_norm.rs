@@ -21,38 +21,89 @@ pub fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Tensor> {
+    normalise(x, None, (weight, bias), n_groups, eps, silu)
+}
+
+/// [`group_norm()`] of `x` `[B, C, h, w]` with `shift` `[B, C]` added to it first, in which it is differentiable too.
+///
+/// A GPU adds as it normalises, without the sum in between.
+pub fn group_norm_shifted(
+    x: &Tensor,
+    shift: &Tensor,
+    (weight, bias): (&Param, &Param),
+    n_groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let (b, c, ..) = x.dims4()?;
+    if shift.dims() != [b, c] {
+        bail!("{}: wanted [{b}, {c}] to add, got {:?}", weight.name(), shift.dims());
+    }
+    if x.device().is_cuda() {
+        return normalise(x, Some(&shift.to_dtype(x.dtype())?), (weight, bias), n_groups, eps, silu);
+    }
+    let x = x.broadcast_add(&shift.unsqueeze(2)?.unsqueeze(3)?)?; // [B, C, 1, 1]
+    normalise(&x, None, (weight, bias), n_groups, eps, silu)
+}
+
+/// `shift` on a GPU only.
+fn normalise(
+    x: &Tensor,
+    shift: Option<&Tensor>,
+    (weight, bias): (&Param, &Param),
+    n_groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Tensor> {
     let c = weight.dims()[0];
     if x.rank() < 2 || x.dim(1)? != c || n_groups == 0 || !c.is_multiple_of(n_groups) {
         bail!("{}: wanted [B, {c}, ..] in {n_groups} groups, got {:?}", weight.name(), x.dims());
     }
-    let x = x.contiguous()?;
+    let (x, shift) = (x.contiguous()?, shift.map(Tensor::contiguous).transpose()?);
     let norm = Norm { c, n_groups, spatial: x.dims()[2..].iter().product(), eps, silu };
-    let value = match x.device() {
-        Device::Cpu => Computed::cpu(norm.forward(&x, weight, bias)?, x.dims()),
+    let tag = trained_tag(weight, Some(bias));
+    let inputs: Vec<Tensor> = [x.clone(), tag].into_iter().chain(shift.clone()).collect();
+    let inputs: Vec<&Tensor> = inputs.iter().collect();
+    let (w, b) = (weight.clone(), bias.clone());
+    match x.device() {
+        Device::Cpu => {
+            let value = Computed::cpu(norm.forward(&x, weight, bias)?, x.dims());
+            custom_op("group_norm", &inputs, value, move |dy| {
+                Ok([norm.backward(&x, dy, &w, &b)?, None, None])
+            })
+        }
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => super::cuda::group_norm(&x, weight, bias, &norm)?,
+        Device::Cuda(_) => {
+            let (value, statistics) = super::cuda::group_norm(&x, shift.as_ref(), weight, bias, &norm)?;
+            custom_op("group_norm", &inputs, value, move |dy| {
+                let inputs = (&x, shift.as_ref());
+                let [dx, dshift] = super::cuda::group_norm_backward(inputs, dy, &w, &b, &norm, &statistics)?;
+                Ok([dx, None, dshift])
+            })
+        }
         other => bail!("group_norm: no kernel for {other:?}"),
-    };
-    let (weight, bias, input) = (weight.clone(), bias.clone(), x.clone());
-    let tag = trained_tag(&weight, Some(&bias));
-    custom_op("group_norm", &[&x, &tag], value, move |dy| {
-        let dx = match dy.device() {
-            Device::Cpu => norm.backward(&input, dy, &weight, &bias)?,
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => super::cuda::group_norm_backward(&input, dy, &weight, &bias, &norm)?,
-            other => bail!("group_norm: no kernel for {other:?}"),
-        };
-        Ok([dx, None, None])
-    })
+    }
 }
 
-/// [`group_norm()`] in a dry run. Its input is kept, and no statistics: they are computed again. The backward works out
-/// the input's gradient whether it is wanted or not, for the weights' come from it.
+/// [`group_norm()`] in a dry run. Its input is kept; the statistics that a GPU keeps are too few to count. The backward
+/// works out the input's gradient whether it is wanted or not, for the weights' come from it.
 pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
     let x = x.contiguous();
     let backward_scratch = if x.is_tracked() { 0 } else { x.bytes() };
     let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
     x.custom(&[&x], x.dims(), cost)
+}
+
+/// [`group_norm_shifted()`] in a dry run: a GPU has no sum.
+pub(crate) fn dry_shifted(x: &DryTensor, shift: &DryTensor, weight: &Param, bias: &Param) -> DryTensor {
+    if !x.meter().on_gpu() {
+        let [b, c] = [0, 1].map(|axis| shift.dims()[axis]);
+        return dry(&x.broadcast_plus(&shift.reshape(&[b, c, 1, 1])), weight, bias);
+    }
+    let x = x.contiguous();
+    let backward_scratch = if x.is_tracked() { 0 } else { x.bytes() };
+    let cost = Cost { backward_scratch, gradients: gradient_bytes([weight, bias]), ..Cost::default() };
+    x.custom(&[&x, shift], x.dims(), cost)
 }
 
 /// What does not depend on the data.

@@ -19,23 +19,24 @@ pub fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<
         bail!("{}: wanted inputs of width {d}, got {:?}", weight.name(), x.dims());
     }
     let x = x.contiguous()?;
-    let value = match x.device() {
-        Device::Cpu => Computed::cpu(forward(&x, weight, bias, eps)?, x.dims()),
+    let tag = trained_tag(weight, Some(bias));
+    let (input, w, b) = (x.clone(), weight.clone(), bias.clone());
+    match x.device() {
+        Device::Cpu => {
+            let value = Computed::cpu(forward(&x, weight, bias, eps)?, x.dims());
+            custom_op("layer_norm", &[&x, &tag], value, move |dy| {
+                Ok([backward(&input, dy, &w, &b, eps)?, None, None])
+            })
+        }
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => super::cuda::layer_norm(&x, weight, bias, eps)?,
+        Device::Cuda(_) => {
+            let (value, statistics) = super::cuda::layer_norm(&x, weight, bias, eps)?;
+            custom_op("layer_norm", &[&x, &tag], value, move |dy| {
+                Ok([super::cuda::layer_norm_backward(&input, dy, &w, &b, &statistics)?, None, None])
+            })
+        }
         other => bail!("layer_norm: no kernel for {other:?}"),
-    };
-    let (weight, bias, input) = (weight.clone(), bias.clone(), x.clone());
-    let tag = trained_tag(&weight, Some(&bias));
-    custom_op("layer_norm", &[&x, &tag], value, move |dy| {
-        let dx = match dy.device() {
-            Device::Cpu => backward(&input, dy, &weight, &bias, eps)?,
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => super::cuda::layer_norm_backward(&input, dy, &weight, &bias, eps)?,
-            other => bail!("layer_norm: no kernel for {other:?}"),
-        };
-        Ok([dx, None, None])
-    })
+    }
 }
 
 /// [`layer_norm()`] in a dry run. Its input is kept. The backward normalises it once more, and works out its gradient

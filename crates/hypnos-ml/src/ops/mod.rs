@@ -35,7 +35,7 @@ pub use conv2d::{Conv2dSpec, conv2d};
 pub use depthwise::depthwise_conv2d;
 pub use embedding::embedding;
 pub use geglu::geglu;
-pub use group_norm::group_norm;
+pub use group_norm::{group_norm, group_norm_shifted};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use softmax::softmax;
@@ -51,6 +51,7 @@ pub(crate) mod dry {
     pub(crate) use super::embedding::dry as embedding;
     pub(crate) use super::geglu::dry as geglu;
     pub(crate) use super::group_norm::dry as group_norm;
+    pub(crate) use super::group_norm::dry_shifted as group_norm_shifted;
     pub(crate) use super::layer_norm::dry as layer_norm;
     pub(crate) use super::linear::dry as linear;
     pub(crate) use super::upsample::dry_nearest as upsample_nearest;

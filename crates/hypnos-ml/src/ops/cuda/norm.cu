@@ -1,5 +1,6 @@
 // Layer normalisation (Ba et al., arXiv 1607.06450) and group normalisation (Wu and He, arXiv 1803.08494), the latter
-// with an optional SiLU after it. Variances are the mean of squared deviations from the mean, never E[x^2] - E[x]^2.
+// with an optional SiLU after it, and optionally something added to each channel of each sample before it. Variances are
+// the mean of squared deviations from the mean, never E[x^2] - E[x]^2.
 #include "common.cuh"
 
 // y = (x - mean) * rstd * weight + bias over rows of `cols`; keeps mean and rstd of each row. One block per row.
@@ -74,84 +75,144 @@ extern "C" __global__ void layer_norm_bwd_params(const real* x, const real* dy, 
     }
 }
 
-// Mean and sum of squared deviations of a part of each group: x is `groups` runs of `len`, each cut into `parts` of
-// ceil(len / parts). Grid: groups * parts blocks, the parts running fastest.
-extern "C" __global__ void group_norm_parts(const real* x, float* means, float* deviations, int len, int parts) {
-    int size = (len + parts - 1) / parts, start = blockIdx.x % parts * size;
-    int n = start + size < len ? size : len - start;
-    const real* run = x + (long long)(blockIdx.x / parts) * len + start;
+// Where part `part` of a group of `len` elements begins, when it is cut into `parts`, and how many it has. All but the
+// last have the same number, which four divides.
+struct Part {
+    int start, n;
+};
+__device__ inline Part part_of(int part, int len, int parts) {
+    int size = (len + parts - 1) / parts;
+    size = (size + 3) / 4 * 4;
+    int start = part * size < len ? part * size : len;
+    return {start, start + size < len ? size : len - start};
+}
+
+// What is added to plane `i` before anything else; no shift at all may be given.
+__device__ inline float shift_of(const real* shift, long long i) { return shift ? load(shift + i) : 0.0f; }
+
+// f(value, plane within the group) for elements from..to of a group whose planes of `inner` elements follow one another,
+// by the threads of one block; what it returns is written to y if that is not null. `shift` has one number for each
+// plane of the group. Four divides `from`.
+template <class F>
+__device__ inline void map_group(const real* x, const real* shift, real* y, int inner, int from, int to, F f) {
+    int i = from + 4 * threadIdx.x;
+    if (inner % 4 == 0 && is_aligned(x) && is_aligned(y)) {
+        for (; i + 3 < to; i += 4 * blockDim.x) {
+            Four a = load4(x + i);
+            const int plane = i / inner;
+            const float more = shift_of(shift, plane);
+            for (int k = 0; k < 4; ++k) a.v[k] = f(a.v[k] + more, plane);
+            if (y) store4(y + i, a);
+        }
+    }
+    for (; i < to; i += 4 * blockDim.x) {
+        for (int k = i; k < i + 4 && k < to; ++k) {
+            float v = f(load(x + k) + shift_of(shift, k / inner), k / inner);
+            if (y) store(y + k, v);
+        }
+    }
+}
+
+// Mean of elements from..to of a group, and the sum of their squared deviations from it. Every thread of the block must
+// call it.
+__device__ inline void moments_of(const real* x, const real* shift, int inner, int from, int to, float* mean,
+                                  float* deviations) {
     float sum = 0.0f, squares = 0.0f;
-    if (n > 0) row1(run, n, [&](float v) { sum += v; });
-    const float m = block_sum(sum) / (n > 0 ? n : 1);
-    if (n > 0) row1(run, n, [&](float v) { squares += (v - m) * (v - m); });
-    squares = block_sum(squares);
+    map_group(x, shift, nullptr, inner, from, to, [&](float v, int) { return sum += v; });
+    const float m = block_sum(sum) / (to > from ? to - from : 1);
+    map_group(x, shift, nullptr, inner, from, to, [&](float v, int) { return squares += (v - m) * (v - m); });
+    *mean = m;
+    *deviations = block_sum(squares);
+}
+
+// y = act((x + shift - mean) * rstd * weight[c] + bias[c]), x [B, C, inner], shift [B, C] or null; keeps mean and rstd
+// of each group. One block per group: for groups small enough that one block is not long at it.
+extern "C" __global__ void group_norm_whole(const real* x, const real* shift, const float* weight, const float* bias,
+                                            real* y, float* mean, float* rstd, int channels, int groups, int inner,
+                                            float eps, int with_silu) {
+    const int size = channels / groups, len = size * inner, first = blockIdx.x % groups * size;
+    const real* in = x + (long long)blockIdx.x * len;
+    const real* more = shift ? shift + (long long)blockIdx.x * size : nullptr;
+    float m, squares;
+    moments_of(in, more, inner, 0, len, &m, &squares);
+    const float r = 1.0f / sqrtf(squares / len + eps);
+    map_group(in, more, y + (long long)blockIdx.x * len, inner, 0, len, [&](float v, int plane) {
+        v = (v - m) * (r * weight[first + plane]) + bias[first + plane];
+        return with_silu ? silu(v) : v;
+    });
+    if (threadIdx.x == 0) {
+        mean[blockIdx.x] = m;
+        rstd[blockIdx.x] = r;
+    }
+}
+
+// Mean and sum of squared deviations of a part of each group of x + shift: x is runs of `len`, planes of `inner`, each
+// run cut into `parts`. Grid: groups * parts blocks, the parts running fastest.
+extern "C" __global__ void group_norm_parts(const real* x, const real* shift, float* means, float* deviations, int len,
+                                            int inner, int parts) {
+    const long long group = blockIdx.x / parts;
+    const Part part = part_of(blockIdx.x % parts, len, parts);
+    float m, squares;
+    moments_of(x + group * len, shift ? shift + group * (len / inner) : nullptr, inner, part.start,
+               part.start + part.n, &m, &squares);
     if (threadIdx.x == 0) {
         means[blockIdx.x] = m;
         deviations[blockIdx.x] = squares;
     }
 }
 
-// Joins the parts of each group (Chan, Golub and LeVeque 1979): mean and rstd. Any grid.
-extern "C" __global__ void group_norm_stats(const float* means, const float* deviations, float* mean, float* rstd,
-                                            int groups, int len, int parts, float eps) {
-    int size = (len + parts - 1) / parts;
-    for (long long group = thread_index(); group < groups; group += thread_count()) {
-        float m = 0.0f, squares = 0.0f, count = 0.0f;
-        for (int part = 0; part < parts && part * size < len; ++part) {
-            float n = (float)(part * size + size < len ? size : len - part * size);
-            float gap = means[group * parts + part] - m;
-            squares += deviations[group * parts + part] + gap * gap * count * n / (count + n);
-            count += n;
-            m += gap * n / count;
-        }
-        mean[group] = m;
-        rstd[group] = 1.0f / sqrtf(squares / count + eps);
+// Joins the parts of a group (Chan, Golub and LeVeque 1979): mean and rstd. Every thread of the block must call it.
+__device__ inline void join_parts(const float* means, const float* deviations, int len, int parts, float eps,
+                                  float* mean, float* rstd) {
+    float sum = 0.0f, squares = 0.0f;
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum += means[i] * part_of(i, len, parts).n;
+    const float m = block_sum(sum) / len;
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) {
+        const float gap = means[i] - m;
+        squares += deviations[i] + gap * gap * part_of(i, len, parts).n;
     }
+    *mean = m;
+    *rstd = 1.0f / sqrtf(block_sum(squares) / len + eps);
 }
 
 // The channel, its group in `mean` and `rstd`, and the run of elements that one block works on, when each plane of
 // `inner` elements of a [B, C, inner] tensor is cut into `cuts`.
 struct Plane {
     int channel, group, from, to;
-    long long base;
+    long long index, base;
 };
 __device__ inline Plane plane_of(int channels, int groups, int inner, int cuts) {
-    long long plane = blockIdx.x / cuts;
     int size = (inner + cuts - 1) / cuts;
     size = (size + 3) / 4 * 4;
     Plane p;
-    p.channel = (int)(plane % channels);
-    p.group = (int)(plane / channels) * groups + p.channel / (channels / groups);
+    p.index = blockIdx.x / cuts;
+    p.channel = (int)(p.index % channels);
+    p.group = (int)(p.index / channels) * groups + p.channel / (channels / groups);
     p.from = blockIdx.x % cuts * size;
     p.to = p.from + size < inner ? p.from + size : inner;
-    p.base = plane * inner;
+    p.base = p.index * inner;
     return p;
 }
 
-// y = act((x - mean) * rstd * weight[c] + bias[c]), x [B, C, inner]. Grid: B * C * cuts blocks. y may be x.
-extern "C" __global__ void group_norm(const real* x, const float* mean, const float* rstd, const float* weight,
-                                      const float* bias, real* y, int channels, int groups, int inner, int cuts,
+// As `group_norm_whole`, from what `group_norm_parts` found. Grid: B * C * cuts blocks.
+extern "C" __global__ void group_norm(const real* x, const real* shift, const float* means, const float* deviations,
+                                      const float* weight, const float* bias, real* y, float* mean, float* rstd,
+                                      int channels, int groups, int inner, int cuts, int parts, float eps,
                                       int with_silu) {
     const Plane p = plane_of(channels, groups, inner, cuts);
-    const float m = mean[p.group], scale = rstd[p.group] * weight[p.channel], shift = bias[p.channel];
-    const real* in = x + p.base;
-    real* out = y + p.base;
-    int i = p.from + 4 * threadIdx.x;
-    if (is_aligned(in) && is_aligned(out)) {
-        for (; i + 3 < p.to; i += 4 * blockDim.x) {
-            Four a = load4(in + i);
-            for (int k = 0; k < 4; ++k) {
-                float v = (a.v[k] - m) * scale + shift;
-                a.v[k] = with_silu ? silu(v) : v;
-            }
-            store4(out + i, a);
-        }
-    }
-    for (; i < p.to; i += 4 * blockDim.x) {
-        for (int k = i; k < i + 4 && k < p.to; ++k) {
-            float v = (load(in + k) - m) * scale + shift;
-            store(out + k, with_silu ? silu(v) : v);
-        }
+    const int size = channels / groups;
+    const long long first_part = (long long)p.group * parts;
+    float m, r;
+    join_parts(means + first_part, deviations + first_part, size * inner, parts, eps, &m, &r);
+    const float scale = r * weight[p.channel], b = bias[p.channel];
+    const real* more = shift ? shift + p.index : nullptr;
+    map_group(x + p.base, more, y + p.base, inner, p.from, p.to, [&](float v, int) {
+        v = (v - m) * scale + b;
+        return with_silu ? silu(v) : v;
+    });
+    if (threadIdx.x == 0 && p.channel % size == 0 && p.from == 0) {
+        mean[p.group] = m;
+        rstd[p.group] = r;
     }
 }
 
@@ -162,11 +223,13 @@ __device__ inline float through_silu(float d, float xhat, float w, float b, int 
 
 // For each plane of [B, C, inner], the sums of g and g * xhat, where g is the gradient of the affine part's output.
 // One block per plane. `sum_parts` over B makes them the gradients of bias and weight.
-extern "C" __global__ void group_norm_bwd_sums(const real* x, const real* dy, const float* mean, const float* rstd,
-                                               const float* weight, const float* bias, float* g_sums, float* gx_sums,
-                                               int channels, int groups, int inner, int with_silu) {
+extern "C" __global__ void group_norm_bwd_sums(const real* x, const real* shift, const real* dy, const float* mean,
+                                               const float* rstd, const float* weight, const float* bias,
+                                               float* g_sums, float* gx_sums, int channels, int groups, int inner,
+                                               int with_silu) {
     const Plane p = plane_of(channels, groups, inner, 1);
-    const float m = mean[p.group], r = rstd[p.group], w = weight[p.channel], b = bias[p.channel];
+    const float w = weight[p.channel], b = bias[p.channel], r = rstd[p.group];
+    const float m = mean[p.group] - shift_of(shift, p.index);
     float s1 = 0.0f, s2 = 0.0f;
     row2(x + p.base, dy + p.base, inner, [&](float v, float d) {
         float xhat = (v - m) * r;
@@ -184,14 +247,15 @@ extern "C" __global__ void group_norm_bwd_sums(const real* x, const real* dy, co
 
 // dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)), the means over the group. Grid: B * C * cuts blocks.
 // dx may be dy.
-extern "C" __global__ void group_norm_bwd(const real* x, const real* dy, const float* mean, const float* rstd,
-                                          const float* weight, const float* bias, const float* g_sums,
-                                          const float* gx_sums, real* dx, int channels, int groups, int inner,
-                                          int cuts, int with_silu) {
+extern "C" __global__ void group_norm_bwd(const real* x, const real* shift, const real* dy, const float* mean,
+                                          const float* rstd, const float* weight, const float* bias,
+                                          const float* g_sums, const float* gx_sums, real* dx, int channels,
+                                          int groups, int inner, int cuts, int with_silu) {
     const Plane p = plane_of(channels, groups, inner, cuts);
-    const float m = mean[p.group], r = rstd[p.group], w = weight[p.channel], b = bias[p.channel];
+    const float w = weight[p.channel], b = bias[p.channel], r = rstd[p.group];
+    const float m = mean[p.group] - shift_of(shift, p.index);
     const int size = channels / groups;
-    const long long first = p.base / inner - p.channel % size; // the group's first plane
+    const long long first = p.index - p.channel % size; // the group's first plane
     const int first_channel = p.channel - p.channel % size;
     float s1 = 0.0f, s2 = 0.0f;
     for (int c = threadIdx.x; c < size; c += blockDim.x) {

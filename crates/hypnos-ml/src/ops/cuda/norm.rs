@@ -1,6 +1,6 @@
 //! Launches `norm.cu`: layer norm and group norm.
 //!
-//! Mean and deviation are not kept between forward and backward: a pass over the input makes them again.
+//! The forward keeps mean and deviation for the backward: eight bytes for each row or group.
 
 use super::{
     Arg, Buffer, Computed, CudaDevice, DType, Grid, Result, Tensor, View, flag, int, launch, reduce,
@@ -11,40 +11,43 @@ use crate::param::Param;
 /// Elements of a group's part, and of a plane's cut, that one block works on.
 const ELEMENTS_PER_BLOCK: usize = 8192;
 
-/// Mean and reciprocal deviation of each run of `len` elements; f32.
-struct Statistics {
+/// Elements of a group that one block normalises by itself. It reads them three times, twice from the cache, which takes
+/// no longer than the launch that it saves.
+const WHOLE_GROUP_MOST: usize = 49152;
+
+/// Mean and reciprocal deviation of each row or group; f32.
+pub(in crate::ops) struct Statistics {
     mean: Buffer,
     rstd: Buffer,
 }
 
 impl Statistics {
-    fn of(device: &CudaDevice, x: &View, len: usize, eps: f64) -> Result<Self> {
-        let (runs, n_parts) = (x.len / len.max(1), len.div_ceil(ELEMENTS_PER_BLOCK).max(1));
-        let buffer = |n| Buffer::new(device, n, DType::F32);
-        let (means, deviations) = (buffer(runs * n_parts)?, buffer(runs * n_parts)?);
-        let args = [x.arg(), means.arg(), deviations.arg(), int(len), int(n_parts)];
-        let grid = Grid::rows(runs * n_parts, len.div_ceil(n_parts));
-        launch(device, ("norm", x.dtype, "group_norm_parts"), grid, &args)?;
-        let all = Self { mean: buffer(runs)?, rstd: buffer(runs)? };
-        let (mean, rstd) = (all.mean.arg(), all.rstd.arg());
-        let sizes = [int(runs), int(len), int(n_parts), Arg::Float(eps as f32)];
-        let args = [&[means.arg(), deviations.arg(), mean, rstd][..], &sizes].concat();
-        launch(device, ("norm", x.dtype, "group_norm_stats"), Grid::any(runs), &args)?;
-        Ok(all)
+    /// Of `n` runs; a kernel fills them.
+    fn new(device: &CudaDevice, n: usize) -> Result<Self> {
+        Ok(Self { mean: Buffer::new(device, n, DType::F32)?, rstd: Buffer::new(device, n, DType::F32)? })
+    }
+
+    fn args(&self) -> [Arg; 2] {
+        [self.mean.arg(), self.rstd.arg()]
     }
 }
 
-pub(in crate::ops) fn layer_norm(x: &Tensor, weight: &Param, bias: &Param, eps: f64) -> Result<Computed> {
+/// The value, and what [`layer_norm_backward`] wants of it.
+pub(in crate::ops) fn layer_norm(
+    x: &Tensor,
+    weight: &Param,
+    bias: &Param,
+    eps: f64,
+) -> Result<(Computed, Statistics)> {
     let device = x.device().as_cuda_device()?;
     let (weight, bias) = (weight.value(), bias.value());
     let (input, weight, bias) = (View::of(x)?, View::of(&weight)?, View::of(&bias)?);
     let (cols, rows) = (weight.len, input.len / weight.len.max(1));
-    let y = Buffer::new(device, x.dims(), x.dtype())?;
-    let (mean, rstd) = (Buffer::new(device, rows, DType::F32)?, Buffer::new(device, rows, DType::F32)?);
-    let args = [input.arg(), weight.arg(), bias.arg(), y.arg(), mean.arg(), rstd.arg(), int(cols)];
-    let args = [&args[..], &[Arg::Float(eps as f32)]].concat();
+    let (y, statistics) = (Buffer::new(device, x.dims(), x.dtype())?, Statistics::new(device, rows)?);
+    let args = [&[input.arg(), weight.arg(), bias.arg(), y.arg()][..], &statistics.args()].concat();
+    let args = [&args[..], &[int(cols), Arg::Float(eps as f32)]].concat();
     launch(device, ("norm", x.dtype(), "layer_norm"), Grid::rows(rows, cols), &args)?;
-    Ok(y.computed())
+    Ok((y.computed(), statistics))
 }
 
 pub(in crate::ops) fn layer_norm_backward(
@@ -52,18 +55,18 @@ pub(in crate::ops) fn layer_norm_backward(
     dy: &Tensor,
     weight: &Param,
     bias: &Param,
-    eps: f64,
+    statistics: &Statistics,
 ) -> Result<Option<Tensor>> {
     let device = x.device().as_cuda_device()?;
     let value = weight.value();
     let (input, dy, w) = (View::of(x)?, View::of(dy)?, View::of(&value)?);
     let (cols, rows) = (w.len, input.len / w.len.max(1));
-    let Statistics { mean, rstd } = Statistics::of(device, &input, cols, eps)?;
+    let [mean, rstd] = statistics.args();
     if weight.is_trainable() || bias.is_trainable() {
         let (n, grid) = reduce::parts(rows, cols);
         let parts = || Buffer::new(device, (n, cols), DType::F32);
         let (dw, db) = (parts()?, parts()?);
-        let args = [input.arg(), dy.arg(), mean.arg(), rstd.arg(), dw.arg(), db.arg()];
+        let args = [input.arg(), dy.arg(), mean, rstd, dw.arg(), db.arg()];
         let args = [&args[..], &[int(rows), int(cols), reduce::rows_per_part()]].concat();
         launch(device, ("norm", x.dtype(), "layer_norm_bwd_params"), grid, &args)?;
         add_grads(device, [(weight, &dw), (bias, &db)], n, cols)?;
@@ -72,7 +75,7 @@ pub(in crate::ops) fn layer_norm_backward(
         return Ok(None);
     }
     let dx = Buffer::new(device, x.dims(), x.dtype())?;
-    let args = [input.arg(), dy.arg(), w.arg(), mean.arg(), rstd.arg(), dx.arg(), int(cols)];
+    let args = [input.arg(), dy.arg(), w.arg(), mean, rstd, dx.arg(), int(cols)];
     launch(device, ("norm", x.dtype(), "layer_norm_bwd"), Grid::rows(rows, cols), &args)?;
     Ok(Some(dx.tensor()))
 }
@@ -106,43 +109,84 @@ impl Norm {
     }
 }
 
-pub(in crate::ops) fn group_norm(x: &Tensor, weight: &Param, bias: &Param, norm: &Norm) -> Result<Computed> {
-    let device = x.device().as_cuda_device()?;
-    let (weight, bias) = (weight.value(), bias.value());
-    let (input, weight, bias) = (View::of(x)?, View::of(&weight)?, View::of(&bias)?);
-    let Statistics { mean, rstd } = Statistics::of(device, &input, norm.group(), norm.eps)?;
-    let y = Buffer::new(device, x.dims(), x.dtype())?;
-    let args = [input.arg(), mean.arg(), rstd.arg(), weight.arg(), bias.arg(), y.arg()];
-    let grid = norm.grid(input.len / norm.spatial.max(1));
-    launch(device, ("norm", x.dtype(), "group_norm"), grid, &[&args[..], &norm.sizes()].concat())?;
-    Ok(y.computed())
+/// A tensor that may be missing, as a kernel takes it.
+fn optional(view: Option<&View>) -> Arg {
+    view.map_or(Arg::Address(0), View::arg)
 }
 
-pub(in crate::ops) fn group_norm_backward(
+/// The value, and what [`group_norm_backward`] wants of it. `shift` `[B, C]` is added to `x` first.
+pub(in crate::ops) fn group_norm(
     x: &Tensor,
+    shift: Option<&Tensor>,
+    weight: &Param,
+    bias: &Param,
+    norm: &Norm,
+) -> Result<(Computed, Statistics)> {
+    let (device, dtype) = (x.device().as_cuda_device()?, x.dtype());
+    let (weight, bias) = (weight.value(), bias.value());
+    let (input, weight, bias) = (View::of(x)?, View::of(&weight)?, View::of(&bias)?);
+    let shift = shift.map(View::of).transpose()?;
+    let inputs = [input.arg(), optional(shift.as_ref())];
+    let n_groups = input.len / norm.group().max(1);
+    let (y, statistics) = (Buffer::new(device, x.dims(), dtype)?, Statistics::new(device, n_groups)?);
+    let affine = [weight.arg(), bias.arg(), y.arg()];
+    let sizes = [int(norm.c), int(norm.n_groups), int(norm.spatial)];
+    let last = [Arg::Float(norm.eps as f32), flag(norm.silu)];
+    if norm.group() <= WHOLE_GROUP_MOST {
+        let args = [&inputs[..], &affine, &statistics.args(), &sizes, &last].concat();
+        let grid = Grid::rows(n_groups, norm.group());
+        launch(device, ("norm", dtype, "group_norm_whole"), grid, &args)?;
+        return Ok((y.computed(), statistics));
+    }
+    let n_parts = norm.group().div_ceil(ELEMENTS_PER_BLOCK);
+    let parts = Statistics::new(device, n_groups * n_parts)?;
+    let args = [int(norm.group()), int(norm.spatial), int(n_parts)];
+    let args = [&inputs[..], &parts.args(), &args].concat();
+    let grid = Grid::rows(n_groups * n_parts, ELEMENTS_PER_BLOCK);
+    launch(device, ("norm", dtype, "group_norm_parts"), grid, &args)?;
+    let cuts = [int(norm.cuts()), int(n_parts)];
+    let args = [&inputs[..], &parts.args(), &affine, &statistics.args(), &sizes, &cuts, &last].concat();
+    launch(device, ("norm", dtype, "group_norm"), norm.grid(input.len / norm.spatial), &args)?;
+    Ok((y.computed(), statistics))
+}
+
+/// The gradients of `x` and of `shift`, of those that are tracked.
+pub(in crate::ops) fn group_norm_backward(
+    (x, shift): (&Tensor, Option<&Tensor>),
     dy: &Tensor,
     weight: &Param,
     bias: &Param,
     norm: &Norm,
-) -> Result<Option<Tensor>> {
-    let device = x.device().as_cuda_device()?;
+    statistics: &Statistics,
+) -> Result<[Option<Tensor>; 2]> {
+    let (device, dtype) = (x.device().as_cuda_device()?, x.dtype());
     let (w, b) = (weight.value(), bias.value());
     let (input, dy, w, b) = (View::of(x)?, View::of(dy)?, View::of(&w)?, View::of(&b)?);
+    let more = shift.map(View::of).transpose()?;
     let n_planes = input.len / norm.spatial.max(1);
-    let Statistics { mean, rstd } = Statistics::of(device, &input, norm.group(), norm.eps)?;
     // Per plane, the sums of g and of g x_hat: everything else comes from them.
     let (g, gx) = (Buffer::new(device, n_planes, DType::F32)?, Buffer::new(device, n_planes, DType::F32)?);
-    let inputs = [input.arg(), dy.arg(), mean.arg(), rstd.arg(), w.arg(), b.arg(), g.arg(), gx.arg()];
+    let inputs = [&[input.arg(), optional(more.as_ref()), dy.arg()][..], &statistics.args()].concat();
+    let inputs = [&inputs[..], &[w.arg(), b.arg(), g.arg(), gx.arg()]].concat();
     let sizes = [int(norm.c), int(norm.n_groups), int(norm.spatial), flag(norm.silu)];
     let args = [&inputs[..], &sizes].concat();
     let grid = Grid::rows(n_planes, norm.spatial);
-    launch(device, ("norm", x.dtype(), "group_norm_bwd_sums"), grid, &args)?;
+    launch(device, ("norm", dtype, "group_norm_bwd_sums"), grid, &args)?;
     add_grads(device, [(weight, &gx), (bias, &g)], n_planes / norm.c, norm.c)?;
-    if !x.track_op() {
-        return Ok(None);
+    let of_shift = shift.filter(|shift| shift.track_op());
+    if !x.track_op() && of_shift.is_none() {
+        return Ok([None, None]);
     }
-    let dx = Buffer::new(device, x.dims(), x.dtype())?;
+    let dx = Buffer::new(device, x.dims(), dtype)?;
     let args = [&inputs[..], &[dx.arg()], &norm.sizes()].concat();
-    launch(device, ("norm", x.dtype(), "group_norm_bwd"), norm.grid(n_planes), &args)?;
-    Ok(Some(dx.tensor()))
+    launch(device, ("norm", dtype, "group_norm_bwd"), norm.grid(n_planes), &args)?;
+    let dx = dx.tensor();
+    let to_shift = |shift: &Tensor| {
+        reduce::plane_sums(device, &View::of(&dx)?, norm.spatial)?
+            .tensor()
+            .reshape(shift.dims())?
+            .to_dtype(dtype)
+    };
+    let dshift = of_shift.map(to_shift).transpose()?;
+    Ok([x.track_op().then_some(dx), dshift])
 }

@@ -28,11 +28,17 @@ pub(super) fn column_sums(device: &CudaDevice, x: &View, cols: usize) -> Result<
 
 /// Sums `[B, channels, inner]` over images and places; f32 `[channels]`.
 pub(super) fn channel_sums(device: &CudaDevice, x: &View, channels: usize, inner: usize) -> Result<Tensor> {
+    let sums = plane_sums(device, x, inner)?;
+    join(device, &sums, sums.len() / channels.max(1), channels)
+}
+
+/// The sum of each run of `inner` elements; f32.
+pub(super) fn plane_sums(device: &CudaDevice, x: &View, inner: usize) -> Result<Buffer> {
     let planes = x.len / inner.max(1);
     let sums = Buffer::new(device, planes, DType::F32)?;
     let args = [x.arg(), sums.arg(), int(inner)];
     launch(device, ("reduce", x.dtype, "plane_sum"), Grid::rows(planes, inner), &args)?;
-    join(device, &sums, planes / channels.max(1), channels)
+    Ok(sums)
 }
 
 /// Sums `parts` `[n, cols]`, f32, over the parts.

@@ -1,0 +1,69 @@
+//! Operations that a GPU fuses, beside the CPU, which computes one after the other.
+
+use candle_core::{Device, Result, Tensor};
+use hypnos::ml::ops;
+use hypnos::ml::param::Param;
+
+use crate::golden::{Place, assert_close, trained, variable};
+
+/// The same numbers every time, within -1 and 1.
+fn numbers(dims: &[usize], seed: u32) -> Tensor {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let values: Vec<f32> = (0..dims.iter().product()).map(|_| next()).collect();
+    Tensor::from_vec(values, dims, &Device::Cpu).expect("a tensor")
+}
+
+/// What an operation gives, and the gradients of all that it takes.
+fn outcome(
+    place: &Place,
+    inputs: &[Tensor],
+    params: &[Tensor],
+    op: impl Fn(&[Tensor], &[Param]) -> Result<Tensor>,
+) -> Vec<Tensor> {
+    let variables: Vec<_> = inputs.iter().map(|input| variable(&place.input(input))).collect();
+    let arguments: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
+    let weights: Vec<Param> = params.iter().map(|param| trained("p", &place.weight(param))).collect();
+    let y = op(&arguments, &weights).expect("the operation works");
+    let w = place.input(&numbers(y.dims(), 99));
+    let grads = (&y * w).and_then(|y| y.sum_all()).and_then(|y| y.backward()).expect("a backward");
+    let of_inputs = variables.iter().map(|variable| grads.get(variable).expect("a gradient").clone());
+    let of_weights = weights.iter().map(|weight| weight.grad().expect("a gradient"));
+    [y.detach()].into_iter().chain(of_inputs).chain(of_weights).collect()
+}
+
+/// Holds the outcome at `place` against the CPU's.
+fn compare(
+    place: &Place,
+    what: &str,
+    shapes: (&[&[usize]], &[&[usize]]),
+    op: impl Fn(&[Tensor], &[Param]) -> Result<Tensor>,
+) {
+    let drawn = |shapes: &[&[usize]], seed: u32| -> Vec<Tensor> {
+        shapes.iter().zip(seed..).map(|(shape, seed)| numbers(shape, seed)).collect()
+    };
+    let (inputs, params) = (drawn(shapes.0, 1), drawn(shapes.1, 51));
+    let wanted = outcome(&Place::cpu(), &inputs, &params, &op);
+    let ours = outcome(place, &inputs, &params, &op);
+    for (i, (ours, wanted)) in ours.iter().zip(&wanted).enumerate() {
+        let tolerance = if i == 0 { place.operation.0 } else { place.operation.1 };
+        assert_close(&format!("{what}, {i}"), ours, wanted, tolerance);
+    }
+}
+
+pub(crate) fn norms(place: &Place) {
+    // Groups that one block takes, four elements at a time or one, and one that is cut into parts.
+    for (h, w) in [(6, 6), (5, 3), (160, 160)] {
+        for silu in [false, true] {
+            compare(place, "group_norm", (&[&[2, 4, h, w]], &[&[4], &[4]]), |x, w| {
+                ops::group_norm(&x[0], &w[0], &w[1], 2, 1e-5, silu)
+            });
+            compare(place, "group_norm_shifted", (&[&[2, 4, h, w], &[2, 4]], &[&[4], &[4]]), |x, w| {
+                ops::group_norm_shifted(&x[0], &x[1], (&w[0], &w[1]), 2, 1e-5, silu)
+            });
+        }
+    }
+}
