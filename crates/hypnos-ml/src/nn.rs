@@ -116,8 +116,17 @@ impl GroupNorm {
 
     /// `[B, C, ..]` to the same.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_shifted(x, None)
+    }
+
+    /// With `shift` `[B, C]` added to `x` `[B, C, h, w]` first.
+    fn forward_shifted(&self, x: &Tensor, shift: Option<&Tensor>) -> Result<Tensor> {
         let fused = self.activation == Some(Activation::Silu);
-        let y = ops::group_norm(x, &self.weight, &self.bias, self.n_groups, self.eps, fused)?;
+        let (weight, bias, n_groups) = (&self.weight, &self.bias, self.n_groups);
+        let y = match shift {
+            Some(shift) => ops::group_norm_shifted(x, shift, (weight, bias), n_groups, self.eps, fused)?,
+            None => ops::group_norm(x, weight, bias, n_groups, self.eps, fused)?,
+        };
         match self.activation {
             Some(activation) if !fused => ops::activate(&y, activation),
             _ => Ok(y),
@@ -253,20 +262,34 @@ impl Resnet {
     }
 
     /// * `x` `[B, n_in, h, w]`
-    /// * `time` `[B, time width]`, wanted exactly if the block was configured with one
+    /// * `time` `[B, time width]`, wanted exactly if the block was configured with one; activated on a GPU, see
+    ///   [`ResnetConfig::shared_time`]
     ///
     /// Gives `[B, n_out, h, w]`.
     pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
+        let mut shift = None;
         if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
-            let time = project.forward(&ops::activate(time, self.activation)?)?;
-            hidden = hidden.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?; // [B, n_out, 1, 1]
+            if x.device().is_cuda() {
+                shift = Some(project.forward(time)?);
+            } else {
+                let time = project.forward(&ops::activate(time, self.activation)?)?;
+                hidden = hidden.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?; // [B, n_out, 1, 1]
+            }
         }
-        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
+        let hidden = self.conv2.forward(&self.norm2.forward_shifted(&hidden, shift.as_ref())?)?;
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)? + hidden,
             None => x + hidden,
         }
+    }
+}
+
+impl ResnetConfig {
+    /// The time embedding as the blocks of one model take it: on a GPU activated once for all of them. On the CPU each
+    /// activates it itself, whose gradients another order of sums would change in their last bits.
+    pub(crate) fn shared_time(&self, time: Tensor) -> Result<Tensor> {
+        if time.device().is_cuda() { ops::activate(&time, self.activation) } else { Ok(time) }
     }
 }
 

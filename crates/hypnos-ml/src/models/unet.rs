@@ -363,6 +363,7 @@ impl Unet {
         let (given, dtype) = (x.dtype(), self.precision.dtype());
         // 1. time
         let time = self.time(t, x.device())?.to_dtype(dtype)?; // [B, 4 C0]
+        let time = self.config.resnet().shared_time(time)?;
         // A text that learns is rounded anew by each transformer: so its gradients meet in its own dtype.
         let text = if text.track_op() { text.clone() } else { text.to_dtype(dtype)? };
         let run = Run { time: &time, text: &text, checkpointing: self.checkpointing };

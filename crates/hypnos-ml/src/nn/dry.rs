@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use super::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet};
+use super::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig};
 use crate::dry_run::DryTensor;
 use crate::ops::Activation;
 use crate::ops::dry as ops;
@@ -27,7 +27,14 @@ impl LayerNorm {
 
 impl GroupNorm {
     pub(crate) fn dry(&self, x: &DryTensor) -> DryTensor {
-        let y = ops::group_norm(x, &self.weight, &self.bias);
+        self.dry_shifted(x, None)
+    }
+
+    fn dry_shifted(&self, x: &DryTensor, shift: Option<&DryTensor>) -> DryTensor {
+        let y = match shift {
+            Some(shift) => ops::group_norm_shifted(x, shift, &self.weight, &self.bias),
+            None => ops::group_norm(x, &self.weight, &self.bias),
+        };
         match self.activation {
             Some(activation) if activation != Activation::Silu => ops::activate(&y),
             _ => y,
@@ -38,16 +45,28 @@ impl GroupNorm {
 impl Resnet {
     pub(crate) fn dry(&self, x: &DryTensor, time: Option<&DryTensor>) -> Result<DryTensor> {
         let mut hidden = self.conv1.dry(&self.norm1.dry(x))?;
+        let mut shift = None;
         if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
-            let time = project.dry(&ops::activate(time));
-            let [b, n] = [0, 1].map(|axis| time.dims()[axis]);
-            hidden = hidden.broadcast_plus(&time.reshape(&[b, n, 1, 1]));
+            if x.meter().on_gpu() {
+                shift = Some(project.dry(time));
+            } else {
+                let time = project.dry(&ops::activate(time));
+                let [b, n] = [0, 1].map(|axis| time.dims()[axis]);
+                hidden = hidden.broadcast_plus(&time.reshape(&[b, n, 1, 1]));
+            }
         }
-        let hidden = self.conv2.dry(&self.norm2.dry(&hidden))?;
+        let hidden = self.conv2.dry(&self.norm2.dry_shifted(&hidden, shift.as_ref()))?;
         Ok(match &self.conv_shortcut {
             Some(shortcut) => shortcut.dry(x)?.plus(&hidden),
             None => x.plus(&hidden),
         })
+    }
+}
+
+impl ResnetConfig {
+    /// [`ResnetConfig::shared_time`].
+    pub(crate) fn shared_time_dry(time: DryTensor) -> DryTensor {
+        if time.meter().on_gpu() { ops::activate(&time) } else { time }
     }
 }
 

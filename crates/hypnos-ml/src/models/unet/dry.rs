@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 
 use super::{Attention, Block, DownBlock, Level, MidBlock, Projection, Transformer, Unet, UpBlock};
 use crate::dry_run::{DryTensor, checkpoint};
-use crate::nn::{Resnet, to_picture_dry, to_tokens_dry};
+use crate::nn::{Resnet, ResnetConfig, to_picture_dry, to_tokens_dry};
 use crate::ops::dry as ops;
 
 /// What every block of one forward gets.
@@ -21,7 +21,8 @@ impl Unet {
     pub(crate) fn dry(&self, x: &DryTensor, text: &DryTensor) -> Result<DryTensor> {
         let (given, dtype) = (x.dtype(), self.precision.dtype());
         let text = if text.is_tracked() { text.clone() } else { text.to_dtype(dtype) };
-        let run = Run { time: self.time_dry(x).to_dtype(dtype), text, checkpointing: self.checkpointing };
+        let time = ResnetConfig::shared_time_dry(self.time_dry(x).to_dtype(dtype));
+        let run = Run { time, text, checkpointing: self.checkpointing };
         let mut x = self.conv_in.dry(&x.to_dtype(dtype))?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
