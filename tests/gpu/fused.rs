@@ -54,6 +54,18 @@ fn compare(
     }
 }
 
+pub(crate) fn products(place: &Place) {
+    for (rows, wide) in [(5, 6), (64, 48)] {
+        let (x, residual) = ([2, rows, wide], [2, rows, 7]);
+        compare(place, "linear_plus", (&[&residual, &x], &[&[7, wide], &[7]]), |x, w| {
+            ops::linear_plus(&x[0], &x[1], &w[0], Some(&w[1]))
+        });
+        compare(place, "linear_plus without a bias", (&[&residual, &x], &[&[7, wide]]), |x, w| {
+            ops::linear_plus(&x[0], &x[1], &w[0], None)
+        });
+    }
+}
+
 pub(crate) fn norms(place: &Place) {
     // Groups that one block takes, four elements at a time or one, and one that is cut into parts.
     for (h, w) in [(6, 6), (5, 3), (160, 160)] {

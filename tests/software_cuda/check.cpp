@@ -15,6 +15,13 @@ int cublasGemmStridedBatchedEx(void*, int, int, int, int, int, const void*, cons
                                int);
 int cublasGemmEx(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
                  const void*, void*, int, int, int, int);
+int cublasLtMatrixLayoutCreate(void**, int, uint64_t, uint64_t, int64_t);
+int cublasLtMatmulDescCreate(void**, int, int);
+int cublasLtMatmulDescSetAttribute(void*, int, const void*, size_t);
+int cublasLtMatmulPreferenceCreate(void**);
+int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void*, int*);
+int cublasLtMatmul(void*, void*, const void*, uint64_t, void*, uint64_t, void*, const void*, uint64_t, void*, uint64_t,
+                   void*, const void*, void*, size_t, void*);
 int cudnnCreateTensorDescriptor(void**);
 int cudnnCreateFilterDescriptor(void**);
 int cudnnCreateConvolutionDescriptor(void**);
@@ -143,15 +150,15 @@ void elementwise(const Place& place) {
     const auto gelu_of = [](double v) { return v * std::erfc(-v * M_SQRT1_2) / 2; };
     for (int i = 0; i < n; ++i) {
         active[i] = gelu_of(x[i]);
-        biased[i] = x[i] + b[i % channels];
+        biased[i] = (double)x[i] + b[i % channels] + x[n + i];
         const int a = i + i / cols * cols;
         gated[i] = x[a] * gelu_of(x[a + cols]);
     }
-    const Buffer in(x, place.type), bias(b), out(n, place.type);
+    const Buffer in(x, place.type), more(Numbers(x.begin() + n, x.end()), place.type), bias(b), out(n, place.type);
     const std::string module = place.module("elementwise");
     ran("activate", launch(module, "activate", 3, 256, in, out, n, gelu));
     near(module + ": activate", out, active, place.bound());
-    ran("add_bias", launch(module, "add_bias", 3, 256, in, bias, out, n, inner, channels));
+    ran("add_bias", launch(module, "add_bias", 3, 256, in, bias, more, out, n, inner, channels));
     near(module + ": add_bias", out, biased, place.bound());
     ran("geglu", launch(module, "geglu", 3, 256, in, out, n, cols));
     near(module + ": geglu", out, gated, place.bound());
@@ -323,6 +330,36 @@ void products(const Place& place) {
     near(place.module("product"), to, wanted, 2e-6);
 }
 
+// A product of a transposed matrix, with a bias and another matrix added.
+void products_with_more(const Place& place) {
+    const int m = 5, n = 7, k = 66, type = place.type == Type::F32 ? 0 : 14, transposed = 1, with_bias = 4;
+    const Numbers a = held(drawn(k * m, 26), place.type), b = held(drawn(k * n, 27), place.type),
+                  c = held(drawn(m * n, 28), place.type), v = held(drawn(m, 29), place.type);
+    std::vector<double> wanted(m * n);
+    for (int i = 0; i < m * n; ++i) {
+        wanted[i] = (double)c[i] + v[i % m];
+        for (int p = 0; p < k; ++p) wanted[i] += (double)a[p + i % m * k] * b[p + i / m * k];
+    }
+    const Buffer left(a, place.type), right(b, place.type), more(c, place.type), bias(v, place.type),
+        to(m * n, place.type), space(256);
+    void *la, *lb, *lc, *described, *preference;
+    cublasLtMatrixLayoutCreate(&la, type, k, m, k), cublasLtMatrixLayoutCreate(&lb, type, k, n, k);
+    cublasLtMatrixLayoutCreate(&lc, type, m, n, m), cublasLtMatmulDescCreate(&described, 68, 0);
+    cublasLtMatmulDescSetAttribute(described, 3, &transposed, 4);
+    cublasLtMatmulDescSetAttribute(described, 7, &with_bias, 4);
+    cublasLtMatmulDescSetAttribute(described, 8, &bias.address, 8);
+    cublasLtMatmulPreferenceCreate(&preference);
+    uint64_t found[12];
+    int n_found;
+    ran("an algorithm",
+        cublasLtMatmulAlgoGetHeuristic(nullptr, described, la, lb, lc, lc, preference, 1, found, &n_found));
+    const float one = 1;
+    ran("product with more",
+        cublasLtMatmul(nullptr, described, &one, left.address, la, right.address, lb, &one, more.address, lc,
+                       to.address, lc, found, (void*)space.address, 1024, nullptr));
+    near(place.module("product with more"), to, wanted, place.bound());
+}
+
 void barrierless() {
     const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0;
     const float eps = 1e-5f;
@@ -449,6 +486,7 @@ int main() {
         depthwise(place);
         convolution(place);
         products(place);
+        products_with_more(place);
     }
     check_tensor_cores();
     check_attention();

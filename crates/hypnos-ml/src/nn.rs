@@ -31,6 +31,11 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
+
+    /// `residual`, `[.., n_out]`, and [`Linear::forward`] of `x`, added up.
+    pub(crate) fn forward_plus(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        ops::linear_plus(residual, x, &self.weight, self.bias.as_ref())
+    }
 }
 
 /// Convolution.

@@ -665,10 +665,10 @@ impl Block {
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
-        let x = (x + self.attn1.forward(&normed, &normed)?)?;
-        let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
+        let x = self.attn1.forward_plus(x, &normed, &normed)?;
+        let x = self.attn2.forward_plus(&x, &self.norm2.forward(&x)?, text)?;
         let hidden = ops::geglu(&self.ff.0.forward(&self.norm3.forward(&x)?)?)?;
-        &x + self.ff.1.forward(&hidden)?
+        self.ff.1.forward_plus(&x, &hidden)
     }
 }
 
@@ -692,9 +692,15 @@ impl Attention {
         })
     }
 
-    /// * `x` `[B, h w, C]`, `source` `[B, S, source width]`
-    fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
+    /// * `residual`, `x` `[B, h w, C]`, `source` `[B, S, source width]`
+    ///
+    /// Gives `residual` and the attention of `x` to `source`, added up.
+    fn forward_plus(&self, residual: &Tensor, x: &Tensor, source: &Tensor) -> Result<Tensor> {
+        self.to_out.forward_plus(residual, &self.attend(x, source)?)
+    }
+
+    fn attend(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
         let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(source)?, self.to_v.forward(source)?);
-        self.to_out.forward(&ops::attention(&q, &k, &v, self.n_heads, false)?)
+        ops::attention(&q, &k, &v, self.n_heads, false)
     }
 }

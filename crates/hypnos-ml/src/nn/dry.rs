@@ -11,6 +11,10 @@ impl Linear {
     pub(crate) fn dry(&self, x: &DryTensor) -> DryTensor {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
+
+    pub(crate) fn dry_plus(&self, residual: &DryTensor, x: &DryTensor) -> DryTensor {
+        ops::linear_plus(residual, x, &self.weight, self.bias.as_ref())
+    }
 }
 
 impl Conv2d {

@@ -14,30 +14,50 @@ use crate::param::Param;
 ///
 /// Gives `[.., O]`. Differentiable in `x`, `weight` and `bias`.
 pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor> {
+    layer(x, weight, bias, None)
+}
+
+/// `residual` and what [`linear()`] gives, whose shape and dtype it has, added up. Differentiable in both.
+///
+/// A GPU adds as it multiplies, without the layer's result in between.
+pub fn linear_plus(residual: &Tensor, x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor> {
+    if !x.device().is_cuda() {
+        return residual + linear(x, weight, bias)?;
+    }
+    layer(x, weight, bias, Some(residual))
+}
+
+/// `more` on a GPU only.
+fn layer(x: &Tensor, weight: &Param, bias: Option<&Param>, more: Option<&Tensor>) -> Result<Tensor> {
     let dims = weight.dims();
     let (n_out, n_in) = (dims[0], dims[1]);
     let Some((&last, lead)) = x.dims().split_last() else { bail!("linear: got a scalar") };
     if last != n_in {
         bail!("{}: wanted inputs of width {n_in}, got {:?}", weight.name(), x.dims());
     }
-    let x = x.contiguous()?;
     let shape = [lead, &[n_out]].concat();
+    if let Some(more) = more.filter(|more| more.dims() != shape) {
+        bail!("{}: wanted {shape:?} to add, got {:?}", weight.name(), more.dims());
+    }
+    let (x, more) = (x.contiguous()?, more.map(Tensor::contiguous).transpose()?);
     let value = match x.device() {
         Device::Cpu => Computed::cpu(forward(&x, weight, bias, n_out, n_in)?, shape),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => super::cuda::linear(&x, weight, bias, shape)?,
+        Device::Cuda(_) => super::cuda::linear(&x, weight, bias, more.as_ref(), shape)?,
         other => bail!("linear: no kernel for {other:?}"),
     };
     let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
     let tag = trained_tag(&weight, bias.as_ref());
-    custom_op("linear", &[&x, &tag], value, move |dy| {
+    let adds = more.as_ref().is_some_and(Tensor::track_op);
+    let inputs: Vec<&Tensor> = [&x, &tag].into_iter().chain(&more).collect();
+    custom_op("linear", &inputs, value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => backward(&input, dy, &weight, bias.as_ref(), n_out, n_in)?,
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => super::cuda::linear_backward(&input, dy, &weight, bias.as_ref())?,
             other => bail!("linear: no kernel for {other:?}"),
         };
-        Ok([dx, None, None])
+        Ok([dx, None, adds.then(|| dy.clone())])
     })
 }
 
@@ -82,6 +102,10 @@ fn backward(
 
 /// [`linear()`] in a dry run. Its input is kept.
 pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: Option<&Param>) -> DryTensor {
+    layer_dry(x, weight, bias, None)
+}
+
+fn layer_dry(x: &DryTensor, weight: &Param, bias: Option<&Param>, more: Option<&DryTensor>) -> DryTensor {
     let (x, dims) = (x.contiguous(), weight.dims());
     let mut shape = x.dims().to_vec();
     let n_rows = x.len() / dims[1].max(1);
@@ -91,7 +115,23 @@ pub(crate) fn dry(x: &DryTensor, weight: &Param, bias: Option<&Param>) -> DryTen
     let flops = 2.0 * n_rows as f64 * dims[0] as f64 * dims[1] as f64;
     let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
     let cost = Cost { flops, input_flops: flops, weight_flops: flops, gradients, ..Cost::default() };
-    x.custom(&[&x], &shape, cost)
+    let more = more.map(DryTensor::contiguous);
+    let inputs: Vec<&DryTensor> = [&x].into_iter().chain(&more).collect();
+    x.custom(&inputs, &shape, cost)
+}
+
+/// [`linear_plus()`] in a dry run.
+pub(crate) fn dry_plus(
+    residual: &DryTensor,
+    x: &DryTensor,
+    weight: &Param,
+    bias: Option<&Param>,
+) -> DryTensor {
+    if x.meter().on_gpu() {
+        layer_dry(x, weight, bias, Some(residual))
+    } else {
+        residual.plus(&dry(x, weight, bias))
+    }
 }
 
 /// Sums over rows of width `n`, in f32 within blocks of rows and f64 across them.

@@ -37,7 +37,7 @@ pub use embedding::embedding;
 pub use geglu::geglu;
 pub use group_norm::{group_norm, group_norm_shifted};
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{linear, linear_plus};
 pub use softmax::softmax;
 pub(crate) use upsample::upsample_bilinear;
 pub use upsample::upsample_nearest;
@@ -54,5 +54,6 @@ pub(crate) mod dry {
     pub(crate) use super::group_norm::dry_shifted as group_norm_shifted;
     pub(crate) use super::layer_norm::dry as layer_norm;
     pub(crate) use super::linear::dry as linear;
+    pub(crate) use super::linear::dry_plus as linear_plus;
     pub(crate) use super::upsample::dry_nearest as upsample_nearest;
 }

@@ -128,16 +128,20 @@ impl Projection {
 impl Block {
     fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
         let normed = self.norm1.dry(x);
-        let x = x.plus(&self.attn1.dry(&normed, &normed));
-        let x = x.plus(&self.attn2.dry(&self.norm2.dry(&x), text));
+        let x = self.attn1.dry_plus(x, &normed, &normed);
+        let x = self.attn2.dry_plus(&x, &self.norm2.dry(&x), text);
         let hidden = ops::geglu(&self.ff.0.dry(&self.norm3.dry(&x)));
-        x.plus(&self.ff.1.dry(&hidden))
+        self.ff.1.dry_plus(&x, &hidden)
     }
 }
 
 impl Attention {
-    fn dry(&self, x: &DryTensor, source: &DryTensor) -> DryTensor {
+    fn dry_plus(&self, residual: &DryTensor, x: &DryTensor, source: &DryTensor) -> DryTensor {
+        self.to_out.dry_plus(residual, &self.attend_dry(x, source))
+    }
+
+    fn attend_dry(&self, x: &DryTensor, source: &DryTensor) -> DryTensor {
         let (q, k, v) = (self.to_q.dry(x), self.to_k.dry(source), self.to_v.dry(source));
-        self.to_out.dry(&ops::attention(&q, &k, &v, self.n_heads))
+        ops::attention(&q, &k, &v, self.n_heads)
     }
 }

@@ -18,9 +18,7 @@ pub(in crate::ops) fn conv2d(
 ) -> Result<Computed> {
     let device = x.device().as_cuda_device()?;
     let y = value(device, x, &weight.weight(x.dtype())?, conv)?;
-    if let Some(bias) = bias {
-        add_bias(device, &y, &bias.value(), conv.spatial())?;
-    }
+    add_bias(device, &y, (bias, None), conv.spatial())?;
     Ok(y.computed())
 }
 

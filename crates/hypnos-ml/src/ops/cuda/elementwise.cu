@@ -42,19 +42,25 @@ extern "C" __global__ void geglu_bwd(const real* x, const real* dy, real* dx, lo
     }
 }
 
-// y[i] = x[i] + bias[i / inner % channels]: inner 1 for rows, H * W for channels; with channels = B * C a bias of each
-// sample's own. n elements. Any grid. y may be x.
-extern "C" __global__ void add_bias(const real* x, const float* bias, real* y, long long n, int inner, int channels) {
-    if (inner % 4 == 0 && n % 4 == 0 && is_aligned(x) && is_aligned(y)) {
+// y[i] = x[i] + bias[i / inner % channels] + more[i]: inner 1 for rows, H * W for channels. Either of bias and more may be
+// null. n elements. Any grid. y may be x or more.
+extern "C" __global__ void add_bias(const real* x, const float* bias, const real* more, real* y, long long n, int inner,
+                                    int channels) {
+    if (inner % 4 == 0 && n % 4 == 0 && is_aligned(x) && is_aligned(more) && is_aligned(y)) {
         for (long long i = 4 * thread_index(); i < n; i += 4 * thread_count()) {
-            float b = bias[i / inner % channels];
+            const float b = bias ? bias[i / inner % channels] : 0.0f;
             Four a = load4(x + i);
             for (int k = 0; k < 4; ++k) a.v[k] += b;
+            if (more) {
+                Four m = load4(more + i);
+                for (int k = 0; k < 4; ++k) a.v[k] += m.v[k];
+            }
             store4(y + i, a);
         }
         return;
     }
     for (long long i = thread_index(); i < n; i += thread_count()) {
-        store(y + i, load(x + i) + bias[i / inner % channels]);
+        const float v = load(x + i) + (bias ? bias[i / inner % channels] : 0.0f);
+        store(y + i, more ? v + load(more + i) : v);
     }
 }

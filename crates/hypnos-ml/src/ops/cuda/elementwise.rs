@@ -1,7 +1,8 @@
 //! Launches `elementwise.cu`: activations, GEGLU, biases.
 
-use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, int, launch, long};
+use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, int, launch, long, optional};
 use crate::ops::activation::Activation;
+use crate::param::Param;
 
 /// The number that the kernel knows an activation by.
 fn kind(activation: Activation) -> super::Arg {
@@ -50,9 +51,20 @@ pub(in crate::ops) fn geglu_backward(x: &Tensor, dy: &Tensor) -> Result<Computed
     Ok(dx.computed())
 }
 
-/// Adds `bias` `[C]`, f32, to `y` `[.., C, inner]` in place.
-pub(super) fn add_bias(device: &CudaDevice, y: &Buffer, bias: &Tensor, inner: usize) -> Result<()> {
-    let bias = View::of(bias)?;
-    let args = [y.arg(), bias.arg(), y.arg(), long(y.len()), int(inner), int(bias.len)];
+/// Adds `bias` `[C]`, f32, to `y` `[.., C, inner]` in place, and `more`, which is as large as `y`.
+pub(super) fn add_bias(
+    device: &CudaDevice,
+    y: &Buffer,
+    (bias, more): (Option<&Param>, Option<&View>),
+    inner: usize,
+) -> Result<()> {
+    if bias.is_none() && more.is_none() {
+        return Ok(());
+    }
+    let bias = bias.map(Param::value);
+    let bias = bias.as_ref().map(View::of).transpose()?;
+    let channels = bias.as_ref().map_or(1, |bias| bias.len);
+    let added = [optional(bias.as_ref()), optional(more)];
+    let args = [&[y.arg()][..], &added, &[y.arg(), long(y.len()), int(inner), int(channels)]].concat();
     launch(device, ("elementwise", y.dtype, "add_bias"), Grid::any(y.len().div_ceil(4)), &args)
 }

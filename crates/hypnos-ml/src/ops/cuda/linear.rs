@@ -1,29 +1,36 @@
-//! A dense layer: three matrix products and a bias.
+//! A dense layer: three matrix products, the first with a bias and what else is added.
 
 use super::elementwise::add_bias;
-use super::matmul::{Mat, Size, product};
+use super::matmul::{Mat, Size, product, product_and};
 use super::reduce::column_sums;
 use super::{Buffer, Computed, DType, Result, Tensor, View};
 use crate::ops::cpu::Into;
 use crate::param::Param;
 
+/// `x W^T + b + more`, where `more` is as large as the result.
 pub(in crate::ops) fn linear(
     x: &Tensor,
     weight: &Param,
     bias: Option<&Param>,
+    more: Option<&Tensor>,
     shape: Vec<usize>,
 ) -> Result<Computed> {
     let device = x.device().as_cuda_device()?;
     let weight = weight.weight(x.dtype())?;
     let (n_out, n_in) = (weight.dim(0)?, weight.dim(1)?);
+    let narrow = bias.map(|bias| bias.weight(x.dtype())).transpose()?;
     let (x, weight) = (View::of(x)?, View::of(&weight)?);
+    let (narrow, more) = (narrow.as_ref().map(View::of).transpose()?, more.map(View::of).transpose()?);
     let y = Buffer::new(device, shape, x.dtype)?;
+    let to = Mat::buffer(&y, n_out);
     let factors = (Mat::view(&x, n_in), Mat::view(&weight, n_in).t());
     let size = Size::one(x.len / n_in.max(1), n_out, n_in);
-    product(device, Mat::buffer(&y, n_out), Into::Replace, size, factors)?;
-    if let Some(bias) = bias {
-        add_bias(device, &y, &bias.value(), 1)?;
+    let added = (narrow.as_ref(), more.as_ref());
+    if (bias.is_some() || more.is_some()) && product_and(device, to, size, factors, added)? {
+        return Ok(y.computed());
     }
+    product(device, to, Into::Replace, size, factors)?;
+    add_bias(device, &y, (bias, more.as_ref()), 1)?;
     Ok(y.computed())
 }
 

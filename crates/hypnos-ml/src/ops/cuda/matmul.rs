@@ -8,6 +8,9 @@ use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use super::{Buffer, CudaDevice, DType, Result, View, WrapErr, allows_tf32, bail};
 use crate::ops::cpu::Into;
 
+mod epilogue;
+pub(super) use epilogue::product_and;
+
 /// A stack of matrices: element `(i, j)` of matrix `b` lies `b * stride + i * row + j` elements behind `address`, or
 /// `b * stride + j * row + i` if transposed.
 #[derive(Clone, Copy)]

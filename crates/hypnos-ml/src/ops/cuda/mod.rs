@@ -246,6 +246,11 @@ enum Arg {
     TooLarge(usize),
 }
 
+/// A tensor that may be missing, which a kernel gets as null.
+fn optional(view: Option<&View>) -> Arg {
+    view.map_or(Arg::Address(0), View::arg)
+}
+
 /// An `int`.
 fn int(n: usize) -> Arg {
     i32::try_from(n).map_or(Arg::TooLarge(n), Arg::Int)

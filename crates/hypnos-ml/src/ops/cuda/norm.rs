@@ -3,7 +3,7 @@
 //! The forward keeps mean and deviation for the backward: eight bytes for each row or group.
 
 use super::{
-    Arg, Buffer, Computed, CudaDevice, DType, Grid, Result, Tensor, View, flag, int, launch, reduce,
+    Arg, Buffer, Computed, CudaDevice, DType, Grid, Result, Tensor, View, flag, int, launch, optional, reduce,
 };
 use crate::ops::group_norm::Norm;
 use crate::param::Param;
@@ -107,11 +107,6 @@ impl Norm {
     fn sizes(&self) -> [Arg; 5] {
         [int(self.c), int(self.n_groups), int(self.spatial), int(self.cuts()), flag(self.silu)]
     }
-}
-
-/// A tensor that may be missing, as a kernel takes it.
-fn optional(view: Option<&View>) -> Arg {
-    view.map_or(Arg::Address(0), View::arg)
 }
 
 /// The value, and what [`group_norm_backward`] wants of it. `shift` `[B, C]` is added to `x` first.

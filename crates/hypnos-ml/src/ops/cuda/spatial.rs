@@ -88,9 +88,7 @@ pub(in crate::ops) fn depthwise(
     let window = Arg::Window(Window::of_depthwise(conv)?);
     let args = [input.arg(), weight.arg(), y.arg(), long(y.len()), int(conv.c), window];
     launch(device, ("spatial", x.dtype(), "depthwise"), Grid::any(y.len()), &args)?;
-    if let Some(bias) = bias {
-        add_bias(device, &y, &bias.value(), conv.oh * conv.ow)?;
-    }
+    add_bias(device, &y, (bias, None), conv.oh * conv.ow)?;
     Ok(y.computed())
 }
 
