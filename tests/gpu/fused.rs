@@ -1,7 +1,7 @@
 //! Operations that a GPU fuses, beside the CPU, which computes one after the other.
 
 use candle_core::{Device, Result, Tensor};
-use hypnos::ml::ops;
+use hypnos::ml::ops::{self, Conv2dSpec};
 use hypnos::ml::param::Param;
 
 use crate::golden::{Place, assert_close, trained, variable};
@@ -62,6 +62,20 @@ pub(crate) fn products(place: &Place) {
         });
         compare(place, "linear_plus without a bias", (&[&residual, &x], &[&[7, wide]]), |x, w| {
             ops::linear_plus(&x[0], &x[1], &w[0], None)
+        });
+    }
+}
+
+pub(crate) fn convolutions(place: &Place) {
+    let x = [2, 3, 9, 8];
+    for (kernel, stride, residual) in [(3, 1, [2, 5, 9, 8]), (3, 2, [2, 5, 5, 4]), (1, 1, [2, 5, 9, 8])] {
+        let spec = Conv2dSpec::padded(stride, kernel / 2);
+        let weight = [5, 3, kernel, kernel];
+        compare(place, "conv2d_plus", (&[&residual, &x], &[&weight, &[5]]), |x, w| {
+            ops::conv2d_plus(&x[0], &x[1], &w[0], Some(&w[1]), spec)
+        });
+        compare(place, "conv2d_plus without a bias", (&[&residual, &x], &[&weight]), |x, w| {
+            ops::conv2d_plus(&x[0], &x[1], &w[0], None, spec)
         });
     }
 }

@@ -22,6 +22,11 @@ int cublasLtMatmulPreferenceCreate(void**);
 int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void*, int*);
 int cublasLtMatmul(void*, void*, const void*, uint64_t, void*, uint64_t, void*, const void*, uint64_t, void*, uint64_t,
                    void*, const void*, void*, size_t, void*);
+int cudnnCreateActivationDescriptor(void**);
+int cudnnSetActivationDescriptor(void*, int, int, double);
+int cudnnConvolutionBiasActivationForward(void*, const void*, void*, uint64_t, void*, uint64_t, void*, int, uint64_t,
+                                          size_t, const void*, void*, uint64_t, void*, uint64_t, void*, void*,
+                                          uint64_t);
 int cudnnCreateTensorDescriptor(void**);
 int cudnnCreateFilterDescriptor(void**);
 int cudnnCreateConvolutionDescriptor(void**);
@@ -295,11 +300,22 @@ void convolution(const Place& place) {
         }
     }
     const Buffer in(x, place.type), weight(w, place.type), grad(dy, place.type), out(dy.size(), place.type),
-        dx(x.size(), place.type), dw(w.size(), place.type), space(bytes);
+        plus(dy.size(), place.type), dx(x.size(), place.type), dw(w.size(), place.type), space(bytes);
     const float one = 1, zero = 0;
     ran("convolution", cudnnConvolutionForward(nullptr, &one, tx, in.address, tw, weight.address, conv, algorithm,
                                                space.address, bytes, &zero, ty, out.address));
     near(place.module("convolution"), out, wanted, place.bound());
+    void *identity, *tb;
+    cudnnCreateActivationDescriptor(&identity), cudnnSetActivationDescriptor(identity, 5, 1, 0);
+    cudnnCreateTensorDescriptor(&tb), cudnnSetTensor4dDescriptor(tb, 0, type, 1, outs, 1, 1);
+    const Numbers b = held(drawn(outs, 25), place.type);
+    const Buffer bias(b, place.type);
+    ran("convolution with more",
+        cudnnConvolutionBiasActivationForward(nullptr, &one, tx, in.address, tw, weight.address, conv, algorithm,
+                                              space.address, bytes, &one, ty, grad.address, tb, bias.address, identity,
+                                              ty, plus.address));
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] += (double)b[i / 12 % outs] + dy[i];
+    near(place.module("convolution with more"), plus, wanted, place.bound());
     ran("convolution's input", cudnnConvolutionBackwardData(nullptr, &one, tw, weight.address, ty, grad.address, conv,
                                                             algorithm, space.address, bytes, &zero, tx, dx.address));
     ran("convolution's weight", cudnnConvolutionBackwardFilter(nullptr, &one, tx, in.address, ty, grad.address, conv,

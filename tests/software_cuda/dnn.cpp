@@ -11,7 +11,8 @@ using namespace software;
 namespace {
 
 enum Status { SUCCESS = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, EXECUTION_FAILED = 5000 };
-enum { FLOAT = 0, BFLOAT16 = 9, NCHW = 0, CROSS_CORRELATION = 1, TENSOR_OP_MATH = 1, FMA_MATH = 3 };
+enum { FLOAT = 0, BFLOAT16 = 9, NCHW = 0, CROSS_CORRELATION = 1, IDENTITY = 5, IMPLICIT_PRECOMP_GEMM = 1 };
+enum { TENSOR_OP_MATH = 1, FMA_MATH = 3 };
 
 struct Tensor { // or filter
     int type, dims[4];
@@ -27,6 +28,10 @@ struct Convolution {
         if (math == TENSOR_OP_MATH) round_to_tf32(values);
         return values;
     }
+};
+
+struct Activation {
+    int mode = -1;
 };
 
 int handle_value;
@@ -138,6 +143,25 @@ struct Scale {
     }
 };
 
+// put(place in y, value) for every value of the convolution.
+template <class Put>
+void convolve(const Tensor& x, const void* px, const Tensor& w, const void* pw, const Convolution& conv,
+              const Tensor& y, Put put) {
+    const Patches patches = {x, w, y, conv};
+    const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
+    std::vector<float> columns, result;
+    for (int group = 0; group < conv.groups; ++group) {
+        const auto weight = conv.factor(loaded(pw, group * outs * rows, outs * rows, w.stored()));
+        for (int n = 0; n < x.dims[0]; ++n) {
+            patches.gather(px, n, group, columns);
+            result.assign(outs * places, 0.0f);
+            multiply(weight.data(), columns.data(), result.data(), outs, places, rows);
+            const size_t at = patches.result(n, group);
+            for (size_t i = 0; i < result.size(); ++i) put(at + i, result[i]);
+        }
+    }
+}
+
 // What every call checks: shapes, operands and scratch memory.
 int ready(const char* what, const Tensor& a, const void* pa, const Tensor& b, const void* pb, const Tensor& to,
           void* pto, const Scale& scale, void* space, size_t bytes, size_t wanted, bool agreeing) {
@@ -166,6 +190,11 @@ int cudnnCreateFilterDescriptor(Tensor** filter) { return *filter = new Tensor()
 int cudnnDestroyFilterDescriptor(Tensor* filter) { return delete filter, SUCCESS; }
 int cudnnCreateConvolutionDescriptor(Convolution** conv) { return *conv = new Convolution(), SUCCESS; }
 int cudnnDestroyConvolutionDescriptor(Convolution* conv) { return delete conv, SUCCESS; }
+int cudnnCreateActivationDescriptor(Activation** activation) { return *activation = new Activation(), SUCCESS; }
+int cudnnDestroyActivationDescriptor(Activation* activation) { return delete activation, SUCCESS; }
+int cudnnSetActivationDescriptor(Activation* activation, int mode, int, double) {
+    return activation->mode = mode, SUCCESS;
+}
 int cudnnSetTensor4dDescriptor(Tensor* tensor, int format, int type, int n, int c, int h, int w) {
     return set(tensor, format, type, n, c, h, w);
 }
@@ -210,19 +239,38 @@ int cudnnConvolutionForward(void*, const void* alpha, Tensor* x, const void* px,
     const int status = ready(what, *x, px, *w, pw, *y, py, scale, space, bytes, scratch(*x, algorithm),
                              agree(what, *x, *w, *y, *conv));
     if (status != SUCCESS || recording()) return status;
-    const Patches patches = {*x, *w, *y, *conv};
-    const size_t rows = patches.rows(), places = patches.places(), outs = patches.outs();
-    std::vector<float> columns, result;
-    for (int group = 0; group < conv->groups; ++group) {
-        const auto weight = conv->factor(loaded(pw, group * outs * rows, outs * rows, w->stored()));
-        for (int n = 0; n < x->dims[0]; ++n) {
-            patches.gather(px, n, group, columns);
-            result.assign(outs * places, 0.0f);
-            multiply(weight.data(), columns.data(), result.data(), outs, places, rows);
-            const size_t at = patches.result(n, group);
-            for (size_t i = 0; i < result.size(); ++i) scale.put(py, at + i, y->stored(), result[i]);
-        }
+    convolve(*x, px, *w, pw, *conv, *y, [&](size_t at, float v) { scale.put(py, at, y->stored(), v); });
+    return SUCCESS;
+}
+
+// y = alpha conv(x) + share z + bias.
+int cudnnConvolutionBiasActivationForward(void*, const void* alpha, Tensor* x, const void* px, Tensor* w,
+                                          const void* pw, Convolution* conv, int algorithm, void* space, size_t bytes,
+                                          const void* share_, Tensor* z, const void* pz, Tensor* bias,
+                                          const void* pbias, Activation* activation, Tensor* y, void* py) {
+    Lock lock;
+    const float nothing = 0, share = *(const float*)share_;
+    const Scale scale(alpha, &nothing);
+    const char* what = "cudnnConvolutionBiasActivationForward";
+    if (activation->mode != IDENTITY) return unsupported("activation", activation->mode, "5 (identity)");
+    if (algorithm != IMPLICIT_PRECOMP_GEMM)
+        return unsupported("algorithm", algorithm, "1 (implicit and precomputed), which alone has the identity");
+    const bool added = z->type == y->type && z->len() == y->len() && bias->type == y->type &&
+                       bias->dims[1] == y->dims[1] && (int)bias->len() == y->dims[1];
+    if (!added) {
+        fprintf(stderr, "software CUDA: %s: z (%s) and bias (%s) cannot be added to y (%s)\n", what,
+                described(*z).c_str(), described(*bias).c_str(), described(*y).c_str());
     }
+    const int status = ready(what, *x, px, *w, pw, *y, py, scale, space, bytes, scratch(*x, algorithm),
+                             added && agree(what, *x, *w, *y, *conv));
+    if (status != SUCCESS) return status;
+    if (!check(pbias, bias->bytes(), READ) || (share != 0 && !check(pz, z->bytes(), READ))) return EXECUTION_FAILED;
+    if (recording()) return SUCCESS;
+    const size_t places = (size_t)y->dims[2] * y->dims[3];
+    convolve(*x, px, *w, pw, *conv, *y, [&](size_t at, float v) {
+        v = scale.alpha * v + load(pbias, at / places % y->dims[1], y->stored());
+        store(py, at, y->stored(), share != 0 ? v + share * load(pz, at, y->stored()) : v);
+    });
     return SUCCESS;
 }
 

@@ -74,6 +74,11 @@ impl Conv2d {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(x, &self.weight, self.bias.as_ref(), self.spec)
     }
+
+    /// `residual`, `[B, n_out, H', W']`, and [`Conv2d::forward`] of `x`, added up.
+    fn forward_plus(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d_plus(residual, x, &self.weight, self.bias.as_ref(), self.spec)
+    }
 }
 
 /// Layer norm over the last dimension.
@@ -282,7 +287,13 @@ impl Resnet {
                 hidden = hidden.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?; // [B, n_out, 1, 1]
             }
         }
-        let hidden = self.conv2.forward(&self.norm2.forward_shifted(&hidden, shift.as_ref())?)?;
+        let normed = self.norm2.forward_shifted(&hidden, shift.as_ref())?;
+        if x.device().is_cuda() {
+            let residual = self.conv_shortcut.as_ref().map(|shortcut| shortcut.forward(x)).transpose()?;
+            return self.conv2.forward_plus(residual.as_ref().unwrap_or(x), &normed);
+        }
+        let hidden = self.conv2.forward(&normed)?;
+        drop(normed);
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)? + hidden,
             None => x + hidden,

@@ -21,6 +21,10 @@ impl Conv2d {
     pub(crate) fn dry(&self, x: &DryTensor) -> Result<DryTensor> {
         ops::conv2d(x, &self.weight, self.bias.as_ref(), self.spec)
     }
+
+    fn dry_plus(&self, residual: &DryTensor, x: &DryTensor) -> Result<DryTensor> {
+        ops::conv2d_plus(residual, x, &self.weight, self.bias.as_ref(), self.spec)
+    }
 }
 
 impl LayerNorm {
@@ -59,7 +63,13 @@ impl Resnet {
                 hidden = hidden.broadcast_plus(&time.reshape(&[b, n, 1, 1]));
             }
         }
-        let hidden = self.conv2.dry(&self.norm2.dry_shifted(&hidden, shift.as_ref()))?;
+        let normed = self.norm2.dry_shifted(&hidden, shift.as_ref());
+        if x.meter().on_gpu() {
+            let residual = self.conv_shortcut.as_ref().map(|shortcut| shortcut.dry(x)).transpose()?;
+            return self.conv2.dry_plus(residual.as_ref().unwrap_or(x), &normed);
+        }
+        let hidden = self.conv2.dry(&normed)?;
+        drop(normed);
         Ok(match &self.conv_shortcut {
             Some(shortcut) => shortcut.dry(x)?.plus(&hidden),
             None => x.plus(&hidden),

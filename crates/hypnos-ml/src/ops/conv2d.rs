@@ -3,7 +3,7 @@
 //! Patches are unfolded in tiles that stay in cache, over the images of a batch together where the pictures are small,
 //! so that the large weights of the deep levels are read once a batch.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, product, sum, zeros};
@@ -42,24 +42,57 @@ impl Conv2dSpec {
 ///
 /// Gives `[B, O, H', W']`. Differentiable in `x`, `weight` and `bias`.
 pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec) -> Result<Tensor> {
-    let x = x.contiguous()?;
+    convolve(x, weight, bias, spec, None)
+}
+
+/// `residual` and what [`conv2d()`] gives, whose shape and dtype it has, added up. Differentiable in both.
+///
+/// A GPU adds as it convolves, without the convolution's result in between.
+pub fn conv2d_plus(
+    residual: &Tensor,
+    x: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+) -> Result<Tensor> {
+    if !x.device().is_cuda() {
+        return residual + conv2d(x, weight, bias, spec)?;
+    }
+    convolve(x, weight, bias, spec, Some(residual))
+}
+
+/// `more` on a GPU only.
+fn convolve(
+    x: &Tensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+    more: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (x, more) = (x.contiguous()?, more.map(Tensor::contiguous).transpose()?);
     let conv = Conv::new(x.dims(), weight, spec)?;
+    let shape = Shape::from(conv.out_dims());
+    if let Some(more) = more.as_ref().filter(|more| more.shape() != &shape) {
+        bail!("{}: wanted {shape:?} to add, got {:?}", weight.name(), more.dims());
+    }
     let value = match x.device() {
-        Device::Cpu => Computed::cpu(conv.forward(&x, weight, bias)?, conv.out_dims()),
+        Device::Cpu => Computed::cpu(conv.forward(&x, weight, bias)?, shape),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => super::cuda::conv2d(&x, weight, bias, &conv)?,
+        Device::Cuda(_) => super::cuda::conv2d(&x, weight, bias, more.as_ref(), &conv)?,
         other => bail!("conv2d: no kernel for {other:?}"),
     };
     let (weight, bias, input) = (weight.clone(), bias.cloned(), x.clone());
     let tag = trained_tag(&weight, bias.as_ref());
-    custom_op("conv2d", &[&x, &tag], value, move |dy| {
+    let adds = more.as_ref().is_some_and(Tensor::track_op);
+    let inputs: Vec<&Tensor> = [&x, &tag].into_iter().chain(&more).collect();
+    custom_op("conv2d", &inputs, value, move |dy| {
         let dx = match dy.device() {
             Device::Cpu => conv.backward(&input, dy, &weight, bias.as_ref())?,
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => super::cuda::conv2d_backward(&input, dy, &weight, bias.as_ref(), &conv)?,
             other => bail!("conv2d: no kernel for {other:?}"),
         };
-        Ok([dx, None, None])
+        Ok([dx, None, adds.then(|| dy.clone())])
     })
 }
 
@@ -72,7 +105,31 @@ pub(crate) fn dry(
     bias: Option<&Param>,
     spec: Conv2dSpec,
 ) -> Result<DryTensor> {
-    let x = x.contiguous();
+    convolve_dry(x, weight, bias, spec, None)
+}
+
+/// [`conv2d_plus()`] in a dry run.
+pub(crate) fn dry_plus(
+    residual: &DryTensor,
+    x: &DryTensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+) -> Result<DryTensor> {
+    if !x.meter().on_gpu() {
+        return Ok(residual.plus(&dry(x, weight, bias, spec)?));
+    }
+    convolve_dry(x, weight, bias, spec, Some(residual))
+}
+
+fn convolve_dry(
+    x: &DryTensor,
+    weight: &Param,
+    bias: Option<&Param>,
+    spec: Conv2dSpec,
+    more: Option<&DryTensor>,
+) -> Result<DryTensor> {
+    let (x, more) = (x.contiguous(), more.map(DryTensor::contiguous));
     let conv = Conv::new(x.dims(), weight, spec)?;
     let (b, o, oh, ow) = conv.out_dims();
     let flops = 2.0 * (b * o * conv.spatial()) as f64 * conv.patch() as f64;
@@ -89,7 +146,8 @@ pub(crate) fn dry(
         backward_scratch: scratch + patches as u64,
         gradients,
     };
-    Ok(x.custom(&[&x], &[b, o, oh, ow], cost))
+    let inputs: Vec<&DryTensor> = [&x].into_iter().chain(&more).collect();
+    Ok(x.custom(&inputs, &[b, o, oh, ow], cost))
 }
 
 /// Sizes of one convolution.

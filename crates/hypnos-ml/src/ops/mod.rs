@@ -31,7 +31,7 @@ pub use activation::{Activation, activate};
 pub use adamw::{AdamW, AdamWConfig, MomentFormat};
 pub use attention::attention;
 pub use checkpoint::checkpoint;
-pub use conv2d::{Conv2dSpec, conv2d};
+pub use conv2d::{Conv2dSpec, conv2d, conv2d_plus};
 pub use depthwise::depthwise_conv2d;
 pub use embedding::embedding;
 pub use geglu::geglu;
@@ -47,6 +47,7 @@ pub(crate) mod dry {
     pub(crate) use super::activation::dry as activate;
     pub(crate) use super::attention::dry as attention;
     pub(crate) use super::conv2d::dry as conv2d;
+    pub(crate) use super::conv2d::dry_plus as conv2d_plus;
     pub(crate) use super::depthwise::dry as depthwise_conv2d;
     pub(crate) use super::embedding::dry as embedding;
     pub(crate) use super::geglu::dry as geglu;

@@ -10,15 +10,26 @@ use crate::ops::conv2d::Conv;
 use crate::ops::cpu::Into;
 use crate::param::Param;
 
+/// The convolution with `bias` and `more`, which is as large as the result.
 pub(in crate::ops) fn conv2d(
     x: &Tensor,
     weight: &Param,
     bias: Option<&Param>,
+    more: Option<&Tensor>,
     conv: &Conv,
 ) -> Result<Computed> {
     let device = x.device().as_cuda_device()?;
-    let y = value(device, x, &weight.weight(x.dtype())?, conv)?;
-    add_bias(device, &y, (bias, None), conv.spatial())?;
+    let weight = weight.weight(x.dtype())?;
+    #[cfg(feature = "cudnn")]
+    if !conv.is_pointwise()
+        && let Some(bias) = bias
+        && let Some(y) = super::cudnn::value_plus(x, &weight, (&bias.weight(x.dtype())?, more), conv)?
+    {
+        return Ok(y.computed());
+    }
+    let y = value(device, x, &weight, conv)?;
+    let more = more.map(View::of).transpose()?;
+    add_bias(device, &y, (bias, more.as_ref()), conv.spatial())?;
     Ok(y.computed())
 }
 

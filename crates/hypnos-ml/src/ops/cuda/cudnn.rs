@@ -7,12 +7,13 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cudnn::result::CudnnError;
 use candle_core::cuda_backend::cudarc::cudnn::{
-    ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, CudnnDataType,
-    FilterDescriptor, TensorDescriptor, sys,
+    ConvBackwardData, ConvBackwardFilter, ConvBiasActivationForward, ConvDescriptor, ConvForward, Cudnn,
+    CudnnDataType, FilterDescriptor, TensorDescriptor, sys,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, DeviceId};
@@ -33,6 +34,8 @@ const FORWARD: [Forward; 2] = [
     Forward::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
     Forward::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
 ];
+/// The one that adds a bias without an activation.
+const FORWARD_PLUS: [Forward; 1] = [Forward::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM];
 const TO_INPUT: [ToInput; 1] = [ToInput::CUDNN_CONVOLUTION_BWD_DATA_ALGO_1];
 const TO_WEIGHT: [ToWeight; 1] = [ToWeight::CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1];
 
@@ -46,17 +49,18 @@ struct Session {
     /// Whether the factors of f32 convolutions are rounded to TF32.
     tf32: bool,
     forward: Plans<Forward>,
+    forward_plus: Plans<Forward>,
     to_input: Plans<ToInput>,
     to_weight: Plans<ToWeight>,
 }
 
 impl Session {
     fn new(device: &CudaDevice) -> Result<Self> {
-        let handle = Cudnn::new(device.cuda_stream())?;
         Ok(Self {
-            handle,
+            handle: Cudnn::new(device.cuda_stream())?,
             tf32: allows_tf32(device),
             forward: HashMap::new(),
+            forward_plus: HashMap::new(),
             to_input: HashMap::new(),
             to_weight: HashMap::new(),
         })
@@ -84,12 +88,16 @@ fn plan<A: Copy>(
         match size(algorithm) {
             Ok(bytes) if bytes <= WORKSPACE_BYTES_MOST => return Ok(Some((algorithm, bytes))),
             Ok(_) => {}
-            // The statuses from 3000 say in different words that it is not supported.
-            Err(error) if (error.0 as u32) / 1000 == 3 => {}
+            Err(error) if is_unsupported(error) => {}
             Err(error) => return Err(error.into()),
         }
     }
     Ok(None)
+}
+
+/// The statuses from 3000 say in different words that something is not supported.
+fn is_unsupported(error: CudnnError) -> bool {
+    (error.0 as u32) / 1000 == 3
 }
 
 /// What cuDNN wants to know of a convolution that is evenly padded.
@@ -213,6 +221,81 @@ fn value_of<T: Element>(x: &Tensor, weight: &Tensor, conv: &Conv) -> Result<Opti
             )?;
         }
         Ok(Some(y))
+    })
+}
+
+/// `x` convolved with `weight`, and `bias` `[O]` and `more`, as large as the result, added before it is rounded; all of
+/// one dtype. `None` if cuDNN cannot do that for the shape.
+pub(super) fn value_plus(
+    x: &Tensor,
+    weight: &Tensor,
+    added: (&Tensor, Option<&Tensor>),
+    conv: &Conv,
+) -> Result<Option<Buffer>> {
+    match x.dtype() {
+        DType::F32 => value_plus_of::<f32>(x, weight, added, conv),
+        DType::BF16 => value_plus_of::<bf16>(x, weight, added, conv),
+        other => bail!("conv2d: wanted f32 or bf16 on the GPU, got {other:?}"),
+    }
+}
+
+fn value_plus_of<T: Element>(
+    x: &Tensor,
+    weight: &Tensor,
+    (bias, more): (&Tensor, Option<&Tensor>),
+    conv: &Conv,
+) -> Result<Option<Buffer>> {
+    let device = x.device().as_cuda_device()?;
+    let (x, conv) = evenly_padded(x, conv)?;
+    with_session(device, |session| {
+        let Descriptors { conv: convolution, x: x_shape, w, y: y_shape } =
+            &Descriptors::<T>::new(session, &conv)?;
+        let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW;
+        let bias_shape = &session.handle.create_4d_tensor::<T>(format, [1, conv.o as i32, 1, 1])?;
+        let (mode, nan) = (
+            sys::cudnnActivationMode_t::CUDNN_ACTIVATION_IDENTITY,
+            sys::cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN,
+        );
+        let act = &session.handle.create_activation::<f32>(mode, nan, 0.0)?;
+        let operation = ConvBiasActivationForward {
+            conv: convolution,
+            act,
+            x: x_shape,
+            w,
+            z: y_shape,
+            bias: bias_shape,
+            y: y_shape,
+        };
+        let plan = match session.forward_plus.get(&(conv, T::DTYPE)) {
+            Some(&known) => known,
+            None => plan(&FORWARD_PLUS, |algorithm| operation.get_workspace_size(algorithm))?,
+        };
+        session.forward_plus.insert((conv, T::DTYPE), plan);
+        let Some((algorithm, bytes)) = plan else { return Ok(None) };
+        let mut y = Buffer::new(device, conv.out_dims(), T::DTYPE)?;
+        // Where there is nothing to add, cuDNN wants a place all the same: the result's, of which it reads nothing.
+        // SAFETY: it is as long as the buffer, which lives longer and frees it alone.
+        let own =
+            ManuallyDrop::new(unsafe { device.cuda_stream().upgrade_device_ptr::<T>(y.address, y.len()) });
+        let (x, weight, bias) = (Elements::of(&x), Elements::of(weight), Elements::of(bias));
+        let more = more.map(Elements::of);
+        let z = more.as_ref().map_or_else(|| Ok(own.slice(..)), Elements::get::<T>)?;
+        let share = if more.is_some() { 1.0 } else { 0.0 };
+        let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(share)));
+        let (x, weight, bias) = (x.get::<T>()?, weight.get::<T>()?, bias.get::<T>()?);
+        let to = y.storage.as_cuda_slice_mut::<T>()?;
+        // SAFETY: the descriptors were made from the sizes that these tensors have.
+        let launched =
+            unsafe { operation.launch(algorithm, Some(&mut scratch), factors, &x, &weight, &z, &bias, to) };
+        match launched {
+            Ok(()) => Ok(Some(y)),
+            // It says so no earlier.
+            Err(error) if is_unsupported(error) => {
+                session.forward_plus.insert((conv, T::DTYPE), None);
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     })
 }
 
