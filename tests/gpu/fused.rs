@@ -66,6 +66,19 @@ pub(crate) fn products(place: &Place) {
     }
 }
 
+pub(crate) fn projections(place: &Place) {
+    for (h, w) in [(3, 5), (8, 8)] {
+        let (picture, tokens) = ([2, 6, h, w], [2, h * w, 6]);
+        compare(place, "picture_to_tokens", (&[&picture], &[&[7, 6], &[7]]), |x, w| {
+            ops::picture_to_tokens(&x[0], &w[0], Some(&w[1]))
+        });
+        compare(place, "tokens_to_picture", (&[&[2, 7, h, w], &tokens], &[&[7, 6], &[7]]), |x, w| {
+            ops::tokens_to_picture(&x[0], &x[1], &w[0], Some(&w[1]))
+        });
+        compare(place, "concat", (&[&picture, &[2, 3, h, w]], &[]), |x, _| ops::concat(&x[0], &x[1]));
+    }
+}
+
 pub(crate) fn convolutions(place: &Place) {
     let x = [2, 3, 9, 8];
     for (kernel, stride, residual) in [(3, 1, [2, 5, 9, 8]), (3, 2, [2, 5, 5, 4]), (1, 1, [2, 5, 9, 8])] {

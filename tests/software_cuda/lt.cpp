@@ -1,5 +1,5 @@
-// cuBLASLt as we call it: one product of f32 or bf16 with sums in f32, another matrix and a bias added before the result
-// is rounded. The one algorithm asks for scratch memory as the real ones may, and every byte of it is written.
+// cuBLASLt as we call it: products of f32 or bf16 with sums in f32, another matrix and a bias added before the result is
+// rounded. The one algorithm asks for scratch memory as the real ones may, and every byte of it is written.
 #include "numbers.h"
 #include "runtime.h"
 
@@ -12,17 +12,26 @@ namespace {
 enum Status { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 enum { COMPUTE_32F = 68, R_32F = 0, R_16BF = 14, OP_N = 0, OP_T = 1, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
 enum { TRANS_A = 3, TRANS_B = 4, EPILOGUE = 7, BIAS_POINTER = 8 };             // of a product
+enum { BATCH_COUNT = 5, BATCH_OFFSET = 6 };                                     // of a layout
 enum { MAX_WORKSPACE = 1, REDUCTION_SCHEME = 3, ALIGNMENT_A = 5, ALIGNMENT_D = 8 }; // of a preference
 
-// Stored by columns.
+// Stored by columns, `batch` matrices of which one begins every `stride` elements.
 struct Layout {
     int type;
     uint64_t rows, cols;
     int64_t pitch;
+    int batch = 1;
+    int64_t stride = 0;
     Type stored() const { return type == R_32F ? Type::F32 : Type::BF16; }
     bool check(const void* data, Access access) const {
         const size_t bytes = size_of(stored());
-        return check_runs(data, rows * bytes, cols, pitch * bytes, access);
+        for (int i = 0; i < (stride ? batch : 1); ++i) {
+            if (!check_runs((const char*)data + i * stride * bytes, rows * bytes, cols, pitch * bytes, access)) return false;
+        }
+        return true;
+    }
+    float at(const void* data, int i, bool transposed, size_t row, size_t col) const {
+        return load(data, i * stride + (transposed ? col + row * pitch : row + col * pitch), stored());
     }
 };
 struct Product {
@@ -58,14 +67,10 @@ bool agree(const Product& product, const Layout& a, const Layout& b, const Layou
     const uint64_t inner = product.trans_b ? b.cols : b.rows, n = product.trans_b ? b.rows : b.cols;
     bool same = inner == k;
     for (const Layout* layout : {&a, &b, &c, &d}) {
-        same = same && layout->type == d.type && layout->pitch >= (int64_t)layout->rows;
+        same = same && layout->type == d.type && layout->batch == d.batch && layout->pitch >= (int64_t)layout->rows;
     }
     for (const Layout* layout : {&c, &d}) same = same && layout->rows == m && layout->cols == n;
     return same;
-}
-
-float at(const void* data, const Layout& layout, bool transposed, size_t i, size_t j) {
-    return load(data, transposed ? j + i * layout.pitch : i + j * layout.pitch, layout.stored());
 }
 
 } // namespace
@@ -75,9 +80,14 @@ int cublasLtCreate(void** handle) { return *handle = &handle_value, SUCCESS; }
 int cublasLtDestroy(void*) { return SUCCESS; }
 int cublasLtMatrixLayoutCreate(Layout** layout, int type, uint64_t rows, uint64_t cols, int64_t pitch) {
     if (type != R_32F && type != R_16BF) return refuse("type", type);
-    return *layout = new Layout{type, rows, cols, pitch}, SUCCESS;
+    return *layout = new Layout{type, rows, cols, pitch, 1, 0}, SUCCESS;
 }
 int cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, SUCCESS; }
+int cublasLtMatrixLayoutSetAttribute(Layout* layout, int attribute, const void* value, size_t bytes) {
+    if (attribute == BATCH_COUNT && bytes == 4) return layout->batch = *(const int*)value, SUCCESS;
+    if (attribute == BATCH_OFFSET && bytes == 8) return layout->stride = *(const int64_t*)value, SUCCESS;
+    return refuse("attribute of a layout", attribute);
+}
 int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
     if (compute != COMPUTE_32F || scale != R_32F) return refuse("computing type", compute);
     return *product = new Product(), SUCCESS;
@@ -137,15 +147,18 @@ int cublasLtMatmul(void*, Product* product, const void* alpha_, const void* a, L
     }
     if (recording()) return SUCCESS;
     memset(space, 0xff, algorithm->bytes);
-    std::vector<float> left(m * k), right(k * n), result(m * n, 0.0f);
-    for (size_t i = 0; i < m * k; ++i) left[i] = at(a, *la, product->trans_a, i / k, i % k);
-    for (size_t i = 0; i < k * n; ++i) right[i] = at(b, *lb, product->trans_b, i / n, i % n);
-    multiply(left.data(), right.data(), result.data(), m, n, k);
-    for (size_t i = 0; i < m * n; ++i) {
-        const size_t row = i / n, col = i % n;
-        float v = alpha * result[i] + (beta != 0 ? beta * at(c, *lc, false, row, col) : 0.0f);
-        if (biased) v += load(product->bias, row, ld->stored());
-        store(d, row + col * ld->pitch, ld->stored(), v);
+    std::vector<float> left(m * k), right(k * n), result;
+    for (int batch = 0; batch < ld->batch; ++batch) {
+        for (size_t i = 0; i < m * k; ++i) left[i] = la->at(a, batch, product->trans_a, i / k, i % k);
+        for (size_t i = 0; i < k * n; ++i) right[i] = lb->at(b, batch, product->trans_b, i / n, i % n);
+        result.assign(m * n, 0.0f);
+        multiply(left.data(), right.data(), result.data(), m, n, k);
+        for (size_t i = 0; i < m * n; ++i) {
+            const size_t row = i / n, col = i % n;
+            float v = alpha * result[i] + (beta != 0 ? beta * lc->at(c, batch, false, row, col) : 0.0f);
+            if (biased) v += load(product->bias, row, ld->stored());
+            store(d, batch * ld->stride + row + col * ld->pitch, ld->stored(), v);
+        }
     }
     return SUCCESS;
 }

@@ -2,12 +2,13 @@
 
 use candle_core::{Result, Tensor};
 
+pub(crate) use super::ops::to_tokens;
 use super::ops::{self, Activation, Conv2dSpec};
 use super::param::Param;
 use super::weights::Weights;
 
 mod dry;
-pub(crate) use dry::{to_picture_dry, to_tokens_dry};
+pub(crate) use dry::to_tokens_dry;
 
 /// `y = x W^T + b` over the last dimension.
 #[derive(Clone, Debug)]
@@ -30,6 +31,11 @@ impl Linear {
     /// `[.., n_in]` to `[.., n_out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// `residual` `[B, n_out, h, w]` and the layer of tokens `[B, h w, n_in]` as a picture, added up.
+    pub(crate) fn forward_to_picture(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        ops::tokens_to_picture(residual, x, &self.weight, self.bias.as_ref())
     }
 
     /// `residual`, `[.., n_out]`, and [`Linear::forward`] of `x`, added up.
@@ -312,17 +318,6 @@ impl ResnetConfig {
 /// `1 / (1 + e^-x)`, by way of tanh, which is finite at both ends. Differentiable.
 pub(crate) fn sigmoid(x: &Tensor) -> Result<Tensor> {
     ((x * 0.5)?.tanh()? * 0.5)? + 0.5
-}
-
-/// `[B, C, h, w]` to `[B, h w, C]`.
-pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
-    x.flatten_from(2)?.transpose(1, 2)?.contiguous()
-}
-
-/// `[B, h w, C]` to `[B, C, h, w]`.
-pub(crate) fn to_picture(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
-    let (b, _, c) = x.dims3()?;
-    x.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))
 }
 
 /// The largest value in windows of `kernel` by `kernel`: torch's `MaxPool2d`. Differentiable.

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::refuse;
-use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig, to_picture, to_tokens};
+use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig};
 use crate::ops::{self, Activation, Conv2dSpec};
 use crate::precision::Precision;
 use crate::weights::Weights;
@@ -546,7 +546,7 @@ impl UpBlock {
             let Some(skip) = skips.pop() else {
                 candle_core::bail!("unet: the up blocks want more skip connections than the down blocks give")
             };
-            x = self.level.forward_one(j, &Tensor::cat(&[&x, &skip], 1)?, run)?;
+            x = self.level.forward_one(j, &ops::concat(&x, &skip)?, run)?;
         }
         match (&self.upsampler, skips.last()) {
             (Some(conv), Some(next)) => {
@@ -610,13 +610,12 @@ impl Transformer {
     }
 
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let (_, _, h, w) = x.dims4()?;
         let text = text.to_dtype(x.dtype())?;
-        let mut tokens = self.proj_in.forward(&to_tokens(&self.norm.forward(x)?)?)?; // [B, h w, C]
+        let mut tokens = self.proj_in.to_tokens(&self.norm.forward(x)?)?; // [B, h w, C]
         for block in &self.transformer_blocks {
             tokens = block.forward(&tokens, &text)?;
         }
-        x + to_picture(&self.proj_out.forward(&tokens)?, h, w)?
+        self.proj_out.to_picture(x, &tokens)
     }
 }
 
@@ -633,8 +632,12 @@ impl Projection {
         Ok(Self { weight, bias: w.get("bias", &[n])? })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, Some(&self.bias))
+    fn to_tokens(&self, x: &Tensor) -> Result<Tensor> {
+        ops::picture_to_tokens(x, &self.weight, Some(&self.bias))
+    }
+
+    fn to_picture(&self, residual: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+        ops::tokens_to_picture(residual, tokens, &self.weight, Some(&self.bias))
     }
 }
 

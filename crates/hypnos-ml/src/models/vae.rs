@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use serde::Deserialize;
 
 use super::refuse;
-use crate::nn::{Conv2d, GroupNorm, Linear, Resnet, ResnetConfig, to_picture, to_tokens};
+use crate::nn::{Conv2d, GroupNorm, Linear, Resnet, ResnetConfig, to_tokens};
 use crate::ops::{self, Activation, Conv2dSpec};
 use crate::precision::Precision;
 use crate::weights::Weights;
@@ -411,11 +411,9 @@ impl Attention {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, _, h, w) = x.dims4()?;
         let tokens = to_tokens(&self.group_norm.forward(x)?)?; // [B, h w, C]
         let (q, k, v) =
             (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
-        let y = self.to_out.forward(&ops::attention(&q, &k, &v, 1, false)?)?;
-        x + to_picture(&y, h, w)?
+        self.to_out.forward_to_picture(x, &ops::attention(&q, &k, &v, 1, false)?)
     }
 }

@@ -12,6 +12,10 @@ impl Linear {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
 
+    pub(crate) fn dry_to_picture(&self, residual: &DryTensor, x: &DryTensor) -> DryTensor {
+        ops::tokens_to_picture(residual, x, &self.weight, self.bias.as_ref())
+    }
+
     pub(crate) fn dry_plus(&self, residual: &DryTensor, x: &DryTensor) -> DryTensor {
         ops::linear_plus(residual, x, &self.weight, self.bias.as_ref())
     }
@@ -84,14 +88,8 @@ impl ResnetConfig {
     }
 }
 
-/// [`super::to_tokens`].
+/// [`crate::ops::to_tokens`].
 pub(crate) fn to_tokens_dry(x: &DryTensor) -> DryTensor {
     let [b, c, h, w] = [0, 1, 2, 3].map(|axis| x.dims()[axis]);
     x.reshape(&[b, c, h * w]).transpose(1, 2).contiguous()
-}
-
-/// [`super::to_picture`].
-pub(crate) fn to_picture_dry(x: &DryTensor, h: usize, w: usize) -> DryTensor {
-    let [b, c] = [0, 2].map(|axis| x.dims()[axis]);
-    x.transpose(1, 2).contiguous().reshape(&[b, c, h, w])
 }

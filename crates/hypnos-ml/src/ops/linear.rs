@@ -112,12 +112,17 @@ fn layer_dry(x: &DryTensor, weight: &Param, bias: Option<&Param>, more: Option<&
     if let Some(last) = shape.last_mut() {
         *last = dims[0];
     }
-    let flops = 2.0 * n_rows as f64 * dims[0] as f64 * dims[1] as f64;
-    let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
-    let cost = Cost { flops, input_flops: flops, weight_flops: flops, gradients, ..Cost::default() };
     let more = more.map(DryTensor::contiguous);
     let inputs: Vec<&DryTensor> = [&x].into_iter().chain(&more).collect();
-    x.custom(&inputs, &shape, cost)
+    x.custom(&inputs, &shape, cost(n_rows, weight, bias))
+}
+
+/// What a layer of `n_rows` costs.
+pub(super) fn cost(n_rows: usize, weight: &Param, bias: Option<&Param>) -> Cost {
+    let (n_out, n_in) = (weight.dims()[0], weight.dims()[1]);
+    let flops = 2.0 * n_rows as f64 * n_out as f64 * n_in as f64;
+    let gradients = gradient_bytes([Some(weight), bias].into_iter().flatten());
+    Cost { flops, input_flops: flops, weight_flops: flops, gradients, ..Cost::default() }
 }
 
 /// [`linear_plus()`] in a dry run.

@@ -13,6 +13,7 @@ mod adamw;
 mod attention;
 mod blockwise;
 mod checkpoint;
+mod concat;
 mod conv2d;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -24,6 +25,7 @@ mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod projection;
 mod softmax;
 mod upsample;
 
@@ -31,6 +33,7 @@ pub use activation::{Activation, activate};
 pub use adamw::{AdamW, AdamWConfig, MomentFormat};
 pub use attention::attention;
 pub use checkpoint::checkpoint;
+pub use concat::concat;
 pub use conv2d::{Conv2dSpec, conv2d, conv2d_plus};
 pub use depthwise::depthwise_conv2d;
 pub use embedding::embedding;
@@ -38,6 +41,8 @@ pub use geglu::geglu;
 pub use group_norm::{group_norm, group_norm_shifted};
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_plus};
+pub(crate) use projection::to_tokens;
+pub use projection::{picture_to_tokens, tokens_to_picture};
 pub use softmax::softmax;
 pub(crate) use upsample::upsample_bilinear;
 pub use upsample::upsample_nearest;
@@ -46,6 +51,7 @@ pub use upsample::upsample_nearest;
 pub(crate) mod dry {
     pub(crate) use super::activation::dry as activate;
     pub(crate) use super::attention::dry as attention;
+    pub(crate) use super::concat::dry as concat;
     pub(crate) use super::conv2d::dry as conv2d;
     pub(crate) use super::conv2d::dry_plus as conv2d_plus;
     pub(crate) use super::depthwise::dry as depthwise_conv2d;
@@ -56,5 +62,7 @@ pub(crate) mod dry {
     pub(crate) use super::layer_norm::dry as layer_norm;
     pub(crate) use super::linear::dry as linear;
     pub(crate) use super::linear::dry_plus as linear_plus;
+    pub(crate) use super::projection::dry_to_picture as tokens_to_picture;
+    pub(crate) use super::projection::dry_to_tokens as picture_to_tokens;
     pub(crate) use super::upsample::dry_nearest as upsample_nearest;
 }

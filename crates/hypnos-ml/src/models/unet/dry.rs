@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 
 use super::{Attention, Block, DownBlock, Level, MidBlock, Projection, Transformer, Unet, UpBlock};
 use crate::dry_run::{DryTensor, checkpoint};
-use crate::nn::{Resnet, ResnetConfig, to_picture_dry, to_tokens_dry};
+use crate::nn::{Resnet, ResnetConfig};
 use crate::ops::dry as ops;
 
 /// What every block of one forward gets.
@@ -89,7 +89,7 @@ impl UpBlock {
         let mut x = x.clone();
         for j in 0..self.level.resnets.len() {
             let Some(skip) = skips.pop() else { bail!("unet: the way up is longer than the way down") };
-            x = self.level.dry_one(j, &DryTensor::cat(&[&x, &skip], 1), run)?;
+            x = self.level.dry_one(j, &ops::concat(&x, &skip), run)?;
         }
         match (&self.upsampler, skips.last()) {
             (Some(conv), Some(next)) => {
@@ -109,19 +109,22 @@ impl MidBlock {
 
 impl Transformer {
     fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
-        let [h, w] = [2, 3].map(|axis| x.dims()[axis]);
         let text = text.to_dtype(x.dtype());
-        let mut tokens = self.proj_in.dry(&to_tokens_dry(&self.norm.dry(x)));
+        let mut tokens = self.proj_in.to_tokens_dry(&self.norm.dry(x));
         for block in &self.transformer_blocks {
             tokens = block.dry(&tokens, &text);
         }
-        x.plus(&to_picture_dry(&self.proj_out.dry(&tokens), h, w))
+        self.proj_out.to_picture_dry(x, &tokens)
     }
 }
 
 impl Projection {
-    fn dry(&self, x: &DryTensor) -> DryTensor {
-        ops::linear(x, &self.weight, Some(&self.bias))
+    fn to_tokens_dry(&self, x: &DryTensor) -> DryTensor {
+        ops::picture_to_tokens(x, &self.weight, Some(&self.bias))
+    }
+
+    fn to_picture_dry(&self, residual: &DryTensor, tokens: &DryTensor) -> DryTensor {
+        ops::tokens_to_picture(residual, tokens, &self.weight, Some(&self.bias))
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::{Attention, Decoder, Encoder, MidBlock, Vae};
 use crate::dry_run::{DryTensor, checkpoint};
-use crate::nn::{to_picture_dry, to_tokens_dry};
+use crate::nn::to_tokens_dry;
 use crate::ops::dry as ops;
 
 impl Vae {
@@ -86,10 +86,8 @@ impl MidBlock {
 
 impl Attention {
     fn dry(&self, x: &DryTensor) -> DryTensor {
-        let [h, w] = [2, 3].map(|axis| x.dims()[axis]);
         let tokens = to_tokens_dry(&self.group_norm.dry(x));
         let (q, k, v) = (self.to_q.dry(&tokens), self.to_k.dry(&tokens), self.to_v.dry(&tokens));
-        let y = self.to_out.dry(&ops::attention(&q, &k, &v, 1));
-        x.plus(&to_picture_dry(&y, h, w))
+        self.to_out.dry_to_picture(x, &ops::attention(&q, &k, &v, 1))
     }
 }

@@ -24,6 +24,7 @@ use super::custom_op::Computed;
 
 mod adamw;
 mod attention;
+mod concat;
 mod conv2d;
 #[cfg(feature = "cudnn")]
 mod cudnn;
@@ -33,17 +34,22 @@ mod fused_attention;
 mod linear;
 mod matmul;
 mod norm;
+mod projection;
 mod reduce;
 mod softmax;
 mod spatial;
 
 pub(super) use adamw::{Moments, Slot, adamw, square_sum};
 pub(super) use attention::{attention, attention_backward};
+pub(super) use concat::{concat, concat_backward};
 pub(super) use conv2d::{conv2d, conv2d_backward};
 pub(super) use elementwise::{activation, activation_backward, geglu, geglu_backward};
 pub(super) use embedding::{embedding, embedding_backward};
 pub(super) use linear::{linear, linear_backward};
 pub(super) use norm::{group_norm, group_norm_backward, layer_norm, layer_norm_backward};
+pub(super) use projection::{
+    picture_to_tokens, picture_to_tokens_backward, tokens_to_picture, tokens_to_picture_backward,
+};
 pub(super) use softmax::{softmax, softmax_backward};
 pub(super) use spatial::{depthwise, depthwise_backward, upsample, upsample_backward};
 

@@ -14,13 +14,14 @@ use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use sys::cublasLtMatmulDescAttributes_t as ProductAttribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute;
+use sys::cublasLtMatrixLayoutAttribute_t as LayoutAttribute;
 
 use super::{Call, CudaDevice, DType, Mat, Result, Size, View, WrapErr, bail};
 
 /// Most bytes of scratch memory an algorithm may ask for: what NVIDIA advises for Hopper.
 const WORKSPACE_BYTES_MOST: u64 = 32 << 20;
 
-/// `to = a b + bias + more`, where `bias` has one number for each column and `more` lies as `to` does. All are of one
+/// `to = a b + bias + more`, matrix by matrix, where `bias` has one number for each column and `more` lies as `to` does. All are of one
 /// dtype. False, and nothing done, if cuBLASLt has no algorithm for it.
 ///
 /// The matrices must lie within their tensors: the callers' sizes say so.
@@ -31,14 +32,14 @@ pub(in crate::ops::cuda) fn product_and(
     (a, b): (Mat, Mat),
     (bias, more): (Option<&View>, Option<&View>),
 ) -> Result<bool> {
-    let added = [(bias, size.n), (more, size.m * size.n)];
+    let added = [(bias, size.n), (more, size.batch * size.m * size.n)];
     let wrong = |(view, len): &(Option<&View>, usize)| {
         view.is_some_and(|view| view.dtype != to.dtype || view.len != *len)
     };
-    if size.batch != 1 || a.dtype != to.dtype || b.dtype != to.dtype || added.iter().any(wrong) {
-        bail!("a product with something added: wanted one, of {:?} throughout", to.dtype);
+    if a.dtype != to.dtype || b.dtype != to.dtype || added.iter().any(wrong) {
+        bail!("a product with something added: wanted {:?} and sizes as of the result", to.dtype);
     }
-    if size.m == 0 || size.n == 0 {
+    if size.batch == 0 || size.m == 0 || size.n == 0 {
         return Ok(true);
     }
     device.cuda_stream().context().bind_to_thread().w()?;
@@ -61,8 +62,9 @@ pub(in crate::ops::cuda) fn product_and(
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     transposed: [bool; 2],
-    sizes: [i32; 3],
+    sizes: [i32; 4],
     rows: [i32; 3],
+    strides: [i64; 3],
     dtype: DType,
     has_bias: bool,
     has_more: bool,
@@ -77,8 +79,9 @@ impl Key {
         let alignment = 1 << addresses.fold(8, |least: u32, address| least.min(address.trailing_zeros()));
         Self {
             transposed: call.transposed,
-            sizes: [call.m, call.n, call.k],
+            sizes: [call.batch, call.m, call.n, call.k],
             rows: call.row,
+            strides: call.stride,
             dtype,
             has_bias: bias.is_some(),
             has_more: more.is_some(),
@@ -146,24 +149,41 @@ fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
     }
 }
 
+/// Makes a layout one of `batch` matrices, `stride` elements apart.
+fn stack(layout: &Layout, batch: i32, stride: i64) -> Result<()> {
+    if batch == 1 {
+        return Ok(());
+    }
+    let set = |attribute: LayoutAttribute, value: *const c_void, bytes: usize| {
+        // SAFETY: the layout is alive, and `value` points to as many bytes, which are the attribute's type.
+        unsafe { result::set_matrix_layout_attribute(layout.0, attribute, value, bytes) }.map_err(Error::wrap)
+    };
+    let (batch, stride) = (&raw const batch, &raw const stride);
+    set(LayoutAttribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch.cast(), size_of::<i32>())?;
+    set(LayoutAttribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, stride.cast(), size_of::<i64>())
+}
+
 impl Operation {
     fn new(call: &Call, dtype: DType, bias: Option<&View>) -> Result<Self> {
         let dtype = data_type(dtype)?;
-        let layout = |rows: i32, cols: i32, row: i32| -> Result<Layout> {
-            let made = result::create_matrix_layout(dtype, rows as u64, cols as u64, i64::from(row));
-            Ok(Description(made.map_err(Error::wrap)?, result::destroy_matrix_layout))
+        // Of factor or result number `which`.
+        let layout = |which: usize, transposed: bool, rows: i32, cols: i32| -> Result<Layout> {
+            let (rows, cols) = if transposed { (cols, rows) } else { (rows, cols) };
+            let row = i64::from(call.row[which]);
+            let made = result::create_matrix_layout(dtype, rows as u64, cols as u64, row);
+            let layout = Description(made.map_err(Error::wrap)?, result::destroy_matrix_layout as _);
+            stack(&layout, call.batch, call.stride[which])?;
+            Ok(layout)
         };
-        let either = |transposed, rows, cols, row| {
-            if transposed { layout(cols, rows, row) } else { layout(rows, cols, row) }
-        };
+        let [a_transposed, b_transposed] = call.transposed;
         // f32 is f32 throughout, never TF32.
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F);
         let product = result::create_matmul_desc(compute, scale).map_err(Error::wrap)?;
         let operation = Self {
             product: Description(product, result::destroy_matmul_desc),
-            a: either(call.transposed[0], call.m, call.k, call.row[0])?,
-            b: either(call.transposed[1], call.k, call.n, call.row[1])?,
-            to: layout(call.m, call.n, call.row[2])?,
+            a: layout(0, a_transposed, call.m, call.k)?,
+            b: layout(1, b_transposed, call.k, call.n)?,
+            to: layout(2, false, call.m, call.n)?,
         };
         let [a, b] = call.transposed.map(i32::from); // CUBLAS_OP_T is 1
         operation.set(ProductAttribute::CUBLASLT_MATMUL_DESC_TRANSA, &a)?;
