@@ -66,6 +66,25 @@ pub(crate) fn products(place: &Place) {
     }
 }
 
+/// Frozen weights, by which one input is multiplied at once where they are narrowed, and one by one where not.
+pub(crate) fn shared_input(place: &Place) {
+    let of = |place: &Place| -> Vec<Tensor> {
+        let weights = [1, 2, 3].map(|seed| place.weight(&numbers(&[7, 6], seed)));
+        let weights = weights.map(|weight| Param::new("p", weight, false).expect("a parameter"));
+        let x = place.input(&numbers(&[2, 5, 6], 4));
+        let before = ops::linear(&x, &weights[1], None).expect("a layer");
+        let all = ops::linears(&x, weights.each_ref()).expect("layers");
+        let after = ops::linear(&x, &weights[1], None).expect("a layer");
+        let changed = place.weight(&numbers(&[7, 6], 5));
+        weights[0].set(&changed).expect("a value of its shape");
+        let again = ops::linears(&x, weights.each_ref()).expect("layers");
+        [before, after].into_iter().chain(all).chain(again).collect()
+    };
+    for (ours, wanted) in of(place).iter().zip(of(&Place::cpu())) {
+        assert_close("linears", ours, &wanted, place.operation.0);
+    }
+}
+
 pub(crate) fn projections(place: &Place) {
     for (h, w) in [(3, 5), (8, 8)] {
         let (picture, tokens) = ([2, 6, h, w], [2, h * w, 6]);

@@ -33,6 +33,11 @@ impl Linear {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
 
+    /// [`Linear::forward`] of one input by several layers of one size without biases.
+    pub(crate) fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        ops::linears(x, layers.map(|layer| &layer.weight))
+    }
+
     /// `residual` `[B, n_out, h, w]` and the layer of tokens `[B, h w, n_in]` as a picture, added up.
     pub(crate) fn forward_to_picture(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
         ops::tokens_to_picture(residual, x, &self.weight, self.bias.as_ref())

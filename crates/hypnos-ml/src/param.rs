@@ -20,6 +20,8 @@ struct Inner {
     value: RwLock<Tensor>,
     /// The value in a narrower compute dtype, made when first asked for and dropped when the master changes.
     narrow: Mutex<Option<Tensor>>,
+    /// What `narrow` is a part of, where it was asked for together with others.
+    pack: Mutex<Option<Tensor>>,
     /// One element; a variable exactly if the weight is trained. Operations take it as an input, so that candle
     /// records them even where no other input has a gradient.
     tag: Tensor,
@@ -60,7 +62,7 @@ impl Param {
 
     fn of(name: String, value: Tensor, tag: Tensor) -> Self {
         let (value, narrow, grad) = (RwLock::new(value), Mutex::new(None), Mutex::new(None));
-        Self(Arc::new(Inner { name, value, narrow, tag, grad }))
+        Self(Arc::new(Inner { name, value, narrow, pack: Mutex::new(None), tag, grad }))
     }
 
     /// Full name in the checkpoint, such as `down_blocks.0.resnets.0.conv1.weight`.
@@ -84,6 +86,30 @@ impl Param {
             Some(kept) if kept.dtype() == dtype => Ok(kept.clone()),
             _ => Ok(narrow.insert(value.to_dtype(dtype)?).clone()),
         }
+    }
+
+    /// The values of weights of one shape in a narrower dtype, one behind the other: `[n, ..]`. Each one's
+    /// [`Param::weight`] is a part of it from then on. `None` if they are not narrowed.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pack(params: &[&Self], dtype: DType) -> Result<Option<Tensor>> {
+        if params.iter().any(|param| param.value().dtype() == dtype) {
+            return Ok(None);
+        }
+        let packs: Vec<_> = params.iter().filter_map(|param| lock(&param.0.pack).clone()).collect();
+        if let Some(pack) =
+            packs.first().filter(|pack| pack.dtype() == dtype && pack.dims()[0] == params.len())
+            && packs.len() == params.len()
+            && packs.iter().all(|other| other.id() == pack.id())
+        {
+            return Ok(Some(pack.clone()));
+        }
+        let values = params.iter().map(|param| param.value().to_dtype(dtype)?.unsqueeze(0));
+        let pack = Tensor::cat(&values.collect::<Result<Vec<_>>>()?, 0)?.detach();
+        for (i, param) in params.iter().enumerate() {
+            *lock(&param.0.narrow) = Some(pack.get(i)?.detach());
+            *lock(&param.0.pack) = Some(pack.clone());
+        }
+        Ok(Some(pack))
     }
 
     /// Shape of the weight.
@@ -146,6 +172,7 @@ impl Param {
     /// Forgets what was derived from the value; called after the value was changed in place.
     pub(crate) fn value_changed(&self) {
         *lock(&self.0.narrow) = None;
+        *lock(&self.0.pack) = None;
     }
 }
 

@@ -703,7 +703,12 @@ impl Attention {
     }
 
     fn attend(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(source)?, self.to_v.forward(source)?);
+        let [q, k, v] = if x.id() == source.id() {
+            Linear::forward_all([&self.to_q, &self.to_k, &self.to_v], x)?
+        } else {
+            let [k, v] = Linear::forward_all([&self.to_k, &self.to_v], source)?;
+            [self.to_q.forward(x)?, k, v]
+        };
         ops::attention(&q, &k, &v, self.n_heads, false)
     }
 }

@@ -17,6 +17,22 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
     layer(x, weight, bias, None)
 }
 
+/// [`linear()`] of one input by several weights of one shape, without biases.
+///
+/// Where nothing is differentiated and the weights are narrowed, a GPU multiplies by all of them at once.
+pub fn linears<const N: usize>(x: &Tensor, weights: [&Param; N]) -> Result<[Tensor; N]> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && !x.track_op()
+        && weights.iter().all(|weight| !weight.is_trainable() && weight.dims() == weights[0].dims())
+        && let Some(pack) = Param::pack(&weights, x.dtype())?
+    {
+        return super::cuda::linears(&x.contiguous()?, &pack);
+    }
+    let all = weights.iter().map(|weight| linear(x, weight, None)).collect::<Result<Vec<_>>>()?;
+    all.try_into().map_err(|_| candle_core::Error::msg("linears: as many results as weights"))
+}
+
 /// `residual` and what [`linear()`] gives, whose shape and dtype it has, added up. Differentiable in both.
 ///
 /// A GPU adds as it multiplies, without the layer's result in between.

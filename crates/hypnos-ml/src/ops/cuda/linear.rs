@@ -3,7 +3,7 @@
 use super::elementwise::add_bias;
 use super::matmul::{Mat, Size, product, product_and};
 use super::reduce::column_sums;
-use super::{Buffer, Computed, DType, Result, Tensor, View};
+use super::{Buffer, Computed, DType, Result, Tensor, View, bail};
 use crate::ops::cpu::Into;
 use crate::param::Param;
 
@@ -32,6 +32,25 @@ pub(in crate::ops) fn linear(
     product(device, to, Into::Replace, size, factors)?;
     add_bias(device, &y, (bias, more.as_ref()), 1)?;
     Ok(y.computed())
+}
+
+/// `x` `[.., I]` by each of `N` weights, `pack` `[N, O, I]`: the results are parts of one tensor.
+pub(in crate::ops) fn linears<const N: usize>(x: &Tensor, pack: &Tensor) -> Result<[Tensor; N]> {
+    let (device, (n, n_out, n_in)) = (x.device().as_cuda_device()?, pack.dims3()?);
+    let mut shape = [&[n][..], x.dims()].concat();
+    if n != N || shape.last() != Some(&n_in) {
+        bail!("linears: {:?} does not fit {:?}", pack.dims(), x.dims());
+    }
+    shape[x.rank()] = n_out;
+    let (x, pack) = (View::of(x)?, View::of(pack)?);
+    let (y, rows) = (Buffer::new(device, shape, x.dtype)?, x.len / n_in.max(1));
+    let factors = (Mat::view(&x, n_in), Mat::view(&pack, n_in).every(n_out * n_in).t());
+    let (to, size) =
+        (Mat::buffer(&y, n_out).every(rows * n_out), Size { batch: n, m: rows, n: n_out, k: n_in });
+    product(device, to, Into::Replace, size, factors)?;
+    let y = y.tensor();
+    let parts = (0..n).map(|i| y.get(i)).collect::<Result<Vec<_>>>()?;
+    parts.try_into().map_err(|_| candle_core::Error::msg("linears: as many results as weights"))
 }
 
 pub(in crate::ops) fn linear_backward(

@@ -2,9 +2,9 @@
 //!
 //! A kernel file is compiled once for each storage type, so a kernel is named by its file, the dtype of the tensors it
 //! works on, and its name. Tensors are f32 or bf16; sums and everything that a sum passes through are f32, and so are
-//! vectors of parameters and all gradients of parameters. Matrix products are cuBLAS's, but for those in the fused
-//! attention; convolutions are cuDNN's where the program was built with it. Nothing here is random or depends on the
-//! order in which blocks finish.
+//! vectors of parameters for our kernels and all gradients of parameters. Matrix products are cuBLAS's, but for those in
+//! the fused attention; convolutions are cuDNN's where the program was built with it; a bias that these add is of their
+//! factors' dtype. Nothing here is random or depends on the order in which blocks finish.
 //!
 //! A device has one stream ([`prepare`]), so what is launched later sees what was launched before, and memory freed
 //! while a kernel still reads it is given away only after that kernel.
@@ -45,7 +45,7 @@ pub(super) use concat::{concat, concat_backward};
 pub(super) use conv2d::{conv2d, conv2d_backward};
 pub(super) use elementwise::{activation, activation_backward, geglu, geglu_backward};
 pub(super) use embedding::{embedding, embedding_backward};
-pub(super) use linear::{linear, linear_backward};
+pub(super) use linear::{linear, linear_backward, linears};
 pub(super) use norm::{group_norm, group_norm_backward, layer_norm, layer_norm_backward};
 pub(super) use projection::{
     picture_to_tokens, picture_to_tokens_backward, tokens_to_picture, tokens_to_picture_backward,

@@ -21,8 +21,8 @@ use super::{Call, CudaDevice, DType, Mat, Result, Size, View, WrapErr, bail};
 /// Most bytes of scratch memory an algorithm may ask for: what NVIDIA advises for Hopper.
 const WORKSPACE_BYTES_MOST: u64 = 32 << 20;
 
-/// `to = a b + bias + more`, matrix by matrix, where `bias` has one number for each column and `more` lies as `to` does. All are of one
-/// dtype. False, and nothing done, if cuBLASLt has no algorithm for it.
+/// `to = a b + bias + more`, matrix by matrix, where `bias` has one number for each column and `more` lies as `to` does.
+/// All are of one dtype. False, and nothing done, if cuBLASLt has no algorithm for it.
 ///
 /// The matrices must lie within their tensors: the callers' sizes say so.
 pub(in crate::ops::cuda) fn product_and(
@@ -171,7 +171,7 @@ impl Operation {
             let (rows, cols) = if transposed { (cols, rows) } else { (rows, cols) };
             let row = i64::from(call.row[which]);
             let made = result::create_matrix_layout(dtype, rows as u64, cols as u64, row);
-            let layout = Description(made.map_err(Error::wrap)?, result::destroy_matrix_layout as _);
+            let layout: Layout = Description(made.map_err(Error::wrap)?, result::destroy_matrix_layout);
             stack(&layout, call.batch, call.stride[which])?;
             Ok(layout)
         };
