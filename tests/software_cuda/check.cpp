@@ -307,7 +307,7 @@ void convolution(const Place& place) {
     near(place.module("convolution"), out, wanted, place.bound());
     void *identity, *tb;
     cudnnCreateActivationDescriptor(&identity), cudnnSetActivationDescriptor(identity, 5, 1, 0);
-    cudnnCreateTensorDescriptor(&tb), cudnnSetTensor4dDescriptor(tb, 0, type, 1, outs, 1, 1);
+    cudnnCreateTensorDescriptor(&tb), cudnnSetTensor4dDescriptor(tb, 0, place.type == Type::F32 ? 0 : 9, 1, outs, 1, 1);
     const Numbers b = held(drawn(outs, 25), place.type);
     const Buffer bias(b, place.type);
     ran("convolution with more",
