@@ -62,7 +62,8 @@ pub struct Report {
     /// The version of the program that trained.
     #[serde(rename = "hypnos")]
     pub version: Option<String>,
-    /// What the models computed in: `f32`, `tf32` or `bf16`. Absent in reports of builds that computed in f32 alone.
+    /// What the models computed in: `f32`, `tf32` or `bf16`; several with commas between them, the first one first, if the
+    /// training was resumed in another. Absent in reports of builds that computed in f32 alone.
     // Not typed: a later build may know others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,

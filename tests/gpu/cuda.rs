@@ -166,9 +166,9 @@ fn a_step_of_hypnos_and_a_picture_in_bf16_are_near_those_of_f32() {
 }
 
 #[test]
-fn a_training_begun_in_bf16_is_not_resumed_in_f32() {
+fn a_training_begun_in_bf16_goes_on_in_f32() {
     if gpu().is_some() {
-        methods::a_training_keeps_its_precision("cuda:0");
+        methods::a_training_changes_its_precision("cuda:0");
     }
 }
 

@@ -57,6 +57,11 @@ impl Precision {
         }
     }
 
+    /// The names of several, with commas between them.
+    pub fn names(precisions: &[Self]) -> String {
+        precisions.iter().map(|precision| precision.name()).collect::<Vec<_>>().join(", ")
+    }
+
     /// What a device computes in: `asked`, or else what suits it, bf16 or f32. `capability` is a GPU's compute
     /// capability, major and minor; none is a CPU.
     ///
@@ -105,8 +110,7 @@ impl FromStr for Precision {
     /// [`Error::Input`] lists the names there are.
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|precision| precision.name() == name).ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            Error::input(format!("unknown precision {name:?}; wanted one of {names}"))
+            Error::input(format!("unknown precision {name:?}; wanted one of {}", Self::names(&Self::ALL)))
         })
     }
 }

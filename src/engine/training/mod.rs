@@ -112,6 +112,10 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
     if let Some(file) = session.input.resume {
         let resumed = state.resume(file, &plan.learned_with, recipe);
         resumed.map_err(|error| unreadable(error, file, "the checkpoint"))?;
+        if let [.., before, now] = state.precisions() {
+            let n = state.n_steps();
+            session.plan.warnings.push(format!("resumed in {now} after step {n}, which was taken in {before}"));
+        }
     }
     session.count_previews(&state);
     Ok(state)

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::evaluation::EvaluationOutput;
 use super::session::Session;
+use crate::ml::precision::Precision;
 use crate::ml::train::{State, StepMetrics, TrainingData};
 use crate::report::{BundleId, ClassImageSet, LossCurve, PhotoSize, Prompts, Report, Seeds, TrialScores};
 
@@ -60,7 +61,7 @@ impl Session<'_, '_> {
             images: output.said.clone(),
             evaluation: output.evaluation.clone(),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-            precision: Some(self.base.shared.precision.to_string()),
+            precision: Some(Precision::names(state.precisions())),
             warnings: plan.warnings.clone(),
             seconds: BTreeMap::new(), // the engine has no clock
         }

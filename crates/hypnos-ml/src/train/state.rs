@@ -26,8 +26,9 @@ use crate::{Error, Result};
 /// What `format` says in the metadata of a checkpoint.
 const FORMAT: &str = "hypnos checkpoint 2";
 
-/// Where in its metadata the precision is that it was begun in; none is f32.
-const PRECISION: &str = "precision";
+/// Where in its metadata the precisions are that its steps were taken in, the first one first, with commas between them;
+/// none is f32.
+const PRECISIONS: &str = "precision";
 
 /// Where in a checkpoint the discriminator's tensors lie.
 const DISCRIMINATOR: &str = "discriminator";
@@ -84,6 +85,8 @@ impl StepMetrics {
 pub struct State {
     text: ClipText,
     unet: Unet,
+    /// As [`State::precisions`] gives them.
+    precisions: Vec<Precision>,
     /// Every trained weight, by its name in our files.
     params: BTreeMap<String, Param>,
     optimiser: AdamW,
@@ -151,6 +154,7 @@ impl State {
     ) -> Result<Self> {
         let optimiser = AdamW::new(params.values().cloned(), adamw)?;
         Ok(Self {
+            precisions: vec![unet.precision()],
             text,
             unet,
             params,
@@ -181,6 +185,11 @@ impl State {
     /// The metrics of each step, the first one first.
     pub fn history(&self) -> &[StepMetrics] {
         &self.history
+    }
+
+    /// What its steps were taken in, the first one first, each once in a row: more than one if it was resumed in another.
+    pub fn precisions(&self) -> &[Precision] {
+        &self.precisions
     }
 
     /// Every trained weight, by its name in our files: `text_encoder.…` and `unet.…`.
@@ -364,9 +373,8 @@ impl State {
     /// Writes all that [`State::resume`] needs, tensor by tensor. `bundle` is the hash of all models that took part.
     pub fn save(&self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let mut metadata = finetuned::metadata(FORMAT, bundle, &recipe.json());
-        let precision = self.unet.precision();
-        if precision != Precision::F32 {
-            metadata.insert(PRECISION.into(), precision.name().into());
+        if self.precisions != [Precision::F32] {
+            metadata.insert(PRECISIONS.into(), Precision::names(&self.precisions));
         }
         let learning = self.learning();
         let shapes = self.shapes(self.history.len(), self.trials.len(), self.best.is_some());
@@ -386,19 +394,23 @@ impl State {
         })
     }
 
-    /// Goes on from a file by [`State::save`]. [`Error::File`] if it is of another bundle, another recipe or other models,
-    /// or was begun in another precision; the state is then of no use.
+    /// Goes on from a file by [`State::save`]. [`Error::File`] if it is of another bundle, another recipe or other models;
+    /// the state is then of no use.
+    ///
+    /// In the precision that the file was written in, the steps are those of a training that was never interrupted. In
+    /// another one it goes on as well, for what learns is f32 in all of them: a worker may come back with another
+    /// `--precision`, or another device. [`State::precisions`] then says so.
     pub fn resume(&mut self, path: &Path, bundle: &str, recipe: &Recipe) -> Result<()> {
         let file = TensorFile::open(path)?;
         let bad = |what: String| Error::file(path, what);
         finetuned::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
-        let (theirs, ours) = (file.metadata().get(PRECISION), self.unet.precision().name());
-        let theirs = theirs.map_or(Precision::F32.name(), String::as_str);
-        if theirs != ours {
-            let what =
-                format!("was begun in {theirs} and goes on in no other; this training computes in {ours}");
-            return Err(bad(what));
+        let begun = file.metadata().get(PRECISIONS).map_or(Precision::F32.name(), String::as_str);
+        let mut precisions: Vec<Precision> =
+            begun.split(", ").map(str::parse).collect::<Result<_>>().map_err(|error| bad(error.to_string()))?;
+        if precisions.last() != self.precisions.last() {
+            precisions.append(&mut self.precisions);
         }
+        self.precisions = precisions;
         let theirs = file.metadata().get("recipe").map_or("null", String::as_str);
         if let Some(what) = difference(theirs, &recipe.json()) {
             return Err(bad(format!("was made with other settings: {what}")));
