@@ -1,6 +1,6 @@
 //! Scaled dot-product attention over several heads.
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{Into, Mat, Threads, Tiles, View, gemm, sum2, zeros};
@@ -54,15 +54,24 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, causal: boo
 }
 
 /// [`attention()`] in a dry run. Queries, keys and values are kept, and no score: the backward works with them tile by
-/// tile once more, and makes all three gradients, wanted or not. A dry run is of f32, which is not fused.
+/// tile once more. Where it is not fused it makes all three gradients, wanted or not.
 pub(crate) fn dry(q: &DryTensor, k: &DryTensor, v: &DryTensor, n_heads: usize) -> DryTensor {
     let (q, k, v) = (q.contiguous(), k.contiguous(), v.contiguous());
     let ([b, l, d], s) = ([0, 1, 2].map(|axis| q.dims()[axis]), k.dims()[1]);
     let heads = Heads { b, l, s, d, n: n_heads, causal: false };
     let flops = 4.0 * (b * d) as f64 * l as f64 * s as f64;
+    let is_bf16 = q.dtype() == DType::BF16;
+    if q.meter().on_gpu() && heads.is_fused(q.dtype()) {
+        let of_queries = DryTensor::constant(q.meter(), &[b, n_heads, l]); // the logarithms of sums, which are kept
+        let unwanted = if k.is_tracked() == v.is_tracked() { 0 } else { k.bytes() };
+        let backward_scratch = of_queries.bytes() + unwanted;
+        let cost = Cost { flops, input_flops: 2.5 * flops, backward_scratch, ..Cost::default() };
+        return q.custom(&[&q, &k, &v, &of_queries], q.dims(), cost);
+    }
     let unwanted = [&q, &k, &v].into_iter().filter(|x| !x.is_tracked()).map(DryTensor::bytes).sum::<u64>();
     let (scratch, again) = if q.meter().on_gpu() {
-        (heads.chunk_bytes(), 3 * heads.chunk_bytes())
+        let narrowed = if is_bf16 { heads.chunk_bytes() / 2 } else { 0 }; // the probabilities
+        (heads.chunk_bytes() + narrowed, 3 * heads.chunk_bytes())
     } else {
         (heads.tile_bytes(), 2 * heads.tile_bytes())
     };
@@ -86,6 +95,9 @@ pub(super) struct Heads {
     pub(crate) causal: bool,
 }
 
+/// The widths of a head that a GPU's fused kernels are made for.
+pub(super) const FUSED_WIDTHS: [usize; 5] = [40, 64, 80, 160, 512];
+
 /// Scores that one tile of queries may have: half a megabyte of f32 stays in a core's cache.
 const TILE_SCORES: usize = 1 << 17;
 
@@ -95,6 +107,11 @@ pub(super) const CHUNK_BYTES_MOST: usize = 256 << 20;
 impl Heads {
     pub(super) fn width(&self) -> usize {
         self.d / self.n
+    }
+
+    /// Whether a GPU has fused kernels for these heads of tensors of `dtype`.
+    pub(super) fn is_fused(&self, dtype: DType) -> bool {
+        dtype == DType::BF16 && self.s > 0 && FUSED_WIDTHS.contains(&self.width())
     }
 
     pub(super) fn scale(&self) -> f32 {

@@ -74,8 +74,7 @@ const FEW_KEYS: usize = 128;
 impl Fused {
     /// The kernels for these heads of tensors of `dtype`, if there are any.
     pub(super) fn of(heads: &Heads, dtype: DType) -> Option<&'static Self> {
-        let is_fused = dtype == DType::BF16 && heads.s > 0;
-        FUSED.iter().find(|fused| is_fused && fused.width == heads.width())
+        FUSED.iter().find(|fused| heads.is_fused(dtype) && fused.width == heads.width())
     }
 
     /// The result, and what [`Fused::backward`] needs of this beside it: the logarithm of the sum of each query's
@@ -235,6 +234,7 @@ impl Sizes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::attention::FUSED_WIDTHS;
 
     /// Bytes of a tile of bf16, whose rows are an odd number of 16 bytes apart.
     fn tile(rows: usize, width: usize) -> usize {
@@ -298,7 +298,8 @@ mod tests {
     #[test]
     fn bf16_of_these_widths_alone_is_fused() {
         let heads = |width: usize, s: usize| Heads { b: 1, l: 5, s, d: 2 * width, n: 2, causal: false };
-        for width in [40, 64, 80, 160, 512] {
+        assert_eq!(FUSED.each_ref().map(|fused| fused.width), FUSED_WIDTHS);
+        for width in FUSED_WIDTHS {
             assert!(Fused::of(&heads(width, 1), DType::BF16).is_some_and(|fused| fused.width == width));
             assert!(Fused::of(&heads(width, 1), DType::F32).is_none());
             assert!(Fused::of(&heads(width, 0), DType::BF16).is_none(), "there is nothing to add up");
