@@ -66,22 +66,40 @@ pub(crate) fn products(place: &Place) {
     }
 }
 
-/// Frozen weights, by which one input is multiplied at once where they are narrowed, and one by one where not.
+/// Frozen weights of two shapes, by which a GPU multiplies one input together: held in f32, or in what is computed in.
 pub(crate) fn shared_input(place: &Place) {
-    let of = |place: &Place| -> Vec<Tensor> {
-        let weights = [1, 2, 3].map(|seed| place.weight(&numbers(&[7, 6], seed)));
-        let weights = weights.map(|weight| Param::new("p", weight, false).expect("a parameter"));
-        let x = place.input(&numbers(&[2, 5, 6], 4));
+    let of = |place: &Place, is_narrow: bool| -> Vec<Tensor> {
+        let frozen = |dims: &[usize], seed| {
+            let value = place.weight(&numbers(dims, seed));
+            let value = if is_narrow { value.to_dtype(place.dtype).expect("a dtype") } else { value };
+            Param::new("p", value, false).expect("a parameter")
+        };
+        let weights = [(7, 1), (4, 2), (7, 3)].map(|(n, seed)| frozen(&[n, 6], seed));
+        let biases = [(7, 11), (4, 12), (7, 13)].map(|(n, seed)| {
+            Param::new("b", place.weight(&numbers(&[n], seed)), false).expect("a parameter")
+        });
+        let all = weights.each_ref();
+        let layers: Vec<(&Param, &Param)> = all.into_iter().zip(&biases).collect();
+        let (x, row) = (place.input(&numbers(&[2, 5, 6], 4)), place.input(&numbers(&[2, 6], 6)));
         let before = ops::linear(&x, &weights[1], None).expect("a layer");
-        let all = ops::linears(&x, weights.each_ref()).expect("layers");
+        let products = ops::linears(&x, &all).expect("layers");
         let after = ops::linear(&x, &weights[1], None).expect("a layer");
         let changed = place.weight(&numbers(&[7, 6], 5));
         weights[0].set(&changed).expect("a value of its shape");
-        let again = ops::linears(&x, weights.each_ref()).expect("layers");
-        [before, after].into_iter().chain(all).chain(again).collect()
+        let again = ops::linears(&x, &all).expect("layers");
+        let reversed = ops::linears(&x, &[all[2], all[1], all[0]]).expect("layers");
+        let columns = ops::linear_columns(&row, &layers).expect("layers");
+        let picture = place.input(&numbers(&[2, 4, 5, 3], 7));
+        let norm =
+            [8, 9].map(|seed| Param::new("n", place.weight(&numbers(&[4], seed)), false).expect("one"));
+        let shifted = ops::group_norm_shifted(&picture, &columns[1], (&norm[0], &norm[1]), 2, 1e-5, true);
+        let lists = [vec![before, after, shifted.expect("a norm")], products, again, reversed, columns];
+        lists.concat()
     };
-    for (ours, wanted) in of(place).iter().zip(of(&Place::cpu())) {
-        assert_close("linears", ours, &wanted, place.operation.0);
+    for is_narrow in [false, true] {
+        for (i, (ours, wanted)) in of(place, is_narrow).iter().zip(of(&Place::cpu(), false)).enumerate() {
+            assert_close(&format!("linears, {i}"), ours, &wanted, place.operation.0);
+        }
     }
 }
 

@@ -101,15 +101,17 @@ void layer_norm(const Place& place) {
 }
 
 void group_norm(const Place& place, int inner) {
-    const int batch = 2, channels = 6, groups = 3, parts = 2, cuts = 2, with_silu = 1;
+    const int batch = 2, channels = 6, groups = 3, parts = 2, cuts = 2, with_silu = 1, pitch = channels + 2;
     const int len = channels / groups * inner;
     const float eps = 1e-6f;
     const Numbers x = held(drawn(batch * channels * inner, 5, 2), place.type), w = drawn(channels, 6);
-    const Numbers shift = held(drawn(batch * channels, 24), place.type);
+    const Numbers shift = held(drawn(batch * pitch, 24), place.type);
     std::vector<double> wanted(x.size()), means(batch * groups);
     for (int g = 0; g < batch * groups; ++g) {
         double square = 0, &mean = means[g];
-        const auto at = [&](int i) { return (double)x[i] + shift[i / inner]; };
+        const auto at = [&](int i) {
+            return (double)x[i] + shift[i / inner / channels * pitch + i / inner % channels];
+        };
         for (int i = g * len; i < (g + 1) * len; ++i) mean += at(i) / len;
         for (int i = g * len; i < (g + 1) * len; ++i) square += std::pow(at(i) - mean, 2) / len;
         for (int i = g * len; i < (g + 1) * len; ++i) {
@@ -121,14 +123,15 @@ void group_norm(const Place& place, int inner) {
     const Buffer in(x, place.type), more(shift, place.type), weight(w), whole(x.size(), place.type),
         out(x.size(), place.type), part_means(all * parts), deviations(all * parts), mean(all), rstd(all);
     const std::string module = place.module("norm");
-    ran("group_norm_whole", launch(module, "group_norm_whole", all, 32, in, more, weight, weight, whole, mean, rstd,
-                                   channels, groups, inner, eps, with_silu));
+    ran("group_norm_whole", launch(module, "group_norm_whole", all, 32, in, more, pitch, weight, weight, whole, mean,
+                                   rstd, channels, groups, inner, eps, with_silu));
     near(module + ": group_norm_whole", whole, wanted, place.bound());
     near(module + ": group_norm_whole's mean", mean, means, 1e-5);
-    ran("group_norm_parts",
-        launch(module, "group_norm_parts", all * parts, 32, in, more, part_means, deviations, len, inner, parts));
-    ran("group_norm", launch(module, "group_norm", batch * channels * cuts, 32, in, more, part_means, deviations,
-                             weight, weight, out, mean, rstd, channels, groups, inner, cuts, parts, eps, with_silu));
+    ran("group_norm_parts", launch(module, "group_norm_parts", all * parts, 32, in, more, pitch, part_means, deviations,
+                                   len, inner, groups, parts));
+    ran("group_norm",
+        launch(module, "group_norm", batch * channels * cuts, 32, in, more, pitch, part_means, deviations, weight,
+               weight, out, mean, rstd, channels, groups, inner, cuts, parts, eps, with_silu));
     near(module + ": group_norm", out, wanted, place.bound());
     near(module + ": group_norm's mean", mean, means, 1e-5);
 }
@@ -377,7 +380,7 @@ void products_with_more(const Place& place) {
 }
 
 void barrierless() {
-    const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0;
+    const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0, no_pitch = 0;
     const float eps = 1e-5f;
     const Buffer x(drawn(rows * cols, 13)), y(rows * cols), w(drawn(cols, 14)), sums(cols), others(cols);
     const auto kernel = [&](const char* name, unsigned blocks, unsigned threads, const auto&... arguments) {
@@ -386,8 +389,9 @@ void barrierless() {
     kernel("softmax", rows, 64, x, y, cols);
     kernel("layer_norm", rows, 64, x, w, w, y, sums, others, cols, eps);
     const uint64_t no_shift = 0;
-    kernel("group_norm_parts", rows * parts, 64, x, no_shift, sums, others, cols, cols, parts);
-    kernel("group_norm_whole", rows, 64, x, no_shift, w, w, y, sums, others, groups, groups, cols, eps, no_silu);
+    kernel("group_norm_parts", rows * parts, 64, x, no_shift, no_pitch, sums, others, cols, cols, groups, parts);
+    kernel("group_norm_whole", rows, 64, x, no_shift, no_pitch, w, w, y, sums, others, groups, groups, cols, eps,
+           no_silu);
     kernel("plane_sum", rows, 64, x, sums, cols);
     kernel("column_sum", 2, 256, x, y, rows, size, rows);
     // One parameter of 256 elements. A moment is 256 bytes, any of which are valid codes, and a scale.

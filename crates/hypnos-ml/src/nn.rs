@@ -1,5 +1,7 @@
 //! Neural network layers: named weights with the operations of [`ops`]. Fields carry the names of the checkpoint.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{Result, Tensor};
 
 pub(crate) use super::ops::to_tokens;
@@ -33,9 +35,30 @@ impl Linear {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
 
-    /// [`Linear::forward`] of one input by several layers of one size without biases.
-    pub(crate) fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
-        ops::linears(x, layers.map(|layer| &layer.weight))
+    /// The name of its weight.
+    pub(crate) fn name(&self) -> &str {
+        self.weight.name()
+    }
+
+    /// [`Linear::forward`] of one input by each of several layers without biases.
+    pub(crate) fn forward_all(layers: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let weights: Vec<&Param> = layers.iter().map(|layer| &layer.weight).collect();
+        ops::linears(x, &weights)
+    }
+
+    /// [`Linear::forward`] of one input `[B, n_in]` by each of several layers with biases.
+    pub(crate) fn forward_columns(layers: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let layers: Option<Vec<(&Param, &Param)>> =
+            layers.iter().map(|layer| Some((&layer.weight, layer.bias.as_ref()?))).collect();
+        let Some(layers) = layers else {
+            candle_core::bail!("a layer without a bias among those of columns")
+        };
+        ops::linear_columns(x, &layers)
+    }
+
+    /// Whether its weight or its bias learns.
+    pub(crate) fn is_trainable(&self) -> bool {
+        self.weight.is_trainable() || self.bias.as_ref().is_some_and(Param::is_trainable)
     }
 
     /// `residual` `[B, n_out, h, w]` and the layer of tokens `[B, h w, n_in]` as a picture, added up.
@@ -259,7 +282,20 @@ pub(crate) struct Resnet {
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
+    /// The biases of `conv2` and the shortcut, added up where neither learns.
+    /// The biases of `conv2` and the shortcut, added up where neither learns. Clones share it.
+    joint_bias: Arc<OnceLock<Param>>,
     activation: Activation,
+}
+
+/// What a residual block adds between its convolutions.
+#[derive(Clone, Copy)]
+pub(crate) enum Time<'a> {
+    /// The time embedding `[B, time width]`, which the block projects; activated on a GPU, see
+    /// [`ResnetConfig::shared_time`].
+    Embedding(&'a Tensor),
+    /// What [`Resnet::time_projection`] makes of it, `[B, n_out]`; on a GPU only.
+    Projected(&'a Tensor),
 }
 
 impl Resnet {
@@ -278,30 +314,35 @@ impl Resnet {
             norm2: norm("norm2", n_out)?,
             conv2: conv("conv2", n_out)?,
             conv_shortcut: (n_in != n_out).then(shortcut).transpose()?,
+            joint_bias: Arc::default(),
             activation,
         })
     }
 
     /// * `x` `[B, n_in, h, w]`
-    /// * `time` `[B, time width]`, wanted exactly if the block was configured with one; activated on a GPU, see
-    ///   [`ResnetConfig::shared_time`]
+    /// * `time`, wanted exactly if the block was configured with a time embedding
     ///
     /// Gives `[B, n_out, h, w]`.
-    pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, time: Option<Time>) -> Result<Tensor> {
         let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
         let mut shift = None;
-        if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
-            if x.device().is_cuda() {
+        match (&self.time_emb_proj, time) {
+            (Some(project), Some(Time::Embedding(time))) if x.device().is_cuda() => {
                 shift = Some(project.forward(time)?);
-            } else {
+            }
+            (Some(project), Some(Time::Embedding(time))) => {
                 let time = project.forward(&ops::activate(time, self.activation)?)?;
                 hidden = hidden.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?; // [B, n_out, 1, 1]
             }
+            (_, Some(Time::Projected(time))) => shift = Some(time.clone()),
+            _ => {}
         }
         let normed = self.norm2.forward_shifted(&hidden, shift.as_ref())?;
         if x.device().is_cuda() {
-            let residual = self.conv_shortcut.as_ref().map(|shortcut| shortcut.forward(x)).transpose()?;
-            return self.conv2.forward_plus(residual.as_ref().unwrap_or(x), &normed);
+            return match &self.conv_shortcut {
+                Some(shortcut) => self.forward_both(&normed, shortcut, x),
+                None => self.conv2.forward_plus(x, &normed),
+            };
         }
         let hidden = self.conv2.forward(&normed)?;
         drop(normed);
@@ -309,6 +350,30 @@ impl Resnet {
             Some(shortcut) => shortcut.forward(x)? + hidden,
             None => x + hidden,
         }
+    }
+
+    /// The layer of the time embedding, where there is one.
+    pub(crate) fn time_projection(&self) -> Option<&Linear> {
+        self.time_emb_proj.as_ref()
+    }
+
+    /// `conv2` of `normed` and the shortcut of `x`, added up.
+    fn forward_both(&self, normed: &Tensor, shortcut: &Conv2d, x: &Tensor) -> Result<Tensor> {
+        let (Some(bias), Some(other)) = (&self.conv2.bias, &shortcut.bias) else {
+            return self.conv2.forward_plus(&shortcut.forward(x)?, normed);
+        };
+        if bias.is_trainable() || other.is_trainable() {
+            return self.conv2.forward_plus(&shortcut.forward(x)?, normed);
+        }
+        let joint = match self.joint_bias.get() {
+            Some(joint) => joint,
+            None => {
+                let sum = Param::new(bias.name(), (bias.value() + other.value())?, false)?;
+                self.joint_bias.get_or_init(|| sum)
+            }
+        };
+        let residual = ops::conv2d(x, &shortcut.weight, None, shortcut.spec)?;
+        ops::conv2d_plus(&residual, normed, &self.conv2.weight, Some(joint), self.conv2.spec)
     }
 }
 

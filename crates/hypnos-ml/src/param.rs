@@ -20,8 +20,8 @@ struct Inner {
     value: RwLock<Tensor>,
     /// The value in a narrower compute dtype, made when first asked for and dropped when the master changes.
     narrow: Mutex<Option<Tensor>>,
-    /// What `narrow` is a part of, where it was asked for together with others.
-    pack: Mutex<Option<Tensor>>,
+    /// What the value, or `narrow`, is a part of, and where that begins along the first dimension.
+    pack: Mutex<Option<(Tensor, usize)>>,
     /// One element; a variable exactly if the weight is trained. Operations take it as an input, so that candle
     /// records them even where no other input has a gradient.
     tag: Tensor,
@@ -88,28 +88,40 @@ impl Param {
         }
     }
 
-    /// The values of weights of one shape in a narrower dtype, one behind the other: `[n, ..]`. Each one's
-    /// [`Param::weight`] is a part of it from then on. `None` if they are not narrowed.
+    /// The values of frozen weights that may differ in their first dimension, in this dtype, one behind the other along
+    /// it. Each one's [`Param::weight`] is a part of it from then on, and its value too if that has this dtype: nothing is
+    /// kept twice.
     #[cfg(feature = "cuda")]
-    pub(crate) fn pack(params: &[&Self], dtype: DType) -> Result<Option<Tensor>> {
-        if params.iter().any(|param| param.value().dtype() == dtype) {
-            return Ok(None);
-        }
+    pub(crate) fn pack(params: &[&Self], dtype: DType) -> Result<Tensor> {
+        let sizes: Vec<usize> = params.iter().map(|param| param.dims()[0]).collect();
+        let begins: Vec<usize> = sizes
+            .iter()
+            .scan(0, |end, size| {
+                let begin = *end;
+                *end += size;
+                Some(begin)
+            })
+            .collect();
         let packs: Vec<_> = params.iter().filter_map(|param| lock(&param.0.pack).clone()).collect();
-        if let Some(pack) =
-            packs.first().filter(|pack| pack.dtype() == dtype && pack.dims()[0] == params.len())
+        if let Some((pack, _)) = packs.first()
             && packs.len() == params.len()
-            && packs.iter().all(|other| other.id() == pack.id())
+            && packs.iter().zip(&begins).all(|((one, at), begin)| one.id() == pack.id() && at == begin)
+            && (pack.dtype(), pack.dims()[0]) == (dtype, sizes.iter().sum())
         {
-            return Ok(Some(pack.clone()));
+            return Ok(pack.clone());
         }
-        let values = params.iter().map(|param| param.value().to_dtype(dtype)?.unsqueeze(0));
-        let pack = Tensor::cat(&values.collect::<Result<Vec<_>>>()?, 0)?.detach();
-        for (i, param) in params.iter().enumerate() {
-            *lock(&param.0.narrow) = Some(pack.get(i)?.detach());
-            *lock(&param.0.pack) = Some(pack.clone());
+        let values = params.iter().map(|param| param.value().to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+        let pack = Tensor::cat(&values, 0)?.detach();
+        for ((param, &size), &begin) in params.iter().zip(&sizes).zip(&begins) {
+            let part = pack.narrow(0, begin, size)?.detach();
+            if param.value().dtype() == dtype {
+                *param.0.value.write().unwrap_or_else(PoisonError::into_inner) = part;
+            } else {
+                *lock(&param.0.narrow) = Some(part);
+            }
+            *lock(&param.0.pack) = Some((pack.clone(), begin));
         }
-        Ok(Some(pack))
+        Ok(pack)
     }
 
     /// Shape of the weight.

@@ -114,7 +114,10 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
         resumed.map_err(|error| unreadable(error, file, "the checkpoint"))?;
         if let [.., before, now] = state.precisions() {
             let n = state.n_steps();
-            session.plan.warnings.push(format!("resumed in {now} after step {n}, which was taken in {before}"));
+            session
+                .plan
+                .warnings
+                .push(format!("resumed in {now} after step {n}, which was taken in {before}"));
         }
     }
     session.count_previews(&state);

@@ -4,6 +4,7 @@
 //! Ports diffusers' `UNet2DConditionModel` for the block types of Stable Diffusion 1.x and 2.x. Latents of any size: where
 //! halving does not come out even, the way up takes the sizes of the way down, as the reference does.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -11,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::refuse;
-use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig};
+use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Resnet, ResnetConfig, Time};
 use crate::ops::{self, Activation, Conv2dSpec};
 use crate::precision::Precision;
 use crate::weights::Weights;
@@ -366,7 +367,8 @@ impl Unet {
         let time = self.config.resnet().shared_time(time)?;
         // A text that learns is rounded anew by each transformer: so its gradients meet in its own dtype.
         let text = if text.track_op() { text.clone() } else { text.to_dtype(dtype)? };
-        let run = Run { time: &time, text: &text, checkpointing: self.checkpointing };
+        let shared = self.shared(&time, &text)?;
+        let run = Run { time: &time, text: &text, shared: &shared, checkpointing: self.checkpointing };
         // 2. down: every intermediate result is a skip
         let mut x = self.conv_in.forward(&x.to_dtype(dtype)?)?;
         let mut skips = vec![x.clone()];
@@ -381,6 +383,48 @@ impl Unet {
         }
         // 5. out
         self.conv_out.forward(&self.conv_norm_out.forward(&x)?)?.to_dtype(given)
+    }
+
+    /// What layers make of `time` `[B, 4 C0]` and `text` `[B, L, cross width]`, where that is better done at once.
+    fn shared(&self, time: &Tensor, text: &Tensor) -> Result<Shared> {
+        let mut shared = Shared::default();
+        if !time.device().is_cuda() {
+            return Ok(shared);
+        }
+        let projections: Vec<&Linear> =
+            self.resnets().filter_map(|resnet| resnet.time_projection()).collect();
+        if !time.track_op() && !projections.iter().any(|project| project.is_trainable()) {
+            let times = Linear::forward_columns(&projections, time)?;
+            shared.times = projections.iter().map(|project| project.name().to_owned()).zip(times).collect();
+        }
+        let keys_values: Vec<&Linear> =
+            self.attentions_to_text().flat_map(|one| [&one.to_k, &one.to_v]).collect();
+        if !text.track_op() && !keys_values.iter().any(|layer| layer.is_trainable()) {
+            let mut results = Linear::forward_all(&keys_values, text)?.into_iter();
+            for one in self.attentions_to_text() {
+                let (Some(k), Some(v)) = (results.next(), results.next()) else { break };
+                shared.keys_values.insert(one.to_k.name().to_owned(), [k, v]);
+            }
+        }
+        Ok(shared)
+    }
+
+    /// All levels, the way down first.
+    fn levels(&self) -> impl Iterator<Item = &Level> {
+        let down = self.down_blocks.iter().map(|block| &block.level);
+        down.chain(self.up_blocks.iter().map(|block| &block.level))
+    }
+
+    fn resnets(&self) -> impl Iterator<Item = &Resnet> {
+        let resnets = self.levels().flat_map(|level| &level.resnets).chain(&self.mid_block.resnets);
+        resnets.map(|resnet| &**resnet)
+    }
+
+    /// The attention to the text of every transformer layer.
+    fn attentions_to_text(&self) -> impl Iterator<Item = &Attention> {
+        let transformers =
+            self.levels().flat_map(|level| &level.attentions).chain([&self.mid_block.attention]);
+        transformers.flat_map(|transformer| &transformer.transformer_blocks).map(|block| &block.attn2)
     }
 
     /// Sinusoidal embedding of the timesteps (Vaswani et al. 2017), in f32, through two layers: `[B, 4 C0]`.
@@ -412,24 +456,43 @@ struct Run<'a> {
     time: &'a Tensor,
     /// `[B, L, cross width]`
     text: &'a Tensor,
+    shared: &'a Shared,
     checkpointing: bool,
+}
+
+/// What layers all over the model make of the time or the text alone, by the name of each layer's weight: on a GPU, where
+/// neither they nor the layers learn, few products for all of them. Else empty.
+#[derive(Default)]
+struct Shared {
+    /// Of the residual blocks' time embeddings: `[B, C]`.
+    times: HashMap<String, Tensor>,
+    /// Of the attentions to the text, by the keys' weight: `[B, L, C]`.
+    keys_values: HashMap<String, [Tensor; 2]>,
 }
 
 impl Run<'_> {
     fn resnet(&self, resnet: &Arc<Resnet>, x: &Tensor) -> Result<Tensor> {
+        let known = resnet.time_projection().and_then(|project| self.shared.times.get(project.name()));
+        if let Some(known) = known {
+            return resnet.forward(x, Some(Time::Projected(known)));
+        }
         if !self.checkpointing {
-            return resnet.forward(x, Some(self.time));
+            return resnet.forward(x, Some(Time::Embedding(self.time)));
         }
         let resnet = Arc::clone(resnet);
-        ops::checkpoint(&[x, self.time], move |inputs| resnet.forward(&inputs[0], Some(&inputs[1])))
+        ops::checkpoint(&[x, self.time], move |inputs| {
+            resnet.forward(&inputs[0], Some(Time::Embedding(&inputs[1])))
+        })
     }
 
     fn transformer(&self, transformer: &Arc<Transformer>, x: &Tensor) -> Result<Tensor> {
-        if !self.checkpointing {
-            return transformer.forward(x, self.text);
+        if !self.checkpointing || !self.shared.keys_values.is_empty() {
+            return transformer.forward(x, self.text, self.shared);
         }
         let transformer = Arc::clone(transformer);
-        ops::checkpoint(&[x, self.text], move |inputs| transformer.forward(&inputs[0], &inputs[1]))
+        ops::checkpoint(&[x, self.text], move |inputs| {
+            transformer.forward(&inputs[0], &inputs[1], &Shared::default())
+        })
     }
 }
 
@@ -609,14 +672,20 @@ impl Transformer {
         })
     }
 
-    fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, text: &Tensor, shared: &Shared) -> Result<Tensor> {
         let text = text.to_dtype(x.dtype())?;
         let mut tokens = self.proj_in.to_tokens(&self.norm.forward(x)?)?; // [B, h w, C]
         for block in &self.transformer_blocks {
-            tokens = block.forward(&tokens, &text)?;
+            tokens = block.forward(&tokens, &text, shared)?;
         }
         self.proj_out.to_picture(x, &tokens)
     }
+}
+
+/// As many tensors as there should be.
+fn all_of<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    let n = tensors.len();
+    tensors.try_into().map_err(|_| candle_core::Error::msg(format!("wanted {N} results, got {n}")))
 }
 
 /// A square projection, stored as a matrix or as a 1x1 convolution. The arithmetic is the same.
@@ -666,10 +735,11 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, text: &Tensor, shared: &Shared) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
-        let x = self.attn1.forward_plus(x, &normed, &normed)?;
-        let x = self.attn2.forward_plus(&x, &self.norm2.forward(&x)?, text)?;
+        let x = self.attn1.forward_plus(x, &normed, &normed, None)?;
+        let known = shared.keys_values.get(self.attn2.to_k.name());
+        let x = self.attn2.forward_plus(&x, &self.norm2.forward(&x)?, text, known)?;
         let hidden = ops::geglu(&self.ff.0.forward(&self.norm3.forward(&x)?)?)?;
         self.ff.1.forward_plus(&x, &hidden)
     }
@@ -696,19 +766,28 @@ impl Attention {
     }
 
     /// * `residual`, `x` `[B, h w, C]`, `source` `[B, S, source width]`
+    /// * `known`: keys and values of `source`, where they are known
     ///
     /// Gives `residual` and the attention of `x` to `source`, added up.
-    fn forward_plus(&self, residual: &Tensor, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        self.to_out.forward_plus(residual, &self.attend(x, source)?)
-    }
-
-    fn attend(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        let [q, k, v] = if x.id() == source.id() {
-            Linear::forward_all([&self.to_q, &self.to_k, &self.to_v], x)?
-        } else {
-            let [k, v] = Linear::forward_all([&self.to_k, &self.to_v], source)?;
-            [self.to_q.forward(x)?, k, v]
+    fn forward_plus(
+        &self,
+        residual: &Tensor,
+        x: &Tensor,
+        source: &Tensor,
+        known: Option<&[Tensor; 2]>,
+    ) -> Result<Tensor> {
+        let [q, k, v] = match known {
+            Some([k, v]) => [self.to_q.forward(x)?, k.clone(), v.clone()],
+            None if x.id() == source.id() => {
+                all_of(Linear::forward_all(&[&self.to_q, &self.to_k, &self.to_v], x)?)?
+            }
+            None => {
+                let [k, v] = all_of(Linear::forward_all(&[&self.to_k, &self.to_v], source)?)?;
+                [self.to_q.forward(x)?, k, v]
+            }
         };
-        ops::attention(&q, &k, &v, self.n_heads, false)
+        let attended = ops::attention(&q, &k, &v, self.n_heads, false)?;
+        drop((q, k, v));
+        self.to_out.forward_plus(residual, &attended)
     }
 }

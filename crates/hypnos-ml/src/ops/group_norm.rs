@@ -59,9 +59,14 @@ fn normalise(
     if x.rank() < 2 || x.dim(1)? != c || n_groups == 0 || !c.is_multiple_of(n_groups) {
         bail!("{}: wanted [B, {c}, ..] in {n_groups} groups, got {:?}", weight.name(), x.dims());
     }
-    let (x, shift) = (x.contiguous()?, shift.map(Tensor::contiguous).transpose()?);
+    let (x, tag) = (x.contiguous()?, trained_tag(weight, Some(bias)));
     let norm = Norm { c, n_groups, spatial: x.dims()[2..].iter().product(), eps, silu };
-    let tag = trained_tag(weight, Some(bias));
+    // A GPU's forward reads rows of a larger tensor where they lie, its backward does not.
+    let is_tracked = x.track_op() || tag.track_op() || shift.is_some_and(Tensor::track_op);
+    let shift = match shift {
+        Some(shift) if is_tracked => Some(shift.contiguous()?),
+        shift => shift.cloned(),
+    };
     let inputs: Vec<Tensor> = [x.clone(), tag].into_iter().chain(shift.clone()).collect();
     let inputs: Vec<&Tensor> = inputs.iter().collect();
     let (w, b) = (weight.clone(), bias.clone());

@@ -1,5 +1,8 @@
 //! `y = x W^T + b`.
 
+#[cfg(feature = "cuda")]
+use std::collections::BTreeMap;
+
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
@@ -17,20 +20,54 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
     layer(x, weight, bias, None)
 }
 
-/// [`linear()`] of one input by several weights of one shape, without biases.
+/// [`linear()`] of one input by each of several weights without biases, in their order.
 ///
-/// Where nothing is differentiated and the weights are narrowed, a GPU multiplies by all of them at once.
-pub fn linears<const N: usize>(x: &Tensor, weights: [&Param; N]) -> Result<[Tensor; N]> {
+/// Where nothing is differentiated, a GPU multiplies by all those of one shape at once.
+pub fn linears(x: &Tensor, weights: &[&Param]) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
-    if x.device().is_cuda()
-        && !x.track_op()
-        && weights.iter().all(|weight| !weight.is_trainable() && weight.dims() == weights[0].dims())
-        && let Some(pack) = Param::pack(&weights, x.dtype())?
-    {
-        return super::cuda::linears(&x.contiguous()?, &pack);
+    if is_constant(x, weights) {
+        let mut shapes: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+        for (i, weight) in weights.iter().enumerate() {
+            shapes.entry(weight.dims()).or_default().push(i);
+        }
+        let (x, mut results) = (x.contiguous()?, vec![None; weights.len()]);
+        for (shape, places) in shapes {
+            let group: Vec<&Param> = places.iter().map(|&i| weights[i]).collect();
+            let pack = Param::pack(&group, x.dtype())?.reshape((group.len(), shape[0], shape[1]))?;
+            for (i, y) in places.into_iter().zip(super::cuda::linears(&x, &pack)?) {
+                results[i] = Some(y);
+            }
+        }
+        return Ok(results.into_iter().flatten().collect());
     }
-    let all = weights.iter().map(|weight| linear(x, weight, None)).collect::<Result<Vec<_>>>()?;
-    all.try_into().map_err(|_| candle_core::Error::msg("linears: as many results as weights"))
+    weights.iter().map(|weight| linear(x, weight, None)).collect()
+}
+
+/// [`linear()`] of one input `[B, I]` by each of several weights and biases, in their order: `[B, O]` each.
+///
+/// Where nothing is differentiated, a GPU multiplies by all of them at once, and the results are columns of one tensor.
+pub fn linear_columns(x: &Tensor, layers: &[(&Param, &Param)]) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    {
+        let (weights, biases): (Vec<&Param>, Vec<&Param>) = layers.iter().copied().unzip();
+        if is_constant(x, &weights) && is_constant(x, &biases) {
+            let (weight, bias) = (Param::pack(&weights, x.dtype())?, Param::pack(&biases, x.dtype())?);
+            let (y, mut at) = (super::cuda::linear_of(&x.contiguous()?, &weight, &bias)?, 0);
+            let columns = weights.iter().map(|weight| {
+                let (begin, size) = (at, weight.dims()[0]);
+                at += size;
+                y.narrow(1, begin, size)
+            });
+            return columns.collect();
+        }
+    }
+    layers.iter().map(|(weight, bias)| linear(x, weight, Some(bias))).collect()
+}
+
+/// Whether a GPU works with what has no gradient.
+#[cfg(feature = "cuda")]
+fn is_constant(x: &Tensor, params: &[&Param]) -> bool {
+    x.device().is_cuda() && !x.track_op() && !params.iter().any(|param| param.is_trainable())
 }
 
 /// `residual` and what [`linear()`] gives, whose shape and dtype it has, added up. Differentiable in both.

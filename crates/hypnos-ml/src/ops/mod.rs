@@ -40,7 +40,7 @@ pub use embedding::embedding;
 pub use geglu::geglu;
 pub use group_norm::{group_norm, group_norm_shifted};
 pub use layer_norm::layer_norm;
-pub use linear::{linear, linear_plus, linears};
+pub use linear::{linear, linear_columns, linear_plus, linears};
 pub(crate) use projection::to_tokens;
 pub use projection::{picture_to_tokens, tokens_to_picture};
 pub use softmax::softmax;

@@ -405,8 +405,11 @@ impl State {
         let bad = |what: String| Error::file(path, what);
         finetuned::check(file.metadata(), FORMAT, bundle).map_err(bad)?;
         let begun = file.metadata().get(PRECISIONS).map_or(Precision::F32.name(), String::as_str);
-        let mut precisions: Vec<Precision> =
-            begun.split(", ").map(str::parse).collect::<Result<_>>().map_err(|error| bad(error.to_string()))?;
+        let mut precisions: Vec<Precision> = begun
+            .split(", ")
+            .map(str::parse)
+            .collect::<Result<_>>()
+            .map_err(|error| bad(error.to_string()))?;
         if precisions.last() != self.precisions.last() {
             precisions.append(&mut self.precisions);
         }

@@ -1,5 +1,6 @@
 //! The UNet in a dry run: the layers and the life of every value as in its `forward`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Result, bail};
@@ -13,8 +14,12 @@ use crate::ops::dry as ops;
 struct Run {
     time: DryTensor,
     text: DryTensor,
+    /// [`super::Shared::keys_values`]. Its `times` are too few to count.
+    keys_values: KeysValues,
     checkpointing: bool,
 }
+
+type KeysValues = HashMap<String, [DryTensor; 2]>;
 
 impl Unet {
     /// [`Unet::forward`] of latents `[B, c, h, w]` and text `[B, L, D]`.
@@ -22,7 +27,8 @@ impl Unet {
         let (given, dtype) = (x.dtype(), self.precision.dtype());
         let text = if text.is_tracked() { text.clone() } else { text.to_dtype(dtype) };
         let time = ResnetConfig::shared_time_dry(self.time_dry(x).to_dtype(dtype));
-        let run = Run { time, text, checkpointing: self.checkpointing };
+        let keys_values = self.keys_values_dry(&text);
+        let run = Run { time, text, keys_values, checkpointing: self.checkpointing };
         let mut x = self.conv_in.dry(&x.to_dtype(dtype))?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
@@ -33,6 +39,15 @@ impl Unet {
             x = block.dry(&x, &run, &mut skips)?;
         }
         Ok(self.conv_out.dry(&self.conv_norm_out.dry(&x))?.to_dtype(given))
+    }
+
+    fn keys_values_dry(&self, text: &DryTensor) -> KeysValues {
+        let learns = |one: &Attention| one.to_k.is_trainable() || one.to_v.is_trainable();
+        if !text.meter().on_gpu() || text.is_tracked() || self.attentions_to_text().any(learns) {
+            return HashMap::new();
+        }
+        let of = |one: &Attention| (one.to_k.name().to_owned(), [one.to_k.dry(text), one.to_v.dry(text)]);
+        self.attentions_to_text().map(of).collect()
     }
 
     fn time_dry(&self, x: &DryTensor) -> DryTensor {
@@ -51,11 +66,13 @@ impl Run {
     }
 
     fn transformer(&self, transformer: &Arc<Transformer>, x: &DryTensor) -> Result<DryTensor> {
-        if !self.checkpointing {
-            return Ok(transformer.dry(x, &self.text));
+        if !self.checkpointing || !self.keys_values.is_empty() {
+            return Ok(transformer.dry(x, &self.text, &self.keys_values));
         }
         let transformer = Arc::clone(transformer);
-        checkpoint(&[x, &self.text], move |inputs| Ok(transformer.dry(&inputs[0], &inputs[1])))
+        checkpoint(&[x, &self.text], move |inputs| {
+            Ok(transformer.dry(&inputs[0], &inputs[1], &HashMap::new()))
+        })
     }
 }
 
@@ -108,11 +125,11 @@ impl MidBlock {
 }
 
 impl Transformer {
-    fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
+    fn dry(&self, x: &DryTensor, text: &DryTensor, keys_values: &KeysValues) -> DryTensor {
         let text = text.to_dtype(x.dtype());
         let mut tokens = self.proj_in.to_tokens_dry(&self.norm.dry(x));
         for block in &self.transformer_blocks {
-            tokens = block.dry(&tokens, &text);
+            tokens = block.dry(&tokens, &text, keys_values);
         }
         self.proj_out.to_picture_dry(x, &tokens)
     }
@@ -129,22 +146,30 @@ impl Projection {
 }
 
 impl Block {
-    fn dry(&self, x: &DryTensor, text: &DryTensor) -> DryTensor {
+    fn dry(&self, x: &DryTensor, text: &DryTensor, keys_values: &KeysValues) -> DryTensor {
         let normed = self.norm1.dry(x);
-        let x = self.attn1.dry_plus(x, &normed, &normed);
-        let x = self.attn2.dry_plus(&x, &self.norm2.dry(&x), text);
+        let x = self.attn1.dry_plus(x, &normed, &normed, None);
+        let known = keys_values.get(self.attn2.to_k.name());
+        let x = self.attn2.dry_plus(&x, &self.norm2.dry(&x), text, known);
         let hidden = ops::geglu(&self.ff.0.dry(&self.norm3.dry(&x)));
         self.ff.1.dry_plus(&x, &hidden)
     }
 }
 
 impl Attention {
-    fn dry_plus(&self, residual: &DryTensor, x: &DryTensor, source: &DryTensor) -> DryTensor {
-        self.to_out.dry_plus(residual, &self.attend_dry(x, source))
-    }
-
-    fn attend_dry(&self, x: &DryTensor, source: &DryTensor) -> DryTensor {
-        let (q, k, v) = (self.to_q.dry(x), self.to_k.dry(source), self.to_v.dry(source));
-        ops::attention(&q, &k, &v, self.n_heads)
+    fn dry_plus(
+        &self,
+        residual: &DryTensor,
+        x: &DryTensor,
+        source: &DryTensor,
+        known: Option<&[DryTensor; 2]>,
+    ) -> DryTensor {
+        let (q, [k, v]) = match known {
+            Some(known) => (self.to_q.dry(x), known.clone()),
+            None => (self.to_q.dry(x), [self.to_k.dry(source), self.to_v.dry(source)]),
+        };
+        let attended = ops::attention(&q, &k, &v, self.n_heads);
+        drop((q, k, v));
+        self.to_out.dry_plus(residual, &attended)
     }
 }

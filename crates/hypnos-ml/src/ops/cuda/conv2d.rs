@@ -29,7 +29,8 @@ pub(in crate::ops) fn conv2d(
     }
     let y = value(device, x, &weight, conv)?;
     let more = more.map(View::of).transpose()?;
-    add_bias(device, &y, (bias, more.as_ref()), conv.spatial())?;
+    let bias = bias.map(Param::value);
+    add_bias(device, &y, (bias.as_ref(), more.as_ref()), conv.spatial())?;
     Ok(y.computed())
 }
 

@@ -2,7 +2,6 @@
 
 use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, int, launch, long, optional};
 use crate::ops::activation::Activation;
-use crate::param::Param;
 
 /// The number that the kernel knows an activation by.
 fn kind(activation: Activation) -> super::Arg {
@@ -55,14 +54,13 @@ pub(in crate::ops) fn geglu_backward(x: &Tensor, dy: &Tensor) -> Result<Computed
 pub(super) fn add_bias(
     device: &CudaDevice,
     y: &Buffer,
-    (bias, more): (Option<&Param>, Option<&View>),
+    (bias, more): (Option<&Tensor>, Option<&View>),
     inner: usize,
 ) -> Result<()> {
     if bias.is_none() && more.is_none() {
         return Ok(());
     }
-    let bias = bias.map(Param::value);
-    let bias = bias.as_ref().map(View::of).transpose()?;
+    let bias = bias.map(View::of).transpose()?;
     let channels = bias.as_ref().map_or(1, |bias| bias.len);
     let added = [optional(bias.as_ref()), optional(more)];
     let args = [&[y.arg()][..], &added, &[y.arg(), long(y.len()), int(inner), int(channels)]].concat();

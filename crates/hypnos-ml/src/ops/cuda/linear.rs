@@ -15,30 +15,49 @@ pub(in crate::ops) fn linear(
     more: Option<&Tensor>,
     shape: Vec<usize>,
 ) -> Result<Computed> {
-    let device = x.device().as_cuda_device()?;
-    let weight = weight.weight(x.dtype())?;
-    let (n_out, n_in) = (weight.dim(0)?, weight.dim(1)?);
     let narrow = bias.map(|bias| bias.weight(x.dtype())).transpose()?;
-    let (x, weight) = (View::of(x)?, View::of(&weight)?);
-    let (narrow, more) = (narrow.as_ref().map(View::of).transpose()?, more.map(View::of).transpose()?);
+    Ok(layer(x, &weight.weight(x.dtype())?, narrow.as_ref(), more, shape)?.computed())
+}
+
+/// `x W^T + b` of `x` `[B, I]`, `weight` `[O, I]` and `bias` `[O]`, all of one dtype.
+pub(in crate::ops) fn linear_of(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let ((rows, n_in), (n_out, wanted)) = (x.dims2()?, weight.dims2()?);
+    if n_in != wanted || bias.dims() != [n_out] {
+        bail!("linear: {:?} and {:?} do not fit {:?}", weight.dims(), bias.dims(), x.dims());
+    }
+    Ok(layer(x, weight, Some(bias), None, vec![rows, n_out])?.tensor())
+}
+
+fn layer(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    more: Option<&Tensor>,
+    shape: Vec<usize>,
+) -> Result<Buffer> {
+    let device = x.device().as_cuda_device()?;
+    let (n_out, n_in) = (weight.dim(0)?, weight.dim(1)?);
+    let (x, weight) = (View::of(x)?, View::of(weight)?);
+    let (narrow, more) = (bias.map(View::of).transpose()?, more.map(View::of).transpose()?);
     let y = Buffer::new(device, shape, x.dtype)?;
     let to = Mat::buffer(&y, n_out);
     let factors = (Mat::view(&x, n_in), Mat::view(&weight, n_in).t());
     let size = Size::one(x.len / n_in.max(1), n_out, n_in);
     let added = (narrow.as_ref(), more.as_ref());
     if (bias.is_some() || more.is_some()) && product_and(device, to, size, factors, added)? {
-        return Ok(y.computed());
+        return Ok(y);
     }
     product(device, to, Into::Replace, size, factors)?;
-    add_bias(device, &y, (bias, more.as_ref()), 1)?;
-    Ok(y.computed())
+    let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+    add_bias(device, &y, (bias.as_ref(), more.as_ref()), 1)?;
+    Ok(y)
 }
 
-/// `x` `[.., I]` by each of `N` weights, `pack` `[N, O, I]`: the results are parts of one tensor.
-pub(in crate::ops) fn linears<const N: usize>(x: &Tensor, pack: &Tensor) -> Result<[Tensor; N]> {
+/// `x` `[.., I]` by each weight of `pack` `[n, O, I]`: the results are parts of one tensor.
+pub(in crate::ops) fn linears(x: &Tensor, pack: &Tensor) -> Result<Vec<Tensor>> {
     let (device, (n, n_out, n_in)) = (x.device().as_cuda_device()?, pack.dims3()?);
     let mut shape = [&[n][..], x.dims()].concat();
-    if n != N || shape.last() != Some(&n_in) {
+    if shape.last() != Some(&n_in) {
         bail!("linears: {:?} does not fit {:?}", pack.dims(), x.dims());
     }
     shape[x.rank()] = n_out;
@@ -49,8 +68,7 @@ pub(in crate::ops) fn linears<const N: usize>(x: &Tensor, pack: &Tensor) -> Resu
         (Mat::buffer(&y, n_out).every(rows * n_out), Size { batch: n, m: rows, n: n_out, k: n_in });
     product(device, to, Into::Replace, size, factors)?;
     let y = y.tensor();
-    let parts = (0..n).map(|i| y.get(i)).collect::<Result<Vec<_>>>()?;
-    parts.try_into().map_err(|_| candle_core::Error::msg("linears: as many results as weights"))
+    (0..n).map(|i| y.get(i)).collect()
 }
 
 pub(in crate::ops) fn linear_backward(

@@ -45,7 +45,7 @@ pub(super) use concat::{concat, concat_backward};
 pub(super) use conv2d::{conv2d, conv2d_backward};
 pub(super) use elementwise::{activation, activation_backward, geglu, geglu_backward};
 pub(super) use embedding::{embedding, embedding_backward};
-pub(super) use linear::{linear, linear_backward, linears};
+pub(super) use linear::{linear, linear_backward, linear_of, linears};
 pub(super) use norm::{group_norm, group_norm_backward, layer_norm, layer_norm_backward};
 pub(super) use projection::{
     picture_to_tokens, picture_to_tokens_backward, tokens_to_picture, tokens_to_picture_backward,
@@ -177,6 +177,18 @@ impl<'a> View<'a> {
         let dtype = tensor.dtype();
         let address = address(cuda)? + (start * dtype.size_in_bytes()) as u64;
         Ok(Self { _storage: storage, address, dtype, len: end - start })
+    }
+
+    /// A matrix whose rows are contiguous, and how many elements lie from one row to the next.
+    fn of_rows(tensor: &'a Tensor) -> Result<(Self, usize)> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let (&[rows, columns], &[pitch, 1]) = (layout.dims(), layout.stride()) else {
+            bail!("wanted rows on the GPU, got {:?} with strides {:?}", layout.dims(), layout.stride());
+        };
+        let Storage::Cuda(cuda) = &*storage else { bail!("wanted a tensor on the GPU") };
+        let dtype = tensor.dtype();
+        let address = address(cuda)? + (layout.start_offset() * dtype.size_in_bytes()) as u64;
+        Ok((Self { _storage: storage, address, dtype, len: rows * columns }, pitch))
     }
 
     fn arg(&self) -> Arg {

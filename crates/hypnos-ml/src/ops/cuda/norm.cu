@@ -125,14 +125,15 @@ __device__ inline void moments_of(const real* x, const real* shift, int inner, i
     *deviations = block_sum(squares);
 }
 
-// y = act((x + shift - mean) * rstd * weight[c] + bias[c]), x [B, C, inner], shift [B, C] or null; keeps mean and rstd
-// of each group. One block per group: for groups small enough that one block is not long at it.
-extern "C" __global__ void group_norm_whole(const real* x, const real* shift, const float* weight, const float* bias,
-                                            real* y, float* mean, float* rstd, int channels, int groups, int inner,
-                                            float eps, int with_silu) {
+// y = act((x + shift - mean) * rstd * weight[c] + bias[c]), x [B, C, inner], shift [B, C] or null, its rows `pitch`
+// elements apart; keeps mean and rstd of each group. One block per group: for groups small enough that one block is not
+// long at it.
+extern "C" __global__ void group_norm_whole(const real* x, const real* shift, int pitch, const float* weight,
+                                            const float* bias, real* y, float* mean, float* rstd, int channels,
+                                            int groups, int inner, float eps, int with_silu) {
     const int size = channels / groups, len = size * inner, first = blockIdx.x % groups * size;
     const real* in = x + (long long)blockIdx.x * len;
-    const real* more = shift ? shift + (long long)blockIdx.x * size : nullptr;
+    const real* more = shift ? shift + (long long)(blockIdx.x / groups) * pitch + first : nullptr;
     float m, squares;
     moments_of(in, more, inner, 0, len, &m, &squares);
     const float r = 1.0f / sqrtf(squares / len + eps);
@@ -146,15 +147,15 @@ extern "C" __global__ void group_norm_whole(const real* x, const real* shift, co
     }
 }
 
-// Mean and sum of squared deviations of a part of each group of x + shift: x is runs of `len`, planes of `inner`, each
-// run cut into `parts`. Grid: groups * parts blocks, the parts running fastest.
-extern "C" __global__ void group_norm_parts(const real* x, const real* shift, float* means, float* deviations, int len,
-                                            int inner, int parts) {
+// Mean and sum of squared deviations of a part of each group of x + shift: x is B * groups runs of `len`, planes of
+// `inner`, each run cut into `parts`. Grid: B * groups * parts blocks, the parts running fastest.
+extern "C" __global__ void group_norm_parts(const real* x, const real* shift, int pitch, float* means,
+                                            float* deviations, int len, int inner, int groups, int parts) {
     const long long group = blockIdx.x / parts;
+    const real* more = shift ? shift + group / groups * pitch + group % groups * (len / inner) : nullptr;
     const Part part = part_of(blockIdx.x % parts, len, parts);
     float m, squares;
-    moments_of(x + group * len, shift ? shift + group * (len / inner) : nullptr, inner, part.start,
-               part.start + part.n, &m, &squares);
+    moments_of(x + group * len, more, inner, part.start, part.start + part.n, &m, &squares);
     if (threadIdx.x == 0) {
         means[blockIdx.x] = m;
         deviations[blockIdx.x] = squares;
@@ -195,17 +196,17 @@ __device__ inline Plane plane_of(int channels, int groups, int inner, int cuts) 
 }
 
 // As `group_norm_whole`, from what `group_norm_parts` found. Grid: B * C * cuts blocks.
-extern "C" __global__ void group_norm(const real* x, const real* shift, const float* means, const float* deviations,
-                                      const float* weight, const float* bias, real* y, float* mean, float* rstd,
-                                      int channels, int groups, int inner, int cuts, int parts, float eps,
-                                      int with_silu) {
+extern "C" __global__ void group_norm(const real* x, const real* shift, int pitch, const float* means,
+                                      const float* deviations, const float* weight, const float* bias, real* y,
+                                      float* mean, float* rstd, int channels, int groups, int inner, int cuts,
+                                      int parts, float eps, int with_silu) {
     const Plane p = plane_of(channels, groups, inner, cuts);
     const int size = channels / groups;
     const long long first_part = (long long)p.group * parts;
     float m, r;
     join_parts(means + first_part, deviations + first_part, size * inner, parts, eps, &m, &r);
     const float scale = r * weight[p.channel], b = bias[p.channel];
-    const real* more = shift ? shift + p.index : nullptr;
+    const real* more = shift ? shift + p.index / channels * pitch + p.channel : nullptr;
     map_group(x + p.base, more, y + p.base, inner, p.from, p.to, [&](float v, int) {
         v = (v - m) * scale + b;
         return with_silu ? silu(v) : v;

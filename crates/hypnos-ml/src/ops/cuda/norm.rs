@@ -109,7 +109,8 @@ impl Norm {
     }
 }
 
-/// The value, and what [`group_norm_backward`] wants of it. `shift` `[B, C]` is added to `x` first.
+/// The value, and what [`group_norm_backward`] wants of it. `shift` `[B, C]`, whose rows may be parts of longer ones, is
+/// added to `x` first.
 pub(in crate::ops) fn group_norm(
     x: &Tensor,
     shift: Option<&Tensor>,
@@ -120,8 +121,8 @@ pub(in crate::ops) fn group_norm(
     let (device, dtype) = (x.device().as_cuda_device()?, x.dtype());
     let (weight, bias) = (weight.value(), bias.value());
     let (input, weight, bias) = (View::of(x)?, View::of(&weight)?, View::of(&bias)?);
-    let shift = shift.map(View::of).transpose()?;
-    let inputs = [input.arg(), optional(shift.as_ref())];
+    let (shift, pitch) = shift.map(View::of_rows).transpose()?.unzip();
+    let inputs = [input.arg(), optional(shift.as_ref()), int(pitch.unwrap_or(0))];
     let n_groups = input.len / norm.group().max(1);
     let (y, statistics) = (Buffer::new(device, x.dims(), dtype)?, Statistics::new(device, n_groups)?);
     let affine = [weight.arg(), bias.arg(), y.arg()];
@@ -135,7 +136,7 @@ pub(in crate::ops) fn group_norm(
     }
     let n_parts = norm.group().div_ceil(ELEMENTS_PER_BLOCK);
     let parts = Statistics::new(device, n_groups * n_parts)?;
-    let args = [int(norm.group()), int(norm.spatial), int(n_parts)];
+    let args = [int(norm.group()), int(norm.spatial), int(norm.n_groups), int(n_parts)];
     let args = [&inputs[..], &parts.args(), &args].concat();
     let grid = Grid::rows(n_groups * n_parts, ELEMENTS_PER_BLOCK);
     launch(device, ("norm", dtype, "group_norm_parts"), grid, &args)?;

@@ -66,7 +66,8 @@ pub(in crate::ops) fn picture_to_tokens(
         (sizes.tokens(Mat::buffer(&y, n_out), n_out), Size { batch: b, m: places, n: n_out, k: n_in });
     if !product_and(device, to, size, factors, (narrow_bias.as_ref(), None))? {
         product(device, to, Into::Replace, size, factors)?;
-        add_bias(device, &y, (bias, None), 1)?;
+        let bias = bias.map(Param::value);
+        add_bias(device, &y, (bias.as_ref(), None), 1)?;
     }
     Ok(y.computed())
 }
@@ -111,7 +112,8 @@ pub(in crate::ops) fn tokens_to_picture(
     let factors = (Mat::view(&narrow, n_in), sizes.tokens(Mat::view(&x, n_in).t(), n_in));
     let to = sizes.tokens(Mat::buffer(&y, places), n_out);
     product(device, to, Into::Replace, Size { batch: b, m: n_out, n: places, k: n_in }, factors)?;
-    add_bias(device, &y, (bias, Some(&residual_view)), places)?;
+    let bias = bias.map(Param::value);
+    add_bias(device, &y, (bias.as_ref(), Some(&residual_view)), places)?;
     Ok(y.computed())
 }
 

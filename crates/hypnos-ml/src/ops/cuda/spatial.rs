@@ -88,7 +88,8 @@ pub(in crate::ops) fn depthwise(
     let window = Arg::Window(Window::of_depthwise(conv)?);
     let args = [input.arg(), weight.arg(), y.arg(), long(y.len()), int(conv.c), window];
     launch(device, ("spatial", x.dtype(), "depthwise"), Grid::any(y.len()), &args)?;
-    add_bias(device, &y, (bias, None), conv.oh * conv.ow)?;
+    let bias = bias.map(Param::value);
+    add_bias(device, &y, (bias.as_ref(), None), conv.oh * conv.ow)?;
     Ok(y.computed())
 }
 
