@@ -365,12 +365,11 @@ impl Resnet {
         if bias.is_trainable() || other.is_trainable() {
             return self.conv2.forward_plus(&shortcut.forward(x)?, normed);
         }
-        let joint = match self.joint_bias.get() {
-            Some(joint) => joint,
-            None => {
-                let sum = Param::new(bias.name(), (bias.value() + other.value())?, false)?;
-                self.joint_bias.get_or_init(|| sum)
-            }
+        let joint = if let Some(joint) = self.joint_bias.get() {
+            joint
+        } else {
+            let sum = Param::new(bias.name(), (bias.value() + other.value())?, false)?;
+            self.joint_bias.get_or_init(|| sum)
         };
         let residual = ops::conv2d(x, &shortcut.weight, None, shortcut.spec)?;
         ops::conv2d_plus(&residual, normed, &self.conv2.weight, Some(joint), self.conv2.spec)
