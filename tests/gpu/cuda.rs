@@ -73,8 +73,14 @@ fn operations_on_the_gpu_in_bf16_agree_with_torch() {
     in_bf16(&OPERATIONS);
 }
 
-const FUSED: [fn(&Place); 5] =
-    [fused::products, fused::shared_input, fused::projections, fused::convolutions, fused::norms];
+const FUSED: [fn(&Place); 6] = [
+    fused::products,
+    fused::shared_input,
+    fused::projections,
+    fused::convolutions,
+    fused::stepped_weight,
+    fused::norms,
+];
 
 #[test]
 fn fused_operations_on_the_gpu_agree_with_the_cpu() {

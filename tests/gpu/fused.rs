@@ -1,7 +1,7 @@
 //! Operations that a GPU fuses, beside the CPU, which computes one after the other.
 
-use candle_core::{Device, Result, Tensor};
-use hypnos::ml::ops::{self, Conv2dSpec};
+use candle_core::{DType, Device, Result, Tensor};
+use hypnos::ml::ops::{self, AdamW, AdamWConfig, Conv2dSpec, MomentFormat};
 use hypnos::ml::param::Param;
 
 use crate::golden::{Place, assert_close, trained, variable};
@@ -141,5 +141,27 @@ pub(crate) fn norms(place: &Place) {
                 ops::group_norm_shifted(&x[0], &x[1], (&w[0], &w[1]), 2, 1e-5, silu)
             });
         }
+    }
+}
+
+/// What is computed with after a step of AdamW is the new weight: it changes its copy in what is computed in as well.
+pub(crate) fn stepped_weight(place: &Place) {
+    for moments in [MomentFormat::F32, MomentFormat::Bits8] {
+        let weight = trained("p", &place.weight(&numbers(&[70, 60], 1)));
+        let x = place.input(&numbers(&[3, 60], 2));
+        let config = AdamWConfig { lr: 0.1, moments, ..AdamWConfig::default() };
+        let mut adamw = AdamW::new([weight.clone()], config).expect("an optimiser");
+        let product = |weight: &Param| ops::linear(&x, weight, None).expect("a layer");
+        let bits = |y: Tensor| {
+            let y = y.flatten_all().and_then(|y| y.to_dtype(DType::F32)).and_then(|y| y.to_vec1::<f32>());
+            y.expect("values").into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let before = product(&weight);
+        before.sum_all().and_then(|sum| sum.backward()).expect("a backward");
+        adamw.step().expect("a step");
+        let fresh = Param::new("p", weight.value(), false).expect("a parameter");
+        let after = bits(product(&weight));
+        assert_eq!(after, bits(product(&fresh)));
+        assert_ne!(after, bits(before));
     }
 }

@@ -18,7 +18,7 @@ struct Inner {
     name: String,
     /// The master value, contiguous and detached.
     value: RwLock<Tensor>,
-    /// The value in a narrower compute dtype, made when first asked for and dropped when the master changes.
+    /// The value in a narrower compute dtype, made when first asked for; dropped or changed with the master.
     narrow: Mutex<Option<Tensor>>,
     /// What the value, or `narrow`, is a part of, and where that begins along the first dimension.
     pack: Mutex<Option<(Tensor, usize)>>,
@@ -86,6 +86,13 @@ impl Param {
             Some(kept) if kept.dtype() == dtype => Ok(kept.clone()),
             _ => Ok(narrow.insert(value.to_dtype(dtype)?).clone()),
         }
+    }
+
+    /// What [`Param::weight`] has converted and keeps: who changes the value in place changes this as well, or calls
+    /// [`Param::value_changed`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn narrow(&self) -> Option<Tensor> {
+        lock(&self.0.narrow).clone()
     }
 
     /// The values of frozen weights that may differ in their first dimension, in this dtype, one behind the other along

@@ -142,7 +142,11 @@ impl AdamW {
                     value.inplace_op2(&grad, &CpuStep8 { moments: Mutex::new((m, v)), update: &update })?;
                 }
                 #[cfg(feature = "cuda")]
-                Moments::Cuda(moments) => on_gpu.push(super::cuda::Slot { value, grad, moments }),
+                Moments::Cuda(moments) => {
+                    let narrow = param.narrow();
+                    on_gpu.push(super::cuda::Slot { value, narrow, grad, moments });
+                    continue;
+                }
             }
             param.value_changed();
         }

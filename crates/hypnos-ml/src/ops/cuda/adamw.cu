@@ -8,6 +8,7 @@ struct Slot {
     float* mean;     // first moment
     float* variance; // second moment
     const real* grad;
+    bf16* narrow; // the copy that is computed with, or null
     long long len;
 };
 
@@ -46,6 +47,7 @@ extern "C" __global__ void adamw(const Slot* slots, const Chunk* chunks, float c
         slot.mean[i] = m;
         slot.variance[i] = v;
         slot.value[i] = p;
+        if (slot.narrow) store(slot.narrow + i, p);
     }
 }
 
@@ -57,6 +59,7 @@ struct Slot8 {
     float* mean_scales;     // one for each block of 256 elements
     float* variance_scales;
     const real* grad;
+    bf16* narrow; // as in Slot
     long long len;
 };
 enum { BLOCK = 256, PER_LANE = BLOCK / 32 };
@@ -114,7 +117,9 @@ extern "C" __global__ void adamw_8bit(const Slot8* slots, const Chunk* chunks, c
             const float v = unsigned_values[slot.variance[i]] * old_variance;
             mean[k] = m + (1.0f - beta1) * (g - m);
             variance[k] = beta2 * v + (1.0f - beta2) * g * g;
-            slot.value[i] = slot.value[i] * keep - rate * mean[k] / (sqrtf(variance[k]) * correction + eps);
+            const float p = slot.value[i] * keep - rate * mean[k] / (sqrtf(variance[k]) * correction + eps);
+            slot.value[i] = p;
+            if (slot.narrow) store(slot.narrow + i, p);
         }
         const float mean_scale = scale_of(mean), variance_scale = scale_of(variance);
         for (int k = 0; k < PER_LANE; ++k) {

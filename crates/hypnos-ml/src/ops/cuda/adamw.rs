@@ -76,6 +76,8 @@ impl Moments {
 /// One weight of a step.
 pub(in crate::ops) struct Slot<'a> {
     pub(crate) value: Tensor,
+    /// Its copy in bf16, if it has one, which is updated as well.
+    pub(crate) narrow: Option<Tensor>,
     pub(crate) grad: Tensor,
     pub(crate) moments: &'a mut Moments,
 }
@@ -88,6 +90,7 @@ struct RawSlot {
     mean: u64,
     variance: u64,
     grad: u64,
+    narrow: u64,
     len: i64,
 }
 
@@ -101,6 +104,7 @@ struct RawSlot8 {
     mean_scales: u64,
     variance_scales: u64,
     grad: u64,
+    narrow: u64,
     len: i64,
 }
 
@@ -183,8 +187,14 @@ fn wanted(tensor: &Tensor) -> Result<View<'_>> {
 pub(in crate::ops) fn square_sum(tensors: &[Tensor]) -> Result<f64> {
     let Some(device) = device_of(tensors.iter())? else { return Ok(0.0) };
     let views = tensors.iter().map(wanted).collect::<Result<Vec<_>>>()?;
-    let slot =
-        |view: &View| RawSlot { value: 0, mean: 0, variance: 0, grad: view.address, len: view.len as i64 };
+    let slot = |view: &View| RawSlot {
+        value: 0,
+        mean: 0,
+        variance: 0,
+        grad: view.address,
+        narrow: 0,
+        len: view.len as i64,
+    };
     let slots: Vec<_> = views.iter().map(slot).collect();
     let lens = views.iter().map(|view| view.len);
     let Some(tables) = Tables::new(device, &slots, lens)? else { return Ok(0.0) };
@@ -204,18 +214,28 @@ pub(in crate::ops) fn adamw(slots: &mut [Slot], update: &Update) -> Result<()> {
     // The kernels write behind these views. That is sound because they run on the stream, after every launch that reads
     // the old values and before every one that reads the new, and nothing in Rust refers to memory of the GPU.
     let mut held = Vec::new();
-    for Slot { value, grad, moments } in &*slots {
+    for Slot { value, narrow, grad, moments } in &*slots {
         let (value, grad) = (wanted(value)?, wanted(grad)?);
         if value.len != grad.len || value.len != moments.len() {
             bail!("AdamW: {} weights, {} gradients, {} moments", value.len, grad.len, moments.len());
         }
+        let copy = narrow.as_ref().map(View::of).transpose()?;
+        if let Some(copy) = copy.as_ref().filter(|copy| copy.dtype != DType::BF16 || copy.len != value.len) {
+            bail!(
+                "AdamW: wanted a copy of {} weights in bf16, got {} in {:?}",
+                value.len,
+                copy.len,
+                copy.dtype
+            );
+        }
+        let narrow = copy.as_ref().map_or(0, |copy| copy.address);
         let stream = device.cuda_stream();
         let floats = |slice: &CudaSlice<f32>| slice.device_ptr(&stream).0;
         let (len, address, gradient) = (value.len as i64, value.address, grad.address);
         match &moments.kept {
             Kept::F32 { m, v } => {
                 let (mean, variance) = (floats(m), floats(v));
-                in_f32.push(RawSlot { value: address, mean, variance, grad: gradient, len });
+                in_f32.push(RawSlot { value: address, mean, variance, grad: gradient, narrow, len });
             }
             Kept::Bits8 { m, v } => in_8_bits.push(RawSlot8 {
                 value: address,
@@ -224,10 +244,11 @@ pub(in crate::ops) fn adamw(slots: &mut [Slot], update: &Update) -> Result<()> {
                 mean_scales: floats(&m.scales),
                 variance_scales: floats(&v.scales),
                 grad: gradient,
+                narrow,
                 len,
             }),
         }
-        held.push((value, grad));
+        held.push((value, grad, copy));
     }
     let Update { clip, beta1, beta2, rate, correction, eps, keep } = *update;
     let numbers = [clip, beta1, beta2, rate, correction, eps, keep].map(Arg::Float);
