@@ -361,6 +361,13 @@ impl Unet {
         if t.len() != b || text.dim(0)? != b {
             candle_core::bail!("unet: {b} latents, {} timesteps, {} texts", t.len(), text.dim(0)?);
         }
+        if x.device().is_cuda() {
+            return ops::recorded(&[x, text], |inputs| self.pass(&inputs[0], t, &inputs[1]));
+        }
+        self.pass(x, t, text)
+    }
+
+    fn pass(&self, x: &Tensor, t: &[f64], text: &Tensor) -> Result<Tensor> {
         let (given, dtype) = (x.dtype(), self.precision.dtype());
         // 1. time
         let time = self.time(t, x.device())?.to_dtype(dtype)?; // [B, 4 C0]

@@ -213,6 +213,13 @@ impl Vae {
     /// The same, whose blocks are computed again in the backward if `checkpointing`. Value and gradient are the same to
     /// the bit: no value goes to more than one block.
     pub fn decode_with(&self, latents: &Tensor, checkpointing: bool) -> Result<Tensor> {
+        if latents.device().is_cuda() {
+            return ops::recorded(&[latents], |inputs| self.decoded(&inputs[0], checkpointing));
+        }
+        self.decoded(latents, checkpointing)
+    }
+
+    fn decoded(&self, latents: &Tensor, checkpointing: bool) -> Result<Tensor> {
         let mut x = (latents / self.config.scaling_factor)?.to_dtype(self.precision.dtype())?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor, Var};
 
 use super::custom_op::{Computed, custom_op};
+use super::tape::{gradients, unrecorded};
 
 /// `block(inputs)`, whose intermediate values are dropped at once and recomputed in the backward
 /// (Chen et al. 2016, arXiv 1604.06174). One to three inputs.
@@ -14,23 +15,24 @@ pub fn checkpoint(
     block: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     let detached: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-    let y = block(&detached)?;
+    let y = unrecorded(|| block(&detached))?;
     // A trained weight inside makes the result tracked even where no input is: the first input then stands in for it.
     let anchor = if y.track_op() && !inputs.iter().any(|input| input.track_op()) {
         Some(Var::from_tensor(inputs[0])?)
     } else {
         None
     };
-    let y = y.detach();
+    let value = Computed::copy_of(&y.detach())?;
+    drop(y);
     let mut inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
     if let Some(anchor) = anchor {
         inputs[0] = anchor.into_inner();
     }
-    let storage = y.storage_and_layout().0.try_clone(y.layout())?;
-    let value = Computed { storage, shape: y.shape().clone() };
-    drop(y);
     let kept = inputs.clone();
     custom_op("checkpoint", &inputs.iter().collect::<Vec<_>>(), value, move |dy| {
+        if dy.device().is_cuda() {
+            return gradients(&kept.iter().collect::<Vec<_>>(), &block, dy);
+        }
         let inputs = kept.iter().map(fresh).collect::<Result<Vec<_>>>()?;
         let y = block(&inputs)?;
         let mut store = (y * dy)?.sum_all()?.backward()?;

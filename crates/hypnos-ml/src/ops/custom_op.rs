@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
+use super::tape;
 use crate::param::Param;
 
 /// What a kernel computed: storage in row-major order and its shape.
@@ -18,6 +19,13 @@ impl Computed {
         Self { storage: Storage::Cpu(CpuStorage::F32(values)), shape: shape.into() }
     }
 
+    /// A copy of a tensor's numbers, in row-major order.
+    pub(super) fn copy_of(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.contiguous()?;
+        let storage = tensor.storage_and_layout().0.try_clone(tensor.layout())?;
+        Ok(Self { storage, shape: tensor.shape().clone() })
+    }
+
     /// The value as a tensor without history.
     pub(super) fn detached(self) -> Tensor {
         Tensor::from_storage(self.storage, self.shape, candle_core::op::BackpropOp::none(), false)
@@ -27,7 +35,8 @@ impl Computed {
 /// Gradients of up to three inputs. `None` for an input that has none.
 pub(super) type Grads = [Option<Tensor>; 3];
 
-/// Makes `value` a node of candle's graph whose inputs are `inputs` (one to three).
+/// Makes `value` a node of the graph whose inputs are `inputs` (one to three): of candle's, or of the record of the forward
+/// that is under way ([`super::tape`]).
 ///
 /// `backward` gets the gradient of the value and returns one gradient per input, `Some` exactly for those inputs that
 /// are tracked ([`Tensor::track_op`]); weights are reached through their [`Param`] instead.
@@ -37,24 +46,41 @@ pub(super) fn custom_op(
     value: Computed,
     backward: impl Fn(&Tensor) -> Result<Grads> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    custom_op_with_result(name, inputs, value, move |_, dy| backward(dy))
+    node(name, inputs, value, false, Box::new(move |_, dy| backward(dy)))
 }
 
-/// As [`custom_op()`], for a `backward` that reads the value too, which the graph keeps anyway: `backward(y, dy)`.
+/// As [`custom_op()`], for a `backward` that reads the value too: `backward(y, dy)`.
 pub(super) fn custom_op_with_result(
     name: &'static str,
     inputs: &[&Tensor],
     value: Computed,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Grads> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    let backward: Backward = Box::new(move |y, dy| match y {
+        Some(y) => backward(y, dy),
+        None => bail!("{name}: its value was not kept"),
+    });
+    node(name, inputs, value, true, backward)
+}
+
+fn node(
+    name: &'static str,
+    inputs: &[&Tensor],
+    value: Computed,
+    reads_value: bool,
+    backward: Backward,
+) -> Result<Tensor> {
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(value.detached());
+    }
+    if tape::is_recording() {
+        return Ok(tape::record(name, inputs, value, reads_value, backward));
     }
     // candle's operations have a fixed number of inputs; an untracked copy of the first fills the empty places.
     let filler = inputs[0].detach();
     let at = |i: usize| inputs.get(i).copied().unwrap_or(&filler);
     let Computed { storage, shape } = value;
-    let op = PrecomputedOp { name, value: Mutex::new(Some(storage)), shape, backward: Box::new(backward) };
+    let op = PrecomputedOp { name, value: Mutex::new(Some(storage)), shape, backward };
     at(0).apply_op3(at(1), at(2), op)
 }
 
@@ -119,10 +145,10 @@ impl CustomOp3 for PrecomputedOp {
     }
 
     fn bwd(&self, a: &Tensor, b: &Tensor, c: &Tensor, y: &Tensor, grad: &Tensor) -> Result<TripleGrad> {
-        let [mut da, mut db, mut dc] = (self.backward)(y, &grad.contiguous()?)?;
+        let [mut da, mut db, mut dc] = (self.backward)(Some(y), &grad.contiguous()?)?;
         // candle panics where a tracked input's gradient is missing, and would give an untracked one a needless store.
         for (input, slot) in [(a, &mut da), (b, &mut db), (c, &mut dc)] {
-            if !input.track_op() || input.is_variable() && input.elem_count() == 1 && slot.is_none() {
+            if !input.track_op() || slot.is_none() && !tape::wants_gradient(input) {
                 *slot = None;
             } else if slot.is_none() {
                 bail!("{}: a tracked input got no gradient", self.name);
@@ -132,6 +158,7 @@ impl CustomOp3 for PrecomputedOp {
     }
 }
 
-type Backward = Box<dyn Fn(&Tensor, &Tensor) -> Result<Grads> + Send + Sync>;
+/// The gradients of the inputs from the value, where it is kept, and its gradient.
+pub(super) type Backward = Box<dyn Fn(Option<&Tensor>, &Tensor) -> Result<Grads> + Send + Sync>;
 
 type TripleGrad = (Option<Tensor>, Option<Tensor>, Option<Tensor>);

@@ -27,6 +27,7 @@ mod layer_norm;
 mod linear;
 mod projection;
 mod softmax;
+mod tape;
 mod upsample;
 
 pub use activation::{Activation, activate};
@@ -44,6 +45,7 @@ pub use linear::{linear, linear_columns, linear_plus, linears};
 pub(crate) use projection::to_tokens;
 pub use projection::{picture_to_tokens, tokens_to_picture};
 pub use softmax::softmax;
+pub(crate) use tape::recorded;
 pub(crate) use upsample::upsample_bilinear;
 pub use upsample::upsample_nearest;
 
