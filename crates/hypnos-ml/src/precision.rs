@@ -7,15 +7,19 @@
 //! | all else that is computed on a GPU | f32 | f32, factors of products 10 bits | f32 |
 //! | default | CPUs, older GPUs | | GPUs from Ampere on |
 //!
-//! In bf16 the three models round what enters them and give f32 (or what they were given) back: pictures, latents, noise,
-//! a picture's moments, hidden states of a text. In between, these are f32 in every precision:
+//! In TF32 the forward of dense layers with a bias or a residual is f32 so far: cuBLASLt computes it, which is not told to
+//! round.
+//!
+//! In bf16 the three models round their inputs, and their outputs have the dtype of the inputs, which is f32: pictures,
+//! latents, noise, a picture's moments, hidden states of a text. In between, these are f32 in every precision:
 //!
 //! * all sums: of products and convolutions, of norms' statistics, of softmax, of biases' gradients
-//! * the weights that learn, their gradients and what adds those up, AdamW's moments. Beside a matrix or kernel that
-//!   learns lies a copy in bf16 until the optimiser changes it; one that is frozen is held in bf16 alone
-//! * biases, the weights of norms, embeddings of tokens and places, and the layers that embed a timestep
-//! * what runs through the text encoder from layer to layer: only what is inside of its layers is rounded
-//! * the gradients that come to a text from all the UNet's attentions
+//! * the weights that learn, their gradients and the sums of these, AdamW's moments. A matrix, kernel or bias that learns
+//!   has a copy in bf16 until the optimiser changes it; a frozen matrix or kernel is held in bf16 alone
+//! * biases as they are held; cuBLASLt and cuDNN add a copy in bf16
+//! * the weights of norms, embeddings of tokens and positions, and the layers that embed a timestep
+//! * the hidden states between the layers of the text encoder: only values inside its layers are rounded
+//! * the sum of the gradients that the UNet's attentions give to a text
 //!
 //! And these, which are no part of the three models: the noise schedule, latents between the steps of a sampler,
 //! guidance, every loss and the pictures, latents and features that it compares, the discriminator, the perceptual
