@@ -1,4 +1,4 @@
-// Six of our kernels, compiled without their __syncthreads. check.cpp launches each, and each launch must fail.
+// Seven of our kernels, compiled without their __syncthreads. check.cpp launches each, and each launch must fail.
 #include "device.h"
 
 #define __syncthreads() ((void)0)
