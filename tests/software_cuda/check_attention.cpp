@@ -97,8 +97,9 @@ struct Wanted {
     Wanted(size_t n) : value(n), bound(n) {}
 };
 
-// Of a number 8 bits are kept, to nearest. A sum of 40 to 512 products in f32 is off by F32 of the sum of their sizes
-// at most, and an exponential by as much of itself as its exponent is off. SECOND_ORDER is for what is rounded twice.
+// bf16 keeps 8 bits of a number, rounded to nearest. A sum of 40 to 512 products in f32 is off by F32 of the sum of
+// their sizes at most, and an exponential by as much of itself as its exponent is off. SECOND_ORDER is for what is
+// rounded twice.
 const double BF16 = 1.0 / 256, F32 = 2e-6, SECOND_ORDER = 1.01;
 
 // One head of one picture. The probabilities p and the gradients ds of the scores are rounded before they are

@@ -1,6 +1,6 @@
-// Checks the twins of tensor cores and asynchronous copies by what NVIDIA's "PTX ISA 9.0" says of their registers, in
-// the words of its sections "Matrix Fragments for mma.m16n8k16 with floating point type", the same for m16n8k8, and
-// "Warp-level matrix load instruction: ldmatrix".
+// Checks the software device's tensor cores and asynchronous copies by what NVIDIA's "PTX ISA 9.0" says of their
+// registers, in the words of its sections "Matrix Fragments for mma.m16n8k16 with floating point type", the same for
+// m16n8k8, and "Warp-level matrix load instruction: ldmatrix".
 #include "check.h"
 
 #include <cmath>

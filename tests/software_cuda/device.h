@@ -35,7 +35,7 @@ int software_barrier(int value, int line); // the sum of `value`
 // What each of the 32 lanes gave, SOFTWARE_SLOT bytes apart, until this lane's next call.
 const void* software_warp(unsigned mask, const void* mine, size_t bytes, int line);
 
-// The twins of what mma.cuh has in PTX: mma with `depth` columns of A, ldmatrix, cp.async and its wait_all.
+// What mma.cuh has in PTX, for the software device: mma with `depth` columns of A, ldmatrix, cp.async and its wait_all.
 void software_mma(float* c, const unsigned* a, const unsigned* b, int depth, int line);
 void software_load_matrices(unsigned* r, const void* row, int count, bool transposed, int line);
 void software_begin_copy(void* to, const void* from, size_t bytes, bool valid);

@@ -108,7 +108,7 @@ fn dpmpp_plan(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Pla
     Ok(Plan { timesteps, sigmas })
 }
 
-/// `EulerDiscreteScheduler.set_timesteps` and its ancestral twin; linspace where the file leaves it open.
+/// `EulerDiscreteScheduler.set_timesteps`, and the ancestral one's; linspace where the file leaves it open.
 fn euler_plan(sampler: Sampler, schedule: &Schedule, steps: usize) -> Result<Plan> {
     let n = schedule.n_timesteps();
     let table = sigma_table(schedule);

@@ -1,4 +1,4 @@
-//! Launches `attention.cu`: attention whose scores never leave the chip, for bf16 and heads of some widths.
+//! Launches `attention.cu`: attention whose scores are never in global memory, for bf16 and heads of some widths.
 //!
 //! Which kernels are launched, and how, depends on shapes and dtype alone.
 

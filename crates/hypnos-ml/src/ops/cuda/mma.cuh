@@ -1,5 +1,5 @@
 // Tensor cores, and copies that go past the registers: the instructions that CUDA C++ has no words for. All inline PTX
-// is in this file. Each function has a twin for the software device (tests/software_cuda).
+// is in this file. The software device (tests/software_cuda) has another implementation of each function.
 //
 // Needs compute capability 8.0. The sections named are those of NVIDIA's "PTX ISA 9.0".
 //
