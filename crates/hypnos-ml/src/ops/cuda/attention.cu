@@ -1,7 +1,7 @@
-// Attention whose scores are never in global memory: FlashAttention-2 (Dao 2023, arXiv 2307.08691), forward by its algorithm
-// 1 and backward by its algorithm 2, which is cut in two so that nothing is added with atomics: one kernel per block of
-// keys for the gradients of keys and values, one per block of queries for that of the queries. Each computes the
-// probabilities again, so backward has seven products instead of five.
+// Attention whose scores are never in global memory: FlashAttention-2 (Dao 2023, arXiv 2307.08691), forward by its
+// algorithm 1 and backward by its algorithm 2, which is cut in two so that nothing is added with atomics: one kernel per
+// block of keys for the gradients of keys and values, one per block of queries for that of the queries. Each computes
+// the probabilities again, so backward has seven products instead of five.
 //
 // Tensors are [batch, tokens, heads, D] by the strides of `Layout`: projections as they are, or parts of one product. D
 // numbers of a head lie side by side, begin at a multiple of 16 bytes and are a multiple of 8.
@@ -12,8 +12,8 @@
 //
 // The columns of a wide head are cut into PARTS with WARPS warps each, for a lane has no registers for sums of all of
 // them. What each part has of the scores is added up through shared memory. Where there are few keys and many queries,
-// as between a picture and its caption, the queries of a tile are divided among SPLITS groups of warps, so that more warps
-// work; the sums of the groups are added up at the end.
+// as between a picture and its caption, the queries of a tile are divided among SPLITS groups of warps, so that more
+// warps work; the sums of the groups are added up at the end.
 #include "mma.cuh"
 
 // Where a head's row of a tensor is, in elements.
