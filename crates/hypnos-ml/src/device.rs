@@ -54,9 +54,10 @@ pub fn ordinal(name: &str) -> Result<Option<usize>> {
 }
 
 /// The device called `name`, as [`open`] gives it, and what models compute in on it: `asked`, or else what suits it, as
-/// [`Precision::chosen`] says. With TF32 the device rounds the factors of every product from then on.
+/// [`Precision::chosen`] says. With TF32 the device rounds factors from then on: see
+/// [`Precision`]'s module.
 ///
-/// Errors with one line, as both do.
+/// Errors are those of [`open`] and of [`Precision::chosen`], in one line.
 pub fn open_in(name: &str, asked: Option<Precision>) -> Result<(Device, Precision)> {
     let device = open(name)?;
     let precision = Precision::chosen(asked, compute_capability(&device)?)?;
@@ -67,7 +68,7 @@ pub fn open_in(name: &str, asked: Option<Precision>) -> Result<(Device, Precisio
     Ok((device, precision))
 }
 
-/// The compute capability of a GPU, major and minor; none for a CPU.
+/// The compute capability of a GPU, major and minor; none for a CPU. Errors if the driver does not tell it.
 pub fn compute_capability(device: &Device) -> Result<Option<(i32, i32)>> {
     match device {
         #[cfg(feature = "cuda")]

@@ -33,7 +33,8 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Loads a bundle's, to compute in `precision`, which the device must have.
+    /// Loads the models of a bundle that fine-tuning leaves as they are, to compute in `precision`, which the device must
+    /// support.
     pub fn load(bundle: &Bundle, device: &Device, precision: Precision) -> Result<Self> {
         Ok(Self {
             tokenizer: Arc::new(bundle.tokenizer()?),
@@ -69,7 +70,7 @@ pub struct Models {
 }
 
 impl Models {
-    /// Loads the frozen models of a bundle, to compute in `precision`, which the device must have.
+    /// Loads the frozen models of a bundle, to compute in `precision`, which the device must support.
     pub fn load(bundle: &Bundle, device: &Device, precision: Precision) -> Result<Self> {
         Shared::load(bundle, device, precision)?.with_bundle(bundle)
     }

@@ -112,8 +112,8 @@ impl Weights {
         Weights { trainable: yes, ..self }
     }
 
-    /// The same place, for models that compute in `precision`: weights that do not learn are rounded to what they are held
-    /// in then, as [`Precision`]'s module says, when they are asked for.
+    /// The same place, for models that compute in `precision`: a weight that does not learn is converted, when it is asked
+    /// for, to the dtype that [`Precision`]'s module says.
     #[must_use]
     pub fn computing_in(self, precision: Precision) -> Weights {
         Weights { precision, ..self }

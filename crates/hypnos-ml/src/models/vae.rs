@@ -160,8 +160,8 @@ pub struct Vae {
 }
 
 impl Vae {
-    /// From weights named as diffusers names them, with the old or the new names of the attention. It computes in what they
-    /// are for, and gives results in the dtype of what it is given.
+    /// From weights named as diffusers names them, with the old or the new names of the attention. It computes in the
+    /// precision of the weights, and its results have the dtype of its inputs.
     pub fn load(w: &Weights, config: &Config) -> crate::Result<Self> {
         config.check()?;
         let n = config.latent_channels;

@@ -8,7 +8,7 @@ use crate::dry_run::{Cost, DryTensor};
 
 /// The channels of `a` and then those of `b`: `[B, C, h, w]` and `[B, D, h, w]` to `[B, C + D, h, w]`. Differentiable.
 ///
-/// A GPU copies both at once, there and back.
+/// A GPU copies both in one launch, and their gradients in one launch.
 pub fn concat(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if a.device().is_cuda() {

@@ -45,9 +45,11 @@ pub fn conv2d(x: &Tensor, weight: &Param, bias: Option<&Param>, spec: Conv2dSpec
     convolve(x, weight, bias, spec, None)
 }
 
-/// `residual` and what [`conv2d()`] gives, whose shape and dtype it has, added up. Differentiable in both.
+/// `residual + conv2d(x, weight, bias, spec)`, see [`conv2d()`]. `residual` `[B, O, H', W']` must have the dtype of
+/// `x`.
 ///
-/// A GPU adds as it convolves, without the convolution's result in between.
+/// Differentiable in `residual`, `x`, `weight` and `bias`. A GPU adds `residual` in the call of cuDNN where there is a
+/// bias and cuDNN can, or else to the stored result. Errors if `residual` has another shape.
 pub fn conv2d_plus(
     residual: &Tensor,
     x: &Tensor,
@@ -97,8 +99,8 @@ fn convolve(
 }
 
 /// [`conv2d()`] in a dry run. Its input is kept; forward and backward unfold tiles of it, and gather tiles over several
-/// pictures. What cuDNN works with instead is its own choice and is not counted here; in bf16 the weight's gradient comes of
-/// one picture's patches.
+/// pictures. The scratch memory that cuDNN chooses instead is not counted here; in bf16 the weight's gradient is
+/// computed from the patches of one picture at a time.
 pub(crate) fn dry(
     x: &DryTensor,
     weight: &Param,

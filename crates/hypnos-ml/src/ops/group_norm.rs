@@ -12,7 +12,7 @@ use crate::param::Param;
 /// Group norm (Wu and He 2018, arXiv 1803.08494), followed by SiLU if `silu`.
 ///
 /// `x` `[B, C, ..]`; `n_groups` divides `C`; `weight` and `bias` `[C]`. Gives the shape of `x`. Differentiable in all
-/// three. Statistics are summed in f64.
+/// three. Statistics are summed in f64 on the CPU, in f32 on a GPU.
 pub fn group_norm(
     x: &Tensor,
     weight: &Param,
@@ -24,9 +24,9 @@ pub fn group_norm(
     normalise(x, None, (weight, bias), n_groups, eps, silu)
 }
 
-/// [`group_norm()`] of `x` `[B, C, h, w]` with `shift` `[B, C]` added to it first, in which it is differentiable too.
+/// [`group_norm()`] of `x + shift`: `x` `[B, C, h, w]`, and `shift` `[B, C]` is added to every pixel of its channel.
 ///
-/// A GPU adds as it normalises, without the sum in between.
+/// Differentiable in `shift` as well. A GPU does not store the sum. Errors if `shift` has another shape.
 pub fn group_norm_shifted(
     x: &Tensor,
     shift: &Tensor,
@@ -61,7 +61,7 @@ fn normalise(
     }
     let (x, tag) = (x.contiguous()?, trained_tag(weight, Some(bias)));
     let norm = Norm { c, n_groups, spatial: x.dims()[2..].iter().product(), eps, silu };
-    // A GPU's forward reads rows of a larger tensor where they lie, its backward does not.
+    // A GPU's forward takes rows of a larger tensor without a copy, its backward does not.
     let is_tracked = x.track_op() || tag.track_op() || shift.is_some_and(Tensor::track_op);
     let shift = match shift {
         Some(shift) if is_tracked => Some(shift.contiguous()?),

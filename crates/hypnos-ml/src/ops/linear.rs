@@ -20,9 +20,11 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
     layer(x, weight, bias, None)
 }
 
-/// [`linear()`] of one input by each of several weights without biases, in their order.
+/// [`linear()`] of one input `[.., I]` by each of several weights `[O, I]` without biases, in their order: `[.., O]`
+/// each.
 ///
-/// Where nothing is differentiated, a GPU multiplies by all those of one shape at once.
+/// Differentiable as [`linear()`] is. Where nothing is differentiated, a GPU multiplies by all weights of one shape at
+/// once.
 pub fn linears(x: &Tensor, weights: &[&Param]) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
     if is_constant(x, weights) {
@@ -45,7 +47,8 @@ pub fn linears(x: &Tensor, weights: &[&Param]) -> Result<Vec<Tensor>> {
 
 /// [`linear()`] of one input `[B, I]` by each of several weights and biases, in their order: `[B, O]` each.
 ///
-/// Where nothing is differentiated, a GPU multiplies by all of them at once, and the results are columns of one tensor.
+/// Differentiable as [`linear()`] is. Where nothing is differentiated, a GPU multiplies by all of them at once, and the
+/// results are columns of one tensor.
 pub fn linear_columns(x: &Tensor, layers: &[(&Param, &Param)]) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
     {
@@ -64,15 +67,16 @@ pub fn linear_columns(x: &Tensor, layers: &[(&Param, &Param)]) -> Result<Vec<Ten
     layers.iter().map(|(weight, bias)| linear(x, weight, Some(bias))).collect()
 }
 
-/// Whether a GPU works with what has no gradient.
+/// Whether `x` is on a GPU and neither it nor a weight gets a gradient.
 #[cfg(feature = "cuda")]
 fn is_constant(x: &Tensor, params: &[&Param]) -> bool {
     x.device().is_cuda() && !x.track_op() && !params.iter().any(|param| param.is_trainable())
 }
 
-/// `residual` and what [`linear()`] gives, whose shape and dtype it has, added up. Differentiable in both.
+/// `residual + linear(x, weight, bias)`, see [`linear()`]. `residual` `[.., O]` must have the dtype of `x`.
 ///
-/// A GPU adds as it multiplies, without the layer's result in between.
+/// Differentiable in `residual`, `x`, `weight` and `bias`. A GPU adds `residual` in the call of cuBLASLt, or to the stored
+/// result where that has no algorithm. Errors if `residual` has another shape.
 pub fn linear_plus(residual: &Tensor, x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor> {
     if !x.device().is_cuda() {
         return residual + linear(x, weight, bias)?;

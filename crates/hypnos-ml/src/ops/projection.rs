@@ -50,7 +50,7 @@ fn picture_to_tokens_on_gpu(x: &Tensor, weight: &Param, bias: Option<&Param>) ->
     })
 }
 
-/// `residual` and the [`linear`](super::linear()) of tokens as a picture, added up.
+/// `residual` plus the [`linear`](super::linear()) of tokens, as a picture.
 ///
 /// * `residual` `[B, O, h, w]`; `x` `[B, h w, C]`
 /// * `weight` and `bias` as for [`picture_to_tokens`]

@@ -187,7 +187,8 @@ impl State {
         &self.history
     }
 
-    /// What its steps were taken in, the first one first, each once in a row: more than one if it was resumed in another.
+    /// The precisions in which its steps were taken, the first one first, without repetitions in a row: more than one if it
+    /// was resumed in another.
     pub fn precisions(&self) -> &[Precision] {
         &self.precisions
     }
