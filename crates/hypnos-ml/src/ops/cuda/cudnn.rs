@@ -273,7 +273,7 @@ fn value_plus_of<T: Element>(
         session.forward_plus.insert((conv, T::DTYPE), plan);
         let Some((algorithm, bytes)) = plan else { return Ok(None) };
         let mut y = Buffer::new(device, conv.out_dims(), T::DTYPE)?;
-        // Where there is nothing to add, cuDNN wants a place all the same: the result's, of which it reads nothing.
+        // cuDNN wants an address even if there is nothing to add: it gets the result's, which it does not read.
         // SAFETY: it is as long as the buffer, which lives longer and frees it alone.
         let own =
             ManuallyDrop::new(unsafe { device.cuda_stream().upgrade_device_ptr::<T>(y.address, y.len()) });

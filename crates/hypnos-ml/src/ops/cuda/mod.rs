@@ -3,8 +3,9 @@
 //! A kernel file is compiled once for each storage type, so a kernel is named by its file, the dtype of the tensors it
 //! works on, and its name. Tensors are f32 or bf16; sums and everything that a sum passes through are f32, and so are
 //! vectors of parameters for our kernels and all gradients of parameters. Matrix products are cuBLAS's, but for those in
-//! the fused attention; convolutions are cuDNN's where the program was built with it; a bias that these add is of their
-//! factors' dtype. Nothing here is random or depends on the order in which blocks finish.
+//! the fused attention, and cuBLASLt's where it adds a bias or a residual; convolutions are cuDNN's where the program was
+//! built with it. A bias that cuBLASLt or cuDNN adds is of their factors' dtype. Nothing here is random or depends on the
+//! order in which blocks finish.
 //!
 //! A device has one stream ([`prepare`]), so what is launched later sees what was launched before, and memory freed
 //! while a kernel still reads it is given away only after that kernel.
@@ -327,7 +328,7 @@ fn launch(
     let function = kernel(device, file, dtype, name)?;
     let stream = device.cuda_stream();
     if grid.shared_bytes > USUAL_SHARED_BYTES {
-        // Once for each function would do, but few launches are as large as this, and it costs less than they do.
+        // Once for each function would do, but few launches need so much.
         stream.context().bind_to_thread().w()?;
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(most, grid.shared_bytes as i32).w()?;

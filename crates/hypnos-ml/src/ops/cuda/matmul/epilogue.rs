@@ -101,7 +101,7 @@ struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // SAFETY: the handle is this session's own. That it could not be destroyed helps nobody to know.
+        // SAFETY: the handle is this session's own. An error here could not be acted on.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
@@ -126,7 +126,7 @@ struct Description<T: Copy>(T, unsafe fn(T) -> std::result::Result<(), CublasErr
 
 impl<T: Copy> Drop for Description<T> {
     fn drop(&mut self) {
-        // SAFETY: the description is this value's own. That it could not be destroyed helps nobody to know.
+        // SAFETY: the description is this value's own. An error here could not be acted on.
         let _ = unsafe { self.1(self.0) };
     }
 }
@@ -176,7 +176,7 @@ impl Operation {
             Ok(layout)
         };
         let [a_transposed, b_transposed] = call.transposed;
-        // f32 is f32 throughout, never TF32.
+        // f32 throughout, not TF32, whatever the device was told.
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F);
         let product = result::create_matmul_desc(compute, scale).map_err(Error::wrap)?;
         let operation = Self {
@@ -248,7 +248,7 @@ impl Operation {
         // SAFETY: cuBLASLt writes what it reads there. The driver refuses to allocate nothing.
         let scratch = unsafe { device.alloc::<u8>((*bytes).max(1)) }?;
         let [a, b, to] = call.address;
-        // Nothing is read of the old result where nothing else is added.
+        // If nothing else is added, beta is 0 and the old result is not read.
         let (alpha, beta) = (1.0_f32, if more.is_some() { 1.0_f32 } else { 0.0 });
         let more = more.map_or(to, |more| more.address);
         // SAFETY: the addresses are those of views and buffers that the caller holds, as long as the descriptions say;
