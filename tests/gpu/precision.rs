@@ -34,30 +34,34 @@ fn tf32_rounds_the_factors_of_products_and_convolutions_and_f32_does_not() {
         return;
     }
     let odd: f32 = 1.0 + 1.0 / 2048.0 + 1.0 / 65536.0;
-    let run = |asked| -> Result<[f32; 4]> {
+    let run = |asked| -> Result<[f32; 5]> {
         let (device, _) = open_in("cuda:0", Some(asked))?;
         let full = |shape: &[usize]| Tensor::full(odd, shape, &device)?.contiguous();
         let kernel = Param::new("kernel", full(&[8, 8, 3, 3])?, true)?;
         let matrix = Param::new("matrix", full(&[8, 8])?, true)?;
         let first = |x: &Tensor| x.flatten_all()?.get(0)?.to_scalar::<f32>();
+        let bias = Param::new("bias", Tensor::zeros(8, DType::F32, &device)?, false)?;
         let product = linear(&full(&[8, 8])?, &matrix, None)?;
+        let biased = linear(&full(&[8, 8])?, &matrix, Some(&bias))?; // by cuBLASLt
         let picture = conv2d(&full(&[1, 8, 3, 3])?, &kernel, None, Conv2dSpec::padded(1, 0))?;
         product.sum_all()?.backward()?;
         picture.sum_all()?.backward()?;
         let grads = [&matrix, &kernel].map(|param| param.grad().expect("a gradient"));
-        Ok([first(&product)?, first(&picture)?, first(&grads[0])?, first(&grads[1])?])
+        Ok([first(&product)?, first(&biased)?, first(&picture)?, first(&grads[0])?, first(&grads[1])?])
     };
     let exact = odd * odd;
-    let [product, picture, of_matrix, of_kernel] = run(Precision::F32).expect("values");
-    assert!((product / 8.0 - exact).abs() < 1e-6 && (picture / 72.0 - exact).abs() < 1e-6);
+    let [product, biased, picture, of_matrix, of_kernel] = run(Precision::F32).expect("values");
+    assert!((product / 8.0 - exact).abs() < 1e-6 && (biased / 8.0 - exact).abs() < 1e-6);
+    assert!((picture / 72.0 - exact).abs() < 1e-6);
     assert!((of_matrix / 8.0 - odd).abs() < 1e-6 && (of_kernel - odd).abs() < 1e-6);
     if open_in("cuda:0", Some(Precision::Tf32)).is_err() {
         return; // older than Ampere
     }
-    let [product, picture, of_matrix, of_kernel] = run(Precision::Tf32).expect("values");
+    let [product, biased, picture, of_matrix, of_kernel] = run(Precision::Tf32).expect("values");
     // The last of ten bits is 1/1024; a GPU may cut off what is behind it instead of rounding.
     let is_off = |value: f32, exact: f32| (1e-5..1.1 / 1024.0).contains(&(value - exact).abs());
-    assert!(is_off(product / 8.0, exact) && is_off(picture / 72.0, exact), "{product} {picture}");
+    assert!(is_off(product / 8.0, exact) && is_off(biased / 8.0, exact), "{product} {biased}");
+    assert!(is_off(picture / 72.0, exact), "{picture}");
     assert!(is_off(of_matrix / 8.0, odd) && is_off(of_kernel, odd), "{of_matrix} {of_kernel}");
 }
 

@@ -10,7 +10,8 @@ using namespace software;
 namespace {
 
 enum Status { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
-enum { COMPUTE_32F = 68, R_32F = 0, R_16BF = 14, OP_N = 0, OP_T = 1, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
+enum { COMPUTE_32F = 68, COMPUTE_32F_FAST_TF32 = 77, R_32F = 0, R_16BF = 14 };
+enum { OP_N = 0, OP_T = 1, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
 enum { TRANS_A = 3, TRANS_B = 4, EPILOGUE = 7, BIAS_POINTER = 8 };             // of a product
 enum { BATCH_COUNT = 5, BATCH_OFFSET = 6 };                                     // of a layout
 enum { MAX_WORKSPACE = 1, REDUCTION_SCHEME = 3, ALIGNMENT_A = 5, ALIGNMENT_D = 8 }; // of a preference
@@ -35,6 +36,7 @@ struct Layout {
     }
 };
 struct Product {
+    bool tf32;
     int trans_a = OP_N, trans_b = OP_N;
     unsigned epilogue = EPILOGUE_DEFAULT;
     const void* bias = nullptr;
@@ -89,8 +91,9 @@ int cublasLtMatrixLayoutSetAttribute(Layout* layout, int attribute, const void* 
     return refuse("attribute of a layout", attribute);
 }
 int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
-    if (compute != COMPUTE_32F || scale != R_32F) return refuse("computing type", compute);
-    return *product = new Product(), SUCCESS;
+    if ((compute != COMPUTE_32F && compute != COMPUTE_32F_FAST_TF32) || scale != R_32F)
+        return refuse("computing type", compute);
+    return *product = new Product{compute == COMPUTE_32F_FAST_TF32}, SUCCESS;
 }
 int cublasLtMatmulDescDestroy(Product* product) { return delete product, SUCCESS; }
 int cublasLtMatmulDescSetAttribute(Product* product, int attribute, const void* value, size_t bytes) {
@@ -151,6 +154,7 @@ int cublasLtMatmul(void*, Product* product, const void* alpha_, const void* a, L
     for (int batch = 0; batch < ld->batch; ++batch) {
         for (size_t i = 0; i < m * k; ++i) left[i] = la->at(a, batch, product->trans_a, i / k, i % k);
         for (size_t i = 0; i < k * n; ++i) right[i] = lb->at(b, batch, product->trans_b, i / n, i % n);
+        if (product->tf32) round_to_tf32(left), round_to_tf32(right);
         result.assign(m * n, 0.0f);
         multiply(left.data(), right.data(), result.data(), m, n, k);
         for (size_t i = 0; i < m * n; ++i) {

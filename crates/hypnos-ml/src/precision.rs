@@ -7,9 +7,6 @@
 //! | all else that is computed on a GPU | f32 | f32, factors of products 10 bits | f32 |
 //! | default | CPUs, older GPUs | | GPUs from Ampere on |
 //!
-//! In TF32 the forward of dense layers with a bias or a residual is f32 so far: cuBLASLt computes it, which is not told
-//! to round.
-//!
 //! In bf16 the three models round their inputs, and their outputs have the dtype of the inputs, which is f32: pictures,
 //! latents, noise, a picture's moments, hidden states of a text. In between, these are f32 in every precision:
 //!

@@ -16,7 +16,7 @@ use sys::cublasLtMatmulDescAttributes_t as ProductAttribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute;
 use sys::cublasLtMatrixLayoutAttribute_t as LayoutAttribute;
 
-use super::{Call, CudaDevice, DType, Mat, Result, Size, View, WrapErr, bail};
+use super::{Call, CudaDevice, DType, Mat, Result, Size, View, WrapErr, allows_tf32, bail};
 
 /// Most bytes of scratch memory an algorithm may ask for: what NVIDIA advises for Hopper.
 const WORKSPACE_BYTES_MOST: u64 = 32 << 20;
@@ -44,9 +44,10 @@ pub(in crate::ops::cuda) fn product_and(
     }
     device.cuda_stream().context().bind_to_thread().w()?;
     let call = Call::new(to, size, a, b)?;
-    let operation = Operation::new(&call, to.dtype, bias)?;
+    let tf32 = to.dtype == DType::F32 && allows_tf32(device);
+    let operation = Operation::new(&call, to.dtype, tf32, bias)?;
     with_session(device, |session| {
-        let key = Key::new(&call, to.dtype, bias, more);
+        let key = Key::new(&call, (to.dtype, tf32), bias, more);
         let plan = match session.plans.get(&key) {
             Some(&known) => known,
             None => operation.plan(session, key.alignment)?,
@@ -66,6 +67,7 @@ struct Key {
     rows: [i32; 3],
     strides: [i64; 3],
     dtype: DType,
+    tf32: bool,
     has_bias: bool,
     has_more: bool,
     /// Bytes that divide every address.
@@ -73,7 +75,7 @@ struct Key {
 }
 
 impl Key {
-    fn new(call: &Call, dtype: DType, bias: Option<&View>, more: Option<&View>) -> Self {
+    fn new(call: &Call, (dtype, tf32): (DType, bool), bias: Option<&View>, more: Option<&View>) -> Self {
         let added = bias.into_iter().chain(more).map(|view| view.address);
         let addresses = call.address.into_iter().chain(added);
         let alignment = 1 << addresses.fold(8, |least: u32, address| least.min(address.trailing_zeros()));
@@ -83,6 +85,7 @@ impl Key {
             rows: call.row,
             strides: call.stride,
             dtype,
+            tf32,
             has_bias: bias.is_some(),
             has_more: more.is_some(),
             alignment,
@@ -164,7 +167,7 @@ fn stack(layout: &Layout, batch: i32, stride: i64) -> Result<()> {
 }
 
 impl Operation {
-    fn new(call: &Call, dtype: DType, bias: Option<&View>) -> Result<Self> {
+    fn new(call: &Call, dtype: DType, tf32: bool, bias: Option<&View>) -> Result<Self> {
         let dtype = data_type(dtype)?;
         // Of factor or result number `which`.
         let layout = |which: usize, transposed: bool, rows: i32, cols: i32| -> Result<Layout> {
@@ -176,9 +179,14 @@ impl Operation {
             Ok(layout)
         };
         let [a_transposed, b_transposed] = call.transposed;
-        // f32 throughout, not TF32, whatever the device was told.
-        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F);
-        let product = result::create_matmul_desc(compute, scale).map_err(Error::wrap)?;
+        // Both sum in f32; the FAST one rounds f32 factors to TF32.
+        let compute = if tf32 {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+        };
+        let product = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F);
+        let product = product.map_err(Error::wrap)?;
         let operation = Self {
             product: Description(product, result::destroy_matmul_desc),
             a: layout(0, a_transposed, call.m, call.k)?,
