@@ -480,15 +480,13 @@ struct Shared {
 impl Run<'_> {
     fn resnet(&self, resnet: &Arc<Resnet>, x: &Tensor) -> Result<Tensor> {
         let known = resnet.time_projection().and_then(|project| self.shared.times.get(project.name()));
-        if let Some(known) = known {
-            return resnet.forward(x, Some(Time::Projected(known)));
-        }
         if !self.checkpointing {
-            return resnet.forward(x, Some(Time::Embedding(self.time)));
+            return resnet.forward(x, Some(known.map_or(Time::Embedding(self.time), Time::Projected)));
         }
-        let resnet = Arc::clone(resnet);
-        ops::checkpoint(&[x, self.time], move |inputs| {
-            resnet.forward(&inputs[0], Some(Time::Embedding(&inputs[1])))
+        let (resnet, is_known) = (Arc::clone(resnet), known.is_some());
+        ops::checkpoint(&[x, known.unwrap_or(self.time)], move |inputs| {
+            let time = if is_known { Time::Projected(&inputs[1]) } else { Time::Embedding(&inputs[1]) };
+            resnet.forward(&inputs[0], Some(time))
         })
     }
 
