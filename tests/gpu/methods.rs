@@ -65,9 +65,14 @@ pub(crate) fn a_training_changes_its_precision(device: &str) {
         let engine = engine(device, precision);
         Attempt::on(engine, &spec, Vec::new(), Some(&file), |_, _| Flow::Continue)
     };
-    let precision = |precision| go_on(Some(precision)).trained().1.precision.clone();
-    assert_eq!(precision(Precision::Bf16).as_deref(), Some("bf16"));
-    assert_eq!(precision(Precision::F32).as_deref(), Some("bf16, f32"));
+    let said = |precision| {
+        let attempt = go_on(Some(precision));
+        let report = attempt.trained().1;
+        let is_warned = |warning: &String| warning.ends_with("computed in bf16, then in f32");
+        (report.precision.clone(), report.warnings.iter().any(is_warned))
+    };
+    assert_eq!(said(Precision::Bf16), (Some("bf16".to_owned()), false));
+    assert_eq!(said(Precision::F32), (Some("bf16, f32".to_owned()), true));
 }
 
 /// How far bf16 may be from f32: losses of a step, and pixels of a picture after two steps in the mean.

@@ -112,12 +112,10 @@ fn start(session: &mut Session<'_, '_>) -> Result<State, Halt> {
     if let Some(file) = session.input.resume {
         let resumed = state.resume(file, &plan.learned_with, recipe);
         resumed.map_err(|error| unreadable(error, file, "the checkpoint"))?;
-        if let [.., before, now] = state.precisions() {
-            let n = state.n_steps();
-            session
-                .plan
-                .warnings
-                .push(format!("resumed in {now} after step {n}, which was taken in {before}"));
+        if state.precisions().len() > 1 {
+            let names: Vec<&str> = state.precisions().iter().map(|precision| precision.name()).collect();
+            let warning = format!("resumed in another precision: computed in {}", names.join(", then in "));
+            session.plan.warnings.push(warning);
         }
     }
     session.count_previews(&state);
