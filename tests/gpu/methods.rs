@@ -39,7 +39,9 @@ pub(crate) fn a_step_in_bf16(device: &str) {
     let (ours, wanted) = (trained(&spec, device, None), trained(&spec, "cpu", None));
     assert_eq!(ours.trained().1.precision.as_deref(), Some("bf16"));
     assert_eq!(wanted.trained().1.precision.as_deref(), Some("f32"));
-    for ((name, loss), (_, wanted)) in losses(&ours).iter().zip(&losses(&wanted)) {
+    let (our_losses, wanted_losses) = (losses(&ours), losses(&wanted));
+    assert!(!our_losses.is_empty() && our_losses.len() == wanted_losses.len(), "{our_losses:?}");
+    for ((name, loss), (_, wanted)) in our_losses.iter().zip(&wanted_losses) {
         let off = (loss - wanted).abs() / wanted.abs().max(1e-2);
         eprintln!("{name}: {loss} in bf16, {wanted} in f32");
         assert!(off <= LOSS_BF16, "{name} {loss}, in f32 {wanted}");
