@@ -282,7 +282,6 @@ pub(crate) struct Resnet {
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
-    /// The biases of `conv2` and the shortcut, added up where neither learns.
     /// The biases of `conv2` and the shortcut, added up where neither learns. Clones share it.
     joint_bias: Arc<OnceLock<Param>>,
     activation: Activation,
