@@ -74,7 +74,8 @@ pub(super) struct Evaluate {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// What --model draws in: f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere
+    /// What --model draws in: f32, tf32 or bf16; by default bf16 on GPUs from Ampere on, f32 elsewhere. tf32 also rounds
+    /// the factors of the networks that judge
     #[arg(long)]
     precision: Option<Precision>,
 }

@@ -12,7 +12,7 @@
 //!
 //! * all sums, in f32 at least: of products and convolutions, of norms' statistics, of softmax, of biases' gradients
 //! * the weights that learn, their gradients and the sums of these, AdamW's moments. A matrix, kernel or bias that learns
-//!   has a copy in bf16 until the optimiser changes it; a frozen matrix or kernel is held in bf16 alone
+//!   has a copy in bf16, which the optimiser changes with it; a frozen matrix or kernel is held in bf16 alone
 //! * biases as they are held; cuBLASLt and cuDNN add a copy in bf16
 //! * the weights of norms, embeddings of tokens and positions, and the layers that embed a timestep
 //! * the hidden states between the layers of the text encoder: only values inside its layers are rounded

@@ -3,6 +3,8 @@
 #[cfg(feature = "cuda")]
 use std::collections::BTreeMap;
 
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::{Into, Mat, Threads, View, gemm, product, zeros};
@@ -23,8 +25,8 @@ pub fn linear(x: &Tensor, weight: &Param, bias: Option<&Param>) -> Result<Tensor
 /// [`linear()`] of one input `[.., I]` by each of several weights `[O, I]` without biases, in their order: `[.., O]`
 /// each.
 ///
-/// Differentiable as [`linear()`] is. Where nothing is differentiated, a GPU multiplies by all weights of one shape at
-/// once.
+/// Differentiable as [`linear()`] is. Where nothing is differentiated, a GPU multiplies in bf16 by all weights of one
+/// shape at once.
 pub fn linears(x: &Tensor, weights: &[&Param]) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
     if is_constant(x, weights) {
@@ -67,10 +69,12 @@ pub fn linear_columns(x: &Tensor, layers: &[(&Param, &Param)]) -> Result<Vec<Ten
     layers.iter().map(|(weight, bias)| linear(x, weight, Some(bias))).collect()
 }
 
-/// Whether `x` is on a GPU and neither it nor a weight gets a gradient.
+/// Whether `x` is bf16 on a GPU and neither it nor a weight gets a gradient. f32 weights are not joined: frozen ones may
+/// share their values with weights that learn, which would stay beside the joined copy.
 #[cfg(feature = "cuda")]
 fn is_constant(x: &Tensor, params: &[&Param]) -> bool {
-    x.device().is_cuda() && !x.track_op() && !params.iter().any(|param| param.is_trainable())
+    let is_frozen = !x.track_op() && !params.iter().any(|param| param.is_trainable());
+    is_frozen && x.device().is_cuda() && x.dtype() == DType::BF16
 }
 
 /// `residual + linear(x, weight, bias)`, see [`linear()`]. `residual` `[.., O]` must have the dtype of `x`.

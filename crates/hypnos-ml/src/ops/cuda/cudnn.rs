@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cudnn::result::CudnnError;
@@ -239,6 +238,15 @@ pub(super) fn value_plus(
     }
 }
 
+/// Memory that another owner frees, until it is dropped.
+struct Borrowed<T>(Option<CudaSlice<T>>);
+
+impl<T> Drop for Borrowed<T> {
+    fn drop(&mut self) {
+        self.0.take().map(CudaSlice::leak);
+    }
+}
+
 fn value_plus_of<T: Element>(
     x: &Tensor,
     weight: &Tensor,
@@ -275,11 +283,15 @@ fn value_plus_of<T: Element>(
         let mut y = Buffer::new(device, conv.out_dims(), T::DTYPE)?;
         // cuDNN wants an address even if there is nothing to add: it gets the result's, which it does not read.
         // SAFETY: it is as long as the buffer, which lives longer and frees it alone.
-        let own =
-            ManuallyDrop::new(unsafe { device.cuda_stream().upgrade_device_ptr::<T>(y.address, y.len()) });
+        let own = unsafe { device.cuda_stream().upgrade_device_ptr::<T>(y.address, y.len()) };
+        let own = Borrowed(Some(own));
         let (x, weight, bias) = (Elements::of(&x), Elements::of(weight), Elements::of(bias));
         let more = more.map(Elements::of);
-        let z = more.as_ref().map_or_else(|| Ok(own.slice(..)), Elements::get::<T>)?;
+        let z = match (&more, &own.0) {
+            (Some(more), _) => more.get::<T>()?,
+            (None, Some(own)) => own.slice(..),
+            (None, None) => bail!("conv2d: the result has no address"),
+        };
         let share = if more.is_some() { 1.0 } else { 0.0 };
         let (mut scratch, factors) = (workspace(device, bytes)?, (T::from_f64(1.0), T::from_f64(share)));
         let (x, weight, bias) = (x.get::<T>()?, weight.get::<T>()?, bias.get::<T>()?);

@@ -1,6 +1,6 @@
 //! Launches `elementwise.cu`: activations, GEGLU, biases.
 
-use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, int, launch, long, optional};
+use super::{Buffer, Computed, CudaDevice, Grid, Result, Tensor, View, bail, int, launch, long, optional};
 use crate::ops::activation::Activation;
 
 /// The number that the kernel knows an activation by.
@@ -59,6 +59,9 @@ pub(super) fn add_bias(
 ) -> Result<()> {
     if bias.is_none() && more.is_none() {
         return Ok(());
+    }
+    if let Some(more) = more.filter(|more| more.dtype != y.dtype || more.len != y.len()) {
+        bail!("wanted {} numbers in {:?} to add, got {} in {:?}", y.len(), y.dtype, more.len, more.dtype);
     }
     let bias = bias.map(View::of).transpose()?;
     let channels = bias.as_ref().map_or(1, |bias| bias.len);
