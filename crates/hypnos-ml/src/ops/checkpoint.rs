@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor, Var};
 
 use super::custom_op::{Computed, custom_op};
-use super::tape::{gradients, unrecorded};
+use super::recorded::gradients;
+use super::tape::unrecorded;
 
 /// `block(inputs)`, whose intermediate values are dropped at once and recomputed in the backward
 /// (Chen et al. 2016, arXiv 1604.06174). One to three inputs.

@@ -2,9 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use super::tape;
+use super::tape::{self, Backward, Grads};
 use crate::param::Param;
 
 /// What a kernel computed: storage in row-major order and its shape.
@@ -28,12 +29,9 @@ impl Computed {
 
     /// The value as a tensor without history.
     pub(super) fn detached(self) -> Tensor {
-        Tensor::from_storage(self.storage, self.shape, candle_core::op::BackpropOp::none(), false)
+        Tensor::from_storage(self.storage, self.shape, BackpropOp::none(), false)
     }
 }
-
-/// Gradients of up to three inputs. `None` for an input that has none.
-pub(super) type Grads = [Option<Tensor>; 3];
 
 /// Makes `value` a node of the graph whose inputs are `inputs` (one to three): of candle's, or of the record of the forward
 /// that is under way ([`super::tape`]).
@@ -74,7 +72,10 @@ fn node(
         return Ok(value.detached());
     }
     if tape::is_recording() {
-        return Ok(tape::record(name, inputs, value, reads_value, backward));
+        let Computed { storage, shape } = value;
+        let output = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
+        tape::record(name, inputs, &output, reads_value, backward);
+        return Ok(output);
     }
     // candle's operations have a fixed number of inputs; an untracked copy of the first fills the empty places.
     let filler = inputs[0].detach();
@@ -157,8 +158,5 @@ impl CustomOp3 for PrecomputedOp {
         Ok((da, db, dc))
     }
 }
-
-/// The gradients of the inputs from the value, where it is kept, and its gradient.
-pub(super) type Backward = Box<dyn Fn(Option<&Tensor>, &Tensor) -> Result<Grads> + Send + Sync>;
 
 type TripleGrad = (Option<Tensor>, Option<Tensor>, Option<Tensor>);

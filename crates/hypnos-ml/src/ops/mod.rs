@@ -26,6 +26,7 @@ mod group_norm;
 mod layer_norm;
 mod linear;
 mod projection;
+mod recorded;
 mod softmax;
 mod tape;
 mod upsample;
@@ -44,8 +45,8 @@ pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_columns, linear_plus, linears};
 pub(crate) use projection::to_tokens;
 pub use projection::{picture_to_tokens, tokens_to_picture};
+pub(crate) use recorded::recorded;
 pub use softmax::softmax;
-pub(crate) use tape::recorded;
 pub(crate) use upsample::upsample_bilinear;
 pub use upsample::upsample_nearest;
 
