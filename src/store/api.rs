@@ -75,17 +75,25 @@ impl Store {
         }
         let mut model = new.spec.needed_model().map(ToOwned::to_owned);
         if let Some(parent) = new.parent {
-            // The lock prevents a deletion between this read and the insert of the new row.
-            let select = locking!(
-                "select state, result from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
+            // The lock prevents a deletion between this read and the insert of the new row. A training that has not
+            // succeeded is not locked: a worker that claims meanwhile would pass it over.
+            let succeeded = locking!(
+                "select result from job where tenant = $1 and id = $2 and kind = 'train' and state = 'succeeded' \
+                 and deleting = 0";
                 "for share"
             );
-            let row = tx.row(select, args![new.tenant, parent]).await?;
-            let state = row.as_ref().map(|row| row.parsed("state")).transpose()?;
-            if state != Some(State::Succeeded) {
-                return Ok(Submitted::NoParent(state));
-            }
-            model = row.as_ref().map_or(Ok(None), trained_model)?;
+            let any =
+                "select state from job where tenant = $1 and id = $2 and kind = 'train' and deleting = 0";
+            model = loop {
+                if let Some(row) = tx.row(succeeded, args![new.tenant, parent]).await? {
+                    break trained_model(&row)?;
+                }
+                let other = tx.row(any, args![new.tenant, parent]).await?;
+                let state = other.map(|row| row.parsed("state")).transpose()?;
+                if state != Some(State::Succeeded) {
+                    return Ok(Submitted::NoParent(state));
+                } // it has succeeded between the two
+            };
         }
         let kind = new.spec.kind();
         let count = "select count(*) as jobs from job where tenant = $1 and kind = $2 and state = 'queued'";
