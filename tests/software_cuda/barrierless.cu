@@ -9,7 +9,7 @@
 
 extern "C" const SoftwareKernel software_cuda_kernels[];
 const SoftwareKernel software_cuda_kernels[] = {
-    SOFTWARE_KERNEL(adamw_8bit),       SOFTWARE_KERNEL(column_sum), SOFTWARE_KERNEL(group_norm_parts),
-    SOFTWARE_KERNEL(group_norm_whole), SOFTWARE_KERNEL(layer_norm), SOFTWARE_KERNEL(plane_sum),
-    SOFTWARE_KERNEL(softmax),          {},
+    SOFTWARE_KERNEL(adamw_8bit),       SOFTWARE_KERNEL(channel_sum),      SOFTWARE_KERNEL(column_sum),
+    SOFTWARE_KERNEL(group_norm_parts), SOFTWARE_KERNEL(group_norm_whole), SOFTWARE_KERNEL(layer_norm),
+    SOFTWARE_KERNEL(plane_sum),        SOFTWARE_KERNEL(softmax),          {},
 };

@@ -144,10 +144,17 @@ void sums(const Place& place) {
     const Buffer in(x, place.type), part_sums(parts * cols), out(cols), plane_sums(rows);
     ran("column_sum",
         launch(place.module("reduce"), "column_sum", parts * 2, 256, in, part_sums, rows, cols, rows_per_part));
-    ran("sum_parts", launch("reduce_f32", "sum_parts", 1, 256, part_sums, out, parts, cols));
+    const int one_stack = 1;
+    ran("sum_parts", launch("reduce_f32", "sum_parts", 1, 256, part_sums, out, one_stack, parts, cols));
     near(place.module("column_sum"), out, wanted, 1e-5);
     ran("plane_sum", launch(place.module("reduce"), "plane_sum", rows, 32, in, plane_sums, cols));
     near(place.module("plane_sum"), plane_sums, planes, 1e-5);
+    const int images = 3, channels = rows / images;
+    std::vector<double> of_channels(channels);
+    for (int i = 0; i < rows; ++i) of_channels[i % channels] += planes[i];
+    const Buffer channel_sums(channels);
+    ran("channel_sum", launch(place.module("reduce"), "channel_sum", channels, 32, in, channel_sums, images, channels, cols));
+    near(place.module("channel_sum"), channel_sums, of_channels, 1e-5);
 }
 
 void elementwise(const Place& place) {
@@ -383,7 +390,7 @@ void products_with_more(const Place& place) {
 }
 
 void barrierless() {
-    const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0, no_pitch = 0;
+    const int rows = 8, cols = 256, parts = 2, size = 64, groups = 8, no_silu = 0, no_pitch = 0, one_image = 1;
     const float eps = 1e-5f;
     const Buffer x(drawn(rows * cols, 13)), y(rows * cols), w(drawn(cols, 14)), sums(cols), others(cols);
     const auto kernel = [&](const char* name, unsigned blocks, unsigned threads, const auto&... arguments) {
@@ -396,6 +403,7 @@ void barrierless() {
     kernel("group_norm_whole", rows, 64, x, no_shift, no_pitch, w, w, y, sums, others, groups, groups, cols, eps,
            no_silu);
     kernel("plane_sum", rows, 64, x, sums, cols);
+    kernel("channel_sum", rows, 64, x, sums, one_image, rows, cols);
     kernel("column_sum", 2, 256, x, y, rows, size, rows);
     // One parameter of 256 elements. A moment is 256 bytes, any of which are valid codes, and a scale.
     const int n = 256, chunk[] = {0, 0};

@@ -94,7 +94,7 @@ fn weight_gradient(device: &CudaDevice, x: &Tensor, dy: &Tensor, conv: &Conv) ->
     }
     let (x, dy) = (View::of(x)?, View::of(dy)?);
     let (o, k, p) = (conv.o, conv.patch(), conv.spatial());
-    let dw = Buffer::zeros(device, (o, conv.c, conv.kh, conv.kw), DType::F32)?;
+    let dw = Buffer::new(device, (o, conv.c, conv.kh, conv.kw), DType::F32)?;
     let columns = if conv.is_pointwise() { None } else { Some(Buffer::new(device, (k, p), x.dtype)?) };
     for image in 0..conv.b {
         let patches = match &columns {
@@ -105,7 +105,8 @@ fn weight_gradient(device: &CudaDevice, x: &Tensor, dy: &Tensor, conv: &Conv) ->
             }
         };
         let factors = (Mat::view(&dy, p).at(image * o * p), patches.t());
-        product(device, Mat::buffer(&dw, k), Into::Add, Size::one(o, k, p), factors)?;
+        let into = if image == 0 { Into::Replace } else { Into::Add };
+        product(device, Mat::buffer(&dw, k), into, Size::one(o, k, p), factors)?;
     }
     Ok(dw.tensor())
 }

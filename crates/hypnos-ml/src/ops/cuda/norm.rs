@@ -64,12 +64,11 @@ pub(in crate::ops) fn layer_norm_backward(
     let [mean, rstd] = statistics.args();
     if weight.is_trainable() || bias.is_trainable() {
         let (n, grid) = reduce::parts(rows, cols);
-        let parts = || Buffer::new(device, (n, cols), DType::F32);
-        let (dw, db) = (parts()?, parts()?);
-        let args = [input.arg(), dy.arg(), mean, rstd, dw.arg(), db.arg()];
+        let parts = Buffer::new(device, (2, n, cols), DType::F32)?;
+        let args = [input.arg(), dy.arg(), mean, rstd, parts.arg(), second(&parts)];
         let args = [&args[..], &[int(rows), int(cols), reduce::rows_per_part()]].concat();
         launch(device, ("norm", x.dtype(), "layer_norm_bwd_params"), grid, &args)?;
-        add_grads(device, [(weight, &dw), (bias, &db)], n, cols)?;
+        add_grads(device, [weight, bias], parts)?;
     }
     if !x.track_op() {
         return Ok(None);
@@ -80,10 +79,19 @@ pub(in crate::ops) fn layer_norm_backward(
     Ok(Some(dx.tensor()))
 }
 
-/// Joins the parts `[n, cols]` of the trained ones' gradients.
-fn add_grads(device: &CudaDevice, grads: [(&Param, &Buffer); 2], n: usize, cols: usize) -> Result<()> {
-    for (param, parts) in grads.into_iter().filter(|(param, _)| param.is_trainable()) {
-        param.add_grad(reduce::join(device, parts, n, cols)?)?;
+/// The second half of a buffer of f32.
+fn second(buffer: &Buffer) -> Arg {
+    Arg::Address(buffer.address + (buffer.len() / 2 * size_of::<f32>()) as u64)
+}
+
+/// Joins the parts of two weights' gradients, `[2, n, cols]`.
+fn add_grads(device: &CudaDevice, params: [&Param; 2], parts: Buffer) -> Result<()> {
+    if !params.iter().any(|param| param.is_trainable()) {
+        return Ok(());
+    }
+    let sums = reduce::join(device, parts)?;
+    for (i, param) in params.into_iter().enumerate() {
+        param.add_grad(sums.get(i)?)?;
     }
     Ok(())
 }
@@ -161,21 +169,22 @@ pub(in crate::ops) fn group_norm_backward(
     let more = shift.map(View::of).transpose()?;
     let n_planes = input.len / norm.spatial.max(1);
     // Per plane, the sums of g and of g x_hat: everything else comes from them.
-    let (g, gx) = (Buffer::new(device, n_planes, DType::F32)?, Buffer::new(device, n_planes, DType::F32)?);
+    let sums = Buffer::new(device, (2, n_planes / norm.c, norm.c), DType::F32)?;
     let inputs = [&[input.arg(), optional(more.as_ref()), dy.arg()][..], &statistics.args()].concat();
-    let inputs = [&inputs[..], &[w.arg(), b.arg(), g.arg(), gx.arg()]].concat();
+    let inputs = [&inputs[..], &[w.arg(), b.arg(), sums.arg(), second(&sums)]].concat();
     let sizes = [int(norm.c), int(norm.n_groups), int(norm.spatial), flag(norm.silu)];
     let args = [&inputs[..], &sizes].concat();
     let grid = Grid::rows(n_planes, norm.spatial);
     launch(device, ("norm", dtype, "group_norm_bwd_sums"), grid, &args)?;
-    add_grads(device, [(weight, &gx), (bias, &g)], n_planes / norm.c, norm.c)?;
     let of_shift = shift.filter(|shift| shift.track_op());
     if !x.track_op() && of_shift.is_none() {
+        add_grads(device, [bias, weight], sums)?;
         return Ok([None, None]);
     }
     let dx = Buffer::new(device, x.dims(), dtype)?;
     let args = [&inputs[..], &[dx.arg()], &norm.sizes()].concat();
     launch(device, ("norm", dtype, "group_norm_bwd"), norm.grid(n_planes), &args)?;
+    add_grads(device, [bias, weight], sums)?;
     let dx = dx.tensor();
     let to_shift = |shift: &Tensor| {
         reduce::plane_sums(device, &View::of(&dx)?, norm.spatial)?

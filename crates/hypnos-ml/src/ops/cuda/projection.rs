@@ -38,12 +38,13 @@ impl Sizes {
         if !weight.is_trainable() {
             return Ok(());
         }
-        let dw = Buffer::zeros(device, weight.dims(), DType::F32)?;
+        let dw = Buffer::new(device, weight.dims(), DType::F32)?;
         for image in 0..self.b {
             let (n_dy, n_x) = (image * self.places * self.n_out, image * self.places * self.n_in);
             let size = Size::one(self.n_out, self.n_in, self.places);
             let factors = (dy.at(n_dy).t(), x.at(n_x));
-            product(device, Mat::buffer(&dw, self.n_in), Into::Add, size, factors)?;
+            let into = if image == 0 { Into::Replace } else { Into::Add };
+            product(device, Mat::buffer(&dw, self.n_in), into, size, factors)?;
         }
         weight.add_grad(dw.tensor())
     }

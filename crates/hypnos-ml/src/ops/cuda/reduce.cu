@@ -2,10 +2,20 @@
 #include "common.cuh"
 
 // out[p] = sum of plane p, planes of `inner` elements one after the other. One block per plane.
-// With planes = B * C this is stage one of a channel bias's gradient; with [B, C] biases it is the gradient.
 extern "C" __global__ void plane_sum(const real* x, float* out, int inner) {
     float sum = 0.0f;
     row1(x + (long long)blockIdx.x * inner, inner, [&](float v) { sum += v; });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+// out[c] = sum of x[image, c, place] over images and places, x [images, channels, inner]: a channel bias's gradient. One
+// block per channel.
+extern "C" __global__ void channel_sum(const real* x, float* out, int images, int channels, int inner) {
+    float sum = 0.0f;
+    for (int image = 0; image < images; ++image) {
+        row1(x + ((long long)image * channels + blockIdx.x) * inner, inner, [&](float v) { sum += v; });
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
@@ -31,11 +41,12 @@ extern "C" __global__ void column_sum(const real* x, float* parts, int rows, int
     }
 }
 
-// out[c] = sum over parts of parts[part, c]. Any grid.
-extern "C" __global__ void sum_parts(const float* parts, float* out, int n_parts, int cols) {
-    for (long long col = thread_index(); col < cols; col += thread_count()) {
+// out[k, c] = sum over parts of parts[k, part, c], of `stacks` stacks. Any grid.
+extern "C" __global__ void sum_parts(const float* parts, float* out, int stacks, int n_parts, int cols) {
+    for (long long i = thread_index(); i < (long long)stacks * cols; i += thread_count()) {
+        const float* from = parts + i / cols * n_parts * cols + i % cols;
         float sum = 0.0f;
-        for (int part = 0; part < n_parts; ++part) sum += parts[(long long)part * cols + col];
-        out[col] = sum;
+        for (int part = 0; part < n_parts; ++part) sum += from[(long long)part * cols];
+        out[i] = sum;
     }
 }

@@ -20,16 +20,19 @@ pub(super) fn rows_per_part() -> super::Arg {
 pub(super) fn column_sums(device: &CudaDevice, x: &View, cols: usize) -> Result<Tensor> {
     let rows = x.len / cols.max(1);
     let (n, grid) = parts(rows, cols);
-    let sums = Buffer::new(device, (n, cols), DType::F32)?;
+    let sums = Buffer::new(device, (1, n, cols), DType::F32)?;
     let args = [x.arg(), sums.arg(), int(rows), int(cols), rows_per_part()];
     launch(device, ("reduce", x.dtype, "column_sum"), grid, &args)?;
-    join(device, &sums, n, cols)
+    join(device, sums)?.get(0)
 }
 
 /// Sums `[B, channels, inner]` over images and places; f32 `[channels]`.
 pub(super) fn channel_sums(device: &CudaDevice, x: &View, channels: usize, inner: usize) -> Result<Tensor> {
-    let sums = plane_sums(device, x, inner)?;
-    join(device, &sums, sums.len() / channels.max(1), channels)
+    let images = x.len / (channels * inner).max(1);
+    let sums = Buffer::new(device, channels, DType::F32)?;
+    let args = [x.arg(), sums.arg(), int(images), int(channels), int(inner)];
+    launch(device, ("reduce", x.dtype, "channel_sum"), Grid::rows(channels, images * inner), &args)?;
+    Ok(sums.tensor())
 }
 
 /// The sum of each run of `inner` elements; f32.
@@ -41,10 +44,14 @@ pub(super) fn plane_sums(device: &CudaDevice, x: &View, inner: usize) -> Result<
     Ok(sums)
 }
 
-/// Sums `parts` `[n, cols]`, f32, over the parts.
-pub(super) fn join(device: &CudaDevice, parts: &Buffer, n: usize, cols: usize) -> Result<Tensor> {
-    let out = Buffer::new(device, cols, DType::F32)?;
-    let args = [parts.arg(), out.arg(), int(n), int(cols)];
-    launch(device, ("reduce", DType::F32, "sum_parts"), Grid::any(cols), &args)?;
+/// Sums stacks of parts `[stacks, n, cols]`, f32, over the parts: `[stacks, cols]`.
+pub(super) fn join(device: &CudaDevice, parts: Buffer) -> Result<Tensor> {
+    let (stacks, n, cols) = parts.shape.dims3()?;
+    if n == 1 {
+        return parts.tensor().squeeze(1);
+    }
+    let out = Buffer::new(device, (stacks, cols), DType::F32)?;
+    let args = [parts.arg(), out.arg(), int(stacks), int(n), int(cols)];
+    launch(device, ("reduce", DType::F32, "sum_parts"), Grid::any(stacks * cols), &args)?;
     Ok(out.tensor())
 }
