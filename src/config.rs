@@ -678,21 +678,31 @@ pub struct Working {
     pub poll_secs: f64,
 }
 
+/// The times and sizes of [`Working`].
+pub(crate) struct WorkLimits {
+    pub(crate) lease: Duration,
+    pub(crate) heartbeat: Duration,
+    pub(crate) attempt: Duration,
+    pub(crate) poll: Duration,
+    pub(crate) checkpoint: Duration,
+    pub(crate) drain: Duration,
+    pub(crate) weights_bytes: u64,
+    pub(crate) models_bytes: u64,
+}
+
 impl Working {
-    /// Refuses invalid settings and combinations.
-    pub fn check(&self) -> Result<()> {
-        for (name, value) in [
-            ("HYPNOS_LEASE_SECS", self.lease_secs),
-            ("HYPNOS_BEAT_SECS", self.beat_secs),
-            ("HYPNOS_ATTEMPT_HOURS", self.attempt_hours * 3600.0),
-            ("HYPNOS_POLL_SECS", self.poll_secs),
-            ("HYPNOS_CHECKPOINT_SECS", self.checkpoint_secs),
-            ("HYPNOS_WORK_DRAIN_SECS", self.work_drain_secs),
-        ] {
-            seconds(name, value)?;
-        }
-        gigabytes("HYPNOS_WEIGHTS_GB", self.weights_gb)?;
-        gigabytes("HYPNOS_MODELS_GB", self.models_gb)?;
+    /// Its times and sizes. Refuses invalid settings and combinations.
+    pub(crate) fn limits(&self) -> Result<WorkLimits> {
+        let limits = WorkLimits {
+            lease: seconds("HYPNOS_LEASE_SECS", self.lease_secs)?,
+            heartbeat: seconds("HYPNOS_BEAT_SECS", self.beat_secs)?,
+            attempt: seconds("HYPNOS_ATTEMPT_HOURS", self.attempt_hours * 3600.0)?,
+            poll: seconds("HYPNOS_POLL_SECS", self.poll_secs)?,
+            checkpoint: seconds("HYPNOS_CHECKPOINT_SECS", self.checkpoint_secs)?,
+            drain: seconds("HYPNOS_WORK_DRAIN_SECS", self.work_drain_secs)?,
+            weights_bytes: gigabytes("HYPNOS_WEIGHTS_GB", self.weights_gb)?,
+            models_bytes: gigabytes("HYPNOS_MODELS_GB", self.models_gb)?,
+        };
         if !(0.0..=1.0).contains(&self.sample_share) {
             return invalid(format!("HYPNOS_SAMPLE_SHARE: wanted 0 to 1, got {}", self.sample_share));
         }
@@ -702,7 +712,7 @@ impl Working {
                 self.beat_secs, self.lease_secs
             ));
         }
-        Ok(())
+        Ok(limits)
     }
 
     /// The device of each of `n` workers.

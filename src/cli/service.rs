@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::error::CliError;
 use crate::blobs::{self, Blobs, BlobsConfig, Links, Place};
-use crate::config::{self, Signals, Storage, Working, gigabytes, seconds};
+use crate::config::{self, Signals, Storage, Working};
 use crate::deployment;
 use crate::engine::memory::{MemoryCheck, Products};
 use crate::engine::{self, CandleEngine, Engine};
@@ -343,19 +343,19 @@ pub(super) type Work = (worker::Settings, Vec<(String, MakeEngine)>);
 
 /// Settings of the workers, and an engine for each of `n` workers.
 pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<Work, CliError> {
-    working.check()?;
+    let limits = working.limits()?;
     let settings = worker::Settings {
         database: storage.database_url()?.expose_secret().to_owned(),
-        lease: seconds("HYPNOS_LEASE_SECS", working.lease_secs)?,
-        heartbeat: seconds("HYPNOS_BEAT_SECS", working.beat_secs)?,
-        deadline: seconds("HYPNOS_ATTEMPT_HOURS", working.attempt_hours * 3600.0)?,
-        poll: seconds("HYPNOS_POLL_SECS", working.poll_secs)?,
-        checkpoint_every: seconds("HYPNOS_CHECKPOINT_SECS", working.checkpoint_secs)?,
+        lease: limits.lease,
+        heartbeat: limits.heartbeat,
+        deadline: limits.attempt,
+        poll: limits.poll,
+        checkpoint_every: limits.checkpoint,
         scratch: working.scratch.clone().unwrap_or_else(|| storage.scratch()),
-        weights_bytes_max: gigabytes("HYPNOS_WEIGHTS_GB", working.weights_gb)?,
+        weights_bytes_max: limits.weights_bytes,
         sample_share: working.sample_share,
-        backoff: seconds("HYPNOS_POLL_SECS", working.poll_secs)? * 5,
-        drain: seconds("HYPNOS_WORK_DRAIN_SECS", working.work_drain_secs)?,
+        backoff: limits.poll * 5,
+        drain: limits.drain,
         host: host(),
         clock: Clock::default(),
     };
@@ -364,7 +364,7 @@ pub(super) fn worker(storage: &Storage, working: &Working, n: usize) -> Result<W
         device: String::new(),
         precision: working.precision,
         batch: working.batch.into(),
-        finetuned_bytes_max: gigabytes("HYPNOS_MODELS_GB", working.models_gb)?,
+        finetuned_bytes_max: limits.models_bytes,
         checkpointing: working.gradient_checkpointing,
         memory: None,
     };

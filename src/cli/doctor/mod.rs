@@ -71,7 +71,7 @@ impl Finding {
 /// Prints what was found. The exit code is 1 if anything does not work. Settings that no worker takes are an error of the
 /// input, as they are for `work`.
 pub(super) fn run(args: &Doctor) -> Result<ExitCode, CliError> {
-    args.working.check()?;
+    args.working.limits()?;
     let mut findings = machine::check(args);
     findings.extend(models::check(args));
     findings.extend(super::service::run(|_| async { Ok(service::check(&args.storage).await) })?);
