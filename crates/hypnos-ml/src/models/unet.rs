@@ -395,8 +395,8 @@ impl Unet {
     /// What layers make of `time` `[B, 4 C0]` and `text` `[B, L, cross width]`, where that is better done at once.
     fn shared(&self, time: &Tensor, text: &Tensor) -> Result<Shared> {
         let mut shared = Shared::default();
-        if !time.device().is_cuda() {
-            return Ok(shared);
+        if !time.device().is_cuda() || self.precision != Precision::Bf16 {
+            return Ok(shared); // only weights in bf16 are joined
         }
         let projections: Vec<&Linear> =
             self.resnets().filter_map(|resnet| resnet.time_projection()).collect();
@@ -467,8 +467,8 @@ struct Run<'a> {
     checkpointing: bool,
 }
 
-/// What layers all over the model make of the time or the text alone, by the name of each layer's weight: on a GPU, where
-/// neither they nor the layers learn, few products for all of them. Else empty.
+/// What layers all over the model make of the time or the text alone, by the name of each layer's weight: on a GPU in
+/// bf16, where neither they nor the layers learn, few products for all of them. Else empty.
 #[derive(Default)]
 struct Shared {
     /// Of the residual blocks' time embeddings: `[B, C]`.

@@ -9,6 +9,7 @@ use super::{Attention, Block, DownBlock, Level, MidBlock, Projection, Transforme
 use crate::dry_run::{DryTensor, checkpoint};
 use crate::nn::{Resnet, ResnetConfig};
 use crate::ops::dry as ops;
+use crate::precision::Precision;
 
 /// What every block of one forward gets.
 struct Run {
@@ -43,7 +44,8 @@ impl Unet {
 
     fn keys_values_dry(&self, text: &DryTensor) -> KeysValues {
         let learns = |one: &Attention| one.to_k.is_trainable() || one.to_v.is_trainable();
-        if !text.meter().on_gpu() || text.is_tracked() || self.attentions_to_text().any(learns) {
+        let is_joined = text.meter().on_gpu() && self.precision == Precision::Bf16;
+        if !is_joined || text.is_tracked() || self.attentions_to_text().any(learns) {
             return HashMap::new();
         }
         let of = |one: &Attention| (one.to_k.name().to_owned(), [one.to_k.dry(text), one.to_v.dry(text)]);
