@@ -26,10 +26,11 @@ pub(crate) fn recorded(
     if !recording.output.track_op() {
         return Ok(recording.output);
     }
-    // Where only weights are tracked, something has to be for candle.
+    // Where only weights are tracked, candle needs a variable in the inputs' place.
     let is_anchored = !inputs.iter().any(|input| input.track_op());
-    let anchor = Var::zeros(1, DType::F32, recording.output.device())?.into_inner();
-    let given = if is_anchored { &[&anchor][..] } else { inputs };
+    let anchor = if is_anchored { Some(Var::zeros(1, DType::F32, recording.output.device())?) } else { None };
+    let anchor = anchor.as_ref().map(|anchor| [anchor.as_tensor()]);
+    let given = anchor.as_ref().map_or(inputs, |anchor| anchor.as_slice());
     let value = Computed::copy_of(&recording.output)?;
     let recording = Mutex::new(Some(recording));
     custom_op("recorded", given, value, move |dy| {
